@@ -1,0 +1,68 @@
+"""Names of models: a hub id, a local folder, or the word `toy` for the small checkpoints that ship."""
+
+import logging
+from pathlib import Path
+
+from persam_dreambooth import toy
+from persam_dreambooth.errors import InputError, InputNotFoundError
+
+logger = logging.getLogger(__name__)
+
+
+def resolve(name: str, kind: str, revision: str | None = None) -> str:
+    """Turns a model's name into what `from_pretrained` takes, after making sure that it can be had.
+
+    Args:
+        name: hub id, local folder, or `toy`.
+        kind: `sam` or `stable-diffusion`.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        InputNotFoundError: neither a folder with a model of this kind, nor a model that the hub gives.
+    """
+    if name == "toy":
+        logger.warning(toy.NOTICES[kind])
+        return str(toy.path(kind))
+    marker = {"sam": "config.json", "stable-diffusion": "model_index.json"}[kind]
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / marker).is_file():
+            raise InputNotFoundError(f"{folder} holds no {marker}: name a folder with a {kind} model, or toy")
+        return str(folder)
+    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise InputNotFoundError(f"{name} is no model folder: name a hub id (owner/model), a local folder, or toy")
+    _check_hub(name, marker, revision)
+    return name
+
+
+def _check_hub(name: str, marker: str, revision: str | None) -> None:
+    """Asks the hub for the model's smallest file, unless it is cached: tells early whether the model can be had."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+    from huggingface_hub.utils import httpx
+
+    ways_out = "or name a local folder or toy"
+    try:
+        if isinstance(try_to_load_from_cache(name, marker, revision=revision), str):
+            return
+        get_hf_file_metadata(hf_hub_url(name, marker, revision=revision))
+    except HFValidationError:
+        raise InputError(f"{name} is not a hub id: write owner/model, {ways_out}") from None
+    except GatedRepoError:
+        raise InputError(f"{name} is gated: accept its terms on the hub and log in, {ways_out}") from None
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        what = "revision" if isinstance(error, RevisionNotFoundError) else "model"
+        raise InputNotFoundError(f"the hub has no such {what} for {name}: check the name, {ways_out}") from None
+    except EntryNotFoundError:
+        raise InputError(f"{name} has no {marker}, so it is no such model: check the name, {ways_out}") from None
+    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        message = f"{name} is not on this machine and the hub cannot be reached ({reason}): connect, {ways_out}"
+        raise InputNotFoundError(message) from None

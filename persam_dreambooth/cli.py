@@ -1,0 +1,167 @@
+"""The command line: `persam-dreambooth segment | train | generate | demo`, and `train_dreambooth_masked.py`."""
+
+import difflib
+import logging
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from jsonargparse import ActionYesNo, ArgumentParser
+
+from persam_dreambooth import __version__, toy
+from persam_dreambooth.config import GenerateOptions, SegmentOptions, TrainOptions
+from persam_dreambooth.errors import InputError
+
+Options = TypeVar("Options")
+
+USAGE = f"""persam-dreambooth {__version__}: from one mask to a personalized Stable Diffusion
+
+  persam-dreambooth segment     a mask for every photo, from one photo and its mask
+  persam-dreambooth train       the whole job (the same as train_dreambooth_masked.py)
+  persam-dreambooth generate    pictures of the subject: "a [V] cat on a beach"
+  persam-dreambooth demo        the whole job on the small checkpoints and photos that ship, without network
+
+--help after a command lists its options.
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command; returns the exit code: 0, or 2 for input that cannot be used."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    commands = {"segment": segment, "train": train, "generate": generate, "demo": demo}
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(__version__)
+        return 0
+    return _guarded(lambda: commands[_known(arguments[0], list(commands), "command")](arguments[1:]))
+
+
+def train_main() -> int:
+    """`train_dreambooth_masked.py`."""
+    return _guarded(lambda: train(sys.argv[1:], "train_dreambooth_masked.py"))
+
+
+def segment(arguments: list[str]) -> None:
+    """`persam-dreambooth segment`."""
+    options = parse(SegmentOptions, arguments, "persam-dreambooth segment")
+    options.check()
+    from persam_dreambooth import personalize
+
+    masks = personalize.segment(options)
+    print(f"{len(masks)} masks in {options.output}; look at {Path(str(options.output)) / 'overview.png'}")
+
+
+def train(arguments: list[str], program: str = "persam-dreambooth train") -> None:
+    """`persam-dreambooth train`."""
+    options = parse(TrainOptions, arguments, program)
+    options.check()
+    from persam_dreambooth.personalize import personalize
+
+    run_dir = personalize(options)
+    if _is_main_process():
+        print(f"done: {run_dir}; look at {run_dir / 'overview.png'}, {run_dir / 'samples'}, {run_dir / 'README.md'}")
+
+
+def generate(arguments: list[str]) -> None:
+    """`persam-dreambooth generate`."""
+    options = parse(GenerateOptions, arguments, "persam-dreambooth generate", positional="prompt")
+    options.check()
+    from persam_dreambooth.dreambooth.generate import generate
+
+    *_, grid = generate(options)
+    print(f"{options.num_images} pictures in {options.output}; all at a glance in {grid}")
+
+
+def demo(arguments: list[str]) -> None:
+    """`persam-dreambooth demo`: the main job and generation, as a user would type them."""
+    if arguments not in ([], ["--help"]) and (len(arguments) != 2 or arguments[0] != "--output_dir"):
+        raise InputError(f"{' '.join(arguments)}: demo takes --output_dir FOLDER and nothing else")
+    if arguments == ["--help"]:
+        print("usage: persam-dreambooth demo [--output_dir FOLDER]   (default outputs/demo)")
+        return
+    output = arguments[1] if arguments else "outputs/demo"
+    photos, mask = toy.path("photos") / "duck", toy.path("photos") / "duck_mask" / "00.png"
+    job = [
+        *("--instance_dir", str(photos), "--mask", str(mask), "--pretrained_model_name_or_path", "toy"),
+        *("--sam_model", "toy", "--max_train_steps", "60", "--output_dir", output),
+    ]
+    pictures = ["a [V] duck on a beach", "--model", output, "--output", f"{output}/generated"]
+    print("$ train_dreambooth_masked.py", *job, flush=True)
+    train(job)
+    print('$ persam-dreambooth generate "a [V] duck on a beach"', *pictures[1:], flush=True)
+    generate(pictures)
+    print(f"\nThe masks are real work: {output}/overview.png, made by PerSAM-F from one mask with the {toy.NOTICES['sam']}.")
+    print(f"The pictures show only that the path works: {toy.NOTICES['stable-diffusion']}.")
+
+
+def parse(kind: type[Options], arguments: list[str], program: str, positional: str | None = None) -> Options:
+    """Reads options from flags and `--config` files: defaults < YAML < flags.
+
+    Raises:
+        InputError: an unknown option (the nearest known one is named) or a value of the wrong type.
+    """
+    parser = _Parser(prog=program, description=(kind.__doc__ or "").splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML file of options; flags win over it")
+    hints = get_type_hints(kind)
+    for entry in fields(kind):  # type: ignore[arg-type]
+        help = entry.metadata["help"]
+        if entry.name == positional:
+            parser.add_argument(entry.name, nargs="?", type=hints[entry.name], default=entry.default, help=help)
+            continue
+        names = [f"--{entry.name}", *([f"--{entry.metadata['alias']}"] if entry.metadata["alias"] else [])]
+        if hints[entry.name] is bool:
+            yes_no = ActionYesNo(yes_prefix="", no_prefix="no_")
+            parser.add_argument(*names, action=yes_no, default=entry.default, help=help)
+        else:
+            parser.add_argument(*names, type=hints[entry.name], default=entry.default, help=help)
+    parsed = parser.parse_args(arguments)
+    return kind(**{entry.name: getattr(parsed, entry.name) for entry in fields(kind)})  # type: ignore[arg-type]
+
+
+class _Parser(ArgumentParser):
+    """Says what is wrong in one line, and which known option is nearest to an unknown one."""
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        message = " ".join(message.split())
+        known = [name for action in self._actions for name in action.option_strings] + [
+            action.dest for action in self._actions
+        ]
+        for marker in ("unrecognized arguments: ", "Option '"):
+            if marker in message:
+                word = message.split(marker)[1].split("'")[0].split()[0].split("=")[0]
+                _known(word, known, "option")
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def _known(word: str, known: list[str], what: str) -> str:
+    """The word, if it is known; otherwise an `InputError` that names the nearest known ones."""
+    if word in known:
+        return word
+    nearest = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    hint = f"did you mean {nearest[0]}?" if nearest else "--help lists what there is"
+    raise InputError(f"unknown {what} {word}: {hint}")
+
+
+def _guarded(command: Callable[[], None]) -> int:
+    """Runs a command with logging to the terminal; a user's mistake is one line and exit code 2."""
+    logging.basicConfig(level=logging.INFO if _is_main_process() else logging.ERROR, format="%(message)s")
+    for name in ("httpx", "httpx2", "accelerate", "matplotlib"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    try:
+        command()
+    except (InputError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except PermissionError as error:
+        print(f"error: {error.filename} may not be read or written: mend its permissions", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"

@@ -1,0 +1,201 @@
+"""Every option of every command: a name, a type, a default, a unit, one line.
+
+Training options carry the names of diffusers' `train_dreambooth.py` where it has them. Defaults < YAML < flags.
+"""
+
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from persam_dreambooth.errors import InputError
+
+SEGMENTERS = Literal["persam", "persam-f"]
+GUIDANCE = Literal["persam", "published", "paper", "none"]
+SCHEDULES = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+
+
+def option(default: Any, help: str, alias: str | None = None) -> Any:
+    """A field with its line of help and, where users know it by two names, the other one."""
+    return field(default=default, metadata={"help": help, "alias": alias})
+
+
+@dataclass(frozen=True)
+class SegmentationOptions:
+    """How masks are made; shared by `segment` and `train`."""
+
+    segmenter: SEGMENTERS = option("persam-f", "PerSAM (training-free) or PerSAM-F (fits two scale weights first)")
+    sam_model: str = option("facebook/sam-vit-huge", "SAM or SAM-HQ: hub id, local folder, or toy")
+    guidance: GUIDANCE = option("persam", "PerSAM's guided attention: aligned, as published, as in the paper, or none")
+    target_coverage: float = option(0.5, "a 64 x 64 cell is target when the mask covers more of it than this, 0 to 1")
+
+
+@dataclass(frozen=True)
+class SegmentOptions(SegmentationOptions):
+    """From one photo and its mask to a mask for every photo of a folder."""
+
+    images: str | None = option(None, "folder of photos")
+    reference_image: str | None = option(None, "the photo whose mask is given: a path, or a name inside --images")
+    mask: str | None = option(None, "its mask: the subject is any color but black")
+    output: str | None = option(None, "folder for the masks; must be new or empty")
+
+    def check(self) -> None:
+        """Raises `InputError` for a missing option."""
+        _require(self, "images", "reference_image", "mask", "output")
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """Pictures from a trained model."""
+
+    prompt: str | None = option(None, "what to show; [V] stands for the subject's identifier")
+    model: str | None = option(None, "a training run's folder, a pipeline folder, a hub id, or toy")
+    num_images: int = option(4, "how many pictures")
+    seed: int = option(0, "seed of the first picture; the next ones count up")
+    output: str = option("generated", "folder for the pictures")
+    num_inference_steps: int = option(30, "denoising steps")
+    guidance_scale: float = option(7.5, "classifier-free guidance")
+    identifier: str | None = option(None, "the word [V] stands for; default: the run's own, else sks")
+
+    def check(self) -> None:
+        """Raises `InputError` for options that cannot be."""
+        _require(self, "prompt", "model")
+        _positive(self, "num_images", "num_inference_steps")
+
+
+@dataclass(frozen=True)
+class TrainOptions(SegmentationOptions):
+    """One mask in, a personalized Stable Diffusion out."""
+
+    # The subject
+    instance_dir: str | None = option(None, "folder with 3 to 6 photos of the subject", alias="instance_data_dir")
+    mask: str | None = option(None, "mask of one of the photos; masks for the others are made from it")
+    reference_image: str | None = option(
+        None, "the photo that --mask belongs to; default: the one with its stem, else the first"
+    )
+    mask_dir: str | None = option(None, "folder with a mask for every photo (same stems); then no SAM is loaded")
+    unmasked: bool = option(False, "train on whole photos, background and all")
+    class_name: str | None = option(None, "the subject's class; default: the name of --instance_dir")
+    identifier: str = option("sks", "the rare word that names the subject; [V] in any prompt stands for it")
+    instance_prompt: str | None = option(None, "default: a [V] <class_name>")
+
+    # The model
+    pretrained_model_name_or_path: str = option(
+        "stable-diffusion-v1-5/stable-diffusion-v1-5", "Stable Diffusion 1.x or 2.x: hub id, local folder, or toy"
+    )
+    revision: str | None = option(None, "branch, tag or commit of the model on the hub")
+    variant: str | None = option(None, "variant of the weight files, such as fp16")
+    method: Literal["lora", "full"] = option("lora", "train LoRA matrices, or the whole UNet")
+    rank: int = option(4, "rank of the LoRA matrices (alpha is the same)")
+    lora_dropout: float = option(0.0, "dropout inside LoRA, 0 to 1")
+    train_text_encoder: bool = option(False, "train the text encoder too")
+
+    # The masked loss
+    mask_normalization: Literal["area", "none"] = option(
+        "area", "divide by the mask's area, or take the plain mean as the paper does"
+    )
+    unmasked_weight: float = option(0.0, "least weight of the loss outside the mask, 0 to 1")
+
+    # Prior preservation
+    with_prior_preservation: bool = option(False, "also train on pictures of the class, so that it stays various")
+    prior_loss_weight: float = option(1.0, "weight of their loss, which is never masked")
+    class_data_dir: str | None = option(None, "folder of class pictures; missing ones are generated; default: in the run")
+    class_prompt: str | None = option(None, "default: a <class_name>")
+    num_class_images: int = option(100, "how many class pictures")
+    sample_batch_size: int = option(4, "pictures generated at a time")
+
+    # Pictures to tensors
+    resolution: int | None = option(None, "side of the training crop in pixels; default: the model's own")
+    center_crop: bool = option(False, "crop the center instead of a random place that keeps the subject in view")
+
+    # Optimization
+    seed: int = option(0, "same seed, same machine: same masks and same weights")
+    max_train_steps: int = option(500, "optimizer steps")
+    train_batch_size: int = option(1, "photos per step and process")
+    gradient_accumulation_steps: int = option(1, "batches per optimizer step")
+    learning_rate: float | None = option(None, "default: 1e-4 for lora, 5e-6 for full")
+    scale_lr: bool = option(False, "multiply the learning rate by batch, accumulation and processes")
+    lr_scheduler: SCHEDULES = option("constant", "schedule of the learning rate")
+    lr_warmup_steps: int = option(0, "steps of warm-up")
+    lr_num_cycles: int = option(1, "restarts of cosine_with_restarts")
+    lr_power: float = option(1.0, "power of polynomial")
+    adam_beta1: float = option(0.9, "AdamW")
+    adam_beta2: float = option(0.999, "AdamW")
+    adam_weight_decay: float = option(1e-2, "AdamW")
+    adam_epsilon: float = option(1e-8, "AdamW")
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None, "default: what accelerate was set up with")
+    gradient_checkpointing: bool = option(False, "less memory, slower steps")
+    allow_tf32: bool = option(False, "TF32 matrix products on Ampere and later")
+    dataloader_num_workers: int = option(0, "processes that load photos; 0 loads in the main one")
+
+    # The run
+    output_dir: str | None = option(None, "the run's folder; default: outputs/<class_name>")
+    checkpointing_steps: int = option(500, "steps between checkpoints to resume from")
+    checkpoints_total_limit: int | None = option(None, "keep this many of them; default: all")
+    resume_from_checkpoint: str | None = option(None, "latest, or a checkpoint-N folder of this run")
+    logging_steps: int = option(5, "steps between lines of metrics.jsonl")
+    validation_prompt: str | None = option(None, "prompt of the samples at the end; default: a [V] <class_name> on a beach")
+    num_validation_images: int = option(4, "how many samples; 0 for none")
+
+    def check(self) -> None:
+        """Raises `InputError` for options that are missing, out of range or at odds with one another."""
+        _require(self, "instance_dir")
+        sources = [name for name in ("mask", "mask_dir", "unmasked") if getattr(self, name)]
+        if not sources:
+            raise InputError(
+                "no mask: give --mask (one photo's mask), --mask_dir (a mask for every photo), "
+                "or --unmasked to train on whole photos"
+            )
+        if len(sources) > 1:
+            raise InputError(f"--{' and --'.join(sources)} exclude one another: give one of them")
+        if self.reference_image and not self.mask:
+            raise InputError("--reference_image names the photo of --mask, which is missing: give --mask")
+        _positive(
+            self, "rank", "num_class_images", "sample_batch_size", "max_train_steps", "train_batch_size",
+            "gradient_accumulation_steps", "checkpointing_steps", "logging_steps",
+        )  # fmt: skip
+        for name in ("unmasked_weight", "lora_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"--{name} is {getattr(self, name)}: give a number from 0 to 1")
+        if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
+            raise InputError(f"--checkpoints_total_limit is {self.checkpoints_total_limit}: give 1 or more")
+        if self.unmasked and self.unmasked_weight:
+            raise InputError("--unmasked_weight has no effect with --unmasked: leave one of them out")
+
+    @property
+    def subject(self) -> str:
+        """The class name, from the folder's name where none was given."""
+        return self.class_name or Path(str(self.instance_dir)).resolve().name.replace("_", " ").replace("-", " ")
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's folder."""
+        return Path(self.output_dir or f"outputs/{Path(str(self.instance_dir)).resolve().name}")
+
+    def prompt(self, kind: Literal["instance", "class", "validation"]) -> str:
+        """A prompt with its default filled in and [V] replaced by the identifier."""
+        defaults = {
+            "instance": f"a [V] {self.subject}",
+            "class": f"a {self.subject}",
+            "validation": f"a [V] {self.subject} on a beach",
+        }
+        return fill_identifier(getattr(self, f"{kind}_prompt") or defaults[kind], self.identifier)
+
+
+def fill_identifier(prompt: str, identifier: str) -> str:
+    """Replaces `[V]` in a prompt by the identifier."""
+    return prompt.replace("[V]", identifier)
+
+
+def _require(options: Any, *names: str) -> None:
+    for name in names:
+        if not getattr(options, name):
+            helps = {entry.name: entry.metadata["help"] for entry in fields(options) if entry.default is not MISSING}
+            flag = name if name == "prompt" else f"--{name}"
+            raise InputError(f"{flag} is missing: {helps[name]}")
+
+
+def _positive(options: Any, *names: str) -> None:
+    for name in names:
+        if getattr(options, name) < 1:
+            raise InputError(f"--{name} is {getattr(options, name)}: give 1 or more")

@@ -1,0 +1,75 @@
+"""Checkpoints to resume from: `checkpoint-N/` with weights, optimizer, schedule and step, whole or not there.
+
+Nothing random needs saving: it follows from the seed and the step (see `data`).
+"""
+
+import logging
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from persam_dreambooth.errors import InputNotFoundError
+
+logger = logging.getLogger(__name__)
+
+STATE = "training_state.pt"
+
+
+def find_checkpoint(run_dir: Path, name: str) -> Path | None:
+    """The checkpoint to resume from.
+
+    Args:
+        run_dir: the run's folder.
+        name: `latest`, or a folder `checkpoint-N` by name or path.
+
+    Returns:
+        None where `latest` finds none: a fresh start, which is logged.
+
+    Raises:
+        InputNotFoundError: a named checkpoint that is not there.
+    """
+    if name == "latest":
+        present = list_checkpoints(run_dir)
+        if not present:
+            logger.info("no checkpoint in %s yet: a fresh start", run_dir)
+            return None
+        return present[-1]
+    folder = run_dir / Path(name).name
+    if not (folder / STATE).is_file():
+        known = ", ".join(path.name for path in list_checkpoints(run_dir)) or "none"
+        raise InputNotFoundError(f"{folder} is no checkpoint: there is {known}; name one of these, or latest")
+    return folder
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    numbered = [
+        (int(match[1]), path)
+        for path in run_dir.glob("checkpoint-*")
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / STATE).is_file()
+    ]
+    return [path for _, path in sorted(numbered)]
+
+
+def remove_old_checkpoints(run_dir: Path, limit: int | None) -> None:
+    """Removes the oldest checkpoints beyond the limit; None keeps all."""
+    for path in list_checkpoints(run_dir)[: -limit if limit else 0]:
+        shutil.rmtree(path)
+
+
+def save_state(folder: Path, step: int, **parts: Any) -> None:
+    """Saves the step and the state of optimizer, schedule and whatever else has a `state_dict`."""
+    states = {name: part.state_dict() for name, part in parts.items() if part is not None}
+    torch.save({"step": step, **states}, folder / STATE)
+
+
+def load_state(folder: Path, **parts: Any) -> int:
+    """Loads what `save_state` saved; returns the step."""
+    states = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+    for name, part in parts.items():
+        if part is not None:
+            part.load_state_dict(states[name])
+    return int(states["step"])

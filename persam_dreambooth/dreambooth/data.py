@@ -1,0 +1,124 @@
+"""Training samples: a crop of a photo, and the same crop of its mask.
+
+Everything random about a sample follows from the run's seed and the sample's number, counted from the start of the
+run over all processes. So batches, accumulation, processes and resuming do not change what is trained on.
+"""
+
+from typing import TypedDict
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from persam_dreambooth.images import Photo
+
+ORDER, CROP, NOISE, DROPOUT = range(4)
+"""Streams of randomness of one run."""
+
+
+class Sample(TypedDict):
+    """One training sample: pixels (3, R, R) in -1..1, mask (1, R, R) in 0..1, the photo's name, the sample's number."""
+
+    pixels: torch.Tensor
+    mask: torch.Tensor
+    name: str
+    number: int
+
+
+def derived_seed(*key: int) -> int:
+    """A seed for a key such as (run's seed, stream, sample number); different keys give unrelated seeds."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+
+
+class Crops(Dataset):
+    """Crops of photos, indexed by sample number: an endless series that goes through all photos, shuffled, each round.
+
+    As diffusers does: the short side is resized to the resolution (bilinear), then a square is cropped; no flip. A
+    random crop keeps in view as much of the subject as fits.
+
+    Args:
+        photos: what to cut from.
+        masks: (H, W) bool each, or None for photos that count whole.
+        resolution: side R of the crop in pixels.
+        center_crop: the middle instead of a random place.
+        seed: the run's.
+    """
+
+    def __init__(
+        self, photos: list[Photo], masks: list[np.ndarray] | None, resolution: int, center_crop: bool, seed: int
+    ) -> None:
+        self.photos = photos
+        self.masks = masks
+        self.resolution = resolution
+        self.center_crop = center_crop
+        self.seed = seed
+        self._resized: dict[int, tuple[Image.Image, Image.Image]] = {}
+
+    def __getitem__(self, number: int) -> Sample:
+        epoch, position = divmod(number, len(self.photos))
+        index = int(np.random.default_rng([self.seed, ORDER, epoch]).permutation(len(self.photos))[position])
+        photo, mask = self.resized(index)
+        window = self._window(mask, np.random.default_rng([self.seed, CROP, number]))
+        pixels = torch.from_numpy(np.array(photo.crop(window), dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
+        weights = torch.from_numpy(np.array(mask.crop(window), dtype=np.float32))[None] / 255
+        return Sample(pixels=pixels, mask=weights, name=self.photos[index].name, number=number)
+
+    def resized(self, index: int) -> tuple[Image.Image, Image.Image]:
+        """Photo (RGB) and mask (L) with the short side at the resolution, by the same filter."""
+        if index not in self._resized:
+            photo = self.photos[index].read()
+            scale = self.resolution / min(photo.size)
+            size = tuple(max(self.resolution, int(side * scale)) for side in photo.size)
+            mask = Image.new("L", photo.size, 255)
+            if self.masks is not None:
+                mask = Image.fromarray(self.masks[index].astype(np.uint8) * 255)
+            bilinear = Image.Resampling.BILINEAR
+            self._resized[index] = (photo.resize(size, bilinear), mask.resize(size, bilinear))
+        return self._resized[index]
+
+    def lost_subjects(self) -> list[str]:
+        """Names of the photos whose subject lies wholly outside the center crop; none when crops are random."""
+        if not self.center_crop:
+            return []
+        unused = np.random.default_rng(0)
+        masks = [self.resized(index)[1] for index in range(len(self.photos))]
+        kept = [mask.crop(self._window(mask, unused)).getbbox() for mask in masks]
+        return [photo.name for photo, box in zip(self.photos, kept, strict=True) if box is None]
+
+    def _window(self, mask: Image.Image, random: np.random.Generator) -> tuple[int, int, int, int]:
+        """The crop: left, top, right, bottom."""
+        size = self.resolution
+        if self.center_crop:
+            left, top = (round((side - size) / 2) for side in mask.size)
+        else:
+            box = mask.getbbox() or (0, 0, *mask.size)
+            left = _offset(random, mask.width, size, box[0], box[2])
+            top = _offset(random, mask.height, size, box[1], box[3])
+        return left, top, left + size, top + size
+
+
+def _offset(random: np.random.Generator, side: int, size: int, first: int, last: int) -> int:
+    """A random offset of a window of `size` in 0..side that holds first..last, or lies inside it where it is longer."""
+    low, high = sorted((max(0, last - size), min(first, side - size)))
+    return int(random.integers(low, high, endpoint=True))
+
+
+def sample_noise(
+    seed: int, numbers: list[int], shape: tuple[int, int, int], timesteps: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What is random about the diffusion of each sample, drawn on the CPU so that devices agree.
+
+    Args:
+        seed: the run's.
+        numbers: sample numbers.
+        shape: (C, h, w) of a latent.
+        timesteps: of the noise schedule, 1000.
+
+    Returns:
+        Noise for the VAE's sampling (B, C, h, w), noise to add (B, C, h, w), timesteps (B,).
+    """
+    generators = [torch.Generator().manual_seed(derived_seed(seed, NOISE, number)) for number in numbers]
+    steps = torch.cat([torch.randint(0, timesteps, (1,), generator=generator) for generator in generators])
+    noise = torch.stack([torch.randn((2, *shape), generator=generator) for generator in generators])
+    return noise[:, 0], noise[:, 1], steps

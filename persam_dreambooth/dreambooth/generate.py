@@ -1,0 +1,103 @@
+"""Pictures from a base model, a pipeline folder, or a training run."""
+
+from pathlib import Path
+
+import torch
+import yaml
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from tqdm import tqdm
+
+from persam_dreambooth import checkpoints
+from persam_dreambooth.config import GenerateOptions, fill_identifier
+from persam_dreambooth.dreambooth.stable_diffusion import (
+    LORA_WEIGHTS,
+    fast_sampler,
+    load_pipeline,
+    load_trained_parts,
+)
+from persam_dreambooth.dreambooth.trainer import CONFIG
+from persam_dreambooth.errors import InputError, InputNotFoundError
+from persam_dreambooth.files import check_writable
+from persam_dreambooth.pictures import grid, save_png
+
+
+def generate(options: GenerateOptions) -> list[Path]:
+    """Generates pictures, `00.png` and on, and `grid.png`; returns their paths, the grid last.
+
+    Raises:
+        InputError, InputNotFoundError: a model or an output folder that cannot be used.
+    """
+    options.check()
+    folder = Path(options.output)
+    check_writable(folder)
+    pipeline, identifier = load_model(str(options.model))
+    prompt = fill_identifier(str(options.prompt), options.identifier or identifier)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    images = sample(
+        pipeline.to(device, torch.float16 if device == "cuda" else torch.float32),
+        prompt,
+        options.num_images,
+        options.seed,
+        options.num_inference_steps,
+        options.guidance_scale,
+    )
+    return save_samples(images, prompt, options.seed, folder)
+
+
+def load_model(name: str) -> tuple[StableDiffusionPipeline, str]:
+    """Loads a model to generate with, and the identifier it was trained with (`sks` where it tells none).
+
+    Args:
+        name: a run's folder or one of its checkpoints, a pipeline folder, a hub id, or `toy`.
+    """
+    folder = Path(name)
+    config_path = folder / CONFIG
+    config = yaml.safe_load(config_path.read_text(encoding="utf-8")) if config_path.is_file() else {}
+    identifier = config.get("identifier", "sks")
+    has_lora = (folder / LORA_WEIGHTS).is_file()
+    if (folder / "model_index.json").is_file() or not (has_lora or config):
+        return load_pipeline(checkpoints.resolve(name, "stable-diffusion")), identifier
+    if not has_lora and not (folder / "unet").is_dir():
+        raise InputNotFoundError(f"{folder} holds no trained weights yet: finish its training, or name a checkpoint-N")
+    if not config:
+        raise InputError(f"{folder} has LoRA weights but no {CONFIG}, so its base model is unknown: name a run's folder")
+    base = checkpoints.resolve(config["pretrained_model_name_or_path"], "stable-diffusion", config.get("revision"))
+    pipeline = load_pipeline(base, config.get("revision"), config.get("variant"))
+    if has_lora:
+        pipeline.load_lora_weights(folder, weight_name=LORA_WEIGHTS)
+    else:
+        load_trained_parts(pipeline, folder)
+    return pipeline, identifier
+
+
+def sample(
+    pipeline: StableDiffusionPipeline,
+    prompt: str,
+    count: int,
+    seed: int,
+    num_inference_steps: int = 30,
+    guidance_scale: float = 7.5,
+) -> list[Image.Image]:
+    """Samples pictures one at a time, so that picture i follows from seed + i alone."""
+    pipeline = fast_sampler(pipeline)
+    pipeline.set_progress_bar_config(disable=True)
+    return [
+        pipeline(
+            prompt,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            generator=torch.Generator().manual_seed(seed + number),
+        ).images[0]
+        for number in tqdm(range(count), desc="sampling", unit="picture")
+    ]
+
+
+def save_samples(images: list[Image.Image], prompt: str, seed: int, folder: Path) -> list[Path]:
+    """Writes pictures and a grid of them."""
+    paths = [folder / f"{number:02}.png" for number in range(len(images))]
+    for path, image in zip(paths, images, strict=True):
+        save_png(image, path)
+    captions = [(f"seed {seed + number}",) for number in range(len(images))]
+    save_png(grid(images, captions, columns=4, title=prompt), folder / "grid.png")
+    return [*paths, folder / "grid.png"]

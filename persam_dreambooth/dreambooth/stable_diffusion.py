@@ -1,0 +1,185 @@
+"""The Stable Diffusion 1.x and 2.x family: load, encode, noise, predict, target, save.
+
+Shapes: B samples, C latent channels (4), h w latent size, T tokens (77), D text width.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.training_utils import cast_training_params
+from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from transformers import CLIPTextModel
+
+from persam_dreambooth.errors import InputError
+
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
+UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+
+
+def load_pipeline(
+    source: str, revision: str | None = None, variant: str | None = None, dtype: torch.dtype = torch.float32
+) -> StableDiffusionPipeline:
+    """Loads a pipeline of this family, without its safety checker, which has no part in training.
+
+    Raises:
+        InputError: a model of another family.
+    """
+    kind = StableDiffusionPipeline.load_config(source, revision=revision).get("_class_name")
+    if kind != "StableDiffusionPipeline":
+        raise InputError(f"{source} is a {kind}: only Stable Diffusion 1.x and 2.x are supported yet")
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        source,
+        revision=revision,
+        variant=variant,
+        torch_dtype=dtype,
+        safety_checker=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(leave=False)
+    return pipeline
+
+
+def fast_sampler(pipeline: StableDiffusionPipeline) -> StableDiffusionPipeline:
+    """Gives a pipeline the DPM-Solver++ sampler, good from 20 to 30 steps on."""
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    return pipeline
+
+
+class StableDiffusion:
+    """One model under training.
+
+    Args:
+        pipeline: where its parts come from.
+    """
+
+    def __init__(self, pipeline: StableDiffusionPipeline) -> None:
+        self.pipeline = pipeline
+        self.unet: Any = pipeline.unet
+        self.vae = pipeline.vae
+        self.text_encoder: Any = pipeline.text_encoder
+        self.tokenizer = pipeline.tokenizer
+        self.noise_schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
+        if self.prediction_type not in ("epsilon", "v_prediction"):
+            raise InputError(f"the model predicts {self.prediction_type}: only epsilon and v_prediction are supported")
+        for part in (self.unet, self.vae, self.text_encoder):
+            part.requires_grad_(False)
+
+    @property
+    def prediction_type(self) -> str:
+        """`epsilon` (SD 1.x, 2.x base) or `v_prediction` (SD 2.x at 768)."""
+        return self.noise_schedule.config.prediction_type
+
+    @property
+    def latent_factor(self) -> int:
+        """Pixels along one side of a latent cell, 8 for SD."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def native_resolution(self) -> int:
+        """Side in pixels of the pictures the model was made for."""
+        return self.pipeline.unet.config.sample_size * self.latent_factor
+
+    @property
+    def latent_channels(self) -> int:
+        """C."""
+        return self.vae.config.latent_channels
+
+    @property
+    def timesteps(self) -> int:
+        """Length of the noise schedule, 1000."""
+        return self.noise_schedule.config.num_train_timesteps
+
+    def make_trainable(
+        self, method: str, rank: int, lora_dropout: float, with_text_encoder: bool, gradient_checkpointing: bool
+    ) -> list[torch.nn.Parameter]:
+        """Adds LoRA matrices (`lora`), or frees all weights (`full`); returns what is trained, in float32."""
+        parts = {"unet": (self.unet, UNET_TARGETS)}
+        if with_text_encoder:
+            parts["text_encoder"] = (self.text_encoder, TEXT_TARGETS)
+        for part, targets in parts.values():
+            if method == "lora":
+                part.add_adapter(
+                    LoraConfig(
+                        r=rank,
+                        lora_alpha=rank,
+                        lora_dropout=lora_dropout,
+                        init_lora_weights="gaussian",
+                        target_modules=targets,
+                    )
+                )
+                cast_training_params(part, dtype=torch.float32)
+            else:
+                part.to(dtype=torch.float32).requires_grad_(True)
+            part.train()
+            if gradient_checkpointing:
+                part.enable_gradient_checkpointing() if part is self.unet else part.gradient_checkpointing_enable()
+        return [weight for part, _ in parts.values() for weight in part.parameters() if weight.requires_grad]
+
+    def encode_images(self, pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Pixels (B, 3, R, R) in -1..1 to scaled latents (B, C, h, w), sampled with the given noise (B, C, h, w)."""
+        with torch.no_grad():
+            posterior = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
+            latents = posterior.mean + posterior.std * noise.to(posterior.mean)
+        return latents * self.vae.config.scaling_factor
+
+    def encode_prompts(self, prompts: list[str]) -> torch.Tensor:
+        """Prompts to text embeddings (B, T, D)."""
+        tokens = self.tokenizer(
+            prompts, padding="max_length", truncation=True, max_length=self.tokenizer.model_max_length,
+            return_tensors="pt",
+        )  # fmt: skip
+        return self.text_encoder(tokens.input_ids.to(self.vae.device))[0]
+
+    def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
+        """The UNet's prediction (B, C, h, w) for noisy latents (B, C, h, w) at timesteps (B,)."""
+        return self.unet(noisy, timesteps, encoder_hidden_states=embeddings).sample
+
+    def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """What the UNet should predict: the noise, or v = sqrt(a) noise - sqrt(1 - a) latents (Salimans & Ho 2022)."""
+        if self.prediction_type == "epsilon":
+            return noise
+        return self.noise_schedule.get_velocity(latents, noise, timesteps)
+
+    def save_weights(self, folder: Path, unet: Any, text_encoder: Any | None) -> None:
+        """Saves what was trained: LoRA as diffusers loads it, or `unet/` (and `text_encoder/`).
+
+        Args:
+            folder: an existing folder.
+            unet: the trained UNet, unwrapped.
+            text_encoder: the text encoder where it was trained too.
+        """
+        if not hasattr(unet, "peft_config"):
+            unet.save_pretrained(folder / "unet")
+            if text_encoder is not None:
+                text_encoder.save_pretrained(folder / "text_encoder")
+            return
+        parts = {"unet_lora_layers": unet, "text_encoder_lora_layers": text_encoder}
+        layers = {
+            name: convert_state_dict_to_diffusers(get_peft_model_state_dict(part))
+            for name, part in parts.items()
+            if part is not None
+        }
+        StableDiffusionPipeline.save_lora_weights(folder, **layers)
+
+    def load_weights(self, folder: Path) -> None:
+        """Loads what `save_weights` saved into the parts made trainable before."""
+        if not (folder / LORA_WEIGHTS).is_file():
+            load_trained_parts(self.pipeline, folder)
+            return
+        state, _ = StableDiffusionPipeline.lora_state_dict(folder)
+        for prefix, part in (("unet.", self.unet), ("text_encoder.", self.text_encoder)):
+            own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            if own:
+                set_peft_model_state_dict(part, convert_unet_state_dict_to_peft(own), adapter_name="default")
+
+
+def load_trained_parts(pipeline: StableDiffusionPipeline, folder: Path) -> None:
+    """Loads a fully trained `unet/` (and `text_encoder/`) into a pipeline's own parts."""
+    for name, kind in (("unet", UNet2DConditionModel), ("text_encoder", CLIPTextModel)):
+        if (folder / name).is_dir():
+            trained = kind.from_pretrained(folder / name)
+            getattr(pipeline, name).load_state_dict(trained.state_dict())

@@ -1,0 +1,284 @@
+"""The training loop: batch, encode, noise, predict, loss, step, log, save.
+
+Shapes: B samples, C latent channels, h w latent size, R training crop.
+"""
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from persam_dreambooth.config import TrainOptions
+from persam_dreambooth.dreambooth.checkpoint import find_checkpoint, load_state, remove_old_checkpoints, save_state
+from persam_dreambooth.dreambooth.data import DROPOUT, Crops, derived_seed, sample_noise
+from persam_dreambooth.dreambooth.loss import latent_mask, masked_loss
+from persam_dreambooth.dreambooth.stable_diffusion import StableDiffusion
+from persam_dreambooth.errors import InputError
+from persam_dreambooth.files import write_aside, write_text
+from persam_dreambooth.pictures import loss_curve
+
+logger = logging.getLogger(__name__)
+
+CONFIG = "config.yaml"
+METRICS = "metrics.jsonl"
+CLASS_SEED = 1
+"""Added to the seed, so that class pictures are shuffled and noised unlike the photos."""
+
+
+def train(
+    options: TrainOptions,
+    family: StableDiffusion,
+    photos: Crops,
+    class_images: Crops | None,
+    run_dir: Path,
+    accelerator: Accelerator,
+) -> None:
+    """Trains on photos, and on class images where prior preservation is wanted; leaves the weights in `family`.
+
+    Writes `metrics.jsonl`, `loss.png` and checkpoints to the run's folder.
+
+    Raises:
+        FloatingPointError: a loss that is not finite; the message names the step and the photos.
+        InputError, InputNotFoundError: a checkpoint that cannot be resumed from.
+    """
+    if options.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    frozen_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    for part in (family.unet, family.vae, family.text_encoder):
+        part.to(accelerator.device, frozen_dtype)
+    trained = family.make_trainable(
+        options.method, options.rank, options.lora_dropout, options.train_text_encoder, options.gradient_checkpointing
+    )
+    prompts = [options.prompt("instance"), *([options.prompt("class")] if class_images else [])]
+    fixed_embeddings = None
+    if not options.train_text_encoder:
+        with torch.no_grad():
+            fixed_embeddings = family.encode_prompts(prompts)
+
+    optimizer = torch.optim.AdamW(
+        trained,
+        lr=learning_rate(options, accelerator.num_processes),
+        betas=(options.adam_beta1, options.adam_beta2),
+        weight_decay=options.adam_weight_decay,
+        eps=options.adam_epsilon,
+    )
+    schedule = get_scheduler(
+        options.lr_scheduler,
+        optimizer=optimizer,
+        num_warmup_steps=options.lr_warmup_steps,
+        num_training_steps=options.max_train_steps,
+        num_cycles=options.lr_num_cycles,
+        power=options.lr_power,
+    )
+
+    resume_from = options.resume_from_checkpoint and find_checkpoint(run_dir, options.resume_from_checkpoint)
+    if resume_from:
+        family.load_weights(resume_from)
+    models = [family.unet, *([family.text_encoder] if options.train_text_encoder else [])]
+    *models, optimizer = accelerator.prepare(*models, optimizer)
+    family.unet = models[0]
+    if options.train_text_encoder:
+        family.text_encoder = models[1]
+    saved = {"optimizer": optimizer, "schedule": schedule, "scaler": accelerator.scaler}
+    first_step = load_state(resume_from, **saved) if resume_from else 0
+    if resume_from:
+        logger.info("resuming from %s at step %d", resume_from, first_step)
+    meter = Meter(run_dir, accelerator, first_step)
+
+    batches = numbered_batches(options, photos, first_step, accelerator)
+    class_batches = numbered_batches(options, class_images, first_step, accelerator) if class_images else None
+    progress = tqdm(
+        total=options.max_train_steps,
+        initial=first_step,
+        desc="training",
+        unit="step",
+        disable=not accelerator.is_main_process,
+    )
+    for step in range(first_step + 1, options.max_train_steps + 1):
+        torch.manual_seed(derived_seed(options.seed, DROPOUT, step, accelerator.process_index))
+        for _ in range(options.gradient_accumulation_steps):
+            with accelerator.accumulate(*models):
+                batch = next(batches)
+                class_batch = next(class_batches) if class_batches else None
+                embeddings = fixed_embeddings if fixed_embeddings is not None else family.encode_prompts(prompts)
+                loss, prior_loss = batch_losses(options, family, batch, class_batch, embeddings)
+                meter.add(step, loss, prior_loss, batch["name"])
+                total = loss if prior_loss is None else loss + options.prior_loss_weight * prior_loss
+                accelerator.backward(total)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(trained, options.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+        schedule.step()
+        progress.update()
+
+        last = step == options.max_train_steps
+        checkpoint_due = step % options.checkpointing_steps == 0
+        if step % options.logging_steps == 0 or last or checkpoint_due:
+            row = meter.write(step, schedule.get_last_lr()[0])
+            progress.set_postfix(loss=f"{row['loss']:.4f}")
+        if checkpoint_due and accelerator.is_main_process:
+            with write_aside(run_dir / f"checkpoint-{step}") as folder:
+                folder.mkdir()
+                save_trained(options, family, accelerator, folder)
+                save_state(folder, step, **saved)
+            remove_old_checkpoints(run_dir, options.checkpoints_total_limit)
+    progress.close()
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        meter.draw(run_dir / "loss.png")
+
+
+def batch_losses(
+    options: TrainOptions,
+    family: StableDiffusion,
+    batch: dict[str, Any],
+    class_batch: dict[str, Any] | None,
+    embeddings: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The masked loss of the photos and the plain loss of the class images, both from one pass of the UNet.
+
+    Args:
+        batch: `Sample`s stacked: pixels (B, 3, R, R), mask (B, 1, R, R), name, number (B,).
+        class_batch: the same for class images, or None.
+        embeddings: (1 or 2, T, D): the instance prompt's, then the class prompt's.
+    """
+    device = embeddings.device
+    halves = [(batch, options.seed)]
+    if class_batch is not None:
+        halves.append((class_batch, options.seed + CLASS_SEED))
+    latents, noise, timesteps = [], [], []
+    side = batch["pixels"].shape[-1] // family.latent_factor
+    for half, seed in halves:
+        vae_noise, noise_, timesteps_ = sample_noise(
+            seed, half["number"].tolist(), (family.latent_channels, side, side), family.timesteps
+        )
+        latents.append(family.encode_images(half["pixels"], vae_noise).float())
+        noise.append(noise_.to(device))
+        timesteps.append(timesteps_.to(device))
+    x, e, t = torch.cat(latents), torch.cat(noise), torch.cat(timesteps)
+    noisy = family.noise_schedule.add_noise(x, e, t)
+    text = embeddings.repeat_interleave(len(batch["number"]), dim=0)
+    prediction = family.predict(noisy.to(embeddings.dtype), t, text)
+    target = family.target(x, e, t)
+
+    photos = len(batch["number"])
+    mask = None if options.unmasked else latent_mask(batch["mask"].to(device), target.shape[-2:])
+    loss = masked_loss(
+        prediction[:photos], target[:photos], mask, options.mask_normalization, options.unmasked_weight
+    ).mean()
+    if class_batch is None:
+        return loss, None
+    return loss, masked_loss(prediction[photos:], target[photos:]).mean()
+
+
+def numbered_batches(
+    options: TrainOptions, crops: Crops, first_step: int, accelerator: Accelerator
+) -> Iterator[dict[str, Any]]:
+    """This process's batches from a step on; see `data` for how samples are numbered."""
+    size, accumulation = options.train_batch_size, options.gradient_accumulation_steps
+    processes, rank = accelerator.num_processes, accelerator.process_index
+    first, last = first_step * accumulation, options.max_train_steps * accumulation
+    numbers = [
+        [(batch * processes + rank) * size + position for position in range(size)] for batch in range(first, last)
+    ]
+    return iter(DataLoader(crops, batch_sampler=numbers, num_workers=options.dataloader_num_workers))
+
+
+def learning_rate(options: TrainOptions, processes: int) -> float:
+    """The learning rate with its default and, where asked, its scaling."""
+    rate = options.learning_rate if options.learning_rate is not None else {"lora": 1e-4, "full": 5e-6}[options.method]
+    if options.scale_lr:
+        rate *= options.train_batch_size * options.gradient_accumulation_steps * processes
+    return rate
+
+
+def save_trained(options: TrainOptions, family: StableDiffusion, accelerator: Accelerator, folder: Path) -> None:
+    """Saves the trained weights and the configuration to a folder."""
+    text_encoder = accelerator.unwrap_model(family.text_encoder) if options.train_text_encoder else None
+    family.save_weights(folder, accelerator.unwrap_model(family.unet), text_encoder)
+    config = folder.parent / CONFIG
+    if config.is_file():
+        write_text(folder / CONFIG, config.read_text(encoding="utf-8"))
+
+
+class Meter:
+    """Losses between two lines of `metrics.jsonl`; they stay on the device until a line is due.
+
+    Args:
+        run_dir: the run's folder; on resuming, lines after `first_step` are dropped.
+        accelerator: averages over processes.
+        first_step: the last step already done.
+    """
+
+    def __init__(self, run_dir: Path, accelerator: Accelerator, first_step: int) -> None:
+        self.path = run_dir / METRICS
+        self.accelerator = accelerator
+        self.pending: list[tuple[int, torch.Tensor, torch.Tensor | None, list[str]]] = []
+        self.rows: list[dict[str, float]] = []
+        if accelerator.is_main_process:
+            if first_step and self.path.is_file():
+                lines = self.path.read_text(encoding="utf-8").splitlines()
+                self.rows = [row for row in map(json.loads, lines) if row["step"] <= first_step]
+            write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def add(self, step: int, loss: torch.Tensor, prior_loss: torch.Tensor | None, names: list[str]) -> None:
+        """Notes one batch's losses."""
+        self.pending.append((step, loss.detach(), None if prior_loss is None else prior_loss.detach(), names))
+
+    def write(self, step: int, rate: float) -> dict[str, float]:
+        """Writes the mean losses since the last line; raises `FloatingPointError` where one is not finite."""
+        losses = torch.stack([loss for _, loss, _, _ in self.pending])
+        priors = [prior for _, _, prior, _ in self.pending if prior is not None]
+        finite = torch.isfinite(losses)
+        if priors:
+            finite &= torch.isfinite(torch.stack(priors))
+        if not finite.all():
+            bad_step, _, _, names = self.pending[int((~finite).nonzero()[0])]
+            raise FloatingPointError(
+                f"the loss is not finite at step {bad_step} ({', '.join(names)}): lower --learning_rate, "
+                "or try --mixed_precision bf16 or no"
+            )
+        row: dict[str, float] = {"step": step, "loss": self._mean(losses), "learning_rate": rate}
+        if priors:
+            row["prior_loss"] = self._mean(torch.stack(priors))
+        self.pending.clear()
+        if self.accelerator.is_main_process:
+            self.rows.append(row)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        return row
+
+    def draw(self, path: Path) -> None:
+        """Draws the loss curve."""
+        loss_curve([int(row["step"]) for row in self.rows], [row["loss"] for row in self.rows], path)
+
+    def _mean(self, losses: torch.Tensor) -> float:
+        return self.accelerator.gather(losses.float().mean()[None]).mean().item()
+
+
+def check_resolution(options: TrainOptions, family: StableDiffusion) -> int:
+    """The training resolution; raises `InputError` for one that the model's latent grid cannot hold."""
+    resolution = options.resolution or family.native_resolution
+    factor = family.latent_factor * 2 ** (len(family.pipeline.unet.config.block_out_channels) - 1)
+    if resolution % factor or resolution < factor:
+        nearest = max(factor, round(resolution / factor) * factor)
+        raise InputError(f"--resolution is {resolution}: this model needs a multiple of {factor}, such as {nearest}")
+    return resolution
+
+
+def changed_options(run_dir: Path, options: dict[str, Any]) -> list[str]:
+    """How options differ from those a run was started with, a line each."""
+    path = run_dir / CONFIG
+    if not path.is_file():
+        return []
+    before = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    return [f"{key}: {before.get(key)} -> {value}" for key, value in options.items() if before.get(key) != value]

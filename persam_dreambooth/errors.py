@@ -1,0 +1,12 @@
+"""What a user can mend: one line that says what was found and what to do (exit code 2 on the terminal)."""
+
+
+class InputError(ValueError):
+    """Input that cannot be used; the message says what was found and what to do."""
+
+
+class InputNotFoundError(InputError, FileNotFoundError):
+    """A file, folder or model that is not there."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])

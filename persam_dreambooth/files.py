@@ -1,0 +1,62 @@
+"""Files and folders appear whole or not at all: they are written aside and renamed."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from persam_dreambooth.errors import InputError
+
+PARTIAL = ".partial"
+
+
+@contextmanager
+def write_aside(path: Path) -> Iterator[Path]:
+    """Yields a path beside `path` to write a file or a folder at; renames it to `path` when the block ends well.
+
+    A folder already at `path` is replaced. When the block raises, what it wrote is removed and `path` is untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The suffix stays last, since writers choose their format by it.
+    aside = path.with_name(f".{path.stem}{PARTIAL}{path.suffix}")
+    _remove(aside)
+    try:
+        yield aside
+        if path.is_dir():
+            _remove(path)
+        os.replace(aside, path)
+    except BaseException:
+        _remove(aside)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes `text` (UTF-8) to `path`, whole or not at all."""
+    with write_aside(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes `content` to `path` as indented JSON, whole or not at all."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def check_writable(folder: Path) -> None:
+    """Raises `InputError` when `folder` can neither be written into nor made; creates nothing."""
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise InputError(f"{existing} is a file, so {folder} cannot be a folder: choose another output folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"{existing} is not writable: choose another output folder or mend its permissions")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

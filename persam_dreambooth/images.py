@@ -1,0 +1,137 @@
+"""Photos: which files of a folder are photos, and their pixels as RGB, upright, eight bits a channel.
+
+Arrays are (H, W, 3) uint8 in RGB order; points and boxes elsewhere are xy in the pixels of the upright photo.
+"""
+
+import hashlib
+import logging
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from persam_dreambooth.errors import InputError, InputNotFoundError
+
+logger = logging.getLogger(__name__)
+
+PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A photo in a folder.
+
+    Args:
+        path: the file.
+        name: its path relative to the folder, with forward slashes; pairs it with its mask.
+        size: (width, height) in pixels, upright.
+    """
+
+    path: Path
+    name: str
+    size: tuple[int, int]
+
+    @classmethod
+    def open(cls, path: Path, name: str | None = None) -> "Photo":
+        """Decodes a photo once, to be sure of it and to know its size; raises as `read_image`."""
+        return cls(path, name or path.name, read_image(path).size)
+
+    @property
+    def stem(self) -> str:
+        """`name` without its suffix; the photo's mask is `<stem>.png` in the mask folder."""
+        return self.name[: -len(self.path.suffix)]
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the file's bytes; tells whether the photo changed after its mask was made."""
+        return hashlib.sha256(self.path.read_bytes()).hexdigest()
+
+    def read(self) -> Image.Image:
+        """The upright RGB picture; see `read_image`."""
+        return read_image(self.path)
+
+
+def find_photos(folder: Path, leave_out: tuple[Path, ...] = ()) -> list[Photo]:
+    """Lists the photos of a folder and its subfolders, sorted by relative path, each decoded once to be sure of it.
+
+    Args:
+        folder: the folder of photos.
+        leave_out: files and folders that may lie inside it and are no photos (the mask, the output).
+
+    Raises:
+        InputNotFoundError: no such folder, or no photo in it.
+        InputError: a photo that cannot be read, or two photos that would share one mask.
+    """
+    if not folder.is_dir():
+        found = "is a file" if folder.exists() else "does not exist"
+        raise InputNotFoundError(f"{folder} {found}: name the folder that holds the photos")
+    excluded = {path.resolve() for path in leave_out}
+    paths: list[Path] = []
+    ignored: list[str] = []
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if hidden or not path.is_file() or excluded & {path.resolve(), *path.resolve().parents}:
+            continue
+        if path.suffix.lower() in PHOTO_SUFFIXES:
+            paths.append(path)
+        else:
+            ignored.append(relative.as_posix())
+    if ignored:
+        logger.info("ignored in %s, not a photo: %s", folder, ", ".join(ignored))
+    if not paths:
+        raise InputNotFoundError(f"{folder} holds no photos: put 3 to 6 there ({' '.join(PHOTO_SUFFIXES)})")
+    photos = [Photo.open(path, path.relative_to(folder).as_posix()) for path in paths]
+    by_stem: dict[str, Photo] = {}
+    for photo in photos:
+        other = by_stem.setdefault(photo.stem, photo)
+        if other is not photo:
+            raise InputError(f"{other.path} and {photo.path} would share the mask {photo.stem}.png: rename one")
+    return photos
+
+
+def open_image(path: Path) -> Image.Image:
+    """Opens and decodes an image file and turns it upright (EXIF); its mode is the file's own.
+
+    Raises:
+        InputNotFoundError: no such file.
+        InputError: an empty, truncated or otherwise unreadable file.
+    """
+    if not path.is_file():
+        raise InputNotFoundError(f"{path} does not exist: check the path")
+    if path.stat().st_size == 0:
+        raise InputError(f"{path} is empty (0 bytes): replace or remove it")
+    try:
+        with Image.open(path) as opened:
+            opened.load()
+            image: Image.Image = ImageOps.exif_transpose(opened)
+            image.format = opened.format
+            return image
+    except UnidentifiedImageError:
+        raise InputError(f"{path} is not an image that Pillow can read: convert it to JPEG or PNG") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path} cannot be read ({error}): replace or remove it") from None
+
+
+def read_image(path: Path) -> Image.Image:
+    """Reads an image file as upright 8-bit RGB, whatever its mode.
+
+    Transparency is laid over white; 16-bit gray is scaled to 8 bits; palette, gray and CMYK are converted.
+
+    Raises:
+        InputNotFoundError, InputError: as `open_image`; a floating-point image is refused.
+    """
+    image = open_image(path)
+    if image.mode == "RGB":
+        return image
+    if image.mode == "F":
+        raise InputError(f"{path} holds floating-point pixels, whose range is unknown: convert it to 8 bits")
+    logger.info("%s is stored as %s: converted to RGB", path, image.mode)
+    if image.mode.startswith("I"):  # 16-bit gray, which Pillow would clip to 255 instead of scaling
+        return Image.fromarray((np.asarray(image).astype(np.uint32) // 257).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")

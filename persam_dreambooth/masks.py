@@ -1,0 +1,169 @@
+"""The mask folder: the contract between segmentation and training.
+
+    masks/
+        00.png          0 or 255, at the size of the upright photo, beside the photo's relative path: sub/01.jpg, sub/01.png
+        index.json      for each mask that a program made: the photo's hash, method, model, score, presence, coverage
+
+A hand-drawn mask needs no entry in the index. White is the subject.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from persam_dreambooth.errors import InputError, InputNotFoundError
+from persam_dreambooth.files import write_aside, write_json
+from persam_dreambooth.images import Photo, open_image
+
+INDEX = "index.json"
+BY_HAND = "by hand"
+
+
+@dataclass(frozen=True)
+class MaskRecord:
+    """What is known about one mask.
+
+    Args:
+        photo: the photo's path relative to its folder.
+        photo_sha256: hash of the photo the mask was made for.
+        method: `persam`, `persam-f`, `given` (the user's reference mask) or `by hand`.
+        model: the SAM that made it.
+        score: predicted IoU, 0 to 1.
+        presence: similarity of the found region to the target, 0 to 1.
+        coverage: fraction of the photo inside the mask, 0 to 1.
+        flags: what to be careful about, such as `absent`.
+    """
+
+    photo: str
+    photo_sha256: str
+    method: str
+    coverage: float
+    model: str | None = None
+    score: float | None = None
+    presence: float | None = None
+    flags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PhotoMask:
+    """A photo, its mask ((H, W) bool) and what is known about it."""
+
+    photo: Photo
+    mask: np.ndarray
+    record: MaskRecord
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """Reads any mask file as (H, W) bool, upright.
+
+    An alpha channel with transparent pixels is the mask; otherwise every pixel that is not black is foreground (PerSeg
+    stores dark red, others 1 or 255). In a JPEG, whose black is noisy, foreground is brighter than half the maximum.
+
+    Raises:
+        InputNotFoundError, InputError: as `images.open_image`.
+    """
+    image = open_image(path)
+    lossy = image.format == "JPEG"
+    if image.has_transparency_data:
+        alpha = np.asarray(image.convert("RGBA"))[..., 3]
+        if alpha.min() < 255:
+            return alpha > 0
+    if image.mode in ("P", "CMYK", "PA", "LA", "RGBA"):
+        image = image.convert("RGB")
+    values = np.asarray(image)
+    if values.ndim == 3:
+        values = values.max(axis=2)
+    return values > values.max() / 2 if lossy else values != 0
+
+
+def check_mask(mask: np.ndarray, photo: Photo, mask_path: Path) -> None:
+    """Raises `InputError` when a mask does not fit its photo or marks nothing."""
+    width, height = photo.size
+    if mask.shape != (height, width):
+        found = f"{mask.shape[1]} x {mask.shape[0]}"
+        raise InputError(
+            f"{mask_path} is {found} but {photo.path} is {width} x {height} (upright): "
+            "give the mask of this photo, at its size, or name its photo with --reference_image"
+        )
+    if not mask.any():
+        raise InputError(f"{mask_path} is empty (all black): paint the subject white")
+
+
+def save_mask(folder: Path, record: MaskRecord, mask: np.ndarray) -> None:
+    """Writes one mask and its entry in the index, each aside and renamed.
+
+    Args:
+        folder: the mask folder, made when missing.
+        record: what is known about the mask; its `photo` names the file.
+        mask: (H, W) bool.
+    """
+    with write_aside(folder / _mask_name(record.photo)) as aside:
+        Image.fromarray(mask.astype(np.uint8) * 255).save(aside)
+    index = _read_index(folder)
+    index[record.photo] = {key: value for key, value in asdict(record).items() if key != "photo"}
+    write_json(folder / INDEX, {"masks": index})
+
+
+def load_mask(folder: Path, photo: Photo) -> PhotoMask | None:
+    """Reads one photo's mask; None where the folder has none. An empty mask is allowed here: see its coverage.
+
+    Raises:
+        InputError: a mask of another size, or one made for an earlier version of the photo (stale).
+    """
+    path = folder / _mask_name(photo.name)
+    if not path.is_file():
+        return None
+    mask = read_mask(path)
+    if mask.any():
+        check_mask(mask, photo, path)
+    coverage = float(mask.mean())
+    entry = _read_index(folder).get(photo.name)
+    if entry is None:
+        record = MaskRecord(photo.name, photo.sha256, BY_HAND, coverage)
+    else:
+        entry = {**entry, "coverage": coverage, "flags": tuple(entry.get("flags", ()))}
+        record = MaskRecord(photo=photo.name, **entry)
+        if record.photo_sha256 != photo.sha256:
+            raise InputError(f"{path} is stale: {photo.path} changed after the mask was made; make the mask again")
+    return PhotoMask(photo, mask, record)
+
+
+def load_masks(folder: Path, photos: list[Photo]) -> list[PhotoMask]:
+    """Reads the masks of all photos, in their order.
+
+    Raises:
+        InputNotFoundError: no such folder, or a photo without a mask.
+        InputError: a mask without a photo, and what `load_mask` raises.
+    """
+    if not folder.is_dir():
+        raise InputNotFoundError(f"{folder} does not exist: name the folder that holds the masks")
+    expected = {_mask_name(photo.name) for photo in photos}
+    for path in sorted(folder.rglob("*.png")):
+        name = path.relative_to(folder).as_posix()
+        if name not in expected and not path.name.startswith("."):
+            raise InputError(f"{path} belongs to no photo: a mask has its photo's name, with .png; rename or remove it")
+    loaded: list[PhotoMask] = []
+    for photo in photos:
+        found = load_mask(folder, photo)
+        if found is None:
+            path = folder / _mask_name(photo.name)
+            raise InputNotFoundError(f"{photo.path} has no mask: {path} is missing; draw it or remove the photo")
+        loaded.append(found)
+    return loaded
+
+
+def _mask_name(photo_name: str) -> str:
+    return str(Path(photo_name).with_suffix(".png").as_posix())
+
+
+def _read_index(folder: Path) -> dict[str, dict]:
+    path = folder / INDEX
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))["masks"])
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise InputError(f"{path} is not an index of masks: remove it, or make the masks again") from None

@@ -1,0 +1,106 @@
+"""Pictures for people: the overview of photos and masks, grids of samples, the loss curve."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from persam_dreambooth.files import write_aside
+from persam_dreambooth.masks import PhotoMask
+
+TILE = 320
+"""Width and height of the box a picture is fitted into, in pixels."""
+LINE = 20
+GAP = 12
+OUTLINE = (255, 0, 200)
+INK = (30, 30, 30)
+ALARM = (200, 0, 0)
+PAPER = (255, 255, 255)
+
+
+def overview(photo_masks: list[PhotoMask]) -> Image.Image:
+    """Every photo with its mask's outline, the rest dimmed; below it coverage, method and presence."""
+    tiles, captions = [], []
+    for item in photo_masks:
+        record = item.record
+        facts = [f"{record.coverage:.0%} covered", record.method]
+        if record.presence is not None:
+            facts.append(f"presence {record.presence:.2f}")
+        tiles.append(outlined(item.photo.read(), item.mask))
+        captions.append((record.photo, ", ".join(facts), ", ".join(record.flags)))
+    return grid(tiles, captions)
+
+
+def outlined(photo: Image.Image, mask: np.ndarray) -> Image.Image:
+    """The photo (RGB) fitted into a tile, with the outline of its mask ((H, W) bool) and the rest dimmed."""
+    tile = photo.copy()
+    tile.thumbnail((TILE, TILE), Image.Resampling.LANCZOS)
+    inside = Image.fromarray(mask.astype(np.uint8) * 255).resize(tile.size, Image.Resampling.BOX)
+    inside = inside.point(lambda value: 255 if value > 127 else 0)
+    dimmed = Image.blend(tile, Image.new("RGB", tile.size, PAPER), 0.55)
+    tile = Image.composite(tile, dimmed, inside)
+    edge = np.asarray(inside.filter(ImageFilter.MaxFilter(5))) != np.asarray(inside.filter(ImageFilter.MinFilter(3)))
+    tile.paste(OUTLINE, mask=Image.fromarray(edge.astype(np.uint8) * 255))
+    return tile
+
+
+def grid(
+    tiles: list[Image.Image], captions: list[tuple[str, ...]], columns: int = 5, title: str | None = None
+) -> Image.Image:
+    """Pictures in rows, each in a tile, with lines of text below; the last line of a caption is an alarm, in red."""
+    columns = min(columns, len(tiles))
+    rows = -(-len(tiles) // columns)
+    lines = max(sum(bool(line) for line in caption) for caption in captions) if captions else 0
+    head = LINE + GAP if title else 0
+    cell_width, cell_height = TILE + GAP, TILE + GAP + lines * LINE
+    page = Image.new("RGB", (columns * cell_width + GAP, rows * cell_height + GAP + head), PAPER)
+    draw = ImageDraw.Draw(page)
+    if title:
+        draw.text((GAP, GAP), title, INK, ImageFont.load_default(LINE - 2))
+    for index, (tile, caption) in enumerate(zip(tiles, captions, strict=True)):
+        left = GAP + index % columns * cell_width
+        top = GAP + head + index // columns * cell_height
+        if max(tile.size) < TILE:  # small samples grow by whole pixels, so that they stay what they are
+            factor = TILE // max(tile.size)
+            tile = tile.resize((tile.width * factor, tile.height * factor), Image.Resampling.NEAREST)
+        elif max(tile.size) > TILE:
+            tile = tile.copy()
+            tile.thumbnail((TILE, TILE), Image.Resampling.LANCZOS)
+        page.paste(tile, (left + (TILE - tile.width) // 2, top + (TILE - tile.height) // 2))
+        for number, line in enumerate(filter(None, caption)):
+            ink = ALARM if len(caption) > 2 and line == caption[-1] else INK
+            draw.text((left, top + TILE + number * LINE + 2), _fitted(line), ink, ImageFont.load_default(LINE - 6))
+    return page
+
+
+def loss_curve(steps: list[int], losses: list[float], path: Path) -> None:
+    """Draws the training loss over the steps, with its running mean, as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(steps, losses, color="#bbbbbb", linewidth=1, label="loss")
+    window = max(1, len(losses) // 10)
+    if window > 1:
+        mean = np.convolve(losses, np.ones(window) / window, mode="valid")
+        axes.plot(steps[window - 1 :], mean, color="#c2185b", linewidth=2, label=f"mean of {window}")
+    axes.set(xlabel="step", ylabel="loss")
+    axes.legend(frameon=False)
+    with write_aside(path) as aside:
+        figure.savefig(aside, dpi=100)
+
+
+def save_png(image: Image.Image, path: Path) -> None:
+    """Writes a picture, whole or not at all."""
+    with write_aside(path) as aside:
+        image.save(aside)
+
+
+def _fitted(line: str) -> str:
+    """The line, cut so that it stays below its tile."""
+    font = ImageFont.load_default(LINE - 6)
+    if font.getlength(line) <= TILE:
+        return line
+    while font.getlength(line + "...") > TILE:
+        line = line[:-1]
+    return line + "..."

@@ -1,0 +1,76 @@
+"""From one photo with its mask to a mask folder for all photos."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from persam_dreambooth.images import Photo
+from persam_dreambooth.masks import MaskRecord, PhotoMask, load_mask, save_mask
+from persam_dreambooth.segmentation.persam import PerSAM, PerSAMF
+
+logger = logging.getLogger(__name__)
+
+METHODS = {PerSAM: "persam", PerSAMF: "persam-f"}
+GIVEN = "given"
+
+
+def segment_folder(
+    photos: list[Photo],
+    reference: Photo,
+    reference_mask: np.ndarray,
+    segmenter: PerSAM | PerSAMF,
+    folder: Path,
+) -> list[PhotoMask]:
+    """Finds the subject in every photo and writes the mask folder.
+
+    The reference photo keeps the mask that was given. A mask that the folder holds already stays as it is, so that an
+    interrupted run goes on and hand-drawn masks win.
+
+    Args:
+        photos: all photos.
+        reference: the photo whose mask is known; it need not be among `photos`.
+        reference_mask: (H, W) bool, its mask.
+        segmenter: not fitted yet.
+        folder: the mask folder.
+
+    Returns:
+        Each photo with its mask, in the order of `photos`. A photo in which the subject was not found has the flag
+        `absent` in its record.
+    """
+    found: list[PhotoMask] = []
+    fitted = False
+    for photo in tqdm(photos, desc="segmenting", unit="photo"):
+        kept = load_mask(folder, photo)
+        if kept is not None:
+            logger.info("%s: kept the mask that is there (%s)", photo.name, kept.record.method)
+            found.append(kept)
+            continue
+        if photo.path == reference.path:
+            mask, record = reference_mask, MaskRecord(photo.name, photo.sha256, GIVEN, float(reference_mask.mean()))
+        else:
+            if not fitted:
+                segmenter.fit(reference.read(), reference_mask)
+                fitted = True
+            mask, record = _predict(segmenter, photo)
+        save_mask(folder, record, mask)
+        found.append(PhotoMask(photo, mask, record))
+    return found
+
+
+def _predict(segmenter: PerSAM | PerSAMF, photo: Photo) -> tuple[np.ndarray, MaskRecord]:
+    found = segmenter.predict(photo.read())
+    if found.flags:
+        logger.warning("%s: %s; look at its mask before you use it", photo.name, ", ".join(found.flags))
+    record = MaskRecord(
+        photo=photo.name,
+        photo_sha256=photo.sha256,
+        method=METHODS[type(segmenter)],
+        coverage=float(found.mask.mean()),
+        model=segmenter.sam.name,
+        score=found.score,
+        presence=found.presence,
+        flags=found.flags,
+    )
+    return found.mask, record

@@ -1,0 +1,122 @@
+"""Target-guided attention and target-semantic prompting inside SAM's mask decoder (PerSAM, section 3.2, Eq. 7 and 8).
+
+transformers' SAM takes `attention_similarity` and `target_embedding`, but adds the similarity before a single softmax
+and leaves the target out of the last attention, which is not PerSAM. So the pass is ours; the weights stay theirs.
+
+Shapes: N tokens (IoU, masks, prompts), C channels, 4096 = 64 x 64 cells.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """What guides one pass of the decoder.
+
+    Args:
+        bias: (4096,), added to the token-to-image attention after its softmax; then comes a second softmax (Eq. 7).
+        target: (C,), the target embedding, not normalized; added to every token (Eq. 8).
+        form: `code`: as the published code, which biases the two blocks but not the final attention, and adds the
+            target in place, so that it also enters the tokens' positional encoding. `paper`: bias and target in the
+            two blocks and in the final attention, the positional encoding untouched.
+    """
+
+    bias: torch.Tensor
+    target: torch.Tensor
+    form: Literal["code", "paper"] = "code"
+
+
+class GuidedTransformer(nn.Module):
+    """SAM's two-way transformer, which a `Guidance` can be laid upon for a while; without one it is the original."""
+
+    def __init__(self, transformer: Any) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.guidance: Guidance | None = None
+        for layer in transformer.layers:
+            layer.cross_attn_token_to_image = BiasedAttention(layer.cross_attn_token_to_image)
+        transformer.final_attn_token_to_image = BiasedAttention(transformer.final_attn_token_to_image)
+
+    @contextmanager
+    def guided_by(self, guidance: Guidance | None) -> Iterator[None]:
+        """Guides every pass inside the block."""
+        self.guidance = guidance
+        try:
+            yield
+        finally:
+            self.guidance = None
+
+    def forward(
+        self,
+        point_embeddings: torch.Tensor,
+        image_embeddings: torch.Tensor,
+        image_positional_embeddings: torch.Tensor,
+        **others: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens (1, 1, N, C) and image (1, C, 64, 64) attend to one another: (1, 1, N, C) and (1, 1, 4096, C)."""
+        if self.guidance is None:
+            return self.transformer(
+                point_embeddings=point_embeddings,
+                image_embeddings=image_embeddings,
+                image_positional_embeddings=image_positional_embeddings,
+                **others,
+            )
+        bias = self.guidance.bias.to(point_embeddings)
+        target = self.guidance.target.to(point_embeddings)
+        in_code = self.guidance.form == "code"
+        queries = point_embeddings
+        query_position = point_embeddings + target if in_code else point_embeddings
+        keys = image_embeddings.flatten(2).transpose(1, 2).unsqueeze(1)
+        key_position = image_positional_embeddings.flatten(2).transpose(1, 2).unsqueeze(1)
+
+        for layer in self.transformer.layers:
+            queries, keys, _ = layer(queries + target, keys, query_position, key_position, attention_similarity=bias)
+
+        attended, _ = self.transformer.final_attn_token_to_image(
+            query=queries + query_position + target,
+            key=keys + key_position,
+            value=keys,
+            attention_similarity=None if in_code else bias,
+        )
+        if not in_code:
+            queries = queries + target
+        return self.transformer.layer_norm_final_attn(queries + attended), keys
+
+
+class BiasedAttention(nn.Module):
+    """SAM's attention; with a bias b it is softmax(softmax(Q K^T / sqrt(d)) + b) V (Eq. 7)."""
+
+    def __init__(self, attention: Any) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_similarity: torch.Tensor | None = None,
+        **others: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Query (1, 1, N, C), key and value (1, 1, 4096, C), bias (4096,): (1, 1, N, C) and the weights."""
+        if attention_similarity is None:
+            return self.attention(query=query, key=key, value=value, **others)
+        heads = self.attention.num_attention_heads
+        q, k, v = (
+            projection(tensor)[0, 0].unflatten(-1, (heads, -1)).transpose(0, 1)
+            for projection, tensor in (
+                (self.attention.q_proj, query),
+                (self.attention.k_proj, key),
+                (self.attention.v_proj, value),
+            )
+        )  # each (heads, tokens, C / heads)
+        weights = torch.softmax((q @ k.transpose(1, 2) * self.attention.scaling).float(), dim=-1)
+        weights = torch.softmax(weights + attention_similarity.float(), dim=-1).to(v.dtype)
+        output = (weights @ v).transpose(0, 1).flatten(1)
+        return self.attention.out_proj(output)[None, None], weights

@@ -1,0 +1,343 @@
+"""PerSAM (training-free) and PerSAM-F (two learned scale weights): Zhang et al. 2023, sections 3.2 and 3.3.
+
+Shapes: H W photo; 64 x 64 cells; 256 x 256 low-resolution logits. Points and boxes are xy in pixels of the photo.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from persam_dreambooth.errors import InputError
+from persam_dreambooth.segmentation.guidance import Guidance
+from persam_dreambooth.segmentation.prior import (
+    Target,
+    at_photo_size,
+    attention_bias,
+    embed_target,
+    location_prior,
+    prior_points,
+)
+from persam_dreambooth.segmentation.sam import Encoding, Sam, as_rgb
+
+ABSENT = "absent"
+EMPTY_INTERMEDIATE = "empty intermediate mask"
+SMALL_TARGET = "target smaller than a cell"
+
+PRESENCE_THRESHOLD = 0.5
+"""Below this `Found.presence` the subject counts as absent. Not calibrated on a real SAM yet: a flag, not a verdict."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One pass of the decoder.
+
+    Args:
+        low_res_logits: (masks, 256, 256) float32.
+        scores: (masks,) predicted IoU.
+        box: (4,) the box this pass was prompted with, or None.
+    """
+
+    low_res_logits: np.ndarray
+    scores: np.ndarray
+    box: np.ndarray | None
+
+    @property
+    def best(self) -> int:
+        """Index of the mask with the highest predicted IoU."""
+        return int(self.scores.argmax())
+
+
+@dataclass(frozen=True)
+class Found:
+    """The subject in one photo.
+
+    Args:
+        mask: (H, W) bool.
+        score: predicted IoU of the mask, about 0 to 1.
+        presence: cosine similarity of the found region to the target, cut to 0..1; 0 for an empty mask.
+        points: (n, 2) prompts: the positive point, then for PerSAM the negative one.
+        box: (4,) the box of the last pass (x0, y0, x1, y1, inclusive); None where every mask before it was empty.
+        similarity: (64, 64) float32 location prior, padding included.
+        steps: the decoder passes, in order.
+        flags: `absent` (the mask is empty, or presence is below the threshold), `empty intermediate mask`,
+            `target smaller than a cell`; empty when all went well.
+    """
+
+    mask: np.ndarray
+    score: float
+    presence: float
+    points: np.ndarray
+    box: np.ndarray | None
+    similarity: np.ndarray
+    steps: tuple[Step, ...]
+    flags: tuple[str, ...] = ()
+
+
+class PerSAM:
+    """Training-free personalization: location prior, guided first pass, cascaded post-refinement.
+
+    Args:
+        sam: see `open_sam`.
+        guidance: `persam`: the published computation, its attention bias aligned to the padded features;
+            `published`: bit for bit, with the stretch on photos that are not square; `paper`: Eq. 7 and 8 as printed;
+            `none`: location prior and refinement alone.
+        target_coverage: a cell belongs to the target when the mask covers more of it than this. The published code's
+            thresholds amount to 0.485 for 0/255 masks and 0.966 for PerSeg's.
+        alpha: balance factor of Eq. 7, for `paper`.
+    """
+
+    def __init__(
+        self,
+        sam: Sam,
+        guidance: Literal["persam", "published", "paper", "none"] = "persam",
+        target_coverage: float = 0.5,
+        alpha: float = 1.0,
+    ) -> None:
+        if guidance not in ("persam", "published", "paper", "none"):
+            raise InputError(f"guidance {guidance!r} is unknown: use persam, published, paper or none")
+        self.sam = sam
+        self.guidance = guidance
+        self.target_coverage = _checked_coverage(target_coverage)
+        self.alpha = alpha
+        self._target: Target | None = None
+
+    @property
+    def target(self) -> Target:
+        """The fitted target; its `mean` is the target embedding."""
+        return _fitted(self._target)
+
+    @property
+    def target_embedding(self) -> torch.Tensor:
+        """(C,) mean of the target cells, not normalized (Eq. 4)."""
+        return self.target.mean
+
+    def fit(self, image: Image.Image | np.ndarray, mask: np.ndarray) -> "PerSAM":
+        """Learns the subject from one photo and its mask.
+
+        Args:
+            image: PIL image, or (H, W, 3) uint8 RGB.
+            mask: (H, W) bool, the subject.
+
+        Raises:
+            InputError: a mask of another size, or an empty one.
+        """
+        mask = _checked_mask(mask, image)
+        self._target = embed_target(mask, self.sam.encode(image), self.target_coverage)
+        return self
+
+    def predict(self, photo: Image.Image | np.ndarray) -> Found:
+        """Finds the subject in a photo (PIL image, or (H, W, 3) uint8 RGB). `fit` comes first.
+
+        Raises:
+            RuntimeError: `fit` was not called.
+        """
+        target, encoding = self.target, self.sam.encode(photo)
+        prior = location_prior(target.mean, encoding)
+        points, labels = prior_points(at_photo_size(prior, self.sam, encoding)), np.array([1, 0])
+        guidance = None
+        if self.guidance != "none":
+            bias = attention_bias(prior, self.sam, encoding, self.guidance, self.alpha)
+            guidance = Guidance(bias, target.mean, "paper" if self.guidance == "paper" else "code")
+        logits, scores = self.sam.decode(encoding, points, labels, multimask=False, guidance=guidance)
+        first = _step(logits, scores)
+        second, chosen, _ = _refine(self.sam, encoding, points, labels, logits[0], box=None)
+        box = self.sam.mask_box(chosen, encoding)
+        box_or_first = box if box is not None else self.sam.mask_box(logits[0], encoding)
+        third, chosen, score = _refine(self.sam, encoding, points, labels, chosen, box_or_first)
+        flags = [EMPTY_INTERMEDIATE] if box is None else []
+        return _found(self, encoding, prior, points, (first, second, third), chosen, score, flags)
+
+
+class PerSAMF:
+    """PerSAM-F: SAM's masks of three scales, combined by weights learned on the reference photo (Eq. 9).
+
+    Args:
+        sam: see `open_sam`.
+        target_coverage: as for `PerSAM`.
+        fit_steps: optimizer steps of the fit; 1000 in the paper.
+    """
+
+    def __init__(self, sam: Sam, target_coverage: float = 0.5, fit_steps: int = 1000) -> None:
+        self.sam = sam
+        self.target_coverage = _checked_coverage(target_coverage)
+        self.fit_steps = fit_steps
+        self._target: Target | None = None
+        self._weights: np.ndarray | None = None
+
+    @property
+    def target(self) -> Target:
+        """The fitted target."""
+        return _fitted(self._target)
+
+    @property
+    def target_embedding(self) -> torch.Tensor:
+        """(C,) mean of the target cells' mean and maximum, as the published PerSAM-F pools them."""
+        return (self.target.peak + self.target.mean) / 2
+
+    @property
+    def weights(self) -> np.ndarray:
+        """(3,) scale weights, which sum to 1: 1 - w1 - w2, w1, w2."""
+        return _fitted(self._weights)
+
+    def fit(self, image: Image.Image | np.ndarray, mask: np.ndarray) -> "PerSAMF":
+        """Learns the subject and the two scale weights from one photo and its mask; arguments as `PerSAM.fit`.
+
+        SAM is frozen, so one decoder pass serves all steps of the fit.
+        """
+        mask = _checked_mask(mask, image)
+        encoding = self.sam.encode(image)
+        self._target = embed_target(mask, encoding, self.target_coverage)
+        _, points, labels = self._locate(encoding)
+        logits, _ = self.sam.decode(encoding, points, labels)
+        self._weights, _ = fit_scale_weights(self.sam.upscale(logits, encoding), mask, self.fit_steps)
+        return self
+
+    def predict(self, photo: Image.Image | np.ndarray) -> Found:
+        """Finds the subject in a photo (PIL image, or (H, W, 3) uint8 RGB). `fit` comes first.
+
+        Raises:
+            RuntimeError: `fit` was not called.
+        """
+        weights, encoding = self.weights, self.sam.encode(photo)
+        prior, points, labels = self._locate(encoding)
+        logits, scores = self.sam.decode(encoding, points, labels)
+        first = _step(logits, scores)
+        combined = torch.tensordot(torch.as_tensor(weights).to(logits), logits, dims=1)
+        flags: list[str] = []
+        box = self.sam.mask_box(combined, encoding)
+        if box is None:  # the video code's way out of an empty combination
+            flags.append(EMPTY_INTERMEDIATE)
+            combined = logits[first.best]
+            box = self.sam.mask_box(combined, encoding)
+        second, chosen, _ = _refine(self.sam, encoding, points, labels, combined, box)
+        tight = self.sam.mask_box(chosen, encoding)
+        if tight is None and not flags:
+            flags.append(EMPTY_INTERMEDIATE)
+        third, chosen, score = _refine(self.sam, encoding, points, labels, chosen, tight if tight is not None else box)
+        return _found(self, encoding, prior, points, (first, second, third), chosen, score, flags)
+
+    def _locate(self, encoding: Encoding) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
+        """Location prior (64, 64), the positive point (1, 2), its label."""
+        prior = location_prior(self.target_embedding, encoding)
+        return prior, prior_points(at_photo_size(prior, self.sam, encoding))[:1], np.array([1])
+
+
+def fit_scale_weights(
+    logits: torch.Tensor,
+    mask: np.ndarray,
+    steps: int = 1000,
+    learning_rate: float = 1e-3,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Fits PerSAM-F's two weights (Eq. 9) with dice + focal loss.
+
+    As published: the weights 1 - a - b, a, b start at 1/3 and multiply the logits of the three masks; AdamW with
+    eps 1e-4 and weight decay 0.01, cosine schedule to 0.
+
+    Args:
+        logits: (3, H, W) logits at the photo's size.
+        mask: (H, W) bool, the truth.
+        steps: optimizer steps.
+        learning_rate: at the start.
+
+    Returns:
+        Weights (3,) and the losses before each step (steps, 2): dice, focal.
+    """
+    truth = torch.from_numpy(mask).to(logits).flatten()
+    logits = logits.flatten(1)
+    free = torch.full((2, 1), 1 / 3, device=logits.device, requires_grad=True)
+    optimizer = torch.optim.AdamW([free], lr=learning_rate, eps=1e-4, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    losses = torch.empty(steps, 2)
+    for step in range(steps):
+        weights = torch.cat([1 - free.sum(0, keepdim=True), free])
+        combined = (weights * logits).sum(0)
+        dice, focal = dice_loss(combined, truth), focal_loss(combined, truth)
+        optimizer.zero_grad()
+        (dice + focal).backward()
+        optimizer.step()
+        schedule.step()
+        losses[step] = torch.stack([dice, focal]).detach()
+    a, b = free.detach().flatten().tolist()
+    return np.array([1 - a - b, a, b]), losses.numpy()
+
+
+def dice_loss(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """1 - (2 sum(p t) + 1) / (sum(p) + sum(t) + 1) with p = sigmoid(logits); both (pixels,)."""
+    probability = torch.sigmoid(logits)
+    return 1 - (2 * (probability * truth).sum() + 1) / (probability.sum() + truth.sum() + 1)
+
+
+def focal_loss(logits: torch.Tensor, truth: torch.Tensor, alpha: float = 0.25, gamma: float = 2) -> torch.Tensor:
+    """Mean focal loss (Lin et al. 2017, Eq. 5); logits and truth (pixels,)."""
+    probability = torch.sigmoid(logits)
+    cross_entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
+    right = probability * truth + (1 - probability) * (1 - truth)
+    balance = alpha * truth + (1 - alpha) * (1 - truth)
+    return (balance * cross_entropy * (1 - right) ** gamma).mean()
+
+
+def _refine(
+    sam: Sam,
+    encoding: Encoding,
+    points: np.ndarray,
+    labels: np.ndarray,
+    mask_logits: torch.Tensor,
+    box: np.ndarray | None,
+) -> tuple[Step, torch.Tensor, float]:
+    """One pass of cascaded post-refinement: the step, the logits (256, 256) of its best mask, and their score."""
+    logits, scores = sam.decode(encoding, points, labels, box=box, mask_logits=mask_logits)
+    step = _step(logits, scores, box)
+    return step, logits[step.best], float(step.scores[step.best])
+
+
+def _found(
+    segmenter: PerSAM | PerSAMF,
+    encoding: Encoding,
+    prior: torch.Tensor,
+    points: np.ndarray,
+    steps: tuple[Step, ...],
+    chosen: torch.Tensor,
+    score: float,
+    flags: list[str],
+) -> Found:
+    mask = (segmenter.sam.upscale(chosen[None], encoding)[0] > 0).cpu().numpy()
+    presence = 0.0
+    if mask.any():
+        region = embed_target(mask, encoding, segmenter.target_coverage)
+        presence = float(F.cosine_similarity(region.mean, segmenter.target.mean, dim=0).clamp(0, 1))
+    if presence < PRESENCE_THRESHOLD:
+        flags = [ABSENT, *flags]
+    if segmenter.target.small:
+        flags = [*flags, SMALL_TARGET]
+    similarity = prior.cpu().numpy()
+    return Found(mask, score, presence, points, steps[-1].box, similarity, steps, tuple(flags))
+
+
+def _step(logits: torch.Tensor, scores: torch.Tensor, box: np.ndarray | None = None) -> Step:
+    return Step(logits.cpu().numpy(), scores.cpu().numpy(), box)
+
+
+def _fitted(value):
+    if value is None:
+        raise RuntimeError("nothing learned yet: call fit(image, mask) first")
+    return value
+
+
+def _checked_coverage(target_coverage: float) -> float:
+    if not 0 <= target_coverage < 1:
+        raise InputError(f"target_coverage is {target_coverage}: give a fraction from 0 to below 1")
+    return target_coverage
+
+
+def _checked_mask(mask: np.ndarray, image: Image.Image | np.ndarray) -> np.ndarray:
+    mask = np.asarray(mask)
+    width, height = as_rgb(image).size
+    if mask.shape != (height, width):
+        raise InputError(f"the mask is {mask.shape}, the image {(height, width)} (H, W): give one mask of this size")
+    if not mask.any():
+        raise InputError("the mask is empty: mark the subject")
+    return mask.astype(bool)

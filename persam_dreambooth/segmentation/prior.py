@@ -1,0 +1,123 @@
+"""The location prior: which cells are the target, how similar every cell is to it, and the points that follow.
+
+PerSAM, section 3.2, Eq. 3 to 6. Shapes: 64 x 64 cells with C channels; H W photo.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from persam_dreambooth.segmentation.sam import Encoding, Sam
+
+
+@dataclass(frozen=True)
+class Target:
+    """The subject as SAM sees it in the reference photo.
+
+    Args:
+        mean: (C,) mean embedding of the target cells, not normalized (Eq. 4).
+        peak: (C,) their channel-wise maximum.
+        small: no cell reached the asked coverage, so cells count by the share of the mask that lies in them.
+    """
+
+    mean: torch.Tensor
+    peak: torch.Tensor
+    small: bool
+
+
+def cell_weights(mask: np.ndarray, encoding: Encoding, target_coverage: float) -> tuple[torch.Tensor, bool]:
+    """Which cells belong to a mask.
+
+    As in the published code, coverage is read at the center of each cell, from the mask resized like a photo. Where
+    no cell is covered enough, a cell's weight is instead its share of the mask's pixels, so that a mask smaller than
+    one cell still has a place.
+
+    Args:
+        mask: (H, W) bool with at least one pixel.
+        encoding: the photo.
+        target_coverage: a cell belongs to the mask when more of it than this is covered, 0 to 1.
+
+    Returns:
+        (64, 64) float weights that sum to 1, and whether the fallback was needed.
+    """
+    grid, padded, (height, width) = encoding.grid, encoding.padded, encoding.resized
+    resized = Image.fromarray(mask.astype(np.uint8) * 255).resize((width, height), Image.Resampling.BILINEAR)
+    # Coverage is taken relative to the threshold before padding: the published code pads with its threshold.
+    excess = torch.from_numpy(np.asarray(resized, dtype=np.float32)) / 255 - target_coverage
+    excess = F.pad(excess, (0, padded - width, 0, padded - height))
+    cells = F.interpolate(excess[None, None], (grid, grid), mode="bilinear", align_corners=False)[0, 0] > 0
+    small = not bool(cells.any())
+    if small:
+        y, x = np.nonzero(mask)
+        rows = ((y + 0.5) * height / mask.shape[0] * grid / padded).astype(int)
+        columns = ((x + 0.5) * width / mask.shape[1] * grid / padded).astype(int)
+        counts = np.bincount(rows * grid + columns, minlength=grid * grid).reshape(grid, grid)
+        weights = torch.from_numpy(counts).float()
+    else:
+        weights = cells.float()
+    return (weights / weights.sum()).to(encoding.embedding.device), small
+
+
+def embed_target(mask: np.ndarray, encoding: Encoding, target_coverage: float) -> Target:
+    """Pools the embedding over the cells of a mask (Eq. 3 and 4); see `cell_weights` for the arguments."""
+    weights, small = cell_weights(mask, encoding, target_coverage)
+    inside = encoding.embedding[0, :, weights > 0].float()  # (C, cells)
+    mean = (inside * weights[weights > 0]).sum(dim=1)
+    return Target(mean, inside.max(dim=1).values, small)
+
+
+def location_prior(target: torch.Tensor, encoding: Encoding) -> torch.Tensor:
+    """Cosine similarity of the target (C,) with every cell, padding included: (64, 64), -1 to 1 (Eq. 5)."""
+    features = F.normalize(encoding.embedding[0].float(), dim=0)
+    return torch.einsum("c,chw->hw", F.normalize(target, dim=0), features)
+
+
+def at_photo_size(prior: torch.Tensor, sam: Sam, encoding: Encoding) -> torch.Tensor:
+    """The location prior (64, 64) upsampled like a SAM mask: (H, W)."""
+    low_res = F.interpolate(prior[None, None], scale_factor=4, mode="bilinear", align_corners=False)[0]
+    return sam.upscale(low_res, encoding)[0]
+
+
+def prior_points(prior: torch.Tensor) -> np.ndarray:
+    """The most and the least similar pixel of an (H, W) prior, as (2, 2) xy: positive, then negative (Eq. 6)."""
+    flat = torch.stack([prior.argmax(), prior.argmin()]).cpu().numpy()
+    return np.stack([flat % prior.shape[1], flat // prior.shape[1]], axis=1)
+
+
+def attention_bias(
+    prior: torch.Tensor,
+    sam: Sam,
+    encoding: Encoding,
+    kind: Literal["persam", "published", "paper"],
+    alpha: float = 1.0,
+) -> torch.Tensor:
+    """The bias of target-guided attention over the cells: (4096,).
+
+    Args:
+        prior: (64, 64) location prior.
+        sam: its post-processing takes the prior to the photo and back.
+        encoding: the photo.
+        kind: `published`: sigmoid of the z-scored prior at photo size, resized to 64 x 64. On a photo that is not
+            square this is stretched over the padding, which is misaligned with the features. `persam`: the same
+            values, each cell reading the photo where the cell lies, and 0 in the padding. Square photos give the same
+            for both. `paper`: alpha * softmax of the prior over the photo's cells (Eq. 7), 0 in the padding.
+        alpha: the balance factor of Eq. 7, which the published code does not have.
+    """
+    grid = encoding.grid
+    centers = (torch.arange(grid, device=prior.device) + 0.5) * encoding.padded / grid
+    inside = (centers < encoding.resized[0])[:, None] & (centers < encoding.resized[1])[None]
+    if kind == "paper":
+        softmax = torch.softmax(prior.masked_fill(~inside, -torch.inf).flatten(), dim=0)
+        return alpha * softmax
+    full = at_photo_size(prior, sam, encoding)
+    z = ((full - full.mean()) / full.std())[None, None]
+    if kind == "published":
+        return torch.sigmoid(F.interpolate(z, (grid, grid), mode="bilinear", align_corners=False)).flatten()
+    height, width = encoding.resized
+    x, y = torch.meshgrid(2 * centers / width - 1, 2 * centers / height - 1, indexing="xy")
+    sampled = F.grid_sample(z, torch.stack([x, y], dim=-1)[None], padding_mode="border", align_corners=False)
+    return (torch.sigmoid(sampled[0, 0]) * inside).flatten()
