@@ -1,6 +1,7 @@
 """Names of models: a hub id, a local folder, or the word `toy` for the small checkpoints that ship."""
 
 import logging
+from functools import cache
 from pathlib import Path
 
 from persam_dreambooth import toy
@@ -21,7 +22,7 @@ def resolve(name: str, kind: str, revision: str | None = None) -> str:
         InputNotFoundError: neither a folder with a model of this kind, nor a model that the hub gives.
     """
     if name == "toy":
-        logger.warning(toy.NOTICES[kind])
+        _notice(kind)
         return str(toy.path(kind))
     marker = {"sam": "config.json", "stable-diffusion": "model_index.json"}[kind]
     folder = Path(name)
@@ -33,6 +34,12 @@ def resolve(name: str, kind: str, revision: str | None = None) -> str:
         raise InputNotFoundError(f"{name} is no model folder: name a hub id (owner/model), a local folder, or toy")
     _check_hub(name, marker, revision)
     return name
+
+
+@cache
+def _notice(kind: str) -> None:
+    """Says, once a process, what a toy checkpoint is."""
+    logger.warning(toy.NOTICES[kind])
 
 
 def _check_hub(name: str, marker: str, revision: str | None) -> None:

@@ -29,7 +29,7 @@ USAGE = f"""persam-dreambooth {__version__}: from one mask to a personalized Sta
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; returns the exit code: 0, or 2 for input that cannot be used."""
+    """Runs a command; returns the exit code: 0, 2 for input that cannot be used, 1 for training that diverged."""
     arguments = sys.argv[1:] if arguments is None else arguments
     commands = {"segment": segment, "train": train, "generate": generate, "demo": demo}
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -95,8 +95,8 @@ def demo(arguments: list[str]) -> None:
     train(job)
     print('$ persam-dreambooth generate "a [V] duck on a beach"', *pictures[1:], flush=True)
     generate(pictures)
-    print(f"\nThe masks are real work: {output}/overview.png, made by PerSAM-F from one mask with the {toy.NOTICES['sam']}.")
-    print(f"The pictures show only that the path works: {toy.NOTICES['stable-diffusion']}.")
+    print(f"\nThe masks ({output}/overview.png) were made from one by PerSAM-F. {toy.NOTICES['sam']}.")
+    print(f"The pictures show only that the path works. {toy.NOTICES['stable-diffusion']}.")
 
 
 def parse(kind: type[Options], arguments: list[str], program: str, positional: str | None = None) -> Options:
@@ -149,14 +149,20 @@ def _known(word: str, known: list[str], what: str) -> str:
 
 def _guarded(command: Callable[[], None]) -> int:
     """Runs a command with logging to the terminal; a user's mistake is one line and exit code 2."""
+    # Read by these libraries when they are imported; what they would say here is not for users.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     logging.basicConfig(level=logging.INFO if _is_main_process() else logging.ERROR, format="%(message)s")
     for name in ("httpx", "httpx2", "accelerate", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
         command()
-    except (InputError, FloatingPointError) as error:
+    except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except PermissionError as error:
         print(f"error: {error.filename} may not be read or written: mend its permissions", file=sys.stderr)
         return 2

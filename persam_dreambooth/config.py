@@ -9,6 +9,9 @@ from typing import Any, Literal
 
 from persam_dreambooth.errors import InputError
 
+CONFIG = "config.yaml"
+"""The file in a run's folder that holds its resolved options."""
+
 SEGMENTERS = Literal["persam", "persam-f"]
 GUIDANCE = Literal["persam", "published", "paper", "none"]
 SCHEDULES = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
@@ -98,7 +101,7 @@ class TrainOptions(SegmentationOptions):
     # Prior preservation
     with_prior_preservation: bool = option(False, "also train on pictures of the class, so that it stays various")
     prior_loss_weight: float = option(1.0, "weight of their loss, which is never masked")
-    class_data_dir: str | None = option(None, "folder of class pictures; missing ones are generated; default: in the run")
+    class_data_dir: str | None = option(None, "folder of class pictures; missing ones are generated")
     class_prompt: str | None = option(None, "default: a <class_name>")
     num_class_images: int = option(100, "how many class pictures")
     sample_batch_size: int = option(4, "pictures generated at a time")
@@ -134,7 +137,7 @@ class TrainOptions(SegmentationOptions):
     checkpoints_total_limit: int | None = option(None, "keep this many of them; default: all")
     resume_from_checkpoint: str | None = option(None, "latest, or a checkpoint-N folder of this run")
     logging_steps: int = option(5, "steps between lines of metrics.jsonl")
-    validation_prompt: str | None = option(None, "prompt of the samples at the end; default: a [V] <class_name> on a beach")
+    validation_prompt: str | None = option(None, "prompt of the samples; default: a [V] <class_name> on a beach")
     num_validation_images: int = option(4, "how many samples; 0 for none")
 
     def check(self) -> None:
@@ -154,6 +157,8 @@ class TrainOptions(SegmentationOptions):
             self, "rank", "num_class_images", "sample_batch_size", "max_train_steps", "train_batch_size",
             "gradient_accumulation_steps", "checkpointing_steps", "logging_steps",
         )  # fmt: skip
+        if self.segmenter == "persam-f" and self.guidance != "persam":
+            raise InputError(f"--guidance {self.guidance} has no effect on PerSAM-F: add --segmenter persam")
         for name in ("unmasked_weight", "lora_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"--{name} is {getattr(self, name)}: give a number from 0 to 1")
@@ -166,6 +171,11 @@ class TrainOptions(SegmentationOptions):
     def subject(self) -> str:
         """The class name, from the folder's name where none was given."""
         return self.class_name or Path(str(self.instance_dir)).resolve().name.replace("_", " ").replace("-", " ")
+
+    @property
+    def base_learning_rate(self) -> float:
+        """The learning rate, from the method where none was given."""
+        return {"lora": 1e-4, "full": 5e-6}[self.method] if self.learning_rate is None else self.learning_rate
 
     @property
     def run_dir(self) -> Path:

@@ -130,7 +130,9 @@ def read_image(path: Path) -> Image.Image:
         raise InputError(f"{path} holds floating-point pixels, whose range is unknown: convert it to 8 bits")
     logger.info("%s is stored as %s: converted to RGB", path, image.mode)
     if image.mode.startswith("I"):  # 16-bit gray, which Pillow would clip to 255 instead of scaling
-        return Image.fromarray((np.asarray(image).astype(np.uint32) // 257).clip(0, 255).astype(np.uint8)).convert("RGB")
+        return Image.fromarray((np.asarray(image).astype(np.uint32) // 257).clip(0, 255).astype(np.uint8)).convert(
+            "RGB"
+        )
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")

@@ -1,7 +1,7 @@
 """The mask folder: the contract between segmentation and training.
 
     masks/
-        00.png          0 or 255, at the size of the upright photo, beside the photo's relative path: sub/01.jpg, sub/01.png
+        00.png          0 or 255, at the size of the upright photo 00.jpg; a photo sub/01.jpg has sub/01.png
         index.json      for each mask that a program made: the photo's hash, method, model, score, presence, coverage
 
 A hand-drawn mask needs no entry in the index. White is the subject.

@@ -20,7 +20,8 @@ PAPER = (255, 255, 255)
 
 def overview(photo_masks: list[PhotoMask]) -> Image.Image:
     """Every photo with its mask's outline, the rest dimmed; below it coverage, method and presence."""
-    tiles, captions = [], []
+    tiles: list[Image.Image] = []
+    captions: list[tuple[str, ...]] = []
     for item in photo_masks:
         record = item.record
         facts = [f"{record.coverage:.0%} covered", record.method]
@@ -90,10 +91,10 @@ def loss_curve(steps: list[int], losses: list[float], path: Path) -> None:
         figure.savefig(aside, dpi=100)
 
 
-def save_png(image: Image.Image, path: Path) -> None:
-    """Writes a picture, whole or not at all."""
+def save_picture(image: Image.Image, path: Path) -> None:
+    """Writes a picture in the format of its suffix, whole or not at all."""
     with write_aside(path) as aside:
-        image.save(aside)
+        image.save(aside, quality=92)
 
 
 def _fitted(line: str) -> str:

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from persam_dreambooth.dreambooth.stable_diffusion import fast_sampler
 from persam_dreambooth.images import PHOTO_SUFFIXES
-from persam_dreambooth.pictures import save_png
+from persam_dreambooth.pictures import save_picture
 
 logger = logging.getLogger(__name__)
 
@@ -39,4 +39,4 @@ def generate_class_images(
         generators = [torch.Generator().manual_seed(seed + number) for number in numbers]
         images = sampler([prompt] * len(numbers), num_inference_steps=30, generator=generators).images
         for number, image in zip(numbers, images, strict=True):
-            save_png(image, folder / f"class-{number:04}.png")
+            save_picture(image, folder / f"class-{number:04}.png")

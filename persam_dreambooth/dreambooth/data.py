@@ -69,12 +69,12 @@ class Crops(Dataset):
         if index not in self._resized:
             photo = self.photos[index].read()
             scale = self.resolution / min(photo.size)
-            size = tuple(max(self.resolution, int(side * scale)) for side in photo.size)
+            width, height = (max(self.resolution, int(side * scale)) for side in photo.size)
             mask = Image.new("L", photo.size, 255)
             if self.masks is not None:
                 mask = Image.fromarray(self.masks[index].astype(np.uint8) * 255)
             bilinear = Image.Resampling.BILINEAR
-            self._resized[index] = (photo.resize(size, bilinear), mask.resize(size, bilinear))
+            self._resized[index] = (photo.resize((width, height), bilinear), mask.resize((width, height), bilinear))
         return self._resized[index]
 
     def lost_subjects(self) -> list[str]:

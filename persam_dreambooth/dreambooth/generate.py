@@ -1,5 +1,6 @@
 """Pictures from a base model, a pipeline folder, or a training run."""
 
+import re
 from pathlib import Path
 
 import torch
@@ -9,21 +10,20 @@ from PIL import Image
 from tqdm import tqdm
 
 from persam_dreambooth import checkpoints
-from persam_dreambooth.config import GenerateOptions, fill_identifier
+from persam_dreambooth.config import CONFIG, GenerateOptions, fill_identifier
 from persam_dreambooth.dreambooth.stable_diffusion import (
     LORA_WEIGHTS,
     fast_sampler,
     load_pipeline,
     load_trained_parts,
 )
-from persam_dreambooth.dreambooth.trainer import CONFIG
 from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.files import check_writable
-from persam_dreambooth.pictures import grid, save_png
+from persam_dreambooth.pictures import grid, save_picture
 
 
 def generate(options: GenerateOptions) -> list[Path]:
-    """Generates pictures, `00.png` and on, and `grid.png`; returns their paths, the grid last.
+    """Generates pictures, named by prompt and seed, and a grid of them; returns their paths, the grid last.
 
     Raises:
         InputError, InputNotFoundError: a model or an output folder that cannot be used.
@@ -52,8 +52,8 @@ def load_model(name: str) -> tuple[StableDiffusionPipeline, str]:
         name: a run's folder or one of its checkpoints, a pipeline folder, a hub id, or `toy`.
     """
     folder = Path(name)
-    config_path = folder / CONFIG
-    config = yaml.safe_load(config_path.read_text(encoding="utf-8")) if config_path.is_file() else {}
+    notes = [path for path in (folder / CONFIG, folder.parent / CONFIG) if path.is_file()]
+    config = yaml.safe_load(notes[0].read_text(encoding="utf-8")) if notes else {}
     identifier = config.get("identifier", "sks")
     has_lora = (folder / LORA_WEIGHTS).is_file()
     if (folder / "model_index.json").is_file() or not (has_lora or config):
@@ -61,7 +61,9 @@ def load_model(name: str) -> tuple[StableDiffusionPipeline, str]:
     if not has_lora and not (folder / "unet").is_dir():
         raise InputNotFoundError(f"{folder} holds no trained weights yet: finish its training, or name a checkpoint-N")
     if not config:
-        raise InputError(f"{folder} has LoRA weights but no {CONFIG}, so its base model is unknown: name a run's folder")
+        raise InputError(
+            f"{folder} has LoRA weights but no {CONFIG}, so its base model is unknown: name a run's folder"
+        )
     base = checkpoints.resolve(config["pretrained_model_name_or_path"], "stable-diffusion", config.get("revision"))
     pipeline = load_pipeline(base, config.get("revision"), config.get("variant"))
     if has_lora:
@@ -94,10 +96,12 @@ def sample(
 
 
 def save_samples(images: list[Image.Image], prompt: str, seed: int, folder: Path) -> list[Path]:
-    """Writes pictures and a grid of them."""
-    paths = [folder / f"{number:02}.png" for number in range(len(images))]
+    """Writes pictures as `<prompt>-<seed>.png`, and a grid of them as JPEG; returns the paths, the grid last."""
+    name = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
+    seeds = range(seed, seed + len(images))
+    paths = [folder / f"{name}-{number}.png" for number in seeds]
     for path, image in zip(paths, images, strict=True):
-        save_png(image, path)
-    captions = [(f"seed {seed + number}",) for number in range(len(images))]
-    save_png(grid(images, captions, columns=4, title=prompt), folder / "grid.png")
-    return [*paths, folder / "grid.png"]
+        save_picture(image, path)
+    sheet = folder / f"{name}-grid.jpg"
+    save_picture(grid(images, [(f"seed {number}",) for number in seeds], columns=4, title=prompt), sheet)
+    return [*paths, sheet]

@@ -13,6 +13,7 @@ from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import CLIPTextModel
 
+from persam_dreambooth.config import TrainOptions
 from persam_dreambooth.errors import InputError
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -35,7 +36,7 @@ def load_pipeline(
         source,
         revision=revision,
         variant=variant,
-        torch_dtype=dtype,
+        dtype=dtype,
         safety_checker=None,
         requires_safety_checker=False,
     )
@@ -94,30 +95,41 @@ class StableDiffusion:
         return self.noise_schedule.config.num_train_timesteps
 
     def make_trainable(
-        self, method: str, rank: int, lora_dropout: float, with_text_encoder: bool, gradient_checkpointing: bool
+        self, options: TrainOptions, device: torch.device, frozen_dtype: torch.dtype
     ) -> list[torch.nn.Parameter]:
-        """Adds LoRA matrices (`lora`), or frees all weights (`full`); returns what is trained, in float32."""
-        parts = {"unet": (self.unet, UNET_TARGETS)}
-        if with_text_encoder:
-            parts["text_encoder"] = (self.text_encoder, TEXT_TARGETS)
-        for part, targets in parts.values():
-            if method == "lora":
+        """Adds LoRA matrices (`lora`), or frees all weights (`full`); returns what is trained, in float32.
+
+        Args:
+            options: method, rank, dropout, text encoder, gradient checkpointing.
+            device: where all parts go.
+            frozen_dtype: precision of the weights that are not trained.
+        """
+        trained = [(self.unet, UNET_TARGETS)]
+        if options.train_text_encoder:
+            trained.append((self.text_encoder, TEXT_TARGETS))
+        whole = [part for part, _ in trained if options.method == "full"]
+        for part in (self.unet, self.vae, self.text_encoder):
+            part.to(device, torch.float32 if any(part is other for other in whole) else frozen_dtype)
+        for part, targets in trained:
+            if options.method == "lora":
                 part.add_adapter(
                     LoraConfig(
-                        r=rank,
-                        lora_alpha=rank,
-                        lora_dropout=lora_dropout,
+                        r=options.rank,
+                        lora_alpha=options.rank,
+                        lora_dropout=options.lora_dropout,
                         init_lora_weights="gaussian",
                         target_modules=targets,
                     )
                 )
                 cast_training_params(part, dtype=torch.float32)
             else:
-                part.to(dtype=torch.float32).requires_grad_(True)
+                part.requires_grad_(True)
             part.train()
-            if gradient_checkpointing:
-                part.enable_gradient_checkpointing() if part is self.unet else part.gradient_checkpointing_enable()
-        return [weight for part, _ in parts.values() for weight in part.parameters() if weight.requires_grad]
+        if options.gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
+            if options.train_text_encoder:
+                self.text_encoder.gradient_checkpointing_enable()
+        return [weight for part, _ in trained for weight in part.parameters() if weight.requires_grad]
 
     def encode_images(self, pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """Pixels (B, 3, R, R) in -1..1 to scaled latents (B, C, h, w), sampled with the given noise (B, C, h, w)."""

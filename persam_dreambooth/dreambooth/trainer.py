@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from torch.utils.data import DataLoader
@@ -27,7 +26,6 @@ from persam_dreambooth.pictures import loss_curve
 
 logger = logging.getLogger(__name__)
 
-CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 CLASS_SEED = 1
 """Added to the seed, so that class pictures are shuffled and noised unlike the photos."""
@@ -52,11 +50,7 @@ def train(
     if options.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     frozen_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    for part in (family.unet, family.vae, family.text_encoder):
-        part.to(accelerator.device, frozen_dtype)
-    trained = family.make_trainable(
-        options.method, options.rank, options.lora_dropout, options.train_text_encoder, options.gradient_checkpointing
-    )
+    trained = family.make_trainable(options, accelerator.device, frozen_dtype)
     prompts = [options.prompt("instance"), *([options.prompt("class")] if class_images else [])]
     fixed_embeddings = None
     if not options.train_text_encoder:
@@ -194,20 +188,17 @@ def numbered_batches(
 
 
 def learning_rate(options: TrainOptions, processes: int) -> float:
-    """The learning rate with its default and, where asked, its scaling."""
-    rate = options.learning_rate if options.learning_rate is not None else {"lora": 1e-4, "full": 5e-6}[options.method]
+    """The learning rate, scaled where asked."""
+    rate = options.base_learning_rate
     if options.scale_lr:
         rate *= options.train_batch_size * options.gradient_accumulation_steps * processes
     return rate
 
 
 def save_trained(options: TrainOptions, family: StableDiffusion, accelerator: Accelerator, folder: Path) -> None:
-    """Saves the trained weights and the configuration to a folder."""
+    """Saves the trained weights to a folder."""
     text_encoder = accelerator.unwrap_model(family.text_encoder) if options.train_text_encoder else None
     family.save_weights(folder, accelerator.unwrap_model(family.unet), text_encoder)
-    config = folder.parent / CONFIG
-    if config.is_file():
-        write_text(folder / CONFIG, config.read_text(encoding="utf-8"))
 
 
 class Meter:
@@ -275,10 +266,6 @@ def check_resolution(options: TrainOptions, family: StableDiffusion) -> int:
     return resolution
 
 
-def changed_options(run_dir: Path, options: dict[str, Any]) -> list[str]:
-    """How options differ from those a run was started with, a line each."""
-    path = run_dir / CONFIG
-    if not path.is_file():
-        return []
-    before = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    return [f"{key}: {before.get(key)} -> {value}" for key, value in options.items() if before.get(key) != value]
+def final_loss(run_dir: Path) -> float:
+    """The loss of the last line of `metrics.jsonl`."""
+    return float(json.loads((run_dir / METRICS).read_text(encoding="utf-8").splitlines()[-1])["loss"])

@@ -4,12 +4,13 @@ Shapes: H W photo; 64 x 64 cells; 256 x 256 low-resolution logits. Points and bo
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from tqdm import tqdm
 
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.segmentation.guidance import Guidance
@@ -22,6 +23,8 @@ from persam_dreambooth.segmentation.prior import (
     prior_points,
 )
 from persam_dreambooth.segmentation.sam import Encoding, Sam, as_rgb
+
+Learned = TypeVar("Learned")
 
 ABSENT = "absent"
 EMPTY_INTERMEDIATE = "empty intermediate mask"
@@ -252,7 +255,7 @@ def fit_scale_weights(
     optimizer = torch.optim.AdamW([free], lr=learning_rate, eps=1e-4, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     losses = torch.empty(steps, 2)
-    for step in range(steps):
+    for step in tqdm(range(steps), desc="fitting the scale weights", unit="step", leave=False):
         weights = torch.cat([1 - free.sum(0, keepdim=True), free])
         combined = (weights * logits).sum(0)
         dice, focal = dice_loss(combined, truth), focal_loss(combined, truth)
@@ -321,7 +324,7 @@ def _step(logits: torch.Tensor, scores: torch.Tensor, box: np.ndarray | None = N
     return Step(logits.cpu().numpy(), scores.cpu().numpy(), box)
 
 
-def _fitted(value):
+def _fitted(value: Learned | None) -> Learned:
     if value is None:
         raise RuntimeError("nothing learned yet: call fit(image, mask) first")
     return value

@@ -14,7 +14,7 @@ from PIL import Image
 
 from persam_dreambooth import checkpoints
 from persam_dreambooth.errors import InputError
-from persam_dreambooth.segmentation.guidance import GuidedTransformer, Guidance
+from persam_dreambooth.segmentation.guidance import Guidance, GuidedTransformer
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
