@@ -53,7 +53,7 @@ def segment(arguments: list[str]) -> None:
     from persam_dreambooth import personalize
 
     masks = personalize.segment(options)
-    print(f"{len(masks)} masks in {options.output}; look at {Path(str(options.output)) / 'overview.png'}")
+    print(f"{len(masks)} masks in {options.output}; look at {Path(str(options.output)) / 'overview.jpg'}")
 
 
 def train(arguments: list[str], program: str = "persam-dreambooth train") -> None:
@@ -88,14 +88,14 @@ def demo(arguments: list[str]) -> None:
     photos, mask = toy.path("photos") / "duck", toy.path("photos") / "duck_mask" / "00.png"
     job = [
         *("--instance_dir", str(photos), "--mask", str(mask), "--pretrained_model_name_or_path", "toy"),
-        *("--sam_model", "toy", "--max_train_steps", "60", "--output_dir", output),
+        *("--sam_model", "toy", "--segmenter", "persam", "--max_train_steps", "60", "--output_dir", output),
     ]
     pictures = ["a [V] duck on a beach", "--model", output, "--output", f"{output}/generated"]
     print("$ train_dreambooth_masked.py", *job, flush=True)
     train(job)
     print('$ persam-dreambooth generate "a [V] duck on a beach"', *pictures[1:], flush=True)
     generate(pictures)
-    print(f"\nThe masks ({output}/overview.png) were made from one by PerSAM-F. {toy.NOTICES['sam']}.")
+    print(f"\nThe masks ({output}/overview.png) were made from one by PerSAM. {toy.NOTICES['sam']}.")
     print(f"The pictures show only that the path works. {toy.NOTICES['stable-diffusion']}.")
 
 

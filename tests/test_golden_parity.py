@@ -22,8 +22,8 @@ from persam_dreambooth.images import read_image
 from persam_dreambooth.masks import read_mask
 from persam_dreambooth.segmentation import PerSAM, PerSAMF, open_sam
 from persam_dreambooth.segmentation.guidance import Guidance
-from persam_dreambooth.segmentation.persam import fit_scale_weights
 from persam_dreambooth.segmentation.prior import at_photo_size, attention_bias
+from persam_dreambooth.segmentation.scale_weights import fit_scale_weights
 
 GOLDEN = Path(__file__).parent / "golden"
 SUBJECTS = ("cat", "colorful_sneaker")
@@ -411,7 +411,7 @@ def test_against_published_persam_f_losses_of_every_epoch(published, subject):
     recorded = published.recorded("persam_f", f"{subject}/train")["loss"]
     _, losses = published.scale_weights(subject)
     assert losses.shape == recorded.shape
-    np.testing.assert_allclose(losses, recorded, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(losses, recorded, rtol=0, atol=2e-6)  # Adam's eps and the smoothing matter at 4e-6
 
 
 @every_subject

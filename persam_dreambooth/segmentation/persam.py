@@ -10,7 +10,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tqdm import tqdm
 
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.segmentation.guidance import Guidance
@@ -23,6 +22,7 @@ from persam_dreambooth.segmentation.prior import (
     prior_points,
 )
 from persam_dreambooth.segmentation.sam import Encoding, Sam, as_rgb
+from persam_dreambooth.segmentation.scale_weights import fit_scale_weights
 
 Learned = TypeVar("Learned")
 
@@ -227,60 +227,6 @@ class PerSAMF:
         """Location prior (64, 64), the positive point (1, 2), its label."""
         prior = location_prior(self.target_embedding, encoding)
         return prior, prior_points(at_photo_size(prior, self.sam, encoding))[:1], np.array([1])
-
-
-def fit_scale_weights(
-    logits: torch.Tensor,
-    mask: np.ndarray,
-    steps: int = 1000,
-    learning_rate: float = 1e-3,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Fits PerSAM-F's two weights (Eq. 9) with dice + focal loss.
-
-    As published: the weights 1 - a - b, a, b start at 1/3 and multiply the logits of the three masks; AdamW with
-    eps 1e-4 and weight decay 0.01, cosine schedule to 0.
-
-    Args:
-        logits: (3, H, W) logits at the photo's size.
-        mask: (H, W) bool, the truth.
-        steps: optimizer steps.
-        learning_rate: at the start.
-
-    Returns:
-        Weights (3,) and the losses before each step (steps, 2): dice, focal.
-    """
-    truth = torch.from_numpy(mask).to(logits).flatten()
-    logits = logits.flatten(1)
-    free = torch.full((2, 1), 1 / 3, device=logits.device, requires_grad=True)
-    optimizer = torch.optim.AdamW([free], lr=learning_rate, eps=1e-4, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    losses = torch.empty(steps, 2)
-    for step in tqdm(range(steps), desc="fitting the scale weights", unit="step", leave=False):
-        weights = torch.cat([1 - free.sum(0, keepdim=True), free])
-        combined = (weights * logits).sum(0)
-        dice, focal = dice_loss(combined, truth), focal_loss(combined, truth)
-        optimizer.zero_grad()
-        (dice + focal).backward()
-        optimizer.step()
-        schedule.step()
-        losses[step] = torch.stack([dice, focal]).detach()
-    a, b = free.detach().flatten().tolist()
-    return np.array([1 - a - b, a, b]), losses.numpy()
-
-
-def dice_loss(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """1 - (2 sum(p t) + 1) / (sum(p) + sum(t) + 1) with p = sigmoid(logits); both (pixels,)."""
-    probability = torch.sigmoid(logits)
-    return 1 - (2 * (probability * truth).sum() + 1) / (probability.sum() + truth.sum() + 1)
-
-
-def focal_loss(logits: torch.Tensor, truth: torch.Tensor, alpha: float = 0.25, gamma: float = 2) -> torch.Tensor:
-    """Mean focal loss (Lin et al. 2017, Eq. 5); logits and truth (pixels,)."""
-    probability = torch.sigmoid(logits)
-    cross_entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
-    right = probability * truth + (1 - probability) * (1 - truth)
-    balance = alpha * truth + (1 - alpha) * (1 - truth)
-    return (balance * cross_entropy * (1 - right) ** gamma).mean()
 
 
 def _refine(

@@ -114,7 +114,9 @@ def attention_bias(
         softmax = torch.softmax(prior.masked_fill(~inside, -torch.inf).flatten(), dim=0)
         return alpha * softmax
     full = at_photo_size(prior, sam, encoding)
-    z = ((full - full.mean()) / full.std())[None, None]
+    # Without a spread there is no bias to speak of: one pixel, or a prior that is the same everywhere.
+    spread = float(full.std()) if full.numel() > 1 else 0.0
+    z = ((full - full.mean()) / (spread or 1.0))[None, None]
     if kind == "published":
         return torch.sigmoid(F.interpolate(z, (grid, grid), mode="bilinear", align_corners=False)).flatten()
     height, width = encoding.resized

@@ -1,0 +1,74 @@
+"""The commands in the documents run as written, on photos of the duck and the checkpoints that ship."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from persam_dreambooth import toy
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+NOT_RUN = ("pip install", "make ")
+"""Installing, and the make targets, which call the tests themselves."""
+
+SMALL = "--pretrained_model_name_or_path toy --sam_model toy --segmenter persam --resolution 64 --mixed_precision no"
+SHORT = f"{SMALL} --max_train_steps 2 --num_class_images 2 --num_validation_images 1".split()
+
+
+def commands(document: Path) -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", document.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line and not line.startswith("#")]
+
+
+def runnable(command: str) -> list[str]:
+    """The command with this Python, and with the small checkpoints in the place of the real ones."""
+    words = shlex.split(command)
+    if words[:3] == ["accelerate", "launch", "train_dreambooth_masked.py"]:
+        return [sys.executable, str(ROOT / words[2]), *words[3:], *SHORT]
+    assert words[0] == "persam-dreambooth", f"no test knows how to run: {command}"
+    extra = {"segment": ["--sam_model", "toy", "--segmenter", "persam"], "generate": ["--num_inference_steps", "2"]}
+    return [sys.executable, "-m", "persam_dreambooth", *words[1:], *extra[words[1]]]
+
+
+def test_the_commands_of_the_readme_run_in_their_order(tmp_path):
+    shutil.copytree(toy.path("photos") / "duck", tmp_path / "cat")
+    (tmp_path / "cat" / "00.jpg").rename(tmp_path / "cat" / "ref_mask.jpg")
+    shutil.copy(toy.path("photos") / "duck_mask" / "00.png", tmp_path / "ref_mask.png")
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    ran = [command for command in commands(ROOT / "README.md") if not command.startswith(NOT_RUN)]
+    assert len(ran) >= 5
+    for command in ran:
+        result = subprocess.run(
+            runnable(command),
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 0, f"{command}\n{result.stderr}"
+    for made in ("outputs/cat/overview.png", "outputs/cat-2/samples", "outputs/paper/model_index.json", "masks/01.png"):
+        assert (tmp_path / made).exists(), made
+    assert len(list((tmp_path / "generated").glob("a-sks-cat-on-a-beach-*.png"))) == 4
+
+
+def test_every_make_target_in_the_documents_exists():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    named = {match for path in DOCUMENTS for match in re.findall(r"\bmake ([a-z]+)", " ".join(commands(path)))}
+    assert {"demo", "test", "check"} <= named <= targets
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_link_and_file_named_in_the_documents_exists(document):
+    text = document.read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#\s]+)\)", text) if "://" not in link]
+    missing = [link for link in links if not (document.parent / link).exists()]
+    named = re.findall(r"`((?:tests|configs|benchmarks|docs|segmentation|dreambooth)/[\w/.-]+\.\w+)`", text)
+    missing += [name for name in named if not ((ROOT / name).exists() or (ROOT / "persam_dreambooth" / name).exists())]
+    assert not missing
