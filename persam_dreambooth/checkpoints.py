@@ -1,6 +1,8 @@
 """Names of models: a hub id, a local folder, or the word `toy` for the small checkpoints that ship."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -34,6 +36,20 @@ def resolve(name: str, kind: str, revision: str | None = None) -> str:
         raise InputNotFoundError(f"{name} is no model folder: name a hub id (owner/model), a local folder, or toy")
     _check_hub(name, marker, revision)
     return name
+
+
+@contextmanager
+def loading(name: str) -> Iterator[None]:
+    """Turns what a broken checkpoint raises inside the block into one `InputError` line."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{name} cannot be loaded ({reason}): get it again, or name another model") from error
 
 
 @cache

@@ -3,16 +3,18 @@
 import difflib
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import fields
+from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from jsonargparse import ActionYesNo, ArgumentParser
 
 from persam_dreambooth import __version__, toy
-from persam_dreambooth.config import GenerateOptions, SegmentOptions, TrainOptions
+from persam_dreambooth.config import GenerateOptions, SegmentOptions, TrainOptions, read_config
 from persam_dreambooth.errors import InputError
 
 Options = TypeVar("Options")
@@ -79,9 +81,9 @@ def generate(arguments: list[str]) -> None:
 
 def demo(arguments: list[str]) -> None:
     """`persam-dreambooth demo`: the main job and generation, as a user would type them."""
-    if arguments not in ([], ["--help"]) and (len(arguments) != 2 or arguments[0] != "--output_dir"):
+    if arguments not in ([], ["-h"], ["--help"]) and (len(arguments) != 2 or arguments[0] != "--output_dir"):
         raise InputError(f"{' '.join(arguments)}: demo takes --output_dir FOLDER and nothing else")
-    if arguments == ["--help"]:
+    if arguments in (["-h"], ["--help"]):
         print("usage: persam-dreambooth demo [--output_dir FOLDER]   (default outputs/demo)")
         return
     output = arguments[1] if arguments else "outputs/demo"
@@ -100,14 +102,15 @@ def demo(arguments: list[str]) -> None:
 
 
 def parse(kind: type[Options], arguments: list[str], program: str, positional: str | None = None) -> Options:
-    """Reads options from flags and `--config` files: defaults < YAML < flags.
+    """Reads options from flags and `--config` files: defaults < YAML < flags; null in YAML stands for the default.
 
     Raises:
         InputError: an unknown option (the nearest known one is named) or a value of the wrong type.
     """
     parser = _Parser(prog=program, description=(kind.__doc__ or "").splitlines()[0], allow_abbrev=False)
+    # jsonargparse reads text for `str | None` as YAML ("null", "#1"), for `str` as it stands; both take a default None.
+    hints = parser.hints = {name: _without_none(hint) for name, hint in get_type_hints(kind).items()}
     parser.add_argument("--config", action="config", help="YAML file of options; flags win over it")
-    hints = get_type_hints(kind)
     for entry in fields(kind):  # type: ignore[arg-type]
         help = entry.metadata["help"]
         if entry.name == positional:
@@ -119,23 +122,62 @@ def parse(kind: type[Options], arguments: list[str], program: str, positional: s
             parser.add_argument(*names, action=yes_no, default=entry.default, help=help)
         else:
             parser.add_argument(*names, type=hints[entry.name], default=entry.default, help=help)
-    parsed = parser.parse_args(arguments)
-    return kind(**{entry.name: getattr(parsed, entry.name) for entry in fields(kind)})  # type: ignore[arg-type]
+    parsed = parser.parse_args(_config_first(arguments))
+    given = {entry.name: getattr(parsed, entry.name) for entry in fields(kind)}  # type: ignore[arg-type]
+    return kind(**{name: value for name, value in given.items() if value is not None})
+
+
+def _config_first(arguments: list[str]) -> list[str]:
+    """The arguments with `--config FILE` in front: jsonargparse lets the later win, and flags shall."""
+    files: list[str] = []
+    flags: list[str] = []
+    left = iter(arguments)
+    for argument in left:
+        if argument == "--config":
+            files += [argument, *islice(left, 1)]
+        else:
+            (files if argument.startswith("--config=") else flags).append(argument)
+    return files + flags
 
 
 class _Parser(ArgumentParser):
     """Says what is wrong in one line, and which known option is nearest to an unknown one."""
 
+    hints: dict[str, Any]
+
+    def parse_path(self, path: Any, *arguments: Any, **options: Any) -> Any:
+        """Reads a `--config` file; what is wrong with it is said with its name."""
+        read_config(Path(path))
+        try:
+            return super().parse_path(path, *arguments, **options)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+
     def error(self, message: str, ex: Exception | None = None) -> Any:
-        message = " ".join(message.split())
+        message = re.sub(r'Parser key "(\w+)":', r"--\1:", " ".join(message.split()))
+        mistyped = re.match(r"--(\w+):.*(?:Got|Given) value: (.*)", message)
+        if mistyped:
+            name, value = mistyped.groups()
+            raise InputError(f"--{name} is {value}: give {_wanted(self.hints[name])}")
         known = [name for action in self._actions for name in action.option_strings] + [
             action.dest for action in self._actions
         ]
-        for marker in ("unrecognized arguments: ", "Option '"):
-            if marker in message:
-                word = message.split(marker)[1].split("'")[0].split()[0].split("=")[0]
-                _known(word, known, "option")
+        unknown = re.search(r"unrecognized arguments: ([^\s=]+)|Option '([^']+)'", message)
+        if unknown:
+            _known(unknown[1] or unknown[2], known, "option")
         raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def _without_none(hint: Any) -> Any:
+    """X for `X | None`, else the type itself."""
+    return get_args(hint)[0] if type(None) in get_args(hint) else hint
+
+
+def _wanted(hint: Any) -> str:
+    """What an option of this type takes, in words."""
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(repr, get_args(hint)))}"
+    return {int: "a whole number", float: "a number", str: "text, in quotes"}[hint]
 
 
 def _known(word: str, known: list[str], what: str) -> str:
@@ -160,6 +202,9 @@ def _guarded(command: Callable[[], None]) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; a training run goes on with --resume_from_checkpoint latest", file=sys.stderr)
+        return 130
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -3,14 +3,23 @@
 Training options carry the names of diffusers' `train_dreambooth.py` where it has them. Defaults < YAML < flags.
 """
 
+import math
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
+
+import yaml
 
 from persam_dreambooth.errors import InputError
 
 CONFIG = "config.yaml"
 """The file in a run's folder that holds its resolved options."""
+
+LAST_SEED = 2**32 - 1
+"""Any generator takes it, and the seeds that are counted up from it."""
+
+POLYNOMIAL_END = 1e-7
+"""Where diffusers' polynomial schedule ends."""
 
 SEGMENTERS = Literal["persam", "persam-f"]
 GUIDANCE = Literal["persam", "published", "paper", "none"]
@@ -31,6 +40,12 @@ class SegmentationOptions:
     guidance: GUIDANCE = option("persam", "PerSAM's guided attention: aligned, as published, as in the paper, or none")
     target_coverage: float = option(0.5, "a 64 x 64 cell is target when the mask covers more of it than this, 0 to 1")
 
+    def check(self) -> None:
+        """Raises `InputError` for options that are out of range or at odds with one another."""
+        _below_one(self, "target_coverage")
+        if self.segmenter == "persam-f" and self.guidance != "persam":
+            raise InputError(f"--guidance {self.guidance} has no effect on PerSAM-F: add --segmenter persam")
+
 
 @dataclass(frozen=True)
 class SegmentOptions(SegmentationOptions):
@@ -42,8 +57,9 @@ class SegmentOptions(SegmentationOptions):
     output: str | None = option(None, "folder for the masks; must be new or empty")
 
     def check(self) -> None:
-        """Raises `InputError` for a missing option."""
+        """Raises `InputError` for options that are missing, out of range or at odds with one another."""
         _require(self, "images", "reference_image", "mask", "output")
+        super().check()
 
 
 @dataclass(frozen=True)
@@ -62,7 +78,9 @@ class GenerateOptions:
     def check(self) -> None:
         """Raises `InputError` for options that cannot be."""
         _require(self, "prompt", "model")
-        _positive(self, "num_images", "num_inference_steps")
+        _within(self, 1, math.inf, "num_images")
+        _within(self, 1, 1000, "num_inference_steps")
+        _within(self, 0, LAST_SEED, "seed")
 
 
 @dataclass(frozen=True)
@@ -142,7 +160,7 @@ class TrainOptions(SegmentationOptions):
 
     def check(self) -> None:
         """Raises `InputError` for options that are missing, out of range or at odds with one another."""
-        _require(self, "instance_dir")
+        _require(self, "instance_dir", "identifier")
         sources = [name for name in ("mask", "mask_dir", "unmasked") if getattr(self, name)]
         if not sources:
             raise InputError(
@@ -153,17 +171,27 @@ class TrainOptions(SegmentationOptions):
             raise InputError(f"--{' and --'.join(sources)} exclude one another: give one of them")
         if self.reference_image and not self.mask:
             raise InputError("--reference_image names the photo of --mask, which is missing: give --mask")
-        _positive(
-            self, "rank", "num_class_images", "sample_batch_size", "max_train_steps", "train_batch_size",
-            "gradient_accumulation_steps", "checkpointing_steps", "logging_steps",
+        _within(
+            self, 1, math.inf, "rank", "num_class_images", "sample_batch_size", "resolution", "max_train_steps",
+            "train_batch_size", "gradient_accumulation_steps", "lr_num_cycles", "checkpointing_steps",
+            "checkpoints_total_limit", "logging_steps",
         )  # fmt: skip
-        if self.segmenter == "persam-f" and self.guidance != "persam":
-            raise InputError(f"--guidance {self.guidance} has no effect on PerSAM-F: add --segmenter persam")
-        for name in ("unmasked_weight", "lora_dropout"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"--{name} is {getattr(self, name)}: give a number from 0 to 1")
-        if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
-            raise InputError(f"--checkpoints_total_limit is {self.checkpoints_total_limit}: give 1 or more")
+        _within(
+            self, 0, math.inf, "prior_loss_weight", "learning_rate", "lr_warmup_steps", "adam_weight_decay",
+            "adam_epsilon", "dataloader_num_workers", "num_validation_images",
+        )  # fmt: skip
+        _within(self, 0, 1, "unmasked_weight", "lora_dropout")
+        _within(self, 0, LAST_SEED, "seed")
+        _below_one(self, "adam_beta1", "adam_beta2")
+        if not self.max_grad_norm > 0:
+            raise InputError(f"--max_grad_norm is {self.max_grad_norm}: give more than 0")
+        super().check()
+        if self.lr_scheduler == "polynomial":
+            rate, warmup, steps = self.base_learning_rate, self.lr_warmup_steps, self.max_train_steps
+            if rate <= POLYNOMIAL_END:
+                raise InputError(f"--learning_rate is {rate}: polynomial ends at {POLYNOMIAL_END}, give more")
+            if warmup >= steps:
+                raise InputError(f"--lr_warmup_steps is {warmup} of {steps} steps: give fewer with polynomial")
         if self.unmasked and self.unmasked_weight:
             raise InputError("--unmasked_weight has no effect with --unmasked: leave one of them out")
 
@@ -192,6 +220,17 @@ class TrainOptions(SegmentationOptions):
         return fill_identifier(getattr(self, f"{kind}_prompt") or defaults[kind], self.identifier)
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """The options in a YAML file; raises `InputError` for a file that is not YAML or holds none."""
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not YAML ({' '.join(str(error).split())}): mend it") from None
+    if not isinstance(options, dict):
+        raise InputError(f"{path} holds no options: write lines such as rank: 4")
+    return options
+
+
 def fill_identifier(prompt: str, identifier: str) -> str:
     """Replaces `[V]` in a prompt by the identifier."""
     return prompt.replace("[V]", identifier)
@@ -205,7 +244,15 @@ def _require(options: Any, *names: str) -> None:
             raise InputError(f"{flag} is missing: {helps[name]}")
 
 
-def _positive(options: Any, *names: str) -> None:
+def _within(options: Any, least: float, most: float, *names: str) -> None:
     for name in names:
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name} is {getattr(options, name)}: give 1 or more")
+        value = getattr(options, name)
+        if value is not None and not least <= value <= most:
+            wanted = f"{least} or more" if most == math.inf else f"a number from {least} to {most}"
+            raise InputError(f"--{name} is {value}: give {wanted}")
+
+
+def _below_one(options: Any, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(options, name) < 1:
+            raise InputError(f"--{name} is {getattr(options, name)}: give a number from 0 to below 1")

@@ -33,6 +33,24 @@ def write_aside(path: Path) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def filled_aside(folder: Path) -> Iterator[Path]:
+    """Yields an empty folder to write into; moves what it then holds into `folder`, subfolders first.
+
+    What `folder` holds by the same name is replaced. When the block raises, `folder` is as it was.
+    """
+    aside = folder / PARTIAL
+    _remove(aside)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        for path in sorted(aside.iterdir(), key=Path.is_file):
+            _remove(folder / path.name)
+            os.replace(path, folder / path.name)
+    finally:
+        _remove(aside)
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes `text` (UTF-8) to `path`, whole or not at all."""
     with write_aside(path) as aside:
@@ -47,12 +65,12 @@ def write_json(path: Path, content: Any) -> None:
 def check_writable(folder: Path) -> None:
     """Raises `InputError` when `folder` can neither be written into nor made; creates nothing."""
     existing = folder
-    while not existing.exists():
+    while not os.path.lexists(existing):
         existing = existing.parent
     if not existing.is_dir():
-        raise InputError(f"{existing} is a file, so {folder} cannot be a folder: choose another output folder")
+        raise InputError(f"{existing} is no folder, so {folder} cannot be one: choose another folder")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(f"{existing} is not writable: choose another output folder or mend its permissions")
+        raise InputError(f"{existing} is not writable: choose another folder or mend its permissions")
 
 
 def _remove(path: Path) -> None:

@@ -16,6 +16,9 @@ from persam_dreambooth.errors import InputError, InputNotFoundError
 
 logger = logging.getLogger(__name__)
 
+MOST_NARROW = 8
+"""Longest side of a photo to train on, in short sides."""
+
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
@@ -38,11 +41,6 @@ class Photo:
         """Decodes a photo once, to be sure of it and to know its size; raises as `read_image`."""
         return cls(path, name or path.name, read_image(path).size)
 
-    @property
-    def stem(self) -> str:
-        """`name` without its suffix; the photo's mask is `<stem>.png` in the mask folder."""
-        return self.name[: -len(self.path.suffix)]
-
     @cached_property
     def sha256(self) -> str:
         """Hash of the file's bytes; tells whether the photo changed after its mask was made."""
@@ -58,22 +56,24 @@ def find_photos(folder: Path, leave_out: tuple[Path, ...] = ()) -> list[Photo]:
 
     Args:
         folder: the folder of photos.
-        leave_out: files and folders that may lie inside it and are no photos (the mask, the output).
+        leave_out: files and folders that may lie inside it and are no photos (the mask, the output); the folder
+            itself and what it lies in are none.
 
     Raises:
         InputNotFoundError: no such folder, or no photo in it.
-        InputError: a photo that cannot be read, or two photos that would share one mask.
+        InputError: a photo that cannot be read.
     """
     if not folder.is_dir():
         found = "is a file" if folder.exists() else "does not exist"
         raise InputNotFoundError(f"{folder} {found}: name the folder that holds the photos")
-    excluded = {path.resolve() for path in leave_out}
+    root = folder.resolve()
+    excluded = {path.resolve() for path in leave_out} - {root, *root.parents}
     paths: list[Path] = []
     ignored: list[str] = []
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in relative.parts)
-        if hidden or not path.is_file() or excluded & {path.resolve(), *path.resolve().parents}:
+        if hidden or path.is_dir() or excluded & {path.resolve(), *path.resolve().parents}:
             continue
         if path.suffix.lower() in PHOTO_SUFFIXES:
             paths.append(path)
@@ -83,13 +83,15 @@ def find_photos(folder: Path, leave_out: tuple[Path, ...] = ()) -> list[Photo]:
         logger.info("ignored in %s, not a photo: %s", folder, ", ".join(ignored))
     if not paths:
         raise InputNotFoundError(f"{folder} holds no photos: put 3 to 6 there ({' '.join(PHOTO_SUFFIXES)})")
-    photos = [Photo.open(path, path.relative_to(folder).as_posix()) for path in paths]
-    by_stem: dict[str, Photo] = {}
+    return [Photo.open(path, path.relative_to(folder).as_posix()) for path in paths]
+
+
+def check_shapes(photos: list[Photo]) -> None:
+    """Raises `InputError` for a photo too narrow to cut a square from without enlarging it beyond reason."""
     for photo in photos:
-        other = by_stem.setdefault(photo.stem, photo)
-        if other is not photo:
-            raise InputError(f"{other.path} and {photo.path} would share the mask {photo.stem}.png: rename one")
-    return photos
+        if max(photo.size) > MOST_NARROW * min(photo.size):
+            width, height = photo.size
+            raise InputError(f"{photo.path} is {width} x {height}, too narrow to train on: crop it")
 
 
 def open_image(path: Path) -> Image.Image:
@@ -100,7 +102,8 @@ def open_image(path: Path) -> Image.Image:
         InputError: an empty, truncated or otherwise unreadable file.
     """
     if not path.is_file():
-        raise InputNotFoundError(f"{path} does not exist: check the path")
+        found = "is a folder" if path.is_dir() else "does not exist"
+        raise InputNotFoundError(f"{path} {found}: name an image file")
     if path.stat().st_size == 0:
         raise InputError(f"{path} is empty (0 bytes): replace or remove it")
     try:
@@ -124,7 +127,7 @@ def read_image(path: Path) -> Image.Image:
         InputNotFoundError, InputError: as `open_image`; a floating-point image is refused.
     """
     image = open_image(path)
-    if image.mode == "RGB":
+    if image.mode == "RGB" and not image.has_transparency_data:
         return image
     if image.mode == "F":
         raise InputError(f"{path} holds floating-point pixels, whose range is unknown: convert it to 8 bits")

@@ -8,7 +8,7 @@ A hand-drawn mask needs no entry in the index. White is the subject.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,9 @@ from persam_dreambooth.images import Photo, open_image
 
 INDEX = "index.json"
 BY_HAND = "by hand"
+LOSSY = ("JPEG", "MPO", "WEBP")
+PLAIN = ("1", "L", "I;16", "I;16B", "I;16L", "I", "F", "RGB")
+"""Modes in which black is 0 in every channel."""
 
 
 @dataclass(frozen=True)
@@ -60,23 +63,34 @@ def read_mask(path: Path) -> np.ndarray:
     """Reads any mask file as (H, W) bool, upright.
 
     An alpha channel with transparent pixels is the mask; otherwise every pixel that is not black is foreground (PerSeg
-    stores dark red, others 1 or 255). In a JPEG, whose black is noisy, foreground is brighter than half the maximum.
+    stores dark red, others 1 or 255). In a lossy format, whose black is noisy, foreground is brighter than half the
+    maximum.
 
     Raises:
         InputNotFoundError, InputError: as `images.open_image`.
     """
     image = open_image(path)
-    lossy = image.format == "JPEG"
+    lossy = image.format in LOSSY
     if image.has_transparency_data:
         alpha = np.asarray(image.convert("RGBA"))[..., 3]
         if alpha.min() < 255:
             return alpha > 0
-    if image.mode in ("P", "CMYK", "PA", "LA", "RGBA"):
+    if image.mode not in PLAIN:
         image = image.convert("RGB")
     values = np.asarray(image)
     if values.ndim == 3:
         values = values.max(axis=2)
     return values > values.max() / 2 if lossy else values != 0
+
+
+def check_names(photos: list[Photo]) -> None:
+    """Raises `InputError` when two photos would share one mask."""
+    taken: dict[str, Photo] = {}
+    for photo in photos:
+        name = _mask_name(photo.name)
+        other = taken.setdefault(name, photo)
+        if other is not photo:
+            raise InputError(f"{other.path} and {photo.path} would share the mask {name}: rename one")
 
 
 def check_mask(mask: np.ndarray, photo: Photo, mask_path: Path) -> None:
@@ -102,9 +116,11 @@ def save_mask(folder: Path, record: MaskRecord, mask: np.ndarray) -> None:
     """
     with write_aside(folder / _mask_name(record.photo)) as aside:
         Image.fromarray(mask.astype(np.uint8) * 255).save(aside)
-    index = _read_index(folder)
-    index[record.photo] = {key: value for key, value in asdict(record).items() if key != "photo"}
-    write_json(folder / INDEX, {"masks": index})
+    index = {**_read_index(folder), record.photo: record}
+    entries = {
+        photo: {key: value for key, value in asdict(entry).items() if key != "photo"} for photo, entry in index.items()
+    }
+    write_json(folder / INDEX, {"masks": entries})
 
 
 def load_mask(folder: Path, photo: Photo) -> PhotoMask | None:
@@ -120,14 +136,10 @@ def load_mask(folder: Path, photo: Photo) -> PhotoMask | None:
     if mask.any():
         check_mask(mask, photo, path)
     coverage = float(mask.mean())
-    entry = _read_index(folder).get(photo.name)
-    if entry is None:
-        record = MaskRecord(photo.name, photo.sha256, BY_HAND, coverage)
-    else:
-        entry = {**entry, "coverage": coverage, "flags": tuple(entry.get("flags", ()))}
-        record = MaskRecord(photo=photo.name, **entry)
-        if record.photo_sha256 != photo.sha256:
-            raise InputError(f"{path} is stale: {photo.path} changed after the mask was made; make the mask again")
+    by_hand = MaskRecord(photo.name, photo.sha256, BY_HAND, coverage)
+    record = replace(_read_index(folder).get(photo.name, by_hand), coverage=coverage)
+    if record.photo_sha256 != photo.sha256:
+        raise InputError(f"{path} is stale: {photo.path} changed after the mask was made; make the mask again")
     return PhotoMask(photo, mask, record)
 
 
@@ -139,7 +151,8 @@ def load_masks(folder: Path, photos: list[Photo]) -> list[PhotoMask]:
         InputError: a mask without a photo, and what `load_mask` raises.
     """
     if not folder.is_dir():
-        raise InputNotFoundError(f"{folder} does not exist: name the folder that holds the masks")
+        state = "is a file" if folder.exists() else "does not exist"
+        raise InputNotFoundError(f"{folder} {state}: name the folder that holds the masks")
     expected = {_mask_name(photo.name) for photo in photos}
     for path in sorted(folder.rglob("*.png")):
         name = path.relative_to(folder).as_posix()
@@ -156,14 +169,18 @@ def load_masks(folder: Path, photos: list[Photo]) -> list[PhotoMask]:
 
 
 def _mask_name(photo_name: str) -> str:
-    return str(Path(photo_name).with_suffix(".png").as_posix())
+    return Path(photo_name).with_suffix(".png").as_posix()
 
 
-def _read_index(folder: Path) -> dict[str, dict]:
+def _read_index(folder: Path) -> dict[str, MaskRecord]:
     path = folder / INDEX
     if not path.is_file():
         return {}
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))["masks"])
-    except (json.JSONDecodeError, KeyError, TypeError):
+        entries = json.loads(path.read_text(encoding="utf-8"))["masks"]
+        return {
+            photo: MaskRecord(**{**entry, "photo": photo, "flags": tuple(entry.get("flags", ()))})
+            for photo, entry in entries.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError):  # not UTF-8, not JSON, or not what `save_mask` writes
         raise InputError(f"{path} is not an index of masks: remove it, or make the masks again") from None

@@ -17,11 +17,20 @@ import yaml
 
 import persam_dreambooth
 from persam_dreambooth import checkpoints, toy
-from persam_dreambooth.config import CONFIG, SegmentationOptions, SegmentOptions, TrainOptions
+from persam_dreambooth.config import CONFIG, SegmentationOptions, SegmentOptions, TrainOptions, read_config
 from persam_dreambooth.errors import InputError
-from persam_dreambooth.files import check_writable, write_text
-from persam_dreambooth.images import Photo, find_photos
-from persam_dreambooth.masks import INDEX, PhotoMask, check_mask, load_mask, load_masks, read_mask, save_mask
+from persam_dreambooth.files import check_writable, filled_aside, write_text
+from persam_dreambooth.images import Photo, check_shapes, find_photos
+from persam_dreambooth.masks import (
+    INDEX,
+    PhotoMask,
+    check_mask,
+    check_names,
+    load_mask,
+    load_masks,
+    read_mask,
+    save_mask,
+)
 from persam_dreambooth.pictures import overview, save_picture
 
 if TYPE_CHECKING:
@@ -53,6 +62,7 @@ def segment(options: SegmentOptions) -> list[PhotoMask]:
     options.check()
     folder, output, mask_path = (Path(str(path)) for path in (options.images, options.output, options.mask))
     photos = find_photos(folder, leave_out=(mask_path, output))
+    check_names(photos)
     reference = _find_reference(photos, folder, mask_path, options.reference_image)
     _check_output(output)
     segmenter = _open_segmenter(options)
@@ -73,27 +83,35 @@ def personalize(options: TrainOptions) -> Path:
     run_dir, instance_dir = options.run_dir, Path(str(options.instance_dir))
     mask_path = Path(options.mask) if options.mask else None
     mask_dir = Path(options.mask_dir) if options.mask_dir else None
+    if mask_dir and mask_dir.resolve() == instance_dir.resolve():
+        raise InputError(f"{mask_dir} is the folder of the photos too: put the masks into a folder of their own")
     class_dir = Path(options.class_data_dir) if options.class_data_dir else run_dir / "class_images"
     photos = find_photos(instance_dir, tuple(path for path in (mask_path, mask_dir, run_dir, class_dir) if path))
+    check_names(photos)
+    check_shapes(photos)
     reference = _find_reference(photos, instance_dir, mask_path, options.reference_image) if mask_path else None
     drawn = load_masks(mask_dir, photos) if mask_dir else []
     if mask_dir:
         _check_any(drawn)
     _check_output(run_dir, resuming=bool(options.resume_from_checkpoint))
+    if options.with_prior_preservation and not class_dir.is_dir():
+        check_writable(class_dir)
     base = checkpoints.resolve(options.pretrained_model_name_or_path, "stable-diffusion", options.revision)
     if reference:
         checkpoints.resolve(options.sam_model, "sam")
 
     from accelerate import Accelerator
-    from accelerate.utils import set_seed
 
+    from persam_dreambooth.dreambooth.checkpoint import find_checkpoint
     from persam_dreambooth.dreambooth.stable_diffusion import StableDiffusion, load_pipeline
     from persam_dreambooth.dreambooth.trainer import check_resolution, train
 
+    resume_from = find_checkpoint(run_dir, options.resume_from_checkpoint) if options.resume_from_checkpoint else None
+    if resume_from:
+        _check_same_weights(options, run_dir)
     accelerator = Accelerator(
         mixed_precision=options.mixed_precision, gradient_accumulation_steps=options.gradient_accumulation_steps
     )
-    set_seed(options.seed)
     family = StableDiffusion(load_pipeline(base, options.revision, options.variant))
     resolution = check_resolution(options, family)
 
@@ -105,9 +123,9 @@ def personalize(options: TrainOptions) -> Path:
         save_picture(overview(masks), run_dir / "overview.png")
     class_crops = _class_crops(options, family, accelerator, class_dir, resolution)
 
-    train(options, family, crops, class_crops, run_dir, accelerator)
+    train(options, family, crops, class_crops, run_dir, accelerator, resume_from)
     if accelerator.is_main_process:
-        _finish(options, family, accelerator, masks, crops)
+        _finish(options, family, accelerator, masks, crops, base)
     accelerator.end_training()
     return run_dir
 
@@ -154,6 +172,18 @@ def _check_output(folder: Path, resuming: bool = False) -> None:
         )
 
 
+def _check_same_weights(options: TrainOptions, run_dir: Path) -> None:
+    """Raises `InputError` for options under which a run's checkpoints would not fit the model."""
+    before = read_config(run_dir / CONFIG)
+    for name in ("method", "rank", "train_text_encoder"):
+        now = getattr(options, name)
+        if name in before and before[name] != now:
+            raise InputError(
+                f"--{name} is {now} but {run_dir} was trained with {before[name]}: "
+                "go on with that, or choose another folder with --output_dir"
+            )
+
+
 def _check_any(masks: list[PhotoMask]) -> None:
     if not any(item.mask.any() for item in masks):
         raise InputError("every mask is empty (all black): paint the subject white, and give the folder as --mask_dir")
@@ -180,7 +210,7 @@ def _note_options(options: TrainOptions, run_dir: Path) -> None:
     """Writes `config.yaml`: the resolved options, which `--config` takes back, under a head with versions."""
     path, resolved = run_dir / CONFIG, asdict(options)
     if path.is_file():
-        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+        before = read_config(path)
         changed = [f"{key} {before.get(key)} -> {value}" for key, value in resolved.items() if before.get(key) != value]
         if changed:
             logger.info("options that differ from the run's start: %s", ", ".join(changed))
@@ -237,7 +267,7 @@ def _class_crops(
     if not options.with_prior_preservation:
         return None
     from persam_dreambooth.dreambooth.class_images import generate_class_images
-    from persam_dreambooth.dreambooth.data import Crops
+    from persam_dreambooth.dreambooth.data import CLASS_SEED, Crops
 
     if accelerator.is_main_process:
         generate_class_images(
@@ -249,7 +279,7 @@ def _class_crops(
             options.seed,
         )
     accelerator.wait_for_everyone()
-    return Crops(find_photos(folder), None, resolution, options.center_crop, options.seed)
+    return Crops(find_photos(folder), None, resolution, options.center_crop, options.seed + CLASS_SEED)
 
 
 def _finish(
@@ -258,19 +288,24 @@ def _finish(
     accelerator: "Accelerator",
     masks: list[PhotoMask],
     crops: "Crops",
+    base: str,
 ) -> None:
     """Writes the weights, the samples and the model card."""
     from persam_dreambooth.dreambooth.card import model_card
     from persam_dreambooth.dreambooth.generate import sample, save_samples
+    from persam_dreambooth.dreambooth.stable_diffusion import load_pipeline, load_trained_parts
     from persam_dreambooth.dreambooth.trainer import final_loss, save_trained
 
     run_dir, pipeline = options.run_dir, family.pipeline
-    pipeline.unet.eval()
-    pipeline.text_encoder.eval()
-    if options.method == "lora":
-        save_trained(options, family, accelerator, run_dir)
-    else:
-        pipeline.save_pretrained(run_dir)
+    for part in (pipeline.unet, pipeline.text_encoder):
+        # Under mixed precision accelerate's wrapper returns float32, which the other parts would not take.
+        accelerator.unwrap_model(part, keep_fp32_wrapper=False).eval()
+    with filled_aside(run_dir) as folder:
+        save_trained(options, family, accelerator, folder)
+        if options.method == "full":  # what was not trained may be in half precision here, so it comes from the base
+            whole = load_pipeline(base, options.revision, options.variant)
+            load_trained_parts(whole, folder)
+            whole.save_pretrained(folder)
     if options.num_validation_images:
         prompt = options.prompt("validation")
         images = sample(pipeline.to(dtype=family.vae.dtype), prompt, options.num_validation_images, options.seed)

@@ -1,5 +1,7 @@
 """The model card: what a run's folder holds and how to use it."""
 
+import json
+
 from persam_dreambooth import __version__
 from persam_dreambooth.config import TrainOptions
 from persam_dreambooth.dreambooth.data import Crops
@@ -9,7 +11,7 @@ CARD = """---
 base_model: {base}
 library_name: diffusers
 pipeline_tag: text-to-image
-instance_prompt: {instance}
+instance_prompt: {instance_yaml}
 tags:
 - dreambooth
 - stable-diffusion
@@ -31,7 +33,7 @@ persam-dreambooth generate "a [V] {subject} on a beach" --model {folder}
 | | |
 |---|---|
 | steps | {steps}, of {batch} photos a process |
-| learning rate | {rate:g} |
+| learning rate | {rate:g}{scaled} |
 | resolution | {resolution} |
 | masks | {coverage} |
 | final loss | {loss:.4f} |
@@ -60,6 +62,7 @@ def model_card(
     return CARD.format(
         base=options.pretrained_model_name_or_path,
         instance=options.prompt("instance"),
+        instance_yaml=json.dumps(options.prompt("instance"), ensure_ascii=False),
         method=options.method,
         title=f"{options.identifier} {options.subject}",
         method_words={"lora": f"LoRA (rank {options.rank})", "full": "full fine-tuning"}[options.method],
@@ -73,6 +76,7 @@ def model_card(
         steps=options.max_train_steps,
         batch=options.train_batch_size * options.gradient_accumulation_steps,
         rate=options.base_learning_rate,
+        scaled=" times batch, accumulation and processes" if options.scale_lr else "",
         resolution=crops.resolution,
         coverage=coverage,
         loss=final_loss,

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from persam_dreambooth import checkpoints
 from persam_dreambooth.errors import InputNotFoundError
 
 logger = logging.getLogger(__name__)
@@ -38,9 +39,12 @@ def find_checkpoint(run_dir: Path, name: str) -> Path | None:
             return None
         return present[-1]
     folder = run_dir / Path(name).name
-    if not (folder / STATE).is_file():
+    elsewhere = len(Path(name).parts) > 1 and Path(name).resolve() != folder.resolve()
+    if elsewhere or not (folder / STATE).is_file():
         known = ", ".join(path.name for path in list_checkpoints(run_dir)) or "none"
-        raise InputNotFoundError(f"{folder} is no checkpoint: there is {known}; name one of these, or latest")
+        raise InputNotFoundError(
+            f"{name} is no checkpoint of {run_dir}, which has {known}: name one of these, or latest"
+        )
     return folder
 
 
@@ -67,9 +71,10 @@ def save_state(folder: Path, step: int, **parts: Any) -> None:
 
 
 def load_state(folder: Path, **parts: Any) -> int:
-    """Loads what `save_state` saved; returns the step."""
-    states = torch.load(folder / STATE, map_location="cpu", weights_only=True)
-    for name, part in parts.items():
-        if part is not None:
-            part.load_state_dict(states[name])
-    return int(states["step"])
+    """Loads what `save_state` saved; returns the step; raises `InputError` where it cannot be loaded."""
+    with checkpoints.loading(str(folder)):
+        states = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+        for name, part in parts.items():
+            if part is not None:
+                part.load_state_dict(states[name])
+        return int(states["step"])

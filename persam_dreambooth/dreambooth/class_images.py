@@ -28,9 +28,11 @@ def generate_class_images(
         seed: picture i of the folder follows from it and i alone, whatever the batch.
     """
     present = [path for path in folder.rglob("*") if path.suffix.lower() in PHOTO_SUFFIXES and path.name[0] != "."]
-    missing = list(range(len(present), count))
-    if not missing:
+    if len(present) >= count:
         return
+    names = {path.stem for path in present}
+    free = [number for number in range(count) if f"class-{number:04}" not in names]
+    missing = free[: count - len(present)]
     logger.info('generating %d class images "%s" in %s', len(missing), prompt, folder)
     sampler = fast_sampler(StableDiffusionPipeline(**pipeline.components, requires_safety_checker=False))
     sampler.set_progress_bar_config(disable=True)

@@ -16,6 +16,9 @@ from persam_dreambooth.images import Photo
 ORDER, CROP, NOISE, DROPOUT = range(4)
 """Streams of randomness of one run."""
 
+CLASS_SEED = 1
+"""Added to the run's seed for class images, so that they are shuffled and noised unlike the photos."""
+
 
 class Sample(TypedDict):
     """One training sample: pixels (3, R, R) in -1..1, mask (1, R, R) in 0..1, the photo's name, the sample's number."""
@@ -35,7 +38,7 @@ class Crops(Dataset):
     """Crops of photos, indexed by sample number: an endless series that goes through all photos, shuffled, each round.
 
     As diffusers does: the short side is resized to the resolution (bilinear), then a square is cropped; no flip. A
-    random crop keeps in view as much of the subject as fits.
+    random crop keeps in view as much of the subject as fits, and never misses all of it.
 
     Args:
         photos: what to cut from.
@@ -68,8 +71,7 @@ class Crops(Dataset):
         """Photo (RGB) and mask (L) with the short side at the resolution, by the same filter."""
         if index not in self._resized:
             photo = self.photos[index].read()
-            scale = self.resolution / min(photo.size)
-            width, height = (max(self.resolution, int(side * scale)) for side in photo.size)
+            width, height = (side * self.resolution // min(photo.size) for side in photo.size)
             mask = Image.new("L", photo.size, 255)
             if self.masks is not None:
                 mask = Image.fromarray(self.masks[index].astype(np.uint8) * 255)
@@ -93,15 +95,21 @@ class Crops(Dataset):
             left, top = (round((side - size) / 2) for side in mask.size)
         else:
             box = mask.getbbox() or (0, 0, *mask.size)
-            left = _offset(random, mask.width, size, box[0], box[2])
-            top = _offset(random, mask.height, size, box[1], box[3])
+            marked = np.flatnonzero(np.asarray(mask))
+            y, x = divmod(int(random.choice(marked)), mask.width) if len(marked) else (box[1], box[0])
+            left = _offset(random, mask.width, size, box[0], box[2], x)
+            top = _offset(random, mask.height, size, box[1], box[3], y)
         return left, top, left + size, top + size
 
 
-def _offset(random: np.random.Generator, side: int, size: int, first: int, last: int) -> int:
-    """A random offset of a window of `size` in 0..side that holds first..last, or lies inside it where it is longer."""
+def _offset(random: np.random.Generator, side: int, size: int, first: int, last: int, pixel: int) -> int:
+    """A random offset of a window of `size` in 0..side.
+
+    The window holds first..last, or where that is longer lies inside it and holds `pixel`, so that a subject in several
+    pieces is never missed.
+    """
     low, high = sorted((max(0, last - size), min(first, side - size)))
-    return int(random.integers(low, high, endpoint=True))
+    return int(random.integers(max(low, pixel - size + 1), min(high, pixel), endpoint=True))
 
 
 def sample_noise(

@@ -4,13 +4,12 @@ import re
 from pathlib import Path
 
 import torch
-import yaml
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from tqdm import tqdm
 
 from persam_dreambooth import checkpoints
-from persam_dreambooth.config import CONFIG, GenerateOptions, fill_identifier
+from persam_dreambooth.config import CONFIG, GenerateOptions, fill_identifier, read_config
 from persam_dreambooth.dreambooth.stable_diffusion import (
     LORA_WEIGHTS,
     fast_sampler,
@@ -52,8 +51,8 @@ def load_model(name: str) -> tuple[StableDiffusionPipeline, str]:
         name: a run's folder or one of its checkpoints, a pipeline folder, a hub id, or `toy`.
     """
     folder = Path(name)
-    notes = [path for path in (folder / CONFIG, folder.parent / CONFIG) if path.is_file()]
-    config = yaml.safe_load(notes[0].read_text(encoding="utf-8")) if notes else {}
+    run_dir = folder.parent if folder.name.startswith("checkpoint-") else folder
+    config = read_config(run_dir / CONFIG) if (run_dir / CONFIG).is_file() else {}
     identifier = config.get("identifier", "sks")
     has_lora = (folder / LORA_WEIGHTS).is_file()
     if (folder / "model_index.json").is_file() or not (has_lora or config):
@@ -66,10 +65,11 @@ def load_model(name: str) -> tuple[StableDiffusionPipeline, str]:
         )
     base = checkpoints.resolve(config["pretrained_model_name_or_path"], "stable-diffusion", config.get("revision"))
     pipeline = load_pipeline(base, config.get("revision"), config.get("variant"))
-    if has_lora:
-        pipeline.load_lora_weights(folder, weight_name=LORA_WEIGHTS)
-    else:
-        load_trained_parts(pipeline, folder)
+    with checkpoints.loading(name):
+        if has_lora:
+            pipeline.load_lora_weights(folder, weight_name=LORA_WEIGHTS)
+        else:
+            load_trained_parts(pipeline, folder)
     return pipeline, identifier
 
 
@@ -97,7 +97,7 @@ def sample(
 
 def save_samples(images: list[Image.Image], prompt: str, seed: int, folder: Path) -> list[Path]:
     """Writes pictures as `<prompt>-<seed>.png`, and a grid of them as JPEG; returns the paths, the grid last."""
-    name = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
+    name = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:60]
     seeds = range(seed, seed + len(images))
     paths = [folder / f"{name}-{number}.png" for number in seeds]
     for path, image in zip(paths, images, strict=True):

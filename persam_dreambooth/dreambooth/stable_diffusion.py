@@ -9,10 +9,15 @@ from typing import Any
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
-from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
+from diffusers.utils import (
+    convert_state_dict_to_diffusers,
+    convert_state_dict_to_peft,
+    convert_unet_state_dict_to_peft,
+)
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import CLIPTextModel
 
+from persam_dreambooth import checkpoints
 from persam_dreambooth.config import TrainOptions
 from persam_dreambooth.errors import InputError
 
@@ -27,19 +32,20 @@ def load_pipeline(
     """Loads a pipeline of this family, without its safety checker, which has no part in training.
 
     Raises:
-        InputError: a model of another family.
+        InputError: a model of another family, or a broken one.
     """
-    kind = StableDiffusionPipeline.load_config(source, revision=revision).get("_class_name")
-    if kind != "StableDiffusionPipeline":
-        raise InputError(f"{source} is a {kind}: only Stable Diffusion 1.x and 2.x are supported yet")
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        source,
-        revision=revision,
-        variant=variant,
-        dtype=dtype,
-        safety_checker=None,
-        requires_safety_checker=False,
-    )
+    with checkpoints.loading(source):
+        kind = StableDiffusionPipeline.load_config(source, revision=revision).get("_class_name")
+        if kind != "StableDiffusionPipeline":
+            raise InputError(f"{source} is a {kind}: only Stable Diffusion 1.x and 2.x are supported yet")
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            source,
+            revision=revision,
+            variant=variant,
+            dtype=dtype,
+            safety_checker=None,
+            requires_safety_checker=False,
+        )
     pipeline.set_progress_bar_config(leave=False)
     return pipeline
 
@@ -183,10 +189,14 @@ class StableDiffusion:
             load_trained_parts(self.pipeline, folder)
             return
         state, _ = StableDiffusionPipeline.lora_state_dict(folder)
-        for prefix, part in (("unet.", self.unet), ("text_encoder.", self.text_encoder)):
+        parts = (
+            ("unet.", self.unet, convert_unet_state_dict_to_peft),
+            ("text_encoder.", self.text_encoder, convert_state_dict_to_peft),
+        )
+        for prefix, part, to_peft in parts:  # diffusers names the matrices of the two by different words
             own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
             if own:
-                set_peft_model_state_dict(part, convert_unet_state_dict_to_peft(own), adapter_name="default")
+                set_peft_model_state_dict(part, to_peft(own), adapter_name="default")
 
 
 def load_trained_parts(pipeline: StableDiffusionPipeline, folder: Path) -> None:

@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from persam_dreambooth.config import TrainOptions
-from persam_dreambooth.dreambooth.checkpoint import find_checkpoint, load_state, remove_old_checkpoints, save_state
-from persam_dreambooth.dreambooth.data import DROPOUT, Crops, derived_seed, sample_noise
+from persam_dreambooth.dreambooth.checkpoint import load_state, remove_old_checkpoints, save_state
+from persam_dreambooth.dreambooth.data import CLASS_SEED, DROPOUT, Crops, derived_seed, sample_noise
 from persam_dreambooth.dreambooth.loss import latent_mask, masked_loss
 from persam_dreambooth.dreambooth.stable_diffusion import StableDiffusion
 from persam_dreambooth.errors import InputError
@@ -27,8 +27,6 @@ from persam_dreambooth.pictures import loss_curve
 logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
-CLASS_SEED = 1
-"""Added to the seed, so that class pictures are shuffled and noised unlike the photos."""
 
 
 def train(
@@ -38,18 +36,28 @@ def train(
     class_images: Crops | None,
     run_dir: Path,
     accelerator: Accelerator,
+    resume_from: Path | None = None,
 ) -> None:
     """Trains on photos, and on class images where prior preservation is wanted; leaves the weights in `family`.
 
     Writes `metrics.jsonl`, `loss.png` and checkpoints to the run's folder.
 
+    Args:
+        options: of the run.
+        family: the model.
+        photos: the subject's photos and masks.
+        class_images: pictures of the class, which have no masks; or None.
+        run_dir: the run's folder.
+        accelerator: devices, precision, processes.
+        resume_from: a checkpoint to go on from.
+
     Raises:
         FloatingPointError: a loss that is not finite; the message names the step and the photos.
-        InputError, InputNotFoundError: a checkpoint that cannot be resumed from.
     """
     if options.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     frozen_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    torch.manual_seed(options.seed)  # LoRA's matrices start at random
     trained = family.make_trainable(options, accelerator.device, frozen_dtype)
     prompts = [options.prompt("instance"), *([options.prompt("class")] if class_images else [])]
     fixed_embeddings = None
@@ -73,7 +81,6 @@ def train(
         power=options.lr_power,
     )
 
-    resume_from = options.resume_from_checkpoint and find_checkpoint(run_dir, options.resume_from_checkpoint)
     if resume_from:
         family.load_weights(resume_from)
     models = [family.unet, *([family.text_encoder] if options.train_text_encoder else [])]
@@ -89,14 +96,15 @@ def train(
 
     batches = numbered_batches(options, photos, first_step, accelerator)
     class_batches = numbered_batches(options, class_images, first_step, accelerator) if class_images else None
-    progress = tqdm(
+    steps = tqdm(
+        range(first_step + 1, options.max_train_steps + 1),
         total=options.max_train_steps,
         initial=first_step,
         desc="training",
         unit="step",
         disable=not accelerator.is_main_process,
     )
-    for step in range(first_step + 1, options.max_train_steps + 1):
+    for step in steps:
         torch.manual_seed(derived_seed(options.seed, DROPOUT, step, accelerator.process_index))
         for _ in range(options.gradient_accumulation_steps):
             with accelerator.accumulate(*models):
@@ -111,21 +119,20 @@ def train(
                     accelerator.clip_grad_norm_(trained, options.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
+        rate = schedule.get_last_lr()[0]
         schedule.step()
-        progress.update()
 
         last = step == options.max_train_steps
         checkpoint_due = step % options.checkpointing_steps == 0
         if step % options.logging_steps == 0 or last or checkpoint_due:
-            row = meter.write(step, schedule.get_last_lr()[0])
-            progress.set_postfix(loss=f"{row['loss']:.4f}")
+            row = meter.write(step, rate)
+            steps.set_postfix(loss=f"{row['loss']:.4f}")
         if checkpoint_due and accelerator.is_main_process:
             with write_aside(run_dir / f"checkpoint-{step}") as folder:
                 folder.mkdir()
                 save_trained(options, family, accelerator, folder)
                 save_state(folder, step, **saved)
             remove_old_checkpoints(run_dir, options.checkpoints_total_limit)
-    progress.close()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         meter.draw(run_dir / "loss.png")

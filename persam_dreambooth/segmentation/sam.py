@@ -45,7 +45,7 @@ class Encoding:
 
 
 class Sam:
-    """A frozen `SamModel` or `SamHQModel` from transformers whose decoder can be guided.
+    """A frozen `SamModel` from transformers whose decoder can be guided.
 
     Args:
         model: the model, in evaluation mode, on its device.
@@ -69,7 +69,7 @@ class Sam:
         photo = as_rgb(image)
         width, height = photo.size
         scale = self.padded / max(width, height)
-        resized = (int(height * scale + 0.5), int(width * scale + 0.5))
+        resized = (max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5)))
         pixels = torch.from_numpy(np.asarray(photo.resize(resized[::-1], Image.Resampling.BILINEAR), dtype=np.float32))
         pixels = (pixels - torch.tensor(PIXEL_MEAN)) / torch.tensor(PIXEL_STD)
         pixels = F.pad(pixels.permute(2, 0, 1), (0, self.padded - resized[1], 0, self.padded - resized[0]))
@@ -137,6 +137,29 @@ class Sam:
         return torch.stack([columns[0], rows[0], columns[-1], rows[-1]]).flatten().cpu().numpy()
 
 
+class SamHQ(Sam):
+    """SAM-HQ. transformers sorts its three masks by predicted IoU; here they keep SAM's order, whole to part.
+
+    PerSAM-F's weights are weights of scales, so the order must be the same for every photo.
+    """
+
+    def __init__(self, model: Any, name: str) -> None:
+        super().__init__(model, name)
+        self._scores = torch.empty(0)
+        model.mask_decoder.iou_prediction_head.register_forward_hook(self._keep_scores)
+
+    def _keep_scores(self, head: Any, inputs: Any, output: torch.Tensor) -> None:
+        self._scores = output
+
+    def decode(self, *arguments: Any, multimask: bool = True, **prompts: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `Sam.decode`."""
+        logits, scores = super().decode(*arguments, multimask=multimask, **prompts)
+        if not multimask:
+            return logits, scores
+        order = torch.sort(self._scores[0, 0, 1:], descending=True).indices.argsort()
+        return logits[order], scores[order]
+
+
 def open_sam(name: str, device: str | None = None, dtype: torch.dtype = torch.float32) -> Sam:
     """Loads a SAM or SAM-HQ checkpoint.
 
@@ -152,15 +175,15 @@ def open_sam(name: str, device: str | None = None, dtype: torch.dtype = torch.fl
     from transformers import AutoConfig, SamHQModel, SamModel
 
     source = checkpoints.resolve(name, "sam")
-    classes = {"sam": SamModel, "sam_hq": SamHQModel}
-    try:
-        kind = AutoConfig.from_pretrained(source).model_type
-    except (ValueError, KeyError):
-        kind = "of no known type"
-    if kind not in classes:
-        raise InputError(f"{name} is a model {kind}, not SAM: name a SAM or SAM-HQ checkpoint, or toy")
+    kinds = {"sam": (SamModel, Sam), "sam_hq": (SamHQModel, SamHQ)}
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Sam(classes[kind].from_pretrained(source, dtype=dtype).to(device), name)
+    with checkpoints.loading(name):
+        kind = AutoConfig.from_pretrained(source).model_type
+        if kind not in kinds:
+            raise InputError(f"{name} is a model of type {kind}: name a SAM or SAM-HQ checkpoint, or toy")
+        loader, wrapper = kinds[kind]
+        model = loader.from_pretrained(source, dtype=dtype)
+    return wrapper(model.to(device), name)
 
 
 def as_rgb(image: Image.Image | np.ndarray) -> Image.Image:

@@ -77,37 +77,41 @@ def fit_scale_weights(
 def signed_blocks(logits: torch.Tensor, mask: np.ndarray) -> list[Block]:
     """Sorts the pixels of logits (3, H, W) by their truth (H, W) bool and signs them."""
     truth = torch.from_numpy(mask).to(logits.device).flatten()
+    size = BLOCK if logits.device.type == "cpu" else truth.numel()
     blocks = []
     for inside, sign, chosen in ((True, 1, truth), (False, -1, ~truth)):
-        for piece in (sign * logits.flatten(1)[:, chosen]).split(BLOCK, dim=1):
+        for piece in (sign * logits.flatten(1)[:, chosen]).split(size, dim=1):
             blocks.append(Block(piece[0].clone(), piece[1:] - piece[0], inside))
     return blocks
 
 
 def dice_and_focal(blocks: list[Block], a: float, b: float) -> Losses:
     """Dice loss with smoothing 1 and mean focal loss with gamma 2, for the weights 1 - a - b, a, b."""
-    pixels, inside, overlap, predicted, focal = 0, 0, 0.0, 0.0, 0.0
-    focal_gradient = torch.zeros(2)
-    probability_slopes = {True: torch.zeros(2), False: torch.zeros(2)}  # of the summed probability, by truth
-    for block in blocks:
-        u = torch.add(block.base, block.slopes[0], alpha=a).add_(block.slopes[1], alpha=b)
-        wrong = torch.sigmoid(-u)
-        right = 1 - wrong
-        softplus = F.softplus(-u)
-        alpha = ALPHA if block.inside else 1 - ALPHA
-        focal += alpha * float((wrong * wrong * softplus).sum())
-        focal_gradient -= alpha * (block.slopes @ (wrong * wrong * (2 * right * softplus + wrong))).cpu()
-        sign = 1 if block.inside else -1
-        probability_slopes[block.inside] += sign * (block.slopes @ (wrong * right)).cpu()
-        pixels += len(u)
-        if block.inside:
-            inside += len(u)
-            overlap += float(right.sum())
-        else:
-            predicted += float(wrong.sum())
-    predicted += overlap
-    size = predicted + inside + 1
+    sums = torch.stack([_block_sums(block, a, b) for block in blocks]).cpu().double()
+    inside = torch.tensor([block.inside for block in blocks])
+    sizes = torch.tensor([len(block.base) for block in blocks])
+    in_, out = sums[inside].sum(dim=0), sums[~inside].sum(dim=0)
+    count_in, pixels = int(sizes[inside].sum()), int(sizes.sum())
+    focal = float(ALPHA * in_[0] + (1 - ALPHA) * out[0]) / pixels
+    focal_gradient = (ALPHA * in_[1:3] + (1 - ALPHA) * out[1:3]) / pixels
+
+    # A pixel's probability of being the subject is 1 - q inside and q outside.
+    overlap = count_in - float(in_[3])
+    size = overlap + float(out[3]) + count_in + 1
+    overlap_slopes, predicted_slopes = in_[4:], in_[4:] - out[4:]
     dice = 1 - (2 * overlap + 1) / size
-    all_slopes = probability_slopes[True] + probability_slopes[False]
-    dice_gradient = -2 * probability_slopes[True] / size + (2 * overlap + 1) / size**2 * all_slopes
-    return Losses(dice, focal / pixels, dice_gradient + focal_gradient / pixels)
+    dice_gradient = -2 * overlap_slopes / size + (2 * overlap + 1) / size**2 * predicted_slopes
+    return Losses(dice, focal, (dice_gradient + focal_gradient).float())
+
+
+def _block_sums(block: Block, a: float, b: float) -> torch.Tensor:
+    """Sums over a block's pixels (6,): focal loss without alpha, its slopes (2), q, and the slopes (2) of -q."""
+    u = torch.add(block.base, block.slopes[0], alpha=a).add_(block.slopes[1], alpha=b)
+    wrong = torch.sigmoid(-u)
+    right = 1 - wrong
+    softplus = F.softplus(-u)
+    squared = wrong * wrong
+    focal_slopes = -(block.slopes @ (squared * (2 * right * softplus + wrong)))
+    return torch.cat([
+        (squared * softplus).sum()[None], focal_slopes, wrong.sum()[None], block.slopes @ (wrong * right)
+    ])  # fmt: skip

@@ -1,0 +1,539 @@
+"""Options come from defaults, YAML and flags; a slip is one line; nothing heavy is imported before it is needed."""
+
+import ast
+import importlib
+import os
+import pkgutil
+import subprocess
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image, ImageDraw
+
+import persam_dreambooth
+from persam_dreambooth import cli
+from persam_dreambooth.config import GenerateOptions, SegmentOptions, TrainOptions, fill_identifier
+from persam_dreambooth.errors import InputError
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "persam_dreambooth"
+COMMANDS = ("segment", "train", "generate", "demo")
+HEAVY = {"torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "matplotlib", "huggingface_hub"}
+
+MODULES = sorted(module.name for module in pkgutil.walk_packages([str(PACKAGE)], "persam_dreambooth."))
+
+
+def parse(*arguments: str) -> TrainOptions:
+    return cli.parse(TrainOptions, list(arguments), "persam-dreambooth train")
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Writes a YAML file of options and returns its path."""
+
+    def write(text: str) -> str:
+        path = tmp_path / "options.yaml"
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def refused(capsys, *arguments: str) -> str:
+    """The one line that a command says about its arguments."""
+    assert cli.main(list(arguments)) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    [line] = said.err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )
+
+
+# Where options come from
+
+
+def test_defaults_then_yaml_then_flags_wherever_they_stand(config):
+    path = config("rank: 8\nseed: 3\n")
+    assert (parse().rank, parse().seed) == (4, 0)
+    assert (parse("--config", path).rank, parse("--config", path).seed) == (8, 3)
+    for arguments in (["--config", path, "--rank", "16"], ["--rank", "16", "--config", path]):
+        assert (parse(*arguments).rank, parse(*arguments).seed) == (16, 3)
+    assert parse("--rank=16", f"--config={path}").rank == 16
+
+
+def test_of_two_yaml_files_the_later_wins(config, tmp_path):
+    first = config("rank: 8\nseed: 3\n")
+    (tmp_path / "second.yaml").write_text("rank: 2\n")
+    options = parse("--config", first, "--config", str(tmp_path / "second.yaml"))
+    assert (options.rank, options.seed) == (2, 3)
+
+
+@pytest.mark.parametrize("written", ["1e-6", "1.0e-6", "0.000001", "1E-6"])
+def test_a_learning_rate_in_yaml_is_a_number_however_it_is_written(config, written):
+    assert parse("--config", config(f"learning_rate: {written}")).learning_rate == 1e-6
+    assert parse("--learning_rate", written).learning_rate == 1e-6
+
+
+def test_null_in_yaml_stands_for_the_default(config):
+    names = [entry.name for entry in fields(TrainOptions)]
+    options = parse("--config", config("".join(f"{name}: null\n" for name in names)))
+    assert options == TrainOptions()
+
+
+def test_relative_paths_in_yaml_are_taken_as_they_stand(config):
+    assert parse("--config", config("mask: masks/ref.png")).mask == "masks/ref.png"
+
+
+def test_instance_data_dir_is_instance_dir(config):
+    assert parse("--instance_data_dir", "cat").instance_dir == "cat"
+    assert parse("--instance_dir", "cat").instance_dir == "cat"
+
+
+def test_flags_that_are_on_or_off_take_no_value(config):
+    switches = [entry.name for entry in fields(TrainOptions) if isinstance(entry.default, bool)]
+    assert "unmasked" in switches
+    for name in switches:
+        assert getattr(parse(f"--{name}"), name) is True
+        assert getattr(parse(f"--no_{name}"), name) is False
+        path = config(f"{name}: true")
+        assert getattr(parse("--config", path), name) is True
+        assert getattr(parse("--config", path, f"--no_{name}"), name) is False
+
+
+TYPED = [
+    *("a [V] cat", "[V]", '"quoted"', "it's", "a: b", "{a: b}", "null", "~", "no", "123", "1e5", "#1", "- x", "猫"),
+    *(" x ", "a\nb", "\\n", "*", "&a", "%a", "@a", "`a`", "!x", "2024-01-01", "true", "=", "--flag"),
+]
+
+
+@pytest.mark.parametrize("text", TYPED)
+def test_text_arrives_as_it_was_typed(text):
+    options = parse(f"--instance_prompt={text}", f"--class_name={text}", f"--identifier={text}", f"--mask={text}")
+    assert {options.instance_prompt, options.class_name, options.identifier, options.mask} == {text}
+    if not text.startswith("-"):
+        pictures = cli.parse(GenerateOptions, [text, "--model", text], "generate", positional="prompt")
+        assert (pictures.prompt, pictures.model) == (text, text)
+
+
+@pytest.mark.parametrize(
+    "text", ["a [V] cat", "[V]", '"quoted"', "it's", "a: b", "null", "no", "123", "#1", "猫", "a\nb"]
+)
+def test_a_saved_configuration_gives_the_same_options_again(config, text):
+    options = TrainOptions(
+        instance_dir=text, mask=text, class_name=text, identifier=text, instance_prompt=text, output_dir=text,
+        learning_rate=1e-6, adam_epsilon=1e-8, mixed_precision="no", unmasked_weight=0.25, train_text_encoder=True,
+        resolution=64, checkpoints_total_limit=2,
+    )  # fmt: skip
+    assert parse("--config", config(yaml.safe_dump(asdict(options), sort_keys=False))) == options
+
+
+def test_the_options_of_train_are_these():
+    """Adding, renaming or removing an option is a conscious act: the documents and old YAML files know these."""
+    assert [entry.name for entry in fields(TrainOptions)] == [
+        *("segmenter", "sam_model", "guidance", "target_coverage"),
+        *("instance_dir", "mask", "reference_image", "mask_dir", "unmasked"),
+        *("class_name", "identifier", "instance_prompt"),
+        *("pretrained_model_name_or_path", "revision", "variant"),
+        *("method", "rank", "lora_dropout", "train_text_encoder"),
+        *("mask_normalization", "unmasked_weight"),
+        *("with_prior_preservation", "prior_loss_weight", "class_data_dir", "class_prompt"),
+        *("num_class_images", "sample_batch_size"),
+        *("resolution", "center_crop"),
+        *("seed", "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "learning_rate", "scale_lr"),
+        *("lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power"),
+        *("adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm"),
+        *("mixed_precision", "gradient_checkpointing", "allow_tf32", "dataloader_num_workers"),
+        *("output_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "logging_steps"),
+        *("validation_prompt", "num_validation_images"),
+    ]
+
+
+@pytest.mark.parametrize("kind", [SegmentOptions, TrainOptions, GenerateOptions])
+def test_every_option_has_a_line_of_help(kind):
+    for entry in fields(kind):
+        assert entry.metadata["help"]
+        assert "\n" not in entry.metadata["help"]
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.yaml")), ids=lambda path: path.name)
+def test_every_recipe_parses_and_checks(path):
+    parse("--config", str(path), "--instance_dir", "cat", "--mask", "mask.png").check()
+
+
+# What options mean
+
+
+def test_the_identifier_stands_for_v_in_every_prompt():
+    options = TrainOptions(
+        instance_dir="cat", identifier="zwx", instance_prompt="photo of [V] cat, [V]", class_prompt="photo of cat",
+        validation_prompt="[V] in space",
+    )  # fmt: skip
+    prompts = {kind: options.prompt(kind) for kind in ("instance", "class", "validation")}
+    assert prompts == {"instance": "photo of zwx cat, zwx", "class": "photo of cat", "validation": "zwx in space"}
+    assert fill_identifier("a [v] cat", "zwx") == "a [v] cat"
+
+
+def test_prompts_follow_from_identifier_and_class():
+    options = TrainOptions(instance_dir="photos", class_name="cat")
+    prompts = [options.prompt(kind) for kind in ("instance", "class", "validation")]
+    assert prompts == ["a sks cat", "a cat", "a sks cat on a beach"]
+
+
+@pytest.mark.parametrize(
+    "folder, class_name", [("cat", "cat"), ("a/b/backpack_dog/", "backpack dog"), ("red-car", "red car"), ("猫", "猫")]
+)
+def test_the_class_is_named_after_the_folder_where_no_name_is_given(folder, class_name):
+    assert TrainOptions(instance_dir=folder).subject == class_name
+    assert TrainOptions(instance_dir=folder, class_name="").subject == class_name
+    assert TrainOptions(instance_dir=folder, class_name="dog").subject == "dog"
+
+
+def test_the_class_is_named_after_the_working_folder_for_a_dot(tmp_path, monkeypatch):
+    (tmp_path / "cat").mkdir()
+    monkeypatch.chdir(tmp_path / "cat")
+    assert TrainOptions(instance_dir=".").subject == "cat"
+
+
+def test_the_run_is_named_after_the_folder_where_no_output_is_given():
+    assert TrainOptions(instance_dir="photos/red-car").run_dir == Path("outputs/red-car")
+    assert TrainOptions(instance_dir="cat", output_dir="here").run_dir == Path("here")
+
+
+def test_the_learning_rate_follows_from_the_method_where_none_is_given():
+    assert TrainOptions().base_learning_rate == 1e-4
+    assert TrainOptions(method="full").base_learning_rate == 5e-6
+    assert TrainOptions(method="full", learning_rate=0.0).base_learning_rate == 0
+
+
+COUNTS = (
+    *("rank", "num_class_images", "sample_batch_size", "resolution", "max_train_steps", "train_batch_size"),
+    *("gradient_accumulation_steps", "lr_num_cycles", "checkpointing_steps", "checkpoints_total_limit"),
+    "logging_steps",
+)
+AMOUNTS = (
+    *("learning_rate", "prior_loss_weight", "lr_warmup_steps", "adam_weight_decay", "adam_epsilon"),
+    *("dataloader_num_workers", "num_validation_images"),
+)
+OUT_OF_RANGE = {
+    **dict.fromkeys(COUNTS, ("0", "give 1 or more")),
+    **dict.fromkeys(AMOUNTS, ("-1", "give 0 or more")),
+    "unmasked_weight": ("1.5", "give a number from 0 to 1"),
+    "lora_dropout": ("-0.5", "give a number from 0 to 1"),
+    "target_coverage": ("1.0", "give a number from 0 to below 1"),
+    "adam_beta1": ("1.0", "give a number from 0 to below 1"),
+    "adam_beta2": ("-0.1", "give a number from 0 to below 1"),
+    "max_grad_norm": ("0.0", "give more than 0"),
+    "seed": ("-1", "give a number from 0 to 4294967295"),
+}
+
+
+@pytest.mark.parametrize("name", OUT_OF_RANGE)
+def test_a_number_out_of_range_is_refused_before_anything_loads(name):
+    value, advice = OUT_OF_RANGE[name]
+    with pytest.raises(InputError) as refusal:
+        parse("--instance_dir", "cat", "--mask", "mask.png", f"--{name}={value}").check()
+    shown = float(value) if isinstance(getattr(TrainOptions(), name), float) or name == "learning_rate" else int(value)
+    assert str(refusal.value) == f"--{name} is {shown}: {advice}"
+
+
+def test_not_a_number_is_refused():
+    for name in ("learning_rate", "unmasked_weight", "max_grad_norm", "adam_beta1", "target_coverage"):
+        with pytest.raises(InputError, match=f"--{name} is nan"):
+            parse("--instance_dir", "cat", "--mask", "mask.png", f"--{name}=.nan").check()
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({}, "--instance_dir is missing"),
+        ({"instance_dir": "cat"}, "no mask: give --mask .*--mask_dir .*--unmasked"),
+        ({"instance_dir": "cat", "mask": "m.png", "unmasked": True}, "--mask and --unmasked exclude one another"),
+        ({"instance_dir": "cat", "mask": "m.png", "mask_dir": "m"}, "--mask and --mask_dir exclude one another"),
+        ({"instance_dir": "cat", "mask_dir": "m", "reference_image": "a.jpg"}, "--reference_image .*: give --mask"),
+        ({"instance_dir": "cat", "mask": "m.png", "identifier": ""}, "--identifier is missing"),
+        ({"instance_dir": "cat", "mask": "m.png", "guidance": "none"}, "--guidance none .*: add --segmenter persam"),
+        ({"instance_dir": "cat", "unmasked": True, "unmasked_weight": 0.5}, "--unmasked_weight .* --unmasked"),
+    ],
+)
+def test_options_at_odds_are_refused(options, said):
+    with pytest.raises(InputError, match=said):
+        TrainOptions(**options).check()
+
+
+def test_segment_checks_what_train_checks():
+    given = {"images": "cat", "reference_image": "a.jpg", "mask": "m.png", "output": "masks"}
+    SegmentOptions(**given).check()
+    for name in given:
+        with pytest.raises(InputError, match=f"--{name} is missing"):
+            SegmentOptions(**{**given, name: None}).check()
+    with pytest.raises(InputError, match=r"--guidance none .*: add --segmenter persam"):
+        SegmentOptions(**given, guidance="none").check()
+    with pytest.raises(InputError, match=r"--target_coverage is 1\.5"):
+        SegmentOptions(**given, target_coverage=1.5).check()
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"model": "toy"}, "prompt is missing"),
+        ({"prompt": "a cat"}, "--model is missing"),
+        ({"prompt": "a cat", "model": "toy", "num_images": 0}, "--num_images is 0: give 1 or more"),
+        ({"prompt": "a cat", "model": "toy", "num_inference_steps": 0}, "--num_inference_steps is 0"),
+        ({"prompt": "a cat", "model": "toy", "seed": -1}, "--seed is -1: give a number from 0 to 4294967295"),
+    ],
+)
+def test_generate_refuses_what_cannot_be(options, said):
+    with pytest.raises(InputError, match=said):
+        GenerateOptions(**options).check()
+
+
+# Slips of the hand
+
+
+@pytest.mark.parametrize(
+    "slip, nearest",
+    [
+        ("--learning_rat", "--learning_rate"),
+        ("--instance-dir", "--instance_dir"),
+        ("--masks", "--mask"),
+        ("--sam", "--sam_model"),
+        ("--train_steps", "--max_train_steps"),
+    ],
+)
+def test_an_unknown_flag_names_the_nearest(capsys, slip, nearest):
+    assert refused(capsys, "train", slip, "1") == f"error: unknown option {slip}: did you mean {nearest}?"
+    assert refused(capsys, "train", f"{slip}=1") == f"error: unknown option {slip}: did you mean {nearest}?"
+
+
+def test_flags_are_not_abbreviated(capsys):
+    assert "unknown option --max_train: did you mean --max_train_steps?" in refused(capsys, "train", "--max_train", "1")
+
+
+@pytest.mark.parametrize("key, nearest", [("learning_rat", "learning_rate"), ("maskdir", "mask_dir")])
+def test_an_unknown_yaml_key_names_the_nearest(capsys, config, key, nearest):
+    assert refused(capsys, "train", "--config", config(f"{key}: 1")) == (
+        f"error: unknown option {key}: did you mean {nearest}?"
+    )
+
+
+def test_an_unknown_command_names_the_nearest(capsys):
+    assert refused(capsys, "trian") == "error: unknown command trian: did you mean train?"
+    assert "unknown command --verbose" in refused(capsys, "--verbose")
+
+
+@pytest.mark.parametrize(
+    "name, value, wanted",
+    [
+        ("rank", "two", "a whole number"),
+        ("rank", "1.5", "a whole number"),
+        ("resolution", "large", "a whole number"),
+        ("learning_rate", "fast", "a number"),
+        ("adam_beta1", "fast", "a number"),
+        ("method", "lorra", "one of 'lora', 'full'"),
+        ("mixed_precision", "fp8", "one of 'no', 'fp16', 'bf16'"),
+    ],
+)
+def test_a_value_of_the_wrong_type_says_what_is_wanted(capsys, config, name, value, wanted):
+    said = f"--{name} is {value}: give {wanted}"
+    assert refused(capsys, "train", f"--{name}", value) == f"error: {said}"
+    path = config(f"{name}: {value}")
+    assert refused(capsys, "train", "--config", path) == f"error: {path}: {said}"
+
+
+def test_yaml_words_that_are_not_text_want_quotes(capsys, config):
+    """In YAML a bare no is false, and 123 is a number."""
+    line = refused(capsys, "train", "--config", config("mixed_precision: no"))
+    assert line.endswith("--mixed_precision is False: give one of 'no', 'fp16', 'bf16'")
+    line = refused(capsys, "train", "--config", config("class_name: 123"))
+    assert line.endswith("--class_name is 123: give text, in quotes")
+    assert parse("--config", config("mixed_precision: 'no'")).mixed_precision == "no"
+
+
+@pytest.mark.parametrize("content", ["a: [", "{", "\t- x", "a: 'b", "instance_prompt: [V] cat", "\0"])
+def test_malformed_yaml_is_refused_with_its_name(capsys, config, content):
+    path = config(content)
+    assert refused(capsys, "train", "--config", path).startswith(f"error: {path} is not YAML (")
+
+
+def test_a_yaml_file_that_is_not_text_is_refused_with_its_name(capsys, tmp_path):
+    (tmp_path / "weights.bin").write_bytes(b"\xff\xfe\x00")
+    line = refused(capsys, "train", "--config", str(tmp_path / "weights.bin"))
+    assert line.startswith(f"error: {tmp_path / 'weights.bin'} is not YAML (")
+
+
+@pytest.mark.parametrize("content", ["", "# nothing yet\n", "- a\n- b\n", "just words", "3"])
+def test_yaml_without_options_is_refused_with_its_name(capsys, config, content):
+    path = config(content)
+    assert refused(capsys, "train", "--config", path) == f"error: {path} holds no options: write lines such as rank: 4"
+
+
+def test_a_config_file_that_is_not_there_is_named(capsys, tmp_path):
+    assert "none.yaml" in refused(capsys, "train", "--config", str(tmp_path / "none.yaml"))
+    assert str(tmp_path) in refused(capsys, "train", "--config", str(tmp_path))
+
+
+@pytest.mark.parametrize("arguments", [[""], [" "], ["'x'"], ["x y"], ["--"], ["-x"], ["--mask"], ["--unmasked=maybe"]])
+def test_stray_words_are_refused(capsys, arguments):
+    refused(capsys, "train", *arguments)
+
+
+@pytest.mark.parametrize("arguments", [["x"], ["--output_dir"], ["--steps", "3"]])
+def test_demo_takes_an_output_folder_and_nothing_else(capsys, arguments):
+    assert "demo takes --output_dir FOLDER and nothing else" in refused(capsys, "demo", *arguments)
+
+
+def test_without_a_command_the_commands_are_listed(capsys):
+    assert cli.main([]) == 2
+    assert cli.main(["--help"]) == 0
+    listed = capsys.readouterr().out
+    assert all(f"persam-dreambooth {command}" in listed for command in COMMANDS)
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"{persam_dreambooth.__version__}\n"
+
+
+def test_train_main_reads_the_arguments_of_the_program(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_dreambooth_masked.py", "--rank", "two"])
+    assert cli.train_main() == 2
+    assert capsys.readouterr().err == "error: --rank is two: give a whole number\n"
+
+
+# Weight
+
+
+def test_help_and_import_are_quick_and_load_nothing_heavy(tmp_path):
+    script = f"""
+import contextlib, io, sys, time
+import persam_dreambooth
+import persam_dreambooth.cli as cli
+assert time.process_time() < 3, time.process_time()
+for command in {COMMANDS}:
+    for flag in ("--help", "-h"):
+        text, started = io.StringIO(), time.process_time()
+        with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+            cli.main([command, flag])
+        assert "usage" in text.getvalue(), command
+        assert time.process_time() - started < 1, command
+heavy = {HEAVY} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = python("-c", script, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_missing_folder_is_noticed_before_anything_heavy_is_imported(tmp_path):
+    script = f"""
+import sys
+from persam_dreambooth.cli import main
+assert main(["train", "--instance_dir", "none", "--mask", "none.png"]) == 2
+heavy = {HEAVY} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = python("-c", script, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (
+        0,
+        "error: none does not exist: name the folder that holds the photos\n",
+    )
+
+
+def test_both_programs_say_one_line_and_exit_with_2(tmp_path):
+    for program in (["-m", "persam_dreambooth", "train"], [str(ROOT / "train_dreambooth_masked.py")]):
+        done = python(*program, "--rank", "two", cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr == "error: --rank is two: give a whole number\n"
+        done = python(*program, "--help", cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "--instance_dir" in done.stdout
+
+
+def test_the_program_trains_in_half_precision_and_its_configuration_is_taken_back(tmp_path):
+    for name in ("00.jpg", "01.jpg"):
+        picture = Image.new("RGB", (96, 96), (90, 120, 90))
+        ImageDraw.Draw(picture).ellipse((20, 20, 60, 60), fill=(200, 30, 30))
+        (tmp_path / "red ball").mkdir(exist_ok=True)
+        picture.save(tmp_path / "red ball" / name)
+    mask = Image.new("L", (96, 96))
+    ImageDraw.Draw(mask).ellipse((20, 20, 60, 60), fill=255)
+    mask.save(tmp_path / "mask.png")
+    (tmp_path / "toy.yaml").write_text("pretrained_model_name_or_path: toy\nsam_model: toy\nlearning_rate: 1e-6\n")
+    flags = ["--config", "toy.yaml", "--instance_dir", "red ball", "--mask", "mask.png", "--segmenter", "persam"]
+    flags += ["--max_train_steps", "2", "--num_validation_images", "1", "--mixed_precision", "bf16"]
+    done = python(str(ROOT / "train_dreambooth_masked.py"), *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("done: outputs/red ball; look at ")
+    run = tmp_path / "outputs" / "red ball"
+    for made in ("config.yaml", "masks/00.png", "overview.png", "metrics.jsonl", "README.md", "samples"):
+        assert (run / made).exists(), made
+    head, *_ = (run / "config.yaml").read_text(encoding="utf-8").splitlines()
+    assert head.startswith(f"# persam-dreambooth {persam_dreambooth.__version__}")
+    flags[1] = str(tmp_path / "toy.yaml")
+    assert parse("--config", str(run / "config.yaml")) == parse(*flags)
+
+
+# Structure
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_module_imports(name):
+    if not name.endswith("__main__"):
+        importlib.import_module(name)
+
+
+def imports(path: Path) -> set[str]:
+    """What a file imports from this package, wherever in the file, as dotted names within the package."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports name the whole package"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name.removeprefix("persam_dreambooth.") for name in found if name.startswith("persam_dreambooth.")}
+
+
+def files(name: str) -> list[Path]:
+    """The files of a module or a folder of the package."""
+    module = PACKAGE / f"{name}.py"
+    found = [module] if module.is_file() else sorted((PACKAGE / name).rglob("*.py"))
+    assert found, name
+    return found
+
+
+LATER = ("personalize", "cli", "__main__", "app")
+MIDDLE = ("segmentation", "dreambooth", "evaluation")
+
+
+@pytest.mark.parametrize(
+    "modules, forbidden",
+    [
+        (("config", "images", "files", "errors", "checkpoints", "toy"), ("masks", "pictures", *MIDDLE, *LATER)),
+        (("masks", "pictures"), (*MIDDLE, *LATER)),
+        (("segmentation",), ("dreambooth", "evaluation", *LATER)),
+        (("dreambooth",), ("segmentation", "evaluation", *LATER)),
+    ],
+    ids=["ground", "masks", "segmentation", "dreambooth"],
+)
+def test_imports_run_one_way(modules, forbidden):
+    for path in (path for name in modules for path in files(name)):
+        wrong = {name for name in imports(path) if name.split(".")[0] in forbidden}
+        assert not wrong, f"{path.relative_to(ROOT)} imports {', '.join(sorted(wrong))}"
+
+
+def test_the_package_is_at_most_two_folders_deep():
+    for path in PACKAGE.rglob("*.py"):
+        assert len(path.relative_to(PACKAGE).parts) <= 2, path

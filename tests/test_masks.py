@@ -1,0 +1,399 @@
+"""The mask folder is read back as it was written; a mask that cannot belong to its photo is refused."""
+
+import json
+import resource
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from persam_dreambooth.errors import InputError, InputNotFoundError
+from persam_dreambooth.files import write_aside, write_json
+from persam_dreambooth.images import Photo, find_photos
+from persam_dreambooth.masks import (
+    BY_HAND,
+    INDEX,
+    MaskRecord,
+    check_mask,
+    check_names,
+    load_mask,
+    load_masks,
+    read_mask,
+    save_mask,
+)
+
+WIDTH, HEIGHT = 96, 64
+
+
+def photo(path: Path, color=(200, 30, 30), size=(WIDTH, HEIGHT), **options) -> Photo:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, color).save(path, **options)
+    return Photo.open(path)
+
+
+def shape(mode="L", ink=255, paper=0) -> Image.Image:
+    """An ellipse of `ink`, left of the center."""
+    image = Image.new(mode, (WIDTH, HEIGHT), paper)
+    ImageDraw.Draw(image).ellipse((10, 15, 50, 45), fill=ink)
+    return image
+
+
+@pytest.fixture
+def mask() -> np.ndarray:
+    return np.asarray(shape()) > 0
+
+
+@pytest.fixture
+def photos(tmp_path) -> list[Photo]:
+    for name in ("00.jpg", "sub/00.JPG", "no.dots.here.png"):
+        photo(tmp_path / "photos" / name, format="JPEG" if "00" in name else "PNG")
+    return find_photos(tmp_path / "photos")
+
+
+def record(item: Photo, mask: np.ndarray, **facts) -> MaskRecord:
+    return MaskRecord(item.name, item.sha256, "persam-f", float(mask.mean()), **facts)
+
+
+def files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+@contextmanager
+def at_most(size: int):
+    """Writing beyond this many bytes of a file fails, as on a full disk (root too)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+# The round trip
+
+
+def test_masks_are_read_back_as_they_were_saved(tmp_path, photos):
+    random = np.random.default_rng(0)
+    masks = [random.random((HEIGHT, WIDTH)) < 0.3 for _ in photos]
+    facts = {"model": "toy", "score": 0.9, "presence": 0.7, "flags": ("absent", "target smaller than a cell")}
+    for item, mask in zip(photos, masks, strict=True):
+        save_mask(tmp_path / "masks", record(item, mask, **facts), mask)
+    loaded = load_masks(tmp_path / "masks", photos)
+    assert [found.photo for found in loaded] == photos
+    for item, mask, found in zip(photos, masks, loaded, strict=True):
+        assert found.mask.dtype == bool
+        assert np.array_equal(found.mask, mask)
+        assert found.record == record(item, mask, **facts)
+
+
+def test_the_folder_holds_a_png_for_each_photo_and_the_index(tmp_path, photos, mask):
+    for item in photos:
+        save_mask(tmp_path / "masks", record(item, mask), mask)
+    assert files(tmp_path / "masks") == {"00.png", "sub/00.png", "no.dots.here.png", INDEX}
+
+
+def test_a_saved_png_is_0_or_255_in_gray_at_the_size_of_the_photo(tmp_path, photos, mask):
+    save_mask(tmp_path, record(photos[0], mask), mask)
+    with Image.open(tmp_path / "00.png") as saved:
+        assert (saved.format, saved.mode, saved.size) == ("PNG", "L", photos[0].size)
+        assert np.array_equal(np.asarray(saved), np.where(mask, 255, 0))
+
+
+def test_the_index_says_what_is_known_about_each_mask(tmp_path, photos, mask):
+    first, *_, last = photos
+    save_mask(tmp_path, record(first, mask, model="toy", score=0.9, presence=0.7, flags=("absent",)), mask)
+    save_mask(tmp_path, MaskRecord(last.name, last.sha256, "given", 0.25), mask)
+    assert json.loads((tmp_path / INDEX).read_text(encoding="utf-8")) == {
+        "masks": {
+            first.name: {
+                "photo_sha256": first.sha256,
+                "method": "persam-f",
+                "coverage": float(mask.mean()),
+                "model": "toy",
+                "score": 0.9,
+                "presence": 0.7,
+                "flags": ["absent"],
+            },
+            last.name: {
+                "photo_sha256": last.sha256,
+                "method": "given",
+                "coverage": 0.25,
+                "model": None,
+                "score": None,
+                "presence": None,
+                "flags": [],
+            },
+        }
+    }
+
+
+def test_saving_again_replaces_the_mask_and_its_entry(tmp_path, photos, mask):
+    save_mask(tmp_path, record(photos[0], mask, score=0.1), mask)
+    save_mask(tmp_path, record(photos[0], ~mask, score=0.9), ~mask)
+    found = load_mask(tmp_path, photos[0])
+    assert np.array_equal(found.mask, ~mask)
+    assert found.record.score == 0.9
+
+
+def test_a_hand_drawn_mask_needs_no_entry(tmp_path, photos, mask):
+    shape().save(tmp_path / "00.png")
+    found = load_mask(tmp_path, photos[0])
+    assert np.array_equal(found.mask, mask)
+    assert found.record == MaskRecord("00.jpg", photos[0].sha256, BY_HAND, float(mask.mean()))
+    assert BY_HAND == "by hand"
+
+
+def test_the_coverage_of_a_mask_that_was_painted_over_is_its_new_one(tmp_path, photos, mask):
+    save_mask(tmp_path, record(photos[0], mask), mask)
+    Image.new("L", (WIDTH, HEIGHT), 255).save(tmp_path / "00.png")
+    assert load_mask(tmp_path, photos[0]).record.coverage == 1
+
+
+def test_an_empty_mask_in_the_folder_is_loaded_with_coverage_0(tmp_path, photos):
+    Image.new("L", (WIDTH, HEIGHT)).save(tmp_path / "00.png")
+    assert load_mask(tmp_path, photos[0]).record.coverage == 0
+
+
+def test_a_photo_that_the_folder_has_no_mask_for_gives_none(tmp_path, photos):
+    assert load_mask(tmp_path, photos[0]) is None
+
+
+# Any mask file
+
+
+def saved(image: Image.Image, path: Path, **options) -> np.ndarray:
+    image.save(path, **options)
+    found = read_mask(path)
+    assert found.dtype == bool
+    return found
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        pytest.param(shape(ink=1), id="0 and 1"),
+        pytest.param(shape(ink=128), id="gray"),
+        pytest.param(shape("1", 1), id="one bit"),
+        pytest.param(shape("I;16", 65535), id="16 bit"),
+        pytest.param(shape("RGB", (0, 0, 1), (0, 0, 0)), id="faint blue"),
+        pytest.param(shape("RGB", (128, 0, 0), (0, 0, 0)), id="dark red"),
+        pytest.param(shape("LA", (255, 255), (0, 255)), id="opaque LA"),
+        pytest.param(shape("RGBA", (255, 255, 255, 255), (0, 0, 0, 255)), id="opaque RGBA"),
+    ],
+)
+def test_every_pixel_that_is_not_black_is_foreground(tmp_path, mask, image):
+    assert np.array_equal(saved(image, tmp_path / "mask.png"), mask)
+
+
+def test_the_dark_red_palette_of_perseg_is_foreground(tmp_path, mask):
+    image = shape("P", 1)
+    image.putpalette([0, 0, 0, 128, 0, 0])
+    assert np.array_equal(saved(image, tmp_path / "mask.png"), mask)
+
+
+def test_the_colors_of_a_palette_count_not_its_indices(tmp_path, mask):
+    image = shape("P", 0, 1)
+    image.putpalette([255, 255, 255, 0, 0, 0])
+    assert np.array_equal(saved(image, tmp_path / "mask.png"), mask)
+
+
+@pytest.mark.parametrize("mode, ink, paper", [("RGBA", (0, 0, 0, 255), (255,) * 3 + (0,)), ("LA", (0, 255), (255, 0))])
+def test_the_alpha_channel_of_a_cut_out_is_the_mask_whatever_its_colors(tmp_path, mask, mode, ink, paper):
+    assert np.array_equal(saved(shape(mode, ink, paper), tmp_path / "mask.png"), mask)
+
+
+def test_a_transparent_palette_color_cuts_out_too(tmp_path, mask):
+    image = shape("P", 1)
+    image.putpalette([255, 255, 255, 0, 0, 0])
+    assert np.array_equal(saved(image, tmp_path / "mask.png", transparency=0), mask)
+
+
+@pytest.mark.parametrize("name", ["mask.jpg", "mask.webp"])
+@pytest.mark.parametrize("ink, paper", [((255,) * 3, (0,) * 3), ((90, 0, 0), (4, 4, 4))], ids=["white", "dark red"])
+def test_noise_in_the_black_of_a_lossy_mask_is_background(tmp_path, mask, name, ink, paper):
+    found = saved(shape("RGB", ink, paper), tmp_path / name, quality=60)
+    assert (found & mask).sum() / (found | mask).sum() > 0.9
+    assert not found[:, 60:].any()
+
+
+@pytest.mark.parametrize("name", ["mask.bmp", "mask.tif", "mask.gif"])
+def test_other_lossless_formats_are_read(tmp_path, mask, name):
+    assert np.array_equal(saved(shape(), tmp_path / name), mask)
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "YCbCr"])
+def test_black_is_background_where_it_is_not_stored_as_0(tmp_path, mask, mode):
+    image = shape("RGB", (255, 255, 255), (0, 0, 0)).convert(mode)
+    assert np.array_equal(saved(image, tmp_path / "mask.tif"), mask)
+
+
+def test_an_unreadable_mask_is_refused(tmp_path):
+    (tmp_path / "mask.png").write_text("drawn in words")
+    with pytest.raises(InputError, match=r"mask\.png is not an image"):
+        read_mask(tmp_path / "mask.png")
+
+
+# Masks that do not fit
+
+
+def test_a_mask_of_another_size_is_refused_with_both_sizes(tmp_path, photos):
+    Image.new("L", (50, 40), 255).save(tmp_path / "00.png")
+    with pytest.raises(InputError, match=r"00\.png is 50 x 40 but .*00\.jpg is 96 x 64"):
+        load_mask(tmp_path, photos[0])
+
+
+def test_an_empty_mask_is_refused_where_one_is_needed(tmp_path, photos):
+    with pytest.raises(InputError, match=r"mask\.png is empty \(all black\): paint the subject white"):
+        check_mask(np.zeros((HEIGHT, WIDTH), dtype=bool), photos[0], tmp_path / "mask.png")
+
+
+def test_a_photo_turned_by_exif_pairs_with_the_upright_mask(tmp_path, mask):
+    exif = Image.Exif()
+    exif[0x112] = 6
+    turned = photo(tmp_path / "photos" / "a.jpg", exif=exif)
+    assert turned.size == (HEIGHT, WIDTH)
+    upright = Image.fromarray(np.rot90(mask, -1))
+    upright.save(tmp_path / "a.png")
+    assert np.array_equal(load_mask(tmp_path, turned).mask, np.rot90(mask, -1))
+    shape().save(tmp_path / "a.png", exif=exif)
+    assert np.array_equal(load_mask(tmp_path, turned).mask, np.rot90(mask, -1)), "the mask's own EXIF counts too"
+    shape().save(tmp_path / "a.png")
+    with pytest.raises(InputError, match=r"a\.png is 96 x 64 but .*a\.jpg is 64 x 96 \(upright\)"):
+        load_mask(tmp_path, turned)
+
+
+def test_a_mask_made_for_an_earlier_version_of_the_photo_is_refused(tmp_path, mask):
+    old = photo(tmp_path / "photos" / "a.jpg")
+    save_mask(tmp_path / "masks", record(old, mask), mask)
+    new = photo(tmp_path / "photos" / "a.jpg", color=(0, 0, 200))
+    with pytest.raises(InputError, match=r"a\.png is stale: .*a\.jpg changed after the mask was made"):
+        load_mask(tmp_path / "masks", new)
+
+
+def test_an_entry_for_a_photo_that_is_gone_does_no_harm(tmp_path, mask):
+    old = photo(tmp_path / "photos" / "a.jpg")
+    save_mask(tmp_path / "masks", record(old, mask), mask)
+    old.path.rename(tmp_path / "photos" / "b.jpg")
+    (tmp_path / "masks" / "a.png").rename(tmp_path / "masks" / "b.png")
+    [found] = load_masks(tmp_path / "masks", find_photos(tmp_path / "photos"))
+    assert found.record.method == BY_HAND
+
+
+def test_a_mask_without_a_photo_is_refused(tmp_path, photos, mask):
+    for item in photos:
+        save_mask(tmp_path / "masks", record(item, mask), mask)
+    shape().save(tmp_path / "masks" / "dog.png")
+    with pytest.raises(InputError, match=r"dog\.png belongs to no photo: .*rename or remove it"):
+        load_masks(tmp_path / "masks", photos)
+
+
+def test_a_photo_without_a_mask_is_refused(tmp_path, photos, mask):
+    for item in photos[:-1]:
+        save_mask(tmp_path / "masks", record(item, mask), mask)
+    with pytest.raises(InputNotFoundError, match=r"photos/sub/00\.JPG has no mask: .*masks/sub/00\.png is missing"):
+        load_masks(tmp_path / "masks", photos)
+
+
+@pytest.mark.parametrize("name, found", [("none", "does not exist"), ("photos/00.jpg", "is a file")])
+def test_a_mask_folder_that_is_none_is_refused(tmp_path, photos, name, found):
+    with pytest.raises(InputNotFoundError, match=f"{name} {found}: name the folder"):
+        load_masks(tmp_path / name, photos)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"{",
+        b"",
+        b"[]",
+        b"3",
+        b"{}",
+        b"\xff\xfe\x00",
+        b'{"masks": 3}',
+        b'{"masks": ["00.jpg"]}',
+        b'{"masks": {"00.jpg": 3}}',
+        b'{"masks": {"00.jpg": {}}}',
+        b'{"masks": {"00.jpg": {"photo_sha256": "", "method": "", "coverage": 0, "flags": null}}}',
+        b'{"masks": {"00.jpg": {"photo_sha256": "", "method": "", "coverage": 0, "a_new_fact": 1}}}',
+    ],
+)
+def test_a_broken_index_is_refused_and_left_as_it_is(tmp_path, photos, mask, content):
+    shape().save(tmp_path / "00.png")
+    (tmp_path / INDEX).write_bytes(content)
+    with pytest.raises(InputError, match=r"index\.json is not an index of masks: remove it"):
+        load_mask(tmp_path, photos[0])
+    with pytest.raises(InputError, match=r"index\.json is not an index of masks: remove it"):
+        save_mask(tmp_path, record(photos[0], mask), mask)
+    assert (tmp_path / INDEX).read_bytes() == content
+
+
+# Whole or not at all
+
+
+def test_a_mask_that_cannot_be_written_to_its_end_leaves_nothing(tmp_path, photos):
+    noise = np.random.default_rng(0).random((HEIGHT, WIDTH)) < 0.5
+    with at_most(100), pytest.raises(OSError):
+        save_mask(tmp_path / "masks", record(photos[0], noise), noise)
+    assert files(tmp_path / "masks") == set()
+
+
+def test_the_mask_before_stays_when_a_new_one_cannot_be_written_to_its_end(tmp_path, photos, mask):
+    save_mask(tmp_path / "masks", record(photos[0], mask), mask)
+    before = {name: (tmp_path / "masks" / name).read_bytes() for name in files(tmp_path / "masks")}
+    noise = np.random.default_rng(0).random((HEIGHT, WIDTH)) < 0.5
+    with at_most(500), pytest.raises(OSError):
+        save_mask(tmp_path / "masks", record(photos[0], noise), noise)
+    assert {name: (tmp_path / "masks" / name).read_bytes() for name in files(tmp_path / "masks")} == before
+
+
+def test_the_index_before_stays_when_a_new_one_cannot_be_written_to_its_end(tmp_path, photos, mask):
+    save_mask(tmp_path / "masks", record(photos[0], mask), mask)
+    before = (tmp_path / "masks" / INDEX).read_bytes()
+    with at_most(len(before)), pytest.raises(OSError):
+        save_mask(tmp_path / "masks", record(photos[1], mask), mask)
+    assert (tmp_path / "masks" / INDEX).read_bytes() == before
+    assert not [name for name in files(tmp_path / "masks") if ".partial" in name]
+
+
+def test_what_a_killed_program_left_is_no_mask_and_is_cleared_away(tmp_path, photos, mask):
+    folder = tmp_path / "masks"
+    folder.mkdir()
+    shape().save(folder / ".00.partial.png")
+    shape().save(folder / "00.png")
+    assert len(load_masks(folder, photos[:1])) == 1
+    save_mask(folder, record(photos[0], mask), mask)
+    assert files(folder) == {"00.png", INDEX}
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    with pytest.raises(KeyError), write_aside(tmp_path / "run" / "checkpoint-1") as folder:
+        folder.mkdir()
+        (folder / "weights").write_text("half")
+        raise KeyError
+    assert list((tmp_path / "run").iterdir()) == []
+    with write_aside(tmp_path / "run" / "checkpoint-1") as folder:
+        folder.mkdir()
+        (folder / "weights").write_text("whole")
+    with write_aside(tmp_path / "run" / "checkpoint-1") as folder:
+        folder.mkdir()
+    assert list((tmp_path / "run" / "checkpoint-1").iterdir()) == [], "the new folder takes the old one's place"
+
+
+def test_a_file_that_cannot_be_made_leaves_the_old_one(tmp_path):
+    write_json(tmp_path / "a.json", {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"a": object()})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
+    assert files(tmp_path) == {"a.json"}
+
+
+def test_two_photos_that_would_share_a_mask_are_refused(tmp_path):
+    photo(tmp_path / "a.jpg")
+    photo(tmp_path / "a.png")
+    photo(tmp_path / "sub" / "a.jpg")
+    with pytest.raises(InputError, match=r"a\.jpg and .*a\.png would share the mask a\.png: rename one"):
+        check_names(find_photos(tmp_path))
+    (tmp_path / "a.png").unlink()
+    check_names(find_photos(tmp_path))
