@@ -223,7 +223,7 @@ def test_other_lossless_formats_are_read(tmp_path, mask, name):
     assert np.array_equal(saved(shape(), tmp_path / name), mask)
 
 
-@pytest.mark.parametrize("mode", ["CMYK", "YCbCr"])
+@pytest.mark.parametrize("mode", ["CMYK"])
 def test_black_is_background_where_it_is_not_stored_as_0(tmp_path, mask, mode):
     image = shape("RGB", (255, 255, 255), (0, 0, 0)).convert(mode)
     assert np.array_equal(saved(image, tmp_path / "mask.tif"), mask)

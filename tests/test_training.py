@@ -1,9 +1,8 @@
-"""Training and generation through the real command line, on the toy checkpoint: a few steps each.
+"""Training through the real command line, on the toy checkpoint: trajectories, resuming, masks, optimization.
 
 B samples, C latent channels (4), h w latent size, R training crop. The toy's latents are a quarter of its crops.
 """
 
-import io
 import json
 import logging
 import math
@@ -12,198 +11,43 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 import yaml
-from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from torch.utils.data import default_collate
+from training_runs import (
+    CONFIGS,
+    ROOT,
+    SIZES,
+    STEPS,
+    UP,
+    Runs,
+    assert_same_trajectory,
+    column,
+    command,
+    ends_with,
+    flags,
+    same_metrics,
+    same_state,
+    same_weights,
+    toy_pipeline,
+    training_crops,
+    watched_family,
+    weights,
+)
 
-import persam_dreambooth
-from persam_dreambooth import cli, toy
+from persam_dreambooth import toy
 from persam_dreambooth.config import TrainOptions
-from persam_dreambooth.dreambooth.data import CLASS_SEED, Crops, sample_noise
+from persam_dreambooth.dreambooth.data import sample_noise
 from persam_dreambooth.dreambooth.loss import latent_mask
 from persam_dreambooth.dreambooth.stable_diffusion import LORA_WEIGHTS, StableDiffusion, load_pipeline
 from persam_dreambooth.dreambooth.trainer import batch_losses
 from persam_dreambooth.images import find_photos
-from persam_dreambooth.masks import load_masks
-
-ROOT = Path(persam_dreambooth.__file__).parents[1]
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
-SIZES = ((80, 64), (64, 96), (72, 72), (64, 64))
-RESOLUTION = 32
-STEPS = 4
-SHORT = {
-    "class_name": "duck",
-    "pretrained_model_name_or_path": "toy",
-    "resolution": RESOLUTION,
-    "max_train_steps": STEPS,
-    "logging_steps": 1,
-    "num_validation_images": 0,
-}
-"""A run of four steps, without samples."""
-
-
-DOWN = re.compile(r"\.lora(_linear_layer)?\.down\.weight$")
-UP = re.compile(r"\.lora(_linear_layer)?\.up\.weight$")
-"""How diffusers names the two matrices of a layer: (rank, in) and (out, rank)."""
-
-
-def flags(**options):
-    """`rank=2, unmasked=True, mask=None` as `--rank 2 --unmasked`."""
-    listed = []
-    for name, value in options.items():
-        if value is True:
-            listed.append(f"--{name}")
-        elif value is not None:
-            listed += [f"--{name}", str(value)]
-    return listed
-
-
-def command(*arguments):
-    """The command line in this process; its exit code."""
-    AcceleratorState._reset_state(reset_partial_state=True)  # as in a new process: it keeps the first run's precision
-    return cli.main([str(argument) for argument in arguments])
-
-
-class Runs:
-    """Training runs by their options, each made when first asked for."""
-
-    def __init__(self, photos, folder):
-        self.photos = photos
-        self.folder = folder
-        self.made = {}
-
-    def options(self, **options):
-        masks = {"mask_dir": self.photos.parent / "masks"}
-        if options.get("unmasked") or options.get("mask"):
-            masks = {}
-        return {"instance_dir": self.photos, **masks, **SHORT, **options}
-
-    def train(self, folder, **options):
-        """Trains into a folder; the exit code."""
-        return command("train", *flags(**self.options(output_dir=folder, **options)))
-
-    def __call__(self, **options):
-        key = tuple(sorted((name, str(value)) for name, value in options.items()))
-        if key not in self.made:
-            folder = self.folder / f"run-{len(self.made)}"
-            assert self.train(folder, **options) == 0
-            self.made[key] = folder
-        return self.made[key]
-
-
-def draw_photos(folder):
-    """Four photos of an ellipse on a noisy floor in `photos/`, and their masks in `masks/`."""
-    for name in ("photos", "masks"):
-        (folder / name).mkdir()
-    for number, (width, height) in enumerate(SIZES):
-        noise = np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
-        photo, mask = Image.fromarray(noise), Image.new("L", (width, height))
-        box = (width // 4, height // 4, width // 4 + 24, height // 4 + 16 + 4 * number)
-        ImageDraw.Draw(photo).ellipse(box, (250, 210, 40 * number))
-        ImageDraw.Draw(mask).ellipse(box, 255)
-        photo.save(folder / "photos" / f"{number:02}.png")
-        mask.save(folder / "masks" / f"{number:02}.png")
-    return folder / "photos"
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    return draw_photos(tmp_path_factory.mktemp("subject"))
-
-
-@pytest.fixture(scope="module")
-def runs(photos, tmp_path_factory):
-    return Runs(photos, tmp_path_factory.mktemp("runs"))
-
-
-def metrics(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def column(run, name="loss"):
-    return [row[name] for row in metrics(run)]
-
-
-def weights(run):
-    """All tensors of a run's or a checkpoint's own weight files."""
-    files = [run / LORA_WEIGHTS, *run.glob("unet/*.safetensors"), *run.glob("text_encoder/*.safetensors")]
-    loaded = {
-        f"{path.parent.name if path.name != LORA_WEIGHTS else 'lora'}:{key}": tensor
-        for path in files
-        if path.is_file()
-        for key, tensor in load_file(path).items()
-    }
-    assert loaded
-    return loaded
-
-
-def same_weights(one, two):
-    return same_state(weights(one), weights(two))
-
-
-def ends_with(run, step):
-    """Whether a run's weights are those of its checkpoint; a full run also saves what was not trained."""
-    kept, final = weights(run / f"checkpoint-{step}"), weights(run)
-    return all(torch.equal(kept[name], final[name]) for name in kept)
-
-
-def same_metrics(one, two):
-    return (one / "metrics.jsonl").read_bytes() == (two / "metrics.jsonl").read_bytes()
-
-
-def same_state(one, two):
-    """Whether two nested states hold the same values, to the bit."""
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, two)
-    if isinstance(one, dict):
-        return one.keys() == two.keys() and all(same_state(one[key], two[key]) for key in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(two) and all(map(same_state, one, two))
-    return one == two
-
-
-def assert_same_trajectory(one, two, rate=1e-4, steps=STEPS):
-    """Two runs that differ in the order of float32 sums only.
-
-    Losses agree to 1e-5 of their size. A rounding error of a gradient changes AdamW's step, whose size is the learning
-    rate, by at most a few thousandths of it wherever the gradient is not itself tiny; 2 % of the way leaves room for
-    those, and is far below what one other photo or noise would change.
-    """
-    np.testing.assert_allclose(column(one), column(two), rtol=1e-5)
-    one, two = weights(one), weights(two)
-    assert one.keys() == two.keys()
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], rtol=0, atol=0.02 * rate * steps, msg=lambda text: text)
-
-
-def toy_pipeline():
-    pipeline = StableDiffusionPipeline.from_pretrained(toy.path("stable-diffusion"))
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def unet_answer(pipeline):
-    """The UNet's output for one fixed input."""
-    generator = torch.Generator().manual_seed(0)
-    latents, text = torch.randn(2, 4, 16, 16, generator=generator), torch.randn(2, 77, 64, generator=generator)
-    with torch.no_grad():
-        return pipeline.unet.eval()(latents, torch.tensor([10, 700]), encoder_hidden_states=text).sample
-
-
-def text_answer(pipeline):
-    tokens = pipeline.tokenizer(["a sks duck"], padding="max_length", return_tensors="pt").input_ids
-    with torch.no_grad():
-        return pipeline.text_encoder.eval()(tokens)[0]
-
 
 # --- trajectories
 
@@ -397,36 +241,6 @@ def test_first_loss_is_the_formula_worked_out_with_plain_diffusers(runs, photos,
     assert column(run)[0] == pytest.approx(np.mean(expected), rel=1e-5)
 
 
-def training_crops(photos, masks=None, resolution=RESOLUTION, seed=0):
-    found = find_photos(photos)
-    loaded = load_masks(masks or photos.parent / "masks", found)
-    return Crops(found, [item.mask for item in loaded], resolution, False, seed)
-
-
-class Watched(StableDiffusion):
-    """The family with a look at what it predicts, and with other targets where one is added."""
-
-    added = 0.0
-
-    def predict(self, *inputs):
-        self.prediction = super().predict(*inputs)
-        self.prediction.retain_grad()
-        return self.prediction
-
-    def target(self, *inputs):
-        self.aim = super().target(*inputs) + self.added
-        return self.aim
-
-
-def watched_family(**options):
-    """A family whose LoRA is ready to train, and its embeddings of the instance and the class prompt."""
-    family = Watched(toy_pipeline())
-    torch.manual_seed(0)
-    family.make_trainable(TrainOptions(**options), torch.device("cpu"), torch.float32)
-    with torch.no_grad():
-        return family, family.encode_prompts(["a sks duck", "a duck"])
-
-
 def test_a_training_step_learns_nothing_from_outside_the_mask(photos):
     family, embeddings = watched_family()
     crops = training_crops(photos)
@@ -474,265 +288,6 @@ def test_center_crop_that_misses_a_subject_is_an_error_that_names_the_photo(tmp_
     assert runs.train(tmp_path / "centered", center_crop=True) == 2
     assert "the center crop misses the subject of far.png" in capsys.readouterr().err
     assert runs.train(tmp_path / "anywhere") == 0
-
-
-# --- what a run leaves
-
-
-@pytest.fixture(scope="module")
-def complete(runs):
-    """A run with samples and checkpoints."""
-    return runs(num_validation_images=2, checkpointing_steps=2, identifier="robot")
-
-
-def test_run_folder_holds_all_that_is_promised(complete, photos):
-    assert {path.name for path in complete.iterdir()} == {
-        *("masks", "overview.png", "loss.png", "samples", "config.yaml", "metrics.jsonl", "README.md"),
-        *(LORA_WEIGHTS, "checkpoint-2", "checkpoint-4"),
-    }
-    for photo in photos.iterdir():
-        with Image.open(complete / "masks" / photo.name) as kept, Image.open(photos.parent / "masks" / photo.name) as m:
-            assert np.array_equal(np.asarray(kept), np.asarray(m))
-    samples = {path.name for path in (complete / "samples").iterdir()}
-    prompt = "a-robot-duck-on-a-beach"
-    assert samples == {f"{prompt}-0.png", f"{prompt}-1.png", f"{prompt}-grid.jpg"}
-    for path in (complete / "overview.png", complete / "loss.png", *(complete / "samples").iterdir()):
-        with Image.open(path) as picture:
-            assert np.asarray(picture).std() > 0
-    with Image.open(complete / "samples" / f"{prompt}-0.png") as sample:
-        assert sample.size == (64, 64)
-
-
-def test_saved_options_are_resolved_and_headed_by_versions(complete):
-    text = (complete / "config.yaml").read_text()
-    options = yaml.safe_load(text)
-    assert {"rank": 4, "identifier": "robot", "lr_scheduler": "constant"}.items() <= options.items()
-    assert set(options) == set(TrainOptions.__dataclass_fields__)
-    for package in ("torch", "diffusers", "transformers", "accelerate", "peft"):
-        assert re.search(rf"^#.* {package} \d", text)
-
-
-def test_metrics_have_a_line_for_every_logged_step(runs):
-    run = runs(logging_steps=2, max_train_steps=5)
-    assert column(run, "step") == [2, 4, 5]
-    every = column(runs(max_train_steps=5))
-    means = [np.mean(every[:2]), np.mean(every[2:4]), every[4]]
-    np.testing.assert_allclose(column(run), means, rtol=1e-6)  # means of two float32
-
-
-def test_model_card_says_what_the_model_is(complete):
-    text = (complete / "README.md").read_text()
-    head = yaml.safe_load(text.split("---")[1])
-    assert head["base_model"] == "toy"
-    assert head["instance_prompt"] == "a robot duck"
-    assert toy.NOTICES["stable-diffusion"] in text
-    assert "untrained (random weights)" in text
-    assert "LoRA (rank 4) on 4 photos" in text
-    assert "`robot duck`" in text
-    assert f"| final loss | {column(complete)[-1]:.4f} |" in text
-    assert "the loss counts inside masks only (by hand)" in text
-
-
-def test_model_card_of_an_unmasked_full_run(runs):
-    text = (runs(unmasked=True, method="full") / "README.md").read_text()
-    assert "full fine-tuning on 4 photos" in text
-    assert "on whole photos, without masks" in text
-
-
-def test_model_card_head_stays_yaml_whatever_the_prompt(runs):
-    prompt = 'a [V] duck: "yellow" # toy'
-    text = (runs(instance_prompt=prompt) / "README.md").read_text()
-    assert yaml.safe_load(text.split("---")[1])["instance_prompt"] == 'a sks duck: "yellow" # toy'
-
-
-def test_model_card_tells_the_learning_rate_that_was_used(runs):
-    run = runs(train_batch_size=2, gradient_accumulation_steps=2, scale_lr=True, learning_rate=1e-3)
-    assert "| learning rate | 0.001 times batch, accumulation and processes |" in (run / "README.md").read_text()
-
-
-# --- the weights
-
-
-def test_lora_file_is_what_diffusers_loads(runs):
-    for options in ({}, {"rank": 2, "learning_rate": 0.01, "train_text_encoder": True}):
-        run = runs(**options)
-        state = load_file(run / LORA_WEIGHTS)
-        prefixes = {"unet", "text_encoder"} if options else {"unet"}
-        assert {key.split(".")[0] for key in state} == prefixes
-        assert {tensor.dtype for tensor in state.values()} == {torch.float32}
-        assert {min(tensor.shape) for tensor in state.values()} == {options.get("rank", 4)}
-        assert all(DOWN.search(key) or UP.search(key) for key in state)
-        assert sum(bool(DOWN.search(key)) for key in state) == len(state) / 2
-
-
-def test_loaded_lora_answers_as_base_weights_plus_its_product(runs):
-    run = runs(rank=2, learning_rate=0.01, train_text_encoder=True)
-    base, merged, loaded = toy_pipeline(), toy_pipeline(), toy_pipeline()
-    state = load_file(run / LORA_WEIGHTS)
-    for key in filter(DOWN.search, state):
-        up = state[key.replace(".down.", ".up.")]
-        part, module = DOWN.sub("", key).split(".", 1)
-        model = getattr(merged, part)
-        module = module if part == "unet" else text_module(model, module)
-        with torch.no_grad():
-            model.get_submodule(module).weight += up @ state[key]  # alpha = rank: scaled by one
-    loaded.load_lora_weights(run)
-    for answer in (unet_answer, text_answer):
-        # W x + B A x against (W + B A) x: a rounding of float32 per layer.
-        torch.testing.assert_close(answer(loaded), answer(merged), rtol=1e-4, atol=1e-5)
-        assert (answer(loaded) - answer(base)).abs().max() > 1e-3
-
-
-def text_module(model, name):
-    """The module's name in this version of transformers, which may or may not have `text_model` in it."""
-    present = dict(model.named_modules())
-    return next(found for found in (name, name.removeprefix("text_model."), f"text_model.{name}") if found in present)
-
-
-def test_loaded_lora_answers_as_the_model_under_training(runs):
-    run = runs(rank=2, learning_rate=0.01, train_text_encoder=True, checkpointing_steps=STEPS)
-    family = StableDiffusion(load_pipeline(str(toy.path("stable-diffusion"))))
-    family.make_trainable(TrainOptions(rank=2, train_text_encoder=True), torch.device("cpu"), torch.float32)
-    untouched = unet_answer(family.pipeline), text_answer(family.pipeline)
-    family.load_weights(run / f"checkpoint-{STEPS}")
-    loaded = toy_pipeline()
-    loaded.load_lora_weights(run)
-    for answer, before in zip((unet_answer, text_answer), untouched, strict=True):
-        torch.testing.assert_close(answer(loaded), answer(family.pipeline), rtol=0, atol=0)
-        assert (answer(loaded) - before).abs().max() > 1e-3
-
-
-def test_text_encoder_is_trained_only_where_asked(runs):
-    asked = weights(runs(train_text_encoder=True))
-    ups = [tensor for key, tensor in asked.items() if "text_encoder" in key and UP.search(key)]
-    assert len(ups) == 2 * 4  # two layers, four projections
-    assert all((tensor != 0).any() for tensor in ups)
-    assert not any("text_encoder" in key for key in weights(runs()))
-    assert column(runs(train_text_encoder=True))[0] == pytest.approx(column(runs())[0], rel=1e-6)  # B is 0 at first
-    assert column(runs(train_text_encoder=True))[-1] != column(runs())[-1]
-
-
-@pytest.mark.parametrize("text_encoder", [False, True])
-def test_full_run_saves_a_pipeline(runs, text_encoder):
-    run = runs(method="full", **({"train_text_encoder": True} if text_encoder else {}))
-    trained, base = StableDiffusionPipeline.from_pretrained(run), toy_pipeline()
-    for part, changes in (("unet", True), ("vae", False), ("text_encoder", text_encoder)):
-        one, two = getattr(trained, part).state_dict(), getattr(base, part).state_dict()
-        same = [torch.equal(one[name], two[name]) for name in two]
-        assert not any(same) if part == "unet" else all(same) != changes
-    assert trained.unet.dtype == trained.vae.dtype == trained.text_encoder.dtype == torch.float32
-    trained.set_progress_bar_config(disable=True)
-    assert trained("a sks duck", num_inference_steps=2).images[0].size == (64, 64)
-
-
-# --- prior preservation
-
-PRIOR = {"with_prior_preservation": True, "num_class_images": 3, "sample_batch_size": 2}
-
-
-def class_pictures(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
-def test_class_images_are_generated_and_counted_and_reused(runs, tmp_path):
-    run = tmp_path / "run"
-    assert runs.train(run, checkpointing_steps=2, **PRIOR) == 0
-    first = class_pictures(run / "class_images")
-    assert list(first) == [f"class-{number:04}.png" for number in range(3)]
-    assert len(set(first.values())) == 3
-    times = [path.stat().st_mtime_ns for path in sorted((run / "class_images").iterdir())]
-    resumed = {"checkpointing_steps": 2, "max_train_steps": 5, "resume_from_checkpoint": "latest"}
-    assert runs.train(run, **{**PRIOR, **resumed}) == 0
-    assert [path.stat().st_mtime_ns for path in sorted((run / "class_images").iterdir())] == times
-    with_prior = metrics(run)
-    assert all(row["prior_loss"] > 0 for row in with_prior)
-    assert "prior_loss" not in metrics(runs())[0]
-
-
-def test_class_image_does_not_depend_on_how_many_are_generated_at_a_time(runs, tmp_path):
-    together = runs(**PRIOR, class_data_dir=tmp_path / "together")
-    single = runs(**{**PRIOR, "sample_batch_size": 1}, class_data_dir=tmp_path / "single")
-    assert together != single
-    for name in class_pictures(tmp_path / "together"):
-        pictures = [np.asarray(Image.open(tmp_path / kind / name)).astype(int) for kind in ("together", "single")]
-        assert abs(pictures[0] - pictures[1]).max() <= 1  # convolutions of another batch round otherwise
-
-
-def test_own_class_pictures_suffice(runs, tmp_path):
-    own = tmp_path / "own"
-    own.mkdir()
-    for number in range(4):
-        Image.new("RGB", (70 + number, 90), (60 * number, 0, 99)).save(own / f"{number}.jpg")
-    before = class_pictures(own)
-    run = tmp_path / "run"
-    assert runs.train(run, class_data_dir=own, **PRIOR) == 0
-    assert class_pictures(own) == before
-    assert not (run / "class_images").exists()
-    assert column(run, "prior_loss")[0] != column(runs(**PRIOR), "prior_loss")[0]
-
-
-def test_missing_class_images_are_filled_up_beside_the_users_own(runs, tmp_path):
-    own = tmp_path / "own"
-    own.mkdir()
-    Image.new("RGB", (70, 90), "red").save(own / "mine.jpg")
-    Image.new("RGB", (70, 90), "blue").save(own / "class-0001.png")  # the name of one that would be generated
-    before = class_pictures(own)
-    assert runs.train(tmp_path / "run", class_data_dir=own, max_train_steps=1, **PRIOR) == 0
-    after = class_pictures(own)
-    assert len(after) == 3
-    assert before.items() <= after.items()
-
-
-def test_class_image_that_was_deleted_is_replaced(runs, tmp_path):
-    folder = tmp_path / "class"
-    assert runs.train(tmp_path / "one", class_data_dir=folder, max_train_steps=1, **PRIOR) == 0
-    first = class_pictures(folder)
-    (folder / "class-0001.png").unlink()
-    assert runs.train(tmp_path / "two", class_data_dir=folder, max_train_steps=1, **PRIOR) == 0
-    again = class_pictures(folder)
-    assert len(again) == 3
-    for name in ("class-0000.png", "class-0002.png"):
-        assert again[name] == first[name]
-    again, first = (np.asarray(Image.open(io.BytesIO(album["class-0001.png"]))).astype(int) for album in (again, first))
-    assert abs(again - first).max() <= 1  # generated alone now: convolutions of another batch round otherwise
-
-
-def test_instance_masks_do_not_touch_the_prior_loss(runs):
-    masked, unmasked = runs(**PRIOR), runs(**PRIOR, unmasked_weight=0.5)
-    assert column(masked, "prior_loss")[0] == column(unmasked, "prior_loss")[0]
-    assert column(masked)[0] != column(unmasked)[0]
-
-
-def test_prior_preservation_of_weight_zero_changes_nothing(runs):
-    weightless = runs(**PRIOR, prior_loss_weight=0.0)
-    assert_same_trajectory(runs(), weightless)
-    assert column(weightless, "prior_loss")[0] == column(runs(**PRIOR), "prior_loss")[0]
-    assert not same_weights(weightless, runs(**PRIOR))
-
-
-def test_photos_and_class_images_keep_their_own_prompt_mask_and_noise(photos):
-    family, embeddings = watched_family()
-    crops = training_crops(photos)
-    class_crops = Crops(find_photos(photos), None, RESOLUTION, False, seed=4)
-    options, class_options = TrainOptions(seed=4), TrainOptions(seed=4 + CLASS_SEED, unmasked=True)
-    batch, class_batch = (default_collate([source[0], source[1]]) for source in (crops, class_crops))
-    loss, prior_loss = batch_losses(options, family, batch, class_batch, embeddings)
-    prediction, target = family.prediction, family.aim
-    assert prediction.shape == (4, 4, 8, 8)
-    # Never masked, whatever mask it may have; summed in another order.
-    torch.testing.assert_close(prior_loss, F.mse_loss(prediction[2:], target[2:]))
-    class_batch["mask"] = torch.zeros_like(class_batch["mask"])
-    again, prior_again = batch_losses(options, family, batch, class_batch, embeddings)
-    assert (again.item(), prior_again.item()) == (loss.item(), prior_loss.item())
-    # Each half alone, with its own prompt and seed; convolutions of another batch round otherwise.
-    alone, _ = batch_losses(options, family, batch, None, embeddings[:1])
-    class_alone, _ = batch_losses(class_options, family, class_batch, None, embeddings[1:])
-    torch.testing.assert_close(loss, alone, rtol=1e-5, atol=0)
-    torch.testing.assert_close(prior_loss, class_alone, rtol=1e-5, atol=0)
-    swapped = batch_losses(options, family, batch, class_batch, embeddings.flip(0))
-    assert not torch.isclose(swapped[0], loss, rtol=1e-5)
-    assert not torch.isclose(swapped[1], prior_loss, rtol=1e-5)
-    assert not torch.equal(target[:2], target[2:])
 
 
 # --- what the model predicts
@@ -918,13 +473,6 @@ def test_no_option_silently_does_nothing(runs, name):
     assert all(not torch.equal(usual[key], other[key]) for key in usual)
 
 
-@pytest.mark.parametrize(
-    "options", [{"class_prompt": "a cat"}, {"prior_loss_weight": 0.5}, {"num_class_images": 2}], ids=str
-)
-def test_no_option_of_prior_preservation_silently_does_nothing(runs, options):
-    assert not same_weights(runs(**PRIOR), runs(**{**PRIOR, **options}))
-
-
 @pytest.mark.parametrize("logging_steps", [1, 50])
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_photo(runs, tmp_path, capsys, logging_steps):
     crops = training_crops(runs.photos)
@@ -936,94 +484,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_photo(runs, 
     assert not (run / LORA_WEIGHTS).exists()
     assert not list(run.glob("checkpoint-*"))
     assert column(run, "step") == ([1] if logging_steps == 1 else [])
-
-
-# --- generation
-
-
-@pytest.fixture
-def pictures(tmp_path):
-    """Generates with a model; the pictures as arrays by file name."""
-    count = iter(range(100))
-
-    def generate(model, prompt="a [V] duck", number=1, **options):
-        folder = tmp_path / f"pictures-{next(count)}"
-        options = {"num_images": number, "num_inference_steps": 2, **options}
-        assert command("generate", prompt, *flags(model=model, output=folder, **options)) == 0
-        assert len(list(folder.glob("*-grid.jpg"))) == 1
-        return {path.name: np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))}
-
-    return generate
-
-
-def alike(one, two):
-    return one.keys() == two.keys() and all(np.array_equal(one[name], two[name]) for name in one)
-
-
-def changed(one, two):
-    """The share of values that differ, over pictures in the same order."""
-    return np.mean([np.mean(a != b) for a, b in zip(one.values(), two.values(), strict=True)])
-
-
-def test_every_kind_of_model_generates(runs, pictures):
-    strong = {"learning_rate": 0.01, "checkpointing_steps": STEPS}
-    lora = runs(rank=2, train_text_encoder=True, **strong)
-    full = runs(method="full", train_text_encoder=True, **strong)
-    base = pictures("toy", "a sks duck")
-    assert [picture.shape for picture in base.values()] == [(64, 64, 3)]
-    for run in (lora, full):
-        trained = pictures(run)
-        assert changed(base, trained) > 0.5
-        assert alike(trained, pictures(run / f"checkpoint-{STEPS}"))
-    assert alike(base, pictures(toy.path("stable-diffusion"), "a sks duck"))
-
-
-def test_identifier_of_the_run_takes_the_place_of_v(complete, pictures):
-    named = pictures(complete, "a robot duck")
-    assert list(named) == ["a-robot-duck-0.png"]
-    assert alike(pictures(complete), named)
-    assert alike(pictures(complete / "checkpoint-4"), named)
-    assert alike(pictures("toy"), pictures("toy", "a sks duck"))
-    other = pictures(complete, identifier="cat")
-    assert list(other) == ["a-cat-duck-0.png"]
-    assert alike(other, pictures(complete, "a cat duck"))
-    assert changed(named, other) > 0.1
-
-
-def test_pictures_follow_from_their_seed(complete, pictures):
-    first, again, next_seed = (pictures(complete, number=2, seed=seed) for seed in (5, 5, 6))
-    assert list(first) == ["a-robot-duck-5.png", "a-robot-duck-6.png"]
-    assert alike(first, again)
-    assert np.array_equal(first["a-robot-duck-6.png"], next_seed["a-robot-duck-6.png"])
-    assert (first["a-robot-duck-5.png"] != first["a-robot-duck-6.png"]).mean() > 0.5
-
-
-def test_samples_of_a_run_are_what_generate_gives(complete, pictures):
-    prompt, kept = "a [V] duck on a beach", complete / "samples"
-    generated = pictures(complete, prompt, number=2, num_inference_steps=30)
-    for name, picture in generated.items():
-        difference = abs(np.asarray(Image.open(kept / name)).astype(int) - picture)
-        assert difference.max() <= 1  # the LoRA is loaded instead of trained, which may round otherwise
-
-
-def test_steps_and_guidance_reach_the_sampler(complete, pictures):
-    usual = pictures(complete)
-    assert changed(usual, pictures(complete, num_inference_steps=4)) > 0.1
-    assert changed(usual, pictures(complete, guidance_scale=1.0)) > 0.1
-
-
-@pytest.mark.parametrize("content", ["unfinished", "no config", "nothing"])
-def test_folder_that_cannot_generate_is_an_error_that_says_why(runs, tmp_path, capsys, content):
-    run = tmp_path / "run"
-    run.mkdir()
-    if content == "unfinished":
-        shutil.copy(runs() / "config.yaml", run)
-    elif content == "no config":
-        shutil.copy(runs() / LORA_WEIGHTS, run)
-    said = {"unfinished": "finish its training", "no config": "no config.yaml", "nothing": "model_index.json"}
-    assert command("generate", "a [V] duck", "--model", run, "--output", tmp_path / "pictures") == 2
-    assert said[content] in capsys.readouterr().err
-    assert not (tmp_path / "pictures").exists()
 
 
 # --- the configurations that ship

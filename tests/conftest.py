@@ -1,0 +1,22 @@
+"""Fixtures of the tests of training."""
+
+import pytest
+from training_runs import Runs, draw_photos
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """The folder of four photos; their masks lie beside it."""
+    return draw_photos(tmp_path_factory.mktemp("subject"))
+
+
+@pytest.fixture(scope="session")
+def runs(photos, tmp_path_factory):
+    """Runs by their options; tests that ask for the same one share it."""
+    return Runs(photos, tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="session")
+def complete(runs):
+    """A run with samples and checkpoints."""
+    return runs(num_validation_images=2, checkpointing_steps=2, identifier="robot")

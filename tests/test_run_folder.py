@@ -1,0 +1,247 @@
+"""What a training run leaves: the folder, the weights as diffusers loads them, pictures from them."""
+
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+from training_runs import DOWN, STEPS, UP, column, command, flags, text_answer, toy_pipeline, unet_answer, weights
+
+from persam_dreambooth import toy
+from persam_dreambooth.config import TrainOptions
+from persam_dreambooth.dreambooth.stable_diffusion import LORA_WEIGHTS, StableDiffusion, load_pipeline
+
+# --- what a run leaves
+
+
+def test_run_folder_holds_all_that_is_promised(complete, photos):
+    assert {path.name for path in complete.iterdir()} == {
+        *("masks", "overview.png", "loss.png", "samples", "config.yaml", "metrics.jsonl", "README.md"),
+        *(LORA_WEIGHTS, "checkpoint-2", "checkpoint-4"),
+    }
+    for photo in photos.iterdir():
+        with Image.open(complete / "masks" / photo.name) as kept, Image.open(photos.parent / "masks" / photo.name) as m:
+            assert np.array_equal(np.asarray(kept), np.asarray(m))
+    samples = {path.name for path in (complete / "samples").iterdir()}
+    prompt = "a-robot-duck-on-a-beach"
+    assert samples == {f"{prompt}-0.png", f"{prompt}-1.png", f"{prompt}-grid.jpg"}
+    for path in (complete / "overview.png", complete / "loss.png", *(complete / "samples").iterdir()):
+        with Image.open(path) as picture:
+            assert np.asarray(picture).std() > 0
+    with Image.open(complete / "samples" / f"{prompt}-0.png") as sample:
+        assert sample.size == (64, 64)
+
+
+def test_saved_options_are_resolved_and_headed_by_versions(complete):
+    text = (complete / "config.yaml").read_text()
+    options = yaml.safe_load(text)
+    assert {"rank": 4, "identifier": "robot", "lr_scheduler": "constant"}.items() <= options.items()
+    assert set(options) == set(TrainOptions.__dataclass_fields__)
+    for package in ("torch", "diffusers", "transformers", "accelerate", "peft"):
+        assert re.search(rf"^#.* {package} \d", text)
+
+
+def test_metrics_have_a_line_for_every_logged_step(runs):
+    run = runs(logging_steps=2, max_train_steps=5)
+    assert column(run, "step") == [2, 4, 5]
+    every = column(runs(max_train_steps=5))
+    means = [np.mean(every[:2]), np.mean(every[2:4]), every[4]]
+    np.testing.assert_allclose(column(run), means, rtol=1e-6)  # means of two float32
+
+
+def test_model_card_says_what_the_model_is(complete):
+    text = (complete / "README.md").read_text()
+    head = yaml.safe_load(text.split("---")[1])
+    assert head["base_model"] == "toy"
+    assert head["instance_prompt"] == "a robot duck"
+    assert toy.NOTICES["stable-diffusion"] in text
+    assert "untrained (random weights)" in text
+    assert "LoRA (rank 4) on 4 photos" in text
+    assert "`robot duck`" in text
+    assert f"| final loss | {column(complete)[-1]:.4f} |" in text
+    assert "the loss counts inside masks only (by hand)" in text
+
+
+def test_model_card_of_an_unmasked_full_run(runs):
+    text = (runs(unmasked=True, method="full") / "README.md").read_text()
+    assert "full fine-tuning on 4 photos" in text
+    assert "on whole photos, without masks" in text
+
+
+def test_model_card_head_stays_yaml_whatever_the_prompt(runs):
+    prompt = 'a [V] duck: "yellow" # toy'
+    text = (runs(instance_prompt=prompt) / "README.md").read_text()
+    assert yaml.safe_load(text.split("---")[1])["instance_prompt"] == 'a sks duck: "yellow" # toy'
+
+
+def test_model_card_tells_the_learning_rate_that_was_used(runs):
+    run = runs(train_batch_size=2, gradient_accumulation_steps=2, scale_lr=True, learning_rate=1e-3)
+    assert "| learning rate | 0.001 times batch, accumulation and processes |" in (run / "README.md").read_text()
+
+
+# --- the weights
+
+
+def test_lora_file_is_what_diffusers_loads(runs):
+    for options in ({}, {"rank": 2, "learning_rate": 0.01, "train_text_encoder": True}):
+        run = runs(**options)
+        state = load_file(run / LORA_WEIGHTS)
+        prefixes = {"unet", "text_encoder"} if options else {"unet"}
+        assert {key.split(".")[0] for key in state} == prefixes
+        assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+        assert {min(tensor.shape) for tensor in state.values()} == {options.get("rank", 4)}
+        assert all(DOWN.search(key) or UP.search(key) for key in state)
+        assert sum(bool(DOWN.search(key)) for key in state) == len(state) / 2
+
+
+def test_loaded_lora_answers_as_base_weights_plus_its_product(runs):
+    run = runs(rank=2, learning_rate=0.01, train_text_encoder=True)
+    base, merged, loaded = toy_pipeline(), toy_pipeline(), toy_pipeline()
+    state = load_file(run / LORA_WEIGHTS)
+    for key in filter(DOWN.search, state):
+        up = state[key.replace(".down.", ".up.")]
+        part, module = DOWN.sub("", key).split(".", 1)
+        model = getattr(merged, part)
+        module = module if part == "unet" else text_module(model, module)
+        with torch.no_grad():
+            model.get_submodule(module).weight += up @ state[key]  # alpha = rank: scaled by one
+    loaded.load_lora_weights(run)
+    for answer in (unet_answer, text_answer):
+        # W x + B A x against (W + B A) x: a rounding of float32 per layer.
+        torch.testing.assert_close(answer(loaded), answer(merged), rtol=1e-4, atol=1e-5)
+        assert (answer(loaded) - answer(base)).abs().max() > 1e-3
+
+
+def text_module(model, name):
+    """The module's name in this version of transformers, which may or may not have `text_model` in it."""
+    present = dict(model.named_modules())
+    return next(found for found in (name, name.removeprefix("text_model."), f"text_model.{name}") if found in present)
+
+
+def test_loaded_lora_answers_as_the_model_under_training(runs):
+    run = runs(rank=2, learning_rate=0.01, train_text_encoder=True, checkpointing_steps=STEPS)
+    family = StableDiffusion(load_pipeline(str(toy.path("stable-diffusion"))))
+    family.make_trainable(TrainOptions(rank=2, train_text_encoder=True), torch.device("cpu"), torch.float32)
+    untouched = unet_answer(family.pipeline), text_answer(family.pipeline)
+    family.load_weights(run / f"checkpoint-{STEPS}")
+    loaded = toy_pipeline()
+    loaded.load_lora_weights(run)
+    for answer, before in zip((unet_answer, text_answer), untouched, strict=True):
+        torch.testing.assert_close(answer(loaded), answer(family.pipeline), rtol=0, atol=0)
+        assert (answer(loaded) - before).abs().max() > 1e-3
+
+
+def test_text_encoder_is_trained_only_where_asked(runs):
+    asked = weights(runs(train_text_encoder=True))
+    ups = [tensor for key, tensor in asked.items() if "text_encoder" in key and UP.search(key)]
+    assert len(ups) == 2 * 4  # two layers, four projections
+    assert all((tensor != 0).any() for tensor in ups)
+    assert not any("text_encoder" in key for key in weights(runs()))
+    assert column(runs(train_text_encoder=True))[0] == pytest.approx(column(runs())[0], rel=1e-6)  # B is 0 at first
+    assert column(runs(train_text_encoder=True))[-1] != column(runs())[-1]
+
+
+@pytest.mark.parametrize("text_encoder", [False, True])
+def test_full_run_saves_a_pipeline(runs, text_encoder):
+    run = runs(method="full", **({"train_text_encoder": True} if text_encoder else {}))
+    trained, base = StableDiffusionPipeline.from_pretrained(run), toy_pipeline()
+    for part, changes in (("unet", True), ("vae", False), ("text_encoder", text_encoder)):
+        one, two = getattr(trained, part).state_dict(), getattr(base, part).state_dict()
+        same = [torch.equal(one[name], two[name]) for name in two]
+        assert not any(same) if part == "unet" else all(same) != changes
+    assert trained.unet.dtype == trained.vae.dtype == trained.text_encoder.dtype == torch.float32
+    trained.set_progress_bar_config(disable=True)
+    assert trained("a sks duck", num_inference_steps=2).images[0].size == (64, 64)
+
+
+# --- generation
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Generates with a model; the pictures as arrays by file name."""
+    count = iter(range(100))
+
+    def generate(model, prompt="a [V] duck", number=1, **options):
+        folder = tmp_path / f"pictures-{next(count)}"
+        options = {"num_images": number, "num_inference_steps": 2, **options}
+        assert command("generate", prompt, *flags(model=model, output=folder, **options)) == 0
+        assert len(list(folder.glob("*-grid.jpg"))) == 1
+        return {path.name: np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))}
+
+    return generate
+
+
+def alike(one, two):
+    return one.keys() == two.keys() and all(np.array_equal(one[name], two[name]) for name in one)
+
+
+def changed(one, two):
+    """The share of values that differ, over pictures in the same order."""
+    return np.mean([np.mean(a != b) for a, b in zip(one.values(), two.values(), strict=True)])
+
+
+def test_every_kind_of_model_generates(runs, pictures):
+    strong = {"learning_rate": 0.01, "checkpointing_steps": STEPS}
+    lora = runs(rank=2, train_text_encoder=True, **strong)
+    full = runs(method="full", train_text_encoder=True, **strong)
+    base = pictures("toy", "a sks duck")
+    assert [picture.shape for picture in base.values()] == [(64, 64, 3)]
+    for run in (lora, full):
+        trained = pictures(run)
+        assert changed(base, trained) > 0.5
+        assert alike(trained, pictures(run / f"checkpoint-{STEPS}"))
+    assert alike(base, pictures(toy.path("stable-diffusion"), "a sks duck"))
+
+
+def test_identifier_of_the_run_takes_the_place_of_v(complete, pictures):
+    named = pictures(complete, "a robot duck")
+    assert list(named) == ["a-robot-duck-0.png"]
+    assert alike(pictures(complete), named)
+    assert alike(pictures(complete / "checkpoint-4"), named)
+    assert alike(pictures("toy"), pictures("toy", "a sks duck"))
+    other = pictures(complete, identifier="cat")
+    assert list(other) == ["a-cat-duck-0.png"]
+    assert alike(other, pictures(complete, "a cat duck"))
+    assert changed(named, other) > 0.1
+
+
+def test_pictures_follow_from_their_seed(complete, pictures):
+    first, again, next_seed = (pictures(complete, number=2, seed=seed) for seed in (5, 5, 6))
+    assert list(first) == ["a-robot-duck-5.png", "a-robot-duck-6.png"]
+    assert alike(first, again)
+    assert np.array_equal(first["a-robot-duck-6.png"], next_seed["a-robot-duck-6.png"])
+    assert (first["a-robot-duck-5.png"] != first["a-robot-duck-6.png"]).mean() > 0.5
+
+
+def test_samples_of_a_run_are_what_generate_gives(complete, pictures):
+    prompt, kept = "a [V] duck on a beach", complete / "samples"
+    generated = pictures(complete, prompt, number=2, num_inference_steps=30)
+    for name, picture in generated.items():
+        difference = abs(np.asarray(Image.open(kept / name)).astype(int) - picture)
+        assert difference.max() <= 1  # the LoRA is loaded instead of trained, which may round otherwise
+
+
+def test_steps_and_guidance_reach_the_sampler(complete, pictures):
+    usual = pictures(complete)
+    assert changed(usual, pictures(complete, num_inference_steps=4)) > 0.1
+    assert changed(usual, pictures(complete, guidance_scale=1.0)) > 0.1
+
+
+@pytest.mark.parametrize("content", ["unfinished", "no config", "nothing"])
+def test_folder_that_cannot_generate_is_an_error_that_says_why(runs, tmp_path, capsys, content):
+    run = tmp_path / "run"
+    run.mkdir()
+    if content == "unfinished":
+        shutil.copy(runs() / "config.yaml", run)
+    elif content == "no config":
+        shutil.copy(runs() / LORA_WEIGHTS, run)
+    said = {"unfinished": "finish its training", "no config": "no config.yaml", "nothing": "model_index.json"}
+    assert command("generate", "a [V] duck", "--model", run, "--output", tmp_path / "pictures") == 2
+    assert said[content] in capsys.readouterr().err
+    assert not (tmp_path / "pictures").exists()

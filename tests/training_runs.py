@@ -1,0 +1,209 @@
+"""What the tests of training share: photos, runs by their options, and how two runs compare."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import StableDiffusionPipeline
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file
+
+import persam_dreambooth
+from persam_dreambooth import cli, toy
+from persam_dreambooth.config import TrainOptions
+from persam_dreambooth.dreambooth.data import Crops
+from persam_dreambooth.dreambooth.stable_diffusion import LORA_WEIGHTS, StableDiffusion
+from persam_dreambooth.images import find_photos
+from persam_dreambooth.masks import load_masks
+
+ROOT = Path(persam_dreambooth.__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+SIZES = ((80, 64), (64, 96), (72, 72), (64, 64))
+RESOLUTION = 32
+STEPS = 4
+SHORT = {
+    "class_name": "duck",
+    "pretrained_model_name_or_path": "toy",
+    "resolution": RESOLUTION,
+    "max_train_steps": STEPS,
+    "logging_steps": 1,
+    "num_validation_images": 0,
+}
+"""A run of four steps, without samples."""
+
+
+DOWN = re.compile(r"\.lora(_linear_layer)?\.down\.weight$")
+UP = re.compile(r"\.lora(_linear_layer)?\.up\.weight$")
+"""How diffusers names the two matrices of a layer: (rank, in) and (out, rank)."""
+
+
+def flags(**options):
+    """`rank=2, unmasked=True, mask=None` as `--rank 2 --unmasked`."""
+    listed = []
+    for name, value in options.items():
+        if value is True:
+            listed.append(f"--{name}")
+        elif value is not None:
+            listed += [f"--{name}", str(value)]
+    return listed
+
+
+def command(*arguments):
+    """The command line in this process; its exit code."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # as in a new process: it keeps the first run's precision
+    return cli.main([str(argument) for argument in arguments])
+
+
+class Runs:
+    """Training runs by their options, each made when first asked for."""
+
+    def __init__(self, photos, folder):
+        self.photos = photos
+        self.folder = folder
+        self.made = {}
+
+    def options(self, **options):
+        masks = {"mask_dir": self.photos.parent / "masks"}
+        if options.get("unmasked") or options.get("mask"):
+            masks = {}
+        return {"instance_dir": self.photos, **masks, **SHORT, **options}
+
+    def train(self, folder, **options):
+        """Trains into a folder; the exit code."""
+        return command("train", *flags(**self.options(output_dir=folder, **options)))
+
+    def __call__(self, **options):
+        key = tuple(sorted((name, str(value)) for name, value in options.items()))
+        if key not in self.made:
+            folder = self.folder / f"run-{len(self.made)}"
+            assert self.train(folder, **options) == 0
+            self.made[key] = folder
+        return self.made[key]
+
+
+def draw_photos(folder):
+    """Four photos of an ellipse on a noisy floor in `photos/`, and their masks in `masks/`."""
+    for name in ("photos", "masks"):
+        (folder / name).mkdir()
+    for number, (width, height) in enumerate(SIZES):
+        noise = np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        photo, mask = Image.fromarray(noise), Image.new("L", (width, height))
+        box = (width // 4, height // 4, width // 4 + 24, height // 4 + 16 + 4 * number)
+        ImageDraw.Draw(photo).ellipse(box, (250, 210, 40 * number))
+        ImageDraw.Draw(mask).ellipse(box, 255)
+        photo.save(folder / "photos" / f"{number:02}.png")
+        mask.save(folder / "masks" / f"{number:02}.png")
+    return folder / "photos"
+
+
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def column(run, name="loss"):
+    return [row[name] for row in metrics(run)]
+
+
+def weights(run):
+    """All tensors of a run's or a checkpoint's own weight files."""
+    files = [run / LORA_WEIGHTS, *run.glob("unet/*.safetensors"), *run.glob("text_encoder/*.safetensors")]
+    loaded = {
+        f"{path.parent.name if path.name != LORA_WEIGHTS else 'lora'}:{key}": tensor
+        for path in files
+        if path.is_file()
+        for key, tensor in load_file(path).items()
+    }
+    assert loaded
+    return loaded
+
+
+def same_weights(one, two):
+    return same_state(weights(one), weights(two))
+
+
+def ends_with(run, step):
+    """Whether a run's weights are those of its checkpoint; a full run also saves what was not trained."""
+    kept, final = weights(run / f"checkpoint-{step}"), weights(run)
+    return all(torch.equal(kept[name], final[name]) for name in kept)
+
+
+def same_metrics(one, two):
+    return (one / "metrics.jsonl").read_bytes() == (two / "metrics.jsonl").read_bytes()
+
+
+def same_state(one, two):
+    """Whether two nested states hold the same values, to the bit."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, two)
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(same_state(one[key], two[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(two) and all(map(same_state, one, two))
+    return one == two
+
+
+def assert_same_trajectory(one, two, rate=1e-4, steps=STEPS):
+    """Two runs that differ in the order of float32 sums only.
+
+    Losses agree to 1e-5 of their size. A rounding error of a gradient changes AdamW's step, whose size is the learning
+    rate, by at most a few thousandths of it wherever the gradient is not itself tiny; 2 % of the way leaves room for
+    those, and is far below what one other photo or noise would change.
+    """
+    np.testing.assert_allclose(column(one), column(two), rtol=1e-5)
+    one, two = weights(one), weights(two)
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=0.02 * rate * steps, msg=lambda text: text)
+
+
+def toy_pipeline():
+    pipeline = StableDiffusionPipeline.from_pretrained(toy.path("stable-diffusion"))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def unet_answer(pipeline):
+    """The UNet's output for one fixed input."""
+    generator = torch.Generator().manual_seed(0)
+    latents, text = torch.randn(2, 4, 16, 16, generator=generator), torch.randn(2, 77, 64, generator=generator)
+    with torch.no_grad():
+        return pipeline.unet.eval()(latents, torch.tensor([10, 700]), encoder_hidden_states=text).sample
+
+
+def text_answer(pipeline):
+    tokens = pipeline.tokenizer(["a sks duck"], padding="max_length", return_tensors="pt").input_ids
+    with torch.no_grad():
+        return pipeline.text_encoder.eval()(tokens)[0]
+
+
+def training_crops(photos, masks=None, resolution=RESOLUTION, seed=0):
+    found = find_photos(photos)
+    loaded = load_masks(masks or photos.parent / "masks", found)
+    return Crops(found, [item.mask for item in loaded], resolution, False, seed)
+
+
+class Watched(StableDiffusion):
+    """The family with a look at what it predicts, and with other targets where one is added."""
+
+    added = 0.0
+
+    def predict(self, *inputs):
+        self.prediction = super().predict(*inputs)
+        self.prediction.retain_grad()
+        return self.prediction
+
+    def target(self, *inputs):
+        self.aim = super().target(*inputs) + self.added
+        return self.aim
+
+
+def watched_family(**options):
+    """A family whose LoRA is ready to train, and its embeddings of the instance and the class prompt."""
+    family = Watched(toy_pipeline())
+    torch.manual_seed(0)
+    family.make_trainable(TrainOptions(**options), torch.device("cpu"), torch.float32)
+    with torch.no_grad():
+        return family, family.encode_prompts(["a sks duck", "a duck"])
