@@ -66,7 +66,8 @@ def train(arguments: list[str], program: str = "persam-dreambooth train") -> Non
 
     run_dir = personalize(options)
     if _is_main_process():
-        print(f"done: {run_dir}; look at {run_dir / 'overview.png'}, {run_dir / 'samples'}, {run_dir / 'README.md'}")
+        pictures = [path for path in (run_dir / "overview.png", run_dir / "samples") if path.exists()]
+        print(f"done: {run_dir}; look at {', '.join(map(str, [*pictures, run_dir / 'README.md']))}")
 
 
 def generate(arguments: list[str]) -> None:
@@ -209,7 +210,7 @@ def _guarded(command: Callable[[], None]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except PermissionError as error:
-        print(f"error: {error.filename} may not be read or written: mend its permissions", file=sys.stderr)
+        print(f"error: {error.filename} may not be read or written: fix its permissions", file=sys.stderr)
         return 2
     return 0
 

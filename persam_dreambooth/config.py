@@ -4,7 +4,7 @@ Training options carry the names of diffusers' `train_dreambooth.py` where it ha
 """
 
 import math
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,7 +38,9 @@ class SegmentationOptions:
     segmenter: SEGMENTERS = option("persam-f", "PerSAM (training-free) or PerSAM-F (fits two scale weights first)")
     sam_model: str = option("facebook/sam-vit-huge", "SAM or SAM-HQ: hub id, local folder, or toy")
     guidance: GUIDANCE = option("persam", "PerSAM's guided attention: aligned, as published, as in the paper, or none")
-    target_coverage: float = option(0.5, "a 64 x 64 cell is target when the mask covers more of it than this, 0 to 1")
+    target_coverage: float = option(
+        0.5, "a 64 x 64 cell is target when the mask covers more of its center than this, 0 to 1"
+    )
 
     def check(self) -> None:
         """Raises `InputError` for options that are out of range or at odds with one another."""
@@ -52,13 +54,15 @@ class SegmentOptions(SegmentationOptions):
     """From one photo and its mask to a mask for every photo of a folder."""
 
     images: str | None = option(None, "folder of photos")
-    reference_image: str | None = option(None, "the photo whose mask is given: a path, or a name inside --images")
+    reference_image: str | None = option(
+        None, "the photo that --mask belongs to: a path, or a name inside --images; default: as for train"
+    )
     mask: str | None = option(None, "its mask: the subject is any color but black")
     output: str | None = option(None, "folder for the masks; must be new or empty")
 
     def check(self) -> None:
         """Raises `InputError` for options that are missing, out of range or at odds with one another."""
-        _require(self, "images", "reference_image", "mask", "output")
+        _require(self, "images", "mask", "output")
         super().check()
 
 
@@ -76,7 +80,7 @@ class GenerateOptions:
     identifier: str | None = option(None, "the word [V] stands for; default: the run's own, else sks")
 
     def check(self) -> None:
-        """Raises `InputError` for options that cannot be."""
+        """Raises `InputError` for options that are missing or out of range."""
         _require(self, "prompt", "model")
         _within(self, 1, math.inf, "num_images")
         _within(self, 1, 1000, "num_inference_steps")
@@ -210,14 +214,35 @@ class TrainOptions(SegmentationOptions):
         """The run's folder."""
         return Path(self.output_dir or f"outputs/{Path(str(self.instance_dir)).resolve().name}")
 
-    def prompt(self, kind: Literal["instance", "class", "validation"]) -> str:
-        """A prompt with its default filled in and [V] replaced by the identifier."""
-        defaults = {
-            "instance": f"a [V] {self.subject}",
-            "class": f"a {self.subject}",
-            "validation": f"a [V] {self.subject} on a beach",
+    @property
+    def prompts(self) -> dict[str, Any]:
+        """The prompts with their defaults filled in, still with [V]."""
+        return {
+            "instance_prompt": self.instance_prompt or f"a [V] {self.subject}",
+            "class_prompt": self.class_prompt or f"a {self.subject}",
+            "validation_prompt": self.validation_prompt or f"a [V] {self.subject} on a beach",
         }
-        return fill_identifier(getattr(self, f"{kind}_prompt") or defaults[kind], self.identifier)
+
+    def prompt(self, kind: Literal["instance", "class", "validation"]) -> str:
+        """A prompt, with [V] replaced by the identifier."""
+        return fill_identifier(self.prompts[f"{kind}_prompt"], self.identifier)
+
+    def resolved(self, resolution: int, mixed_precision: Any) -> "TrainOptions":
+        """The same options with every default that depends on something filled in.
+
+        Args:
+            resolution: the model's own, where none was given.
+            mixed_precision: what accelerate was set up with, where none was given.
+        """
+        return replace(
+            self,
+            **self.prompts,
+            class_name=self.subject,
+            learning_rate=self.base_learning_rate,
+            output_dir=str(self.run_dir),
+            resolution=resolution,
+            mixed_precision=mixed_precision,
+        )
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -225,7 +250,7 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         options = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not YAML ({' '.join(str(error).split())}): mend it") from None
+        raise InputError(f"{path} is not YAML ({' '.join(str(error).split())}): fix it") from None
     if not isinstance(options, dict):
         raise InputError(f"{path} holds no options: write lines such as rank: 4")
     return options

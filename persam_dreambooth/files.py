@@ -70,7 +70,7 @@ def check_writable(folder: Path) -> None:
     if not existing.is_dir():
         raise InputError(f"{existing} is no folder, so {folder} cannot be one: choose another folder")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(f"{existing} is not writable: choose another folder or mend its permissions")
+        raise InputError(f"{existing} is not writable: choose another folder or fix its permissions")
 
 
 def _remove(path: Path) -> None:

@@ -16,6 +16,9 @@ from persam_dreambooth.errors import InputError, InputNotFoundError
 
 logger = logging.getLogger(__name__)
 
+UNREADABLE_SUFFIXES = (".heic", ".heif", ".raw", ".dng", ".cr2", ".nef", ".arw")
+"""Photos that Pillow does not read."""
+
 MOST_NARROW = 8
 """Longest side of a photo to train on, in short sides."""
 
@@ -81,6 +84,9 @@ def find_photos(folder: Path, leave_out: tuple[Path, ...] = ()) -> list[Photo]:
             ignored.append(relative.as_posix())
     if ignored:
         logger.info("ignored in %s, not a photo: %s", folder, ", ".join(ignored))
+    for name in ignored:
+        if name.lower().endswith(UNREADABLE_SUFFIXES):
+            logger.warning("%s is left out: convert it to JPEG or PNG", folder / name)
     if not paths:
         raise InputNotFoundError(f"{folder} holds no photos: put 3 to 6 there ({' '.join(PHOTO_SUFFIXES)})")
     return [Photo.open(path, path.relative_to(folder).as_posix()) for path in paths]

@@ -8,6 +8,7 @@ import logging
 import shutil
 import subprocess
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ import numpy as np
 import yaml
 
 import persam_dreambooth
-from persam_dreambooth import checkpoints, toy
+from persam_dreambooth import models, toy
 from persam_dreambooth.config import CONFIG, SegmentationOptions, SegmentOptions, TrainOptions, read_config
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.files import check_writable, filled_aside, write_text
@@ -80,54 +81,100 @@ def personalize(options: TrainOptions) -> Path:
         InputError, InputNotFoundError: input that cannot be used; nothing is written then.
     """
     options.check()
+    given = _read_input(options)
+    from persam_dreambooth.dreambooth.checkpoint import find_checkpoint
+    from persam_dreambooth.dreambooth.stable_diffusion import StableDiffusion, load_pipeline
+    from persam_dreambooth.dreambooth.trainer import check_resolution, train
+
+    run_dir = options.run_dir
+    resume_from = find_checkpoint(run_dir, options.resume_from_checkpoint) if options.resume_from_checkpoint else None
+    if resume_from:
+        _check_same_model(options, run_dir)
+    accelerator = _accelerator(options)
+    family = StableDiffusion(load_pipeline(given.base, options.revision, options.variant))
+    resolution = check_resolution(options, family)
+    options = options.resolved(resolution, accelerator.mixed_precision)
+
+    masks = given.drawn
+    crops = None if given.reference else _crops(options, given.photos, masks, resolution)
+    accelerator.wait_for_everyone()  # all have looked at the folders before one writes
+    if accelerator.is_main_process:
+        _write_masks(options, given)
+    accelerator.wait_for_everyone()
+    if not options.unmasked:
+        masks = load_masks(run_dir / MASKS, given.photos)
+    crops = crops or _crops(options, given.photos, masks, resolution)
+    if masks and accelerator.is_main_process:
+        save_picture(overview(masks), run_dir / "overview.png")
+    class_crops = _class_crops(options, family, accelerator, given.class_dir, resolution)
+
+    train(options, family, crops, class_crops, run_dir, accelerator, resume_from)
+    if accelerator.is_main_process:
+        _finish(options, family, accelerator, masks, crops, given.base)
+    accelerator.end_training()
+    return run_dir
+
+
+@dataclass(frozen=True)
+class Input:
+    """What a run is given, looked at before anything is written.
+
+    Args:
+        photos: all photos.
+        reference: the photo whose mask was given, where masks are to be made.
+        drawn: the masks of all photos, where a folder of them was given.
+        class_dir: the folder of class images.
+        base: the base model, as `from_pretrained` takes it.
+    """
+
+    photos: list[Photo]
+    reference: Reference | None
+    drawn: list[PhotoMask]
+    class_dir: Path
+    base: str
+
+
+def _read_input(options: TrainOptions) -> Input:
     run_dir, instance_dir = options.run_dir, Path(str(options.instance_dir))
     mask_path = Path(options.mask) if options.mask else None
     mask_dir = Path(options.mask_dir) if options.mask_dir else None
+    class_dir = Path(options.class_data_dir) if options.class_data_dir else run_dir / "class_images"
     if mask_dir and mask_dir.resolve() == instance_dir.resolve():
         raise InputError(f"{mask_dir} is the folder of the photos too: put the masks into a folder of their own")
-    class_dir = Path(options.class_data_dir) if options.class_data_dir else run_dir / "class_images"
     photos = find_photos(instance_dir, tuple(path for path in (mask_path, mask_dir, run_dir, class_dir) if path))
     check_names(photos)
     check_shapes(photos)
     reference = _find_reference(photos, instance_dir, mask_path, options.reference_image) if mask_path else None
     drawn = load_masks(mask_dir, photos) if mask_dir else []
-    if mask_dir:
-        _check_any(drawn)
     _check_output(run_dir, resuming=bool(options.resume_from_checkpoint))
     if options.with_prior_preservation and not class_dir.is_dir():
         check_writable(class_dir)
-    base = checkpoints.resolve(options.pretrained_model_name_or_path, "stable-diffusion", options.revision)
+    base = models.resolve(options.pretrained_model_name_or_path, "stable-diffusion", options.revision)
     if reference:
-        checkpoints.resolve(options.sam_model, "sam")
+        models.resolve(options.sam_model, "sam")
+    return Input(photos, reference, drawn, class_dir, base)
 
-    from accelerate import Accelerator
 
-    from persam_dreambooth.dreambooth.checkpoint import find_checkpoint
-    from persam_dreambooth.dreambooth.stable_diffusion import StableDiffusion, load_pipeline
-    from persam_dreambooth.dreambooth.trainer import check_resolution, train
+def _accelerator(options: TrainOptions) -> "Accelerator":
+    """Devices, precision and processes; raises `InputError` for what this machine or this trainer does not do."""
+    from accelerate import Accelerator, InitProcessGroupKwargs
 
-    resume_from = find_checkpoint(run_dir, options.resume_from_checkpoint) if options.resume_from_checkpoint else None
-    if resume_from:
-        _check_same_weights(options, run_dir)
-    accelerator = Accelerator(
-        mixed_precision=options.mixed_precision, gradient_accumulation_steps=options.gradient_accumulation_steps
-    )
-    family = StableDiffusion(load_pipeline(base, options.revision, options.variant))
-    resolution = check_resolution(options, family)
-
-    if accelerator.is_main_process:
-        _make_masks(options, run_dir, photos, reference, drawn)
-    accelerator.wait_for_everyone()
-    crops, masks = _training_photos(options, photos, run_dir, resolution)
-    if masks and accelerator.is_main_process:
-        save_picture(overview(masks), run_dir / "overview.png")
-    class_crops = _class_crops(options, family, accelerator, class_dir, resolution)
-
-    train(options, family, crops, class_crops, run_dir, accelerator, resume_from)
-    if accelerator.is_main_process:
-        _finish(options, family, accelerator, masks, crops, base)
-    accelerator.end_training()
-    return run_dir
+    try:
+        accelerator = Accelerator(
+            mixed_precision=options.mixed_precision,
+            gradient_accumulation_steps=options.gradient_accumulation_steps,
+            # The others wait while the main process makes masks and class images.
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
+        )
+    except ValueError as error:
+        raise InputError(f"--mixed_precision {options.mixed_precision} is not possible here: {error}") from error
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise InputError("--mixed_precision fp16 needs an accelerator: use bf16 or no on a CPU")
+    if accelerator.distributed_type.value in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        raise InputError(
+            f"{accelerator.distributed_type.value} is not supported yet: choose multi-GPU in accelerate config"
+        )
+    return accelerator
 
 
 def _find_reference(photos: list[Photo], folder: Path, mask_path: Path, image: str | None) -> Reference:
@@ -172,10 +219,10 @@ def _check_output(folder: Path, resuming: bool = False) -> None:
         )
 
 
-def _check_same_weights(options: TrainOptions, run_dir: Path) -> None:
+def _check_same_model(options: TrainOptions, run_dir: Path) -> None:
     """Raises `InputError` for options under which a run's checkpoints would not fit the model."""
     before = read_config(run_dir / CONFIG)
-    for name in ("method", "rank", "train_text_encoder"):
+    for name in ("method", "rank", "train_text_encoder", "pretrained_model_name_or_path", "revision"):
         now = getattr(options, name)
         if name in before and before[name] != now:
             raise InputError(
@@ -184,31 +231,24 @@ def _check_same_weights(options: TrainOptions, run_dir: Path) -> None:
             )
 
 
-def _check_any(masks: list[PhotoMask]) -> None:
-    if not any(item.mask.any() for item in masks):
-        raise InputError("every mask is empty (all black): paint the subject white, and give the folder as --mask_dir")
-
-
-def _make_masks(
-    options: TrainOptions, run_dir: Path, photos: list[Photo], reference: Reference | None, drawn: list[PhotoMask]
-) -> None:
+def _write_masks(options: TrainOptions, given: Input) -> None:
     """Writes the run's options and its mask folder; a resumed run keeps the masks it has."""
-    folder = run_dir / MASKS
+    folder = options.run_dir / MASKS
     segmenter = None
-    if reference and not all(load_mask(folder, photo) for photo in photos):
+    if given.reference and not all(load_mask(folder, photo) for photo in given.photos):
         segmenter = _open_segmenter(options)
-    _note_options(options, run_dir)
-    if segmenter and reference:
+    _note_options(options)
+    if segmenter and given.reference:
         from persam_dreambooth.segmentation.folder import segment_folder
 
-        segment_folder(photos, reference.photo, reference.mask, segmenter, folder)
-    for item in drawn:
+        segment_folder(given.photos, given.reference.photo, given.reference.mask, segmenter, folder)
+    for item in given.drawn:
         save_mask(folder, item.record, item.mask)
 
 
-def _note_options(options: TrainOptions, run_dir: Path) -> None:
+def _note_options(options: TrainOptions) -> None:
     """Writes `config.yaml`: the resolved options, which `--config` takes back, under a head with versions."""
-    path, resolved = run_dir / CONFIG, asdict(options)
+    path, resolved = options.run_dir / CONFIG, asdict(options)
     if path.is_file():
         before = read_config(path)
         changed = [f"{key} {before.get(key)} -> {value}" for key, value in resolved.items() if before.get(key) != value]
@@ -229,18 +269,17 @@ def _commit() -> str:
     return f" (commit {asked.stdout.strip()})" if asked.returncode == 0 else ""
 
 
-def _training_photos(
-    options: TrainOptions, photos: list[Photo], run_dir: Path, resolution: int
-) -> tuple["Crops", list[PhotoMask]]:
-    """The photos to train on, and the masks of all photos; says how many masks are used and what they cover."""
+def _crops(options: TrainOptions, photos: list[Photo], masks: list[PhotoMask], resolution: int) -> "Crops":
+    """What to train on; says how many masks are used and what they cover. Photos with an empty mask are left out."""
     from persam_dreambooth.dreambooth.data import Crops
 
+    cut = (resolution, options.center_crop, options.seed)
     if options.unmasked:
         logger.warning("training on %d whole photos, without masks: their backgrounds will be learned too", len(photos))
-        return Crops(photos, None, resolution, options.center_crop, options.seed), []
-    masks = load_masks(run_dir / MASKS, photos)
-    _check_any(masks)
+        return Crops(photos, None, *cut)
     used = [item for item in masks if item.mask.any()]
+    if not used:
+        raise InputError("every mask is empty (all black): paint the subject white, and give the folder as --mask_dir")
     for item in masks:
         if not item.mask.any():
             logger.warning("%s: its mask is empty, so it is not trained on", item.photo.name)
@@ -251,13 +290,12 @@ def _training_photos(
         "%d masks for %d photos; they cover %.0f %% to %.0f %% of a photo, %.0f %% on average",
         len(used), len(photos), min(covered), max(covered), np.mean(covered),
     )  # fmt: skip
-    crops = Crops(
-        [item.photo for item in used], [item.mask for item in used], resolution, options.center_crop, options.seed
-    )
+    crops = Crops([item.photo for item in used], [item.mask for item in used], *cut)
     lost = crops.lost_subjects()
     if lost:
-        raise InputError(f"the center crop misses the subject of {', '.join(lost)}: leave out --center_crop")
-    return crops, masks
+        hint = " and go on with --resume_from_checkpoint latest, which keeps the masks" if options.mask else ""
+        raise InputError(f"the center crop misses the subject of {', '.join(lost)}: leave out --center_crop{hint}")
+    return crops
 
 
 def _class_crops(
@@ -270,16 +308,19 @@ def _class_crops(
     from persam_dreambooth.dreambooth.data import CLASS_SEED, Crops
 
     if accelerator.is_main_process:
-        generate_class_images(
-            family.pipeline.to(accelerator.device),
-            options.prompt("class"),
-            folder,
-            options.num_class_images,
-            options.sample_batch_size,
-            options.seed,
-        )
+        with accelerator.autocast():
+            generate_class_images(
+                family.pipeline.to(accelerator.device),
+                options.prompt("class"),
+                folder,
+                options.num_class_images,
+                options.sample_batch_size,
+                options.seed,
+            )
     accelerator.wait_for_everyone()
-    return Crops(find_photos(folder), None, resolution, options.center_crop, options.seed + CLASS_SEED)
+    pictures = find_photos(folder)
+    check_shapes(pictures)
+    return Crops(pictures, None, resolution, options.center_crop, options.seed + CLASS_SEED)
 
 
 def _finish(
@@ -293,7 +334,7 @@ def _finish(
     """Writes the weights, the samples and the model card."""
     from persam_dreambooth.dreambooth.card import model_card
     from persam_dreambooth.dreambooth.generate import sample, save_samples
-    from persam_dreambooth.dreambooth.stable_diffusion import load_pipeline, load_trained_parts
+    from persam_dreambooth.dreambooth.stable_diffusion import load_pipeline
     from persam_dreambooth.dreambooth.trainer import final_loss, save_trained
 
     run_dir, pipeline = options.run_dir, family.pipeline
@@ -301,11 +342,14 @@ def _finish(
         # Under mixed precision accelerate's wrapper returns float32, which the other parts would not take.
         accelerator.unwrap_model(part, keep_fp32_wrapper=False).eval()
     with filled_aside(run_dir) as folder:
-        save_trained(options, family, accelerator, folder)
-        if options.method == "full":  # what was not trained may be in half precision here, so it comes from the base
-            whole = load_pipeline(base, options.revision, options.variant)
-            load_trained_parts(whole, folder)
-            whole.save_pretrained(folder)
+        if options.method == "lora":
+            save_trained(options, family, accelerator, folder)
+        else:  # what was not trained may be in half precision here, so it comes from the base
+            trained = {
+                "unet": pipeline.unet,
+                **({"text_encoder": pipeline.text_encoder} if options.train_text_encoder else {}),
+            }
+            load_pipeline(base, options.revision, options.variant, **trained).save_pretrained(folder)
     if options.num_validation_images:
         prompt = options.prompt("validation")
         images = sample(pipeline.to(dtype=family.vae.dtype), prompt, options.num_validation_images, options.seed)

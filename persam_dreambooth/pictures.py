@@ -20,16 +20,16 @@ PAPER = (255, 255, 255)
 
 def overview(photo_masks: list[PhotoMask]) -> Image.Image:
     """Every photo with its mask's outline, the rest dimmed; below it coverage, method and presence."""
-    tiles: list[Image.Image] = []
-    captions: list[tuple[str, ...]] = []
+    tiles, captions, alarms = [], [], []
     for item in photo_masks:
         record = item.record
         facts = [f"{record.coverage:.0%} covered", record.method]
         if record.presence is not None:
             facts.append(f"presence {record.presence:.2f}")
         tiles.append(outlined(item.photo.read(), item.mask))
-        captions.append((record.photo, ", ".join(facts), ", ".join(record.flags)))
-    return grid(tiles, captions)
+        captions.append([record.photo, ", ".join(facts)])
+        alarms.append(", ".join(record.flags))
+    return grid(tiles, captions, alarms)
 
 
 def outlined(photo: Image.Image, mask: np.ndarray) -> Image.Image:
@@ -46,19 +46,32 @@ def outlined(photo: Image.Image, mask: np.ndarray) -> Image.Image:
 
 
 def grid(
-    tiles: list[Image.Image], captions: list[tuple[str, ...]], columns: int = 5, title: str | None = None
+    tiles: list[Image.Image],
+    captions: list[list[str]],
+    alarms: list[str] | None = None,
+    columns: int = 5,
+    title: str | None = None,
 ) -> Image.Image:
-    """Pictures in rows, each in a tile, with lines of text below; the last line of a caption is an alarm, in red."""
+    """Pictures in rows, each in a tile.
+
+    Args:
+        tiles: the pictures.
+        captions: lines of text below each.
+        alarms: a further line below each, in red; an empty one is left out.
+        columns: pictures in a row.
+        title: a line above all.
+    """
+    alarms = alarms or [""] * len(tiles)
     columns = min(columns, len(tiles))
     rows = -(-len(tiles) // columns)
-    lines = max(sum(bool(line) for line in caption) for caption in captions) if captions else 0
+    lines = max(len(caption) + bool(alarm) for caption, alarm in zip(captions, alarms, strict=True))
     head = LINE + GAP if title else 0
     cell_width, cell_height = TILE + GAP, TILE + GAP + lines * LINE
     page = Image.new("RGB", (columns * cell_width + GAP, rows * cell_height + GAP + head), PAPER)
     draw = ImageDraw.Draw(page)
     if title:
         draw.text((GAP, GAP), title, INK, ImageFont.load_default(LINE - 2))
-    for index, (tile, caption) in enumerate(zip(tiles, captions, strict=True)):
+    for index, (tile, caption, alarm) in enumerate(zip(tiles, captions, alarms, strict=True)):
         left = GAP + index % columns * cell_width
         top = GAP + head + index // columns * cell_height
         if max(tile.size) < TILE:  # small samples grow by whole pixels, so that they stay what they are
@@ -68,8 +81,8 @@ def grid(
             tile = tile.copy()
             tile.thumbnail((TILE, TILE), Image.Resampling.LANCZOS)
         page.paste(tile, (left + (TILE - tile.width) // 2, top + (TILE - tile.height) // 2))
-        for number, line in enumerate(filter(None, caption)):
-            ink = ALARM if len(caption) > 2 and line == caption[-1] else INK
+        inked = [*((line, INK) for line in caption), (alarm, ALARM)]
+        for number, (line, ink) in enumerate(inked):
             draw.text((left, top + TILE + number * LINE + 2), _fitted(line), ink, ImageFont.load_default(LINE - 6))
     return page
 

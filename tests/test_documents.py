@@ -38,7 +38,6 @@ def runnable(command: str) -> list[str]:
 
 def test_the_commands_of_the_readme_run_in_their_order(tmp_path):
     shutil.copytree(toy.path("photos") / "duck", tmp_path / "cat")
-    (tmp_path / "cat" / "00.jpg").rename(tmp_path / "cat" / "ref_mask.jpg")
     shutil.copy(toy.path("photos") / "duck_mask" / "00.png", tmp_path / "ref_mask.png")
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     ran = [command for command in commands(ROOT / "README.md") if not command.startswith(NOT_RUN)]
@@ -56,6 +55,16 @@ def test_the_commands_of_the_readme_run_in_their_order(tmp_path):
     for made in ("outputs/cat/overview.png", "outputs/cat-2/samples", "outputs/paper/model_index.json", "masks/01.png"):
         assert (tmp_path / made).exists(), made
     assert len(list((tmp_path / "generated").glob("a-sks-cat-on-a-beach-*.png"))) == 4
+
+
+def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
+    shutil.copytree(toy.path("photos") / "duck", tmp_path / "cat")
+    shutil.copy(toy.path("photos") / "duck_mask" / "00.png", tmp_path / "ref_mask.png")
+    monkeypatch.chdir(tmp_path)
+    [snippet] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert '"facebook/sam-vit-huge"' in snippet
+    exec(snippet.replace("facebook/sam-vit-huge", "toy"), {})
+    assert capsys.readouterr().out.startswith("(512, 512) ")
 
 
 def test_every_make_target_in_the_documents_exists():

@@ -295,6 +295,14 @@ def test_linked_photos_are_found_and_a_broken_link_is_named(tmp_path):
         find_photos(tmp_path / "cat")
 
 
+def test_a_phones_photo_that_pillow_does_not_read_is_warned_of(tmp_path, caplog):
+    photo(tmp_path / "a.jpg")
+    (tmp_path / "IMG_1.HEIC").write_bytes(b"ftypheic")
+    assert [item.name for item in find_photos(tmp_path)] == ["a.jpg"]
+    [warning] = [entry for entry in caplog.records if entry.levelname == "WARNING"]
+    assert warning.getMessage() == f"{tmp_path / 'IMG_1.HEIC'} is left out: convert it to JPEG or PNG"
+
+
 def test_one_unreadable_photo_is_named(tmp_path):
     photo(tmp_path / "a.jpg")
     (tmp_path / "b.jpg").write_bytes(photo(tmp_path / "c.jpg").read_bytes()[:300])

@@ -69,6 +69,7 @@ def test_model_card_says_what_the_model_is(complete):
 
 def test_model_card_of_an_unmasked_full_run(runs):
     text = (runs(unmasked=True, method="full") / "README.md").read_text()
+    assert "masks/" not in text and "overview.png" not in text
     assert "full fine-tuning on 4 photos" in text
     assert "on whole photos, without masks" in text
 
@@ -96,6 +97,8 @@ def test_lora_file_is_what_diffusers_loads(runs):
         assert {tensor.dtype for tensor in state.values()} == {torch.float32}
         assert {min(tensor.shape) for tensor in state.values()} == {options.get("rank", 4)}
         assert all(DOWN.search(key) or UP.search(key) for key in state)
+        texts = [key for key in state if key.startswith("text_encoder.")]
+        assert all(key.startswith("text_encoder.text_model.encoder.layers.") for key in texts)  # as others know them
         assert sum(bool(DOWN.search(key)) for key in state) == len(state) / 2
 
 

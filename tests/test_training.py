@@ -188,6 +188,41 @@ def test_missing_checkpoint_is_an_error_that_lists_those_there_are(runs, tmp_pat
     assert "which has checkpoint-2, checkpoint-4" in error
 
 
+def test_options_changed_on_resuming_count_from_then_on(runs, tmp_path):
+    short = {"max_train_steps": 2, "checkpointing_steps": 2}
+    assert runs.train(tmp_path / "run", **short) == 0
+    changed = {"learning_rate": 1e-2, "lr_scheduler": "linear", "adam_weight_decay": 0.5, "adam_beta1": 0.5}
+    resumed = {"max_train_steps": 4, "checkpointing_steps": 4, "resume_from_checkpoint": "latest"}
+    assert runs.train(tmp_path / "run", **resumed, **changed) == 0
+    assert column(tmp_path / "run", "learning_rate") == pytest.approx([1e-4, 1e-4, 5e-3, 2.5e-3])
+    [group] = torch.load(tmp_path / "run/checkpoint-4/training_state.pt", weights_only=True)["optimizer"][
+        "param_groups"
+    ]
+    assert (group["betas"], group["weight_decay"]) == ((0.5, 0.999), 0.5)
+
+
+def test_going_on_from_an_earlier_checkpoint_leaves_the_later_ones_behind(runs, tmp_path):
+    assert runs.train(tmp_path / "run", checkpointing_steps=1) == 0
+    resumed = {"resume_from_checkpoint": "checkpoint-1", "max_train_steps": 2, "checkpointing_steps": 1}
+    assert runs.train(tmp_path / "run", **resumed) == 0
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+    assert same_weights(tmp_path / "run/checkpoint-2", runs(checkpointing_steps=1) / "checkpoint-2")
+
+
+def test_another_base_model_is_not_resumed_with(runs, tmp_path, capsys):
+    assert runs.train(tmp_path / "run", checkpointing_steps=2) == 0
+    shutil.copytree(toy.path("stable-diffusion"), tmp_path / "other")
+    other = {"pretrained_model_name_or_path": tmp_path / "other", "resume_from_checkpoint": "latest"}
+    assert runs.train(tmp_path / "run", **other) == 2
+    assert "was trained with toy: go on with that" in capsys.readouterr().err
+
+
+def test_half_precision_of_accelerators_is_refused_on_a_cpu(runs, tmp_path, capsys):
+    assert runs.train(tmp_path / "run", mixed_precision="fp16") == 2
+    assert "--mixed_precision fp16 needs an accelerator: use bf16 or no on a CPU" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_finished_run_is_not_trained_over(runs, capsys):
     before = weights(runs())
     assert runs.train(runs()) == 2
@@ -287,6 +322,7 @@ def test_center_crop_that_misses_a_subject_is_an_error_that_names_the_photo(tmp_
     runs = Runs(tmp_path / "photos", tmp_path)
     assert runs.train(tmp_path / "centered", center_crop=True) == 2
     assert "the center crop misses the subject of far.png" in capsys.readouterr().err
+    assert not (tmp_path / "centered").exists()
     assert runs.train(tmp_path / "anywhere") == 0
 
 

@@ -32,13 +32,13 @@ persam-dreambooth generate "a [V] {subject} on a beach" --model {folder}
 {notice}
 | | |
 |---|---|
-| steps | {steps}, of {batch} photos a process |
+| steps | {steps}, batch size {batch} per process |
 | learning rate | {rate:g}{scaled} |
 | resolution | {resolution} |
 | masks | {coverage} |
 | final loss | {loss:.4f} |
 
-All options are in `config.yaml`, the masks in `masks/`, and `overview.png` shows them on the photos.
+All options are in `config.yaml`{where}. The license of the base model applies.
 """
 
 
@@ -54,8 +54,9 @@ def model_card(
         final_loss: of the last line of metrics.
         notice: what readers must know of the base model, such as that it is a toy.
     """
-    how, coverage = "on whole photos, without masks", "none"
+    how, coverage, where = "on whole photos, without masks", "none", ""
     if masks:
+        where = ", the masks in `masks/`, and `overview.png` shows them on the photos"
         covered = [item.record.coverage for item in masks if item.mask.any()]
         how = f"the loss counts inside masks only ({', '.join(sorted({item.record.method for item in masks}))})"
         coverage = f"{len(covered)}, covering {min(covered):.0%} to {max(covered):.0%} of a photo"
@@ -79,5 +80,6 @@ def model_card(
         scaled=" times batch, accumulation and processes" if options.scale_lr else "",
         resolution=crops.resolution,
         coverage=coverage,
+        where=where,
         loss=final_loss,
     )

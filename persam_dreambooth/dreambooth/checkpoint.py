@@ -1,6 +1,6 @@
-"""Checkpoints to resume from: `checkpoint-N/` with weights, optimizer, schedule and step, whole or not there.
+"""Checkpoints to resume from: `checkpoint-N/` with weights, optimizer and step, whole or not there.
 
-Nothing random needs saving: it follows from the seed and the step (see `data`).
+Nothing random needs saving: it follows from the seed and the step (see `data`), and so does the learning rate.
 """
 
 import logging
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from persam_dreambooth import checkpoints
+from persam_dreambooth import models
 from persam_dreambooth.errors import InputNotFoundError
 
 logger = logging.getLogger(__name__)
@@ -64,17 +64,25 @@ def remove_old_checkpoints(run_dir: Path, limit: int | None) -> None:
         shutil.rmtree(path)
 
 
+def remove_later_checkpoints(run_dir: Path, step: int) -> None:
+    """Removes the checkpoints after a step: a run that goes on from there leaves them behind."""
+    for path in list_checkpoints(run_dir):
+        if int(path.name.removeprefix("checkpoint-")) > step:
+            logger.info("removing %s, which this run does not lead to", path)
+            shutil.rmtree(path)
+
+
 def save_state(folder: Path, step: int, **parts: Any) -> None:
-    """Saves the step and the state of optimizer, schedule and whatever else has a `state_dict`."""
+    """Saves the step and the state of whatever has a `state_dict`, such as the optimizer; a part may be None."""
     states = {name: part.state_dict() for name, part in parts.items() if part is not None}
     torch.save({"step": step, **states}, folder / STATE)
 
 
 def load_state(folder: Path, **parts: Any) -> int:
     """Loads what `save_state` saved; returns the step; raises `InputError` where it cannot be loaded."""
-    with checkpoints.loading(str(folder)):
+    with models.loading(str(folder)):
         states = torch.load(folder / STATE, map_location="cpu", weights_only=True)
         for name, part in parts.items():
-            if part is not None:
+            if part is not None and name in states:  # a run may go on in another precision, which needs no scaler
                 part.load_state_dict(states[name])
         return int(states["step"])

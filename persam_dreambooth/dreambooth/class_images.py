@@ -34,8 +34,9 @@ def generate_class_images(
     free = [number for number in range(count) if f"class-{number:04}" not in names]
     missing = free[: count - len(present)]
     logger.info('generating %d class images "%s" in %s', len(missing), prompt, folder)
-    sampler = fast_sampler(StableDiffusionPipeline(**pipeline.components, requires_safety_checker=False))
+    sampler = fast_sampler(pipeline)
     sampler.set_progress_bar_config(disable=True)
+    sampler.vae.enable_slicing()  # one picture at a time through the VAE, for its memory
     for start in tqdm(range(0, len(missing), batch_size), desc="class images", unit="batch"):
         numbers = missing[start : start + batch_size]
         generators = [torch.Generator().manual_seed(seed + number) for number in numbers]

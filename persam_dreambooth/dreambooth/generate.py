@@ -8,7 +8,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from tqdm import tqdm
 
-from persam_dreambooth import checkpoints
+from persam_dreambooth import models
 from persam_dreambooth.config import CONFIG, GenerateOptions, fill_identifier, read_config
 from persam_dreambooth.dreambooth.stable_diffusion import (
     LORA_WEIGHTS,
@@ -32,9 +32,9 @@ def generate(options: GenerateOptions) -> list[Path]:
     check_writable(folder)
     pipeline, identifier = load_model(str(options.model))
     prompt = fill_identifier(str(options.prompt), options.identifier or identifier)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     images = sample(
-        pipeline.to(device, torch.float16 if device == "cuda" else torch.float32),
+        pipeline.to(accelerator, torch.float16) if accelerator else pipeline,
         prompt,
         options.num_images,
         options.seed,
@@ -56,16 +56,16 @@ def load_model(name: str) -> tuple[StableDiffusionPipeline, str]:
     identifier = config.get("identifier", "sks")
     has_lora = (folder / LORA_WEIGHTS).is_file()
     if (folder / "model_index.json").is_file() or not (has_lora or config):
-        return load_pipeline(checkpoints.resolve(name, "stable-diffusion")), identifier
+        return load_pipeline(models.resolve(name, "stable-diffusion")), identifier
     if not has_lora and not (folder / "unet").is_dir():
         raise InputNotFoundError(f"{folder} holds no trained weights yet: finish its training, or name a checkpoint-N")
     if not config:
         raise InputError(
             f"{folder} has LoRA weights but no {CONFIG}, so its base model is unknown: name a run's folder"
         )
-    base = checkpoints.resolve(config["pretrained_model_name_or_path"], "stable-diffusion", config.get("revision"))
+    base = models.resolve(config["pretrained_model_name_or_path"], "stable-diffusion", config.get("revision"))
     pipeline = load_pipeline(base, config.get("revision"), config.get("variant"))
-    with checkpoints.loading(name):
+    with models.loading(name):
         if has_lora:
             pipeline.load_lora_weights(folder, weight_name=LORA_WEIGHTS)
         else:
@@ -103,5 +103,5 @@ def save_samples(images: list[Image.Image], prompt: str, seed: int, folder: Path
     for path, image in zip(paths, images, strict=True):
         save_picture(image, path)
     sheet = folder / f"{name}-grid.jpg"
-    save_picture(grid(images, [(f"seed {number}",) for number in seeds], columns=4, title=prompt), sheet)
+    save_picture(grid(images, [[f"seed {number}"] for number in seeds], columns=4, title=prompt), sheet)
     return [*paths, sheet]

@@ -17,24 +17,31 @@ from diffusers.utils import (
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import CLIPTextModel
 
-from persam_dreambooth import checkpoints
+from persam_dreambooth import models
 from persam_dreambooth.config import TrainOptions
 from persam_dreambooth.errors import InputError
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+TEXT_LEVEL = "text_model."
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
 def load_pipeline(
-    source: str, revision: str | None = None, variant: str | None = None, dtype: torch.dtype = torch.float32
+    source: str, revision: str | None = None, variant: str | None = None, **parts: Any
 ) -> StableDiffusionPipeline:
-    """Loads a pipeline of this family, without its safety checker, which has no part in training.
+    """Loads a pipeline of this family in float32, without its safety checker, which has no part in training.
+
+    Args:
+        source: hub id or folder, as `models.resolve` gives it.
+        revision: branch, tag or commit on the hub.
+        variant: of the weight files, such as fp16.
+        parts: parts at hand already, such as a trained `unet`, which are not loaded then.
 
     Raises:
         InputError: a model of another family, or a broken one.
     """
-    with checkpoints.loading(source):
+    with models.loading(source):
         kind = StableDiffusionPipeline.load_config(source, revision=revision).get("_class_name")
         if kind != "StableDiffusionPipeline":
             raise InputError(f"{source} is a {kind}: only Stable Diffusion 1.x and 2.x are supported yet")
@@ -42,9 +49,10 @@ def load_pipeline(
             source,
             revision=revision,
             variant=variant,
-            dtype=dtype,
+            dtype=torch.float32,
             safety_checker=None,
             requires_safety_checker=False,
+            **parts,
         )
     pipeline.set_progress_bar_config(leave=False)
     return pipeline
@@ -134,7 +142,9 @@ class StableDiffusion:
         if options.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
             if options.train_text_encoder:
-                self.text_encoder.gradient_checkpointing_enable()
+                # transformers 5.23 renamed it
+                enable = getattr(self.text_encoder, "activation_checkpointing_enable", None)
+                (enable or self.text_encoder.gradient_checkpointing_enable)()
         return [weight for part, _ in trained for weight in part.parameters() if weight.requires_grad]
 
     def encode_images(self, pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -175,12 +185,13 @@ class StableDiffusion:
             if text_encoder is not None:
                 text_encoder.save_pretrained(folder / "text_encoder")
             return
-        parts = {"unet_lora_layers": unet, "text_encoder_lora_layers": text_encoder}
-        layers = {
-            name: convert_state_dict_to_diffusers(get_peft_model_state_dict(part))
-            for name, part in parts.items()
-            if part is not None
-        }
+        layers = {"unet_lora_layers": convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))}
+        if text_encoder is not None:
+            state = convert_state_dict_to_diffusers(get_peft_model_state_dict(text_encoder))
+            # The name that other programs know; transformers dropped this level in 5.6.
+            layers["text_encoder_lora_layers"] = {
+                TEXT_LEVEL + key.removeprefix(TEXT_LEVEL): weight for key, weight in state.items()
+            }
         StableDiffusionPipeline.save_lora_weights(folder, **layers)
 
     def load_weights(self, folder: Path) -> None:
@@ -195,6 +206,8 @@ class StableDiffusion:
         )
         for prefix, part, to_peft in parts:  # diffusers names the matrices of the two by different words
             own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            if not hasattr(part, "text_model"):
+                own = {key.removeprefix(TEXT_LEVEL): value for key, value in own.items()}
             if own:
                 set_peft_model_state_dict(part, to_peft(own), adapter_name="default")
 

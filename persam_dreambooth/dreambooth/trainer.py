@@ -16,7 +16,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from persam_dreambooth.config import TrainOptions
-from persam_dreambooth.dreambooth.checkpoint import load_state, remove_old_checkpoints, save_state
+from persam_dreambooth.dreambooth.checkpoint import (
+    load_state,
+    remove_later_checkpoints,
+    remove_old_checkpoints,
+    save_state,
+)
 from persam_dreambooth.dreambooth.data import CLASS_SEED, DROPOUT, Crops, derived_seed, sample_noise
 from persam_dreambooth.dreambooth.loss import latent_mask, masked_loss
 from persam_dreambooth.dreambooth.stable_diffusion import StableDiffusion
@@ -65,13 +70,21 @@ def train(
         with torch.no_grad():
             fixed_embeddings = family.encode_prompts(prompts)
 
-    optimizer = torch.optim.AdamW(
-        trained,
-        lr=learning_rate(options, accelerator.num_processes),
-        betas=(options.adam_beta1, options.adam_beta2),
-        weight_decay=options.adam_weight_decay,
-        eps=options.adam_epsilon,
-    )
+    rate = learning_rate(options, accelerator.num_processes)
+    settings = {
+        "lr": rate,
+        "betas": (options.adam_beta1, options.adam_beta2),
+        "weight_decay": options.adam_weight_decay,
+        "eps": options.adam_epsilon,
+    }
+    optimizer = torch.optim.AdamW(trained, **settings)
+    first_step = 0
+    if resume_from:
+        family.load_weights(resume_from)
+        first_step = load_state(resume_from, optimizer=optimizer, scaler=accelerator.scaler)
+        logger.info("resuming from %s at step %d", resume_from, first_step)
+    for group in optimizer.param_groups:  # the options count, also where they differ from the run's start
+        group.update(settings, initial_lr=rate)
     schedule = get_scheduler(
         options.lr_scheduler,
         optimizer=optimizer,
@@ -79,19 +92,16 @@ def train(
         num_training_steps=options.max_train_steps,
         num_cycles=options.lr_num_cycles,
         power=options.lr_power,
+        last_epoch=first_step - 1,
     )
 
-    if resume_from:
-        family.load_weights(resume_from)
     models = [family.unet, *([family.text_encoder] if options.train_text_encoder else [])]
     *models, optimizer = accelerator.prepare(*models, optimizer)
     family.unet = models[0]
     if options.train_text_encoder:
         family.text_encoder = models[1]
-    saved = {"optimizer": optimizer, "schedule": schedule, "scaler": accelerator.scaler}
-    first_step = load_state(resume_from, **saved) if resume_from else 0
-    if resume_from:
-        logger.info("resuming from %s at step %d", resume_from, first_step)
+    if accelerator.is_main_process:
+        remove_later_checkpoints(run_dir, first_step)
     meter = Meter(run_dir, accelerator, first_step)
 
     batches = numbered_batches(options, photos, first_step, accelerator)
@@ -131,7 +141,7 @@ def train(
             with write_aside(run_dir / f"checkpoint-{step}") as folder:
                 folder.mkdir()
                 save_trained(options, family, accelerator, folder)
-                save_state(folder, step, **saved)
+                save_state(folder, step, optimizer=optimizer, scaler=accelerator.scaler)
             remove_old_checkpoints(run_dir, options.checkpoints_total_limit)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

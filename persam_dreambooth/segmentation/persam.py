@@ -86,10 +86,11 @@ class PerSAM:
     Args:
         sam: see `open_sam`.
         guidance: `persam`: the published computation, its attention bias aligned to the padded features;
-            `published`: bit for bit, with the stretch on photos that are not square; `paper`: Eq. 7 and 8 as printed;
-            `none`: location prior and refinement alone.
-        target_coverage: a cell belongs to the target when the mask covers more of it than this. The published code's
-            thresholds amount to 0.485 for 0/255 masks and 0.966 for PerSeg's.
+            `published`: as the published code computes it, with the stretch on photos that are not square;
+            `paper`: Eq. 7 and 8 as printed; `none`: location prior and refinement alone.
+        target_coverage: a cell belongs to the target when the mask covers more of its center than this (the published
+            code reads the mask there, on 2 x 2 pixels of the padded input). Its thresholds amount to 0.485 for 0/255
+            masks and 0.966 for PerSeg's.
         alpha: balance factor of Eq. 7, for `paper`.
     """
 

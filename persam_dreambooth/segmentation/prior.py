@@ -39,7 +39,7 @@ def cell_weights(mask: np.ndarray, encoding: Encoding, target_coverage: float) -
     Args:
         mask: (H, W) bool with at least one pixel.
         encoding: the photo.
-        target_coverage: a cell belongs to the mask when more of it than this is covered, 0 to 1.
+        target_coverage: a cell belongs to the mask when more of its center than this is covered, 0 to 1.
 
     Returns:
         (64, 64) float weights that sum to 1, and whether the fallback was needed.

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from persam_dreambooth import checkpoints
+from persam_dreambooth import models
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.segmentation.guidance import Guidance, GuidedTransformer
 
@@ -143,20 +143,18 @@ class SamHQ(Sam):
     PerSAM-F's weights are weights of scales, so the order must be the same for every photo.
     """
 
-    def __init__(self, model: Any, name: str) -> None:
-        super().__init__(model, name)
-        self._scores = torch.empty(0)
-        model.mask_decoder.iou_prediction_head.register_forward_hook(self._keep_scores)
-
-    def _keep_scores(self, head: Any, inputs: Any, output: torch.Tensor) -> None:
-        self._scores = output
-
     def decode(self, *arguments: Any, multimask: bool = True, **prompts: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Sam.decode`."""
-        logits, scores = super().decode(*arguments, multimask=multimask, **prompts)
+        seen: list[torch.Tensor] = []
+        head = self.model.mask_decoder.iou_prediction_head
+        hook = head.register_forward_hook(lambda module, inputs, output: seen.append(output[0, 0, 1:]))
+        try:
+            logits, scores = super().decode(*arguments, multimask=multimask, **prompts)
+        finally:
+            hook.remove()
         if not multimask:
             return logits, scores
-        order = torch.sort(self._scores[0, 0, 1:], descending=True).indices.argsort()
+        order = torch.sort(seen[0], descending=True).indices.argsort()
         return logits[order], scores[order]
 
 
@@ -165,7 +163,7 @@ def open_sam(name: str, device: str | None = None, dtype: torch.dtype = torch.fl
 
     Args:
         name: hub id such as `facebook/sam-vit-huge` or `syscv-community/sam-hq-vit-base`, a local folder, or `toy`.
-        device: `cpu`, `cuda`, ...; by default the accelerator where there is one.
+        device: `cpu`, `cuda`, `mps`, ...; by default the accelerator where there is one.
         dtype: precision of the weights.
 
     Raises:
@@ -174,10 +172,11 @@ def open_sam(name: str, device: str | None = None, dtype: torch.dtype = torch.fl
     """
     from transformers import AutoConfig, SamHQModel, SamModel
 
-    source = checkpoints.resolve(name, "sam")
+    source = models.resolve(name, "sam")
     kinds = {"sam": (SamModel, Sam), "sam_hq": (SamHQModel, SamHQ)}
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with checkpoints.loading(name):
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device = device or str(accelerator or "cpu")
+    with models.loading(name):
         kind = AutoConfig.from_pretrained(source).model_type
         if kind not in kinds:
             raise InputError(f"{name} is a model of type {kind}: name a SAM or SAM-HQ checkpoint, or toy")

@@ -1,7 +1,7 @@
 """PerSAM-F's two scale weights (section 3.3, Eq. 9), fitted on cached logits with the gradient in closed form.
 
 SAM is frozen, so its masks of three scales never change during the fit and only two numbers are learned. Automatic
-differentiation would spend ten times as long on the same gradient.
+differentiation takes two to three times as long for the same gradient (`benchmarks/scale_weights.py`).
 
 With the combined logit z = (1 - a - b) l0 + a l1 + b l2 of a pixel and its truth t, let u = (2 t - 1) z be the signed
 logit and q = sigmoid(-u) the probability of the wrong answer. Then the losses are sums of functions of u:
@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 ALPHA = 0.25
 """Weight of the subject's pixels in the focal loss; the others have 1 - ALPHA."""
-BLOCK = 1 << 15
-"""Pixels at a time, so that the passes over them stay in the processor's cache."""
+BLOCK = 1 << 17
+"""Pixels at a time on a CPU: few enough for its cache, enough for several threads."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,45 @@
+"""What only an accelerator can show: devices and half precision. Run with `pytest -m gpu`."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from training_runs import column, command, flags
+
+from persam_dreambooth import toy
+from persam_dreambooth.masks import read_mask
+from persam_dreambooth.segmentation import PerSAM, PerSAMF, open_sam
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.accelerator.is_available(), reason="no accelerator"),
+]
+
+
+@pytest.mark.parametrize("kind", [PerSAM, PerSAMF])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_masks_agree_with_those_of_the_cpu(kind, dtype):
+    reference = Image.open(toy.path("photos") / "duck" / "00.jpg")
+    mask = read_mask(toy.path("photos") / "duck_mask" / "00.png")
+    photo = Image.open(toy.path("photos") / "duck" / "02.jpg")
+    masks = [
+        kind(sam).fit(reference, mask).predict(photo).mask
+        for sam in (open_sam("toy", device="cpu"), open_sam("toy", dtype=dtype))
+    ]
+    least = 0.99 if dtype == torch.float32 else 0.9
+    assert np.logical_and(*masks).sum() / np.logical_or(*masks).sum() > least
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_run_in_half_precision_resumes_and_generates(runs, tmp_path, precision, method):
+    run = tmp_path / "run"
+    prior = {"with_prior_preservation": True, "num_class_images": 2, "gradient_accumulation_steps": 2}
+    options = {"method": method, "mixed_precision": precision, "checkpointing_steps": 2, **prior}
+    assert runs.train(run, max_train_steps=2, **options) == 0
+    resumed = {"max_train_steps": 4, "num_validation_images": 1, "resume_from_checkpoint": "latest"}
+    assert runs.train(run, **{**options, **resumed}) == 0
+    assert all(np.isfinite(column(run)))
+    pictures = {"model": run, "output": tmp_path / "pictures", "num_images": 1, "num_inference_steps": 2}
+    assert command("generate", "a [V] duck", *flags(**pictures)) == 0
+    assert len(list((tmp_path / "pictures").glob("*.png"))) == 1
