@@ -17,7 +17,7 @@ import numpy as np
 import yaml
 
 import persam_dreambooth
-from persam_dreambooth import models, toy
+from persam_dreambooth import models
 from persam_dreambooth.config import CONFIG, SegmentationOptions, SegmentOptions, TrainOptions, read_config
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.files import check_writable, filled_aside, write_text
@@ -333,7 +333,7 @@ def _finish(
 ) -> None:
     """Writes the weights, the samples and the model card."""
     from persam_dreambooth.dreambooth.card import model_card
-    from persam_dreambooth.dreambooth.generate import sample, save_samples
+    from persam_dreambooth.dreambooth.generate import notice_of, sample, save_samples
     from persam_dreambooth.dreambooth.stable_diffusion import load_pipeline
     from persam_dreambooth.dreambooth.trainer import final_loss, save_trained
 
@@ -350,9 +350,9 @@ def _finish(
                 **({"text_encoder": pipeline.text_encoder} if options.train_text_encoder else {}),
             }
             load_pipeline(base, options.revision, options.variant, **trained).save_pretrained(folder)
+    notice = notice_of(options.pretrained_model_name_or_path)
     if options.num_validation_images:
         prompt = options.prompt("validation")
         images = sample(pipeline.to(dtype=family.vae.dtype), prompt, options.num_validation_images, options.seed)
-        save_samples(images, prompt, options.seed, run_dir / "samples")
-    notice = toy.NOTICES["stable-diffusion"] if options.pretrained_model_name_or_path == "toy" else None
+        save_samples(images, prompt, options.seed, run_dir / "samples", notice)
     write_text(run_dir / "README.md", model_card(options, masks, crops, final_loss(run_dir), notice))

@@ -19,15 +19,16 @@ PAPER = (255, 255, 255)
 
 
 def overview(photo_masks: list[PhotoMask]) -> Image.Image:
-    """Every photo with its mask's outline, the rest dimmed; below it coverage, method and presence."""
+    """Every photo with its mask's outline, the rest dimmed; below it coverage, presence, and what made the mask."""
     tiles, captions, alarms = [], [], []
     for item in photo_masks:
         record = item.record
-        facts = [f"{record.coverage:.0%} covered", record.method]
+        facts = f"{record.coverage:.0%} covered"
         if record.presence is not None:
-            facts.append(f"presence {record.presence:.2f}")
+            facts += f", presence {record.presence:.2f}"
+        maker = f"{record.method}, SAM: {record.model}" if record.model else record.method
         tiles.append(outlined(item.photo.read(), item.mask))
-        captions.append([record.photo, ", ".join(facts)])
+        captions.append([record.photo, facts, maker])
         alarms.append(", ".join(record.flags))
     return grid(tiles, captions, alarms)
 
@@ -59,18 +60,18 @@ def grid(
         captions: lines of text below each.
         alarms: a further line below each, in red; an empty one is left out.
         columns: pictures in a row.
-        title: a line above all.
+        title: lines above all.
     """
     alarms = alarms or [""] * len(tiles)
     columns = min(columns, len(tiles))
     rows = -(-len(tiles) // columns)
     lines = max(len(caption) + bool(alarm) for caption, alarm in zip(captions, alarms, strict=True))
-    head = LINE + GAP if title else 0
+    head = LINE * len(title.splitlines()) + GAP if title else 0
     cell_width, cell_height = TILE + GAP, TILE + GAP + lines * LINE
     page = Image.new("RGB", (columns * cell_width + GAP, rows * cell_height + GAP + head), PAPER)
     draw = ImageDraw.Draw(page)
     if title:
-        draw.text((GAP, GAP), title, INK, ImageFont.load_default(LINE - 2))
+        draw.multiline_text((GAP, GAP), title, INK, ImageFont.load_default(LINE - 4), spacing=3)
     for index, (tile, caption, alarm) in enumerate(zip(tiles, captions, alarms, strict=True)):
         left = GAP + index % columns * cell_width
         top = GAP + head + index // columns * cell_height
@@ -93,7 +94,7 @@ def loss_curve(steps: list[int], losses: list[float], path: Path) -> None:
 
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.add_subplot()
-    axes.plot(steps, losses, color="#bbbbbb", linewidth=1, label="loss")
+    axes.plot(steps, losses, color="#bbbbbb", linewidth=1, marker=".", label="loss")
     window = max(1, len(losses) // 10)
     if window > 1:
         mean = np.convolve(losses, np.ones(window) / window, mode="valid")

@@ -8,7 +8,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from tqdm import tqdm
 
-from persam_dreambooth import models
+from persam_dreambooth import models, toy
 from persam_dreambooth.config import CONFIG, GenerateOptions, fill_identifier, read_config
 from persam_dreambooth.dreambooth.stable_diffusion import (
     LORA_WEIGHTS,
@@ -30,7 +30,7 @@ def generate(options: GenerateOptions) -> list[Path]:
     options.check()
     folder = Path(options.output)
     check_writable(folder)
-    pipeline, identifier = load_model(str(options.model))
+    pipeline, identifier, notice = load_model(str(options.model))
     prompt = fill_identifier(str(options.prompt), options.identifier or identifier)
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     images = sample(
@@ -41,22 +41,27 @@ def generate(options: GenerateOptions) -> list[Path]:
         options.num_inference_steps,
         options.guidance_scale,
     )
-    return save_samples(images, prompt, options.seed, folder)
+    return save_samples(images, prompt, options.seed, folder, notice)
 
 
-def load_model(name: str) -> tuple[StableDiffusionPipeline, str]:
-    """Loads a model to generate with, and the identifier it was trained with (`sks` where it tells none).
+def load_model(name: str) -> tuple[StableDiffusionPipeline, str, str | None]:
+    """Loads a model to generate with.
 
     Args:
         name: a run's folder or one of its checkpoints, a pipeline folder, a hub id, or `toy`.
+
+    Returns:
+        The pipeline, the identifier it was trained with (`sks` where it tells none), and what must be said of its
+        pictures, if anything.
     """
     folder = Path(name)
     run_dir = folder.parent if folder.name.startswith("checkpoint-") else folder
     config = read_config(run_dir / CONFIG) if (run_dir / CONFIG).is_file() else {}
     identifier = config.get("identifier", "sks")
+    notice = notice_of(config.get("pretrained_model_name_or_path", name))
     has_lora = (folder / LORA_WEIGHTS).is_file()
     if (folder / "model_index.json").is_file() or not (has_lora or config):
-        return load_pipeline(models.resolve(name, "stable-diffusion")), identifier
+        return load_pipeline(models.resolve(name, "stable-diffusion")), identifier, notice
     if not has_lora and not (folder / "unet").is_dir():
         raise InputNotFoundError(f"{folder} holds no trained weights yet: finish its training, or name a checkpoint-N")
     if not config:
@@ -70,7 +75,12 @@ def load_model(name: str) -> tuple[StableDiffusionPipeline, str]:
             pipeline.load_lora_weights(folder, weight_name=LORA_WEIGHTS)
         else:
             load_trained_parts(pipeline, folder)
-    return pipeline, identifier
+    return pipeline, identifier, notice
+
+
+def notice_of(base: str) -> str | None:
+    """What must be said of pictures made with a base model, if anything."""
+    return toy.NOTICES["stable-diffusion"] if base == "toy" else None
 
 
 def sample(
@@ -95,13 +105,28 @@ def sample(
     ]
 
 
-def save_samples(images: list[Image.Image], prompt: str, seed: int, folder: Path) -> list[Path]:
-    """Writes pictures as `<prompt>-<seed>.png`, and a grid of them as JPEG; returns the paths, the grid last."""
+def save_samples(
+    images: list[Image.Image], prompt: str, seed: int, folder: Path, notice: str | None = None
+) -> list[Path]:
+    """Writes pictures as `<prompt>-<seed>.png`, and a grid of them as JPEG; returns the paths, the grid last.
+
+    Args:
+        images: the pictures.
+        prompt: that they were made with.
+        seed: of the first.
+        folder: to write to.
+        notice: a line to show above them.
+    """
     name = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:60]
     seeds = range(seed, seed + len(images))
     paths = [folder / f"{name}-{number}.png" for number in seeds]
     for path, image in zip(paths, images, strict=True):
         save_picture(image, path)
     sheet = folder / f"{name}-grid.jpg"
-    save_picture(grid(images, [[f"seed {number}"] for number in seeds], columns=4, title=prompt), sheet)
+    save_picture(
+        grid(
+            images, [[f"seed {number}"] for number in seeds], columns=4, title="\n".join(filter(None, [prompt, notice]))
+        ),
+        sheet,
+    )
     return [*paths, sheet]
