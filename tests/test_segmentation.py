@@ -1,5 +1,7 @@
 """PerSAM and PerSAM-F beyond parity: guidance, edge cases, the mask folder they fill."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -105,6 +107,27 @@ def test_empty_intermediate_masks_give_an_empty_flagged_mask(kind, blind_sam, re
     check_found(found, other)
     assert not found.mask.any() and found.presence == 0 and found.box is None
     assert set(found.flags) == {ABSENT, EMPTY_INTERMEDIATE}
+
+
+@pytest.mark.parametrize("subject, other_subject", [("cat", "colorful_sneaker"), ("colorful_sneaker", "cat")])
+def test_absent_is_said_of_other_subjects_and_never_of_the_own(sam, subject, other_subject):
+    perseg = Path(__file__).parent / "golden" / "perseg"
+    mask = read_mask(perseg / "Annotations" / subject / "00.png")
+    persam = PerSAM(sam).fit(Image.open(perseg / "Images" / subject / "00.jpg"), mask)
+
+    def flagged(folder):
+        return [ABSENT in persam.predict(Image.open(path)).flags for path in sorted(folder.glob("*.jpg"))]
+
+    assert flagged(perseg / "Images" / subject) == [False] * 3
+    assert any(flagged(perseg / "Images" / other_subject))
+
+
+def test_presence_compares_with_the_background_of_the_reference(sam, reference):
+    photo, mask = reference
+    whole = PerSAM(sam).fit(photo, np.ones_like(mask))
+    assert whole.target.background_similarity == 0
+    fitted = PerSAM(sam).fit(photo, mask)
+    assert 0 < fitted.target.background_similarity < fitted.predict(photo).presence
 
 
 @pytest.mark.parametrize("kind", [PerSAM, PerSAMF])

@@ -8,7 +8,6 @@ from typing import Literal, TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from persam_dreambooth.errors import InputError
@@ -17,9 +16,12 @@ from persam_dreambooth.segmentation.prior import (
     Target,
     at_photo_size,
     attention_bias,
+    cell_weights,
     embed_target,
     location_prior,
+    mean_embedding,
     prior_points,
+    similarity,
 )
 from persam_dreambooth.segmentation.sam import Encoding, Sam, as_rgb
 from persam_dreambooth.segmentation.scale_weights import fit_scale_weights
@@ -29,9 +31,6 @@ Learned = TypeVar("Learned")
 ABSENT = "absent"
 EMPTY_INTERMEDIATE = "empty intermediate mask"
 SMALL_TARGET = "target smaller than a cell"
-
-PRESENCE_THRESHOLD = 0.5
-"""Below this `Found.presence` the subject counts as absent. Not calibrated on a real SAM yet: a flag, not a verdict."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,8 @@ class Found:
         box: (4,) the box of the last pass (x0, y0, x1, y1, inclusive); None where every mask before it was empty.
         similarity: (64, 64) float32 location prior, padding included.
         steps: the decoder passes, in order.
-        flags: `absent` (the mask is empty, or presence is below the threshold), `empty intermediate mask`,
-            `target smaller than a cell`; empty when all went well.
+        flags: `absent` (the mask is empty, or what it holds is no more like the target than the reference photo's
+            background is), `empty intermediate mask`, `target smaller than a cell`; empty when all went well.
     """
 
     mask: np.ndarray
@@ -257,14 +256,13 @@ def _found(
     mask = (segmenter.sam.upscale(chosen[None], encoding)[0] > 0).cpu().numpy()
     presence = 0.0
     if mask.any():
-        region = embed_target(mask, encoding, segmenter.target_coverage)
-        presence = float(F.cosine_similarity(region.mean, segmenter.target.mean, dim=0).clamp(0, 1))
-    if presence < PRESENCE_THRESHOLD:
+        weights, _ = cell_weights(mask, encoding, segmenter.target_coverage)
+        presence = similarity(mean_embedding(weights, encoding), segmenter.target.mean)
+    if presence <= segmenter.target.background_similarity:
         flags = [ABSENT, *flags]
     if segmenter.target.small:
         flags = [*flags, SMALL_TARGET]
-    similarity = prior.cpu().numpy()
-    return Found(mask, score, presence, points, steps[-1].box, similarity, steps, tuple(flags))
+    return Found(mask, score, presence, points, steps[-1].box, prior.cpu().numpy(), steps, tuple(flags))
 
 
 def _step(logits: torch.Tensor, scores: torch.Tensor, box: np.ndarray | None = None) -> Step:

@@ -21,11 +21,14 @@ class Target:
     Args:
         mean: (C,) mean embedding of the target cells, not normalized (Eq. 4).
         peak: (C,) their channel-wise maximum.
+        background_similarity: cosine similarity of the reference photo's background to the mean, 0 to 1: what is no
+            more like the target than this is not the target. 0 for a mask that leaves no background.
         small: no cell reached the asked coverage, so cells count by the share of the mask that lies in them.
     """
 
     mean: torch.Tensor
     peak: torch.Tensor
+    background_similarity: float
     small: bool
 
 
@@ -65,9 +68,24 @@ def cell_weights(mask: np.ndarray, encoding: Encoding, target_coverage: float) -
 def embed_target(mask: np.ndarray, encoding: Encoding, target_coverage: float) -> Target:
     """Pools the embedding over the cells of a mask (Eq. 3 and 4); see `cell_weights` for the arguments."""
     weights, small = cell_weights(mask, encoding, target_coverage)
-    inside = encoding.embedding[0, :, weights > 0].float()  # (C, cells)
-    mean = (inside * weights[weights > 0]).sum(dim=1)
-    return Target(mean, inside.max(dim=1).values, small)
+    mean = mean_embedding(weights, encoding)
+    peak = encoding.embedding[0, :, weights > 0].float().max(dim=1).values
+    background_similarity = 0.0
+    if not mask.all():
+        background = mean_embedding(cell_weights(~mask, encoding, target_coverage)[0], encoding)
+        background_similarity = similarity(background, mean)
+    return Target(mean, peak, background_similarity, small)
+
+
+def mean_embedding(weights: torch.Tensor, encoding: Encoding) -> torch.Tensor:
+    """The embedding averaged with weights (64, 64) that sum to 1: (C,)."""
+    chosen = weights > 0
+    return (encoding.embedding[0, :, chosen].float() * weights[chosen]).sum(dim=1)
+
+
+def similarity(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Cosine similarity of two embeddings (C,), cut to 0..1."""
+    return float(F.cosine_similarity(one, other, dim=0).clamp(0, 1))
 
 
 def location_prior(target: torch.Tensor, encoding: Encoding) -> torch.Tensor:
