@@ -29,32 +29,36 @@ from persam_dreambooth.segmentation.scale_weights import fit_scale_weights
 RESULT = Path(__file__).parent / "results" / "scale_weights.json"
 
 
-def fit_by_autograd(decode: Callable[[], torch.Tensor], mask: np.ndarray, steps: int) -> np.ndarray:
-    """The published loop; `decode` gives the logits (3, H, W) at every step."""
+def fit_by_autograd(
+    decode: Callable[[], torch.Tensor], mask: np.ndarray, steps: int
+) -> tuple[np.ndarray, list[tuple[float, float]]]:
+    """The published loop; `decode` gives the logits (3, H, W) at every step. Returns what `fit_scale_weights` does."""
     truth = torch.from_numpy(mask).float().flatten()
     free = torch.full((2, 1), 1 / 3, requires_grad=True)
     optimizer = torch.optim.AdamW([free], lr=1e-3, eps=1e-4, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    losses = []
     for _ in range(steps):
         logits = decode().flatten(1)
         combined = (torch.cat([1 - free.sum(0, keepdim=True), free]) * logits).sum(0)
-        loss = dice_and_focal(combined, truth)
+        dice, focal = dice_and_focal(combined, truth)
+        losses.append((dice.item(), focal.item()))
         optimizer.zero_grad()
-        loss.backward()
+        (dice + focal).backward()
         optimizer.step()
         schedule.step()
     a, b = free.detach().flatten().tolist()
-    return np.array([1 - a - b, a, b])
+    return np.array([1 - a - b, a, b]), losses
 
 
-def dice_and_focal(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """Dice loss (smoothing 1) plus focal loss (alpha 0.25, gamma 2); logits and truth (pixels,)."""
+def dice_and_focal(logits: torch.Tensor, truth: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Dice loss (smoothing 1) and mean focal loss (alpha 0.25, gamma 2); logits and truth (pixels,)."""
     probability = torch.sigmoid(logits)
     dice = 1 - (2 * (probability * truth).sum() + 1) / (probability.sum() + truth.sum() + 1)
     cross_entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
     right = probability * truth + (1 - probability) * (1 - truth)
     balance = 0.25 * truth + 0.75 * (1 - truth)
-    return dice + (balance * cross_entropy * (1 - right) ** 2).mean()
+    return dice, (balance * cross_entropy * (1 - right) ** 2).mean()
 
 
 def main() -> None:
@@ -75,10 +79,10 @@ def main() -> None:
 
     def kept() -> np.ndarray:
         logits = decode()
-        return fit_by_autograd(lambda: logits, mask, arguments.steps)
+        return fit_by_autograd(lambda: logits, mask, arguments.steps)[0]
 
     fits = {
-        "published": lambda: fit_by_autograd(decode, mask, arguments.steps),
+        "published": lambda: fit_by_autograd(decode, mask, arguments.steps)[0],
         "decoded once": kept,
         "decoded once, closed form": lambda: fit_scale_weights(decode(), mask, arguments.steps)[0],
     }

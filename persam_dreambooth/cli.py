@@ -51,7 +51,6 @@ def train_main() -> int:
 def segment(arguments: list[str]) -> None:
     """`persam-dreambooth segment`."""
     options = parse(SegmentOptions, arguments, "persam-dreambooth segment")
-    options.check()
     from persam_dreambooth import personalize
 
     masks = personalize.segment(options)
@@ -61,7 +60,6 @@ def segment(arguments: list[str]) -> None:
 def train(arguments: list[str], program: str = "persam-dreambooth train") -> None:
     """`persam-dreambooth train`."""
     options = parse(TrainOptions, arguments, program)
-    options.check()
     from persam_dreambooth.personalize import personalize
 
     run_dir = personalize(options)
@@ -73,7 +71,7 @@ def train(arguments: list[str], program: str = "persam-dreambooth train") -> Non
 def generate(arguments: list[str]) -> None:
     """`persam-dreambooth generate`."""
     options = parse(GenerateOptions, arguments, "persam-dreambooth generate", positional="prompt")
-    options.check()
+    options.check()  # before the import, which takes seconds
     from persam_dreambooth.dreambooth.generate import generate
 
     *_, grid = generate(options)

@@ -4,7 +4,7 @@ Training options carry the names of diffusers' `train_dreambooth.py` where it ha
 """
 
 import math
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -154,7 +154,7 @@ class TrainOptions(SegmentationOptions):
     dataloader_num_workers: int = option(0, "processes that load photos; 0 loads in the main one")
 
     # The run
-    output_dir: str | None = option(None, "the run's folder; default: outputs/<class_name>")
+    output_dir: str | None = option(None, "the run's folder; default: outputs/ and the name of --instance_dir")
     checkpointing_steps: int = option(500, "steps between checkpoints to resume from")
     checkpoints_total_limit: int | None = option(None, "keep this many of them; default: all")
     resume_from_checkpoint: str | None = option(None, "latest, or a checkpoint-N folder of this run")
@@ -264,7 +264,7 @@ def fill_identifier(prompt: str, identifier: str) -> str:
 def _require(options: Any, *names: str) -> None:
     for name in names:
         if not getattr(options, name):
-            helps = {entry.name: entry.metadata["help"] for entry in fields(options) if entry.default is not MISSING}
+            helps = {entry.name: entry.metadata["help"] for entry in fields(options)}
             flag = name if name == "prompt" else f"--{name}"
             raise InputError(f"{flag} is missing: {helps[name]}")
 

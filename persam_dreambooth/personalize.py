@@ -291,10 +291,12 @@ def _crops(options: TrainOptions, photos: list[Photo], masks: list[PhotoMask], r
         len(used), len(photos), min(covered), max(covered), np.mean(covered),
     )  # fmt: skip
     crops = Crops([item.photo for item in used], [item.mask for item in used], *cut)
-    lost = crops.lost_subjects()
+    lost = ", ".join(crops.lost_subjects())
     if lost:
-        hint = " and go on with --resume_from_checkpoint latest, which keeps the masks" if options.mask else ""
-        raise InputError(f"the center crop misses the subject of {', '.join(lost)}: leave out --center_crop{hint}")
+        hint = ", and go on with --resume_from_checkpoint latest, which keeps the masks" if options.mask else ""
+        if options.center_crop:
+            raise InputError(f"the center crop misses the subject of {lost}: leave out --center_crop{hint}")
+        raise InputError(f"at {resolution} pixels nothing is left of the mask of {lost}: raise --resolution{hint}")
     return crops
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import SamModel
 
+from benchmarks.scale_weights import fit_by_autograd
 from persam_dreambooth import toy
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.images import Photo, find_photos
@@ -250,28 +251,6 @@ def test_the_aligned_bias_reads_the_photo_where_each_cell_lies(sam, other):
     assert paper.sum() == pytest.approx(2.0) and (paper[32:] == 0).all()
 
 
-def autograd_fit(logits, mask, steps):
-    """The published fit, by automatic differentiation."""
-    truth = torch.from_numpy(mask).to(logits)
-    free = torch.full((2,), 1 / 3, requires_grad=True, dtype=logits.dtype)
-    optimizer = torch.optim.AdamW([free], lr=1e-3, eps=1e-4, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    history = []
-    for _ in range(steps):
-        combined = torch.tensordot(torch.stack([1 - free.sum(), free[0], free[1]]), logits, dims=1)
-        p = torch.sigmoid(combined)
-        dice = 1 - (2 * (p * truth).sum() + 1) / (p.sum() + truth.sum() + 1)
-        entropy = F.binary_cross_entropy_with_logits(combined, truth, reduction="none")
-        balance = 0.25 * truth + 0.75 * (1 - truth)
-        focal = (balance * entropy * (1 - p * truth - (1 - p) * (1 - truth)) ** 2).mean()
-        optimizer.zero_grad()
-        (dice + focal).backward()
-        optimizer.step()
-        schedule.step()
-        history.append((dice.item(), focal.item()))
-    return free.detach(), history
-
-
 def random_problem(seed):
     generator = torch.Generator().manual_seed(seed)
     logits = F.interpolate(4 * torch.randn((1, 3, 9, 7), generator=generator), (180, 140), mode="bicubic")[0]
@@ -283,8 +262,8 @@ def random_problem(seed):
 def test_the_closed_form_fit_is_the_fit_by_autograd(seed):
     logits, mask = random_problem(seed)
     weights, losses = fit_scale_weights(logits, mask, steps=60)
-    free, history = autograd_fit(logits, mask, steps=60)
-    assert weights[1:] == pytest.approx(free.numpy(), abs=1e-6)
+    expected, history = fit_by_autograd(lambda: logits, mask, steps=60)
+    assert weights == pytest.approx(expected, abs=1e-6)
     assert weights.sum() == pytest.approx(1)
     assert losses == pytest.approx(np.array(history), abs=1e-6)
 

@@ -137,7 +137,7 @@ def test_stopped_and_resumed_run_equals_the_uninterrupted_one(runs, tmp_path, op
     assert same_weights(stopped, straight)
     assert same_weights(stopped / "checkpoint-6", straight / "checkpoint-6")
     assert ends_with(straight, 6)
-    states = [torch.load(run / "checkpoint-6" / "training_state.pt") for run in (stopped, straight)]
+    states = [torch.load(run / "checkpoint-6/training_state.pt", weights_only=True) for run in (stopped, straight)]
     assert same_state(*states)
     assert states[0]["optimizer"]["state"]
 
@@ -324,6 +324,19 @@ def test_center_crop_that_misses_a_subject_is_an_error_that_names_the_photo(tmp_
     assert "the center crop misses the subject of far.png" in capsys.readouterr().err
     assert not (tmp_path / "centered").exists()
     assert runs.train(tmp_path / "anywhere") == 0
+
+
+def test_subject_that_vanishes_at_the_resolution_is_an_error_that_names_the_photo(tmp_path, capsys):
+    for folder in ("photos", "masks"):
+        (tmp_path / folder).mkdir()
+    Image.new("RGB", (1600, 1600), "gray").save(tmp_path / "photos" / "speck.png")
+    mask = Image.new("L", (1600, 1600))
+    mask.putpixel((800, 800), 255)
+    mask.save(tmp_path / "masks" / "speck.png")
+    assert Runs(tmp_path / "photos", tmp_path).train(tmp_path / "run") == 2
+    said = capsys.readouterr().err
+    assert "at 32 pixels nothing is left of the mask of speck.png: raise --resolution" in said
+    assert not (tmp_path / "run").exists()
 
 
 # --- what the model predicts

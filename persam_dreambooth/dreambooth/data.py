@@ -80,12 +80,13 @@ class Crops(Dataset):
         return self._resized[index]
 
     def lost_subjects(self) -> list[str]:
-        """Names of the photos whose subject lies wholly outside the center crop; none when crops are random."""
-        if not self.center_crop:
-            return []
-        unused = np.random.default_rng(0)
+        """Names of the photos of whose subject no crop shows anything.
+
+        It lies outside the center crop, or it is so small that nothing is left of its mask at this resolution.
+        """
+        any_random = np.random.default_rng(0)
         masks = [self.resized(index)[1] for index in range(len(self.photos))]
-        kept = [mask.crop(self._window(mask, unused)).getbbox() for mask in masks]
+        kept = [mask.crop(self._window(mask, any_random)).getbbox() for mask in masks]
         return [photo.name for photo, box in zip(self.photos, kept, strict=True) if box is None]
 
     def _window(self, mask: Image.Image, random: np.random.Generator) -> tuple[int, int, int, int]:

@@ -118,13 +118,14 @@ class StableDiffusion:
             device: where all parts go.
             frozen_dtype: precision of the weights that are not trained.
         """
-        trained = [(self.unet, UNET_TARGETS)]
+        targets = {"unet": UNET_TARGETS}
         if options.train_text_encoder:
-            trained.append((self.text_encoder, TEXT_TARGETS))
-        whole = [part for part, _ in trained if options.method == "full"]
-        for part in (self.unet, self.vae, self.text_encoder):
-            part.to(device, torch.float32 if any(part is other for other in whole) else frozen_dtype)
-        for part, targets in trained:
+            targets["text_encoder"] = TEXT_TARGETS
+        for name in ("unet", "vae", "text_encoder"):
+            whole = options.method == "full" and name in targets
+            getattr(self, name).to(device, torch.float32 if whole else frozen_dtype)
+        trained = [getattr(self, name) for name in targets]
+        for part, modules in zip(trained, targets.values(), strict=True):
             if options.method == "lora":
                 part.add_adapter(
                     LoraConfig(
@@ -132,7 +133,7 @@ class StableDiffusion:
                         lora_alpha=options.rank,
                         lora_dropout=options.lora_dropout,
                         init_lora_weights="gaussian",
-                        target_modules=targets,
+                        target_modules=modules,
                     )
                 )
                 cast_training_params(part, dtype=torch.float32)
@@ -145,7 +146,7 @@ class StableDiffusion:
                 # transformers 5.23 renamed it
                 enable = getattr(self.text_encoder, "activation_checkpointing_enable", None)
                 (enable or self.text_encoder.gradient_checkpointing_enable)()
-        return [weight for part, _ in trained for weight in part.parameters() if weight.requires_grad]
+        return [weight for part in trained for weight in part.parameters() if weight.requires_grad]
 
     def encode_images(self, pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """Pixels (B, 3, R, R) in -1..1 to scaled latents (B, C, h, w), sampled with the given noise (B, C, h, w)."""
