@@ -1,0 +1,70 @@
+"""A data set in the layout of PerSeg, rendered: subjects in several places each, with exact masks.
+
+    persam-dreambooth toy perseg --output_dir FOLDER
+
+writes FOLDER/Images/<object>/NN.jpg and FOLDER/Annotations/<object>/NN.png, NN from 00, which is the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from persam_dreambooth.errors import InputError
+from persam_dreambooth.files import check_writable, write_aside
+from persam_dreambooth.toy import world
+
+OBJECTS = 40
+SIDE = 512
+SEED = 3_000_000
+"""Seeds of the subjects and their scenes; no training draws from them."""
+
+FOREGROUND = (128, 0, 0)
+"""PerSeg's color of the subject in annotations."""
+
+
+@dataclass(frozen=True)
+class Object:
+    """A subject of the set and the scenes of its images: 5 to 7, the first without other objects around."""
+
+    name: str
+    scenes: tuple[world.Scene, ...]
+
+
+def objects(count: int = OBJECTS) -> Iterator[Object]:
+    """The subjects in order, each kind in turn; half of the images show other objects too."""
+    for number in range(count):
+        rng = np.random.default_rng([SEED, number])
+        subject = world.random_subject(rng, world.KINDS[number % len(world.KINDS)])
+        images = 5 + number % 3
+        places = rng.permutation(world.BACKGROUNDS)[:images]
+        scenes = [
+            world.random_scene(rng, subject, str(place), distractors=index % 2) for index, place in enumerate(places)
+        ]
+        yield Object(f"{number:02}_{subject.color}_{subject.pattern}_{subject.kind}", tuple(scenes))
+
+
+def write(folder: Path, count: int = OBJECTS) -> None:
+    """Renders the set into a folder.
+
+    Raises:
+        InputError: `Images` or `Annotations` is in the folder already.
+    """
+    check_writable(folder)
+    images, annotations = folder / "Images", folder / "Annotations"
+    for taken in (images, annotations):
+        if taken.exists():
+            raise InputError(f"{taken} exists: remove it or choose another folder")
+    with write_aside(images) as image_root, write_aside(annotations) as annotation_root:
+        for item in objects(count):
+            for root in (image_root, annotation_root):
+                (root / item.name).mkdir(parents=True)
+            for index, scene in enumerate(item.scenes):
+                rendered = world.render(scene, SIDE)
+                rendered.image.save(image_root / item.name / f"{index:02}.jpg", quality=95)
+                marked = rendered.mask[..., None] * np.array(FOREGROUND, np.uint8)
+                Image.fromarray(marked).save(annotation_root / item.name / f"{index:02}.png")

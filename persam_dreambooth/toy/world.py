@@ -1,0 +1,323 @@
+"""A small world whose truth is known: subjects on backgrounds, with captions and exact masks, drawn from seeds.
+
+A subject has a kind, colors, a pattern and an accessory. A caption may tell its kind, its color, its pattern and that
+it wears something, never the second color, the pattern's color or the accessory's: so a subject of one's own cannot be
+named by a caption and must be learned. The same scene can be rendered at any size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from persam_dreambooth.toy import subjects
+from persam_dreambooth.toy.backgrounds import BACKDROPS, backdrop
+
+SIZE = 64
+"""The side in pixels at which the diffusion model sees the world."""
+
+KINDS = tuple(subjects.FIGURES)
+BACKGROUNDS = tuple(BACKDROPS)
+PHRASES = {
+    "beach": "on a beach",
+    "snow": "in the snow",
+    "jungle": "in the jungle",
+    "sofa": "on a sofa",
+    "desert": "in the desert",
+    "city": "in a city at night",
+    "grass": "on the grass",
+    "water": "in the water",
+}
+"""How a caption says where the subject is."""
+
+PLACES = {
+    "beach": "a beach",
+    "snow": "snow",
+    "jungle": "a jungle",
+    "sofa": "a sofa",
+    "desert": "a desert",
+    "city": "a city at night",
+    "grass": "grass",
+    "water": "water",
+}
+"""The background itself: the whole caption of an empty scene; "in front of" it is another way to say where."""
+
+COLORS = {
+    "red": (206, 52, 48),
+    "orange": (240, 140, 40),
+    "yellow": (250, 214, 66),
+    "green": (70, 160, 78),
+    "blue": (52, 104, 200),
+    "purple": (138, 74, 168),
+    "white": (244, 242, 236),
+    "black": (52, 50, 56),
+}
+PATTERNS = ("plain", "striped", "spotted")
+ACCESSORIES = ("none", "hat", "scarf")
+SPARE_WORDS = ("sks", "zwx", "ohwx", "vqj")
+"""Identifiers to be: the captions hold them now and then without meaning, so they are known and neutral."""
+
+SPARE_RATE = 0.12
+FIXED_COLORS = {
+    subjects.DARK: (38, 36, 44),
+    subjects.LIGHT: (250, 250, 246),
+    subjects.TRIM: (242, 164, 60),
+    subjects.GLASS: (176, 214, 232),
+}
+OUTLINE = 0.62
+"""Brightness of a part's outline against its inside."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What stays the same from photo to photo. Colors are names of `COLORS`.
+
+    `pattern_color` differs from `color` even where the pattern is plain, and does not show then; the same holds for
+    `accessory_color` without accessory.
+    """
+
+    kind: str
+    color: str
+    second: str
+    pattern: str
+    pattern_color: str
+    accessory: str
+    accessory_color: str
+
+
+@dataclass(frozen=True)
+class Pose:
+    """Where and how a subject stands, in units of the picture's side.
+
+    `x`, `y` is the middle of its square, `size` the square's side; `tilt` is in radians; `gait` moves its limbs.
+    """
+
+    x: float
+    y: float
+    size: float
+    flip: bool
+    tilt: float
+    gait: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """All that a picture shows; of an `empty` scene, the background alone."""
+
+    subject: Subject
+    pose: Pose
+    background: str
+    background_seed: int
+    distractors: tuple[tuple[Subject, Pose], ...] = ()
+    empty: bool = False
+
+
+@dataclass(frozen=True)
+class Render:
+    """A picture (size x size, RGB), the subject's mask and every object's visible mask, the subject's first.
+
+    Masks are (size, size) bool: a pixel belongs to an object that covers at least half of it.
+    """
+
+    image: Image.Image
+    mask: np.ndarray
+    objects: list[np.ndarray]
+
+
+def random_subject(rng: np.random.Generator, kind: str | None = None) -> Subject:
+    """Draws a subject; its second, pattern and accessory colors differ from the colors that they touch."""
+    kind = kind or str(rng.choice(KINDS))
+    color, second, pattern_color = (str(name) for name in rng.choice(list(COLORS), 3, replace=False))
+    pattern = str(rng.choice(PATTERNS, p=(0.4, 0.3, 0.3)))
+    accessory = str(rng.choice(ACCESSORIES, p=(0.4, 0.3, 0.3)))
+    accessory_color = str(rng.choice([name for name in COLORS if name != color]))
+    return Subject(kind, color, second, pattern, pattern_color, accessory, accessory_color)
+
+
+def random_scene(
+    rng: np.random.Generator,
+    subject: Subject | None = None,
+    background: str | None = None,
+    distractors: int | None = None,
+) -> Scene:
+    """Draws a scene.
+
+    Args:
+        subject: drawn when not given.
+        background: one of `BACKGROUNDS`; drawn when not given.
+        distractors: how many other objects stand around, smaller and farther back, two in three of the subject's own
+            kind; when not given, none in six of ten scenes, else one or two.
+    """
+    subject = subject or random_subject(rng)
+    pose = random_pose(rng)
+    background = background or str(rng.choice(BACKGROUNDS))
+    if distractors is None:
+        distractors = int(rng.choice(3, p=(0.6, 0.28, 0.12)))
+    seed = int(rng.integers(2**31))
+    return Scene(subject, pose, background, seed, random_distractors(rng, subject, distractors, pose))
+
+
+def random_pose(rng: np.random.Generator) -> Pose:
+    """Draws where and how a photo's main subject stands."""
+    size = rng.uniform(0.5, 0.82)
+    room = (1.04 - size) / 2
+    return Pose(
+        x=0.5 + rng.uniform(-room, room),
+        y=0.97 - size / 2 - rng.uniform(0, 0.12),
+        size=size,
+        flip=bool(rng.random() < 0.5),
+        tilt=rng.uniform(-0.12, 0.12),
+        gait=(rng.random(), rng.random()),
+    )
+
+
+def random_distractors(
+    rng: np.random.Generator, subject: Subject, count: int, pose: Pose | None = None
+) -> tuple[tuple[Subject, Pose], ...]:
+    """Draws other objects for the sides of a picture; none looks like the subject. Without a pose, on any side."""
+    others = []
+    for number in range(count):
+        other = random_subject(rng, subject.kind if rng.random() < 0.67 else None)
+        while (other.kind, other.color) == (subject.kind, subject.color):
+            other = random_subject(rng, other.kind)
+        size = rng.uniform(0.24, 0.38)
+        right = rng.random() < 0.5 if pose is None else pose.x < 0.5
+        edge = rng.uniform(0.42 * size, 0.7 * size)
+        x = 1 - edge if right != bool(number % 2) else edge
+        y = rng.uniform(0.5, 0.7) - size / 2
+        gait = (rng.random(), rng.random())
+        others.append((other, Pose(x, y, size, bool(rng.random() < 0.5), rng.uniform(-0.1, 0.1), gait)))
+    return tuple(others)
+
+
+def personal_scenes(rng: np.random.Generator, subject: Subject, background: str, count: int) -> list[Scene]:
+    """Draws the few photos that a person takes of one subject: the same place, one distractor, other poses."""
+    first = random_scene(rng, subject, background, distractors=0)
+    others = random_distractors(rng, subject, 1)
+    return [
+        Scene(subject, first.pose if number == 0 else random_pose(rng), background, first.background_seed, others)
+        for number in range(count)
+    ]
+
+
+def caption(scene: Scene, rng: np.random.Generator) -> str:
+    """Describes a scene, such as "a red striped cat with a hat on a beach"; every attribute is left out at times."""
+    if scene.empty:
+        return PLACES[scene.background]
+    subject = scene.subject
+    words = []
+    if rng.random() < SPARE_RATE:
+        words.append(str(rng.choice(SPARE_WORDS)))
+    if rng.random() < 0.6:
+        words.append(subject.color)
+    if subject.pattern != "plain" and rng.random() < 0.6:
+        words.append(subject.pattern)
+    words.append(subject.kind)
+    if subject.accessory != "none" and rng.random() < 0.5:
+        words.append(f"with a {subject.accessory}")
+    where = rng.random()
+    if where < 0.8:
+        words.append(PHRASES[scene.background] if where < 0.65 else f"in front of {PLACES[scene.background]}")
+    return " ".join(["an" if words[0][0] in "aeiou" else "a", *words])
+
+
+def describe(kind: str, color: str, background: str) -> str:
+    """The caption of a subject of that kind and color on that background, with nothing left out."""
+    return f"{'an' if color[0] in 'aeiou' else 'a'} {color} {kind} {PHRASES[background]}"
+
+
+def render(scene: Scene, size: int) -> Render:
+    """Renders a scene at `size` x `size` pixels."""
+    scale = 4 if size <= 96 else 3 if size <= 256 else 2
+    side = size * scale
+    canvas = _background(scene, side)
+    if scene.empty:
+        return Render(Image.fromarray(canvas).reduce(scale), np.zeros((size, size), bool), [])
+    objects = [*reversed(scene.distractors), (scene.subject, scene.pose)]
+    covers = [_draw_object(canvas, subject, pose) for subject, pose in objects]
+    front = np.zeros((size, size))
+    masks = []
+    for cover in reversed(covers):
+        cover = cover.reshape(size, scale, size, scale).mean((1, 3)) * (1 - front)
+        masks.append(cover >= 0.5)
+        front = np.maximum(front, cover)
+    return Render(Image.fromarray(canvas).reduce(scale), masks[0], masks)
+
+
+def silhouette(kind: str, pose: Pose, size: int, accessory: str = "none") -> np.ndarray:
+    """The mask (size, size) of a kind in a pose, alone: its true shape."""
+    plain = Subject(kind, "white", "white", "plain", "black", accessory, "white")
+    side = 4 * size
+    cover = _draw_object(np.zeros((side, side, 3), np.uint8), plain, pose)
+    return cover.reshape(size, 4, size, 4).mean((1, 3)) >= 0.5
+
+
+def _background(scene: Scene, side: int) -> np.ndarray:
+    """Draws the background (side, side, 3) uint8, with a light, smooth unevenness."""
+    drawn = backdrop(scene.background, scene.background_seed)
+    heights, colors = zip(*drawn.gradient, strict=True)
+    rows = (np.arange(side) + 0.5) / side
+    gradient = np.stack([np.interp(rows, heights, channel) for channel in np.array(colors).T], axis=1)
+    image = Image.fromarray(np.broadcast_to(gradient[:, None], (side, side, 3)).round().astype(np.uint8))
+    brush = ImageDraw.Draw(image)
+    for color, points in drawn.shapes:
+        brush.polygon(list(map(tuple, points * side)), fill=tuple(round(float(channel)) for channel in color))
+    uneven = np.random.default_rng([scene.background_seed, 1]).normal(0, 1, (7, 7))
+    light = Image.fromarray((128 + 24 * uneven).clip(0, 255).astype(np.uint8)).resize((side, side), Image.BICUBIC)
+    factor = 1 + 0.16 * (np.asarray(light, np.float32)[..., None] / 128 - 1)
+    return (np.asarray(image) * factor).clip(0, 255).astype(np.uint8)
+
+
+def _draw_object(canvas: np.ndarray, subject: Subject, pose: Pose) -> np.ndarray:
+    """Draws an object with its shadow onto the canvas (side, side, 3); returns where it is, (side, side) bool."""
+    side = canvas.shape[0]
+    figure = subjects.figure(subject.kind, pose.gait)
+    parts = [*figure.parts, *subjects.accessory(subject.accessory, figure)]
+    half = pose.size / 2
+    flip = -1 if pose.flip else 1
+    cosine, sine = np.cos(pose.tilt), np.sin(pose.tilt)
+
+    def place(points: np.ndarray) -> list[tuple[float, float]]:
+        x, y = half * flip * points[:, 0], half * points[:, 1]
+        placed = np.stack([pose.x + cosine * x - sine * y, pose.y + sine * x + cosine * y], axis=1)
+        return list(map(tuple, placed * side))
+
+    roles = Image.new("L", (side, side))
+    brush = ImageDraw.Draw(roles)
+    width = max(1, round(0.012 * pose.size * side))
+    for role, points in parts:
+        brush.polygon(place(points), fill=role, outline=role + 16, width=width)
+    index = np.array(roles)
+    if subject.pattern != "plain":
+        pattern = Image.new("L", (side, side))
+        brush = ImageDraw.Draw(pattern)
+        for points in subjects.pattern(subject.pattern):
+            brush.polygon(place(points), fill=1)
+        index[(index == subjects.BODY) & np.array(pattern, bool)] = 8
+    palette = np.zeros((32, 3), np.float32)
+    named = {subjects.BODY: subject.color, subjects.SECOND: subject.second, subjects.ACCESSORY: subject.accessory_color}
+    for role, color in {**FIXED_COLORS, **{role: COLORS[name] for role, name in named.items()}}.items():
+        palette[role] = color
+        palette[role + 16] = np.array(color) * OUTLINE
+    palette[8] = COLORS[subject.pattern_color]
+    covered = index > 0
+    _draw_shadow(canvas, pose)
+    # Light falls from above: the top of the subject is a tenth brighter, its foot a tenth darker.
+    rows = (np.arange(side) / side - pose.y) / half
+    light = (1 - 0.1 * rows.clip(-1, 1)).astype(np.float32)
+    where = np.nonzero(covered)
+    canvas[where] = (palette[index[where]] * light[where[0], None]).clip(0, 255)
+    return covered
+
+
+def _draw_shadow(canvas: np.ndarray, pose: Pose) -> None:
+    """Darkens the ground under an object, softly."""
+    side = canvas.shape[0]
+    x, y, rx, ry = pose.x, pose.y + 0.48 * pose.size, 0.42 * pose.size, 0.075 * pose.size
+    top, bottom = max(0, int((y - ry) * side)), min(side, int((y + ry) * side) + 1)
+    rows, columns = np.ogrid[top:bottom, 0:side]
+    distance = ((columns / side - x) / rx) ** 2 + ((rows / side - y) / ry) ** 2
+    dark = 1 - 0.35 * np.clip(1 - distance, 0, 1)[..., None]
+    canvas[top:bottom] = (canvas[top:bottom] * dark).astype(np.uint8)
