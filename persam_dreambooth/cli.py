@@ -1,4 +1,4 @@
-"""The command line: `persam-dreambooth segment | train | generate | demo`, and `train_dreambooth_masked.py`."""
+"""The command line: `persam-dreambooth` with its commands, and `train_dreambooth_masked.py`."""
 
 import difflib
 import logging
@@ -7,24 +7,37 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from jsonargparse import ActionYesNo, ArgumentParser
 
-from persam_dreambooth import __version__, toy
-from persam_dreambooth.config import GenerateOptions, SegmentOptions, TrainOptions, read_config
+from persam_dreambooth import __version__
+from persam_dreambooth.config import (
+    BenchmarkOptions,
+    DemoOptions,
+    EvaluateModelOptions,
+    GenerateOptions,
+    SegmentOptions,
+    ToyPersegOptions,
+    TrainOptions,
+    read_config,
+)
 from persam_dreambooth.errors import InputError
 
 Options = TypeVar("Options")
 
 USAGE = f"""persam-dreambooth {__version__}: from one mask to a personalized Stable Diffusion
 
-  persam-dreambooth segment     a mask for every photo, from one photo and its mask
-  persam-dreambooth train       the whole job (the same as train_dreambooth_masked.py)
-  persam-dreambooth generate    pictures of the subject: "a [V] cat on a beach"
-  persam-dreambooth demo        the whole job on the small checkpoints and photos that ship, without network
+  persam-dreambooth segment                a mask for every photo, from one photo and its mask
+  persam-dreambooth train                  the whole job (the same as train_dreambooth_masked.py)
+  persam-dreambooth generate               pictures of the subject: "a [V] cat on a beach"
+  persam-dreambooth evaluate model         what a run learned, by CLIP and DINO inside and outside of masks
+  persam-dreambooth benchmark background   training recipes compared where the truth is known
+  persam-dreambooth toy perseg             a rendered data set in the layout of PerSeg
+  persam-dreambooth demo                   plain and masked training side by side, without network
 
 --help after a command lists its options.
 """
@@ -33,7 +46,15 @@ USAGE = f"""persam-dreambooth {__version__}: from one mask to a personalized Sta
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command; returns the exit code: 0, 2 for input that cannot be used, 1 for training that diverged."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    commands = {"segment": segment, "train": train, "generate": generate, "demo": demo}
+    commands: dict[str, Callable[[list[str]], None]] = {
+        "segment": segment,
+        "train": train,
+        "generate": generate,
+        "evaluate": partial(_group, "evaluate", {"model": evaluate_model}),
+        "benchmark": partial(_group, "benchmark", {"background": benchmark_background}),
+        "toy": partial(_group, "toy", {"perseg": toy_perseg}),
+        "demo": demo,
+    }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if arguments else 2
@@ -41,6 +62,14 @@ def main(arguments: list[str] | None = None) -> int:
         print(__version__)
         return 0
     return _guarded(lambda: commands[_known(arguments[0], list(commands), "command")](arguments[1:]))
+
+
+def _group(name: str, members: dict[str, Callable[[list[str]], None]], arguments: list[str]) -> None:
+    """Runs the member of a group of commands that the first argument names."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(f"usage: persam-dreambooth {name} {{{','.join(members)}}} ...   (--help after it lists its options)")
+        return
+    members[_known(arguments[0], list(members), f"{name} command")](arguments[1:])
 
 
 def train_main() -> int:
@@ -78,26 +107,43 @@ def generate(arguments: list[str]) -> None:
     print(f"{options.num_images} pictures in {options.output}; all at a glance in {grid}")
 
 
+def evaluate_model(arguments: list[str]) -> None:
+    """`persam-dreambooth evaluate model`."""
+    options = parse(EvaluateModelOptions, arguments, "persam-dreambooth evaluate model", positional="model")
+    options.check()
+    from persam_dreambooth.evaluation.personalized import evaluate
+
+    evaluate(options)
+    print(f"done: {Path(options.output) / 'figures.md'}; the pictures and the masks found in them lie beside it")
+
+
+def benchmark_background(arguments: list[str]) -> None:
+    """`persam-dreambooth benchmark background`."""
+    options = parse(BenchmarkOptions, arguments, "persam-dreambooth benchmark background")
+    options.check()
+    from persam_dreambooth.evaluation.background import benchmark
+
+    folder = benchmark(options)
+    print(f"done: {folder / 'table.md'}; pictures in {folder / 'grids'}")
+
+
+def toy_perseg(arguments: list[str]) -> None:
+    """`persam-dreambooth toy perseg`."""
+    options = parse(ToyPersegOptions, arguments, "persam-dreambooth toy perseg")
+    options.check()
+    from persam_dreambooth.toy import perseg
+
+    perseg.write(Path(options.output_dir), options.objects)
+    print(f"{options.objects} objects in {options.output_dir}: Images and Annotations as in PerSeg, 00 the reference")
+
+
 def demo(arguments: list[str]) -> None:
-    """`persam-dreambooth demo`: the main job and generation, as a user would type them."""
-    if arguments not in ([], ["-h"], ["--help"]) and (len(arguments) != 2 or arguments[0] != "--output_dir"):
-        raise InputError(f"{' '.join(arguments)}: demo takes --output_dir FOLDER and nothing else")
-    if arguments in (["-h"], ["--help"]):
-        print("usage: persam-dreambooth demo [--output_dir FOLDER]   (default outputs/demo)")
-        return
-    output = arguments[1] if arguments else "outputs/demo"
-    photos, mask = toy.path("photos") / "duck", toy.path("photos") / "duck_mask" / "00.png"
-    job = [
-        *("--instance_dir", str(photos), "--mask", str(mask), "--pretrained_model_name_or_path", "toy"),
-        *("--sam_model", "toy", "--segmenter", "persam", "--max_train_steps", "60", "--output_dir", output),
-    ]
-    pictures = ["a [V] duck on a beach", "--model", output, "--output", f"{output}/generated"]
-    print("$ train_dreambooth_masked.py", *job, flush=True)
-    train(job)
-    print('$ persam-dreambooth generate "a [V] duck on a beach"', *pictures[1:], flush=True)
-    generate(pictures)
-    print(f"\nThe masks ({output}/overview.png) were made from one by PerSAM. {toy.NOTICES['sam']}.")
-    print(f"The pictures show only that the path works. {toy.NOTICES['stable-diffusion']}.")
+    """`persam-dreambooth demo`."""
+    options = parse(DemoOptions, arguments, "persam-dreambooth demo")
+    from persam_dreambooth import demo
+
+    page, lines = demo.run(Path(options.output_dir))
+    print("\n".join(["", *lines, f"The page with all pictures: {page}"]))
 
 
 def parse(kind: type[Options], arguments: list[str], program: str, positional: str | None = None) -> Options:

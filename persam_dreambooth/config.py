@@ -4,6 +4,7 @@ Training options carry the names of diffusers' `train_dreambooth.py` where it ha
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,9 @@ LAST_SEED = 2**32 - 1
 
 POLYNOMIAL_END = 1e-7
 """Where diffusers' polynomial schedule ends."""
+
+SCENES = "a beach, snow, a jungle, a sofa, a desert, a city at night, grass, water"
+"""What backgrounds show where nothing else is given."""
 
 SEGMENTERS = Literal["persam", "persam-f"]
 GUIDANCE = Literal["persam", "published", "paper", "none"]
@@ -88,6 +92,83 @@ class GenerateOptions:
 
 
 @dataclass(frozen=True)
+class EvaluateModelOptions:
+    """What a training run's model learned, beside its base model, by CLIP and DINO inside and outside of masks."""
+
+    model: str | None = option(None, "the folder of a training run")
+    output: str = option("evaluation", "folder for figures and pictures")
+    instance_dir: str | None = option(None, "the photos; default: those of the run")
+    mask_dir: str | None = option(None, "their masks; default: those of the run")
+    sam_model: str = option("facebook/sam-vit-huge", "finds the subject in pictures: hub id, local folder, or toy")
+    clip_model: str = option("openai/clip-vit-base-patch32", "CLIP: hub id or local folder")
+    dino_model: str = option("facebook/dinov2-small", "DINO or DINOv2: hub id or local folder")
+    num_images: int = option(8, "pictures of each prompt")
+    background_scenes: str = option(SCENES, "scenes of the prompts, separated by commas")
+    seed: int = option(0, "seed of the first picture; the next ones count up")
+    num_inference_steps: int = option(30, "denoising steps")
+    guidance_scale: float = option(7.5, "classifier-free guidance")
+
+    def check(self) -> None:
+        """Raises `InputError` for options that are missing or out of range."""
+        _require(self, "model")
+        _within(self, 2, math.inf, "num_images")
+        _within(self, 1, 1000, "num_inference_steps")
+        _within(self, 0, LAST_SEED, "seed")
+        if not self.scenes:
+            raise InputError("--background_scenes is empty: give scenes, such as: a beach, a sofa")
+
+    @property
+    def scenes(self) -> list[str]:
+        """The scenes of the prompts."""
+        return split_scenes(self.background_scenes)
+
+
+@dataclass(frozen=True)
+class BenchmarkOptions:
+    """What every training recipe does to the subject, its background and its class, where the truth is known."""
+
+    output_dir: str = option("outputs/benchmark", "the benchmark's folder; a benchmark in it goes on")
+    recipes: str = option("all", "recipes, separated by commas")
+    subjects: int = option(4, "how many personal subjects, 1 to 6")
+    seeds: int = option(3, "trainings of each subject by each recipe")
+    max_train_steps: int = option(200, "optimizer steps of a training")
+    processes: int = option(1, "trainings at a time")
+
+    def check(self) -> None:
+        """Raises `InputError` for options that are out of range."""
+        _within(self, 1, math.inf, "seeds", "max_train_steps", "processes")
+        _within(self, 1, 6, "subjects")
+
+    def chosen_recipes(self, known: Iterable[str]) -> list[str]:
+        """The recipes that are asked for; raises `InputError` for an unknown one."""
+        known = list(known)
+        chosen = known if self.recipes == "all" else [name.strip() for name in self.recipes.split(",")]
+        unknown = [name for name in chosen if name not in known]
+        if unknown:
+            raise InputError(f"there is no recipe {unknown[0]!r}: choose among {', '.join(known)}")
+        return chosen
+
+
+@dataclass(frozen=True)
+class ToyPersegOptions:
+    """A rendered data set in the layout of PerSeg, with exact masks."""
+
+    output_dir: str = option("outputs/toy-perseg", "folder for Images and Annotations")
+    objects: int = option(40, "how many objects, of 5 to 7 images each")
+
+    def check(self) -> None:
+        """Raises `InputError` for options that are out of range."""
+        _within(self, 1, 1000, "objects")
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """One mask, five photos, and what plain and masked training make of them; everything ships."""
+
+    output_dir: str = option("outputs/demo", "folder for the demo; must be new or empty")
+
+
+@dataclass(frozen=True)
 class TrainOptions(SegmentationOptions):
     """One mask in, a personalized Stable Diffusion out."""
 
@@ -119,12 +200,25 @@ class TrainOptions(SegmentationOptions):
         "area", "divide by the mask's area, or take the plain mean as the paper does"
     )
     unmasked_weight: float = option(0.0, "least weight of the loss outside the mask, 0 to 1")
+    masked_prior_preservation_weight: float = option(
+        0.0, "outside the mask, weight of staying with what the base model predicts"
+    )
+
+    # Other backgrounds
+    replace_background: Literal["no", "color", "noise", "generated"] = option(
+        "no", "paste the masked subject on flat colors, smooth noise, or scenes that the base model paints"
+    )
+    background_dir: str | None = option(None, "folder of background pictures; missing ones are generated")
+    num_background_images: int = option(32, "how many background pictures")
+    background_scenes: str = option(SCENES, "what they show: scenes, separated by commas")
+    background_in_prompt: bool = option(False, 'say the scene in the prompt: "a [V] cat in front of a beach"')
 
     # Prior preservation
     with_prior_preservation: bool = option(False, "also train on pictures of the class, so that it stays various")
     prior_loss_weight: float = option(1.0, "weight of their loss, which is never masked")
     class_data_dir: str | None = option(None, "folder of class pictures; missing ones are generated")
     class_prompt: str | None = option(None, "default: a <class_name>")
+    class_scenes: bool = option(False, 'class images in front of --background_scenes: "a cat in front of a beach"')
     num_class_images: int = option(100, "how many class pictures")
     sample_batch_size: int = option(4, "pictures generated at a time")
 
@@ -178,11 +272,11 @@ class TrainOptions(SegmentationOptions):
         _within(
             self, 1, math.inf, "rank", "num_class_images", "sample_batch_size", "resolution", "max_train_steps",
             "train_batch_size", "gradient_accumulation_steps", "lr_num_cycles", "checkpointing_steps",
-            "checkpoints_total_limit", "logging_steps",
+            "checkpoints_total_limit", "logging_steps", "num_background_images",
         )  # fmt: skip
         _within(
-            self, 0, math.inf, "prior_loss_weight", "learning_rate", "lr_warmup_steps", "adam_weight_decay",
-            "adam_epsilon", "dataloader_num_workers", "num_validation_images",
+            self, 0, math.inf, "prior_loss_weight", "masked_prior_preservation_weight", "learning_rate",
+            "lr_warmup_steps", "adam_weight_decay", "adam_epsilon", "dataloader_num_workers", "num_validation_images",
         )  # fmt: skip
         _within(self, 0, 1, "unmasked_weight", "lora_dropout")
         _within(self, 0, LAST_SEED, "seed")
@@ -196,13 +290,29 @@ class TrainOptions(SegmentationOptions):
                 raise InputError(f"--learning_rate is {rate}: polynomial ends at {POLYNOMIAL_END}, give more")
             if warmup >= steps:
                 raise InputError(f"--lr_warmup_steps is {warmup} of {steps} steps: give fewer with polynomial")
-        if self.unmasked and self.unmasked_weight:
-            raise InputError("--unmasked_weight has no effect with --unmasked: leave one of them out")
+        masked_only = {
+            "unmasked_weight": self.unmasked_weight,
+            "masked_prior_preservation_weight": self.masked_prior_preservation_weight,
+            "replace_background": self.replace_background != "no",
+        }
+        for name in [name for name, given in masked_only.items() if given and self.unmasked]:
+            raise InputError(f"--{name} needs masks: leave it out, or --unmasked")
+        if not self.scenes:
+            raise InputError("--background_scenes is empty: give scenes, such as: a beach, a sofa")
+        if self.background_in_prompt and self.replace_background != "generated":
+            raise InputError("--background_in_prompt has no effect: add --replace_background generated")
+        if self.class_scenes and not self.with_prior_preservation:
+            raise InputError("--class_scenes has no effect: add --with_prior_preservation")
 
     @property
     def subject(self) -> str:
         """The class name, from the folder's name where none was given."""
         return self.class_name or Path(str(self.instance_dir)).resolve().name.replace("_", " ").replace("-", " ")
+
+    @property
+    def scenes(self) -> list[str]:
+        """The scenes of background pictures and class images."""
+        return split_scenes(self.background_scenes)
 
     @property
     def base_learning_rate(self) -> float:
@@ -254,6 +364,11 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(options, dict):
         raise InputError(f"{path} holds no options: write lines such as rank: 4")
     return options
+
+
+def split_scenes(scenes: str) -> list[str]:
+    """Scenes that commas separate."""
+    return [scene.strip() for scene in scenes.split(",") if scene.strip()]
 
 
 def fill_identifier(prompt: str, identifier: str) -> str:

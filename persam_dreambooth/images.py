@@ -54,13 +54,14 @@ class Photo:
         return read_image(self.path)
 
 
-def find_photos(folder: Path, leave_out: tuple[Path, ...] = ()) -> list[Photo]:
+def find_photos(folder: Path, leave_out: tuple[Path, ...] = (), may_be_empty: bool = False) -> list[Photo]:
     """Lists the photos of a folder and its subfolders, sorted by relative path, each decoded once to be sure of it.
 
     Args:
         folder: the folder of photos.
         leave_out: files and folders that may lie inside it and are no photos (the mask, the output); the folder
             itself and what it lies in are none.
+        may_be_empty: no photo is no error.
 
     Raises:
         InputNotFoundError: no such folder, or no photo in it.
@@ -87,9 +88,26 @@ def find_photos(folder: Path, leave_out: tuple[Path, ...] = ()) -> list[Photo]:
     for name in ignored:
         if name.lower().endswith(UNREADABLE_SUFFIXES):
             logger.warning("%s is left out: convert it to JPEG or PNG", folder / name)
-    if not paths:
+    if not paths and not may_be_empty:
         raise InputNotFoundError(f"{folder} holds no photos: put 3 to 6 there ({' '.join(PHOTO_SUFFIXES)})")
     return [Photo.open(path, path.relative_to(folder).as_posix()) for path in paths]
+
+
+def read_prompts(photos: list[Photo], default: str) -> list[str]:
+    """What each photo shows: the text file beside it, with its name and .txt, or where that says nothing the default.
+
+    Raises:
+        InputError: a file that is no text.
+    """
+    prompts = []
+    for photo in photos:
+        path = photo.path.with_suffix(".txt")
+        try:
+            text = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+        except UnicodeDecodeError:
+            raise InputError(f"{path} is not text in UTF-8: write what {photo.path.name} shows into it") from None
+        prompts.append(text or default)
+    return prompts
 
 
 def check_shapes(photos: list[Photo]) -> None:

@@ -21,7 +21,7 @@ from persam_dreambooth import models
 from persam_dreambooth.config import CONFIG, SegmentationOptions, SegmentOptions, TrainOptions, read_config
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.files import check_writable, filled_aside, write_text
-from persam_dreambooth.images import Photo, check_shapes, find_photos
+from persam_dreambooth.images import Photo, check_shapes, find_photos, read_prompts
 from persam_dreambooth.masks import (
     INDEX,
     PhotoMask,
@@ -37,6 +37,7 @@ from persam_dreambooth.pictures import overview, save_picture
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from persam_dreambooth.dreambooth.backgrounds import Backgrounds
     from persam_dreambooth.dreambooth.data import Crops
     from persam_dreambooth.dreambooth.stable_diffusion import StableDiffusion
     from persam_dreambooth.segmentation import PerSAM, PerSAMF
@@ -107,6 +108,7 @@ def personalize(options: TrainOptions) -> Path:
     if masks and accelerator.is_main_process:
         save_picture(overview(masks), run_dir / "overview.png")
     class_crops = _class_crops(options, family, accelerator, given.class_dir, resolution)
+    crops.backgrounds = _backgrounds(options, family, accelerator, given.background_dir, resolution)
 
     train(options, family, crops, class_crops, run_dir, accelerator, resume_from)
     if accelerator.is_main_process:
@@ -124,6 +126,7 @@ class Input:
         reference: the photo whose mask was given, where masks are to be made.
         drawn: the masks of all photos, where a folder of them was given.
         class_dir: the folder of class images.
+        background_dir: the folder of background pictures.
         base: the base model, as `from_pretrained` takes it.
     """
 
@@ -131,6 +134,7 @@ class Input:
     reference: Reference | None
     drawn: list[PhotoMask]
     class_dir: Path
+    background_dir: Path
     base: str
 
 
@@ -139,20 +143,50 @@ def _read_input(options: TrainOptions) -> Input:
     mask_path = Path(options.mask) if options.mask else None
     mask_dir = Path(options.mask_dir) if options.mask_dir else None
     class_dir = Path(options.class_data_dir) if options.class_data_dir else run_dir / "class_images"
-    if mask_dir and mask_dir.resolve() == instance_dir.resolve():
-        raise InputError(f"{mask_dir} is the folder of the photos too: put the masks into a folder of their own")
-    photos = find_photos(instance_dir, tuple(path for path in (mask_path, mask_dir, run_dir, class_dir) if path))
+    background_dir = Path(options.background_dir) if options.background_dir else run_dir / "backgrounds"
+    apart = {"masks": mask_dir, "class pictures": class_dir, "backgrounds": background_dir}
+    for what, folder in apart.items():
+        if folder and folder.resolve() == instance_dir.resolve():
+            raise InputError(f"{folder} is the folder of the photos too: put the {what} into a folder of their own")
+    others = (mask_path, run_dir, *apart.values())
+    photos = find_photos(instance_dir, tuple(path for path in others if path))
     check_names(photos)
     check_shapes(photos)
     reference = _find_reference(photos, instance_dir, mask_path, options.reference_image) if mask_path else None
     drawn = load_masks(mask_dir, photos) if mask_dir else []
     _check_output(run_dir, resuming=bool(options.resume_from_checkpoint))
-    if options.with_prior_preservation and not class_dir.is_dir():
-        check_writable(class_dir)
+    if options.with_prior_preservation:
+        _check_base_pictures(class_dir)
+    if options.replace_background == "generated":
+        _check_base_pictures(background_dir, described=options.background_in_prompt)
     base = models.resolve(options.pretrained_model_name_or_path, "stable-diffusion", options.revision)
     if reference:
         models.resolve(options.sam_model, "sam")
-    return Input(photos, reference, drawn, class_dir, base)
+    return Input(photos, reference, drawn, class_dir, background_dir, base)
+
+
+def _check_base_pictures(folder: Path, described: bool = False) -> None:
+    """Raises `InputError` for a folder whose pictures cannot be used, or that cannot be made.
+
+    Args:
+        folder: where the base model's pictures go, or the user's own lie.
+        described: whether each of these must have a text file that says what it shows.
+    """
+    if not folder.is_dir():
+        check_writable(folder)
+        return
+    pictures = _find_pictures(folder)
+    for picture, prompt in zip(pictures, read_prompts(pictures, ""), strict=True):
+        if described and not prompt:
+            path = picture.path
+            raise InputError(f"{path} has no text that says what it shows: write {path.stem}.txt beside it")
+
+
+def _find_pictures(folder: Path) -> list[Photo]:
+    """The pictures in a folder that the base model fills up; text files beside them say what they show."""
+    pictures = find_photos(folder, tuple(folder.rglob("*.txt")), may_be_empty=True)
+    check_shapes(pictures)
+    return pictures
 
 
 def _accelerator(options: TrainOptions) -> "Accelerator":
@@ -276,7 +310,7 @@ def _crops(options: TrainOptions, photos: list[Photo], masks: list[PhotoMask], r
     cut = (resolution, options.center_crop, options.seed)
     if options.unmasked:
         logger.warning("training on %d whole photos, without masks: their backgrounds will be learned too", len(photos))
-        return Crops(photos, None, *cut)
+        return Crops(photos, None, *cut, options.prompt("instance"))
     used = [item for item in masks if item.mask.any()]
     if not used:
         raise InputError("every mask is empty (all black): paint the subject white, and give the folder as --mask_dir")
@@ -290,7 +324,7 @@ def _crops(options: TrainOptions, photos: list[Photo], masks: list[PhotoMask], r
         "%d masks for %d photos; they cover %.0f %% to %.0f %% of a photo, %.0f %% on average",
         len(used), len(photos), min(covered), max(covered), np.mean(covered),
     )  # fmt: skip
-    crops = Crops([item.photo for item in used], [item.mask for item in used], *cut)
+    crops = Crops([item.photo for item in used], [item.mask for item in used], *cut, options.prompt("instance"))
     lost = ", ".join(crops.lost_subjects())
     if lost:
         hint = ", and go on with --resume_from_checkpoint latest, which keeps the masks" if options.mask else ""
@@ -306,23 +340,51 @@ def _class_crops(
     """The class images for prior preservation, generated where they are missing; None without it."""
     if not options.with_prior_preservation:
         return None
-    from persam_dreambooth.dreambooth.class_images import generate_class_images
+    from persam_dreambooth.dreambooth.backgrounds import in_front_of
     from persam_dreambooth.dreambooth.data import CLASS_SEED, Crops
 
+    prompt = options.prompt("class")
+    prompts = [in_front_of(prompt, scene) for scene in options.scenes] if options.class_scenes else [prompt]
+    pictures = _base_pictures(options, family, accelerator, prompts, folder, options.num_class_images, "class", prompt)
+    cut = (resolution, options.center_crop, options.seed + CLASS_SEED)
+    return Crops(pictures, None, *cut, read_prompts(pictures, prompt))
+
+
+def _backgrounds(
+    options: TrainOptions, family: "StableDiffusion", accelerator: "Accelerator", folder: Path, resolution: int
+) -> "Backgrounds | None":
+    """What replaces the photos' backgrounds, if anything; pictures of scenes are generated where they are missing."""
+    if options.replace_background == "no":
+        return None
+    from persam_dreambooth.dreambooth.backgrounds import Backgrounds
+
+    if options.replace_background != "generated":
+        return Backgrounds(options.replace_background, resolution)
+    count = options.num_background_images
+    pictures = _base_pictures(options, family, accelerator, options.scenes, folder, count, "background")
+    places = read_prompts(pictures, "") if options.background_in_prompt else None
+    return Backgrounds("generated", resolution, pictures, places)
+
+
+def _base_pictures(
+    options: TrainOptions,
+    family: "StableDiffusion",
+    accelerator: "Accelerator",
+    prompts: list[str],
+    folder: Path,
+    count: int,
+    kind: str,
+    default: str | None = None,
+) -> list[Photo]:
+    """A folder's pictures, filled up to `count` by the base model; arguments as of `generate_pictures`."""
+    from persam_dreambooth.dreambooth.base_pictures import generate_pictures
+
     if accelerator.is_main_process:
+        pipeline = family.pipeline.to(accelerator.device)
         with accelerator.autocast():
-            generate_class_images(
-                family.pipeline.to(accelerator.device),
-                options.prompt("class"),
-                folder,
-                options.num_class_images,
-                options.sample_batch_size,
-                options.seed,
-            )
+            generate_pictures(pipeline, prompts, folder, count, options.sample_batch_size, options.seed, kind, default)
     accelerator.wait_for_everyone()
-    pictures = find_photos(folder)
-    check_shapes(pictures)
-    return Crops(pictures, None, resolution, options.center_crop, options.seed + CLASS_SEED)
+    return _find_pictures(folder)
 
 
 def _finish(

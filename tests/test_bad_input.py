@@ -390,9 +390,102 @@ def test_an_output_folder_with_another_run(home, capsys):
     assert line.endswith("--resume_from_checkpoint latest")
 
 
-def test_a_file_for_the_folder_of_class_pictures(home, capsys):
-    line = refused(capsys, *train(*MASK, "--with_prior_preservation", "--class_data_dir", "mask.png"))
+# Backgrounds and class pictures
+
+GENERATED = ("--replace_background", "generated")
+PICTURES = {
+    "backgrounds": (*GENERATED, "--num_background_images", "2", "--background_dir"),
+    "class pictures": ("--with_prior_preservation", "--num_class_images", "2", "--class_data_dir"),
+}
+every_kind_of_pictures = pytest.mark.parametrize("kind", PICTURES)
+
+
+def own_pictures(count=2):
+    Path("own").mkdir()
+    for number in range(count):
+        picture().save(f"own/{number}.png")
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (("--unmasked", "--replace_background", "color"), "--replace_background needs masks: leave it out, or "),
+        (("--unmasked", *GENERATED), "--replace_background needs masks: leave it out, or --unmasked"),
+        (
+            ("--unmasked", "--masked_prior_preservation_weight", "1"),
+            "--masked_prior_preservation_weight needs masks: leave it out, or --unmasked",
+        ),
+        ((*MASKS, "--background_in_prompt"), "--background_in_prompt has no effect: add --replace_background gen"),
+        (
+            (*MASKS, "--background_in_prompt", "--replace_background", "noise"),
+            "--background_in_prompt has no effect: add --replace_background generated",
+        ),
+        ((*MASKS, "--class_scenes"), "--class_scenes has no effect: add --with_prior_preservation"),
+        ((*MASKS, "--background_scenes", ","), "--background_scenes is empty: give scenes, such as: a beach"),
+        ((*MASKS, *GENERATED, "--background_scenes="), "--background_scenes is empty: give scenes, such as:"),
+        (
+            (*MASKS, "--replace_background", "blur"),
+            "--replace_background is blur: give one of 'no', 'color', 'noise', 'generated'",
+        ),
+    ],
+)
+def test_options_of_backgrounds_that_do_not_fit_one_another(home, capsys, arguments, said):
+    assert refused(capsys, *train(*arguments)).startswith(said)
+
+
+@pytest.mark.parametrize("source", [MASK, MASKS], ids=["one mask", "all masks"])
+@pytest.mark.parametrize("text", [None, " \n"], ids=["missing", "blank"])
+def test_own_backgrounds_that_prompts_shall_say_but_no_text_describes(home, capsys, source, text):
+    own_pictures()
+    Path("own/0.txt").write_text("a wall")
+    if text is not None:
+        Path("own/1.txt").write_text(text)
+    line = refused(capsys, *train(*source, *PICTURES["backgrounds"], "own", "--background_in_prompt"))
+    assert line == "own/1.png has no text that says what it shows: write 1.txt beside it"
+
+
+def test_own_backgrounds_are_described_before_missing_ones_are_generated(home, capsys):
+    own_pictures(1)
+    line = refused(capsys, *train(*MASKS, *PICTURES["backgrounds"], "own", "--background_in_prompt"))
+    assert line == "own/0.png has no text that says what it shows: write 0.txt beside it"
+
+
+@every_kind_of_pictures
+def test_a_text_beside_a_picture_that_is_none(home, capsys, kind):
+    own_pictures()
+    Path("own/1.txt").write_bytes(b"\xff\xfe\x00")
+    more = ["--background_in_prompt"] if kind == "backgrounds" else []
+    Path("own/0.txt").write_text("a wall")
+    line = refused(capsys, *train(*MASKS, *PICTURES[kind], "own", *more))
+    assert line == "own/1.txt is not text in UTF-8: write what 1.png shows into it"
+
+
+@every_kind_of_pictures
+def test_an_unreadable_picture(home, capsys, kind):
+    own_pictures()
+    Path("own/1.png").write_bytes(b"just text")
+    line = refused(capsys, *train(*MASK, *PICTURES[kind], "own"))
+    assert line == "own/1.png is not an image that Pillow can read: convert it to JPEG or PNG"
+
+
+@every_kind_of_pictures
+def test_a_picture_too_narrow_to_cut_a_square_from(home, capsys, kind):
+    own_pictures()
+    picture((900, 100)).save("own/1.png")
+    said = "own/1.png is 900 x 100, too narrow to train on: crop it"
+    assert refused(capsys, *train(*MASK, *PICTURES[kind], "own")) == said
+
+
+@every_kind_of_pictures
+def test_a_file_for_the_folder_of_pictures(home, capsys, kind):
+    line = refused(capsys, *train(*MASK, *PICTURES[kind], "mask.png"))
     assert line == "mask.png is no folder, so mask.png cannot be one: choose another folder"
+
+
+@every_kind_of_pictures
+def test_the_photo_folder_for_the_folder_of_pictures(home, capsys, kind):
+    line = refused(capsys, *train(*MASK, *PICTURES[kind], "ball"))
+    assert line == f"ball is the folder of the photos too: put the {kind} into a folder of their own"
 
 
 # Going on, and generating
@@ -520,6 +613,13 @@ def test_the_masks_of_segment_are_taken_by_train(home, capsys):
     assert [found.record for found in load_masks(Path("run/masks"), photos)] == [
         found.record for found in load_masks(Path("out"), photos)
     ]
+
+
+def test_backgrounds_inside_the_photo_folder_are_no_photos(home, capsys):
+    own_pictures()
+    Path("own").rename("ball/own")
+    done(capsys, *train(*MASKS, *PICTURES["backgrounds"], "ball/own"))
+    assert "on 3 photos" in Path("out/README.md").read_text()
 
 
 def test_resuming_the_latest_where_there_is_none_starts_afresh(home, capsys, caplog):

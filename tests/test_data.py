@@ -243,7 +243,7 @@ def test_noise_is_standard_normal_and_timesteps_are_uniform():
 
 
 def test_different_keys_give_different_seeds():
-    keys = [(seed, stream, number) for seed in range(10) for stream in range(4) for number in range(100)]
+    keys = [(seed, stream, number) for seed in range(10) for stream in range(5) for number in range(100)]
     seeds = {derived_seed(*key) for key in keys}
     assert len(seeds) == len(keys)
     assert all(0 <= seed < 2**63 for seed in seeds)

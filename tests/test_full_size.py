@@ -191,20 +191,25 @@ def test_what_is_trained_is_single_precision_whatever_the_rest(frozen):
 @pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"method": "full"}], ids=str)
 def test_a_training_step_reaches_every_trained_weight(version, options):
     model = family(version)
-    options = TrainOptions(train_text_encoder=True, **options)
+    options = TrainOptions(train_text_encoder=True, masked_prior_preservation_weight=1.0, **options)
     weights = model.make_trainable(options, META, torch.float32)
     side = model.native_resolution
     batch = {
         "pixels": torch.zeros(2, 3, side, side),
         "mask": torch.ones(2, 1, side, side),
+        "prompt": ["a sks cat", "a sks cat"],
         "number": torch.tensor([0, 1]),
     }
-    embeddings = model.encode_prompts(["a sks cat", "a cat"])
-    loss, prior_loss = batch_losses(options, model, batch, batch, embeddings)
-    assert loss.shape == prior_loss.shape == ()
-    (loss + prior_loss).backward()
+    class_batch = {**batch, "prompt": ["a cat", "a cat"]}
+    prompts = ["a sks cat", "a cat"]
+    embeddings = dict(zip(prompts, model.encode_prompts(prompts), strict=True))
+    losses = batch_losses(options, model, batch, class_batch, embeddings)
+    assert list(losses) == ["loss", "prior_loss", "preservation_loss"]
+    assert {loss.shape for loss in losses.values()} == {()}
+    sum(losses.values()).backward()
     assert all(weight.grad is not None and weight.grad.shape == weight.shape for weight in weights)
-    assert all(weight.grad is None for weight in model.vae.parameters())
+    frozen = [model.vae, *([model.base_unet] if options.method == "full" else [])]
+    assert all(weight.grad is None for part in frozen for weight in part.parameters())
 
 
 def test_resolution_is_the_models_own_or_a_multiple_of_64():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from training_runs import column, command, flags
+from training_runs import ALL_AGAINST_BACKGROUNDS, column, command, flags
 
 from persam_dreambooth import toy
 from persam_dreambooth.masks import read_mask
@@ -34,12 +34,12 @@ def test_masks_agree_with_those_of_the_cpu(kind, dtype):
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_run_in_half_precision_resumes_and_generates(runs, tmp_path, precision, method):
     run = tmp_path / "run"
-    prior = {"with_prior_preservation": True, "num_class_images": 2, "gradient_accumulation_steps": 2}
-    options = {"method": method, "mixed_precision": precision, "checkpointing_steps": 2, **prior}
+    everything = {**ALL_AGAINST_BACKGROUNDS, "gradient_accumulation_steps": 2}
+    options = {"method": method, "mixed_precision": precision, "checkpointing_steps": 2, **everything}
     assert runs.train(run, max_train_steps=2, **options) == 0
     resumed = {"max_train_steps": 4, "num_validation_images": 1, "resume_from_checkpoint": "latest"}
     assert runs.train(run, **{**options, **resumed}) == 0
-    assert all(np.isfinite(column(run)))
+    assert all(np.isfinite([*column(run), *column(run, "preservation_loss")]))
     pictures = {"model": run, "output": tmp_path / "pictures", "num_images": 1, "num_inference_steps": 2}
     assert command("generate", "a [V] duck", *flags(**pictures)) == 0
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 1

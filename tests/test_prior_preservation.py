@@ -109,25 +109,26 @@ def test_prior_preservation_of_weight_zero_changes_nothing(runs):
 def test_photos_and_class_images_keep_their_own_prompt_mask_and_noise(photos):
     family, embeddings = watched_family()
     crops = training_crops(photos)
-    class_crops = Crops(find_photos(photos), None, RESOLUTION, False, seed=4)
+    class_crops = Crops(find_photos(photos), None, RESOLUTION, False, seed=4, prompts="a duck")
     options, class_options = TrainOptions(seed=4), TrainOptions(seed=4 + CLASS_SEED, unmasked=True)
     batch, class_batch = (default_collate([source[0], source[1]]) for source in (crops, class_crops))
-    loss, prior_loss = batch_losses(options, family, batch, class_batch, embeddings)
+    loss, prior_loss = batch_losses(options, family, batch, class_batch, embeddings).values()
     prediction, target = family.prediction, family.aim
     assert prediction.shape == (4, 4, 8, 8)
     # Never masked, whatever mask it may have; summed in another order.
     torch.testing.assert_close(prior_loss, F.mse_loss(prediction[2:], target[2:]))
     class_batch["mask"] = torch.zeros_like(class_batch["mask"])
-    again, prior_again = batch_losses(options, family, batch, class_batch, embeddings)
+    again, prior_again = batch_losses(options, family, batch, class_batch, embeddings).values()
     assert (again.item(), prior_again.item()) == (loss.item(), prior_loss.item())
     # Each half alone, with its own prompt and seed; convolutions of another batch round otherwise.
-    alone, _ = batch_losses(options, family, batch, None, embeddings[:1])
-    class_alone, _ = batch_losses(class_options, family, class_batch, None, embeddings[1:])
+    [alone] = batch_losses(options, family, batch, None, embeddings).values()
+    [class_alone] = batch_losses(class_options, family, class_batch, None, embeddings).values()
     torch.testing.assert_close(loss, alone, rtol=1e-5, atol=0)
     torch.testing.assert_close(prior_loss, class_alone, rtol=1e-5, atol=0)
-    swapped = batch_losses(options, family, batch, class_batch, embeddings.flip(0))
-    assert not torch.isclose(swapped[0], loss, rtol=1e-5)
-    assert not torch.isclose(swapped[1], prior_loss, rtol=1e-5)
+    exchanged = {"a sks duck": embeddings["a duck"], "a duck": embeddings["a sks duck"]}
+    swapped, prior_swapped = batch_losses(options, family, batch, class_batch, exchanged).values()
+    assert not torch.isclose(swapped, loss, rtol=1e-5)
+    assert not torch.isclose(prior_swapped, prior_loss, rtol=1e-5)
     assert not torch.equal(target[:2], target[2:])
 
 

@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from torch.utils.data import default_collate
 from training_runs import (
+    ALL_AGAINST_BACKGROUNDS,
     CONFIGS,
     ROOT,
     SIZES,
@@ -52,10 +53,14 @@ from persam_dreambooth.images import find_photos
 # --- trajectories
 
 
-@pytest.mark.parametrize(("batch", "accumulation"), [(1, 4), (2, 2)])
-def test_accumulated_batches_equal_one_large_batch(runs, batch, accumulation):
-    whole = runs(train_batch_size=4)
-    parts = runs(train_batch_size=batch, gradient_accumulation_steps=accumulation)
+@pytest.mark.parametrize(
+    ("batch", "accumulation", "options"),
+    [(1, 4, {}), (2, 2, {}), (1, 4, ALL_AGAINST_BACKGROUNDS)],
+    ids=["1 x 4", "2 x 2", "1 x 4, other backgrounds"],
+)
+def test_accumulated_batches_equal_one_large_batch(runs, batch, accumulation, options):
+    whole = runs(train_batch_size=4, **options)
+    parts = runs(train_batch_size=batch, gradient_accumulation_steps=accumulation, **options)
     assert_same_trajectory(whole, parts)
     assert not same_weights(whole, runs())
 
@@ -74,22 +79,27 @@ def test_another_seed_gives_other_weights_and_metrics(runs):
     assert all(not torch.equal(one[name], two[name]) for name in one)
 
 
-def test_loading_processes_do_not_change_the_run(runs):
-    workers = runs(dataloader_num_workers=2)
-    assert same_weights(runs(), workers)
-    assert same_metrics(runs(), workers)
+@pytest.mark.parametrize("options", [{}, {"replace_background": "noise"}], ids=str)
+def test_loading_processes_do_not_change_the_run(runs, options):
+    workers = runs(dataloader_num_workers=2, **options)
+    assert same_weights(runs(**options), workers)
+    assert same_metrics(runs(**options), workers)
 
 
-def test_saved_options_repeat_the_run(runs, tmp_path):
-    saved = runs(rank=2, learning_rate=1e-3) / "config.yaml"
+@pytest.mark.parametrize(
+    "options", [{"rank": 2, "learning_rate": 1e-3}, ALL_AGAINST_BACKGROUNDS], ids=["plain", "other backgrounds"]
+)
+def test_saved_options_repeat_the_run(runs, tmp_path, options):
+    saved = runs(**options) / "config.yaml"
     assert command("train", "--config", saved, "--output_dir", tmp_path / "again") == 0
     assert same_weights(saved.parent, tmp_path / "again")
     first, again = (yaml.safe_load((run / "config.yaml").read_text()) for run in (saved.parent, tmp_path / "again"))
     assert {name for name in first if first[name] != again[name]} == {"output_dir"}
 
 
-def test_two_processes_equal_one_of_the_same_global_batch(runs, tmp_path):
-    arguments = runs.options(output_dir=tmp_path / "two", num_validation_images=1)
+@pytest.mark.parametrize("options", [{}, ALL_AGAINST_BACKGROUNDS], ids=["plain", "other backgrounds"])
+def test_two_processes_equal_one_of_the_same_global_batch(runs, tmp_path, options):
+    arguments = runs.options(output_dir=tmp_path / "two", num_validation_images=1, **options)
     launched = subprocess.run(
         [
             *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
@@ -103,7 +113,7 @@ def test_two_processes_equal_one_of_the_same_global_batch(runs, tmp_path):
     )
     assert launched.returncode == 0, launched.stderr[-3000:]
     assert launched.stdout.count("done: ") == 1
-    assert_same_trajectory(runs(train_batch_size=2), tmp_path / "two")
+    assert_same_trajectory(runs(train_batch_size=2, **options), tmp_path / "two")
     assert len(list((tmp_path / "two" / "samples").glob("*.png"))) == 1
 
 
@@ -116,9 +126,11 @@ RESUMED = {
     "lora, warm-up": {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 5},
     "lora, accumulation": {"train_batch_size": 2, "gradient_accumulation_steps": 2},
     "lora, prior preservation": {"with_prior_preservation": True, "num_class_images": 2},
+    "lora, other backgrounds": ALL_AGAINST_BACKGROUNDS,
     "lora, half precision": {"mixed_precision": "bf16"},
     "full": {"method": "full"},
     "full, text encoder": {"method": "full", "train_text_encoder": True},
+    "full, other backgrounds": {"method": "full", "train_text_encoder": True, **ALL_AGAINST_BACKGROUNDS},
 }
 
 
@@ -283,7 +295,7 @@ def test_a_training_step_learns_nothing_from_outside_the_mask(photos):
     outside = (latent_mask(batch["mask"], (8, 8)) == 0).expand(-1, 4, -1, -1)
     assert 0.1 < outside.float().mean() < 0.9
 
-    loss, _ = batch_losses(TrainOptions(), family, batch, None, embeddings[:1])
+    loss = batch_losses(TrainOptions(), family, batch, None, embeddings)["loss"]
     loss.backward()
     gradient = family.prediction.grad
     assert (gradient[outside] == 0).all()
@@ -292,9 +304,9 @@ def test_a_training_step_learns_nothing_from_outside_the_mask(photos):
     # The toy's VAE and UNet look at the whole picture, so pixels outside do reach predictions inside. What cannot
     # reach the loss is what the UNet should have predicted outside.
     family.added = 1000.0 * outside
-    assert torch.equal(batch_losses(TrainOptions(), family, batch, None, embeddings[:1])[0], loss)
+    assert torch.equal(batch_losses(TrainOptions(), family, batch, None, embeddings)["loss"], loss)
     family.added = 1.0 * ~outside
-    assert not torch.isclose(batch_losses(TrainOptions(), family, batch, None, embeddings[:1])[0], loss)
+    assert not torch.isclose(batch_losses(TrainOptions(), family, batch, None, embeddings)["loss"], loss)
 
 
 def test_photos_with_an_empty_mask_are_left_out_with_a_warning(runs, photos, tmp_path, caplog):
@@ -431,7 +443,10 @@ def test_full_half_precision_run_leaves_the_frozen_parts_as_they_were(runs):
     assert trained("a sks duck", num_inference_steps=2).images[0].size == (64, 64)
 
 
-@pytest.mark.parametrize("options", [{}, {"train_text_encoder": True}, {"method": "full"}], ids=str)
+KEPT_FROM_BASE = {"masked_prior_preservation_weight": 1.0}
+
+
+@pytest.mark.parametrize("options", [{}, {"train_text_encoder": True}, {"method": "full"}, KEPT_FROM_BASE], ids=str)
 def test_gradient_checkpointing_changes_nothing(runs, options):
     plain, saving = runs(**options), runs(gradient_checkpointing=True, **options)
     assert same_metrics(plain, saving)
@@ -503,6 +518,8 @@ EFFECTIVE = {
     "lora_dropout": 0.5,
     "mask_normalization": "none",
     "unmasked_weight": 0.2,
+    "masked_prior_preservation_weight": 1.0,
+    "replace_background": "color",
     "resolution": 48,
     "center_crop": True,
     "train_batch_size": 2,

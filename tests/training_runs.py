@@ -34,6 +34,16 @@ SHORT = {
 }
 """A run of four steps, without samples."""
 
+ALL_AGAINST_BACKGROUNDS = {
+    "masked_prior_preservation_weight": 1.0,
+    "replace_background": "generated",
+    "num_background_images": 3,
+    "background_in_prompt": True,
+    "with_prior_preservation": True,
+    "class_scenes": True,
+    "num_class_images": 2,
+}
+"""Whatever keeps a subject apart from its background, at once."""
 
 DOWN = re.compile(r"\.lora(_linear_layer)?\.down\.weight$")
 UP = re.compile(r"\.lora(_linear_layer)?\.up\.weight$")
@@ -179,10 +189,10 @@ def text_answer(pipeline):
         return pipeline.text_encoder.eval()(tokens)[0]
 
 
-def training_crops(photos, masks=None, resolution=RESOLUTION, seed=0):
+def training_crops(photos, masks=None, resolution=RESOLUTION, seed=0, backgrounds=None):
     found = find_photos(photos)
     loaded = load_masks(masks or photos.parent / "masks", found)
-    return Crops(found, [item.mask for item in loaded], resolution, False, seed)
+    return Crops(found, [item.mask for item in loaded], resolution, False, seed, "a sks duck", backgrounds)
 
 
 class Watched(StableDiffusion):
@@ -200,10 +210,10 @@ class Watched(StableDiffusion):
         return self.aim
 
 
-def watched_family(**options):
-    """A family whose LoRA is ready to train, and its embeddings of the instance and the class prompt."""
+def watched_family(prompts=("a sks duck", "a duck"), **options):
+    """A family that is ready to train, and its base embeddings of the instance and the class prompt, or of others."""
     family = Watched(toy_pipeline())
     torch.manual_seed(0)
     family.make_trainable(TrainOptions(**options), torch.device("cpu"), torch.float32)
     with torch.no_grad():
-        return family, family.encode_prompts(["a sks duck", "a duck"])
+        return family, dict(zip(prompts, family.encode_prompts(list(prompts)), strict=True))

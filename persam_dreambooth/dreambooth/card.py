@@ -58,7 +58,7 @@ def model_card(
     if masks:
         where = ", the masks in `masks/`, and `overview.png` shows them on the photos"
         covered = [item.record.coverage for item in masks if item.mask.any()]
-        how = f"the loss counts inside masks only ({', '.join(sorted({item.record.method for item in masks}))})"
+        how = f"{_use_of_masks(options)} (masks: {', '.join(sorted({item.record.method for item in masks}))})"
         coverage = f"{len(covered)}, covering {min(covered):.0%} to {max(covered):.0%} of a photo"
     return CARD.format(
         base=options.pretrained_model_name_or_path,
@@ -83,3 +83,25 @@ def model_card(
         where=where,
         loss=final_loss,
     )
+
+
+def _use_of_masks(options: TrainOptions) -> str:
+    """What the masks did in a run, in words."""
+    pasted = {
+        "color": "flat colors",
+        "noise": "smooth noise",
+        "generated": "scenes that the base model painted",
+    }
+    told = []
+    if options.replace_background != "no":
+        told.append(f"the subject was pasted on {pasted[options.replace_background]}")
+    weight = options.unmasked_weight
+    if weight < 1:
+        told.append(
+            f"the loss counts outside masks by {weight:g} only" if weight else "the loss counts inside masks only"
+        )
+    elif options.replace_background == "no":
+        told.append("the loss counts inside and outside of masks alike")
+    if options.masked_prior_preservation_weight:
+        told.append("outside of them the model stays with its base")
+    return "; ".join(told)

@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from persam_dreambooth.dreambooth.backgrounds import Backgrounds
 from persam_dreambooth.images import Photo
 
-ORDER, CROP, NOISE, DROPOUT = range(4)
+ORDER, CROP, NOISE, DROPOUT, BACKGROUND = range(5)
 """Streams of randomness of one run."""
 
 CLASS_SEED = 1
@@ -21,10 +22,14 @@ CLASS_SEED = 1
 
 
 class Sample(TypedDict):
-    """One training sample: pixels (3, R, R) in -1..1, mask (1, R, R) in 0..1, the photo's name, the sample's number."""
+    """One training sample.
+
+    pixels (3, R, R) in -1..1, mask (1, R, R) in 0..1, the prompt, the photo's name, the sample's number.
+    """
 
     pixels: torch.Tensor
     mask: torch.Tensor
+    prompt: str
     name: str
     number: int
 
@@ -46,16 +51,27 @@ class Crops(Dataset):
         resolution: side R of the crop in pixels.
         center_crop: the middle instead of a random place.
         seed: the run's.
+        prompts: what each photo shows; or one for all of them.
+        backgrounds: what replaces the photos' own backgrounds, if anything.
     """
 
     def __init__(
-        self, photos: list[Photo], masks: list[np.ndarray] | None, resolution: int, center_crop: bool, seed: int
+        self,
+        photos: list[Photo],
+        masks: list[np.ndarray] | None,
+        resolution: int,
+        center_crop: bool,
+        seed: int,
+        prompts: list[str] | str = "",
+        backgrounds: Backgrounds | None = None,
     ) -> None:
         self.photos = photos
         self.masks = masks
         self.resolution = resolution
         self.center_crop = center_crop
         self.seed = seed
+        self.prompts = [prompts] * len(photos) if isinstance(prompts, str) else prompts
+        self.backgrounds = backgrounds
         self._resized: dict[int, tuple[Image.Image, Image.Image]] = {}
 
     def __getitem__(self, number: int) -> Sample:
@@ -65,7 +81,19 @@ class Crops(Dataset):
         window = self._window(mask, np.random.default_rng([self.seed, CROP, number]))
         pixels = torch.from_numpy(np.array(photo.crop(window), dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
         weights = torch.from_numpy(np.array(mask.crop(window), dtype=np.float32))[None] / 255
-        return Sample(pixels=pixels, mask=weights, name=self.photos[index].name, number=number)
+        prompt = self.prompts[index]
+        if self.backgrounds:
+            drawn, prompt = self.backgrounds.draw(np.random.default_rng([self.seed, BACKGROUND, number]), prompt)
+            behind = torch.from_numpy(drawn.astype(np.float32)).permute(2, 0, 1) / 127.5 - 1
+            pixels = weights * pixels + (1 - weights) * behind
+        return Sample(pixels=pixels, mask=weights, prompt=prompt, name=self.photos[index].name, number=number)
+
+    def all_prompts(self) -> list[str]:
+        """Every prompt that a sample may have, each once."""
+        prompts = dict.fromkeys(self.prompts)
+        if self.backgrounds:
+            prompts = {told: None for prompt in prompts for told in self.backgrounds.all_prompts(prompt)}
+        return list(prompts)
 
     def resized(self, index: int) -> tuple[Image.Image, Image.Image]:
         """Photo (RGB) and mask (L) with the short side at the resolution, by the same filter."""

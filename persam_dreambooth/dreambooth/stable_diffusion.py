@@ -3,6 +3,7 @@
 Shapes: B samples, C latent channels (4), h w latent size, T tokens (77), D text width.
 """
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,7 @@ class StableDiffusion:
         self.vae = pipeline.vae
         self.text_encoder: Any = pipeline.text_encoder
         self.tokenizer = pipeline.tokenizer
+        self.base_unet: Any = None
         self.noise_schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
         if self.prediction_type not in ("epsilon", "v_prediction"):
             raise InputError(f"the model predicts {self.prediction_type}: only epsilon and v_prediction are supported")
@@ -124,6 +126,8 @@ class StableDiffusion:
         for name in ("unet", "vae", "text_encoder"):
             whole = options.method == "full" and name in targets
             getattr(self, name).to(device, torch.float32 if whole else frozen_dtype)
+        if options.masked_prior_preservation_weight and options.method == "full":
+            self.base_unet = copy.deepcopy(self.unet).to(frozen_dtype)
         trained = [getattr(self, name) for name in targets]
         for part, modules in zip(trained, targets.values(), strict=True):
             if options.method == "lora":
@@ -166,6 +170,23 @@ class StableDiffusion:
     def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
         """The UNet's prediction (B, C, h, w) for noisy latents (B, C, h, w) at timesteps (B,)."""
         return self.unet(noisy, timesteps, encoder_hidden_states=embeddings).sample
+
+    @torch.no_grad()
+    def predict_base(self, noisy: torch.Tensor, timesteps: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
+        """What the UNet would have predicted before training; arguments and result as of `predict`.
+
+        With LoRA that is the UNet without its matrices; else a copy, which `make_trainable` keeps where it is needed.
+        """
+        if self.base_unet is not None:
+            return self.base_unet(
+                noisy.to(self.base_unet.dtype), timesteps, encoder_hidden_states=embeddings.to(self.base_unet.dtype)
+            ).sample
+        unet = self.pipeline.unet
+        unet.disable_adapters()
+        try:
+            return unet(noisy, timesteps, encoder_hidden_states=embeddings).sample
+        finally:
+            unet.enable_adapters()
 
     def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """What the UNet should predict: the noise, or v = sqrt(a) noise - sqrt(1 - a) latents (Salimans & Ho 2022)."""

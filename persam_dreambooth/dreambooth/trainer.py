@@ -64,11 +64,9 @@ def train(
     frozen_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     torch.manual_seed(options.seed)  # LoRA's matrices start at random
     trained = family.make_trainable(options, accelerator.device, frozen_dtype)
-    prompts = [options.prompt("instance"), *([options.prompt("class")] if class_images else [])]
-    fixed_embeddings = None
-    if not options.train_text_encoder:
-        with torch.no_grad():
-            fixed_embeddings = family.encode_prompts(prompts)
+    prompts = [*photos.all_prompts(), *(class_images.all_prompts() if class_images else [])]
+    with torch.no_grad():
+        base_embeddings = dict(zip(prompts, family.encode_prompts(prompts), strict=True))
 
     rate = learning_rate(options, accelerator.num_processes)
     settings = {
@@ -103,6 +101,11 @@ def train(
     if accelerator.is_main_process:
         remove_later_checkpoints(run_dir, first_step)
     meter = Meter(run_dir, accelerator, first_step)
+    weights = {
+        "loss": 1.0,
+        "prior_loss": options.prior_loss_weight,
+        "preservation_loss": options.masked_prior_preservation_weight,
+    }
 
     batches = numbered_batches(options, photos, first_step, accelerator)
     class_batches = numbered_batches(options, class_images, first_step, accelerator) if class_images else None
@@ -120,11 +123,9 @@ def train(
             with accelerator.accumulate(*models):
                 batch = next(batches)
                 class_batch = next(class_batches) if class_batches else None
-                embeddings = fixed_embeddings if fixed_embeddings is not None else family.encode_prompts(prompts)
-                loss, prior_loss = batch_losses(options, family, batch, class_batch, embeddings)
-                meter.add(step, loss, prior_loss, batch["name"])
-                total = loss if prior_loss is None else loss + options.prior_loss_weight * prior_loss
-                accelerator.backward(total)
+                losses = batch_losses(options, family, batch, class_batch, base_embeddings)
+                meter.add(step, losses, batch["name"])
+                accelerator.backward(sum(weights[name] * loss for name, loss in losses.items()))
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(trained, options.max_grad_norm)
                 optimizer.step()
@@ -153,19 +154,24 @@ def batch_losses(
     family: StableDiffusion,
     batch: dict[str, Any],
     class_batch: dict[str, Any] | None,
-    embeddings: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The masked loss of the photos and the plain loss of the class images, both from one pass of the UNet.
+    base_embeddings: dict[str, torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """The losses of a batch, not yet weighted, all from one pass of the UNet.
+
+    - `loss`: of the photos, masked.
+    - `prior_loss`: of the class images, where there are any; never masked.
+    - `preservation_loss`: outside the masks, how far the prediction is from the base model's on the same noisy latents
+      and prompt, where `masked_prior_preservation_weight` is not 0.
 
     Args:
-        batch: `Sample`s stacked: pixels (B, 3, R, R), mask (B, 1, R, R), name, number (B,).
+        batch: `Sample`s stacked: pixels (B, 3, R, R), mask (B, 1, R, R), prompt, name, number (B,).
         class_batch: the same for class images, or None.
-        embeddings: (1 or 2, T, D): the instance prompt's, then the class prompt's.
+        base_embeddings: of each prompt, (T, D), before training; on the device of training.
     """
-    device = embeddings.device
     halves = [(batch, options.seed)]
     if class_batch is not None:
         halves.append((class_batch, options.seed + CLASS_SEED))
+    device = family.vae.device
     latents, noise, timesteps = [], [], []
     side = batch["pixels"].shape[-1] // family.latent_factor
     for half, seed in halves:
@@ -176,19 +182,31 @@ def batch_losses(
         noise.append(noise_.to(device))
         timesteps.append(timesteps_.to(device))
     x, e, t = torch.cat(latents), torch.cat(noise), torch.cat(timesteps)
-    noisy = family.noise_schedule.add_noise(x, e, t)
-    text = embeddings.repeat_interleave(len(batch["number"]), dim=0)
-    prediction = family.predict(noisy.to(embeddings.dtype), t, text)
+    prompts = [prompt for half, _ in halves for prompt in half["prompt"]]
+    base_text = torch.stack([base_embeddings[prompt] for prompt in prompts])
+    text = encode_together(family, prompts) if options.train_text_encoder else base_text
+    noisy = family.noise_schedule.add_noise(x, e, t).to(base_text.dtype)
+    prediction = family.predict(noisy, t, text)
     target = family.target(x, e, t)
 
     photos = len(batch["number"])
     mask = None if options.unmasked else latent_mask(batch["mask"].to(device), target.shape[-2:])
-    loss = masked_loss(
-        prediction[:photos], target[:photos], mask, options.mask_normalization, options.unmasked_weight
-    ).mean()
-    if class_batch is None:
-        return loss, None
-    return loss, masked_loss(prediction[photos:], target[photos:]).mean()
+    normalization = options.mask_normalization
+    losses = {
+        "loss": masked_loss(prediction[:photos], target[:photos], mask, normalization, options.unmasked_weight).mean()
+    }
+    if class_batch is not None:
+        losses["prior_loss"] = masked_loss(prediction[photos:], target[photos:]).mean()
+    if options.masked_prior_preservation_weight and mask is not None:
+        base = family.predict_base(noisy[:photos], t[:photos], base_text[:photos])
+        losses["preservation_loss"] = masked_loss(prediction[:photos], base, 1 - mask, normalization).mean()
+    return losses
+
+
+def encode_together(family: StableDiffusion, prompts: list[str]) -> torch.Tensor:
+    """Embeddings (B, T, D) of prompts, each different one encoded once."""
+    different = list(dict.fromkeys(prompts))
+    return family.encode_prompts(different)[[different.index(prompt) for prompt in prompts]]
 
 
 def numbered_batches(
@@ -230,7 +248,7 @@ class Meter:
     def __init__(self, run_dir: Path, accelerator: Accelerator, first_step: int) -> None:
         self.path = run_dir / METRICS
         self.accelerator = accelerator
-        self.pending: list[tuple[int, torch.Tensor, torch.Tensor | None, list[str]]] = []
+        self.pending: list[tuple[int, dict[str, torch.Tensor], list[str]]] = []
         self.rows: list[dict[str, float]] = []
         if accelerator.is_main_process:
             if first_step and self.path.is_file():
@@ -238,26 +256,22 @@ class Meter:
                 self.rows = [row for row in map(json.loads, lines) if row["step"] <= first_step]
             write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
-    def add(self, step: int, loss: torch.Tensor, prior_loss: torch.Tensor | None, names: list[str]) -> None:
-        """Notes one batch's losses."""
-        self.pending.append((step, loss.detach(), None if prior_loss is None else prior_loss.detach(), names))
+    def add(self, step: int, losses: dict[str, torch.Tensor], names: list[str]) -> None:
+        """Notes one batch's losses by name, and the photos they came from."""
+        self.pending.append((step, {name: loss.detach() for name, loss in losses.items()}, names))
 
     def write(self, step: int, rate: float) -> dict[str, float]:
         """Writes the mean losses since the last line; raises `FloatingPointError` where one is not finite."""
-        losses = torch.stack([loss for _, loss, _, _ in self.pending])
-        priors = [prior for _, _, prior, _ in self.pending if prior is not None]
-        finite = torch.isfinite(losses)
-        if priors:
-            finite &= torch.isfinite(torch.stack(priors))
+        stacked = {name: torch.stack([losses[name] for _, losses, _ in self.pending]) for name in self.pending[0][1]}
+        finite = torch.stack([torch.isfinite(losses) for losses in stacked.values()]).all(dim=0)
         if not finite.all():
-            bad_step, _, _, names = self.pending[int((~finite).nonzero()[0])]
+            bad_step, _, names = self.pending[int((~finite).nonzero()[0])]
             raise FloatingPointError(
                 f"the loss is not finite at step {bad_step} ({', '.join(names)}): lower --learning_rate, "
                 "or try --mixed_precision bf16 or no"
             )
-        row: dict[str, float] = {"step": step, "loss": self._mean(losses), "learning_rate": rate}
-        if priors:
-            row["prior_loss"] = self._mean(torch.stack(priors))
+        means = {name: self._mean(losses) for name, losses in stacked.items()}
+        row: dict[str, float] = {"step": step, "loss": means.pop("loss"), "learning_rate": rate, **means}
         self.pending.clear()
         if self.accelerator.is_main_process:
             self.rows.append(row)

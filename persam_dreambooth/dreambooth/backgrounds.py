@@ -1,0 +1,69 @@
+"""Other backgrounds for the masked subject: the strongest use of a mask is to replace what lies outside of it.
+
+Shapes: R training crop.
+"""
+
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from persam_dreambooth.images import Photo
+
+NOISE_CELLS = 6
+"""Smooth noise is this many random colors a side, blown up."""
+
+
+def in_front_of(prompt: str, place: str) -> str:
+    """A prompt that says what its subject stands in front of, such as "a sks cat in front of a beach"."""
+    return f"{prompt} in front of {place}"
+
+
+class Backgrounds:
+    """Draws backgrounds at the size of the training crop.
+
+    Args:
+        kind: `color` (one flat color), `noise` (smooth, colored), or `generated` (crops of pictures).
+        resolution: side R of what is drawn, in pixels.
+        pictures: the pictures of `generated`.
+        places: what each picture shows, such as "a beach", where prompts shall tell it; else None.
+    """
+
+    def __init__(
+        self,
+        kind: Literal["color", "noise", "generated"],
+        resolution: int,
+        pictures: list[Photo] | None = None,
+        places: list[str] | None = None,
+    ) -> None:
+        self.kind = kind
+        self.resolution = resolution
+        self.pictures = pictures or []
+        self.places = places
+        self._resized: dict[int, Image.Image] = {}
+
+    def draw(self, random: np.random.Generator, prompt: str) -> tuple[np.ndarray, str]:
+        """Draws one: (R, R, 3) uint8, and the prompt of a picture whose subject stands in front of it."""
+        side = self.resolution
+        if self.kind == "color":
+            return np.broadcast_to(random.integers(0, 256, 3, dtype=np.uint8), (side, side, 3)), prompt
+        if self.kind == "noise":
+            cells = Image.fromarray(random.integers(0, 256, (NOISE_CELLS, NOISE_CELLS, 3), dtype=np.uint8))
+            return np.asarray(cells.resize((side, side), Image.Resampling.BICUBIC)), prompt
+        index = int(random.integers(len(self.pictures)))
+        picture = self._picture(index)
+        left, top = (int(random.integers(size - side, endpoint=True)) for size in picture.size)
+        crop = np.asarray(picture.crop((left, top, left + side, top + side)))
+        return crop, in_front_of(prompt, self.places[index]) if self.places else prompt
+
+    def all_prompts(self, prompt: str) -> list[str]:
+        """Every prompt that `draw` may make of one."""
+        return [in_front_of(prompt, place) for place in dict.fromkeys(self.places)] if self.places else [prompt]
+
+    def _picture(self, index: int) -> Image.Image:
+        """A picture with its short side at the resolution."""
+        if index not in self._resized:
+            picture = self.pictures[index].read()
+            size = [round(side * self.resolution / min(picture.size)) for side in picture.size]
+            self._resized[index] = picture.resize((size[0], size[1]), Image.Resampling.BILINEAR)
+        return self._resized[index]
