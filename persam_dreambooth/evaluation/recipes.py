@@ -1,0 +1,80 @@
+"""The training recipes that the benchmark compares: the options that differ from `BASE`, and where masks come from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+BASE: dict[str, Any] = {
+    "pretrained_model_name_or_path": "toy",
+    "sam_model": "toy",
+    "method": "lora",
+    "rank": 16,
+    "learning_rate": 1e-3,
+    "max_train_steps": 200,
+    "train_batch_size": 4,
+    "num_validation_images": 0,
+    "logging_steps": 50,
+    "checkpointing_steps": 100_000,
+    "num_class_images": 64,
+    "sample_batch_size": 16,
+}
+"""What all recipes share."""
+
+EXACT, PERSAM_F, NONE = "exact", "persam-f", "none"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A row of the table.
+
+    Args:
+        name: in words.
+        masks: `exact`, `persam-f` (made by the toy SAM from the first photo's), or `none`.
+        grown: the exact masks grown by this many latent cells (4 pixels at 64), or shrunk where negative.
+        options: training options that differ from `BASE`; None for the base model, untrained.
+    """
+
+    name: str
+    masks: str = EXACT
+    grown: float = 0.0
+    options: dict[str, Any] | None = field(default_factory=dict)
+
+
+PRESERVE = {"masked_prior_preservation_weight": 1.0}
+WHOLE = {"unmasked_weight": 1.0}
+CLASS = {"with_prior_preservation": True}
+SCENES = {**CLASS, "class_scenes": True}
+COLOR, NOISE = {"replace_background": "color"}, {"replace_background": "noise"}
+GENERATED = {"replace_background": "generated"}
+SAID = {**GENERATED, "background_in_prompt": True}
+
+RECIPES: dict[str, Recipe] = {
+    "base": Recipe("base model, untrained", NONE, options=None),
+    "plain": Recipe("plain loss", NONE, options={"unmasked": True}),
+    "plain-class": Recipe("plain loss, prior preservation", NONE, options={"unmasked": True, **CLASS}),
+    "plain-scenes": Recipe("plain loss, prior preservation with scenes", NONE, options={"unmasked": True, **SCENES}),
+    "masked": Recipe("masked, area-normalized"),
+    "masked-mean": Recipe("masked, plain mean (paper)", options={"mask_normalization": "none"}),
+    "masked-floor": Recipe("masked, floor 0.1", options={"unmasked_weight": 0.1}),
+    "masked-grown": Recipe("masked, masks grown 1 cell", grown=1),
+    "masked-shrunk": Recipe("masked, masks shrunk 1/2 cell", grown=-0.5),
+    "masked-class": Recipe("masked, prior preservation", options=CLASS),
+    "masked-scenes": Recipe("masked, prior preservation with scenes", options=SCENES),
+    "masked-preserve": Recipe("masked, base preserved outside", options=PRESERVE),
+    "masked-preserve-grown": Recipe("the same, masks grown 1 cell", grown=1, options=PRESERVE),
+    "color": Recipe("on flat colors", options={**COLOR, **WHOLE}),
+    "noise": Recipe("on smooth noise", options={**NOISE, **WHOLE}),
+    "generated": Recipe("on generated scenes", options={**GENERATED, **WHOLE}),
+    "said": Recipe("on generated scenes, said in the prompt", options={**SAID, **WHOLE}),
+    "color-preserve": Recipe("on flat colors, masked, base preserved outside", options={**COLOR, **PRESERVE}),
+    "noise-preserve": Recipe("on smooth noise, masked, base preserved outside", options={**NOISE, **PRESERVE}),
+    "said-preserve": Recipe("on generated scenes, said, masked, base preserved", options={**SAID, **PRESERVE}),
+    "masked-persam-f": Recipe("masked, masks by PerSAM-F", PERSAM_F),
+    "masked-preserve-persam-f": Recipe("masked, base preserved outside, PerSAM-F", PERSAM_F, options=PRESERVE),
+    "said-persam-f": Recipe("on generated scenes, said, PerSAM-F", PERSAM_F, options={**SAID, **WHOLE}),
+    "said-grown": Recipe("on generated scenes, said, masks grown 1 cell", grown=1, options={**SAID, **WHOLE}),
+    "masked-text": Recipe("masked, text encoder too", options={"train_text_encoder": True}),
+    "masked-rank-4": Recipe("masked, rank 4", options={"rank": 4}),
+    "masked-rank-64": Recipe("masked, rank 64", options={"rank": 64}),
+}

@@ -1,0 +1,103 @@
+"""The benchmark's table, in Markdown and JSON, and its grids of pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from persam_dreambooth.config import BenchmarkOptions
+from persam_dreambooth.evaluation.recipes import RECIPES
+from persam_dreambooth.files import write_json, write_text
+from persam_dreambooth.pictures import INK, PAPER, save_picture
+
+COLUMNS = {
+    "leak_own": ("leak: a [V] X", 2, 'part of the pictures of "a [V] X" whose background is that of the photos'),
+    "leak_class": ("leak: a X", 2, 'the same for "a X"'),
+    "leak_scenes": ("leak: prompted", 2, 'the same for "a [V] X on a beach" and other backgrounds'),
+    "prompted": ("background as prompted", 2, "part of the latter whose background is the one in the prompt"),
+    "similarity_own": (
+        "similarity: a [V] X",
+        2,
+        "intersection of color histograms around the subject with the photos'",
+    ),
+    "similarity_scenes": ("similarity: prompted", 2, "the same where a background is prompted"),
+    "clarity": ("clarity", 2, 'how sure the evaluator is of the background of "a [V] X"; low for a collage'),
+    "fidelity_own": ("fidelity: a [V] X", 2, "part of the subject's attributes (colors, pattern, accessory) that show"),
+    "fidelity_scenes": ("fidelity: prompted", 2, "the same where a background is prompted"),
+    "kind": ("kind", 2, "part of the pictures of [V] that show its kind"),
+    "silhouette": ("silhouette", 3, "IoU of the subject's outline with the most alike of its kind's true ones"),
+    "area": ("area", 2, "part of the picture that the subject covers"),
+    "class_fidelity": ("drift", 2, 'part of the subject\'s attributes that "a X" shows'),
+    "class_variety": ("variety", 2, 'entropy of the colors of "a X", 1 for all equally often'),
+    "seconds": ("time (s)", 0, "of the training, with loading"),
+    "memory": ("memory (MB)", 0, "peak of the process"),
+}
+"""Figures: heading, decimals, what it is."""
+
+
+def write(folder: Path, results: list[dict[str, Any]], names: list[str], options: BenchmarkOptions) -> None:
+    """Writes `results.json`, `table.md` and `grids/` of finished cells into the folder.
+
+    Args:
+        results: of each cell: recipe, subject, seed and figures.
+        names: of the recipes, in the order of the table.
+        options: of the benchmark.
+    """
+    rows = {name: summarize([cell["figures"] for cell in results if cell["recipe"] == name]) for name in names}
+    write_json(folder / "results.json", {"options": asdict(options), "recipes": rows, "cells": results})
+    write_text(folder / "table.md", table(rows, options))
+    for subject in sorted({cell["subject"] for cell in results}):
+        paths = {RECIPES[name].name: folder / "strips" / f"{name}.{subject}.0.png" for name in names}
+        strips = [(title, Image.open(path)) for title, path in paths.items() if path.is_file()]
+        save_picture(sheet(strips), folder / "grids" / f"{subject}.png")
+
+
+def summarize(figures: Sequence[dict[str, float | None]]) -> dict[str, dict[str, float]]:
+    """Mean and standard deviation over cells of each figure that is known."""
+    known = {name: [cell[name] for cell in figures if cell.get(name) is not None] for name in COLUMNS}
+    return {
+        name: {"mean": float(np.mean(values)), "std": float(np.std(values)), "cells": len(values)}
+        for name, values in known.items()
+        if values
+    }
+
+
+def table(rows: dict[str, dict[str, dict[str, float]]], options: BenchmarkOptions) -> str:
+    """The table in Markdown, with what its columns are."""
+    shown = [name for name in COLUMNS if any(name in row for row in rows.values())]
+    lines = [
+        f"{options.subjects} subjects x {options.seeds} seeds of {options.max_train_steps} steps; "
+        "mean ± standard deviation over these.",
+        "",
+        f"| recipe | {' | '.join(COLUMNS[name][0] for name in shown)} |",
+        f"|---|{'---|' * len(shown)}",
+    ]
+    for recipe, row in rows.items():
+        cells = [_figure(row.get(name), COLUMNS[name][1]) for name in shown]
+        lines.append(f"| {RECIPES[recipe].name} | {' | '.join(cells)} |")
+    lines += ["", *(f"- **{COLUMNS[name][0]}**: {COLUMNS[name][2]}." for name in shown), ""]
+    return "\n".join(lines)
+
+
+def sheet(rows: list[tuple[str, Image.Image]], factor: int = 2) -> Image.Image:
+    """Strips of pictures below one another, each under its title."""
+    line = 18
+    width = max(strip.width for _, strip in rows) * factor
+    height = sum(strip.height * factor + line for _, strip in rows)
+    page = Image.new("RGB", (width, height), PAPER)
+    draw, top = ImageDraw.Draw(page), 0
+    for title, strip in rows:
+        draw.text((4, top + 2), title, INK, ImageFont.load_default(13))
+        grown = strip.resize((strip.width * factor, strip.height * factor), Image.Resampling.NEAREST)
+        page.paste(grown, (0, top + line))
+        top += line + grown.height
+    return page
+
+
+def _figure(figure: dict[str, float] | None, decimals: int) -> str:
+    return "" if figure is None else f"{figure['mean']:.{decimals}f} ± {figure['std']:.{decimals}f}"
