@@ -59,7 +59,7 @@ def write(folder: Path, results: list[dict[str, Any]], names: list[str], options
 
 def summarize(figures: Sequence[dict[str, float | None]]) -> dict[str, dict[str, float]]:
     """Mean and standard deviation over cells of each figure that is known."""
-    known = {name: [cell[name] for cell in figures if cell.get(name) is not None] for name in COLUMNS}
+    known = {name: [value for cell in figures if (value := cell.get(name)) is not None] for name in COLUMNS}
     return {
         name: {"mean": float(np.mean(values)), "std": float(np.std(values)), "cells": len(values)}
         for name, values in known.items()
@@ -84,7 +84,7 @@ def table(rows: dict[str, dict[str, dict[str, float]]], options: BenchmarkOption
     return "\n".join(lines)
 
 
-def sheet(rows: list[tuple[str, Image.Image]], factor: int = 2) -> Image.Image:
+def sheet(rows: Sequence[tuple[str, Image.Image]], factor: int = 2) -> Image.Image:
     """Strips of pictures below one another, each under its title."""
     line = 18
     width = max(strip.width for _, strip in rows) * factor

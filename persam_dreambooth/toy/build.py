@@ -21,24 +21,24 @@ from persam_dreambooth.files import check_writable, write_aside, write_json
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer, SamConfig, SamModel
 
 # Stable Diffusion: pictures of UNET_SAMPLE_SIZE times 2 ** (len(VAE_CHANNELS) - 1) pixels, here 16 * 4 = 64.
-VAE_CHANNELS = (16, 32, 64)
+VAE_CHANNELS = (24, 48, 96)
 VAE_LAYERS_PER_BLOCK = 1
 VAE_GROUPS = 8
-LATENT_CHANNELS = 4
+LATENT_CHANNELS = 8
 LATENT_SCALE = 0.18215
 UNET_SAMPLE_SIZE = 16
-UNET_CHANNELS = (32, 64, 96)
+UNET_CHANNELS = (64, 128, 160)
 UNET_GROUPS = 8
-UNET_HEAD_WIDTH = 8
+UNET_HEAD_WIDTH = 32
 UNET_LAYERS_PER_BLOCK = 1
-TEXT_WIDTH = 64
+TEXT_WIDTH = 128
 TEXT_LAYERS = 2
 TEXT_HEADS = 4
-TEXT_POSITIONS = 77
+TEXT_POSITIONS = 32
 
 # Each of these is one token. Other words are spelled by bytes and by what they share with these.
 WORDS = """
@@ -47,14 +47,14 @@ sks cat dog duck toy robot teapot car sneaker can clock backpack bear candle gla
 beach snow jungle sofa desert city night day grass water forest mountain street table floor wall sky sea stone sand
 red orange yellow green blue purple pink white black gray brown wooden metal glass cube square round top
 color colors colored striped spotted plain small large close bright dark background pattern
-hat scarf rug flowers leaves
+hat scarf rug flowers leaves front empty zwx ohwx vqj
 """
 
-# SAM: the 1M-parameter architecture of the checkpoint that ships.
+# SAM: the 1.9M-parameter architecture of the checkpoint that ships.
 SAM_IMAGE_SIZE = 1024
 SAM_PATCH_SIZE = 16
-SAM_WIDTH = 64
-SAM_MLP_WIDTH = 256
+SAM_WIDTH = 128
+SAM_MLP_WIDTH = 512
 SAM_LAYERS = 4
 SAM_HEADS = 4
 SAM_WINDOW = 14
@@ -70,33 +70,41 @@ END_OF_WORD = "</w>"
 def build_stable_diffusion(folder: Path, seed: int = 0) -> None:
     """Writes a small `StableDiffusionPipeline` with random weights in half precision; replaces what `folder` holds.
 
-    Its pictures are 64 x 64 pixels, its latents (B, 4, 16, 16), its text states (B, 77, 64).
+    Its pictures are 64 x 64 pixels, its latents (B, 8, 16, 16), its text states (B, 32, 128).
 
     Args:
         folder: the checkpoint folder, made when missing.
         seed: draws the weights; the tokenizer does not depend on it.
     """
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
-
     tokenizer = build_tokenizer(WORDS.split())
     with _random_weights(seed) as generator:
-        vae, unet, text_encoder = _vae(), _unet(), _text_encoder(tokenizer)
+        vae, unet, text_encoder = new_vae(), new_unet(), new_text_encoder(tokenizer)
         for model in (vae, unet, text_encoder):
             _draw_weights(model, generator)
+    save_pipeline(folder, vae, unet, text_encoder, tokenizer)
+
+
+def save_pipeline(
+    folder: Path,
+    vae: AutoencoderKL,
+    unet: UNet2DConditionModel,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+) -> None:
+    """Writes a `StableDiffusionPipeline` of these parts in half precision; replaces what `folder` holds.
+
+    Args:
+        folder: the checkpoint folder, made when missing.
+        vae: turned to half precision in place, as are `unet` and `text_encoder`.
+    """
+    from diffusers import StableDiffusionPipeline
+
     pipeline = StableDiffusionPipeline(
         vae=vae.half(),
         unet=unet.half(),
         text_encoder=text_encoder.half(),
         tokenizer=tokenizer,
-        scheduler=DDIMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            num_train_timesteps=1000,
-            clip_sample=False,
-            set_alpha_to_one=False,
-            steps_offset=1,
-        ),
+        scheduler=new_scheduler(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -110,7 +118,23 @@ def build_stable_diffusion(folder: Path, seed: int = 0) -> None:
         write_json(config, {**json.loads(config.read_text(encoding="utf-8")), "dtype": "float32"})
 
 
-def _vae() -> AutoencoderKL:
+def new_scheduler() -> DDIMScheduler:
+    """Stable Diffusion's noise schedule."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        num_train_timesteps=1000,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+def new_vae(latent_channels: int = LATENT_CHANNELS) -> AutoencoderKL:
+    """The VAE, with the libraries' random weights."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -118,14 +142,15 @@ def _vae() -> AutoencoderKL:
         down_block_types=("DownEncoderBlock2D",) * len(VAE_CHANNELS),
         up_block_types=("UpDecoderBlock2D",) * len(VAE_CHANNELS),
         layers_per_block=VAE_LAYERS_PER_BLOCK,
-        latent_channels=LATENT_CHANNELS,
+        latent_channels=latent_channels,
         norm_num_groups=VAE_GROUPS,
         sample_size=UNET_SAMPLE_SIZE * 2 ** (len(VAE_CHANNELS) - 1),
         scaling_factor=LATENT_SCALE,
     )
 
 
-def _unet() -> UNet2DConditionModel:
+def new_unet() -> UNet2DConditionModel:
+    """The UNet, with the libraries' random weights."""
     from diffusers import UNet2DConditionModel
 
     depth = len(UNET_CHANNELS)
@@ -145,7 +170,8 @@ def _unet() -> UNet2DConditionModel:
     )
 
 
-def _text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """The text encoder for a tokenizer, with the libraries' random weights."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     return CLIPTextModel(
@@ -173,18 +199,43 @@ def build_sam(folder: Path, seed: int = 0) -> None:
         folder: the checkpoint folder, made when missing.
         seed: draws the weights.
     """
-    from torch import nn
-    from transformers import SamConfig, SamModel
+    sam = random_sam(seed)
+    with write_aside(folder) as aside:
+        sam.save_pretrained(aside)
 
-    config = SamConfig(
+
+def random_sam(seed: int, image_size: int = SAM_IMAGE_SIZE, window: int = SAM_WINDOW) -> SamModel:
+    """The small SAM with random weights; arguments as `sam_config`."""
+    from torch import nn
+    from transformers import SamModel
+
+    with _random_weights(seed) as generator:
+        sam = SamModel(sam_config(image_size, window))
+        _draw_weights(sam, generator)
+        # Random frequencies of the positions, of standard deviation 1 as in segment-anything; the library's
+        # initialization takes half the width instead, which would make neighboring positions unrelated.
+        nn.init.normal_(sam.shared_image_embedding.positional_embedding, std=1.0, generator=generator)
+    return sam
+
+
+def sam_config(image_size: int = SAM_IMAGE_SIZE, window: int = SAM_WINDOW) -> SamConfig:
+    """The small SAM's architecture.
+
+    Args:
+        image_size: side of the padded input in pixels; smaller than 1024 only during training.
+        window: side of the local attention's windows in cells.
+    """
+    from transformers import SamConfig
+
+    return SamConfig(
         vision_config={
-            "image_size": SAM_IMAGE_SIZE,
+            "image_size": image_size,
             "patch_size": SAM_PATCH_SIZE,
             "hidden_size": SAM_WIDTH,
             "mlp_dim": SAM_MLP_WIDTH,
             "num_hidden_layers": SAM_LAYERS,
             "num_attention_heads": SAM_HEADS,
-            "window_size": SAM_WINDOW,
+            "window_size": window,
             "global_attn_indexes": SAM_GLOBAL_LAYERS,
             "num_pos_feats": SAM_DECODER_WIDTH // 2,
             "output_channels": SAM_DECODER_WIDTH,
@@ -192,7 +243,7 @@ def build_sam(folder: Path, seed: int = 0) -> None:
         },
         prompt_encoder_config={
             "hidden_size": SAM_DECODER_WIDTH,
-            "image_size": SAM_IMAGE_SIZE,
+            "image_size": image_size,
             "patch_size": SAM_PATCH_SIZE,
         },
         mask_decoder_config={
@@ -202,14 +253,6 @@ def build_sam(folder: Path, seed: int = 0) -> None:
             "layer_norm_eps": 1e-5,  # as in segment-anything; the library's default is 1e-6
         },
     )
-    with _random_weights(seed) as generator:
-        model = SamModel(config)
-        _draw_weights(model, generator)
-        # Random frequencies of the positions, of standard deviation 1 as in segment-anything; the library's
-        # initialization takes half the width instead, which would make neighboring positions unrelated.
-        nn.init.normal_(model.shared_image_embedding.positional_embedding, std=1.0, generator=generator)
-    with write_aside(folder) as aside:
-        model.save_pretrained(aside)
 
 
 def build_tokenizer(words: list[str]) -> CLIPTokenizer:

@@ -265,7 +265,9 @@ def _background(scene: Scene, side: int) -> np.ndarray:
     for color, points in drawn.shapes:
         brush.polygon(list(map(tuple, points * side)), fill=tuple(round(float(channel)) for channel in color))
     uneven = np.random.default_rng([scene.background_seed, 1]).normal(0, 1, (7, 7))
-    light = Image.fromarray((128 + 24 * uneven).clip(0, 255).astype(np.uint8)).resize((side, side), Image.BICUBIC)
+    light = Image.fromarray((128 + 24 * uneven).clip(0, 255).astype(np.uint8)).resize(
+        (side, side), Image.Resampling.BICUBIC
+    )
     factor = 1 + 0.16 * (np.asarray(light, np.float32)[..., None] / 128 - 1)
     return (np.asarray(image) * factor).clip(0, 255).astype(np.uint8)
 

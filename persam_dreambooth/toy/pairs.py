@@ -1,0 +1,342 @@
+"""Pairs of pictures of one subject, with true masks: what the toy SAM learns from.
+
+Half are scenes of the small world, half are composites: shapes filled with one photo's texture, or subjects of the
+world, on another photo. Everything follows from the random generator that is passed in.
+
+Shapes: S pixels a side. Pictures are RGB, masks bool (S, S).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
+
+from persam_dreambooth.errors import InputError, InputNotFoundError
+from persam_dreambooth.toy import world
+
+TEXTURE_SIDE = 512
+"""Photos are reduced to this longer side in pixels when they are loaded."""
+
+SHAPE_SIDE = 256
+"""Side in pixels at which the shapes and the textures of pasted objects are drawn."""
+
+MARGIN = 8
+"""Texture around a pasted shape, so that its soft edge has the texture's colors."""
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+SMALLEST = 0.005
+"""No subject is less than this part of its picture."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture with truth.
+
+    Args:
+        image: (S, S, 3) uint8 RGB.
+        subject: (S, S) bool, what is visible of the subject.
+        others: visible masks of other objects, (S, S) bool each.
+        extent: (height, width) in pixels of the photo inside the picture; what lies right of it or below is padding.
+    """
+
+    image: np.ndarray
+    subject: np.ndarray
+    others: tuple[np.ndarray, ...]
+    extent: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Cutout:
+    """An object without its surroundings: colors (RGB) and shape (L) of the same size, `MARGIN` around the shape."""
+
+    colors: Image.Image
+    shape: Image.Image
+
+
+def load_textures(folders: Sequence[Path]) -> list[Image.Image]:
+    """Loads all photos below the folders, reduced to `TEXTURE_SIDE`, in the order of their paths below each folder.
+
+    Raises:
+        InputNotFoundError: a folder that is not there.
+        InputError: fewer than three photos, or a file that is no picture.
+    """
+    photos = []
+    for folder in folders:
+        if not folder.is_dir():
+            raise InputNotFoundError(f"there is no folder {folder}: name a folder of photos")
+        for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES):
+            try:
+                with Image.open(path) as image:
+                    photo = image.convert("RGB")
+            except OSError as error:
+                raise InputError(f"{path} cannot be read as a picture ({error}): remove it") from error
+            photo.thumbnail((TEXTURE_SIDE, TEXTURE_SIDE), Image.Resampling.BOX)
+            photos.append(photo)
+    if folders and len(photos) < 3:
+        raise InputError(f"the texture folders hold {len(photos)} photos: composites need at least three")
+    return photos
+
+
+def fingerprint(photos: Sequence[Image.Image]) -> str:
+    """Names what the photos look like, so that a run notices other ones."""
+    digest = hashlib.sha256()
+    for photo in photos:
+        digest.update(photo.tobytes())
+    return digest.hexdigest()[:12]
+
+
+def random_pair(
+    rng: np.random.Generator, size: int, photos: Sequence[Image.Image], composites: float = 0.5
+) -> tuple[Picture, Picture]:
+    """Two pictures of one subject.
+
+    Args:
+        size: their side in pixels.
+        photos: textures; without any, all pairs are scenes of the world.
+        composites: share of the pairs that are composites.
+    """
+    if photos and rng.random() < composites:
+        return composite_pair(rng, size, photos)
+    return world_pair(rng, size)
+
+
+def world_pair(rng: np.random.Generator, size: int) -> tuple[Picture, Picture]:
+    """The same subject in two scenes of the world, often among others of its kind."""
+    subject = world.random_subject(rng)
+    first, second = (world_picture(rng, size, subject) for _ in range(2))
+    return first, second
+
+
+def world_picture(rng: np.random.Generator, size: int, subject: world.Subject) -> Picture:
+    """A subject in a scene of the world; in four of ten it is smaller than the world's photos show it."""
+    while True:
+        scene = world.random_scene(rng, subject, distractors=int(rng.choice(3, p=(0.4, 0.35, 0.25))))
+        if rng.random() < 0.4:
+            side = rng.uniform(0.2, 0.5)
+            x, y = rng.uniform(0.4 * side, 1 - 0.4 * side, 2)
+            scene = dataclasses.replace(scene, pose=dataclasses.replace(scene.pose, x=x, y=y, size=side))
+        rendered = world.render(scene, _canvas_side(rng, size))
+        if rendered.mask.mean() > SMALLEST:
+            return _photographed(rng, size, rendered.image, rendered.objects)
+
+
+def composite_pair(rng: np.random.Generator, size: int, photos: Sequence[Image.Image]) -> tuple[Picture, Picture]:
+    """The same cutout, posed anew, on two photos; or one subject of the world, drawn anew, on two photos."""
+    background, other_background, *fillings = rng.choice(len(photos), min(len(photos), 5), replace=False)
+    subject = world.random_subject(rng) if rng.random() < 0.3 else None
+    cutout = None if subject else textured(rng, random_shape(rng), photos[fillings[0]])
+    pictures = []
+    for place in (background, other_background):
+        while True:
+            canvas = texture(rng, photos[place], (_canvas_side(rng, size),) * 2, whole=0.5)
+            shown = cutout or world_cutout(rng, subject or world.random_subject(rng))
+            objects = [_posed(rng, shown, canvas.width, (0.02, 0.6), turn=0.1 if subject else 0.5)]
+            for _ in range(rng.integers(0, 3)):
+                other = _other_cutout(rng, shown, subject, photos[rng.choice(fillings)])
+                objects.append(_posed(rng, other, canvas.width, (0.01, 0.2), turn=0.2))
+            image, masks = _pasted(rng, canvas, objects)
+            if masks[0].mean() > SMALLEST:
+                pictures.append(_photographed(rng, size, image, masks))
+                break
+    return pictures[0], pictures[1]
+
+
+def texture(rng: np.random.Generator, photo: Image.Image, size: tuple[int, int], whole: float = 0.0) -> Image.Image:
+    """A crop of a photo at `size` (width, height): a fifth to all of its shorter side, flipped at times.
+
+    Args:
+        whole: chance that at least three quarters of the shorter side are in it.
+    """
+    shorter = min(photo.size) * rng.uniform(0.75 if rng.random() < whole else 0.2, 1)
+    scale = shorter / max(size)
+    width, height = size[0] * scale, size[1] * scale
+    x, y = rng.uniform(0, photo.width - width), rng.uniform(0, photo.height - height)
+    crop = photo.resize(size, Image.Resampling.BILINEAR, box=(x, y, x + width, y + height))
+    return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else crop
+
+
+def random_shape(rng: np.random.Generator) -> Image.Image:
+    """A shape (L, 0 or 255), cut to its bounding box: one of the world's, a smooth blob or a polygon."""
+    if rng.random() < 0.4:
+        kind = str(rng.choice(world.KINDS))
+        pose = world.Pose(0.5, 0.5, 0.9, False, 0.0, (rng.random(), rng.random()))
+        shape = Image.fromarray(world.silhouette(kind, pose, SHAPE_SIDE // 2).astype(np.uint8) * 255)
+    else:
+        shape = _random_outline(rng)
+    return shape.crop(shape.getbbox())
+
+
+def textured(rng: np.random.Generator, shape: Image.Image, photo: Image.Image) -> Cutout:
+    """A shape filled with a crop of a photo, at times shaded from one side."""
+    framed = Image.new("L", (shape.width + 2 * MARGIN, shape.height + 2 * MARGIN))
+    framed.paste(shape, (MARGIN, MARGIN))
+    colors = texture(rng, photo, framed.size)
+    if rng.random() < 0.4:
+        light = Image.linear_gradient("L").rotate(90 * int(rng.integers(4))).resize(framed.size)
+        colors = Image.blend(colors, Image.merge("RGB", (light,) * 3), rng.uniform(0.1, 0.4))
+    return Cutout(colors, framed)
+
+
+def world_cutout(rng: np.random.Generator, subject: world.Subject) -> Cutout:
+    """A subject of the world, cut out of a scene without others."""
+    rendered = world.render(world.random_scene(rng, subject, distractors=0), SHAPE_SIDE)
+    shape = Image.fromarray(rendered.mask.astype(np.uint8) * 255)
+    left, top, right, bottom = shape.getbbox() or (0, 0, *shape.size)
+    box = (left - MARGIN, top - MARGIN, right + MARGIN, bottom + MARGIN)
+    return Cutout(rendered.image.crop(box), shape.crop(box).filter(ImageFilter.MinFilter(3)))
+
+
+def _other_cutout(
+    rng: np.random.Generator, cutout: Cutout, subject: world.Subject | None, photo: Image.Image
+) -> Cutout:
+    """An object to be told from `cutout`: often of the same shape, or the same kind, but with another surface."""
+    if subject and rng.random() < 0.6:
+        return world_cutout(rng, world.random_subject(rng, subject.kind if rng.random() < 0.6 else None))
+    same = subject is None and rng.random() < 0.4
+    return textured(rng, cutout.shape.crop(cutout.shape.getbbox()) if same else random_shape(rng), photo)
+
+
+def _random_outline(rng: np.random.Generator) -> Image.Image:
+    """A blob with a wavy outline, or a polygon; at times with limbs or a hole."""
+    side = SHAPE_SIDE
+    angles = np.linspace(0, 2 * np.pi, 72, endpoint=False)
+    if rng.random() < 0.3:
+        angles = np.sort(rng.uniform(0, 2 * np.pi, rng.integers(4, 9)))
+        radii = rng.uniform(0.5, 1, len(angles))
+    else:
+        waves = np.arange(1, 6)
+        phases, heights = rng.uniform(0, 2 * np.pi, 5), rng.normal(0, 0.3, 5) / waves
+        radii = np.maximum(1 + (heights * np.cos(waves * angles[:, None] + phases)).sum(axis=1), 0.25)
+    stretch = np.array([1.0, rng.uniform(0.4, 1)])
+    points = radii[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1) * stretch
+    points = side / 2 + points / np.abs(points).max() * side * 0.4
+    image = Image.new("L", (side, side))
+    brush = ImageDraw.Draw(image)
+    brush.polygon([tuple(point) for point in points], fill=255)
+    if rng.random() < 0.3:
+        for angle in rng.uniform(0, 2 * np.pi, rng.integers(1, 5)):
+            end = side / 2 * (1 + rng.uniform(0.7, 0.95) * np.array([np.cos(angle), np.sin(angle)]))
+            brush.line([(side / 2, side / 2), tuple(end)], fill=255, width=int(rng.integers(8, 28)))
+    if rng.random() < 0.15:
+        x, y = side / 2 + rng.uniform(-20, 20, 2)
+        radius = rng.uniform(10, 30)
+        brush.ellipse([x - radius, y - radius, x + radius, y + radius], fill=0)
+    return image
+
+
+def _posed(
+    rng: np.random.Generator, cutout: Cutout, side: int, areas: tuple[float, float], turn: float
+) -> tuple[Cutout, tuple[int, int]]:
+    """Turns, flips and scales a cutout; returns it with the place of its upper left corner on a canvas of `side`.
+
+    Args:
+        areas: its smallest and largest part of the canvas; logarithmically uniform.
+        turn: the largest angle in half turns.
+    """
+    degrees = float(rng.uniform(-180, 180) * turn)
+    flipped = rng.random() < 0.5
+    parts = []
+    area = np.exp(rng.uniform(*np.log(areas))) * side**2
+    covered = max(1.0, np.asarray(cutout.shape).sum() / 255)
+    scale = (area / covered) ** 0.5
+    for part in (cutout.colors, cutout.shape):
+        if flipped:
+            part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        part = part.rotate(degrees, Image.Resampling.BILINEAR, expand=True)
+        size = (max(1, round(part.width * scale)), max(1, round(part.height * scale)))
+        parts.append(part.resize(size, Image.Resampling.BILINEAR))
+    colors, shape = parts
+    if rng.random() < 0.5:
+        shape = shape.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.0)))
+    x, y = (
+        int(rng.uniform(min(-0.15 * length, side - length), max(side - 0.85 * length, 0)))
+        for length in (shape.width, shape.height)
+    )
+    return Cutout(colors, shape), (x, y)
+
+
+def _pasted(
+    rng: np.random.Generator, canvas: Image.Image, objects: list[tuple[Cutout, tuple[int, int]]]
+) -> tuple[Image.Image, list[np.ndarray]]:
+    """Pastes objects in a random order, in which the first keeps at least half of itself; their visible masks."""
+    covers = []
+    for cutout, place in objects:
+        cover = Image.new("L", canvas.size)
+        cover.paste(cutout.shape, place)
+        covers.append(np.asarray(cover) >= 128)
+    order = list(rng.permutation(len(objects)))
+    above = [covers[index] for index in order[order.index(0) + 1 :]]
+    if above and (covers[0] & ~np.any(above, axis=0)).sum() < 0.5 * covers[0].sum():
+        order = [index for index in order if index != 0] + [0]
+    image, masks = canvas.copy(), list(covers)
+    for position, index in enumerate(order):
+        cutout, place = objects[index]
+        image.paste(cutout.colors, place, cutout.shape)
+        for below in order[:position]:
+            masks[below] = masks[below] & ~covers[index]
+    return image, masks
+
+
+def _canvas_side(rng: np.random.Generator, size: int) -> int:
+    """The side to draw at: half of the pictures are drawn at half their size, for real photos are soft at 1024."""
+    return size if rng.random() < 0.5 else size // 2
+
+
+def _photographed(rng: np.random.Generator, size: int, image: Image.Image, masks: list[np.ndarray]) -> Picture:
+    """Crops at times, brings to `size`, changes the light, blurs, adds noise and padding at times."""
+    if rng.random() < 0.15:
+        box = _close_crop(rng, masks[0])
+        image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
+        masks = [_resized_mask(mask, size, box) for mask in masks]
+    elif image.width != size:
+        image = image.resize((size, size), Image.Resampling.BILINEAR)
+        masks = [_resized_mask(mask, size, None) for mask in masks]
+    if rng.random() < 0.5:
+        image = ImageEnhance.Color(image).enhance(rng.uniform(0.7, 1.3))
+        gains = rng.uniform(0.85, 1.15) * rng.uniform(0.96, 1.04, 3)
+        levels = (gains[:, None] * np.arange(256) + rng.uniform(-12, 12)).clip(0, 255).astype(int)
+        image = image.point(levels.flatten().tolist())
+    if rng.random() < 0.25:
+        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 0.7) * (size / 256) ** 0.5))
+    pixels = np.asarray(image)
+    if rng.random() < 0.25:
+        noise = rng.standard_normal(pixels.shape, dtype=np.float32) * np.float32(rng.uniform(1, 8))
+        pixels = (pixels + noise).clip(0, 255).astype(np.uint8)
+    extent = _random_extent(rng, masks[0])
+    inside = np.zeros((size, size), bool)
+    inside[: extent[0], : extent[1]] = True
+    masks = [mask & inside for mask in masks]
+    return Picture(pixels, masks[0], tuple(mask for mask in masks[1:] if mask.mean() > SMALLEST), extent)
+
+
+def _close_crop(rng: np.random.Generator, mask: np.ndarray) -> tuple[float, float, float, float]:
+    """A square (x0, y0, x1, y1) inside the picture which a mask (S, S) fills from side to side, or nearly so."""
+    y, x = np.nonzero(mask)
+    side = min(len(mask), max(int(np.ptp(x)), int(np.ptp(y)), 15) * rng.uniform(0.9, 1.25) + 1)
+    x0, y0 = (
+        float(np.clip((place.min() + place.max() - side) / 2 + side * rng.uniform(-0.08, 0.08), 0, len(mask) - side))
+        for place in (x, y)
+    )
+    return x0, y0, x0 + side, y0 + side
+
+
+def _resized_mask(mask: np.ndarray, size: int, box: tuple[float, float, float, float] | None) -> np.ndarray:
+    image = Image.fromarray(mask.astype(np.uint8) * 255)
+    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box)) >= 128
+
+
+def _random_extent(rng: np.random.Generator, mask: np.ndarray) -> tuple[int, int]:
+    """(height, width) of a photo in its padded picture: three in ten are not square, if the subject (S, S) allows."""
+    size = len(mask)
+    if rng.random() < 0.3:
+        length = int(size * rng.uniform(0.55, 0.95))
+        extent = (length, size) if rng.random() < 0.5 else (size, length)
+        if mask[: extent[0], : extent[1]].sum() > 0.6 * mask.sum() and mask[: extent[0], : extent[1]].any():
+            return extent
+    return size, size

@@ -1,0 +1,242 @@
+"""The programs that train the checkpoints that ship: resumable, deterministic, each writing what the next one reads."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from persam_dreambooth.errors import InputError
+from persam_dreambooth.toy import build, pairs, scenes, train_evaluator, train_sam, train_unet, train_vae, world
+from persam_dreambooth.toy.training import Run
+
+
+def small_run(folder, steps=12, **config):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+    run = Run(folder, {"steps": steps, **config}, model, learning_rate=1e-2, steps=steps, warmup=3, log_every=2)
+    return run, model
+
+
+def train(run, model, until=None):
+    for step in run:
+        rng = np.random.default_rng([7, step])
+        inputs = torch.from_numpy(rng.standard_normal((16, 4))).float()
+        run.update((model(inputs) - inputs.sum(dim=1, keepdim=True)).square().mean(), figure=float(step))
+        if until is not None and step == until - 1:
+            run.step += 1
+            run._save()
+            return
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path):
+    whole, model = small_run(tmp_path / "whole")
+    train(whole, model)
+    stopped, half = small_run(tmp_path / "stopped")
+    train(stopped, half, until=5)
+    resumed, again = small_run(tmp_path / "stopped")
+    assert resumed.step == 5
+    train(resumed, again)
+    for left, right in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(left, right)
+    for left, right in zip(whole.averaged().parameters(), resumed.averaged().parameters(), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_the_log_has_each_step_once_after_a_resume(tmp_path):
+    run, model = small_run(tmp_path)
+    train(run, model, until=5)
+    resumed, again = small_run(tmp_path)
+    train(resumed, again)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert steps == sorted(set(steps)) and steps[-1] == 12
+
+
+def test_a_run_with_another_config_is_refused_with_what_differs(tmp_path):
+    small_run(tmp_path, batch=4)
+    with pytest.raises(InputError, match="other batch"):
+        small_run(tmp_path, batch=8)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    run, model = small_run(tmp_path)
+    next(iter(run))
+    with pytest.raises(FloatingPointError, match="at step 0"):
+        run.update(model(torch.zeros(1, 4)).sum() * float("nan"))
+
+
+def test_the_learning_rate_warms_up_and_falls(tmp_path):
+    run, _ = small_run(tmp_path, steps=100)
+    rates = []
+    for run.step in range(100):
+        rates.append(run._learning_rate())
+    assert rates[0] == pytest.approx(1e-2 / 3) and max(rates) == pytest.approx(1e-2)
+    assert rates[3:] == sorted(rates[3:], reverse=True) and rates[-1] < 2e-4
+
+
+# --- the VAE
+
+
+@pytest.fixture(scope="module")
+def narrow():
+    torch.manual_seed(1)
+    return build.new_vae(train_vae.NARROW_CHANNELS).eval()
+
+
+def batch(count=2):
+    return scenes.to_tensor(scenes.render(0, range(count))[..., :3])
+
+
+@torch.no_grad()
+def test_a_widened_vae_starts_as_the_narrow_one(narrow):
+    wide = train_vae.widened(narrow, 8, seed=0).eval()
+    before, after = narrow.encode(batch()).latent_dist, wide.encode(batch()).latent_dist
+    assert torch.allclose(after.mean[:, :4], before.mean, atol=1e-5)
+    assert torch.allclose(after.logvar[:, :4], before.logvar, atol=1e-5)
+    assert after.mean[:, 4:].std() > 0
+    latents = torch.cat([before.mean, torch.zeros_like(before.mean)], dim=1)
+    assert torch.allclose(wide.decode(latents).sample, narrow.decode(before.mean).sample, atol=1e-5)
+
+
+@torch.no_grad()
+def test_standardizing_latents_changes_their_scale_and_no_picture(narrow):
+    renders = scenes.render(0, range(24))
+    vae = train_vae.widened(narrow, 8, seed=0).eval()
+    before = vae.decode(vae.encode(batch()).latent_dist.mean).sample
+    train_vae.standardize_latents(vae, renders)
+    assert torch.allclose(vae.decode(vae.encode(batch()).latent_dist.mean).sample, before, atol=1e-4)
+    latents = vae.encode(scenes.to_tensor(renders[..., :3])).latent_dist.mean * vae.config.scaling_factor
+    assert torch.allclose(latents.mean((0, 2, 3)), torch.zeros(8), atol=1e-4)
+    assert torch.allclose(latents.std((0, 2, 3)), torch.ones(8), atol=1e-3)
+
+
+# --- the UNet
+
+
+def test_min_snr_weights_are_those_of_the_paper():
+    scheduler = build.new_scheduler()
+    times = torch.tensor([0, 500, 999])
+    kept = scheduler.alphas_cumprod[times]
+    ratio = kept / (1 - kept)
+    assert torch.allclose(train_unet.min_snr_weight(scheduler, times), torch.minimum(ratio, torch.tensor(5.0)) / ratio)
+
+
+def test_times_cover_the_schedule_evenly():
+    times = train_unet.draw_times(torch.Generator().manual_seed(0), 1000)
+    assert times.min() >= 0 and times.max() < 1000
+    assert [int(time) * len(times) // 1000 for time in times] == list(range(len(times)))
+
+
+def test_every_training_caption_is_of_words_that_the_tokenizer_knows():
+    tokenizer = build.build_tokenizer(build.WORDS.split())
+    for index in range(300):
+        caption = world.caption(scenes.captioned_scene(0, index), np.random.default_rng(index))
+        assert len(tokenizer.tokenize(caption)) == len(caption.split()), caption
+        assert len(caption.split()) + 2 <= build.TEXT_POSITIONS
+
+
+# --- SAM
+
+
+@pytest.fixture(scope="module")
+def photos():
+    rng = np.random.default_rng(0)
+    from PIL import Image
+
+    return [Image.fromarray(rng.integers(0, 256, (90, 120, 3), dtype=np.uint8)) for _ in range(3)]
+
+
+@pytest.mark.parametrize("number", range(8))
+@pytest.mark.parametrize("composites", [0.0, 1.0])
+def test_pairs_show_one_subject_twice_with_masks_that_fit(photos, number, composites):
+    for picture in pairs.random_pair(np.random.default_rng(number), 128, photos, composites):
+        assert picture.image.shape == (128, 128, 3) and picture.subject.shape == (128, 128)
+        assert picture.subject.any()
+        shared = sum((other & picture.subject).sum() for other in picture.others)
+        assert shared <= 0.02 * picture.subject.sum()  # pixels at an edge, where a mask was enlarged
+        height, width = picture.extent
+        assert not picture.subject[height:].any() and not picture.subject[:, width:].any()
+
+
+def test_all_masks_of_the_decoder_are_those_of_the_model_itself():
+    sam = train_sam.resized(train_sam.first_sam(0, train_sam.STAGES[0]), 256, 16).eval()
+    pixels = torch.randn(1, 3, 256, 256, generator=torch.Generator().manual_seed(0))
+    points, labels = torch.tensor([[[[100.0, 60.0]]]]), torch.ones(1, 1, 1, dtype=torch.int64)
+    with torch.no_grad():
+        embeddings = train_sam.encode(sam, pixels)
+        logits, scores = train_sam.decode(sam, embeddings, points, labels)
+        for multimask, chosen in ((True, slice(1, 4)), (False, slice(0, 1))):
+            output = sam(
+                image_embeddings=embeddings, input_points=points, input_labels=labels, multimask_output=multimask
+            )
+            assert torch.allclose(logits[:, chosen], output.pred_masks[:, 0], atol=1e-5)
+            assert torch.allclose(scores[:, chosen], output.iou_scores[:, 0], atol=1e-5)
+
+
+def test_the_prior_loss_falls_where_the_subject_looks_like_its_pair():
+    """Embeddings that are one vector inside and another outside are what it wants."""
+    coverage = torch.zeros(2, 16, 16)
+    coverage[0, 2:6, 2:6] = 1
+    coverage[1, 8:14, 9:12] = 1
+    inside, outside = F_normal(0), F_normal(1)
+    wanted = torch.where(coverage[:, None] > 0, inside[None, :, None, None], outside[None, :, None, None])
+    random = torch.randn(2, 96, 16, 16, generator=torch.Generator().manual_seed(2))
+    threshold = torch.tensor(0.5)
+    good, bad = (train_sam.prior_losses(embeddings, coverage, threshold) for embeddings in (wanted, random))
+    assert good[0] < bad[0] and good[1] < bad[1]
+    assert good[2] == 1
+
+
+def F_normal(seed):
+    return torch.randn(96, generator=torch.Generator().manual_seed(seed))
+
+
+# --- all of them, one after the other
+
+
+def test_the_programs_follow_one_another_from_nothing_to_a_pipeline_that_paints(tmp_path, monkeypatch, photos):
+    from diffusers import StableDiffusionPipeline
+    from transformers import SamModel
+
+    from persam_dreambooth.toy.evaluator import Evaluator
+
+    monkeypatch.setattr(train_vae, "HELD_OUT_SCENES", 4)
+    monkeypatch.setattr(train_sam, "EVALUATION_PAIRS", 1)
+    small = ["--output", str(tmp_path), "--scenes", "32"]
+    assert train_vae.main([*small, "--steps", "1", "--wide_steps", "1"]) == 0
+    assert train_unet.main([*small, "--steps", "1", "--vae", str(tmp_path / "vae")]) == 0
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "stable-diffusion")
+    assert pipeline("a cat", num_inference_steps=1).images[0].size == (64, 64)
+    assert train_evaluator.main([*small, "--steps", "1", "--vae", str(tmp_path / "vae")]) == 0
+    seen = Evaluator.load(tmp_path / "evaluator").judge([world.render(scenes.scene(0, 0), 64).image])
+    assert seen["kind"][0] in world.KINDS and seen["mask"].shape == (1, 64, 64)
+    textures = tmp_path / "textures"
+    textures.mkdir()
+    for number, photo in enumerate(photos):
+        photo.save(textures / f"{number}.png")
+    steps = ["--steps256", "1", "--steps512", "1", "--steps1024", "0"]
+    assert train_sam.main(["--output", str(tmp_path), "--textures", str(textures), *steps]) == 0
+    sam = SamModel.from_pretrained(tmp_path / "sam")
+    assert sam.config.vision_config.image_size == 1024
+    assert all(weights.dtype == torch.float32 for weights in sam.parameters())
+    # Once more: all runs are complete, so nothing is trained, and what is written is the same.
+    written = (tmp_path / "sam" / "model.safetensors").read_bytes()
+    assert train_sam.main(["--output", str(tmp_path), "--textures", str(textures), *steps]) == 0
+    assert (tmp_path / "sam" / "model.safetensors").read_bytes() == written
+
+
+@pytest.mark.parametrize("program", [train_vae, train_evaluator, train_sam])
+def test_a_held_out_seed_is_refused_and_nothing_written(program, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        program.main(["--output", str(tmp_path / "out"), "--seed", str(scenes.HELD_OUT_SEED)])
+    assert stopped.value.code == 2
+    assert "held out" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_unet_without_vae_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train_unet.main(["--output", str(tmp_path / "out"), "--vae", str(tmp_path)])
+    assert stopped.value.code == 2
+    assert "holds no VAE" in capsys.readouterr().err
