@@ -240,3 +240,37 @@ def test_a_unet_without_vae_is_refused(tmp_path, capsys):
         train_unet.main(["--output", str(tmp_path / "out"), "--vae", str(tmp_path)])
     assert stopped.value.code == 2
     assert "holds no VAE" in capsys.readouterr().err
+
+
+def test_objects_of_photos_are_shown_with_their_masks(tmp_path, photos):
+    """One red square in each of two photos of one subject: what is marked in pictures of it is red."""
+    from PIL import Image
+
+    for folder in ("textures/thing", "masks/thing"):
+        (tmp_path / folder).mkdir(parents=True)
+    for number in range(2):
+        photo, mask = Image.new("RGB", (200, 160), (20, 20, 160)), Image.new("1", (200, 160))
+        box = (40 + 30 * number, 50, 110 + 30 * number, 120)
+        photo.paste((230, 20, 20), box)
+        mask.paste(1, box)
+        photo.save(tmp_path / "textures" / "thing" / f"{number}.png")
+        mask.save(tmp_path / "masks" / "thing" / f"{number}.png")
+    albums = pairs.load_objects([tmp_path / "textures" / "thing"], tmp_path / "masks")
+    assert [len(album) for album in albums] == [2]
+    for number in range(10):
+        for picture in pairs.object_pair(np.random.default_rng(number), 128, photos, albums):
+            red = picture.image[..., 0].astype(int) - picture.image[..., 2]
+            assert np.median(red[picture.subject]) > 80
+            assert picture.subject.any() and not picture.subject[picture.extent[0] :].any()
+
+
+def test_a_mask_without_its_photo_is_refused(tmp_path):
+    from PIL import Image
+
+    (tmp_path / "masks" / "thing").mkdir(parents=True)
+    Image.new("1", (8, 8), 1).save(tmp_path / "masks" / "thing" / "00.png")
+    with pytest.raises(InputError, match="has no photo"):
+        pairs.load_objects([tmp_path], tmp_path / "masks")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="holds no masks"):
+        pairs.load_objects([tmp_path], tmp_path / "empty")

@@ -1,7 +1,7 @@
 """Pairs of pictures of one subject, with true masks: what the toy SAM learns from.
 
-Half are scenes of the small world, half are composites: shapes filled with one photo's texture, or subjects of the
-world, on another photo. Everything follows from the random generator that is passed in.
+Scenes of the small world; composites: shapes filled with one photo's texture, or subjects of the world, on another
+photo; and objects of photos that come with masks. Everything follows from the random generator that is passed in.
 
 Shapes: S pixels a side. Pictures are RGB, masks bool (S, S).
 """
@@ -28,6 +28,9 @@ SHAPE_SIDE = 256
 
 MARGIN = 8
 """Texture around a pasted shape, so that its soft edge has the texture's colors."""
+
+OBJECTS = 0.3
+"""Share of the pairs that show an object of a photo, where there are any."""
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 SMALLEST = 0.005
@@ -57,6 +60,43 @@ class Cutout:
 
     colors: Image.Image
     shape: Image.Image
+
+
+@dataclass(frozen=True)
+class PhotoObject:
+    """A photo (RGB) and the mask (L, 0 or 255) of an object in it."""
+
+    photo: Image.Image
+    mask: Image.Image
+
+
+def load_objects(textures: Sequence[Path], masks: Path | None) -> list[list[PhotoObject]]:
+    """Loads the photos that have masks, reduced to `TEXTURE_SIDE`, subject by subject.
+
+    Args:
+        textures: folders of photos, each named as its subject.
+        masks: holds <subject>/<photo's stem>.png; None for no objects.
+
+    Raises:
+        InputError, InputNotFoundError: a mask without its photo, or no masks at all.
+    """
+    if masks is None:
+        return []
+    albums = []
+    for folder in sorted(path for path in masks.iterdir() if path.is_dir()) if masks.is_dir() else []:
+        album = []
+        for path in sorted(folder.glob("*.png")):
+            beside = [one for place in textures if place.name == folder.name for one in place.glob(f"{path.stem}.*")]
+            if not beside:
+                raise InputNotFoundError(f"{path} has no photo: name the folder {folder.name} with --textures")
+            photo, mask = Image.open(beside[0]).convert("RGB"), Image.open(path).convert("L")
+            photo.thumbnail((TEXTURE_SIDE, TEXTURE_SIDE), Image.Resampling.BOX)
+            mask = mask.resize(photo.size, Image.Resampling.BILINEAR).point([0] * 128 + [255] * 128)
+            album.append(PhotoObject(photo, mask))
+        albums.append(album)
+    if not any(albums):
+        raise InputError(f"{masks} holds no masks: name a folder with <subject>/<photo>.png")
+    return [album for album in albums if album]
 
 
 def load_textures(folders: Sequence[Path]) -> list[Image.Image]:
@@ -92,15 +132,22 @@ def fingerprint(photos: Sequence[Image.Image]) -> str:
 
 
 def random_pair(
-    rng: np.random.Generator, size: int, photos: Sequence[Image.Image], composites: float = 0.5
+    rng: np.random.Generator,
+    size: int,
+    photos: Sequence[Image.Image],
+    composites: float = 0.5,
+    objects: Sequence[Sequence[PhotoObject]] = (),
 ) -> tuple[Picture, Picture]:
     """Two pictures of one subject.
 
     Args:
         size: their side in pixels.
         photos: textures; without any, all pairs are scenes of the world.
-        composites: share of the pairs that are composites.
+        composites: share of the other pairs that are composites.
+        objects: photos with masks, subject by subject; `OBJECTS` of the pairs show one.
     """
+    if objects and rng.random() < OBJECTS:
+        return object_pair(rng, size, photos, objects)
     if photos and rng.random() < composites:
         return composite_pair(rng, size, photos)
     return world_pair(rng, size)
@@ -145,6 +192,40 @@ def composite_pair(rng: np.random.Generator, size: int, photos: Sequence[Image.I
                 pictures.append(_photographed(rng, size, image, masks))
                 break
     return pictures[0], pictures[1]
+
+
+def object_pair(
+    rng: np.random.Generator, size: int, photos: Sequence[Image.Image], objects: Sequence[Sequence[PhotoObject]]
+) -> tuple[Picture, Picture]:
+    """One subject in two of its photos, or cut out of them and pasted on others, each as it comes."""
+    album = objects[int(rng.integers(len(objects)))]
+    first, second = (album[int(index)] for index in rng.choice(len(album), 2, replace=len(album) == 1))
+    return object_picture(rng, size, photos, first), object_picture(rng, size, photos, second)
+
+
+def object_picture(rng: np.random.Generator, size: int, photos: Sequence[Image.Image], shown: PhotoObject) -> Picture:
+    """An object in its photo, framed anew, or pasted on another one among other shapes."""
+    side = _canvas_side(rng, size)
+    if rng.random() < 0.5:
+        box = _frame(rng, shown.mask)
+        photo, mask = (
+            image.resize((side, side), Image.Resampling.BILINEAR, box=box) for image in (shown.photo, shown.mask)
+        )
+        if rng.random() < 0.5:
+            photo, mask = (image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for image in (photo, mask))
+        return _photographed(rng, size, photo, [np.asarray(mask) >= 128])
+    box = shown.mask.getbbox() or (0, 0, *shown.mask.size)
+    box = (box[0] - MARGIN, box[1] - MARGIN, box[2] + MARGIN, box[3] + MARGIN)
+    cutout = Cutout(shown.photo.crop(box), shown.mask.crop(box).filter(ImageFilter.MinFilter(3)))
+    while True:
+        canvas = texture(rng, photos[int(rng.integers(len(photos)))], (side, side), whole=0.5)
+        objects = [_posed(rng, cutout, side, (0.02, 0.6), turn=0.15)]
+        for _ in range(rng.integers(0, 3)):
+            other = textured(rng, random_shape(rng), photos[int(rng.integers(len(photos)))])
+            objects.append(_posed(rng, other, side, (0.01, 0.2), turn=0.2))
+        image, masks = _pasted(rng, canvas, objects)
+        if masks[0].mean() > SMALLEST:
+            return _photographed(rng, size, image, masks)
 
 
 def texture(rng: np.random.Generator, photo: Image.Image, size: tuple[int, int], whole: float = 0.0) -> Image.Image:
@@ -322,6 +403,18 @@ def _close_crop(rng: np.random.Generator, mask: np.ndarray) -> tuple[float, floa
     x0, y0 = (
         float(np.clip((place.min() + place.max() - side) / 2 + side * rng.uniform(-0.08, 0.08), 0, len(mask) - side))
         for place in (x, y)
+    )
+    return x0, y0, x0 + side, y0 + side
+
+
+def _frame(rng: np.random.Generator, mask: Image.Image) -> tuple[float, float, float, float]:
+    """A square (x0, y0, x1, y1) inside a photo that holds what is marked in its mask (L), as far as it fits."""
+    left, top, right, bottom = mask.getbbox() or (0, 0, *mask.size)
+    most = min(mask.size)
+    side = rng.uniform(min(most, 1.05 * max(right - left, bottom - top)), most)
+    x0, y0 = (
+        float(np.clip(rng.uniform(*sorted((high - side, low))), 0, length - side))
+        for low, high, length in ((left, right, mask.width), (top, bottom, mask.height))
     )
     return x0, y0, x0 + side, y0 + side
 

@@ -33,7 +33,7 @@ from persam_dreambooth.files import check_writable, write_aside, write_json
 from persam_dreambooth.segmentation.sam import PIXEL_MEAN, PIXEL_STD
 from persam_dreambooth.toy import pairs, scenes
 from persam_dreambooth.toy.build import SAM_GLOBAL_LAYERS, SAM_IMAGE_SIZE, SAM_PATCH_SIZE, random_sam, sam_config
-from persam_dreambooth.toy.pairs import Picture
+from persam_dreambooth.toy.pairs import PhotoObject, Picture
 from persam_dreambooth.toy.training import Run
 
 # Queries and keys of the decoder's cross-attention start equal and this much larger, so that a point looks at its own
@@ -63,6 +63,7 @@ class Stage:
         prompts: objects to segment in each picture.
         learning_rate: the peak.
         steps: how many by default.
+        objects: whether objects of photos are shown; at 256 pixels there is little to see of them.
     """
 
     size: int
@@ -71,12 +72,13 @@ class Stage:
     prompts: int
     learning_rate: float
     steps: int
+    objects: bool
 
 
 STAGES = (
-    Stage(256, window=16, pairs=4, prompts=2, learning_rate=8e-4, steps=4000),
-    Stage(512, window=16, pairs=2, prompts=2, learning_rate=4e-4, steps=1250),
-    Stage(1024, window=14, pairs=1, prompts=2, learning_rate=2e-4, steps=270),
+    Stage(256, window=16, pairs=4, prompts=2, learning_rate=8e-4, steps=4000, objects=False),
+    Stage(512, window=16, pairs=2, prompts=2, learning_rate=4e-4, steps=1250, objects=True),
+    Stage(1024, window=14, pairs=1, prompts=2, learning_rate=2e-4, steps=270, objects=True),
 )
 STEPS = [stage.steps for stage in STAGES]
 
@@ -114,6 +116,7 @@ def train(
     output: Path,
     *,
     textures: Sequence[Path] = (),
+    masks: Path | None = None,
     steps: Sequence[int] = STEPS,
     seed: int = 0,
     device: str = "cpu",
@@ -122,22 +125,31 @@ def train(
 
     Args:
         textures: folders of photos for composites; without any, all pictures are scenes of the world.
+        masks: of some of these photos, see `pairs.load_objects`.
         steps: of each of `STAGES`; a stage of 0 steps is left out.
         seed: draws weights, pictures and prompts.
     """
     scenes.check_seed(seed)
-    photos = pairs.load_textures(textures)
+    photos, objects = pairs.load_textures(textures), pairs.load_objects(textures, masks)
     sam = first_sam(seed, STAGES[0])
     scores: dict[str, float] = {}
     for stage, count in zip(STAGES, steps, strict=True):
         if count:
-            sam, scores = train_stage(output / f"stage-{stage.size}", stage, count, sam, photos, seed, device)
+            shown = objects if stage.objects else []
+            sam, scores = train_stage(output / f"stage-{stage.size}", stage, count, sam, photos, shown, seed, device)
             save(sam, output / "sam")
     return scores
 
 
 def train_stage(
-    folder: Path, stage: Stage, steps: int, sam: SamModel, photos: list[Image.Image], seed: int, device: str
+    folder: Path,
+    stage: Stage,
+    steps: int,
+    sam: SamModel,
+    photos: list[Image.Image],
+    objects: list[list[PhotoObject]],
+    seed: int,
+    device: str,
 ) -> tuple[SamModel, dict[str, float]]:
     """Trains one stage from `sam`'s weights; returns the averaged model at the stage's size, and its scores."""
     model = nn.ModuleDict({"sam": resized(sam, stage.size, stage.window), "prior": PriorScale()}).to(device)
@@ -150,12 +162,14 @@ def train_stage(
         "renders": scenes.fingerprint(seed),
         "photos": len(photos),
         "textures": pairs.fingerprint(photos),
+        "masks": pairs.fingerprint([shown.mask for album in objects for shown in album]),
         "prior_weight": PRIOR_WEIGHT,
     }
     run = Run(folder, config, model, learning_rate=stage.learning_rate, steps=steps)
     for step in run:
         rng = np.random.default_rng([seed, stage.size, step])
-        pictures = [picture for _ in range(stage.pairs) for picture in pairs.random_pair(rng, stage.size, photos)]
+        drawn = [pairs.random_pair(rng, stage.size, photos, objects=objects) for _ in range(stage.pairs)]
+        pictures = [picture for pair in drawn for picture in pair]
         batch = to_batch(rng, pictures, stage.prompts, device)
         focal = 1.0
         if stage == STAGES[0]:
@@ -556,6 +570,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--output", type=Path, required=True, help="folder for the folder sam; holds the runs as well")
     parser.add_argument("--textures", type=Path, nargs="+", default=[], help="folders of photos for composites")
+    parser.add_argument("--masks", type=Path, help="folder of masks of some of these photos: <subject>/<photo>.png")
     for stage in STAGES:
         text = f"optimizer steps at {stage.size} pixels (default: {stage.steps})"
         parser.add_argument(f"--steps{stage.size}", type=int, default=stage.steps, help=text)
@@ -567,7 +582,14 @@ def main(arguments: list[str] | None = None) -> int:
         check_writable(options.output)
         if min(steps) < 0 or max(steps) == 0:
             raise InputError(f"the stages have {steps} steps: give at least one stage one or more")
-        scores = train(options.output, textures=options.textures, steps=steps, seed=options.seed, device=options.device)
+        scores = train(
+            options.output,
+            textures=options.textures,
+            masks=options.masks,
+            steps=steps,
+            seed=options.seed,
+            device=options.device,
+        )
     except InputError as error:
         parser.exit(2, f"{error}\n")
     print(f"{options.output / 'sam'}: {json.dumps(scores)}")

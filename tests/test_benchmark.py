@@ -1,0 +1,130 @@
+"""The background benchmark as a command: cells, resuming, several processes, the table; and the demo."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from persam_dreambooth import demo
+from persam_dreambooth.cli import main
+from persam_dreambooth.evaluation import background as benchmark
+from persam_dreambooth.evaluation.recipes import RECIPES
+
+SMALL = ["--subjects", "1", "--seeds", "1", "--max_train_steps", "2"]
+UNTOLD = {"seconds", "memory"}
+"""Figures that differ from run to run."""
+
+
+def run(folder, *arguments):
+    assert main(["benchmark", "background", "--output_dir", str(folder), *SMALL, *arguments]) == 0
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+def figures(result):
+    return {
+        cell["recipe"]: {name: value for name, value in cell["figures"].items() if name not in UNTOLD}
+        for cell in result["cells"]
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A small benchmark: its folder and results."""
+    folder = tmp_path_factory.mktemp("benchmark")
+    return folder, run(folder, "--recipes", "base,masked,masked-persam-f,said")
+
+
+def test_every_cell_has_all_figures_and_a_row_of_the_table(finished):
+    folder, result = finished
+    assert [cell["recipe"] for cell in result["cells"]] == ["base", "masked", "masked-persam-f", "said"]
+    for cell in result["cells"]:
+        assert all(0 <= value <= 1 for value in figures(result)[cell["recipe"]].values())
+        assert cell["figures"]["seconds"] >= 0 and cell["figures"]["memory"] > 100
+    table = (folder / "table.md").read_text(encoding="utf-8")
+    assert all(f"| {RECIPES[name].name} |" in table for name in ("base", "masked", "masked-persam-f", "said"))
+    grid = Image.open(folder / "grids" / "0-cat.png")
+    assert grid.width == 12 * 64 * 2
+    assert not list((folder / "runs").iterdir())  # nothing heavy stays
+
+
+def test_training_changes_the_figures(finished):
+    _, result = finished
+    assert figures(result)["base"] != figures(result)["masked"]
+
+
+def test_an_interrupted_benchmark_does_only_what_is_left(finished, tmp_path, monkeypatch):
+    folder, result = finished
+    [lost] = folder.glob("cells/masked.*.json")
+    content = lost.read_text(encoding="utf-8")
+    lost.unlink()
+    done = []
+    whole = benchmark.run_cell
+
+    def noted(cell, *arguments):
+        done.append(cell.recipe)
+        return whole(cell, *arguments)
+
+    monkeypatch.setattr(benchmark, "run_cell", noted)
+    again = run(folder, "--recipes", "base,masked,masked-persam-f,said")
+    assert done == ["masked"]
+    assert figures(again) == figures(result)
+    assert json.loads(content)["recipe"] == "masked"
+
+
+def test_two_processes_find_what_one_finds(finished, tmp_path):
+    _, result = finished
+    both = run(tmp_path / "both", "--recipes", "base,masked", "--processes", "2")
+    alone = figures(result)
+    for name, found in figures(both).items():
+        assert found == pytest.approx(alone[name], abs=0.1), name  # a flipped label of one of 14 pictures is possible
+
+
+def test_masks_are_what_a_recipe_asks_for(finished):
+    folder, _ = finished
+    exact, made = (
+        np.array(Image.open(folder / "masks" / f"0-cat-{kind}" / "01.png")) > 0 for kind in ("exact", "persam-f")
+    )
+    assert (exact & made).sum() / (exact | made).sum() > 0.5
+    assert not np.array_equal(exact, made)
+    first = [np.array(Image.open(folder / "masks" / f"0-cat-{kind}" / "00.png")) > 0 for kind in ("exact", "persam-f")]
+    assert np.array_equal(*first)
+
+
+def test_other_settings_in_the_same_folder_are_refused(finished, capsys):
+    folder, _ = finished
+    given = ["--subjects", "1", "--seeds", "1", "--max_train_steps", "3", "--recipes", "base"]
+    assert main(["benchmark", "background", "--output_dir", str(folder), *given]) == 2
+    assert "other settings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--recipes", "mask"], "there is no recipe 'mask'"),
+        (["--subjects", "7"], "--subjects is 7"),
+        (["--seeds", "0"], "--seeds is 0"),
+        (["--processes", "0"], "--processes is 0"),
+    ],
+)
+def test_bad_options_are_one_line_and_write_nothing(arguments, message, tmp_path, capsys):
+    folder = tmp_path / "out"
+    assert main(["benchmark", "background", "--output_dir", str(folder), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not folder.exists()
+
+
+def test_the_demo_ends_with_a_page_that_holds_its_pictures_and_figures(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "STEPS", 2)
+    monkeypatch.setattr(benchmark, "PICTURES", {"own": 6, "class": 2, "scenes": 7})
+    assert main(["demo", "--output_dir", str(tmp_path / "demo")]) == 0
+    page = (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")
+    assert len(re.findall(r'src="data:image/png;base64,', page)) == 1
+    assert page.count("<tr>") == len(demo.FIGURES) + 1
+    assert "http" not in page.replace("http-equiv", "")  # nothing is fetched
+    said = capsys.readouterr().out
+    assert "mean IoU" in said and said.strip().endswith("report.html")
+    assert main(["demo", "--output_dir", str(tmp_path / "demo")]) == 2
+    assert "is not empty" in capsys.readouterr().err
