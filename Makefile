@@ -1,4 +1,4 @@
-# make demo     the main job on the small checkpoints that ship, without network (under a minute after installing)
+# make demo     the main job on the small checkpoints that ship, without network (two minutes after installing)
 # make test     the tests
 # make check    lint, formatting, types
 # make bench    measurements; writes benchmarks/results/

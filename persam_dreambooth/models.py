@@ -40,9 +40,14 @@ def resolve(name: str, kind: str, revision: str | None = None) -> str:
 
 @contextmanager
 def loading(name: str) -> Iterator[None]:
-    """Turns what a broken checkpoint raises inside the block into one `InputError` line."""
-    from safetensors import SafetensorError
+    """Turns what a broken checkpoint raises inside the block into one `InputError` line.
 
+    The libraries' progress bars of reading files from disk stay away; those of downloads do not.
+    """
+    from safetensors import SafetensorError
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
     try:
         yield
     except InputError:

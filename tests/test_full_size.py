@@ -77,7 +77,7 @@ def family(version="1.5"):
         vae=vae,
         unet=unet,
         text_encoder=text_encoder,
-        tokenizer=CLIPTokenizer.from_pretrained(toy.path("stable-diffusion") / "tokenizer"),
+        tokenizer=CLIPTokenizer.from_pretrained(toy.path("stable-diffusion") / "tokenizer", model_max_length=77),
         scheduler=DDIMScheduler(
             beta_start=0.00085,
             beta_end=0.012,

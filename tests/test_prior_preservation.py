@@ -22,6 +22,7 @@ from persam_dreambooth.config import TrainOptions
 from persam_dreambooth.dreambooth.data import CLASS_SEED, Crops
 from persam_dreambooth.dreambooth.trainer import batch_losses
 from persam_dreambooth.images import find_photos
+from persam_dreambooth.toy import build
 
 PRIOR = {"with_prior_preservation": True, "num_class_images": 3, "sample_batch_size": 2}
 
@@ -114,7 +115,7 @@ def test_photos_and_class_images_keep_their_own_prompt_mask_and_noise(photos):
     batch, class_batch = (default_collate([source[0], source[1]]) for source in (crops, class_crops))
     loss, prior_loss = batch_losses(options, family, batch, class_batch, embeddings).values()
     prediction, target = family.prediction, family.aim
-    assert prediction.shape == (4, 4, 8, 8)
+    assert prediction.shape == (4, build.LATENT_CHANNELS, 8, 8)
     # Never masked, whatever mask it may have; summed in another order.
     torch.testing.assert_close(prior_loss, F.mse_loss(prediction[2:], target[2:]))
     class_batch["mask"] = torch.zeros_like(class_batch["mask"])

@@ -22,19 +22,21 @@ from persam_dreambooth.segmentation.prior import attention_bias, cell_weights, l
 from persam_dreambooth.segmentation.scale_weights import dice_and_focal, fit_scale_weights, signed_blocks
 
 DUCK = toy.path("photos") / "duck"
+SMALL_SAM = str(Path(__file__).parent / "golden" / "weights" / "hf")
+"""A SAM whose training saw these photos; what ships changes, and what the methods do shall not."""
 FIT_STEPS = 100
 """Steps of PerSAM-F's fit here, where its outcome does not matter."""
 
 
 @pytest.fixture(scope="module")
 def sam():
-    return open_sam("toy", device="cpu")
+    return open_sam(SMALL_SAM, device="cpu")
 
 
 @pytest.fixture(scope="module")
 def blind_sam():
     """A SAM whose every mask is empty: its mask tokens say nothing."""
-    blind = open_sam("toy", device="cpu")
+    blind = open_sam(SMALL_SAM, device="cpu")
     for head in blind.model.mask_decoder.output_hypernetworks_mlps:
         torch.nn.init.zeros_(head.proj_out.weight)
         torch.nn.init.zeros_(head.proj_out.bias)
@@ -193,7 +195,7 @@ def test_guidance_changes_the_first_pass_only_as_asked(sam, reference, other):
 
 
 def test_without_guidance_the_decoder_is_the_one_of_transformers(sam, other):
-    original = SamModel.from_pretrained(toy.path("sam")).eval()
+    original = SamModel.from_pretrained(SMALL_SAM).eval()
     encoding = sam.encode(other)
     points = np.array([[200, 150]])
     ours, scores = sam.decode(encoding, points, np.array([1]))
@@ -281,7 +283,7 @@ def test_the_closed_form_gradient_is_the_difference_quotient(seed):
 
 
 def test_lower_precision_runs(reference, other):
-    half = open_sam("toy", device="cpu", dtype=torch.bfloat16)
+    half = open_sam(SMALL_SAM, device="cpu", dtype=torch.bfloat16)
     found = PerSAM(half).fit(*reference).predict(other)
     check_found(found, other)
     assert found.mask.any()

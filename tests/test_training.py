@@ -49,6 +49,7 @@ from persam_dreambooth.dreambooth.loss import latent_mask
 from persam_dreambooth.dreambooth.stable_diffusion import LORA_WEIGHTS, StableDiffusion, load_pipeline
 from persam_dreambooth.dreambooth.trainer import batch_losses
 from persam_dreambooth.images import find_photos
+from persam_dreambooth.toy import build
 
 # --- trajectories
 
@@ -273,7 +274,7 @@ def test_first_loss_is_the_formula_worked_out_with_plain_diffusers(runs, photos,
     tokens = pipeline.tokenizer(["a sks duck"], padding="max_length", return_tensors="pt").input_ids
     text = pipeline.text_encoder(tokens)[0]
     for number in (0, 1):
-        vae_noise, noise, step = sample_noise(0, [number], (4, 8, 8), 1000)
+        vae_noise, noise, step = sample_noise(0, [number], (build.LATENT_CHANNELS, 8, 8), 1000)
         posterior = pipeline.vae.encode(crops[number]["pixels"][None]).latent_dist
         latents = (posterior.mean + posterior.std * vae_noise) * 0.18215
         kept = pipeline.scheduler.alphas_cumprod[step]
@@ -283,7 +284,9 @@ def test_first_loss_is_the_formula_worked_out_with_plain_diffusers(runs, photos,
         mask = crops[number]["mask"].double().numpy()[0].reshape(8, 4, 8, 4).mean(axis=(1, 3))
         mask = np.maximum(mask, floor)
         assert 0 < mask.mean() < 1
-        expected.append((mask * error).sum() / (4 * mask.sum() if normalization == "area" else error.size))
+        expected.append(
+            (mask * error).sum() / (build.LATENT_CHANNELS * mask.sum() if normalization == "area" else error.size)
+        )
     # float32 against float64 in the sums, other batches in the convolutions.
     assert column(run)[0] == pytest.approx(np.mean(expected), rel=1e-5)
 
@@ -292,7 +295,7 @@ def test_a_training_step_learns_nothing_from_outside_the_mask(photos):
     family, embeddings = watched_family()
     crops = training_crops(photos)
     batch = default_collate([crops[0], crops[1]])
-    outside = (latent_mask(batch["mask"], (8, 8)) == 0).expand(-1, 4, -1, -1)
+    outside = (latent_mask(batch["mask"], (8, 8)) == 0).expand(-1, build.LATENT_CHANNELS, -1, -1)
     assert 0.1 < outside.float().mean() < 0.9
 
     loss = batch_losses(TrainOptions(), family, batch, None, embeddings)["loss"]
@@ -424,8 +427,8 @@ def test_default_resolution_is_the_models_own(runs):
 def test_half_precision_trains_close_to_single_and_saves_single(runs, method):
     half = runs(method=method, mixed_precision="bf16", num_validation_images=1, checkpointing_steps=STEPS)
     single = runs(method=method) if method == "full" else runs()
-    # Bfloat16 keeps 8 bits: each operation rounds to 0.4 %, and a mean over a crop's errors averages that.
-    np.testing.assert_allclose(column(half), column(single), rtol=0.01)
+    # Bfloat16 keeps 8 bits: each operation rounds to 0.4 % of a prediction, more of its error, which is squared.
+    np.testing.assert_allclose(column(half), column(single), rtol=0.03)
     assert not same_metrics(half, single)
     trained = load_file(half / LORA_WEIGHTS if method == "lora" else next(half.glob("unet/*.safetensors")))
     assert {tensor.dtype for tensor in trained.values()} == {torch.float32}

@@ -18,6 +18,7 @@ from persam_dreambooth.dreambooth.data import Crops
 from persam_dreambooth.dreambooth.stable_diffusion import LORA_WEIGHTS, StableDiffusion
 from persam_dreambooth.images import find_photos
 from persam_dreambooth.masks import load_masks
+from persam_dreambooth.toy import build
 
 ROOT = Path(persam_dreambooth.__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -178,7 +179,8 @@ def toy_pipeline():
 def unet_answer(pipeline):
     """The UNet's output for one fixed input."""
     generator = torch.Generator().manual_seed(0)
-    latents, text = torch.randn(2, 4, 16, 16, generator=generator), torch.randn(2, 77, 64, generator=generator)
+    latents = torch.randn(2, build.LATENT_CHANNELS, 16, 16, generator=generator)
+    text = torch.randn(2, build.TEXT_POSITIONS, build.TEXT_WIDTH, generator=generator)
     with torch.no_grad():
         return pipeline.unet.eval()(latents, torch.tensor([10, 700]), encoder_hidden_states=text).sample
 

@@ -15,6 +15,7 @@ from diffusers.utils import (
     convert_state_dict_to_peft,
     convert_unet_state_dict_to_peft,
 )
+from diffusers.utils.logging import disable_progress_bar
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import CLIPTextModel
 
@@ -42,6 +43,7 @@ def load_pipeline(
     Raises:
         InputError: a model of another family, or a broken one.
     """
+    disable_progress_bar()
     with models.loading(source):
         kind = StableDiffusionPipeline.load_config(source, revision=revision).get("_class_name")
         if kind != "StableDiffusionPipeline":

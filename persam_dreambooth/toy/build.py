@@ -114,8 +114,15 @@ def save_pipeline(
         # Beside tokenizer.json, the two files that other programs know CLIP's tokenizer by.
         tokenizer.backend_tokenizer.model.save(str(aside / "tokenizer"))
         # transformers loads in the type named here; the other parts load in single precision unless told otherwise.
-        config = aside / "text_encoder" / "config.json"
-        write_json(config, {**json.loads(config.read_text(encoding="utf-8")), "dtype": "float32"})
+        rewrite_config(aside / "text_encoder", dtype="float32")
+        rewrite_config(aside / "vae", _name_or_path=None)  # where it was trained is nobody's business
+
+
+def rewrite_config(folder: Path, **entries: str | None) -> None:
+    """Sets entries of a checkpoint's `config.json`; None removes one."""
+    path = folder / "config.json"
+    content = {**json.loads(path.read_text(encoding="utf-8")), **entries}
+    write_json(path, {key: value for key, value in content.items() if value is not None or key not in entries})
 
 
 def new_scheduler() -> DDIMScheduler:

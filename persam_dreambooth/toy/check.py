@@ -1,4 +1,4 @@
-"""Measures the checkpoints that ship on what no training saw, within a minute on two cores.
+"""Measures the checkpoints that ship on what no training saw, in some two minutes on two cores.
 
     python -m persam_dreambooth.toy.check [--json] [--stable_diffusion FOLDER] [--sam FOLDER] [--images N]
 
@@ -35,7 +35,7 @@ BARS = {
 """What each figure must reach."""
 
 PICTURES = 192
-SAMPLING = {"num_inference_steps": 20, "guidance_scale": 5.0}
+SAMPLING = {"num_inference_steps": 20, "guidance_scale": 7.5}
 POINT_SCENES = 40
 PERSEG_IMAGES = 1
 """Images of each object that are segmented, besides the reference; `--images 6` takes all."""

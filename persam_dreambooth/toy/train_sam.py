@@ -32,7 +32,14 @@ from persam_dreambooth.errors import InputError
 from persam_dreambooth.files import check_writable, write_aside, write_json
 from persam_dreambooth.segmentation.sam import PIXEL_MEAN, PIXEL_STD
 from persam_dreambooth.toy import pairs, scenes
-from persam_dreambooth.toy.build import SAM_GLOBAL_LAYERS, SAM_IMAGE_SIZE, SAM_PATCH_SIZE, random_sam, sam_config
+from persam_dreambooth.toy.build import (
+    SAM_GLOBAL_LAYERS,
+    SAM_IMAGE_SIZE,
+    SAM_PATCH_SIZE,
+    random_sam,
+    rewrite_config,
+    sam_config,
+)
 from persam_dreambooth.toy.pairs import PhotoObject, Picture
 from persam_dreambooth.toy.training import Run
 
@@ -235,8 +242,7 @@ def save(sam: SamModel, folder: Path) -> None:
     whole = resized(sam.cpu(), SAM_IMAGE_SIZE, STAGES[-1].window).half()
     with write_aside(folder) as aside:
         whole.save_pretrained(aside)
-        config = aside / "config.json"
-        write_json(config, {**json.loads(config.read_text(encoding="utf-8")), "dtype": "float32"})
+        rewrite_config(aside, dtype="float32")
 
 
 def to_batch(rng: np.random.Generator, pictures: Sequence[Picture], prompts: int, device: str) -> Batch:
