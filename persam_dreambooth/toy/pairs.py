@@ -412,10 +412,11 @@ def _frame(rng: np.random.Generator, mask: Image.Image) -> tuple[float, float, f
     left, top, right, bottom = mask.getbbox() or (0, 0, *mask.size)
     most = min(mask.size)
     side = rng.uniform(min(most, 1.05 * max(right - left, bottom - top)), most)
-    x0, y0 = (
-        float(np.clip(rng.uniform(*sorted((high - side, low))), 0, length - side))
-        for low, high, length in ((left, right, mask.width), (top, bottom, mask.height))
-    )
+    corner = []
+    for low, high, length in ((left, right, mask.width), (top, bottom, mask.height)):
+        first, last = sorted((high - side, low))
+        corner.append(float(np.clip(rng.uniform(first, last), 0, length - side)))
+    x0, y0 = corner
     return x0, y0, x0 + side, y0 + side
 
 
