@@ -110,7 +110,6 @@ def generate(arguments: list[str]) -> None:
 def evaluate_model(arguments: list[str]) -> None:
     """`persam-dreambooth evaluate model`."""
     options = parse(EvaluateModelOptions, arguments, "persam-dreambooth evaluate model", positional="model")
-    options.check()
     from persam_dreambooth.evaluation.personalized import evaluate
 
     evaluate(options)
@@ -120,7 +119,6 @@ def evaluate_model(arguments: list[str]) -> None:
 def benchmark_background(arguments: list[str]) -> None:
     """`persam-dreambooth benchmark background`."""
     options = parse(BenchmarkOptions, arguments, "persam-dreambooth benchmark background")
-    options.check()
     from persam_dreambooth.evaluation.background import benchmark
 
     folder = benchmark(options)

@@ -178,6 +178,7 @@ def report(
         iou=f"{np.mean(ious):.2f}",
         masks=len(ious),
         steps=STEPS,
+        pictures=sum(benchmark.PICTURES.values()),
         seconds=f"{seconds:.0f}",
     )
 
@@ -208,9 +209,10 @@ thead th, td {{ font-variant-numeric: tabular-nums }} thead th {{ font-weight: 6
 <p>Five photos of a {kind} that no model has seen, all taken in one place ({background}), with another {kind} in the
 background. One mask was given, for the first photo. PerSAM-F made the other {masks}; their mean IoU with the truth is
 {iou}. Then the small Stable Diffusion that ships learned the {kind} twice, {steps} steps each: by the plain loss of
-DreamBooth on whole photos, and by the loss inside the masks.</p>
+DreamBooth on whole photos, and by the loss inside the masks, staying with the base model outside of them.</p>
 <img src="{picture}" alt="The photos with their masks; below, what each model paints">
-<table><thead><tr><th>measured on 46 pictures each</th>{heads}<th></th></tr></thead><tbody>{rows}</tbody></table>
+<table><thead><tr><th>measured on {pictures} pictures each</th>{heads}<th></th></tr></thead>
+<tbody>{rows}</tbody></table>
 <p>The world of these photos is drawn by a program, so that the truth is known; model and SAM are small ones trained on
 it. What is measured here shows how the method works, not how good it is with real models. Made in {seconds} s.</p>
 </body></html>

@@ -32,9 +32,8 @@ def generate(options: GenerateOptions) -> list[Path]:
     check_writable(folder)
     pipeline, identifier, notice = load_model(str(options.model))
     prompt = fill_identifier(str(options.prompt), options.identifier or identifier)
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     images = sample(
-        pipeline.to(accelerator, torch.float16) if accelerator else pipeline,
+        on_accelerator(pipeline),
         prompt,
         options.num_images,
         options.seed,
@@ -76,6 +75,12 @@ def load_model(name: str) -> tuple[StableDiffusionPipeline, str, str | None]:
         else:
             load_trained_parts(pipeline, folder)
     return pipeline, identifier, notice
+
+
+def on_accelerator(pipeline: StableDiffusionPipeline) -> StableDiffusionPipeline:
+    """The pipeline in half precision on the accelerator, or as it is where there is none."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return pipeline.to(accelerator, torch.float16) if accelerator else pipeline
 
 
 def notice_of(base: str) -> str | None:

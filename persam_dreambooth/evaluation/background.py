@@ -116,7 +116,7 @@ def benchmark(options: BenchmarkOptions) -> Path:
     personals = [personal(number) for number in range(options.subjects)]
     cells = [Cell(name, owner, seed) for name in names for owner in personals for seed in range(options.seeds)]
     _note_settings(folder, {"max_train_steps": options.max_train_steps, "base": BASE, "sampling": SAMPLING})
-    _prepare(folder, personals, [RECIPES[name] for name in names], options)
+    _prepare(folder, personals, [RECIPES[name] for name in names])
     left = [cell for cell in cells if not _cell_path(folder, cell).is_file()]
     logger.info("%d cells, %d of them left", len(cells), len(left))
     for cell in tqdm(_finished(left, folder, options), total=len(left), desc="benchmark", unit="cell"):
@@ -136,10 +136,11 @@ def personal(number: int) -> Personal:
     return Personal(number, tuple(world.personal_scenes(rng, subject, background, PHOTOS)))
 
 
-def run_cell(cell: Cell, folder: Path, max_train_steps: int) -> dict[str, Any]:
-    """Trains, paints and measures one cell; writes its file and a strip of its pictures; returns the figures."""
+def run_cell(cell: Cell, folder: Path, max_train_steps: int) -> None:
+    """Trains, paints and measures one cell; writes its file and a strip of its pictures."""
     from persam_dreambooth.dreambooth.generate import load_model
     from persam_dreambooth.personalize import personalize
+    from persam_dreambooth.toy.evaluator import Evaluator
 
     recipe, model = RECIPES[cell.recipe], "toy"
     run_dir = folder / "runs" / cell.name
@@ -152,8 +153,7 @@ def run_cell(cell: Cell, folder: Path, max_train_steps: int) -> dict[str, Any]:
     seconds, memory = time.monotonic() - started, _peak_memory()
     pipeline, _, _ = load_model(model)
     pictures = {kind: paint(pipeline, prompts(kind, cell.personal), cell.seed) for kind in PICTURES}
-    evaluator = _evaluator()
-    figures = measure(pictures, cell.personal, evaluator)
+    figures = measure(pictures, cell.personal, Evaluator.load(toy.path("evaluator")))
     strip = [*pictures["own"][:4], *pictures["class"][:2], *pictures["scenes"][:6]]
     save_picture(Image.fromarray(np.concatenate(strip, axis=1)), folder / "strips" / f"{cell.name}.png")
     shutil.rmtree(run_dir, ignore_errors=True)
@@ -164,7 +164,6 @@ def run_cell(cell: Cell, folder: Path, max_train_steps: int) -> dict[str, Any]:
         "figures": {**figures, "seconds": seconds, "memory": memory},
     }
     write_json(_cell_path(folder, cell), result)
-    return result
 
 
 def train_options(cell: Cell, folder: Path, run_dir: Path, max_train_steps: int) -> TrainOptions:
@@ -174,7 +173,7 @@ def train_options(cell: Cell, folder: Path, run_dir: Path, max_train_steps: int)
     if recipe.masks != NONE:
         given["mask_dir"] = str(_mask_folder(folder, cell.personal, recipe))
     if given.get("with_prior_preservation"):
-        given["class_data_dir"] = str(folder / "class_images" / f"{kind}{'-scenes' * bool(given.get('class_scenes'))}")
+        given["class_data_dir"] = str(_class_folder(folder, kind, bool(given.get("class_scenes"))))
     if given.get("replace_background") == "generated":
         given["background_dir"] = str(folder / "backgrounds")
     return TrainOptions(
@@ -282,7 +281,7 @@ def _start_process(threads: int) -> None:
     logging.getLogger().setLevel(logging.WARNING)
 
 
-def _prepare(folder: Path, personals: list[Personal], recipes: list[Recipe], options: BenchmarkOptions) -> None:
+def _prepare(folder: Path, personals: list[Personal], recipes: list[Recipe]) -> None:
     """Renders photos, makes masks of every sort, and paints class images and backgrounds, where they are missing."""
     from persam_dreambooth import personalize
     from persam_dreambooth.dreambooth.backgrounds import in_front_of
@@ -327,13 +326,16 @@ def _prepare(folder: Path, personals: list[Personal], recipes: list[Recipe], opt
                 given.get("with_prior_preservation") and bool(given.get("class_scenes")) == scenes for given in needed
             ):
                 told = [in_front_of(f"a {kind}", place) for place in base.scenes] if scenes else [f"a {kind}"]
-                target = folder / "class_images" / f"{kind}{'-scenes' * scenes}"
-                generate_pictures(pipeline, told, target, base.num_class_images, 16, 0)
+                generate_pictures(pipeline, told, _class_folder(folder, kind, scenes), base.num_class_images, 16, 0)
 
 
 def _mask_folder(folder: Path, owner: Personal, recipe: Recipe) -> Path:
     suffix = f"{recipe.grown:+g}" if recipe.grown else ""
     return folder / "masks" / f"{owner.name}-{recipe.masks}{suffix}"
+
+
+def _class_folder(folder: Path, kind: str, scenes: bool) -> Path:
+    return folder / "class_images" / f"{kind}{'-scenes' * scenes}"
 
 
 def _cell_path(folder: Path, cell: Cell) -> Path:
@@ -345,12 +347,6 @@ def _note_settings(folder: Path, settings: dict[str, Any]) -> None:
     if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != described:
         raise InputError(f"{folder} holds a benchmark with other settings ({path}): choose another --output_dir")
     write_json(path, described)
-
-
-def _evaluator() -> Evaluator:
-    from persam_dreambooth.toy.evaluator import Evaluator
-
-    return Evaluator.load(toy.path("evaluator"))
 
 
 def _reset_peak_memory() -> None:

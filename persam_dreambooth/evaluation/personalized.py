@@ -16,6 +16,7 @@ from PIL import Image
 
 from persam_dreambooth import models
 from persam_dreambooth.config import CONFIG, EvaluateModelOptions, fill_identifier, read_config
+from persam_dreambooth.dreambooth.backgrounds import in_front_of
 from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.files import check_writable, write_json, write_text
 from persam_dreambooth.images import find_photos
@@ -89,18 +90,13 @@ def prompts(kind: str, config: dict[str, Any], options: EvaluateModelOptions) ->
     if kind == "own":
         return [f"a [V] {subject}"] * count
     scenes = options.scenes
-    return [f"a [V] {subject} in front of {scenes[number % len(scenes)]}" for number in range(count)]
+    return [in_front_of(f"a [V] {subject}", scenes[number % len(scenes)]) for number in range(count)]
 
 
 def _paint(model: str, config: dict[str, Any], options: EvaluateModelOptions) -> dict[str, list[Image.Image]]:
-    import torch
+    from persam_dreambooth.dreambooth.generate import load_model, on_accelerator, sample
 
-    from persam_dreambooth.dreambooth.generate import load_model, sample
-
-    pipeline, _, _ = load_model(model)
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if accelerator:
-        pipeline = pipeline.to(accelerator, torch.float16)
+    pipeline = on_accelerator(load_model(model)[0])
     settings = (options.num_inference_steps, options.guidance_scale)
     painted: dict[str, list[Image.Image]] = {}
     for kind in ("own", "class", "scenes"):

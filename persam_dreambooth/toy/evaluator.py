@@ -122,8 +122,7 @@ class Evaluator(nn.Module):
         """
         size = (world.SIZE, world.SIZE)
         arrays = [np.asarray(image.convert("RGB").resize(size, Image.Resampling.BOX)) for image in images]
-        batches = (scenes.to_tensor(np.stack(arrays[at : at + batch])) for at in range(0, len(arrays), batch))
-        return self.read(batches)
+        return self.read(scenes.batches(np.stack(arrays), batch))
 
     def save(self, folder: Path) -> None:
         """Writes the weights in half precision and `config.json` into `folder`, made when missing."""

@@ -280,9 +280,7 @@ def smooth(points: list[tuple[float, float]]) -> Points:
     """The closed Catmull-Rom curve through the points."""
     p1 = np.asarray(points, dtype=float)
     p0, p2, p3 = (np.roll(p1, shift, axis=0) for shift in (1, -1, -2))
-    t = np.linspace(0, 1, 8, endpoint=False)[:, None, None]
-    curve = 0.5 * (2 * p1 + (p2 - p0) * t + (2 * p0 - 5 * p1 + 4 * p2 - p3) * t**2 + (3 * p1 - p0 - 3 * p2 + p3) * t**3)
-    return curve.transpose(1, 0, 2).reshape(-1, 2)
+    return _catmull_rom(p0, p1, p2, p3)
 
 
 def limb(x0: float, y0: float, x1: float, y1: float, r0: float, r1: float) -> Points:
@@ -303,10 +301,15 @@ def stroke(points: list[tuple[float, float]], radius: float) -> Points:
     along = np.asarray(points, dtype=float)
     ends = np.concatenate([2 * along[:1] - along[1:2], along, 2 * along[-1:] - along[-2:-1]])
     p0, p1, p2, p3 = ends[:-3], ends[1:-2], ends[2:-1], ends[3:]
-    t = np.linspace(0, 1, 8, endpoint=False)[:, None, None]
-    line = 0.5 * (2 * p1 + (p2 - p0) * t + (2 * p0 - 5 * p1 + 4 * p2 - p3) * t**2 + (3 * p1 - p0 - 3 * p2 + p3) * t**3)
-    line = np.concatenate([line.transpose(1, 0, 2).reshape(-1, 2), along[-1:]])
+    line = np.concatenate([_catmull_rom(p0, p1, p2, p3), along[-1:]])
     direction = np.gradient(line, axis=0)
     normal = np.stack([-direction[:, 1], direction[:, 0]], axis=1)
     normal *= radius / np.linalg.norm(normal, axis=1, keepdims=True)
     return np.concatenate([line + normal, (line - normal)[::-1]])
+
+
+def _catmull_rom(p0: Points, p1: Points, p2: Points, p3: Points) -> Points:
+    """Eight points on each piece from p1 to p2, whose neighbors are p0 and p3; all (pieces, 2)."""
+    t = np.linspace(0, 1, 8, endpoint=False)[:, None, None]
+    curve = 0.5 * (2 * p1 + (p2 - p0) * t + (2 * p0 - 5 * p1 + 4 * p2 - p3) * t**2 + (3 * p1 - p0 - 3 * p2 + p3) * t**3)
+    return curve.transpose(1, 0, 2).reshape(-1, 2)

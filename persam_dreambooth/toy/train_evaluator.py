@@ -9,7 +9,6 @@ Shapes: N scenes, B pictures, S pixels a side (64), A attributes.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from persam_dreambooth.files import check_writable, write_aside, write_json
 from persam_dreambooth.toy import scenes, world
 from persam_dreambooth.toy.evaluator import CLASSES, Evaluator
 from persam_dreambooth.toy.train_unet import read_vae
-from persam_dreambooth.toy.training import Run
+from persam_dreambooth.toy.training import Run, options_parser
 
 STEPS = 3000
 SCENES = 24000
@@ -195,16 +194,10 @@ def _agreement(read: dict[str, np.ndarray], labels: np.ndarray, masks: np.ndarra
 
 def main(arguments: list[str] | None = None) -> int:
     """Trains with the options given on the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m persam_dreambooth.toy.train_evaluator",
-        description="Trains the evaluator that reads pictures of the small world.",
+    parser = options_parser(
+        "train_evaluator", "Trains the evaluator that reads pictures of the small world.", "evaluator", STEPS, SCENES
     )
     parser.add_argument("--vae", type=Path, help="folder of the trained VAE, whose pictures it learns to read as well")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the folder evaluator")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"optimizer steps (default: {STEPS})")
-    parser.add_argument("--scenes", type=int, default=SCENES, help=f"training pictures (default: {SCENES})")
-    parser.add_argument("--seed", type=int, default=0, help="seed of scenes, weights and noise (default: 0)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     options = parser.parse_args(arguments)
     try:
         check_writable(options.output)

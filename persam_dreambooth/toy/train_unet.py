@@ -9,7 +9,6 @@ Shapes: N scenes, B pictures, C latent channels (4), h latent cells a side (16),
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from torch import nn
 from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.files import check_writable, write_aside
 from persam_dreambooth.toy import build, scenes, world
-from persam_dreambooth.toy.training import Run
+from persam_dreambooth.toy.training import Run, options_parser
 
 STEPS = 8000
 SCENES = 24000
@@ -154,16 +153,14 @@ def min_snr_weight(scheduler: DDIMScheduler, times: torch.Tensor) -> torch.Tenso
 
 def main(arguments: list[str] | None = None) -> int:
     """Trains with the options given on the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m persam_dreambooth.toy.train_unet",
-        description="Trains the UNet and the text encoder of the toy Stable Diffusion.",
+    parser = options_parser(
+        "train_unet",
+        "Trains the UNet and the text encoder of the toy Stable Diffusion.",
+        "stable-diffusion",
+        STEPS,
+        SCENES,
     )
     parser.add_argument("--vae", type=Path, required=True, help="folder of the trained VAE")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the folder stable-diffusion")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"optimizer steps (default: {STEPS})")
-    parser.add_argument("--scenes", type=int, default=SCENES, help=f"training pictures (default: {SCENES})")
-    parser.add_argument("--seed", type=int, default=0, help="seed of scenes, weights and noise (default: 0)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     options = parser.parse_args(arguments)
     try:
         check_writable(options.output)

@@ -10,7 +10,6 @@ Shapes: B pictures, S pixels a side (64), h latent cells a side (16), C latent c
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import math
 from pathlib import Path
@@ -24,7 +23,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.files import check_writable, write_aside, write_json
 from persam_dreambooth.toy import build, scenes
-from persam_dreambooth.toy.training import Run
+from persam_dreambooth.toy.training import Run, options_parser
 
 STEPS = 6000
 WIDE_STEPS = 2500
@@ -226,16 +225,9 @@ def decibels(squared_error: float) -> float:
 
 def main(arguments: list[str] | None = None) -> int:
     """Trains with the options given on the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m persam_dreambooth.toy.train_vae", description="Trains the VAE of the toy Stable Diffusion."
-    )
-    parser.add_argument("--output", type=Path, required=True, help="folder for the folder vae; holds the run as well")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"optimizer steps (default: {STEPS})")
+    parser = options_parser("train_vae", "Trains the VAE of the toy Stable Diffusion.", "vae", STEPS, SCENES)
     text = f"steps with all latent channels, after that (default: {WIDE_STEPS})"
     parser.add_argument("--wide_steps", type=int, default=WIDE_STEPS, help=text)
-    parser.add_argument("--scenes", type=int, default=SCENES, help=f"training pictures (default: {SCENES})")
-    parser.add_argument("--seed", type=int, default=0, help="seed of scenes, weights and noise (default: 0)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     options = parser.parse_args(arguments)
     try:
         check_writable(options.output)

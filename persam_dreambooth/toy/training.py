@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import time
@@ -166,3 +167,22 @@ class Run:
         log = self.folder / LOG
         lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
         write_text(log, "".join(line for line in lines if json.loads(line)["step"] <= self.step))
+
+
+def options_parser(
+    program: str, description: str, written: str, steps: int, scene_count: int
+) -> argparse.ArgumentParser:
+    """The options that all trainings on renders share, with their defaults.
+
+    Args:
+        written: the folder that ends up in --output.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m persam_dreambooth.toy.{program}", description=description)
+    parser.add_argument(
+        "--output", type=Path, required=True, help=f"folder for the folder {written}; holds the run too"
+    )
+    parser.add_argument("--steps", type=int, default=steps, help=f"optimizer steps (default: {steps})")
+    parser.add_argument("--scenes", type=int, default=scene_count, help=f"training pictures (default: {scene_count})")
+    parser.add_argument("--seed", type=int, default=0, help="seed of scenes, weights and noise (default: 0)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    return parser

@@ -220,12 +220,12 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     where = rng.random()
     if where < 0.8:
         words.append(PHRASES[scene.background] if where < 0.65 else f"in front of {PLACES[scene.background]}")
-    return " ".join(["an" if words[0][0] in "aeiou" else "a", *words])
+    return _with_article(words)
 
 
 def describe(kind: str, color: str, background: str) -> str:
     """The caption of a subject of that kind and color on that background, with nothing left out."""
-    return f"{'an' if color[0] in 'aeiou' else 'a'} {color} {kind} {PHRASES[background]}"
+    return _with_article([color, kind, PHRASES[background]])
 
 
 def render(scene: Scene, size: int) -> Render:
@@ -252,6 +252,10 @@ def silhouette(kind: str, pose: Pose, size: int, accessory: str = "none") -> np.
     side = 4 * size
     cover = _draw_object(np.zeros((side, side, 3), np.uint8), plain, pose)
     return cover.reshape(size, 4, size, 4).mean((1, 3)) >= 0.5
+
+
+def _with_article(words: list[str]) -> str:
+    return " ".join(["an" if words[0][0] in "aeiou" else "a", *words])
 
 
 def _background(scene: Scene, side: int) -> np.ndarray:
