@@ -261,25 +261,27 @@ def random_problem(seed):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_closed_form_fit_is_the_fit_by_autograd(seed):
+def test_the_fit_is_the_fit_by_autograd(seed):
+    """All steps are taken, though the pixels are looked at only where the weights have moved."""
     logits, mask = random_problem(seed)
-    weights, losses = fit_scale_weights(logits, mask, steps=60)
-    expected, history = fit_by_autograd(lambda: logits, mask, steps=60)
-    assert weights == pytest.approx(expected, abs=1e-6)
+    weights, losses = fit_scale_weights(logits, mask)
+    expected, history = fit_by_autograd(lambda: logits, mask, steps=1000)
+    assert weights == pytest.approx(expected, abs=2e-5)
+    assert np.abs(weights - 1 / 3).max() > 0.05  # far enough for several places
     assert weights.sum() == pytest.approx(1)
-    assert losses == pytest.approx(np.array(history), abs=1e-6)
+    assert losses == pytest.approx(np.array(history), abs=2e-6)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_closed_form_gradient_is_the_difference_quotient(seed):
+def test_the_closed_form_derivatives_are_difference_quotients(seed):
     logits, mask = random_problem(seed)
     blocks = signed_blocks(logits.double(), mask)
     a, b, step = 0.4, 0.1, 1e-5
-    gradient = dice_and_focal(blocks, a, b).gradient
+    found = dice_and_focal(blocks, a, b)
     for index, (da, db) in enumerate(((step, 0), (0, step))):
         up, down = dice_and_focal(blocks, a + da, b + db), dice_and_focal(blocks, a - da, b - db)
-        quotient = (up.dice + up.focal - down.dice - down.focal) / (2 * step)
-        assert float(gradient[index]) == pytest.approx(quotient, rel=1e-4)
+        assert found.gradient[:, index] == pytest.approx((up.value - down.value) / (2 * step), rel=1e-4)
+        assert found.curvature[:, index] == pytest.approx((up.gradient - down.gradient) / (2 * step), rel=1e-4)
 
 
 def test_lower_precision_runs(reference, other):

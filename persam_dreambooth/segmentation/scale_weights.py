@@ -1,13 +1,16 @@
-"""PerSAM-F's two scale weights (section 3.3, Eq. 9), fitted on cached logits with the gradient in closed form.
+"""PerSAM-F's two scale weights (section 3.3, Eq. 9), fitted on cached logits.
 
-SAM is frozen, so its masks of three scales never change during the fit and only two numbers are learned. Automatic
-differentiation takes two to three times as long for the same gradient (`benchmarks/scale_weights.py`).
+SAM is frozen, so its masks of three scales never change during the fit and only two numbers are learned, in a thousand
+steps of at most a thousandth each. So the losses are computed from the pixels, with their first and second derivatives
+in closed form, only where the weights have moved by `REACH` since; between, their Taylor polynomial stands in. The
+optimizer takes all its steps, and takes the published ones (`benchmarks/scale_weights.py` measures both).
 
 With the combined logit z = (1 - a - b) l0 + a l1 + b l2 of a pixel and its truth t, let u = (2 t - 1) z be the signed
-logit and q = sigmoid(-u) the probability of the wrong answer. Then the losses are sums of functions of u:
+logit, q = sigmoid(-u) the probability of the wrong answer, r = 1 - q and s = softplus(-u). Then the losses are made of
+sums over pixels of two functions of u:
 
-    focal:  alpha_t q^2 softplus(-u),     d/du = -alpha_t q^2 (2 (1 - q) softplus(-u) + q)
-    dice:   p = 1 - q inside, q outside,  dp/du = q (1 - q) inside, -q (1 - q) outside
+    focal:  q^2 s, times alpha_t,  with derivatives  -q^2 (2 r s + q)  and  q^2 r (4 r s - 2 q s + 5 q)
+    dice:   q,                     with derivatives  -q r              and  q r (r - q)
 """
 
 from dataclasses import dataclass
@@ -21,6 +24,8 @@ ALPHA = 0.25
 """Weight of the subject's pixels in the focal loss; the others have 1 - ALPHA."""
 BLOCK = 1 << 17
 """Pixels at a time on a CPU: few enough for its cache, enough for several threads."""
+REACH = 0.005
+"""The farthest, in either weight, that a Taylor polynomial is used from where it was computed."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +38,26 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Losses:
-    """Dice and focal loss, and the gradient (2,) of their sum with respect to a and b."""
+class Taylor:
+    """A function of the weights (a, b) to second order about a place.
 
-    dice: float
-    focal: float
-    gradient: torch.Tensor
+    Args:
+        place: (2,), a and b.
+        value: (n,) of its n components there.
+        gradient: (n, 2).
+        curvature: (n, 2, 2).
+    """
+
+    place: np.ndarray
+    value: np.ndarray
+    gradient: np.ndarray
+    curvature: np.ndarray
+
+    def at(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Value (n,) and gradient (n, 2) at weights (2,) nearby."""
+        step = weights - self.place
+        turned = self.curvature @ step
+        return self.value + self.gradient @ step + turned @ step / 2, self.gradient + turned
 
 
 def fit_scale_weights(
@@ -64,10 +83,13 @@ def fit_scale_weights(
     optimizer = torch.optim.AdamW([free], lr=learning_rate, eps=1e-4, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     history = np.empty((steps, 2))
+    near = None
     for step in tqdm(range(steps), desc="fitting the scale weights", unit="step", leave=False):
-        losses = dice_and_focal(blocks, *free.detach().tolist())
-        history[step] = losses.dice, losses.focal
-        free.grad = losses.gradient
+        weights = free.detach().double().numpy()
+        if near is None or np.abs(weights - near.place).max() > REACH:
+            near = dice_and_focal(blocks, *weights)
+        history[step], gradient = near.at(weights)
+        free.grad = torch.from_numpy(gradient.sum(axis=0)).float()
         optimizer.step()
         schedule.step()
     a, b = free.detach().tolist()
@@ -85,33 +107,57 @@ def signed_blocks(logits: torch.Tensor, mask: np.ndarray) -> list[Block]:
     return blocks
 
 
-def dice_and_focal(blocks: list[Block], a: float, b: float) -> Losses:
-    """Dice loss with smoothing 1 and mean focal loss with gamma 2, for the weights 1 - a - b, a, b."""
-    sums = torch.stack([_block_sums(block, a, b) for block in blocks]).cpu().double()
-    inside = torch.tensor([block.inside for block in blocks])
-    sizes = torch.tensor([len(block.base) for block in blocks])
-    in_, out = sums[inside].sum(dim=0), sums[~inside].sum(dim=0)
-    count_in, pixels = int(sizes[inside].sum()), int(sizes.sum())
-    focal = float(ALPHA * in_[0] + (1 - ALPHA) * out[0]) / pixels
-    focal_gradient = (ALPHA * in_[1:3] + (1 - ALPHA) * out[1:3]) / pixels
+def dice_and_focal(blocks: list[Block], a: float, b: float) -> Taylor:
+    """Dice loss with smoothing 1 and mean focal loss with gamma 2, about the weights 1 - a - b, a, b."""
+    sums = torch.stack([_block_sums(block, a, b) for block in blocks]).cpu().double().numpy()
+    inside = np.array([block.inside for block in blocks])
+    sizes = np.array([len(block.base) for block in blocks])
+    in_, out = sums[inside].sum(axis=0), sums[~inside].sum(axis=0)  # each (2, 7): of the focal loss, of q
+    focal = (ALPHA * in_[0] + (1 - ALPHA) * out[0]) / sizes.sum()
 
-    # A pixel's probability of being the subject is 1 - q inside and q outside.
-    overlap = count_in - float(in_[3])
-    size = overlap + float(out[3]) + count_in + 1
-    overlap_slopes, predicted_slopes = in_[4:], in_[4:] - out[4:]
-    dice = 1 - (2 * overlap + 1) / size
-    dice_gradient = -2 * overlap_slopes / size + (2 * overlap + 1) / size**2 * predicted_slopes
-    return Losses(dice, focal, (dice_gradient + focal_gradient).float())
+    # A pixel's probability of being the subject is 1 - q inside and q outside: dice is 1 - top / bottom with these.
+    count = sizes[inside].sum()
+    top, bottom = -2 * in_[1], out[1] - in_[1]
+    top[0] += 2 * count + 1
+    bottom[0] += 2 * count + 1
+    crossed = np.outer(top[1:3], bottom[1:3])
+    gradient = top[0] * bottom[1:3] / bottom[0] ** 2 - top[1:3] / bottom[0]
+    curvature = (
+        (top[0] * _square(bottom) + crossed + crossed.T) / bottom[0] ** 2
+        - _square(top) / bottom[0]
+        - 2 * top[0] * np.outer(bottom[1:3], bottom[1:3]) / bottom[0] ** 3
+    )
+    return Taylor(
+        np.array([a, b]),
+        np.array([1 - top[0] / bottom[0], focal[0]]),
+        np.stack([gradient, focal[1:3]]),
+        np.stack([curvature, _square(focal)]),
+    )
 
 
 def _block_sums(block: Block, a: float, b: float) -> torch.Tensor:
-    """Sums over a block's pixels (6,): focal loss without alpha, its slopes (2), q, and the slopes (2) of -q."""
+    """Sums over a block's pixels (2, 7), of the focal loss without alpha and of q: value, slopes, curvature."""
     u = torch.add(block.base, block.slopes[0], alpha=a).add_(block.slopes[1], alpha=b)
     wrong = torch.sigmoid(-u)
     right = 1 - wrong
     softplus = F.softplus(-u)
-    squared = wrong * wrong
-    focal_slopes = -(block.slopes @ (squared * (2 * right * softplus + wrong)))
-    return torch.cat([
-        (squared * softplus).sum()[None], focal_slopes, wrong.sum()[None], block.slopes @ (wrong * right)
+    squared, both = wrong * wrong, wrong * right
+    return torch.stack([
+        _sums(
+            block.slopes,
+            squared * softplus,
+            -squared * (2 * right * softplus + wrong),
+            squared * right * (4 * right * softplus - 2 * wrong * softplus + 5 * wrong),
+        ),
+        _sums(block.slopes, wrong, -both, both * (right - wrong)),
     ])  # fmt: skip
+
+
+def _sums(slopes: torch.Tensor, value: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Sums (7,) of a function of u with these derivatives (n,), turned into derivatives for the weights."""
+    return torch.cat([value.sum()[None], slopes @ first, ((slopes * second) @ slopes.T).flatten()])
+
+
+def _square(sums: np.ndarray) -> np.ndarray:
+    """The curvature (2, 2) among sums (7,)."""
+    return sums[3:].reshape(2, 2)
