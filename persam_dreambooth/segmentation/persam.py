@@ -23,10 +23,11 @@ from persam_dreambooth.segmentation.prior import (
     prior_points,
     similarity,
 )
-from persam_dreambooth.segmentation.sam import Encoding, Sam, as_rgb
+from persam_dreambooth.segmentation.sam import Encoding, Sam
 from persam_dreambooth.segmentation.scale_weights import fit_scale_weights
 
 Learned = TypeVar("Learned")
+ImageLike = Image.Image | np.ndarray | Encoding
 
 ABSENT = "absent"
 EMPTY_INTERMEDIATE = "empty intermediate mask"
@@ -118,27 +119,27 @@ class PerSAM:
         """(C,) mean of the target cells, not normalized (Eq. 4)."""
         return self.target.mean
 
-    def fit(self, image: Image.Image | np.ndarray, mask: np.ndarray) -> "PerSAM":
+    def fit(self, image: ImageLike, mask: np.ndarray) -> "PerSAM":
         """Learns the subject from one photo and its mask.
 
         Args:
-            image: PIL image, or (H, W, 3) uint8 RGB.
+            image: PIL image, (H, W, 3) uint8 RGB, or what `Sam.encode` made of one.
             mask: (H, W) bool, the subject.
 
         Raises:
             InputError: a mask of another size, or an empty one.
         """
-        mask = _checked_mask(mask, image)
-        self._target = embed_target(mask, self.sam.encode(image), self.target_coverage)
+        encoding = _encoded(self.sam, image)
+        self._target = embed_target(_checked_mask(mask, encoding), encoding, self.target_coverage)
         return self
 
-    def predict(self, photo: Image.Image | np.ndarray) -> Found:
-        """Finds the subject in a photo (PIL image, or (H, W, 3) uint8 RGB). `fit` comes first.
+    def predict(self, photo: ImageLike) -> Found:
+        """Finds the subject in a photo, given as to `fit`, which comes first.
 
         Raises:
             RuntimeError: `fit` was not called.
         """
-        target, encoding = self.target, self.sam.encode(photo)
+        target, encoding = self.target, _encoded(self.sam, photo)
         prior = location_prior(target.mean, encoding)
         points, labels = prior_points(at_photo_size(prior, self.sam, encoding)), np.array([1, 0])
         guidance = None
@@ -186,26 +187,26 @@ class PerSAMF:
         """(3,) scale weights, which sum to 1: 1 - w1 - w2, w1, w2."""
         return _fitted(self._weights)
 
-    def fit(self, image: Image.Image | np.ndarray, mask: np.ndarray) -> "PerSAMF":
+    def fit(self, image: ImageLike, mask: np.ndarray) -> "PerSAMF":
         """Learns the subject and the two scale weights from one photo and its mask; arguments as `PerSAM.fit`.
 
         SAM is frozen, so one decoder pass serves all steps of the fit.
         """
-        mask = _checked_mask(mask, image)
-        encoding = self.sam.encode(image)
+        encoding = _encoded(self.sam, image)
+        mask = _checked_mask(mask, encoding)
         self._target = embed_target(mask, encoding, self.target_coverage)
         _, points, labels = self._locate(encoding)
         logits, _ = self.sam.decode(encoding, points, labels)
         self._weights, _ = fit_scale_weights(self.sam.upscale(logits, encoding), mask, self.fit_steps)
         return self
 
-    def predict(self, photo: Image.Image | np.ndarray) -> Found:
-        """Finds the subject in a photo (PIL image, or (H, W, 3) uint8 RGB). `fit` comes first.
+    def predict(self, photo: ImageLike) -> Found:
+        """Finds the subject in a photo, given as to `fit`, which comes first.
 
         Raises:
             RuntimeError: `fit` was not called.
         """
-        weights, encoding = self.weights, self.sam.encode(photo)
+        weights, encoding = self.weights, _encoded(self.sam, photo)
         prior, points, labels = self._locate(encoding)
         logits, scores = self.sam.decode(encoding, points, labels)
         first = _step(logits, scores)
@@ -281,11 +282,14 @@ def _checked_coverage(target_coverage: float) -> float:
     return target_coverage
 
 
-def _checked_mask(mask: np.ndarray, image: Image.Image | np.ndarray) -> np.ndarray:
+def _encoded(sam: Sam, photo: ImageLike) -> Encoding:
+    return photo if isinstance(photo, Encoding) else sam.encode(photo)
+
+
+def _checked_mask(mask: np.ndarray, encoding: Encoding) -> np.ndarray:
     mask = np.asarray(mask)
-    width, height = as_rgb(image).size
-    if mask.shape != (height, width):
-        raise InputError(f"the mask is {mask.shape}, the image {(height, width)} (H, W): give one mask of this size")
+    if mask.shape != encoding.size:
+        raise InputError(f"the mask is {mask.shape}, the image {encoding.size} (H, W): give one mask of this size")
     if not mask.any():
         raise InputError("the mask is empty: mark the subject")
     return mask.astype(bool)
