@@ -1,4 +1,4 @@
-"""The benchmark's table, in Markdown and JSON, and its grids of pictures."""
+"""The benchmark's tables, in Markdown and JSON, and its grids of pictures."""
 
 from __future__ import annotations
 
@@ -39,6 +39,15 @@ COLUMNS = {
 }
 """Figures: heading, decimals, what it is."""
 
+GROUPS = {
+    "The background": (
+        "leak_own", "leak_class", "leak_scenes", "prompted", "similarity_own", "similarity_scenes", "clarity"
+    ),
+    "The subject": ("fidelity_own", "fidelity_scenes", "kind", "silhouette", "area"),
+    "The class, and the cost": ("class_fidelity", "class_variety", "seconds", "memory"),
+}  # fmt: skip
+"""The tables and their columns."""
+
 
 def write(folder: Path, results: list[dict[str, Any]], names: list[str], options: BenchmarkOptions) -> None:
     """Writes `results.json`, `table.md` and `grids/` of finished cells into the folder.
@@ -68,20 +77,20 @@ def summarize(figures: Sequence[dict[str, float | None]]) -> dict[str, dict[str,
 
 
 def table(rows: dict[str, dict[str, dict[str, float]]], options: BenchmarkOptions) -> str:
-    """The table in Markdown, with what its columns are."""
-    shown = [name for name in COLUMNS if any(name in row for row in rows.values())]
+    """The tables in Markdown, each with what its columns are."""
     lines = [
         f"{options.subjects} subjects x {options.seeds} seeds of {options.max_train_steps} steps; "
-        "mean ± standard deviation over these.",
-        "",
-        f"| recipe | {' | '.join(COLUMNS[name][0] for name in shown)} |",
-        f"|---|{'---|' * len(shown)}",
+        "mean ± standard deviation over these."
     ]
-    for recipe, row in rows.items():
-        cells = [_figure(row.get(name), COLUMNS[name][1]) for name in shown]
-        lines.append(f"| {RECIPES[recipe].name} | {' | '.join(cells)} |")
-    lines += ["", *(f"- **{COLUMNS[name][0]}**: {COLUMNS[name][2]}." for name in shown), ""]
-    return "\n".join(lines)
+    for title, columns in GROUPS.items():
+        shown = [name for name in columns if any(name in row for row in rows.values())]
+        headings = " | ".join(COLUMNS[name][0] for name in shown)
+        lines += ["", f"## {title}", "", f"| recipe | {headings} |", f"|---|{'---|' * len(shown)}"]
+        for recipe, row in rows.items():
+            figures = " | ".join(_figure(row.get(name), COLUMNS[name][1]) for name in shown)
+            lines.append(f"| {RECIPES[recipe].name} | {figures} |")
+        lines += ["", *(f"- **{COLUMNS[name][0]}**: {COLUMNS[name][2]}." for name in shown)]
+    return "\n".join([*lines, ""])
 
 
 def sheet(rows: Sequence[tuple[str, Image.Image]], factor: int = 2) -> Image.Image:
