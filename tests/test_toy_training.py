@@ -5,10 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
+from persam_dreambooth import toy
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.toy import build, pairs, scenes, train_evaluator, train_sam, train_unet, train_vae, world
+from persam_dreambooth.toy.fused_attention import FusedAttention, fuse_attention
 from persam_dreambooth.toy.training import Run
 
 
@@ -179,13 +182,64 @@ def test_the_prior_loss_falls_where_the_subject_looks_like_its_pair():
     coverage = torch.zeros(2, 16, 16)
     coverage[0, 2:6, 2:6] = 1
     coverage[1, 8:14, 9:12] = 1
+    nothing = torch.zeros(2, 16, 16)
     inside, outside = F_normal(0), F_normal(1)
     wanted = torch.where(coverage[:, None] > 0, inside[None, :, None, None], outside[None, :, None, None])
     random = torch.randn(2, 96, 16, 16, generator=torch.Generator().manual_seed(2))
     threshold = torch.tensor(0.5)
-    good, bad = (train_sam.prior_losses(embeddings, coverage, threshold) for embeddings in (wanted, random))
+    good, bad = (train_sam.prior_losses(embeddings, coverage, nothing, threshold) for embeddings in (wanted, random))
     assert good[0] < bad[0] and good[1] < bad[1]
     assert good[2] == 1
+
+
+def test_other_objects_weigh_as_much_in_the_prior_loss_as_all_background():
+    """One cell of another object that looks like the subject costs as if half of the background did."""
+    coverage, others = torch.zeros(2, 16, 16), torch.zeros(2, 16, 16)
+    coverage[:, 2:6, 2:6] = 1
+    others[:, 12, 12] = 1
+    inside, outside = F_normal(0), F_normal(1)
+    embeddings = torch.where(
+        (coverage + others)[:, None] > 0, inside[None, :, None, None], outside[None, :, None, None]
+    )
+    threshold = torch.tensor(0.5)
+    told, untold = (train_sam.prior_losses(embeddings, coverage, of, threshold)[0] for of in (others, 0 * others))
+    fooled, right = (torch.nn.functional.softplus(torch.tensor(value)) for value in (5.0, -5.0))
+    background = torch.nn.functional.softplus(10 * (torch.cosine_similarity(inside, outside, dim=0) - threshold))
+    assert told == pytest.approx(float((right + (fooled + background) / 2) / 2), rel=1e-3)
+    assert untold == pytest.approx(float((right + (fooled + 239 * background) / 240) / 2), rel=1e-3)
+
+
+def test_the_fused_attention_is_the_library_s_forward_and_backward():
+    generator = torch.Generator().manual_seed(0)
+    sam = train_sam.first_sam(0, train_sam.STAGES[0])
+    encoder, pixels = sam.vision_encoder, torch.randn(2, 3, 256, 256, generator=generator)
+    for layer in encoder.layers:
+        for relative in (layer.attn.rel_pos_h, layer.attn.rel_pos_w):
+            torch.nn.init.normal_(relative, generator=generator)
+    wanted = torch.randn(2, 96, 16, 16, generator=generator)
+    told = {}
+    for name in ("library", "fused"):
+        if name == "fused":
+            fuse_attention(encoder)
+            assert [type(layer.attn) is FusedAttention for layer in encoder.layers].count(True) == 1
+        encoder.zero_grad()
+        output = encoder(pixels)[0]
+        (output * wanted).sum().backward()
+        told[name] = output.detach(), {key: value.grad.clone() for key, value in encoder.named_parameters()}
+    assert torch.allclose(told["library"][0], told["fused"][0], atol=1e-4)
+    for key, gradient in told["library"][1].items():
+        assert torch.allclose(gradient, told["fused"][1][key], rtol=1e-3, atol=1e-3 * float(gradient.abs().max())), key
+
+
+def test_a_smaller_sam_made_large_again_keeps_what_it_knew():
+    """Local attention's positions: what a smaller window cuts off is filled with the farthest distance left."""
+    sam = train_sam.first_sam(0, train_sam.STAGES[0])
+    attention = sam.vision_encoder.layers[0].attn
+    torch.nn.init.normal_(attention.rel_pos_h, generator=torch.Generator().manual_seed(0))
+    whole = attention.rel_pos_h.detach()
+    again = train_sam.resized(train_sam.resized(sam, 1024, 14), 256, 16).vision_encoder.layers[0].attn.rel_pos_h
+    assert torch.equal(again[2:-2], whole[2:-2])
+    assert torch.equal(again[:2], whole[2:3].expand(2, -1))
 
 
 def F_normal(seed):
@@ -224,6 +278,26 @@ def test_the_programs_follow_one_another_from_nothing_to_a_pipeline_that_paints(
     written = (tmp_path / "sam" / "model.safetensors").read_bytes()
     assert train_sam.main(["--output", str(tmp_path), "--textures", str(textures), *steps]) == 0
     assert (tmp_path / "sam" / "model.safetensors").read_bytes() == written
+
+
+def test_training_goes_on_from_weights_that_ship(tmp_path):
+    """A learning rate of next to nothing, as in the first of many steps, changes next to nothing."""
+    vae = ["--vae", str(toy.path("stable-diffusion") / "vae"), "--initial", str(toy.path("stable-diffusion"))]
+    assert train_unet.main(["--output", str(tmp_path), "--scenes", "32", "--steps", "1", *vae]) == 0
+    name = "unet/diffusion_pytorch_model.safetensors"
+    before, after = (
+        load_file(folder / name) for folder in (toy.path("stable-diffusion"), tmp_path / "stable-diffusion")
+    )
+    assert max(float((before[key] - after[key]).abs().max()) for key in before) < 1e-3
+
+
+@pytest.mark.parametrize("program", [train_sam, train_unet])
+def test_nothing_to_go_on_from_is_an_error(program, tmp_path, capsys):
+    vae = ["--vae", str(toy.path("stable-diffusion") / "vae")] if program is train_unet else []
+    with pytest.raises(SystemExit) as stopped:
+        program.main(["--output", str(tmp_path / "out"), "--initial", str(tmp_path), *vae])
+    assert stopped.value.code == 2
+    assert f"{tmp_path} holds no" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("program", [train_vae, train_evaluator, train_sam])

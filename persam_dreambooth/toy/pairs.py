@@ -163,7 +163,7 @@ def world_pair(rng: np.random.Generator, size: int) -> tuple[Picture, Picture]:
 def world_picture(rng: np.random.Generator, size: int, subject: world.Subject) -> Picture:
     """A subject in a scene of the world; in four of ten it is smaller than the world's photos show it."""
     while True:
-        scene = world.random_scene(rng, subject, distractors=int(rng.choice(3, p=(0.4, 0.35, 0.25))))
+        scene = world.random_scene(rng, subject, distractors=int(rng.choice(3, p=(0.2, 0.5, 0.3))))
         if rng.random() < 0.4:
             side = rng.uniform(0.2, 0.5)
             x, y = rng.uniform(0.4 * side, 1 - 0.4 * side, 2)

@@ -1,12 +1,13 @@
 """Trains the toy SAM on pairs of pictures with true masks: at 256 pixels, then 512, then 1024.
 
     python -m persam_dreambooth.toy.train_sam --output FOLDER [--textures FOLDER ...] [--seed 0] [--device cpu]
-        [--steps256 N] [--steps512 N] [--steps1024 N]
+        [--steps256 N] [--steps512 N] [--steps1024 N] [--initial SAM]
 
 writes FOLDER/sam, a `SamModel`, after each stage; FOLDER/stage-256 and so on hold the runs and their `eval.json`. The
-same command goes on where it stopped. SAM itself is taught as by Kirillov et al. 2023, appendix A (focal and Dice loss,
-the best of three masks counts, predicted IoU), with the prompts of PerSAM's refinement; besides, its encoder learns
-that the mean embedding of a subject in one picture finds the subject in another.
+same command goes on where it stopped; with --initial, a new run starts from weights trained before. SAM itself is
+taught as by Kirillov et al. 2023, appendix A (focal and Dice loss, the best of three masks counts, predicted IoU), with
+the prompts of PerSAM's refinement; besides, its encoder learns that the mean embedding of a subject in one picture
+finds the subject in another, and not the objects beside it.
 
 Shapes: B pictures, in pairs 2i and 2i + 1; N = B times prompts; S pixels a side, g = S / 16 cells, m = S / 4 pixels of
 a mask; C = 96 channels. Points and boxes are xy in pixels of the S x S input.
@@ -28,7 +29,7 @@ from PIL import Image
 from torch import nn
 from transformers import SamModel
 
-from persam_dreambooth.errors import InputError
+from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.files import check_writable, write_aside, write_json
 from persam_dreambooth.segmentation.sam import PIXEL_MEAN, PIXEL_STD
 from persam_dreambooth.toy import pairs, scenes
@@ -40,8 +41,9 @@ from persam_dreambooth.toy.build import (
     rewrite_config,
     sam_config,
 )
+from persam_dreambooth.toy.fused_attention import fuse_attention
 from persam_dreambooth.toy.pairs import PhotoObject, Picture
-from persam_dreambooth.toy.training import Run
+from persam_dreambooth.toy.training import Run, weights_fingerprint
 
 # Queries and keys of the decoder's cross-attention start equal and this much larger, so that a point looks at its own
 # place from the first step; otherwise masks collapse to empty ones.
@@ -51,7 +53,7 @@ DICE_WEIGHT = 1.0
 # Of the three masks only the best counts fully; a little of the mean keeps the others alive.
 MEAN_WEIGHT = 0.1
 IOU_WEIGHT = 1.0
-PRIOR_WEIGHT = 0.25
+PRIOR_WEIGHT = 0.5
 PRIOR_TEMPERATURE = 10.0
 ARGMAX_TEMPERATURE = 20.0
 # The first stage starts with class-balanced cross entropy; between these parts of it focal and Dice loss take over.
@@ -97,6 +99,7 @@ class Batch:
     Args:
         pixels: (B, 3, S, S) normalized, 0 in the padding.
         coverage: (B, g, g) part of each cell that the subject covers.
+        others: (B, g, g) the same of all other objects.
         masks: (N, m, m) float, 0 or 1: what is to be segmented; picture i's are rows i * prompts and following.
         points: (N, 1, points, 2), the first inside the mask, the second, if any, outside.
         labels: (N, 1, points), 1 and 0.
@@ -105,6 +108,7 @@ class Batch:
 
     pixels: torch.Tensor
     coverage: torch.Tensor
+    others: torch.Tensor
     masks: torch.Tensor
     points: torch.Tensor
     labels: torch.Tensor
@@ -126,6 +130,7 @@ def train(
     masks: Path | None = None,
     steps: Sequence[int] = STEPS,
     seed: int = 0,
+    initial: Path | None = None,
     device: str = "cpu",
 ) -> dict[str, float]:
     """Trains, or goes on training, and writes `output`/sam; returns the scores of the last stage.
@@ -135,10 +140,11 @@ def train(
         masks: of some of these photos, see `pairs.load_objects`.
         steps: of each of `STAGES`; a stage of 0 steps is left out.
         seed: draws weights, pictures and prompts.
+        initial: a toy SAM that a new run starts from.
     """
     scenes.check_seed(seed)
     photos, objects = pairs.load_textures(textures), pairs.load_objects(textures, masks)
-    sam = first_sam(seed, STAGES[0])
+    sam = first_sam(seed, STAGES[0]) if initial is None else read_sam(initial)
     scores: dict[str, float] = {}
     for stage, count in zip(STAGES, steps, strict=True):
         if count:
@@ -171,6 +177,7 @@ def train_stage(
         "textures": pairs.fingerprint(photos),
         "masks": pairs.fingerprint([shown.mask for album in objects for shown in album]),
         "prior_weight": PRIOR_WEIGHT,
+        "initial": weights_fingerprint(sam),
     }
     run = Run(folder, config, model, learning_rate=stage.learning_rate, steps=steps)
     for step in run:
@@ -189,6 +196,13 @@ def train_stage(
         write_json(path, evaluate(trained, stage.size, photos, device))
         print(f"{folder.name} {json.dumps(json.loads(path.read_text(encoding='utf-8')))}", flush=True)
     return trained.cpu(), json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_sam(folder: Path) -> SamModel:
+    """Loads a toy SAM; raises `InputNotFoundError` where the folder holds none."""
+    if not (folder / "model.safetensors").is_file():
+        raise InputNotFoundError(f"{folder} holds no SAM: name a folder that this program wrote")
+    return SamModel.from_pretrained(folder).float()
 
 
 def first_sam(seed: int, stage: Stage) -> SamModel:
@@ -215,10 +229,12 @@ def resized(sam: SamModel, size: int, window: int) -> SamModel:
     """A copy of `sam` for pictures of another size.
 
     Positions are interpolated, and so are the relative ones of global attention, since objects grow with the picture.
-    Local attention sees the same distances in cells as before, so what lies beyond a smaller window is cut off.
+    Local attention sees the same distances in cells as before: what lies beyond a smaller window is cut off, and beyond
+    a larger one the farthest known distance stands in.
     """
-    # In bfloat16 the library's plain attention takes three quarters of the time of its fused one, and less at 256.
+    # In windows and in bfloat16, the library's plain attention takes three quarters of the time of its fused one.
     other = SamModel._from_config(sam_config(size, window), attn_implementation="eager")
+    fuse_attention(other.vision_encoder)
     target = other.state_dict()
     state = {}
     for name, value in sam.state_dict().items():
@@ -231,8 +247,8 @@ def resized(sam: SamModel, size: int, window: int) -> SamModel:
         elif int(name.split("layers.")[1].split(".")[0]) in SAM_GLOBAL_LAYERS:
             state[name] = F.interpolate(value.T[None], wanted[0], mode="linear")[0].T
         else:
-            excess = (len(value) - wanted[0]) // 2
-            state[name] = value[excess : len(value) - excess]
+            missing = (wanted[0] - len(value)) // 2  # negative where there is too much
+            state[name] = F.pad(value.T[None], (missing, missing), mode="replicate" if missing > 0 else "constant")[0].T
     other.load_state_dict(state)
     return other
 
@@ -261,16 +277,23 @@ def to_batch(rng: np.random.Generator, pictures: Sequence[Picture], prompts: int
             points.append([inside, outside] if with_negative else [inside])
             boxes.append(_loose_box(rng, chosen))
     labels = np.broadcast_to([1, 0] if with_negative else [1], (len(points), 1, len(points[0])))
-    subjects = torch.from_numpy(np.stack([picture.subject for picture in pictures])).float()
+    subjects = np.stack([picture.subject for picture in pictures])
+    beside = np.stack([np.any([np.zeros_like(picture.subject), *picture.others], axis=0) for picture in pictures])
     targets = torch.from_numpy(np.stack(masks)).float()
     return Batch(
         pixels=to_pixels(pictures).to(device),
-        coverage=F.avg_pool2d(subjects[:, None], SAM_PATCH_SIZE)[:, 0].to(device),
+        coverage=_coverage(subjects).to(device),
+        others=_coverage(beside).to(device),
         masks=(F.avg_pool2d(targets[:, None], 4)[:, 0] > 0.5).float().to(device),
         points=torch.tensor(np.array(points), dtype=torch.float32, device=device)[:, None],
         labels=torch.tensor(labels.copy(), dtype=torch.int64, device=device),
         boxes=torch.tensor(np.array(boxes), dtype=torch.float32, device=device)[:, None],
     )
+
+
+def _coverage(masks: np.ndarray) -> torch.Tensor:
+    """The part of each cell that bool masks (B, S, S) cover: float32 (B, g, g)."""
+    return F.avg_pool2d(torch.from_numpy(masks).float()[:, None], SAM_PATCH_SIZE)[:, 0]
 
 
 def to_pixels(pictures: Sequence[Picture]) -> torch.Tensor:
@@ -301,7 +324,7 @@ def total_loss(
         part, iou = decoder_loss(logits, scores, batch.masks, focal)
         loss = loss + part / 3
         figures[f"iou{number}"] = iou
-    cells, argmax, found = prior_losses(embeddings, batch.coverage, model["prior"].threshold)
+    cells, argmax, found = prior_losses(embeddings, batch.coverage, batch.others, model["prior"].threshold)
     loss = loss + PRIOR_WEIGHT * (cells + argmax)
     return loss, {**figures, "cells": cells.item(), "argmax": argmax.item(), "found": found}
 
@@ -431,17 +454,19 @@ def mask_ious(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
 
 
 def prior_losses(
-    embeddings: torch.Tensor, coverage: torch.Tensor, threshold: torch.Tensor
+    embeddings: torch.Tensor, coverage: torch.Tensor, others: torch.Tensor, threshold: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Teaches the location prior: a subject's mean embedding is like its cells in the pair's other picture alone.
 
     Args:
         embeddings: (B, C, g, g).
         coverage: (B, g, g) part of each cell that the subject covers.
+        others: (B, g, g) part of each cell that other objects cover.
         threshold: the similarity at which a cell is as likely inside as outside.
 
     Returns:
-        Class-balanced cross entropy of the cells; minus the logarithm of the softmax's mass inside; and how often the
+        Cross entropy of the cells, in which the subject weighs as much as the rest, and in the rest other objects, if
+        there are any, as much as the background; minus the logarithm of the softmax's mass inside; and how often the
         most similar cell is inside.
     """
     similarity = prior_maps(embeddings, coverage).flatten(1)
@@ -451,10 +476,14 @@ def prior_losses(
         PRIOR_TEMPERATURE * (similarity - threshold), inside.float(), reduction="none"
     )
     outside = clear & ~inside
-    sides = [(entropy * side).sum(dim=1) / side.sum(dim=1).clamp(min=1) for side in (inside, outside)]
+    on_others = outside & (others.flatten(1) > 0.5)
+    subject, objects, background = (
+        (entropy * side).sum(dim=1) / side.sum(dim=1).clamp(min=1) for side in (inside, on_others, outside & ~on_others)
+    )
+    rest = torch.where(on_others.any(dim=1), (objects + background) / 2, background)
     mass = torch.log_softmax(ARGMAX_TEMPERATURE * similarity, dim=1).masked_fill(~inside, -torch.inf)
     found = (coverage.flatten(1) > 0).gather(1, similarity.argmax(dim=1, keepdim=True)).float().mean().item()
-    return (sides[0] + sides[1]).mean() / 2, -mass.logsumexp(dim=1).mean(), found
+    return (subject + rest).mean() / 2, -mass.logsumexp(dim=1).mean(), found
 
 
 def prior_maps(embeddings: torch.Tensor, coverage: torch.Tensor) -> torch.Tensor:
@@ -496,7 +525,7 @@ def evaluate(sam: SamModel, size: int, photos: list[Image.Image], device: str) -
             first += mask_ious(best_of_three(*one_point)[:, None], batch.masks)[:, 0].tolist()
             final = best_of_three(*refinement(rng, sam, embeddings, batch)[-1])
             last += mask_ious(final[:, None], batch.masks)[:, 0].tolist()
-            hits.append(prior_losses(embeddings, batch.coverage, torch.zeros((), device=device))[2])
+            hits.append(prior_losses(embeddings, batch.coverage, batch.others, torch.zeros((), device=device))[2])
         named = {"one_point_iou": first, "refined_iou": last, "prior_hits": hits}
         scores.update({f"{kind}_{name}": round(float(np.mean(values)), 4) for name, values in named.items()})
     return scores
@@ -508,7 +537,10 @@ def _fed_mask(rng: np.random.Generator, logits: torch.Tensor, scores: torch.Tens
     if kind < 0.4:
         return logits[:, 0]
     if kind < 0.7:
-        weights = torch.tensor(rng.dirichlet(np.ones(3), len(logits)), dtype=logits.dtype, device=logits.device)
+        # What PerSAM-F learns sums to 1, and often has a negative weight.
+        weights = rng.uniform(-0.5, 1, (len(logits), 3))
+        weights += (1 - weights.sum(axis=1, keepdims=True)) / 3
+        weights = torch.tensor(weights, dtype=logits.dtype, device=logits.device)
         return torch.einsum("nk,nkhw->nhw", weights, logits[:, 1:])
     return best_of_three(logits, scores)
 
@@ -576,6 +608,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--output", type=Path, required=True, help="folder for the folder sam; holds the runs as well")
     parser.add_argument("--textures", type=Path, nargs="+", default=[], help="folders of photos for composites")
+    parser.add_argument("--initial", type=Path, help="toy SAM to start from (default: none)")
     parser.add_argument("--masks", type=Path, help="folder of masks of some of these photos: <subject>/<photo>.png")
     for stage in STAGES:
         text = f"optimizer steps at {stage.size} pixels (default: {stage.steps})"
@@ -594,6 +627,7 @@ def main(arguments: list[str] | None = None) -> int:
             masks=options.masks,
             steps=steps,
             seed=options.seed,
+            initial=options.initial,
             device=options.device,
         )
     except InputError as error:

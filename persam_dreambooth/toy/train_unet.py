@@ -1,15 +1,16 @@
 """Trains the UNet and the text encoder of the toy Stable Diffusion, together, on captioned renders of the small world.
 
     python -m persam_dreambooth.toy.train_unet --vae FOLDER/vae --output FOLDER [--steps N] [--scenes N] [--seed 0]
+        [--initial FOLDER/stable-diffusion]
 
-writes FOLDER/stable-diffusion, a `StableDiffusionPipeline`. The same command goes on where it stopped.
+writes FOLDER/stable-diffusion, a `StableDiffusionPipeline`. The same command goes on where it stopped; with --initial,
+a new run starts from weights trained before.
 
-Shapes: N scenes, B pictures, C latent channels (4), h latent cells a side (16), T tokens (32).
+Shapes: N scenes, B pictures, C latent channels (8), h latent cells a side (16), T tokens (32).
 """
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from torch import nn
 from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.files import check_writable, write_aside
 from persam_dreambooth.toy import build, scenes, world
-from persam_dreambooth.toy.training import Run, options_parser
+from persam_dreambooth.toy.training import Run, options_parser, weights_fingerprint
 
 STEPS = 8000
 SCENES = 24000
@@ -40,14 +41,24 @@ def train(
     steps: int = STEPS,
     scene_count: int = SCENES,
     seed: int = 0,
+    initial: Path | None = None,
     device: str = "cpu",
 ) -> Path:
-    """Trains, or goes on training; returns the folder of the pipeline, `output`/stable-diffusion."""
+    """Trains, or goes on training; returns the folder of the pipeline, `output`/stable-diffusion.
+
+    Args:
+        initial: a pipeline of the toy world whose UNet and text encoder a new run starts from.
+    """
     scenes.check_seed(seed)
     vae, fingerprint = read_vae(vae_folder)
     tokenizer = build.build_tokenizer(build.WORDS.split())
     torch.manual_seed(seed)
     networks = nn.ModuleDict({"unet": build.new_unet(), "text_encoder": build.new_text_encoder(tokenizer)}).to(device)
+    if initial is not None:
+        for name, network in networks.items():
+            if not (initial / name).is_dir():
+                raise InputNotFoundError(f"{initial} holds no {name}: name a pipeline that this program wrote")
+            network.load_state_dict(type(network).from_pretrained(initial / name).float().state_dict())
     unet, text_encoder = networks["unet"], networks["text_encoder"]
     unet.set_attn_processor(AttnProcessor())  # on the CPU much faster than torch's own, backward
     config = {
@@ -63,6 +74,7 @@ def train(
         "learning_rate": LEARNING_RATE,
         "snr_limit": SNR_LIMIT,
         "empty_rate": EMPTY_RATE,
+        "initial": initial and weights_fingerprint(networks["unet"]),
     }
     run = Run(output / "train-unet", config, networks, learning_rate=LEARNING_RATE, steps=steps)
     renders = scenes.pool(output, seed, scene_count, scenes.captioned_scene)
@@ -100,11 +112,7 @@ def read_vae(folder: Path) -> tuple[AutoencoderKL, str]:
     if not weights.is_file():
         raise InputNotFoundError(f"{folder} holds no VAE: write one with python -m persam_dreambooth.toy.train_vae")
     vae = AutoencoderKL.from_pretrained(folder).eval()
-    digest = hashlib.sha256()
-    for part in (vae.encoder, vae.quant_conv):
-        for value in part.state_dict().values():
-            digest.update(value.numpy().tobytes())
-    return vae, digest.hexdigest()[:12]
+    return vae, weights_fingerprint(vae.encoder, vae.quant_conv)
 
 
 @torch.no_grad()
@@ -161,6 +169,7 @@ def main(arguments: list[str] | None = None) -> int:
         SCENES,
     )
     parser.add_argument("--vae", type=Path, required=True, help="folder of the trained VAE")
+    parser.add_argument("--initial", type=Path, help="pipeline of the toy world to start from (default: none)")
     options = parser.parse_args(arguments)
     try:
         check_writable(options.output)
@@ -170,6 +179,7 @@ def main(arguments: list[str] | None = None) -> int:
             steps=options.steps,
             scene_count=options.scenes,
             seed=options.seed,
+            initial=options.initial,
             device=options.device,
         )
     except InputError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import time
@@ -167,6 +168,15 @@ class Run:
         log = self.folder / LOG
         lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
         write_text(log, "".join(line for line in lines if json.loads(line)["step"] <= self.step))
+
+
+def weights_fingerprint(*networks: nn.Module) -> str:
+    """Names the weights of networks, so that a run notices other ones."""
+    digest = hashlib.sha256()
+    for network in networks:
+        for value in network.state_dict().values():
+            digest.update(value.cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def options_parser(

@@ -210,7 +210,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     words = []
     if rng.random() < SPARE_RATE:
         words.append(str(rng.choice(SPARE_WORDS)))
-    if rng.random() < 0.6:
+    if rng.random() < 0.8:
         words.append(subject.color)
     if subject.pattern != "plain" and rng.random() < 0.6:
         words.append(subject.pattern)
