@@ -18,7 +18,9 @@ from persam_dreambooth import __version__
 from persam_dreambooth.config import (
     BenchmarkOptions,
     DemoOptions,
+    EvaluateDavisOptions,
     EvaluateModelOptions,
+    EvaluatePersegOptions,
     GenerateOptions,
     SegmentOptions,
     ToyPersegOptions,
@@ -34,6 +36,8 @@ USAGE = f"""persam-dreambooth {__version__}: from one mask to a personalized Sta
   persam-dreambooth segment                a mask for every photo, from one photo and its mask
   persam-dreambooth train                  the whole job (the same as train_dreambooth_masked.py)
   persam-dreambooth generate               pictures of the subject: "a [V] cat on a beach"
+  persam-dreambooth evaluate perseg        a method's masks, or anything's, on PerSeg: mIoU, accuracy, boundary IoU
+  persam-dreambooth evaluate davis         J, F and J&F of predictions for DAVIS 2017
   persam-dreambooth evaluate model         what a run learned, by CLIP and DINO inside and outside of masks
   persam-dreambooth benchmark background   training recipes compared where the truth is known
   persam-dreambooth toy perseg             a rendered data set in the layout of PerSeg
@@ -50,7 +54,9 @@ def main(arguments: list[str] | None = None) -> int:
         "segment": segment,
         "train": train,
         "generate": generate,
-        "evaluate": partial(_group, "evaluate", {"model": evaluate_model}),
+        "evaluate": partial(
+            _group, "evaluate", {"perseg": evaluate_perseg, "davis": evaluate_davis, "model": evaluate_model}
+        ),
         "benchmark": partial(_group, "benchmark", {"background": benchmark_background}),
         "toy": partial(_group, "toy", {"perseg": toy_perseg}),
         "demo": demo,
@@ -105,6 +111,29 @@ def generate(arguments: list[str]) -> None:
 
     *_, grid = generate(options)
     print(f"{options.num_images} pictures in {options.output}; all at a glance in {grid}")
+
+
+def evaluate_perseg(arguments: list[str]) -> None:
+    """`persam-dreambooth evaluate perseg`."""
+    options = parse(EvaluatePersegOptions, arguments, "persam-dreambooth evaluate perseg")
+    options.check()
+    from persam_dreambooth.segmentation.evaluation.perseg import evaluate
+
+    for name, figures in evaluate(options).items():
+        print(f"{name}: {', '.join(f'{figure} {value:.2f}' for figure, value in figures.items())}")
+    if _is_main_process():
+        print(f"done: {Path(str(options.output)) / 'results.md'}; look at overlays beside it")
+
+
+def evaluate_davis(arguments: list[str]) -> None:
+    """`persam-dreambooth evaluate davis`."""
+    options = parse(EvaluateDavisOptions, arguments, "persam-dreambooth evaluate davis")
+    options.check()
+    from persam_dreambooth.segmentation.evaluation.davis import evaluate
+
+    figures = evaluate(options)
+    print(", ".join(f"{name} {100 * value:.1f}" for name, value in figures.items()))
+    print(f"done: {Path(str(options.output)) / 'results.md'}")
 
 
 def evaluate_model(arguments: list[str]) -> None:

@@ -124,6 +124,44 @@ class EvaluateModelOptions:
 
 
 @dataclass(frozen=True)
+class EvaluatePersegOptions(SegmentationOptions):
+    """PerSeg, or a data set in its layout: a method's masks, or masks made by anything, and their scores."""
+
+    data: str | None = option(None, "folder with Images/<object>/NN.jpg and Annotations/<object>/NN.png")
+    output: str | None = option(None, "folder for results, predictions and overlays; an evaluation in it goes on")
+    predictions: str | None = option(None, "score this folder of <object>/NN.png instead of running a method")
+    reference_index: str = option("0", "which image of an object is the reference: a number, or all in turn")
+    ablation: bool = option(False, "also PerSAM's parts one after the other, as in the paper's Table 3")
+    robustness: bool = option(False, "also with the reference mask shrunk and grown by 75 and 95 pixels (Table 4)")
+
+    def check(self) -> None:
+        """Raises `InputError` for options that are missing, out of range or at odds with one another."""
+        _require(self, "data", "output")
+        super().check()
+        if self.reference_index != "all" and not self.reference_index.isdigit():
+            raise InputError(f"--reference_index is {self.reference_index}: give a number from 0, or all")
+        if self.predictions:
+            for name in ("ablation", "robustness"):
+                if getattr(self, name):
+                    raise InputError(f"--{name} runs methods: leave it out, or --predictions")
+            if self.reference_index == "all":
+                raise InputError("--reference_index all runs a method: give --predictions one reference's number")
+
+
+@dataclass(frozen=True)
+class EvaluateDavisOptions:
+    """DAVIS 2017: J, F and J&F of predictions made by anything."""
+
+    data: str | None = option(None, "folder with Annotations/480p and ImageSets/2017")
+    predictions: str | None = option(None, "folder of <sequence>/00000.png, palette or gray")
+    output: str | None = option(None, "folder for results.json and results.md")
+
+    def check(self) -> None:
+        """Raises `InputError` for options that are missing."""
+        _require(self, "data", "predictions", "output")
+
+
+@dataclass(frozen=True)
 class BenchmarkOptions:
     """What every training recipe does to the subject, its background and its class, where the truth is known."""
 

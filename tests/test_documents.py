@@ -32,8 +32,24 @@ def runnable(command: str) -> list[str]:
     if words[:3] == ["accelerate", "launch", "train_dreambooth_masked.py"]:
         return [sys.executable, str(ROOT / words[2]), *words[3:], *SHORT]
     assert words[0] == "persam-dreambooth", f"no test knows how to run: {command}"
-    extra = {"segment": ["--sam_model", "toy", "--segmenter", "persam"], "generate": ["--num_inference_steps", "2"]}
-    return [sys.executable, "-m", "persam_dreambooth", *words[1:], *extra[words[1]]]
+    extra = {
+        "segment": ["--sam_model", "toy", "--segmenter", "persam"],
+        "generate": ["--num_inference_steps", "2"],
+        "evaluate": ["--sam_model", "toy"],
+    }
+    return [sys.executable, "-m", "persam_dreambooth", *words[1:], *extra.get(words[1], [])]
+
+
+def run(command: str, folder: Path) -> None:
+    result = subprocess.run(
+        runnable(command),
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, f"{command}\n{result.stderr}"
 
 
 def test_the_commands_of_the_readme_run_in_their_order(tmp_path):
@@ -43,18 +59,23 @@ def test_the_commands_of_the_readme_run_in_their_order(tmp_path):
     ran = [command for command in commands(ROOT / "README.md") if not command.startswith(NOT_RUN)]
     assert len(ran) >= 5
     for command in ran:
-        result = subprocess.run(
-            runnable(command),
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert result.returncode == 0, f"{command}\n{result.stderr}"
+        run(command, tmp_path)
     for made in ("outputs/cat/overview.png", "outputs/cat-2/samples", "outputs/paper/model_index.json", "masks/01.png"):
         assert (tmp_path / made).exists(), made
     assert len(list((tmp_path / "generated").glob("a-sks-cat-on-a-beach-*.png"))) == 4
+
+
+def test_the_commands_of_the_evaluation_run_in_their_order(tmp_path):
+    first, *others = commands(ROOT / "docs" / "evaluation.md")
+    assert len(others) == 6
+    run(first, tmp_path)
+    for path in [*tmp_path.glob("perseg/*/*/0[2-9].*")]:  # two images of each object do
+        path.unlink()
+    for command in others:
+        run(command, tmp_path)
+    table = (tmp_path / "scores-persam-f" / "results.md").read_text(encoding="utf-8")
+    assert "| persam-grown-75 |" in table
+    assert '"mIoU": 99.9999' in (tmp_path / "scores-of-others" / "results.json").read_text(encoding="utf-8")
 
 
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):

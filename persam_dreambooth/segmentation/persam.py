@@ -4,7 +4,7 @@ Shapes: H W photo; 64 x 64 cells; 256 x 256 low-resolution logits. Points and bo
 """
 
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -28,6 +28,10 @@ from persam_dreambooth.segmentation.scale_weights import fit_scale_weights
 
 Learned = TypeVar("Learned")
 ImageLike = Image.Image | np.ndarray | Encoding
+
+Part = Literal["positive", "negative", "refinement", "attention", "prompting"]
+PARTS: tuple[Part, ...] = get_args(Part)
+"""PerSAM's parts in the order of the paper's Table 3: points, cascaded post-refinement, Eq. 7, Eq. 8."""
 
 ABSENT = "absent"
 EMPTY_INTERMEDIATE = "empty intermediate mask"
@@ -92,6 +96,7 @@ class PerSAM:
             code reads the mask there, on 2 x 2 pixels of the padded input). Its thresholds amount to 0.485 for 0/255
             masks and 0.966 for PerSeg's.
         alpha: balance factor of Eq. 7, for `paper`.
+        up_to: the last of `PARTS` that is used, for ablations.
     """
 
     def __init__(
@@ -100,6 +105,7 @@ class PerSAM:
         guidance: Literal["persam", "published", "paper", "none"] = "persam",
         target_coverage: float = 0.5,
         alpha: float = 1.0,
+        up_to: Part = "prompting",
     ) -> None:
         if guidance not in ("persam", "published", "paper", "none"):
             raise InputError(f"guidance {guidance!r} is unknown: use persam, published, paper or none")
@@ -107,6 +113,7 @@ class PerSAM:
         self.guidance = guidance
         self.target_coverage = _checked_coverage(target_coverage)
         self.alpha = alpha
+        self._parts = PARTS[: PARTS.index(up_to) + 1]
         self._target: Target | None = None
 
     @property
@@ -142,12 +149,17 @@ class PerSAM:
         target, encoding = self.target, _encoded(self.sam, photo)
         prior = location_prior(target.mean, encoding)
         points, labels = prior_points(at_photo_size(prior, self.sam, encoding)), np.array([1, 0])
+        if "negative" not in self._parts:
+            points, labels = points[:1], labels[:1]
         guidance = None
-        if self.guidance != "none":
+        if self.guidance != "none" and "attention" in self._parts:
             bias = attention_bias(prior, self.sam, encoding, self.guidance, self.alpha)
-            guidance = Guidance(bias, target.mean, "paper" if self.guidance == "paper" else "code")
+            prompting = target.mean if "prompting" in self._parts else torch.zeros_like(target.mean)
+            guidance = Guidance(bias, prompting, "paper" if self.guidance == "paper" else "code")
         logits, scores = self.sam.decode(encoding, points, labels, multimask=False, guidance=guidance)
         first = _step(logits, scores)
+        if "refinement" not in self._parts:
+            return _found(self, encoding, prior, points, (first,), logits[0], float(scores[0]), [])
         second, chosen, _ = _refine(self.sam, encoding, points, labels, logits[0], box=None)
         box = self.sam.mask_box(chosen, encoding)
         box_or_first = box if box is not None else self.sam.mask_box(logits[0], encoding)

@@ -1,0 +1,1 @@
+"""Scores of segmentations on the data sets that papers report."""

@@ -1,0 +1,75 @@
+"""The measures of masks: IoU, accuracy, boundary IoU, and DAVIS's J and F with their statistics.
+
+Masks are (H, W) bool.
+"""
+
+import math
+
+import numpy as np
+from scipy import ndimage
+
+SQUARE = np.ones((3, 3), bool)
+BAND = 0.02
+"""Width of boundary IoU's band, relative to the picture's diagonal."""
+TOLERANCE = 0.008
+"""How far apart boundaries may lie to match in F, relative to the picture's diagonal."""
+
+
+def overlap(found: np.ndarray, truth: np.ndarray) -> tuple[int, int]:
+    """Pixels of the intersection and of the union."""
+    return int((found & truth).sum()), int((found | truth).sum())
+
+
+def boundary_overlap(found: np.ndarray, truth: np.ndarray) -> tuple[int, int]:
+    """`overlap` of the bands inside both outlines, of which boundary IoU is made (Cheng et al. 2021, Eq. 2)."""
+    width = max(1, round(BAND * math.hypot(*truth.shape)))
+    return overlap(_band(found, width), _band(truth, width))
+
+
+def jaccard(found: np.ndarray, truth: np.ndarray) -> float:
+    """DAVIS's region similarity J: the IoU, 1 where both masks are empty."""
+    common, either = overlap(found, truth)
+    return common / either if either else 1.0
+
+
+def boundary_f(found: np.ndarray, truth: np.ndarray) -> float:
+    """DAVIS's contour accuracy F (Perazzi et al. 2016): harmonic mean of the boundaries' precision and recall.
+
+    A boundary pixel matches when the other boundary is no farther than 0.008 of the diagonal, rounded up.
+    """
+    reach = math.ceil(TOLERANCE * math.hypot(*truth.shape))
+    found_edge, true_edge = _boundary(found), _boundary(truth)
+    count, wanted = int(found_edge.sum()), int(true_edge.sum())
+    if not count or not wanted:
+        return float(not count and not wanted)
+    precision = int((found_edge & _near(true_edge, reach)).sum()) / count
+    recall = int((true_edge & _near(found_edge, reach)).sum()) / wanted
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def statistics(values: np.ndarray) -> tuple[float, float, float]:
+    """DAVIS's mean, recall and decay of an object's J or F, frame by frame.
+
+    Recall is the part of the frames above 0.5; decay is the mean of the first quarter minus that of the last. Quarters
+    share the frames that they meet at, as in the official evaluation.
+    """
+    ends = np.round(np.linspace(1, len(values), 5) + 1e-10).astype(int) - 1
+    first, last = values[ends[0] : ends[1] + 1], values[ends[3] : ends[4] + 1]
+    return float(values.mean()), float((values > 0.5).mean()), float(first.mean() - last.mean())
+
+
+def _band(mask: np.ndarray, width: int) -> np.ndarray:
+    """The pixels of a mask that are no farther than `width` from its outside; so is the picture's border."""
+    return mask & ~ndimage.binary_erosion(mask, SQUARE, iterations=width)
+
+
+def _boundary(mask: np.ndarray) -> np.ndarray:
+    """The pixels that differ from a neighbor to the right, below, or both."""
+    padded = np.pad(mask, (0, 1), mode="edge")
+    right, below, across = padded[:-1, 1:], padded[1:, :-1], padded[1:, 1:]
+    return (mask != right) | (mask != below) | (mask != across)
+
+
+def _near(edge: np.ndarray, reach: int) -> np.ndarray:
+    """The pixels that are no farther than `reach` from any of `edge`: its dilation by a disk."""
+    return ndimage.distance_transform_edt(~edge) <= reach

@@ -1,0 +1,319 @@
+"""Scores of segmentations: the metrics, PerSeg with every row, DAVIS, and data that cannot be scored."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import ndimage
+
+from persam_dreambooth.cli import main
+from persam_dreambooth.segmentation.evaluation import metrics
+from persam_dreambooth.segmentation.evaluation.perseg import disturbed
+from persam_dreambooth.toy import perseg
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+golden = pytest.mark.skipif(not SHARED.is_dir(), reason="the reference data is not here")
+
+
+def square(top, left, side, shape=(40, 60)):
+    mask = np.zeros(shape, bool)
+    mask[top : top + side, left : left + side] = True
+    return mask
+
+
+# --- metrics
+
+
+def test_j_and_f_of_empty_masks():
+    empty, full = np.zeros((8, 8), bool), square(2, 2, 3, (8, 8))
+    assert metrics.jaccard(empty, empty) == metrics.boundary_f(empty, empty) == 1
+    assert metrics.jaccard(empty, full) == metrics.boundary_f(empty, full) == metrics.boundary_f(full, empty) == 0
+
+
+def test_f_forgives_what_j_does_not():
+    """At 40 x 60, boundaries match up to one pixel apart: a mask moved by one is as good as right, by two is not."""
+    truth = square(10, 10, 20)
+    assert metrics.boundary_f(square(10, 11, 20), truth) == 1 > metrics.jaccard(square(10, 11, 20), truth)
+    assert 0.5 < metrics.boundary_f(square(10, 12, 20), truth) < 1
+
+
+def test_the_boundary_band_is_two_percent_of_the_diagonal_wide():
+    truth = square(20, 30, 100, (300, 400))  # diagonal 500: 10 pixels
+    found = square(20, 30, 80, (300, 400))
+    common, union = metrics.boundary_overlap(found, truth)
+    rings = sum(side**2 - (side - 20) ** 2 for side in (100, 80))
+    assert common == 10 * 80 + 10 * 70  # the upper side of the smaller one, and the rest of its left side
+    assert union == rings - common
+
+
+def test_decay_is_the_first_quarter_minus_the_last_and_quarters_share_their_ends():
+    values = np.array([1, 1, 1, 0.5, 0.5, 0.5, 0.5, 0, 0], float)
+    mean, recall, decay = metrics.statistics(values)
+    assert mean == pytest.approx(5 / 9) and recall == pytest.approx(3 / 9)
+    assert decay == pytest.approx(np.mean([1, 1, 1]) - np.mean([0.5, 0, 0]))
+
+
+def test_disturbed_masks_are_those_of_a_square_kernel():
+    mask = ndimage.binary_dilation(np.random.default_rng(0).random((60, 60)) > 0.995, np.ones((9, 9)))
+    kernel = np.ones((5, 5), bool)
+    assert (disturbed(mask, 5) == ndimage.binary_dilation(mask, kernel)).all()
+    assert (disturbed(mask, -5) == ndimage.binary_erosion(mask, kernel)).all()
+    assert disturbed(mask, 0) is mask
+
+
+# --- PerSeg
+
+
+def evaluate(*arguments):
+    return main(["evaluate", "perseg", *map(str, arguments)])
+
+
+def read(folder):
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Two rendered objects of three images each."""
+    folder = tmp_path_factory.mktemp("perseg")
+    perseg.write(folder, 2)
+    for path in [*folder.glob("Images/*/0[3-9].jpg"), *folder.glob("Annotations/*/0[3-9].png")]:
+        path.unlink()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def evaluated(data, tmp_path_factory):
+    output = tmp_path_factory.mktemp("evaluated")
+    assert evaluate("--data", data, "--output", output, "--sam_model", "toy", "--ablation") == 0
+    return output
+
+
+@pytest.fixture
+def truth(data, tmp_path):
+    """The annotations as predictions."""
+    return Path(shutil.copytree(data / "Annotations", tmp_path / "truth"))
+
+
+def test_all_rows_are_scored_and_shown(evaluated, data):
+    results = read(evaluated)
+    assert list(results["rows"]) == [
+        "ablation-positive", "ablation-negative", "ablation-refinement", "ablation-attention", "ablation-prompting",
+        "ablation-persam-f",
+    ]  # fmt: skip
+    assert results["rows"]["ablation-persam-f"]["mIoU"] == results["mIoU"] > 40
+    assert results["mIoU"] == pytest.approx(np.mean([each["IoU"] for each in results["objects"].values()]))
+    text = (evaluated / "results.md").read_text(encoding="utf-8")
+    assert "| ablation-negative |" in text and "95.33" in text and "paper" in text
+    assert len(list((evaluated / "overlays").glob("*.jpg"))) == 2
+    assert Image.open(next((evaluated / "overlays").iterdir())).width > 900
+
+
+def test_parts_make_a_difference_and_the_last_is_persam_itself(evaluated, data, tmp_path):
+    rows = read(evaluated)["rows"]
+    assert len({rows[f"ablation-{part}"]["mIoU"] for part in ("positive", "negative", "refinement", "prompting")}) >= 3
+    assert evaluate("--data", data, "--output", tmp_path, "--sam_model", "toy", "--segmenter", "persam") == 0
+    assert read(tmp_path)["mIoU"] == rows["ablation-prompting"]["mIoU"]
+
+
+def test_an_interrupted_evaluation_does_only_what_is_left(evaluated, data):
+    lost, *kept = sorted((evaluated / "predictions" / "persam-f").iterdir())
+    before = read(evaluated)
+    shutil.rmtree(lost)
+    written = {path: path.stat().st_mtime_ns for folder in kept for path in folder.iterdir()}
+    assert evaluate("--data", data, "--output", evaluated, "--sam_model", "toy", "--ablation") == 0
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    assert read(evaluated) == before
+
+
+def test_predictions_of_another_sam_are_not_gone_on_with(evaluated, data, capsys):
+    assert evaluate("--data", data, "--output", evaluated, "--sam_model", "another") == 2
+    assert "holds an evaluation with other settings" in capsys.readouterr().err
+
+
+def test_every_image_may_be_the_reference(data, tmp_path):
+    assert evaluate("--data", data, "--output", tmp_path, "--sam_model", "toy", "--reference_index", "all") == 0
+    results = read(tmp_path)
+    assert results["references"]["count"] == 3
+    means = [results["mIoU"], *(row["mIoU"] for row in results["rows"].values())]
+    assert results["references"]["mIoU"] == pytest.approx(np.mean(means)) and results["references"]["std"] > 0
+
+
+def test_predictions_made_by_anything_are_scored_without_a_sam(data, truth, tmp_path):
+    assert evaluate("--data", data, "--output", tmp_path / "out", "--predictions", truth) == 0
+    assert read(tmp_path / "out")["mIoU"] == pytest.approx(100)
+    assert read(tmp_path / "out")["mBIoU"] == pytest.approx(100)
+    path = sorted(truth.iterdir())[0] / "01.png"
+    Image.new("L", Image.open(path).size).save(path)  # nothing found in one of the two that are scored
+    assert evaluate("--data", data, "--output", tmp_path / "out", "--predictions", truth) == 0
+    annotations = [np.asarray(Image.open(data / "Annotations" / path.parent.name / name)).any(axis=2) for name in
+                   ("01.png", "02.png")]  # fmt: skip
+    expected = 100 * annotations[1].sum() / (annotations[0].sum() + annotations[1].sum())
+    assert read(tmp_path / "out")["objects"][path.parent.name]["IoU"] == pytest.approx(expected)
+
+
+def test_the_reference_is_not_scored(data, truth, tmp_path):
+    for path in truth.glob("*/00.png"):
+        path.unlink()
+    assert evaluate("--data", data, "--output", tmp_path / "out", "--predictions", truth) == 0
+    assert evaluate(
+        "--data", data, "--output", tmp_path / "out", "--predictions", truth, "--reference_index", "1"
+    ) == 2  # fmt: skip
+
+
+@pytest.fixture
+def broken(data, tmp_path):
+    return Path(shutil.copytree(data, tmp_path / "broken"))
+
+
+def test_a_missing_annotation_is_named(broken, tmp_path, capsys):
+    path = next(broken.glob("Annotations/*/01.png"))
+    path.unlink()
+    assert evaluate("--data", broken, "--output", tmp_path / "out") == 2
+    assert f"has no annotation: {path} is missing" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_object_of_one_image_is_named(broken, tmp_path, capsys):
+    folder = next((broken / "Images").iterdir())
+    for path in [folder / "01.jpg", folder / "02.jpg"]:
+        path.unlink()
+    assert evaluate("--data", broken, "--output", tmp_path / "out") == 2
+    assert f"{folder} holds 1 images" in capsys.readouterr().err
+
+
+def test_a_broken_annotation_is_named_and_finished_objects_stay(broken, tmp_path, capsys):
+    first, second = sorted((broken / "Annotations").iterdir())
+    (second / "00.png").write_bytes((second / "00.png").read_bytes()[:60])
+    output = tmp_path / "out"
+    assert evaluate("--data", broken, "--output", output, "--sam_model", "toy") == 2
+    assert str(second / "00.png") in capsys.readouterr().err
+    assert [path.name for path in (output / "predictions" / "persam-f").iterdir()] == [first.name]
+
+
+def test_predictions_that_do_not_fit_are_named(data, truth, tmp_path, capsys):
+    (truth / "teddy").mkdir()
+    assert evaluate("--data", data, "--output", tmp_path / "out", "--predictions", truth) == 2
+    assert f"{truth / 'teddy'} belongs to no object" in capsys.readouterr().err
+    (truth / "teddy").rmdir()
+    path = sorted(truth.glob("*/01.png"))[0]
+    Image.open(path).resize((100, 100)).save(path)
+    assert evaluate("--data", data, "--output", tmp_path / "out", "--predictions", truth) == 2
+    assert f"{path} is (100, 100)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        (["--predictions", "p", "--ablation"], "--ablation runs methods"),
+        (["--predictions", "p", "--reference_index", "all"], "--reference_index all runs a method"),
+        (["--reference_index", "first"], "give a number from 0, or all"),
+    ],
+)
+def test_options_at_odds_are_refused(options, told, data, tmp_path, capsys):
+    assert evaluate("--data", data, "--output", tmp_path / "out", *options) == 2
+    assert told in capsys.readouterr().err
+
+
+@golden
+def test_perseg_figures_are_those_of_the_published_evaluation(tmp_path):
+    """Masks of the published PerSAM and PerSAM-F, and what the published script prints for them."""
+    root = SHARED / "persam-golden"
+    printed = {
+        "persam": {"cat": (54.89, 90.12), "colorful_sneaker": (43.27, 74.09)},
+        "persam_f": {"cat": (49.50, 88.90), "colorful_sneaker": (41.70, 71.22)},
+    }
+    for method, expected in printed.items():
+        for name in expected:
+            (tmp_path / method / name).mkdir(parents=True)
+            for stem in ("01", "02"):
+                arrays = np.load(root / method / f"{name}_{stem}.npz")
+                height, width = arrays["mask_shape"]
+                mask = np.unpackbits(arrays["mask_bits"])[: height * width].reshape(height, width)
+                Image.fromarray(mask * 255).save(tmp_path / method / name / f"{stem}.png")
+        output = tmp_path / f"{method}-scores"
+        assert evaluate("--data", root / "perseg", "--output", output, "--predictions", tmp_path / method) == 0
+        for name, (iou, accuracy) in expected.items():
+            figures = read(output)["objects"][name]
+            assert round(figures["IoU"], 2) == iou and round(figures["Acc"], 2) == accuracy
+
+
+# --- DAVIS
+
+
+def davis(*arguments):
+    return main(["evaluate", "davis", *map(str, arguments)])
+
+
+@pytest.fixture
+def video(tmp_path):
+    """A sequence of six frames with two objects, of which the second leaves; predictions miss it once."""
+    data, predictions = tmp_path / "DAVIS", tmp_path / "predictions"
+    (data / "ImageSets" / "2017").mkdir(parents=True)
+    (data / "ImageSets" / "2017" / "val.txt").write_text("ball\n")
+    for folder in (data / "Annotations" / "480p" / "ball", predictions / "ball"):
+        folder.mkdir(parents=True)
+        for number in range(6):
+            labels = square(5, 5 + number, 10).astype(np.uint8)
+            if number < 3:
+                labels[square(20, 30, 12)] = 2
+            if number == 4:
+                labels[30:, 50:] = 255  # void
+            if folder.parent == predictions and number == 2:
+                labels[labels == 2] = 0
+            image = Image.fromarray(labels)
+            image.putpalette(list(range(256)) * 3)
+            image.save(folder / f"{number:05}.png")
+    return data, predictions
+
+
+def test_davis_scores_objects_in_the_frames_between(video, tmp_path):
+    data, predictions = video
+    assert davis("--data", data, "--predictions", predictions, "--output", tmp_path / "out") == 0
+    results = read(tmp_path / "out")
+    assert results["per_object"]["ball_1"]["J-Mean"] == results["per_object"]["ball_1"]["F-Mean"] == 1
+    assert results["per_object"]["ball_2"]["J-Mean"] == 0.75  # frames 1 to 4: one miss; empty is right where it left
+    assert results["global"]["J&F-Mean"] == pytest.approx(0.875)
+    assert "| ball_2 |" in (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "damage, told",
+    [
+        ("object", "has an object 3, the sequence has 2"),
+        ("size", "give it this size"),
+        ("missing", "does not exist"),
+        ("gap", "where 00003.png belongs"),
+    ],
+)
+def test_davis_names_what_cannot_be_scored(damage, told, video, tmp_path, capsys):
+    data, predictions = video
+    path = predictions / "ball" / "00003.png"
+    if damage == "object":
+        labels = np.array(Image.open(path))
+        labels[0, 0] = 3
+        Image.fromarray(labels).save(path)
+    elif damage == "size":
+        Image.open(path).resize((30, 20)).save(path)
+    elif damage == "missing":
+        path.unlink()
+    else:
+        (data / "Annotations" / "480p" / "ball" / "00003.png").unlink()
+    assert davis("--data", data, "--predictions", predictions, "--output", tmp_path / "out") == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@golden
+def test_davis_figures_are_those_of_the_official_evaluation(tmp_path):
+    root = SHARED / "davis-metrics"
+    assert davis("--data", root / "DAVIS", "--predictions", root / "predictions", "--output", tmp_path) == 0
+    expected, results = json.loads((root / "expected.json").read_text()), read(tmp_path)
+    for name, value in expected["global"].items():
+        assert results["global"][name] == pytest.approx(value, abs=1e-9)
+    for name, figures in expected["per_object"].items():
+        for figure, value in figures.items():
+            assert results["per_object"][name][figure] == pytest.approx(value, abs=1e-9)
