@@ -40,7 +40,9 @@ class SegmentationOptions:
     """How masks are made; shared by `segment` and `train`."""
 
     segmenter: SEGMENTERS = option("persam-f", "PerSAM (training-free) or PerSAM-F (fits two scale weights first)")
-    sam_model: str = option("facebook/sam-vit-huge", "SAM or SAM-HQ: hub id, local folder, or toy")
+    sam_model: str = option(
+        "facebook/sam-vit-huge", "SAM or SAM-HQ: hub id, local folder, segment-anything's .pth file, or toy"
+    )
     guidance: GUIDANCE = option("persam", "PerSAM's guided attention: aligned, as published, as in the paper, or none")
     target_coverage: float = option(
         0.5, "a 64 x 64 cell is target when the mask covers more of its center than this, 0 to 1"
@@ -99,7 +101,7 @@ class EvaluateModelOptions:
     output: str = option("evaluation", "folder for figures and pictures")
     instance_dir: str | None = option(None, "the photos; default: those of the run")
     mask_dir: str | None = option(None, "their masks; default: those of the run")
-    sam_model: str = option("facebook/sam-vit-huge", "finds the subject in pictures: hub id, local folder, or toy")
+    sam_model: str = option("facebook/sam-vit-huge", "finds the subject in pictures; as for segment")
     clip_model: str = option("openai/clip-vit-base-patch32", "CLIP: hub id or local folder")
     dino_model: str = option("facebook/dinov2-small", "DINO or DINOv2: hub id or local folder")
     num_images: int = option(8, "pictures of each prompt")

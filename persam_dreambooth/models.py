@@ -11,12 +11,15 @@ from persam_dreambooth.errors import InputError, InputNotFoundError
 
 logger = logging.getLogger(__name__)
 
+ORIGINAL_SAM = (".pth", ".pt")
+"""Suffixes of SAM checkpoints in one file, see `segmentation.original`."""
+
 
 def resolve(name: str, kind: str, revision: str | None = None) -> str:
     """Turns a model's name into what `from_pretrained` takes, after making sure that it can be had.
 
     Args:
-        name: hub id, local folder, or `toy`.
+        name: hub id, local folder, `toy`, or for a SAM a file of segment-anything.
         kind: `sam` or `stable-diffusion`.
         revision: branch, tag or commit on the hub.
 
@@ -28,6 +31,8 @@ def resolve(name: str, kind: str, revision: str | None = None) -> str:
         return str(toy.path(kind))
     marker = {"sam": "config.json", "stable-diffusion": "model_index.json"}[kind]
     folder = Path(name)
+    if kind == "sam" and folder.is_file() and folder.suffix in ORIGINAL_SAM:
+        return name
     if folder.is_dir():
         if not (folder / marker).is_file():
             raise InputNotFoundError(f"{folder} holds no {marker}: name a folder with a {kind} model, or toy")

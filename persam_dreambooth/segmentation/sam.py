@@ -5,6 +5,7 @@ Points and boxes are xy in pixels of the photo; a box is x0, y0, x1, y1 with inc
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 from persam_dreambooth import models
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.segmentation.guidance import Guidance, GuidedTransformer
+from persam_dreambooth.segmentation.original import read_original
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
@@ -162,7 +164,8 @@ def open_sam(name: str, device: str | None = None, dtype: torch.dtype = torch.fl
     """Loads a SAM or SAM-HQ checkpoint.
 
     Args:
-        name: hub id such as `facebook/sam-vit-huge` or `syscv-community/sam-hq-vit-base`, a local folder, or `toy`.
+        name: hub id such as `facebook/sam-vit-huge` or `syscv-community/sam-hq-vit-base`, a local folder, a file of
+            segment-anything such as `sam_vit_h_4b8939.pth`, or `toy`.
         device: `cpu`, `cuda`, `mps`, ...; by default the accelerator where there is one.
         dtype: precision of the weights.
 
@@ -177,6 +180,8 @@ def open_sam(name: str, device: str | None = None, dtype: torch.dtype = torch.fl
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = device or str(accelerator or "cpu")
     with models.loading(name):
+        if Path(source).is_file():
+            return Sam(read_original(Path(source)).to(device, dtype), name)
         kind = AutoConfig.from_pretrained(source).model_type
         if kind not in kinds:
             raise InputError(f"{name} is a model of type {kind}: name a SAM or SAM-HQ checkpoint, or toy")
