@@ -11,6 +11,7 @@ from persam_dreambooth import demo
 from persam_dreambooth.cli import main
 from persam_dreambooth.evaluation import background as benchmark
 from persam_dreambooth.evaluation.recipes import RECIPES
+from persam_dreambooth.evaluation.report import front
 
 SMALL = ["--subjects", "1", "--seeds", "1", "--max_train_steps", "2"]
 UNTOLD = {"seconds", "memory"}
@@ -44,9 +45,27 @@ def test_every_cell_has_all_figures_and_a_row_of_the_table(finished):
         assert cell["figures"]["seconds"] >= 0 and cell["figures"]["memory"] > 100
     table = (folder / "table.md").read_text(encoding="utf-8")
     assert all(f"| {RECIPES[name].name} |" in table for name in ("base", "masked", "masked-persam-f", "said"))
+    assert "no other recipe beats" in table
+    assert Image.open(folder / "front.png").width == 1200
     grid = Image.open(folder / "grids" / "0-cat.png")
     assert grid.width == 12 * 64 * 2
     assert not list((folder / "runs").iterdir())  # nothing heavy stays
+
+
+def test_the_front_holds_what_no_other_recipe_beats():
+    def row(leak, fidelity, silhouette):
+        values = {"leak_own": leak, "fidelity_scenes": fidelity, "silhouette": silhouette}
+        return {name: {"mean": value, "std": 0.0, "cells": 1} for name, value in values.items()}
+
+    rows = {
+        "base": row(0.0, 0.9, 0.99),  # not trained, so no recipe
+        "plain": row(0.8, 0.6, 0.9),
+        "masked": row(0.1, 0.6, 0.8),
+        "masked-mean": row(0.1, 0.6, 0.8),  # as good: neither beats the other
+        "masked-floor": row(0.2, 0.5, 0.8),
+        "said": row(0.1, 0.7, 0.7),
+    }
+    assert front(rows) == ["plain", "masked", "masked-mean", "said"]
 
 
 def test_training_changes_the_figures(finished):

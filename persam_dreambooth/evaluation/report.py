@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from persam_dreambooth.config import BenchmarkOptions
 from persam_dreambooth.evaluation.recipes import RECIPES
-from persam_dreambooth.files import write_json, write_text
+from persam_dreambooth.files import write_aside, write_json, write_text
 from persam_dreambooth.pictures import INK, PAPER, save_picture
 
 COLUMNS = {
@@ -48,6 +48,9 @@ GROUPS = {
 }  # fmt: skip
 """The tables and their columns."""
 
+GOALS = {"leak_own": -1, "fidelity_scenes": 1, "silhouette": 1}
+"""What a recipe must not pay for one another with: 1 where more is better, -1 where less is."""
+
 
 def write(folder: Path, results: list[dict[str, Any]], names: list[str], options: BenchmarkOptions) -> None:
     """Writes `results.json`, `table.md` and `grids/` of finished cells into the folder.
@@ -60,6 +63,7 @@ def write(folder: Path, results: list[dict[str, Any]], names: list[str], options
     rows = {name: summarize([cell["figures"] for cell in results if cell["recipe"] == name]) for name in names}
     write_json(folder / "results.json", {"options": asdict(options), "recipes": rows, "cells": results})
     write_text(folder / "table.md", table(rows, options))
+    draw_front(rows, folder / "front.png")
     for subject in sorted({cell["subject"] for cell in results}):
         paths = {RECIPES[name].name: folder / "strips" / f"{name}.{subject}.0.png" for name in names}
         strips = [(title, Image.open(path)) for title, path in paths.items() if path.is_file()]
@@ -76,6 +80,40 @@ def summarize(figures: Sequence[dict[str, float | None]]) -> dict[str, dict[str,
     }
 
 
+def front(rows: dict[str, dict[str, dict[str, float]]]) -> list[str]:
+    """The recipes that no other one beats: none is as good in all of `GOALS` and better in one (Pareto)."""
+    values = {
+        name: np.array([sign * row[goal]["mean"] for goal, sign in GOALS.items()])
+        for name, row in rows.items()
+        if RECIPES[name].options is not None
+    }
+    return [
+        name
+        for name, own in values.items()
+        if not any((other >= own).all() and (other > own).any() for other in values.values())
+    ]
+
+
+def draw_front(rows: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
+    """Draws leak against fidelity and against silhouette, a point for each recipe with its standard error, as a PNG."""
+    from matplotlib.figure import Figure
+
+    best = front(rows)
+    figure = Figure(figsize=(15, 6.5), layout="constrained")
+    for axes, goal in zip(figure.subplots(1, 2), ("fidelity_scenes", "silhouette"), strict=True):
+        for name, row in rows.items():
+            x, y = row["leak_own"], row[goal]
+            base = RECIPES[name].options is None
+            color = "#222222" if base else "#c2185b" if name in best else "#999999"
+            errors = {f"{axis}err": each["std"] / each["cells"] ** 0.5 for axis, each in (("x", x), ("y", y))}
+            axes.errorbar(x["mean"], y["mean"], **errors, fmt="s" if base else "o", color=color, elinewidth=0.6)
+            axes.annotate(name, (x["mean"], y["mean"]), (4, 4), textcoords="offset points", fontsize=8, color=color)
+        axes.set(xlabel=COLUMNS["leak_own"][2], ylabel=COLUMNS[goal][2])
+        axes.grid(alpha=0.3)
+    with write_aside(path) as aside:
+        figure.savefig(aside, dpi=80)
+
+
 def table(rows: dict[str, dict[str, dict[str, float]]], options: BenchmarkOptions) -> str:
     """The tables in Markdown, each with what its columns are."""
     lines = [
@@ -90,6 +128,10 @@ def table(rows: dict[str, dict[str, dict[str, float]]], options: BenchmarkOption
             figures = " | ".join(_figure(row.get(name), COLUMNS[name][1]) for name in shown)
             lines.append(f"| {RECIPES[recipe].name} | {figures} |")
         lines += ["", *(f"- **{COLUMNS[name][0]}**: {COLUMNS[name][2]}." for name in shown)]
+    beaten_by_none = ", ".join(f"*{RECIPES[name].name}*" for name in front(rows))
+    if beaten_by_none:
+        goals = ", ".join(COLUMNS[name][0] for name in GOALS)
+        lines += ["", f"In {goals} together, no other recipe beats: {beaten_by_none}."]
     return "\n".join([*lines, ""])
 
 
