@@ -10,7 +10,17 @@ from torch import nn
 
 from persam_dreambooth import toy
 from persam_dreambooth.errors import InputError
-from persam_dreambooth.toy import build, pairs, scenes, train_evaluator, train_sam, train_unet, train_vae, world
+from persam_dreambooth.toy import (
+    build,
+    pairs,
+    sam_losses,
+    scenes,
+    train_evaluator,
+    train_sam,
+    train_unet,
+    train_vae,
+    world,
+)
 from persam_dreambooth.toy.fused_attention import FusedAttention, fuse_attention
 from persam_dreambooth.toy.training import Run
 
@@ -167,8 +177,8 @@ def test_all_masks_of_the_decoder_are_those_of_the_model_itself():
     pixels = torch.randn(1, 3, 256, 256, generator=torch.Generator().manual_seed(0))
     points, labels = torch.tensor([[[[100.0, 60.0]]]]), torch.ones(1, 1, 1, dtype=torch.int64)
     with torch.no_grad():
-        embeddings = train_sam.encode(sam, pixels)
-        logits, scores = train_sam.decode(sam, embeddings, points, labels)
+        embeddings = sam_losses.encode(sam, pixels)
+        logits, scores = sam_losses.decode(sam, embeddings, points, labels)
         for multimask, chosen in ((True, slice(1, 4)), (False, slice(0, 1))):
             output = sam(
                 image_embeddings=embeddings, input_points=points, input_labels=labels, multimask_output=multimask
@@ -187,7 +197,7 @@ def test_the_prior_loss_falls_where_the_subject_looks_like_its_pair():
     wanted = torch.where(coverage[:, None] > 0, inside[None, :, None, None], outside[None, :, None, None])
     random = torch.randn(2, 96, 16, 16, generator=torch.Generator().manual_seed(2))
     threshold = torch.tensor(0.5)
-    good, bad = (train_sam.prior_losses(embeddings, coverage, nothing, threshold) for embeddings in (wanted, random))
+    good, bad = (sam_losses.prior_losses(embeddings, coverage, nothing, threshold) for embeddings in (wanted, random))
     assert good[0] < bad[0] and good[1] < bad[1]
     assert good[2] == 1
 
@@ -202,7 +212,7 @@ def test_other_objects_weigh_as_much_in_the_prior_loss_as_all_background():
         (coverage + others)[:, None] > 0, inside[None, :, None, None], outside[None, :, None, None]
     )
     threshold = torch.tensor(0.5)
-    told, untold = (train_sam.prior_losses(embeddings, coverage, of, threshold)[0] for of in (others, 0 * others))
+    told, untold = (sam_losses.prior_losses(embeddings, coverage, of, threshold)[0] for of in (others, 0 * others))
     fooled, right = (torch.nn.functional.softplus(torch.tensor(value)) for value in (5.0, -5.0))
     background = torch.nn.functional.softplus(10 * (torch.cosine_similarity(inside, outside, dim=0) - threshold))
     assert told == pytest.approx(float((right + (fooled + background) / 2) / 2), rel=1e-3)

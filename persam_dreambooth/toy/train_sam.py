@@ -8,9 +8,6 @@ same command goes on where it stopped; with --initial, a new run starts from wei
 taught as by Kirillov et al. 2023, appendix A (focal and Dice loss, the best of three masks counts, predicted IoU), with
 the prompts of PerSAM's refinement; besides, its encoder learns that the mean embedding of a subject in one picture
 finds the subject in another, and not the objects beside it.
-
-Shapes: B pictures, in pairs 2i and 2i + 1; N = B times prompts; S pixels a side, g = S / 16 cells, m = S / 4 pixels of
-a mask; C = 96 channels. Points and boxes are xy in pixels of the S x S input.
 """
 
 from __future__ import annotations
@@ -20,7 +17,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,31 +27,33 @@ from transformers import SamModel
 
 from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.files import check_writable, write_aside, write_json
-from persam_dreambooth.segmentation.sam import PIXEL_MEAN, PIXEL_STD
 from persam_dreambooth.toy import pairs, scenes
 from persam_dreambooth.toy.build import (
     SAM_GLOBAL_LAYERS,
     SAM_IMAGE_SIZE,
-    SAM_PATCH_SIZE,
     random_sam,
     rewrite_config,
     sam_config,
 )
 from persam_dreambooth.toy.fused_attention import fuse_attention
-from persam_dreambooth.toy.pairs import PhotoObject, Picture
+from persam_dreambooth.toy.pairs import PhotoObject
+from persam_dreambooth.toy.sam_losses import (
+    PRIOR_WEIGHT,
+    PriorScale,
+    best_of_three,
+    decode,
+    encode,
+    mask_ious,
+    prior_losses,
+    refinement,
+    total_loss,
+)
+from persam_dreambooth.toy.sam_prompts import to_batch
 from persam_dreambooth.toy.training import Run, weights_fingerprint
 
 # Queries and keys of the decoder's cross-attention start equal and this much larger, so that a point looks at its own
 # place from the first step; otherwise masks collapse to empty ones.
 CROSS_ATTENTION_GAIN = 2.5
-FOCAL_WEIGHT = 20.0
-DICE_WEIGHT = 1.0
-# Of the three masks only the best counts fully; a little of the mean keeps the others alive.
-MEAN_WEIGHT = 0.1
-IOU_WEIGHT = 1.0
-PRIOR_WEIGHT = 0.5
-PRIOR_TEMPERATURE = 10.0
-ARGMAX_TEMPERATURE = 20.0
 # The first stage starts with class-balanced cross entropy; between these parts of it focal and Dice loss take over.
 BALANCED_UNTIL, FOCAL_FROM = 0.2, 0.4
 EVALUATION_PAIRS = 12
@@ -90,37 +88,6 @@ STAGES = (
     Stage(1024, window=14, pairs=1, prompts=2, learning_rate=2e-4, steps=270, objects=True),
 )
 STEPS = [stage.steps for stage in STAGES]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Pictures and what is asked about them.
-
-    Args:
-        pixels: (B, 3, S, S) normalized, 0 in the padding.
-        coverage: (B, g, g) part of each cell that the subject covers.
-        others: (B, g, g) the same of all other objects.
-        masks: (N, m, m) float, 0 or 1: what is to be segmented; picture i's are rows i * prompts and following.
-        points: (N, 1, points, 2), the first inside the mask, the second, if any, outside.
-        labels: (N, 1, points), 1 and 0.
-        boxes: (N, 1, 4) x0, y0, x1, y1, inclusive: of the true masks, inexact at times.
-    """
-
-    pixels: torch.Tensor
-    coverage: torch.Tensor
-    others: torch.Tensor
-    masks: torch.Tensor
-    points: torch.Tensor
-    labels: torch.Tensor
-    boxes: torch.Tensor
-
-
-class PriorScale(nn.Module):
-    """The similarity at which a cell is as likely the subject as not; needed in training only."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.threshold = nn.Parameter(torch.tensor(0.5))
 
 
 def train(
@@ -261,250 +228,6 @@ def save(sam: SamModel, folder: Path) -> None:
         rewrite_config(aside, dtype="float32")
 
 
-def to_batch(rng: np.random.Generator, pictures: Sequence[Picture], prompts: int, device: str) -> Batch:
-    """Puts pictures into tensors and draws prompts: for the subject, then for other objects where there are any."""
-    masks, points, boxes = [], [], []
-    with_negative = rng.random() < 0.5
-    for picture in pictures:
-        others = [picture.others[index] for index in rng.permutation(len(picture.others))]
-        for number in range(prompts):
-            # Among all objects, the subject is asked for first; it also stands in for missing ones.
-            chosen = others[number - 1] if 0 < number <= len(others) else picture.subject
-            distractors = [other for other in (picture.subject, *others) if other is not chosen]
-            inside = _point_inside(rng, chosen)
-            outside = _point_outside(rng, chosen, distractors, picture.extent)
-            masks.append(chosen)
-            points.append([inside, outside] if with_negative else [inside])
-            boxes.append(_loose_box(rng, chosen))
-    labels = np.broadcast_to([1, 0] if with_negative else [1], (len(points), 1, len(points[0])))
-    subjects = np.stack([picture.subject for picture in pictures])
-    beside = np.stack([np.any([np.zeros_like(picture.subject), *picture.others], axis=0) for picture in pictures])
-    targets = torch.from_numpy(np.stack(masks)).float()
-    return Batch(
-        pixels=to_pixels(pictures).to(device),
-        coverage=_coverage(subjects).to(device),
-        others=_coverage(beside).to(device),
-        masks=(F.avg_pool2d(targets[:, None], 4)[:, 0] > 0.5).float().to(device),
-        points=torch.tensor(np.array(points), dtype=torch.float32, device=device)[:, None],
-        labels=torch.tensor(labels.copy(), dtype=torch.int64, device=device),
-        boxes=torch.tensor(np.array(boxes), dtype=torch.float32, device=device)[:, None],
-    )
-
-
-def _coverage(masks: np.ndarray) -> torch.Tensor:
-    """The part of each cell that bool masks (B, S, S) cover: float32 (B, g, g)."""
-    return F.avg_pool2d(torch.from_numpy(masks).float()[:, None], SAM_PATCH_SIZE)[:, 0]
-
-
-def to_pixels(pictures: Sequence[Picture]) -> torch.Tensor:
-    """Normalizes pictures as `Sam.encode` does, with zeros for the padding: (B, 3, S, S)."""
-    pixels = torch.from_numpy(np.stack([picture.image for picture in pictures])).float()
-    pixels = (pixels - torch.tensor(PIXEL_MEAN)) / torch.tensor(PIXEL_STD)
-    for row, picture in zip(pixels, pictures, strict=True):
-        row[picture.extent[0] :] = 0
-        row[:, picture.extent[1] :] = 0
-    return pixels.permute(0, 3, 1, 2).contiguous()
-
-
-def total_loss(
-    rng: np.random.Generator, model: nn.ModuleDict, batch: Batch, focal: float
-) -> tuple[torch.Tensor, dict[str, float]]:
-    """The loss of a batch and the figures to log.
-
-    Args:
-        focal: 0 for class-balanced cross entropy, 1 for focal and Dice loss, or between.
-    """
-    sam = model["sam"]
-    embeddings = encode(sam, batch.pixels)
-    prompts = len(batch.masks) // len(batch.pixels)
-    shared = embeddings.repeat_interleave(prompts, dim=0)
-    loss = embeddings.new_zeros(())
-    figures: dict[str, float] = {}
-    for number, (logits, scores) in enumerate(refinement(rng, sam, shared, batch), start=1):
-        part, iou = decoder_loss(logits, scores, batch.masks, focal)
-        loss = loss + part / 3
-        figures[f"iou{number}"] = iou
-    cells, argmax, found = prior_losses(embeddings, batch.coverage, batch.others, model["prior"].threshold)
-    loss = loss + PRIOR_WEIGHT * (cells + argmax)
-    return loss, {**figures, "cells": cells.item(), "argmax": argmax.item(), "found": found}
-
-
-def encode(sam: SamModel, pixels: torch.Tensor) -> torch.Tensor:
-    """Image embeddings (B, C, g, g); in bfloat16 where that pays, which halves the time of a step."""
-    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=sam.training):
-        return sam.vision_encoder(pixels)[0].float()
-
-
-def refinement(
-    rng: np.random.Generator, sam: SamModel, embeddings: torch.Tensor, batch: Batch
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Three passes of the decoder as PerSAM and PerSAM-F prompt it: logits (N, 4, m, m) and scores (N, 4) of each.
-
-    First points alone; then with a mask of the first pass, as PerSAM-F at times with its box; then with the best mask
-    of the second pass and a box.
-    """
-    logits, scores = decode(sam, embeddings, batch.points, batch.labels)
-    passes = [(logits, scores)]
-    mask = _fed_mask(rng, logits.detach(), scores.detach())
-    boxes = _fed_boxes(rng, mask, batch) if rng.random() < 0.4 else None
-    logits, scores = decode(sam, embeddings, batch.points, batch.labels, mask, boxes)
-    passes.append((logits, scores))
-    mask = best_of_three(logits.detach(), scores.detach())
-    boxes = _fed_boxes(rng, mask, batch)
-    passes.append(decode(sam, embeddings, batch.points, batch.labels, mask, boxes))
-    return passes
-
-
-def decode(
-    sam: SamModel,
-    embeddings: torch.Tensor,
-    points: torch.Tensor,
-    labels: torch.Tensor,
-    mask: torch.Tensor | None = None,
-    boxes: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One pass of the mask decoder that gives all of its masks: first the single one, then the three.
-
-    `SamModel` computes all four and then drops either, so hooks keep what the dropped one is made of.
-
-    Args:
-        embeddings: (N, C, g, g).
-        points: (N, 1, points, 2).
-        labels: (N, 1, points).
-        mask: (N, m, m) logits of an earlier pass.
-        boxes: (N, 1, 4).
-
-    Returns:
-        Logits (N, 4, m, m) and predicted IoUs (N, 4).
-    """
-    kept: dict[str, torch.Tensor] = {}
-
-    def keep(name: str) -> Any:
-        return lambda module, inputs, output: kept.__setitem__(name, output)
-
-    decoder = sam.mask_decoder
-    hooks = [
-        decoder.iou_prediction_head.register_forward_hook(keep("scores")),
-        decoder.output_hypernetworks_mlps[0].register_forward_hook(keep("weights")),
-        decoder.activation.register_forward_hook(keep("features")),  # called twice; the last call is the one
-    ]
-    try:
-        output = sam(
-            image_embeddings=embeddings,
-            input_points=points,
-            input_labels=labels,
-            input_masks=None if mask is None else mask[:, None],
-            input_boxes=boxes,
-            multimask_output=True,
-        )
-    finally:
-        for hook in hooks:
-            hook.remove()
-    single = torch.einsum("nc,nchw->nhw", kept["weights"][:, 0], kept["features"])
-    return torch.cat([single[:, None], output.pred_masks[:, 0]], dim=1), kept["scores"][:, 0]
-
-
-def decoder_loss(
-    logits: torch.Tensor, scores: torch.Tensor, masks: torch.Tensor, focal: float
-) -> tuple[torch.Tensor, float]:
-    """Loss of one pass, and the mean IoU of the mask that the scores choose among three.
-
-    Args:
-        logits: (N, 4, m, m), the single mask first.
-        scores: (N, 4) predicted IoUs.
-        masks: (N, m, m) truth.
-        focal: as for `total_loss`.
-    """
-    losses = mask_losses(logits, masks, focal)
-    ious = mask_ious(logits, masks)
-    multi = losses[:, 1:]
-    loss = (losses[:, 0] + multi.amin(dim=1) + MEAN_WEIGHT * multi.mean(dim=1)).mean()
-    chosen = scores[:, 1:].argmax(dim=1, keepdim=True)
-    return loss + IOU_WEIGHT * F.mse_loss(scores, ious), ious[:, 1:].gather(1, chosen).mean().item()
-
-
-def mask_losses(logits: torch.Tensor, masks: torch.Tensor, focal: float) -> torch.Tensor:
-    """Loss (N, K) of K masks each: class-balanced cross entropy or focal loss, with Dice loss.
-
-    Args:
-        logits: (N, K, m, m).
-        masks: (N, m, m).
-        focal: 0 for cross entropy, 1 for focal loss, or between.
-    """
-    truth = masks[:, None].expand_as(logits)
-    entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
-    probability = torch.sigmoid(logits)
-    overlap = (probability * truth).sum(dim=(2, 3))
-    dice = 1 - (2 * overlap + 1) / (probability.sum(dim=(2, 3)) + truth.sum(dim=(2, 3)) + 1)
-    loss = DICE_WEIGHT * dice
-    if focal < 1:
-        loss = loss + (1 - focal) * _balanced_mean(entropy, truth)
-    if focal > 0:
-        wrong = probability + truth - 2 * probability * truth  # 1 - p of the true class
-        alpha = 0.75 - 0.5 * truth
-        loss = loss + focal * FOCAL_WEIGHT * (alpha * wrong.square() * entropy).mean(dim=(2, 3))
-    return loss
-
-
-def mask_ious(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-    """IoUs (N, K) of masks (N, K, m, m), cut at logit 0, with the truth (N, m, m)."""
-    predicted, truth = logits > 0, masks[:, None] > 0
-    union = (predicted | truth).sum(dim=(2, 3))
-    return (predicted & truth).sum(dim=(2, 3)) / union.clamp(min=1)
-
-
-def prior_losses(
-    embeddings: torch.Tensor, coverage: torch.Tensor, others: torch.Tensor, threshold: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Teaches the location prior: a subject's mean embedding is like its cells in the pair's other picture alone.
-
-    Args:
-        embeddings: (B, C, g, g).
-        coverage: (B, g, g) part of each cell that the subject covers.
-        others: (B, g, g) part of each cell that other objects cover.
-        threshold: the similarity at which a cell is as likely inside as outside.
-
-    Returns:
-        Cross entropy of the cells, in which the subject weighs as much as the rest, and in the rest other objects, if
-        there are any, as much as the background; minus the logarithm of the softmax's mass inside; and how often the
-        most similar cell is inside.
-    """
-    similarity = prior_maps(embeddings, coverage).flatten(1)
-    inside = subject_cells(coverage).flatten(1)
-    clear = (coverage.flatten(1) < 0.25) | inside
-    entropy = F.binary_cross_entropy_with_logits(
-        PRIOR_TEMPERATURE * (similarity - threshold), inside.float(), reduction="none"
-    )
-    outside = clear & ~inside
-    on_others = outside & (others.flatten(1) > 0.5)
-    subject, objects, background = (
-        (entropy * side).sum(dim=1) / side.sum(dim=1).clamp(min=1) for side in (inside, on_others, outside & ~on_others)
-    )
-    rest = torch.where(on_others.any(dim=1), (objects + background) / 2, background)
-    mass = torch.log_softmax(ARGMAX_TEMPERATURE * similarity, dim=1).masked_fill(~inside, -torch.inf)
-    found = (coverage.flatten(1) > 0).gather(1, similarity.argmax(dim=1, keepdim=True)).float().mean().item()
-    return (subject + rest).mean() / 2, -mass.logsumexp(dim=1).mean(), found
-
-
-def prior_maps(embeddings: torch.Tensor, coverage: torch.Tensor) -> torch.Tensor:
-    """Cosine similarity (B, g, g) of each picture's cells with the subject's mean embedding in its pair's other one."""
-    cells = subject_cells(coverage)[:, None]
-    means = (embeddings * cells).sum(dim=(2, 3)) / cells.sum(dim=(2, 3))
-    swapped = means.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
-    return torch.einsum("bc,bchw->bhw", F.normalize(swapped, dim=1), F.normalize(embeddings, dim=1))
-
-
-def subject_cells(coverage: torch.Tensor) -> torch.Tensor:
-    """Which cells (B, g, g) are the subject's: more than half covered, or as covered as any."""
-    return (coverage > 0.5) | (coverage == coverage.amax(dim=(1, 2), keepdim=True))
-
-
-def best_of_three(logits: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-    """The mask logits (N, m, m) that the scores (N, 4) choose among the last three of (N, 4, m, m)."""
-    chosen = 1 + scores[:, 1:].argmax(dim=1)
-    return logits[torch.arange(len(logits)), chosen]
-
-
 @torch.no_grad()
 def evaluate(sam: SamModel, size: int, photos: list[Image.Image], device: str) -> dict[str, float]:
     """Scores on pairs that training never draws: IoU of one point, IoU after refinement, and how often the prior hits.
@@ -529,76 +252,6 @@ def evaluate(sam: SamModel, size: int, photos: list[Image.Image], device: str) -
         named = {"one_point_iou": first, "refined_iou": last, "prior_hits": hits}
         scores.update({f"{kind}_{name}": round(float(np.mean(values)), 4) for name, values in named.items()})
     return scores
-
-
-def _fed_mask(rng: np.random.Generator, logits: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-    """What a second pass is fed, (N, m, m): the single mask (PerSAM), a weighted sum of three (PerSAM-F), the best."""
-    kind = rng.random()
-    if kind < 0.4:
-        return logits[:, 0]
-    if kind < 0.7:
-        # What PerSAM-F learns sums to 1, and often has a negative weight.
-        weights = rng.uniform(-0.5, 1, (len(logits), 3))
-        weights += (1 - weights.sum(axis=1, keepdims=True)) / 3
-        weights = torch.tensor(weights, dtype=logits.dtype, device=logits.device)
-        return torch.einsum("nk,nkhw->nhw", weights, logits[:, 1:])
-    return best_of_three(logits, scores)
-
-
-def _fed_boxes(rng: np.random.Generator, mask: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Boxes (N, 1, 4) of mask logits (N, m, m), or, at times and where these are empty, about the true ones."""
-    boxes = batch.boxes.clone()
-    for row, logits in enumerate(mask):
-        y, x = torch.nonzero(logits > 0, as_tuple=True)
-        if rng.random() < 0.6 and len(y):
-            boxes[row, 0] = 4 * torch.stack([x.min(), y.min(), x.max() + 1, y.max() + 1]).float()
-            boxes[row, 0, 2:] -= 1
-    return boxes
-
-
-def _balanced_mean(values: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """Mean over the last two dimensions in which both classes of `truth` weigh the same."""
-    inside = (values * truth).sum(dim=(2, 3)) / truth.sum(dim=(2, 3)).clamp(min=1)
-    outside = (values * (1 - truth)).sum(dim=(2, 3)) / (1 - truth).sum(dim=(2, 3)).clamp(min=1)
-    return (inside + outside) / 2
-
-
-def _point_inside(rng: np.random.Generator, mask: np.ndarray) -> tuple[int, int]:
-    """A pixel (x, y) of a mask (S, S): any, or three times in ten one deep inside."""
-    y, x = np.nonzero(mask)
-    if rng.random() < 0.7:
-        index = rng.integers(len(y))
-    else:
-        small = Image.fromarray(mask.astype(np.uint8) * 255).resize((64, 64), Image.Resampling.BOX)
-        coarse, coarser = (small.resize((side, side), Image.Resampling.BOX).resize((64, 64)) for side in (16, 8))
-        depth = np.asarray(coarse, int) + np.asarray(coarser, int)
-        candidates = rng.integers(len(y), size=16)
-        scale = 64 / len(mask)
-        index = max(candidates, key=lambda place: depth[int(y[place] * scale), int(x[place] * scale)])
-    return int(x[index]), int(y[index])
-
-
-def _point_outside(
-    rng: np.random.Generator, mask: np.ndarray, others: Sequence[np.ndarray], extent: tuple[int, int]
-) -> tuple[int, int]:
-    """A pixel (x, y) of the photo outside a mask (S, S), half of the time on another object."""
-    if others and rng.random() < 0.5:
-        y, x = np.nonzero(others[int(rng.integers(len(others)))])
-    else:
-        y, x = np.nonzero(~mask[: extent[0], : extent[1]])
-    if len(y) == 0:  # the object fills the photo: a corner is as good as any
-        return 0, 0
-    index = rng.integers(len(y))
-    return int(x[index]), int(y[index])
-
-
-def _loose_box(rng: np.random.Generator, mask: np.ndarray) -> np.ndarray:
-    """The box (4,) of a mask (S, S), half of the time off by up to a tenth of its sides."""
-    y, x = np.nonzero(mask)
-    box = np.array([x.min(), y.min(), x.max(), y.max()], float)
-    if rng.random() < 0.5:
-        box += rng.uniform(-0.1, 0.1, 4) * np.tile(box[2:] - box[:2], 2)
-    return box.clip(0, len(mask) - 1)
 
 
 def main(arguments: list[str] | None = None) -> int:
