@@ -21,7 +21,7 @@ DICE_WEIGHT = 1.0
 # Of the three masks only the best counts fully; a little of the mean keeps the others alive.
 MEAN_WEIGHT = 0.1
 IOU_WEIGHT = 1.0
-PRIOR_WEIGHT = 0.5
+PRIOR_WEIGHT = 1.0
 PRIOR_TEMPERATURE = 10.0
 ARGMAX_TEMPERATURE = 20.0
 
@@ -184,7 +184,7 @@ def mask_ious(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
 def prior_losses(
     embeddings: torch.Tensor, coverage: torch.Tensor, others: torch.Tensor, threshold: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Teaches the location prior: a subject's mean embedding is like its cells in the pair's other picture alone.
+    """Teaches the location prior: a subject's pooled embedding is like its cells in the pair's other picture alone.
 
     Args:
         embeddings: (B, C, g, g).
@@ -197,28 +197,39 @@ def prior_losses(
         there are any, as much as the background; minus the logarithm of the softmax's mass inside; and how often the
         most similar cell is inside.
     """
-    similarity = prior_maps(embeddings, coverage).flatten(1)
     inside = subject_cells(coverage).flatten(1)
     clear = (coverage.flatten(1) < 0.25) | inside
-    entropy = F.binary_cross_entropy_with_logits(
-        PRIOR_TEMPERATURE * (similarity - threshold), inside.float(), reduction="none"
-    )
     outside = clear & ~inside
     on_others = outside & (others.flatten(1) > 0.5)
-    subject, objects, background = (
-        (entropy * side).sum(dim=1) / side.sum(dim=1).clamp(min=1) for side in (inside, on_others, outside & ~on_others)
-    )
-    rest = torch.where(on_others.any(dim=1), (objects + background) / 2, background)
-    mass = torch.log_softmax(ARGMAX_TEMPERATURE * similarity, dim=1).masked_fill(~inside, -torch.inf)
-    found = (coverage.flatten(1) > 0).gather(1, similarity.argmax(dim=1, keepdim=True)).float().mean().item()
-    return (subject + rest).mean() / 2, -mass.logsumexp(dim=1).mean(), found
+    losses = []
+    for target in pooled_targets(embeddings, coverage):
+        similarity = prior_maps(embeddings, target).flatten(1)
+        entropy = F.binary_cross_entropy_with_logits(
+            PRIOR_TEMPERATURE * (similarity - threshold), inside.float(), reduction="none"
+        )
+        subject, objects, background = (
+            (entropy * side).sum(dim=1) / side.sum(dim=1).clamp(min=1)
+            for side in (inside, on_others, outside & ~on_others)
+        )
+        rest = torch.where(on_others.any(dim=1), (objects + background) / 2, background)
+        mass = torch.log_softmax(ARGMAX_TEMPERATURE * similarity, dim=1).masked_fill(~inside, -torch.inf)
+        found = (coverage.flatten(1) > 0).gather(1, similarity.argmax(dim=1, keepdim=True)).float()
+        losses.append(torch.stack([(subject + rest).mean() / 2, -mass.logsumexp(dim=1).mean(), found.mean()]))
+    cells, argmax, hits = torch.stack(losses).mean(dim=0)
+    return cells, argmax, hits.item()
 
 
-def prior_maps(embeddings: torch.Tensor, coverage: torch.Tensor) -> torch.Tensor:
-    """Cosine similarity (B, g, g) of each picture's cells with the subject's mean embedding in its pair's other one."""
+def pooled_targets(embeddings: torch.Tensor, coverage: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A subject's embedding in each picture (B, C), pooled as PerSAM and as PerSAM-F do: mean; mean and maximum."""
     cells = subject_cells(coverage)[:, None]
-    means = (embeddings * cells).sum(dim=(2, 3)) / cells.sum(dim=(2, 3))
-    swapped = means.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    mean = (embeddings * cells).sum(dim=(2, 3)) / cells.sum(dim=(2, 3))
+    peak = embeddings.masked_fill(~cells, -torch.inf).amax(dim=(2, 3))
+    return mean, (mean + peak) / 2
+
+
+def prior_maps(embeddings: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Cosine similarity (B, g, g) of each picture's cells with the target (B, C) of its pair's other picture."""
+    swapped = targets.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
     return torch.einsum("bc,bchw->bhw", F.normalize(swapped, dim=1), F.normalize(embeddings, dim=1))
 
 
