@@ -84,7 +84,7 @@ def main() -> None:
     fits = {
         "published": lambda: fit_by_autograd(decode, mask, arguments.steps)[0],
         "decoded once": kept,
-        "decoded once, closed form": lambda: fit_scale_weights(decode(), mask, arguments.steps)[0],
+        "decoded once, closed form": lambda: fit_scale_weights([(decode(), mask)], arguments.steps)[0],
     }
     seconds: dict[str, list[float]] = {name: [] for name in fits}
     weights = {}

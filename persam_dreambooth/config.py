@@ -57,18 +57,23 @@ class SegmentationOptions:
 
 @dataclass(frozen=True)
 class SegmentOptions(SegmentationOptions):
-    """From one photo and its mask to a mask for every photo of a folder."""
+    """From one photo and its mask, or a few, to a mask for every photo of a folder."""
 
     images: str | None = option(None, "folder of photos")
     reference_image: str | None = option(
         None, "the photo that --mask belongs to: a path, or a name inside --images; default: as for train"
     )
     mask: str | None = option(None, "its mask: the subject is any color but black")
+    mask_dir: str | None = option(None, "folder with masks of some of the photos (same stems): several references")
     output: str | None = option(None, "folder for the masks; must be new or empty")
 
     def check(self) -> None:
         """Raises `InputError` for options that are missing, out of range or at odds with one another."""
-        _require(self, "images", "mask", "output")
+        _require(self, "images", "output")
+        if not self.mask_dir:
+            _require(self, "mask")
+        for name in [name for name in ("mask", "reference_image") if self.mask_dir and getattr(self, name)]:
+            raise InputError(f"--{name} and --mask_dir exclude one another: give one of them")
         super().check()
 
 

@@ -19,7 +19,7 @@ import yaml
 import persam_dreambooth
 from persam_dreambooth import models
 from persam_dreambooth.config import CONFIG, SegmentationOptions, SegmentOptions, TrainOptions, read_config
-from persam_dreambooth.errors import InputError
+from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.files import check_writable, filled_aside, write_text
 from persam_dreambooth.images import Photo, check_shapes, find_photos, read_prompts
 from persam_dreambooth.masks import (
@@ -47,30 +47,31 @@ logger = logging.getLogger(__name__)
 MASKS = "masks"
 
 
-@dataclass(frozen=True)
-class Reference:
-    """The photo whose mask was given, and that mask, (H, W) bool."""
-
-    photo: Photo
-    mask: np.ndarray
+Reference = tuple[Photo, np.ndarray]
+"""A photo whose mask was given, and that mask, (H, W) bool."""
 
 
 def segment(options: SegmentOptions) -> list[PhotoMask]:
-    """Makes a mask folder, with an `overview.jpg`, from one photo and its mask.
+    """Makes a mask folder, with an `overview.jpg`, from one photo and its mask, or a few.
 
     Raises:
         InputError, InputNotFoundError: input that cannot be used; nothing is written then.
     """
     options.check()
-    folder, output, mask_path = (Path(str(path)) for path in (options.images, options.output, options.mask))
+    folder, output, mask_path = (
+        Path(str(path)) for path in (options.images, options.output, options.mask or options.mask_dir)
+    )
     photos = find_photos(folder, leave_out=(mask_path, output))
     check_names(photos)
-    reference = _find_reference(photos, folder, mask_path, options.reference_image)
+    if options.mask:
+        references = [_find_reference(photos, folder, mask_path, options.reference_image)]
+    else:
+        references = _find_references(photos, mask_path)
     _check_output(output)
     segmenter = _open_segmenter(options)
     from persam_dreambooth.segmentation.folder import segment_folder
 
-    masks = segment_folder(photos, reference.photo, reference.mask, segmenter, output)
+    masks = segment_folder(photos, references, segmenter, output)
     save_picture(overview(masks), output / "overview.jpg")  # no PNG, which would pass for a mask
     return masks
 
@@ -226,7 +227,18 @@ def _find_reference(photos: list[Photo], folder: Path, mask_path: Path, image: s
     check_mask(mask, photo, mask_path)
     if mask.all():
         logger.warning("%s covers the whole photo: it does not tell the subject from its background", mask_path)
-    return Reference(photo, mask)
+    return photo, mask
+
+
+def _find_references(photos: list[Photo], folder: Path) -> list[Reference]:
+    """The photos that have a mask in a folder, with their masks."""
+    if not folder.is_dir():
+        raise InputNotFoundError(f"{folder} does not exist: name a folder with masks of some of the photos")
+    known = [item for item in (load_mask(folder, photo) for photo in photos) if item and item.mask.any()]
+    if not known:
+        raise InputError(f"{folder} holds no mask of these photos: a mask has its photo's name, with .png")
+    logger.info("references: %s", ", ".join(item.photo.name for item in known))
+    return [(item.photo, item.mask) for item in known]
 
 
 def _open_segmenter(options: SegmentationOptions) -> "PerSAM | PerSAMF":
@@ -275,7 +287,7 @@ def _write_masks(options: TrainOptions, given: Input) -> None:
     if segmenter and given.reference:
         from persam_dreambooth.segmentation.folder import segment_folder
 
-        segment_folder(given.photos, given.reference.photo, given.reference.mask, segmenter, folder)
+        segment_folder(given.photos, [given.reference], segmenter, folder)
     for item in given.drawn:
         save_mask(folder, item.record, item.mask)
 

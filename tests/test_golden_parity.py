@@ -100,7 +100,7 @@ class Published:
         logits = self.sam.upscale(torch.from_numpy(dequantized(train, "train_logits_q")), self.encoding(reference))
         return self._once(
             ("scale weights", subject),
-            lambda: fit_scale_weights(logits, self.mask(reference), steps=int(train["epochs"])),
+            lambda: fit_scale_weights([(logits, self.mask(reference))], steps=int(train["epochs"])),
         )
 
     def _once(self, key: Hashable, answer: Callable[[], Any]) -> Any:

@@ -11,6 +11,7 @@ from transformers import SamModel
 
 from benchmarks.scale_weights import fit_by_autograd
 from persam_dreambooth import toy
+from persam_dreambooth.cli import main
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.images import Photo, find_photos
 from persam_dreambooth.masks import BY_HAND, MaskRecord, load_masks, read_mask, save_mask
@@ -264,7 +265,7 @@ def random_problem(seed):
 def test_the_fit_is_the_fit_by_autograd(seed):
     """All steps are taken, though the pixels are looked at only where the weights have moved."""
     logits, mask = random_problem(seed)
-    weights, losses = fit_scale_weights(logits, mask)
+    weights, losses = fit_scale_weights([(logits, mask)])
     expected, history = fit_by_autograd(lambda: logits, mask, steps=1000)
     assert weights == pytest.approx(expected, abs=2e-5)
     assert np.abs(weights - 1 / 3).max() > 0.05  # far enough for several places
@@ -284,6 +285,73 @@ def test_the_closed_form_derivatives_are_difference_quotients(seed):
         assert found.curvature[:, index] == pytest.approx((up.gradient - down.gradient) / (2 * step), rel=1e-4)
 
 
+def test_several_references_are_pooled_and_weigh_the_same(sam, reference, other):
+    image, mask = reference
+    turned = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), mask[:, ::-1].copy()
+    one, two = PerSAM(sam).fit(*reference), PerSAM(sam).fit(*turned)
+    both = PerSAM(sam).fit([image, turned[0]], [mask, turned[1]])
+    assert torch.allclose(both.target.mean, (one.target.mean + two.target.mean) / 2, atol=1e-6)
+    assert torch.equal(both.target.peak, torch.maximum(one.target.peak, two.target.peak))
+    check_found(both.predict(other), other)
+
+
+def test_the_same_reference_twice_is_that_reference(sam, reference):
+    image, mask = reference
+    once, twice = PerSAMF(sam, fit_steps=50).fit(image, mask), PerSAMF(sam, fit_steps=50).fit([image] * 2, [mask] * 2)
+    assert twice.weights == pytest.approx(once.weights, abs=1e-6)
+    assert torch.allclose(once.target_embedding, twice.target_embedding, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_weights_of_several_photos_lower_the_mean_of_their_losses(seed):
+    problems = [random_problem(seed), random_problem(seed + 10)]
+    weights, losses = fit_scale_weights(problems)
+    values = [[dice_and_focal(signed_blocks(*one), 1 / 3, 1 / 3).value for one in problems]]
+    assert losses[0] == pytest.approx(np.mean(values[0], axis=0), abs=1e-6)
+    assert losses[-1].sum() < losses[0].sum()
+    alone = [fit_scale_weights([one])[0] for one in problems]
+    assert all(np.abs(weights - each).max() > 1e-3 for each in alone)
+
+
+def test_a_folder_of_masks_gives_several_references(reference, tmp_path):
+    for name in ("00", "02"):
+        (tmp_path / "masks").mkdir(exist_ok=True)
+        Image.fromarray(reference[1].astype(np.uint8) * 255).save(tmp_path / "masks" / f"{name}.png")
+    command = ["segment", "--images", str(DUCK), "--sam_model", "toy", "--segmenter", "persam"]
+    output = tmp_path / "out"
+    assert main([*command, "--mask_dir", str(tmp_path / "masks"), "--output", str(output)]) == 0
+    methods = [item.record.method for item in load_masks(output, find_photos(DUCK))]
+    assert methods == [GIVEN, "persam", GIVEN, "persam"]
+
+
+@pytest.mark.parametrize(
+    "given, told",
+    [
+        (["--mask_dir", "empty"], "holds no mask of these photos"),
+        (["--mask_dir", "nowhere"], "does not exist"),
+        (["--mask_dir", "empty", "--mask", "00.png"], "--mask and --mask_dir exclude one another"),
+    ],
+)
+def test_a_folder_without_masks_is_no_reference(given, told, tmp_path, monkeypatch, capsys):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert main(["segment", "--images", str(DUCK), "--output", "out", "--sam_model", "toy", *given]) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_as_many_masks_as_photos_are_wanted(sam, reference):
+    with pytest.raises(InputError, match="2 reference photos and 1 masks"):
+        PerSAM(sam).fit([reference[0]] * 2, [reference[1]])
+
+
+def test_an_encoding_serves_in_place_of_its_photo(sam, reference, other):
+    image, mask = reference
+    from_photos = PerSAM(sam).fit(image, mask).predict(other)
+    from_encodings = PerSAM(sam).fit(sam.encode(image), mask).predict(sam.encode(other))
+    assert (from_photos.mask == from_encodings.mask).all() and from_photos.score == from_encodings.score
+
+
 def test_lower_precision_runs(reference, other):
     half = open_sam(SMALL_SAM, device="cpu", dtype=torch.bfloat16)
     found = PerSAM(half).fit(*reference).predict(other)
@@ -296,7 +364,7 @@ def test_the_reference_keeps_its_mask_and_hand_drawn_masks_win(sam, reference, t
     drawn = np.zeros((512, 512), bool)
     drawn[100:200, 100:200] = True
     save_mask(tmp_path, MaskRecord("03.jpg", photos[3].sha256, BY_HAND, float(drawn.mean())), drawn)
-    made = segment_folder(photos, photos[0], reference[1], PerSAM(sam), tmp_path)
+    made = segment_folder(photos, [(photos[0], reference[1])], PerSAM(sam), tmp_path)
     assert [item.record.method for item in made] == [GIVEN, "persam", "persam", BY_HAND]
     assert (made[0].mask == reference[1]).all() and (made[3].mask == drawn).all()
     loaded = load_masks(tmp_path, photos)
@@ -306,14 +374,14 @@ def test_the_reference_keeps_its_mask_and_hand_drawn_masks_win(sam, reference, t
 
 def test_an_interrupted_segmentation_goes_on_where_it_stopped(sam, reference, tmp_path):
     photos = find_photos(DUCK)
-    segment_folder(photos[:2], photos[0], reference[1], PerSAM(sam), tmp_path)
+    segment_folder(photos[:2], [(photos[0], reference[1])], PerSAM(sam), tmp_path)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.png")}
-    segment_folder(photos, photos[0], reference[1], PerSAM(sam), tmp_path)
+    segment_folder(photos, [(photos[0], reference[1])], PerSAM(sam), tmp_path)
     assert len(list(tmp_path.glob("*.png"))) == 4
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
 
 
 def test_the_reference_photo_may_lie_elsewhere(sam, reference, tmp_path):
     photos = find_photos(DUCK)[1:3]
-    made = segment_folder(photos, Photo.open(DUCK / "00.jpg"), reference[1], PerSAM(sam), tmp_path)
+    made = segment_folder(photos, [(Photo.open(DUCK / "00.jpg"), reference[1])], PerSAM(sam), tmp_path)
     assert [item.record.method for item in made] == ["persam", "persam"]

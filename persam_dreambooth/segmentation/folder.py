@@ -1,4 +1,4 @@
-"""From one photo with its mask to a mask folder for all photos."""
+"""From photos with their masks, one or a few, to a mask folder for all photos."""
 
 import logging
 from pathlib import Path
@@ -18,20 +18,18 @@ GIVEN = "given"
 
 def segment_folder(
     photos: list[Photo],
-    reference: Photo,
-    reference_mask: np.ndarray,
+    references: list[tuple[Photo, np.ndarray]],
     segmenter: PerSAM | PerSAMF,
     folder: Path,
 ) -> list[PhotoMask]:
     """Finds the subject in every photo and writes the mask folder.
 
-    The reference photo keeps the mask that was given. A mask that the folder holds already stays as it is, so that an
+    A reference photo keeps the mask that was given. A mask that the folder holds already stays as it is, so that an
     interrupted run goes on and hand-drawn masks win.
 
     Args:
         photos: all photos.
-        reference: the photo whose mask is known; it need not be among `photos`.
-        reference_mask: (H, W) bool, its mask.
+        references: the photos whose masks are known, with these, (H, W) bool; they need not be among `photos`.
         segmenter: not fitted yet.
         folder: the mask folder.
 
@@ -39,6 +37,7 @@ def segment_folder(
         Each photo with its mask, in the order of `photos`. A photo in which the subject was not found has the flag
         `absent` in its record.
     """
+    given = {reference.path: mask for reference, mask in references}
     found: list[PhotoMask] = []
     fitted = False
     for photo in tqdm(photos, desc="segmenting", unit="photo"):
@@ -47,11 +46,12 @@ def segment_folder(
             logger.info("%s: kept the mask that is there (%s)", photo.name, kept.record.method)
             found.append(kept)
             continue
-        if photo.path == reference.path:
-            mask, record = reference_mask, MaskRecord(photo.name, photo.sha256, GIVEN, float(reference_mask.mean()))
+        if photo.path in given:
+            mask = given[photo.path]
+            record = MaskRecord(photo.name, photo.sha256, GIVEN, float(mask.mean()))
         else:
             if not fitted:
-                segmenter.fit(reference.read(), reference_mask)
+                segmenter.fit([reference.read() for reference, _ in references], list(given.values()))
                 fitted = True
             mask, record = _predict(segmenter, photo)
         save_mask(folder, record, mask)

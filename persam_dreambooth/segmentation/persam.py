@@ -20,6 +20,7 @@ from persam_dreambooth.segmentation.prior import (
     embed_target,
     location_prior,
     mean_embedding,
+    pool_targets,
     prior_points,
     similarity,
 )
@@ -126,18 +127,18 @@ class PerSAM:
         """(C,) mean of the target cells, not normalized (Eq. 4)."""
         return self.target.mean
 
-    def fit(self, image: ImageLike, mask: np.ndarray) -> "PerSAM":
-        """Learns the subject from one photo and its mask.
+    def fit(self, image: ImageLike | list[ImageLike], mask: np.ndarray | list[np.ndarray]) -> "PerSAM":
+        """Learns the subject from a photo and its mask, or from several.
 
         Args:
-            image: PIL image, (H, W, 3) uint8 RGB, or what `Sam.encode` made of one.
-            mask: (H, W) bool, the subject.
+            image: PIL image, (H, W, 3) uint8 RGB, or what `Sam.encode` made of one; a list for several references.
+            mask: (H, W) bool, the subject; a list of as many.
 
         Raises:
-            InputError: a mask of another size, or an empty one.
+            InputError: a mask of another size, or an empty one; as many masks as photos are wanted.
         """
-        encoding = _encoded(self.sam, image)
-        self._target = embed_target(_checked_mask(mask, encoding), encoding, self.target_coverage)
+        references = _references(self.sam, image, mask)
+        self._target = pool_targets([embed_target(*reference, self.target_coverage) for reference in references])
         return self
 
     def predict(self, photo: ImageLike) -> Found:
@@ -199,17 +200,19 @@ class PerSAMF:
         """(3,) scale weights, which sum to 1: 1 - w1 - w2, w1, w2."""
         return _fitted(self._weights)
 
-    def fit(self, image: ImageLike, mask: np.ndarray) -> "PerSAMF":
-        """Learns the subject and the two scale weights from one photo and its mask; arguments as `PerSAM.fit`.
+    def fit(self, image: ImageLike | list[ImageLike], mask: np.ndarray | list[np.ndarray]) -> "PerSAMF":
+        """Learns the subject and the two scale weights from a photo and its mask, or several; as `PerSAM.fit`.
 
-        SAM is frozen, so one decoder pass serves all steps of the fit.
+        SAM is frozen, so one decoder pass of each photo serves all steps of the fit; losses are means over photos.
         """
-        encoding = _encoded(self.sam, image)
-        mask = _checked_mask(mask, encoding)
-        self._target = embed_target(mask, encoding, self.target_coverage)
-        _, points, labels = self._locate(encoding)
-        logits, _ = self.sam.decode(encoding, points, labels)
-        self._weights, _ = fit_scale_weights(self.sam.upscale(logits, encoding), mask, self.fit_steps)
+        references = _references(self.sam, image, mask)
+        self._target = pool_targets([embed_target(*reference, self.target_coverage) for reference in references])
+        problems = []
+        for shown, encoding in references:
+            _, points, labels = self._locate(encoding)
+            logits, _ = self.sam.decode(encoding, points, labels)
+            problems.append((self.sam.upscale(logits, encoding), shown))
+        self._weights, _ = fit_scale_weights(problems, self.fit_steps)
         return self
 
     def predict(self, photo: ImageLike) -> Found:
@@ -296,6 +299,18 @@ def _checked_coverage(target_coverage: float) -> float:
 
 def _encoded(sam: Sam, photo: ImageLike) -> Encoding:
     return photo if isinstance(photo, Encoding) else sam.encode(photo)
+
+
+def _references(
+    sam: Sam, image: ImageLike | list[ImageLike], mask: np.ndarray | list[np.ndarray]
+) -> list[tuple[np.ndarray, Encoding]]:
+    """Each reference's mask and encoding."""
+    images = image if isinstance(image, list) else [image]
+    masks = mask if isinstance(mask, list) else [mask]
+    if not images or len(images) != len(masks):
+        raise InputError(f"there are {len(images)} reference photos and {len(masks)} masks: give one for each")
+    encodings = [_encoded(sam, one) for one in images]
+    return [(_checked_mask(one, encoding), encoding) for one, encoding in zip(masks, encodings, strict=True)]
 
 
 def _checked_mask(mask: np.ndarray, encoding: Encoding) -> np.ndarray:

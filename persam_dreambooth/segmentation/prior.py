@@ -3,6 +3,7 @@
 PerSAM, section 3.2, Eq. 3 to 6. Shapes: 64 x 64 cells with C channels; H W photo.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -75,6 +76,16 @@ def embed_target(mask: np.ndarray, encoding: Encoding, target_coverage: float) -
         background = mean_embedding(cell_weights(~mask, encoding, target_coverage)[0], encoding)
         background_similarity = similarity(background, mean)
     return Target(mean, peak, background_similarity, small)
+
+
+def pool_targets(targets: Sequence[Target]) -> Target:
+    """One target from several references, which weigh the same: the mean of the means, the maximum of the maxima."""
+    return Target(
+        torch.stack([target.mean for target in targets]).mean(dim=0),
+        torch.stack([target.peak for target in targets]).amax(dim=0),
+        float(np.mean([target.background_similarity for target in targets])),
+        all(target.small for target in targets),
+    )
 
 
 def mean_embedding(weights: torch.Tensor, encoding: Encoding) -> torch.Tensor:

@@ -13,6 +13,7 @@ sums over pixels of two functions of u:
     dice:   q,                     with derivatives  -q r              and  q r (r - q)
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,7 +62,7 @@ class Taylor:
 
 
 def fit_scale_weights(
-    logits: torch.Tensor, mask: np.ndarray, steps: int = 1000, learning_rate: float = 1e-3
+    problems: Sequence[tuple[torch.Tensor, np.ndarray]], steps: int = 1000, learning_rate: float = 1e-3
 ) -> tuple[np.ndarray, np.ndarray]:
     """Fits the weights 1 - a - b, a, b of SAM's three masks with dice + focal loss.
 
@@ -70,15 +71,15 @@ def fit_scale_weights(
     the code, which frees the last two and sums logits.)
 
     Args:
-        logits: (3, H, W) logits at the photo's size.
-        mask: (H, W) bool, the truth.
+        problems: of each reference photo, (3, H, W) logits at its size and (H, W) bool, the truth. With several, the
+            losses are means over them.
         steps: optimizer steps.
         learning_rate: at the start.
 
     Returns:
         Weights (3,) and the losses before each step (steps, 2): dice, focal.
     """
-    blocks = signed_blocks(logits, mask)
+    photos = [signed_blocks(logits, mask) for logits, mask in problems]
     free = torch.full((2,), 1 / 3, requires_grad=True)
     optimizer = torch.optim.AdamW([free], lr=learning_rate, eps=1e-4, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -87,13 +88,19 @@ def fit_scale_weights(
     for step in tqdm(range(steps), desc="fitting the scale weights", unit="step", leave=False):
         weights = free.detach().double().numpy()
         if near is None or np.abs(weights - near.place).max() > REACH:
-            near = dice_and_focal(blocks, *weights)
+            near = mean([dice_and_focal(blocks, *weights) for blocks in photos])
         history[step], gradient = near.at(weights)
         free.grad = torch.from_numpy(gradient.sum(axis=0)).float()
         optimizer.step()
         schedule.step()
     a, b = free.detach().tolist()
     return np.array([1 - a - b, a, b]), history
+
+
+def mean(functions: Sequence[Taylor]) -> Taylor:
+    """The mean of functions about the same place."""
+    parts = zip(*((each.value, each.gradient, each.curvature) for each in functions), strict=True)
+    return Taylor(functions[0].place, *(np.mean(part, axis=0) for part in parts))
 
 
 def signed_blocks(logits: torch.Tensor, mask: np.ndarray) -> list[Block]:
