@@ -66,6 +66,7 @@ class SegmentOptions(SegmentationOptions):
     mask: str | None = option(None, "its mask: the subject is any color but black")
     mask_dir: str | None = option(None, "folder with masks of some of the photos (same stems): several references")
     output: str | None = option(None, "folder for the masks; must be new or empty")
+    instances: int = option(1, "how often to look for the subject in a photo; its mask holds all finds")
 
     def check(self) -> None:
         """Raises `InputError` for options that are missing, out of range or at odds with one another."""
@@ -74,6 +75,7 @@ class SegmentOptions(SegmentationOptions):
             _require(self, "mask")
         for name in [name for name in ("mask", "reference_image") if self.mask_dir and getattr(self, name)]:
             raise InputError(f"--{name} and --mask_dir exclude one another: give one of them")
+        _within(self, 1, 100, "instances")
         super().check()
 
 

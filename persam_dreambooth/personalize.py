@@ -71,7 +71,7 @@ def segment(options: SegmentOptions) -> list[PhotoMask]:
     segmenter = _open_segmenter(options)
     from persam_dreambooth.segmentation.folder import segment_folder
 
-    masks = segment_folder(photos, references, segmenter, output)
+    masks = segment_folder(photos, references, segmenter, output, options.instances)
     save_picture(overview(masks), output / "overview.jpg")  # no PNG, which would pass for a mask
     return masks
 

@@ -15,12 +15,14 @@ from persam_dreambooth.cli import main
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.images import Photo, find_photos
 from persam_dreambooth.masks import BY_HAND, MaskRecord, load_masks, read_mask, save_mask
-from persam_dreambooth.segmentation import PerSAM, PerSAMF, open_sam
+from persam_dreambooth.segmentation import PerSAM, PerSAMF, find_instances, open_sam
 from persam_dreambooth.segmentation.folder import GIVEN, segment_folder
 from persam_dreambooth.segmentation.guidance import BiasedAttention, Guidance
 from persam_dreambooth.segmentation.persam import ABSENT, EMPTY_INTERMEDIATE, SMALL_TARGET
 from persam_dreambooth.segmentation.prior import attention_bias, cell_weights, location_prior
 from persam_dreambooth.segmentation.scale_weights import dice_and_focal, fit_scale_weights, signed_blocks
+from persam_dreambooth.toy import world
+from persam_dreambooth.toy.perseg import objects
 
 DUCK = toy.path("photos") / "duck"
 SMALL_SAM = str(Path(__file__).parent / "golden" / "weights" / "hf")
@@ -58,6 +60,10 @@ def other():
 def segmenter(request, sam, reference):
     made = PerSAM(sam) if request.param == "persam" else PerSAMF(sam, fit_steps=FIT_STEPS)
     return made.fit(*reference)
+
+
+def iou(one, other):
+    return (one & other).sum() / (one | other).sum()
 
 
 def check_found(found, photo):
@@ -338,6 +344,52 @@ def test_a_folder_without_masks_is_no_reference(given, told, tmp_path, monkeypat
     assert main(["segment", "--images", str(DUCK), "--output", "out", "--sam_model", "toy", *given]) == 2
     assert told in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def twice(tmp_path_factory):
+    """A rendered photo with the same subject in its left and its right half, their masks, and a reference."""
+    scenes = next(objects(1)).scenes
+    first, left, right = (world.render(scenes[number], 512) for number in (0, 2, 4))
+    photo = Image.new("RGB", (1024, 512))
+    photo.paste(left.image, (0, 0))
+    photo.paste(right.image, (512, 0))
+    nothing = np.zeros_like(left.mask)
+    return photo, [np.hstack([left.mask, nothing]), np.hstack([nothing, right.mask])], (first.image, first.mask)
+
+
+def test_every_instance_is_found_once_and_then_no_more(twice):
+    photo, truths, reference = twice
+    finds = find_instances(PerSAM(open_sam("toy", device="cpu")).fit(*reference), photo)
+    assert len(finds) == 2
+    for truth in truths:
+        assert max(iou(found.mask, truth) for found in finds) > 0.6
+    assert len(find_instances(PerSAM(open_sam("toy", device="cpu")).fit(*reference), photo, most=1)) == 1
+
+
+def test_a_photo_without_the_subject_has_no_instances(sam, reference):
+    """Nothing but one color, and so no more like the subject than the reference's background."""
+    segmenter = PerSAM(sam).fit(*reference)
+    empty = Image.new("RGB", (256, 256), (128, 128, 128))
+    assert ABSENT in segmenter.predict(empty).flags
+    assert find_instances(segmenter, empty) == []
+
+
+def test_the_mask_of_a_photo_holds_all_instances(twice, tmp_path):
+    photo, truths, (image, mask) = twice
+    (tmp_path / "photos").mkdir()
+    image.save(tmp_path / "photos" / "00.png")
+    photo.save(tmp_path / "photos" / "01.png")
+    Image.fromarray(mask.astype(np.uint8) * 255).save(tmp_path / "mask.png")
+    command = ["segment", "--images", str(tmp_path / "photos"), "--mask", str(tmp_path / "mask.png")]
+    options = ["--reference_image", "00.png", "--sam_model", "toy", "--segmenter", "persam"]
+    covered = {}
+    for count in ("1", "5"):
+        output = tmp_path / count
+        assert main([*command, *options, "--instances", count, "--output", str(output)]) == 0
+        found = read_mask(output / "01.png")
+        covered[count] = [(found & truth).sum() / truth.sum() for truth in truths]
+    assert min(covered["1"]) < 0.1 and min(covered["5"]) > 0.6
 
 
 def test_as_many_masks_as_photos_are_wanted(sam, reference):

@@ -1,6 +1,6 @@
 """One-shot personalized segmentation with SAM: PerSAM and PerSAM-F (Zhang et al. 2023, arXiv 2305.03048)."""
 
-from persam_dreambooth.segmentation.persam import Found, PerSAM, PerSAMF, Step
+from persam_dreambooth.segmentation.persam import Found, PerSAM, PerSAMF, Step, find_instances
 from persam_dreambooth.segmentation.sam import Encoding, Sam, open_sam
 
-__all__ = ["Encoding", "Found", "PerSAM", "PerSAMF", "Sam", "Step", "open_sam"]
+__all__ = ["Encoding", "Found", "PerSAM", "PerSAMF", "Sam", "Step", "find_instances", "open_sam"]

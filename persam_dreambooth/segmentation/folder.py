@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from persam_dreambooth.images import Photo
 from persam_dreambooth.masks import MaskRecord, PhotoMask, load_mask, save_mask
-from persam_dreambooth.segmentation.persam import PerSAM, PerSAMF
+from persam_dreambooth.segmentation.persam import PerSAM, PerSAMF, find_instances
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +21,7 @@ def segment_folder(
     references: list[tuple[Photo, np.ndarray]],
     segmenter: PerSAM | PerSAMF,
     folder: Path,
+    instances: int = 1,
 ) -> list[PhotoMask]:
     """Finds the subject in every photo and writes the mask folder.
 
@@ -32,6 +33,7 @@ def segment_folder(
         references: the photos whose masks are known, with these, (H, W) bool; they need not be among `photos`.
         segmenter: not fitted yet.
         folder: the mask folder.
+        instances: how often the subject is looked for in a photo; its mask holds all finds.
 
     Returns:
         Each photo with its mask, in the order of `photos`. A photo in which the subject was not found has the flag
@@ -53,24 +55,30 @@ def segment_folder(
             if not fitted:
                 segmenter.fit([reference.read() for reference, _ in references], list(given.values()))
                 fitted = True
-            mask, record = _predict(segmenter, photo)
+            mask, record = _predict(segmenter, photo, instances)
         save_mask(folder, record, mask)
         found.append(PhotoMask(photo, mask, record))
     return found
 
 
-def _predict(segmenter: PerSAM | PerSAMF, photo: Photo) -> tuple[np.ndarray, MaskRecord]:
-    found = segmenter.predict(photo.read())
+def _predict(segmenter: PerSAM | PerSAMF, photo: Photo, instances: int) -> tuple[np.ndarray, MaskRecord]:
+    encoding = segmenter.sam.encode(photo.read())
+    found = segmenter.predict(encoding)
+    mask = found.mask
+    if instances > 1:
+        finds = find_instances(segmenter, encoding, instances)
+        mask = np.any([mask, *(each.mask for each in finds)], axis=0)
+        logger.info("%s: found %d times", photo.name, len(finds))
     if found.flags:
         logger.warning("%s: %s; look at its mask before you use it", photo.name, ", ".join(found.flags))
     record = MaskRecord(
         photo=photo.name,
         photo_sha256=photo.sha256,
         method=METHODS[type(segmenter)],
-        coverage=float(found.mask.mean()),
+        coverage=float(mask.mean()),
         model=segmenter.sam.name,
         score=found.score,
         presence=found.presence,
         flags=found.flags,
     )
-    return found.mask, record
+    return mask, record

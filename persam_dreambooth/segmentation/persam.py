@@ -23,6 +23,7 @@ from persam_dreambooth.segmentation.prior import (
     pool_targets,
     prior_points,
     similarity,
+    suppressed,
 )
 from persam_dreambooth.segmentation.sam import Encoding, Sam
 from persam_dreambooth.segmentation.scale_weights import fit_scale_weights
@@ -141,14 +142,20 @@ class PerSAM:
         self._target = pool_targets([embed_target(*reference, self.target_coverage) for reference in references])
         return self
 
-    def predict(self, photo: ImageLike) -> Found:
+    def predict(self, photo: ImageLike, without: np.ndarray | None = None) -> Found:
         """Finds the subject in a photo, given as to `fit`, which comes first.
+
+        Args:
+            photo: as for `fit`.
+            without: (H, W) bool, places where it is not looked for.
 
         Raises:
             RuntimeError: `fit` was not called.
         """
         target, encoding = self.target, _encoded(self.sam, photo)
         prior = location_prior(target.mean, encoding)
+        if without is not None:
+            prior = suppressed(prior, without, encoding, self.target_coverage)
         points, labels = prior_points(at_photo_size(prior, self.sam, encoding)), np.array([1, 0])
         if "negative" not in self._parts:
             points, labels = points[:1], labels[:1]
@@ -215,14 +222,18 @@ class PerSAMF:
         self._weights, _ = fit_scale_weights(problems, self.fit_steps)
         return self
 
-    def predict(self, photo: ImageLike) -> Found:
+    def predict(self, photo: ImageLike, without: np.ndarray | None = None) -> Found:
         """Finds the subject in a photo, given as to `fit`, which comes first.
+
+        Args:
+            photo: as for `fit`.
+            without: (H, W) bool, places where it is not looked for.
 
         Raises:
             RuntimeError: `fit` was not called.
         """
         weights, encoding = self.weights, _encoded(self.sam, photo)
-        prior, points, labels = self._locate(encoding)
+        prior, points, labels = self._locate(encoding, without)
         logits, scores = self.sam.decode(encoding, points, labels)
         first = _step(logits, scores)
         combined = torch.tensordot(torch.as_tensor(weights).to(logits), logits, dims=1)
@@ -239,10 +250,37 @@ class PerSAMF:
         third, chosen, score = _refine(self.sam, encoding, points, labels, chosen, tight if tight is not None else box)
         return _found(self, encoding, prior, points, (first, second, third), chosen, score, flags)
 
-    def _locate(self, encoding: Encoding) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
+    def _locate(
+        self, encoding: Encoding, without: np.ndarray | None = None
+    ) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
         """Location prior (64, 64), the positive point (1, 2), its label."""
         prior = location_prior(self.target_embedding, encoding)
+        if without is not None:
+            prior = suppressed(prior, without, encoding, self.target_coverage)
         return prior, prior_points(at_photo_size(prior, self.sam, encoding))[:1], np.array([1])
+
+
+def find_instances(segmenter: PerSAM | PerSAMF, photo: ImageLike, most: int = 10) -> list[Found]:
+    """The subject as often as a photo shows it, the most similar place first; the photo is encoded once.
+
+    After each find the location prior is suppressed inside it. The search ends where what is found is `absent`, or
+    lies for more than half inside earlier finds.
+
+    Args:
+        segmenter: fitted.
+        photo: as for `fit`.
+        most: how many to look for.
+    """
+    encoding = _encoded(segmenter.sam, photo)
+    seen = np.zeros(encoding.size, bool)
+    instances: list[Found] = []
+    while len(instances) < most:
+        found = segmenter.predict(encoding, seen)
+        if ABSENT in found.flags or (found.mask & seen).sum() > 0.5 * found.mask.sum():
+            break
+        instances.append(found)
+        seen |= found.mask
+    return instances
 
 
 def _refine(

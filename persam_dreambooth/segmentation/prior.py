@@ -105,6 +105,14 @@ def location_prior(target: torch.Tensor, encoding: Encoding) -> torch.Tensor:
     return torch.einsum("c,chw->hw", F.normalize(target, dim=0), features)
 
 
+def suppressed(prior: torch.Tensor, places: np.ndarray, encoding: Encoding, target_coverage: float) -> torch.Tensor:
+    """The prior (64, 64) with the cells of places, (H, W) bool, as unlike the target as any."""
+    if not places.any():
+        return prior
+    weights, _ = cell_weights(places, encoding, target_coverage)
+    return prior.masked_fill(weights > 0, float(prior.min()))
+
+
 def at_photo_size(prior: torch.Tensor, sam: Sam, encoding: Encoding) -> torch.Tensor:
     """The location prior (64, 64) upsampled like a SAM mask: (H, W)."""
     low_res = F.interpolate(prior[None, None], scale_factor=4, mode="bilinear", align_corners=False)[0]
