@@ -115,7 +115,7 @@ def benchmark(options: BenchmarkOptions) -> Path:
     check_writable(folder)
     personals = [personal(number) for number in range(options.subjects)]
     cells = [Cell(name, owner, seed) for name in names for owner in personals for seed in range(options.seeds)]
-    _note_settings(folder, {"max_train_steps": options.max_train_steps, "base": BASE, "sampling": SAMPLING})
+    _note_settings(folder, training_settings(options) | {"sampling": SAMPLING})
     _prepare(folder, personals, [RECIPES[name] for name in names])
     left = [cell for cell in cells if not _cell_path(folder, cell).is_file()]
     logger.info("%d cells, %d of them left", len(cells), len(left))
@@ -136,8 +136,15 @@ def personal(number: int) -> Personal:
     return Personal(number, tuple(world.personal_scenes(rng, subject, background, PHOTOS)))
 
 
-def run_cell(cell: Cell, folder: Path, max_train_steps: int) -> None:
+def training_settings(options: BenchmarkOptions) -> dict[str, Any]:
+    """What all trainings share."""
+    return {**BASE, "max_train_steps": options.max_train_steps, "mixed_precision": options.mixed_precision}
+
+
+def run_cell(cell: Cell, folder: Path, shared: dict[str, Any]) -> None:
     """Trains, paints and measures one cell; writes its file and a strip of its pictures."""
+    import torch
+
     from persam_dreambooth.dreambooth.generate import load_model
     from persam_dreambooth.personalize import personalize
     from persam_dreambooth.toy.evaluator import Evaluator
@@ -148,11 +155,12 @@ def run_cell(cell: Cell, folder: Path, max_train_steps: int) -> None:
     _reset_peak_memory()
     started = time.monotonic()
     if recipe.options is not None:
-        personalize(train_options(cell, folder, run_dir, max_train_steps))
+        personalize(train_options(cell, folder, run_dir, shared))
         model = str(run_dir)
     seconds, memory = time.monotonic() - started, _peak_memory()
     pipeline, _, _ = load_model(model)
-    pictures = {kind: paint(pipeline, prompts(kind, cell.personal), cell.seed) for kind in PICTURES}
+    with torch.autocast(pipeline.device.type, torch.bfloat16, enabled=shared["mixed_precision"] == "bf16"):
+        pictures = {kind: paint(pipeline, prompts(kind, cell.personal), cell.seed) for kind in PICTURES}
     figures = measure(pictures, cell.personal, Evaluator.load(toy.path("evaluator")))
     strip = [*pictures["own"][:4], *pictures["class"][:2], *pictures["scenes"][:6]]
     save_picture(Image.fromarray(np.concatenate(strip, axis=1)), folder / "strips" / f"{cell.name}.png")
@@ -166,10 +174,10 @@ def run_cell(cell: Cell, folder: Path, max_train_steps: int) -> None:
     write_json(_cell_path(folder, cell), result)
 
 
-def train_options(cell: Cell, folder: Path, run_dir: Path, max_train_steps: int) -> TrainOptions:
-    """The options of a cell's training."""
+def train_options(cell: Cell, folder: Path, run_dir: Path, shared: dict[str, Any]) -> TrainOptions:
+    """The options of a cell's training: what all share, and its recipe's own."""
     recipe, kind = RECIPES[cell.recipe], cell.personal.subject.kind
-    given: dict[str, Any] = {**BASE, "max_train_steps": max_train_steps, **(recipe.options or {})}
+    given: dict[str, Any] = {**shared, **(recipe.options or {})}
     if recipe.masks != NONE:
         given["mask_dir"] = str(_mask_folder(folder, cell.personal, recipe))
     if given.get("with_prior_preservation"):
@@ -259,16 +267,17 @@ def grown(mask: np.ndarray, cells: float) -> np.ndarray:
 
 def _finished(cells: list[Cell], folder: Path, options: BenchmarkOptions) -> Iterable[str]:
     """Runs cells, in several processes where asked, and yields their names as they end."""
+    shared = training_settings(options)
     if options.processes == 1 or len(cells) < 2:
         for cell in cells:
-            run_cell(cell, folder, options.max_train_steps)
+            run_cell(cell, folder, shared)
             yield cell.name
         return
     threads = max(1, (os.cpu_count() or 1) // options.processes)
     with ProcessPoolExecutor(
         options.processes, mp_context=get_context("spawn"), initializer=_start_process, initargs=(threads,)
     ) as pool:
-        running = {pool.submit(run_cell, cell, folder, options.max_train_steps): cell for cell in cells}
+        running = {pool.submit(run_cell, cell, folder, shared): cell for cell in cells}
         for future in as_completed(running):
             future.result()
             yield running[future].name

@@ -85,7 +85,7 @@ def front(rows: dict[str, dict[str, dict[str, float]]]) -> list[str]:
     values = {
         name: np.array([sign * row[goal]["mean"] for goal, sign in GOALS.items()])
         for name, row in rows.items()
-        if RECIPES[name].options is not None
+        if RECIPES[name].options is not None and GOALS.keys() <= row.keys()
     }
     return [
         name

@@ -29,7 +29,7 @@ SHAPE_SIDE = 256
 MARGIN = 8
 """Texture around a pasted shape, so that its soft edge has the texture's colors."""
 
-OBJECTS = 0.3
+OBJECTS = 0.25
 """Share of the pairs that show an object of a photo, where there are any."""
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -135,7 +135,7 @@ def random_pair(
     rng: np.random.Generator,
     size: int,
     photos: Sequence[Image.Image],
-    composites: float = 0.5,
+    composites: float = 0.4,
     objects: Sequence[Sequence[PhotoObject]] = (),
 ) -> tuple[Picture, Picture]:
     """Two pictures of one subject.
@@ -163,7 +163,7 @@ def world_pair(rng: np.random.Generator, size: int) -> tuple[Picture, Picture]:
 def world_picture(rng: np.random.Generator, size: int, subject: world.Subject) -> Picture:
     """A subject in a scene of the world; in four of ten it is smaller than the world's photos show it."""
     while True:
-        scene = world.random_scene(rng, subject, distractors=int(rng.choice(3, p=(0.2, 0.5, 0.3))))
+        scene = world.random_scene(rng, subject, distractors=int(rng.choice(3, p=(0.1, 0.6, 0.3))))
         if rng.random() < 0.4:
             side = rng.uniform(0.2, 0.5)
             x, y = rng.uniform(0.4 * side, 1 - 0.4 * side, 2)
