@@ -178,7 +178,7 @@ class BenchmarkOptions:
     recipes: str = option("all", "recipes, separated by commas")
     subjects: int = option(4, "how many personal subjects, 1 to 6")
     seeds: int = option(3, "trainings of each subject by each recipe")
-    max_train_steps: int = option(200, "optimizer steps of a training")
+    max_train_steps: int = option(50, "optimizer steps of a training")
     processes: int = option(1, "trainings at a time")
     mixed_precision: Literal["no", "bf16"] = option("no", "bf16 is faster where the processor knows it")
 

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 SUBJECT = 0
 """Which of the benchmark's subjects is shown."""
 
-STEPS = 200
+STEPS = 100
 SCENE = "beach"
 SHOWN = 6
 GRAY = (110, 110, 110)

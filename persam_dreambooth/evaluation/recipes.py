@@ -10,7 +10,7 @@ BASE: dict[str, Any] = {
     "sam_model": "toy",
     "method": "lora",
     "rank": 16,
-    "learning_rate": 1e-3,
+    "learning_rate": 2e-3,
     "max_train_steps": 200,
     "train_batch_size": 4,
     "num_validation_images": 0,
