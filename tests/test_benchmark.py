@@ -47,7 +47,7 @@ def test_every_cell_has_all_figures_and_a_row_of_the_table(finished):
     assert all(f"| {RECIPES[name].name} |" in table for name in ("base", "masked", "masked-persam-f", "said"))
     assert "no other recipe beats" in table
     assert Image.open(folder / "front.png").width == 1200
-    grid = Image.open(folder / "grids" / "0-cat.png")
+    grid = Image.open(folder / "grids" / "0-cat.jpg")
     assert grid.width == 12 * 64 * 2
     assert not list((folder / "runs").iterdir())  # nothing heavy stays
 

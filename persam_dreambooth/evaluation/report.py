@@ -67,7 +67,7 @@ def write(folder: Path, results: list[dict[str, Any]], names: list[str], options
     for subject in sorted({cell["subject"] for cell in results}):
         paths = {RECIPES[name].name: folder / "strips" / f"{name}.{subject}.0.png" for name in names}
         strips = [(title, Image.open(path)) for title, path in paths.items() if path.is_file()]
-        save_picture(sheet(strips), folder / "grids" / f"{subject}.png")
+        save_picture(sheet(strips), folder / "grids" / f"{subject}.jpg")
 
 
 def summarize(figures: Sequence[dict[str, float | None]]) -> dict[str, dict[str, float]]:

@@ -39,7 +39,7 @@ BARS = {
 """What each figure must reach."""
 
 PICTURES = 120
-SAMPLING = {"num_inference_steps": 20, "guidance_scale": 7.5}
+SAMPLING = {"num_inference_steps": 12, "guidance_scale": 7.5}
 PERSEG_IMAGES = 1
 """Images of each object that are segmented, besides the reference; `--images 6` takes all."""
 
@@ -119,9 +119,11 @@ def segmented(folder: Path, images: int, part: int) -> np.ndarray:
     """
     from persam_dreambooth.segmentation import PerSAMF, open_sam
     from persam_dreambooth.toy import scenes, world
+    from persam_dreambooth.toy.fused_attention import fuse_attention
     from persam_dreambooth.toy.perseg import SIDE, objects
 
     sam = open_sam(str(folder))
+    fuse_attention(sam.model.vision_encoder)
     figures = []
     for number, item in list(enumerate(objects()))[part::PARTS]:
         # A single image is the first, with other objects, or the second, without: all kinds have both.
