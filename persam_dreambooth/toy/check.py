@@ -1,4 +1,4 @@
-"""Measures the checkpoints that ship on what no training saw, within a minute on two cores.
+"""Measures the checkpoints that ship on what no training saw, in a good minute on two cores.
 
     python -m persam_dreambooth.toy.check [--json] [--stable_diffusion FOLDER] [--sam FOLDER] [--images N]
 
@@ -147,10 +147,10 @@ def segmented(folder: Path, images: int, part: int) -> np.ndarray:
 
 
 def _one_thread() -> None:
+    os.environ["TQDM_DISABLE"] = "1"  # read when it is imported
     import torch
 
     torch.set_num_threads(1)
-    os.environ["TQDM_DISABLE"] = "1"
 
 
 def main(arguments: list[str] | None = None) -> int:
