@@ -350,7 +350,7 @@ def test_a_folder_without_masks_is_no_reference(given, told, tmp_path, monkeypat
 def twice(tmp_path_factory):
     """A rendered photo with the same duck in its left and its right half, their masks, and a reference.
 
-    The small SAM tells these two apart; of a subject that stands closer to the middle it takes both at once.
+    The small SAM tells these two apart; of some other subjects it takes both at once.
     """
     scenes = list(objects(3))[2].scenes
     first, left, right = (world.render(scenes[number], 512) for number in (0, 2, 4))
