@@ -62,6 +62,22 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
+def note_settings(folder: Path, settings: dict[str, Any], what: str, flag: str) -> None:
+    """Writes `settings.json` of work that may be gone on with in `folder`.
+
+    Args:
+        what: the work, for the message.
+        flag: the option that names the folder, for the message.
+
+    Raises:
+        InputError: the folder holds such work with other settings.
+    """
+    path, described = folder / "settings.json", json.loads(json.dumps(settings))
+    if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != described:
+        raise InputError(f"{folder} holds {what} with other settings ({path}): choose another {flag}")
+    write_json(path, described)
+
+
 def check_writable(folder: Path) -> None:
     """Raises `InputError` when `folder` can neither be written into nor made; creates nothing."""
     existing = folder

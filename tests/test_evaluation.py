@@ -142,6 +142,15 @@ def test_every_image_may_be_the_reference(data, tmp_path):
     assert results["references"]["mIoU"] == pytest.approx(np.mean(means)) and results["references"]["std"] > 0
 
 
+def test_another_reference_does_not_go_on_with_the_predictions_of_the_first(data, tmp_path):
+    command = ["--data", data, "--output", tmp_path, "--sam_model", "toy", "--segmenter", "persam"]
+    assert evaluate(*command) == 0
+    first = read(tmp_path)["objects"]
+    assert evaluate(*command, "--reference_index", "1") == 0
+    assert read(tmp_path)["objects"] != first
+    assert {path.name for path in (tmp_path / "predictions").iterdir()} == {"persam", "persam-reference-01"}
+
+
 def test_predictions_made_by_anything_are_scored_without_a_sam(data, truth, tmp_path):
     assert evaluate("--data", data, "--output", tmp_path / "out", "--predictions", truth) == 0
     assert read(tmp_path / "out")["mIoU"] == pytest.approx(100)

@@ -26,10 +26,9 @@ from tqdm import tqdm
 
 from persam_dreambooth import toy
 from persam_dreambooth.config import BenchmarkOptions, SegmentOptions, TrainOptions, fill_identifier
-from persam_dreambooth.errors import InputError
 from persam_dreambooth.evaluation import report
 from persam_dreambooth.evaluation.recipes import BASE, EXACT, NONE, PERSAM_F, RECIPES, Recipe
-from persam_dreambooth.files import check_writable, write_aside, write_json
+from persam_dreambooth.files import check_writable, note_settings, write_aside, write_json
 from persam_dreambooth.pictures import save_picture
 from persam_dreambooth.toy import world
 
@@ -115,7 +114,7 @@ def benchmark(options: BenchmarkOptions) -> Path:
     check_writable(folder)
     personals = [personal(number) for number in range(options.subjects)]
     cells = [Cell(name, owner, seed) for name in names for owner in personals for seed in range(options.seeds)]
-    _note_settings(folder, training_settings(options) | {"sampling": SAMPLING})
+    note_settings(folder, training_settings(options) | {"sampling": SAMPLING}, "a benchmark", "--output_dir")
     _prepare(folder, personals, [RECIPES[name] for name in names])
     left = [cell for cell in cells if not _cell_path(folder, cell).is_file()]
     logger.info("%d cells, %d of them left", len(cells), len(left))
@@ -349,13 +348,6 @@ def _class_folder(folder: Path, kind: str, scenes: bool) -> Path:
 
 def _cell_path(folder: Path, cell: Cell) -> Path:
     return folder / "cells" / f"{cell.name}.json"
-
-
-def _note_settings(folder: Path, settings: dict[str, Any]) -> None:
-    path, described = folder / "settings.json", json.loads(json.dumps(settings))
-    if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != described:
-        raise InputError(f"{folder} holds a benchmark with other settings ({path}): choose another --output_dir")
-    write_json(path, described)
 
 
 def _reset_peak_memory() -> None:

@@ -63,12 +63,11 @@ def segment_folder(
 
 def _predict(segmenter: PerSAM | PerSAMF, photo: Photo, instances: int) -> tuple[np.ndarray, MaskRecord]:
     encoding = segmenter.sam.encode(photo.read())
-    found = segmenter.predict(encoding)
-    mask = found.mask
-    if instances > 1:
-        finds = find_instances(segmenter, encoding, instances)
-        mask = np.any([mask, *(each.mask for each in finds)], axis=0)
+    finds = find_instances(segmenter, encoding, instances) if instances > 1 else []
+    if finds:
         logger.info("%s: found %d times", photo.name, len(finds))
+    found = finds[0] if finds else segmenter.predict(encoding)
+    mask = np.any([found.mask, *(each.mask for each in finds)], axis=0)
     if found.flags:
         logger.warning("%s: %s; look at its mask before you use it", photo.name, ", ".join(found.flags))
     record = MaskRecord(

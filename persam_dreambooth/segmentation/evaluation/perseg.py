@@ -11,7 +11,6 @@ the mean over objects is not weighted.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from tqdm import tqdm
 from persam_dreambooth import models
 from persam_dreambooth.config import EvaluatePersegOptions
 from persam_dreambooth.errors import InputError, InputNotFoundError
-from persam_dreambooth.files import check_writable, write_aside, write_json, write_text
+from persam_dreambooth.files import check_writable, note_settings, write_aside, write_json, write_text
 from persam_dreambooth.images import PHOTO_SUFFIXES, read_image
 from persam_dreambooth.masks import read_mask
 from persam_dreambooth.pictures import grid, outlined, save_picture
@@ -132,7 +131,7 @@ def evaluate(options: EvaluatePersegOptions) -> dict[str, dict[str, float]]:
         "made_by": "predictions" if options.predictions else f"{options.segmenter}, SAM: {options.sam_model}",
     }
     if options.reference_index == "all":
-        values = [means[row.name]["mIoU"] for row in rows if row.name.startswith(f"{options.segmenter}-reference-")]
+        values = [means[row.name]["mIoU"] for row in rows if row.name.split("-reference-")[0] == options.segmenter]
         results["references"] = {"mIoU": float(np.mean(values)), "std": float(np.std(values)), "count": len(values)}
     write_json(output / "results.json", results)
     write_text(output / "results.md", table(means, per_object[first], str(results["made_by"])))
@@ -147,27 +146,32 @@ def chosen_rows(options: EvaluatePersegOptions, items: list[Item]) -> list[Row]:
     from persam_dreambooth.segmentation import PerSAM, PerSAMF
     from persam_dreambooth.segmentation.persam import PARTS
 
-    coverage, guidance = options.target_coverage, options.guidance
+    coverage = options.target_coverage
+    persam = partial(PerSAM, guidance=options.guidance, target_coverage=coverage)
     makers: dict[str, Callable[[Sam], PerSAM | PerSAMF]] = {
-        "persam": lambda sam: PerSAM(sam, guidance, coverage),
-        "persam-f": lambda sam: PerSAMF(sam, coverage),
+        "persam": persam,
+        "persam-f": partial(PerSAMF, target_coverage=coverage),
     }
     if options.reference_index == "all":
-        count = min(len(item.images) for item in items)
-        name = options.segmenter
-        rows = [Row(f"{name}-reference-{index:02}", makers[name], reference=index) for index in range(count)]
+        references = list(range(min(len(item.images) for item in items)))
     else:
-        rows = [Row(options.segmenter, makers[options.segmenter], reference=int(options.reference_index))]
-    reference = rows[0].reference
+        references = [int(options.reference_index)]
+    rows = [_row(options.segmenter, makers[options.segmenter], reference) for reference in references]
+    first = references[0]
     if options.ablation:
-        rows += [Row(f"ablation-{part}", partial(PerSAM, up_to=part), reference) for part in PARTS]
-        rows.append(Row("ablation-persam-f", makers["persam-f"], reference))
+        rows += [_row(f"ablation-{part}", partial(persam, up_to=part), first) for part in PARTS]
+        rows.append(_row("ablation-persam-f", makers["persam-f"], first))
     if options.robustness:
         for method, maker in makers.items():
             for growth in (-95, -75, 75, 95):
                 kind = "grown" if growth > 0 else "shrunk"
-                rows.append(Row(f"{method}-{kind}-{abs(growth)}", maker, reference, growth))
+                rows.append(_row(f"{method}-{kind}-{abs(growth)}", maker, first, growth))
     return rows
+
+
+def _row(name: str, segmenter: Callable[[Sam], PerSAM | PerSAMF], reference: int, growth: int = 0) -> Row:
+    """A row; another reference than the first is in its name, so that its predictions have a folder of their own."""
+    return Row(name + (f"-reference-{reference:02}" if reference else ""), segmenter, reference, growth)
 
 
 def read_objects(data: Path) -> list[Item]:
@@ -198,7 +202,8 @@ def run(rows: list[Row], items: list[Item], output: Path, options: EvaluatePerse
     """Writes the predictions that are missing; under `accelerate launch`, each process takes a share of the objects."""
     from persam_dreambooth.segmentation import open_sam
 
-    _note_settings(output, options)
+    settings = {name: getattr(options, name) for name in ("data", "sam_model", "guidance", "target_coverage")}
+    note_settings(output, settings, "an evaluation", "--output")
     state = PartialState()
     own = items[state.process_index :: state.num_processes]
     left = [(item, row) for item in own for row in rows if not _done(output, row, item)]
@@ -333,12 +338,3 @@ def _reference(item: Item, index: int) -> str:
 
 def _done(output: Path, row: Row, item: Item) -> bool:
     return (output / "predictions" / row.name / item.name).is_dir()
-
-
-def _note_settings(output: Path, options: EvaluatePersegOptions) -> None:
-    """Refuses to go on in a folder whose predictions another SAM or other settings made."""
-    settings = {name: getattr(options, name) for name in ("data", "sam_model", "guidance", "target_coverage")}
-    path = output / "settings.json"
-    if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != settings:
-        raise InputError(f"{output} holds an evaluation with other settings ({path}): choose another --output")
-    write_json(path, settings)
