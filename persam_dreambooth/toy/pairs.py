@@ -177,7 +177,7 @@ def composite_pair(rng: np.random.Generator, size: int, photos: Sequence[Image.I
     """The same cutout, posed anew, on two photos; or one subject of the world, drawn anew, on two photos."""
     background, other_background, *fillings = rng.choice(len(photos), min(len(photos), 5), replace=False)
     subject = world.random_subject(rng) if rng.random() < 0.3 else None
-    cutout = None if subject else textured(rng, random_shape(rng), photos[fillings[0]])
+    cutout = None if subject else textured(rng, random_shape(rng), photos[fillings[0]], photos[fillings[-1]])
     pictures = []
     for place in (background, other_background):
         while True:
@@ -185,7 +185,7 @@ def composite_pair(rng: np.random.Generator, size: int, photos: Sequence[Image.I
             shown = cutout or world_cutout(rng, subject or world.random_subject(rng))
             objects = [_posed(rng, shown, canvas.width, (0.02, 0.6), turn=0.1 if subject else 0.5)]
             for _ in range(rng.integers(0, 3)):
-                other = _other_cutout(rng, shown, subject, photos[rng.choice(fillings)])
+                other = _other_cutout(rng, shown, subject, [photos[index] for index in rng.permutation(fillings)])
                 objects.append(_posed(rng, other, canvas.width, (0.01, 0.2), turn=0.2))
             image, masks = _pasted(rng, canvas, objects)
             if masks[0].mean() > SMALLEST:
@@ -197,9 +197,12 @@ def composite_pair(rng: np.random.Generator, size: int, photos: Sequence[Image.I
 def object_pair(
     rng: np.random.Generator, size: int, photos: Sequence[Image.Image], objects: Sequence[Sequence[PhotoObject]]
 ) -> tuple[Picture, Picture]:
-    """One subject in two of its photos, or cut out of them and pasted on others, each as it comes."""
+    """One subject in two of its photos, or cut out of them and pasted on others, each as it comes; at times recolored."""
     album = objects[int(rng.integers(len(objects)))]
     first, second = (album[int(index)] for index in rng.choice(len(album), 2, replace=len(album) == 1))
+    if rng.random() < 0.3:
+        turn = int(rng.integers(256))
+        first, second = (PhotoObject(_turned_hue(shown.photo, turn), shown.mask) for shown in (first, second))
     return object_picture(rng, size, photos, first), object_picture(rng, size, photos, second)
 
 
@@ -216,12 +219,13 @@ def object_picture(rng: np.random.Generator, size: int, photos: Sequence[Image.I
         return _photographed(rng, size, photo, [np.asarray(mask) >= 128])
     box = shown.mask.getbbox() or (0, 0, *shown.mask.size)
     box = (box[0] - MARGIN, box[1] - MARGIN, box[2] + MARGIN, box[3] + MARGIN)
-    cutout = Cutout(shown.photo.crop(box), shown.mask.crop(box).filter(ImageFilter.MinFilter(3)))
+    colors = _unevenly_lit(rng, shown.photo.crop(box), 0.4) if rng.random() < 0.5 else shown.photo.crop(box)
+    cutout = Cutout(colors, shown.mask.crop(box).filter(ImageFilter.MinFilter(3)))
     while True:
         canvas = texture(rng, photos[int(rng.integers(len(photos)))], (side, side), whole=0.5)
         objects = [_posed(rng, cutout, side, (0.02, 0.6), turn=0.15)]
         for _ in range(rng.integers(0, 3)):
-            other = textured(rng, random_shape(rng), photos[int(rng.integers(len(photos)))])
+            other = textured(rng, random_shape(rng), *(photos[int(index)] for index in rng.integers(len(photos), size=2)))
             objects.append(_posed(rng, other, side, (0.01, 0.2), turn=0.2))
         image, masks = _pasted(rng, canvas, objects)
         if masks[0].mean() > SMALLEST:
@@ -253,15 +257,18 @@ def random_shape(rng: np.random.Generator) -> Image.Image:
     return shape.crop(shape.getbbox())
 
 
-def textured(rng: np.random.Generator, shape: Image.Image, photo: Image.Image) -> Cutout:
-    """A shape filled with a crop of a photo, at times shaded from one side."""
+def textured(rng: np.random.Generator, shape: Image.Image, photo: Image.Image, patch: Image.Image) -> Cutout:
+    """A shape filled with a crop of a photo, at times with a patch of another one; shaded at times."""
     framed = Image.new("L", (shape.width + 2 * MARGIN, shape.height + 2 * MARGIN))
     framed.paste(shape, (MARGIN, MARGIN))
     colors = texture(rng, photo, framed.size)
     if rng.random() < 0.4:
-        light = Image.linear_gradient("L").rotate(90 * int(rng.integers(4))).resize(framed.size)
-        colors = Image.blend(colors, Image.merge("RGB", (light,) * 3), rng.uniform(0.1, 0.4))
-    return Cutout(colors, framed)
+        part = random_shape(rng)
+        scale = rng.uniform(0.3, 0.8) * max(framed.size) / max(part.size)
+        part = part.resize((max(2, round(part.width * scale)), max(2, round(part.height * scale))))
+        place = (int(rng.integers(framed.width)) - part.width // 2, int(rng.integers(framed.height)) - part.height // 2)
+        colors.paste(texture(rng, patch, part.size), place, part)
+    return Cutout(_surface(rng, colors), framed)
 
 
 def world_cutout(rng: np.random.Generator, subject: world.Subject) -> Cutout:
@@ -273,14 +280,41 @@ def world_cutout(rng: np.random.Generator, subject: world.Subject) -> Cutout:
     return Cutout(rendered.image.crop(box), shape.crop(box).filter(ImageFilter.MinFilter(3)))
 
 
+def _surface(rng: np.random.Generator, colors: Image.Image) -> Image.Image:
+    """An object's colors (RGB), at times in another hue, at times lit unevenly: what is one is seldom of one color."""
+    if rng.random() < 0.3:
+        colors = _turned_hue(colors, int(rng.integers(256)))
+    return _unevenly_lit(rng, colors, 0.4) if rng.random() < 0.5 else colors
+
+
+def _turned_hue(image: Image.Image, turn: int) -> Image.Image:
+    """A picture (RGB) with all hues turned by `turn` of 256 parts of the circle."""
+    hue, saturation, value = image.convert("HSV").split()
+    hue = hue.point([(level + turn) % 256 for level in range(256)])
+    return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+
+
+def _unevenly_lit(rng: np.random.Generator, image: Image.Image, contrast: float) -> Image.Image:
+    """Multiplies a picture (RGB) by a smooth field of light.
+
+    Args:
+        contrast: standard deviation of the light's logarithm at the nodes of the field, 2 to 5 a side.
+    """
+    nodes = np.exp(rng.normal(0, contrast, (int(rng.integers(2, 6)), int(rng.integers(2, 6)))))
+    light = Image.fromarray((128 * nodes).clip(16, 255).astype(np.uint8)).resize(image.size, Image.Resampling.BICUBIC)
+    lit = np.asarray(image, np.uint16) * np.asarray(light, np.uint16)[..., None] // 128
+    return Image.fromarray(lit.clip(0, 255).astype(np.uint8))
+
+
 def _other_cutout(
-    rng: np.random.Generator, cutout: Cutout, subject: world.Subject | None, photo: Image.Image
+    rng: np.random.Generator, cutout: Cutout, subject: world.Subject | None, fillings: Sequence[Image.Image]
 ) -> Cutout:
     """An object to be told from `cutout`: often of the same shape, or the same kind, but with another surface."""
     if subject and rng.random() < 0.6:
         return world_cutout(rng, world.random_subject(rng, subject.kind if rng.random() < 0.6 else None))
     same = subject is None and rng.random() < 0.4
-    return textured(rng, cutout.shape.crop(cutout.shape.getbbox()) if same else random_shape(rng), photo)
+    shape = cutout.shape.crop(cutout.shape.getbbox()) if same else random_shape(rng)
+    return textured(rng, shape, fillings[0], fillings[-1])
 
 
 def _random_outline(rng: np.random.Generator) -> Image.Image:
@@ -378,6 +412,8 @@ def _photographed(rng: np.random.Generator, size: int, image: Image.Image, masks
     elif image.width != size:
         image = image.resize((size, size), Image.Resampling.BILINEAR)
         masks = [_resized_mask(mask, size, None) for mask in masks]
+    if rng.random() < 0.25:
+        image = _unevenly_lit(rng, image, 0.25)
     if rng.random() < 0.5:
         image = ImageEnhance.Color(image).enhance(rng.uniform(0.7, 1.3))
         gains = rng.uniform(0.85, 1.15) * rng.uniform(0.96, 1.04, 3)

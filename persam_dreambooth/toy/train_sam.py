@@ -31,6 +31,7 @@ from persam_dreambooth.toy import pairs, scenes
 from persam_dreambooth.toy.build import (
     SAM_GLOBAL_LAYERS,
     SAM_IMAGE_SIZE,
+    SAM_LAYERS,
     random_sam,
     rewrite_config,
     sam_config,
@@ -166,10 +167,26 @@ def train_stage(
 
 
 def read_sam(folder: Path) -> SamModel:
-    """Loads a toy SAM; raises `InputNotFoundError` where the folder holds none."""
+    """Loads a toy SAM; one with fewer encoder layers gets the missing ones, which change nothing yet.
+
+    Raises:
+        InputNotFoundError: the folder holds none.
+    """
     if not (folder / "model.safetensors").is_file():
         raise InputNotFoundError(f"{folder} holds no SAM: name a folder that this program wrote")
-    return SamModel.from_pretrained(folder).float()
+    sam = SamModel.from_pretrained(folder).float()
+    layers = sam.vision_encoder.layers
+    if len(layers) < SAM_LAYERS:
+        grown = random_sam(seed=0).vision_encoder.layers[len(layers) :]
+        with torch.no_grad():
+            for layer in grown:
+                for last in (layer.attn.proj, layer.mlp.lin2):
+                    last.weight.zero_()
+                    last.bias.zero_()
+                layer.attn.rel_pos_h.zero_()
+                layer.attn.rel_pos_w.zero_()
+        layers.extend(grown)
+    return sam
 
 
 def first_sam(seed: int, stage: Stage) -> SamModel:
