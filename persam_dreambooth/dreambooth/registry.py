@@ -8,12 +8,15 @@ from diffusers.utils.logging import disable_progress_bar
 
 from persam_dreambooth import models
 from persam_dreambooth.config import TrainOptions
+from persam_dreambooth.dreambooth.flux import Flux
 from persam_dreambooth.dreambooth.latent_diffusion import LatentDiffusion
 from persam_dreambooth.dreambooth.stable_diffusion import StableDiffusion
+from persam_dreambooth.dreambooth.stable_diffusion_3 import StableDiffusion3
+from persam_dreambooth.dreambooth.stable_diffusion_xl import StableDiffusionXL
 from persam_dreambooth.errors import InputError
 
 FAMILIES: dict[str, type[LatentDiffusion]] = {
-    family.pipeline_class.__name__: family for family in (StableDiffusion,)
+    family.pipeline_class.__name__: family for family in (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux)
 }
 """By the name of the pipeline that `model_index.json` gives."""
 
