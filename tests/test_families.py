@@ -455,6 +455,11 @@ def test_the_vae_trains_in_single_precision_where_its_configuration_asks(model, 
     pipeline.vae.register_to_config(force_upcast=asked)
     pipeline.save_pretrained(other)
     family = registry.open_family(TrainOptions(), str(other), torch.bfloat16)
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):  # as class images are painted
+        painted = family.pipeline.vae.decode(latents, return_dict=False)[0]
+    exact = pipeline.vae.decode(latents, return_dict=False)[0]
+    assert torch.equal(painted, exact) == asked
     family.make_trainable(TrainOptions(), torch.device("cpu"), torch.bfloat16)
     assert family.vae.dtype == (torch.float32 if asked else torch.bfloat16)
     assert family.pipeline.text_encoder_2.dtype == torch.bfloat16
