@@ -89,7 +89,7 @@ class GenerateOptions:
     seed: int = option(0, "seed of the first picture; the next ones count up")
     output: str = option("generated", "folder for the pictures")
     num_inference_steps: int = option(30, "denoising steps")
-    guidance_scale: float = option(7.5, "classifier-free guidance")
+    guidance_scale: float | None = option(None, "guidance; default: the pipeline's own, such as 7.5")
     identifier: str | None = option(None, "the word [V] stands for; default: the run's own, else sks")
 
     def check(self) -> None:
@@ -115,7 +115,7 @@ class EvaluateModelOptions:
     background_scenes: str = option(SCENES, "scenes of the prompts, separated by commas")
     seed: int = option(0, "seed of the first picture; the next ones count up")
     num_inference_steps: int = option(30, "denoising steps")
-    guidance_scale: float = option(7.5, "classifier-free guidance")
+    guidance_scale: float | None = option(None, "guidance; default: the pipeline's own, such as 7.5")
 
     def check(self) -> None:
         """Raises `InputError` for options that are missing or out of range."""
@@ -234,14 +234,15 @@ class TrainOptions(SegmentationOptions):
 
     # The model
     pretrained_model_name_or_path: str = option(
-        "stable-diffusion-v1-5/stable-diffusion-v1-5", "Stable Diffusion 1.x or 2.x: hub id, local folder, or toy"
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "Stable Diffusion 1.x, 2.x, XL, 3, 3.5 or FLUX.1: hub id, local folder, or toy",
     )
     revision: str | None = option(None, "branch, tag or commit of the model on the hub")
     variant: str | None = option(None, "variant of the weight files, such as fp16")
-    method: Literal["lora", "full"] = option("lora", "train LoRA matrices, or the whole UNet")
+    method: Literal["lora", "full"] = option("lora", "train LoRA matrices, or the whole UNet of Stable Diffusion")
     rank: int = option(4, "rank of the LoRA matrices (alpha is the same)")
     lora_dropout: float = option(0.0, "dropout inside LoRA, 0 to 1")
-    train_text_encoder: bool = option(False, "train the text encoder too")
+    train_text_encoder: bool = option(False, "train CLIP's text encoders too; T5 stays as it is")
 
     # The masked loss
     mask_normalization: Literal["area", "none"] = option(
@@ -282,7 +283,7 @@ class TrainOptions(SegmentationOptions):
     max_train_steps: int = option(500, "optimizer steps")
     train_batch_size: int = option(1, "photos per step and process")
     gradient_accumulation_steps: int = option(1, "batches per optimizer step")
-    learning_rate: float | None = option(None, "default: 1e-4 for lora, 5e-6 for full")
+    learning_rate: float | None = option(None, "default: 1e-4 for lora; for full 5e-6, and 1e-6 with XL")
     scale_lr: bool = option(False, "multiply the learning rate by batch, accumulation and processes")
     lr_scheduler: SCHEDULES = option("constant", "schedule of the learning rate")
     lr_warmup_steps: int = option(0, "steps of warm-up")
@@ -338,8 +339,8 @@ class TrainOptions(SegmentationOptions):
             raise InputError(f"--max_grad_norm is {self.max_grad_norm}: give more than 0")
         super().check()
         if self.lr_scheduler == "polynomial":
-            rate, warmup, steps = self.base_learning_rate, self.lr_warmup_steps, self.max_train_steps
-            if rate <= POLYNOMIAL_END:
+            rate, warmup, steps = self.learning_rate, self.lr_warmup_steps, self.max_train_steps
+            if rate is not None and rate <= POLYNOMIAL_END:
                 raise InputError(f"--learning_rate is {rate}: polynomial ends at {POLYNOMIAL_END}, give more")
             if warmup >= steps:
                 raise InputError(f"--lr_warmup_steps is {warmup} of {steps} steps: give fewer with polynomial")
@@ -371,11 +372,6 @@ class TrainOptions(SegmentationOptions):
         return split_scenes(self.background_scenes)
 
     @property
-    def base_learning_rate(self) -> float:
-        """The learning rate, from the method where none was given."""
-        return {"lora": 1e-4, "full": 5e-6}[self.method] if self.learning_rate is None else self.learning_rate
-
-    @property
     def run_dir(self) -> Path:
         """The run's folder."""
         return Path(self.output_dir or f"outputs/{Path(str(self.instance_dir)).resolve().name}")
@@ -393,18 +389,19 @@ class TrainOptions(SegmentationOptions):
         """A prompt, with [V] replaced by the identifier."""
         return fill_identifier(self.prompts[f"{kind}_prompt"], self.identifier)
 
-    def resolved(self, resolution: int, mixed_precision: Any) -> "TrainOptions":
+    def resolved(self, resolution: int, mixed_precision: Any, learning_rate: float) -> "TrainOptions":
         """The same options with every default that depends on something filled in.
 
         Args:
             resolution: the model's own, where none was given.
             mixed_precision: what accelerate was set up with, where none was given.
+            learning_rate: the model family's, which counts where none was given.
         """
         return replace(
             self,
             **self.prompts,
             class_name=self.subject,
-            learning_rate=self.base_learning_rate,
+            learning_rate=learning_rate if self.learning_rate is None else self.learning_rate,
             output_dir=str(self.run_dir),
             resolution=resolution,
             mixed_precision=mixed_precision,

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
     from persam_dreambooth.dreambooth.backgrounds import Backgrounds
     from persam_dreambooth.dreambooth.data import Crops
-    from persam_dreambooth.dreambooth.stable_diffusion import StableDiffusion
+    from persam_dreambooth.dreambooth.family import Family
     from persam_dreambooth.segmentation import PerSAM, PerSAMF
 
 logger = logging.getLogger(__name__)
@@ -92,17 +92,17 @@ def personalize(options: TrainOptions) -> Path:
     options.check()
     given = _read_input(options)
     from persam_dreambooth.dreambooth.checkpoint import find_checkpoint
-    from persam_dreambooth.dreambooth.stable_diffusion import StableDiffusion, load_pipeline
-    from persam_dreambooth.dreambooth.trainer import check_resolution, train
+    from persam_dreambooth.dreambooth.registry import open_family
+    from persam_dreambooth.dreambooth.trainer import check_resolution, frozen_dtype, train
 
     run_dir = options.run_dir
     resume_from = find_checkpoint(run_dir, options.resume_from_checkpoint) if options.resume_from_checkpoint else None
     if resume_from:
         _check_same_model(options, run_dir)
     accelerator = _accelerator(options)
-    family = StableDiffusion(load_pipeline(given.base, options.revision, options.variant))
+    family = open_family(options, given.base, frozen_dtype(accelerator))
     resolution = check_resolution(options, family)
-    options = options.resolved(resolution, accelerator.mixed_precision)
+    options = options.resolved(resolution, accelerator.mixed_precision, family.learning_rates[options.method])
 
     masks = given.drawn
     crops = None if given.reference else _crops(options, given.photos, masks, resolution)
@@ -373,7 +373,7 @@ def _captions(options: TrainOptions, photos: list[Photo]) -> list[str]:
 
 
 def _class_crops(
-    options: TrainOptions, family: "StableDiffusion", accelerator: "Accelerator", folder: Path, resolution: int
+    options: TrainOptions, family: "Family", accelerator: "Accelerator", folder: Path, resolution: int
 ) -> "Crops | None":
     """The class images for prior preservation, generated where they are missing; None without it."""
     if not options.with_prior_preservation:
@@ -389,7 +389,7 @@ def _class_crops(
 
 
 def _backgrounds(
-    options: TrainOptions, family: "StableDiffusion", accelerator: "Accelerator", folder: Path, resolution: int
+    options: TrainOptions, family: "Family", accelerator: "Accelerator", folder: Path, resolution: int
 ) -> "Backgrounds | None":
     """What replaces the photos' backgrounds, if anything; pictures of scenes are generated where they are missing."""
     if options.replace_background == "no":
@@ -406,7 +406,7 @@ def _backgrounds(
 
 def _base_pictures(
     options: TrainOptions,
-    family: "StableDiffusion",
+    family: "Family",
     accelerator: "Accelerator",
     prompts: list[str],
     folder: Path,
@@ -427,7 +427,7 @@ def _base_pictures(
 
 def _finish(
     options: TrainOptions,
-    family: "StableDiffusion",
+    family: "Family",
     accelerator: "Accelerator",
     masks: list[PhotoMask],
     crops: "Crops",
@@ -436,25 +436,23 @@ def _finish(
     """Writes the weights, the samples and the model card."""
     from persam_dreambooth.dreambooth.card import model_card
     from persam_dreambooth.dreambooth.generate import notice_of, sample, save_samples
-    from persam_dreambooth.dreambooth.stable_diffusion import load_pipeline
-    from persam_dreambooth.dreambooth.trainer import final_loss, save_trained
+    from persam_dreambooth.dreambooth.registry import load_pipeline
+    from persam_dreambooth.dreambooth.trainer import final_loss, frozen_dtype
 
     run_dir, pipeline = options.run_dir, family.pipeline
-    for part in (pipeline.unet, pipeline.text_encoder):
+    trained = {name: getattr(pipeline, name) for name in family.trained}
+    for part in trained.values():
         # Under mixed precision accelerate's wrapper returns float32, which the other parts would not take.
         accelerator.unwrap_model(part, keep_fp32_wrapper=False).eval()
     with filled_aside(run_dir) as folder:
         if options.method == "lora":
-            save_trained(options, family, accelerator, folder)
+            family.save_weights(folder)
         else:  # what was not trained may be in half precision here, so it comes from the base
-            trained = {
-                "unet": pipeline.unet,
-                **({"text_encoder": pipeline.text_encoder} if options.train_text_encoder else {}),
-            }
             load_pipeline(base, options.revision, options.variant, **trained).save_pretrained(folder)
     notice = notice_of(options.pretrained_model_name_or_path)
     if options.num_validation_images:
         prompt = options.prompt("validation")
-        images = sample(pipeline.to(dtype=family.vae.dtype), prompt, options.num_validation_images, options.seed)
+        painter = pipeline.to(accelerator.device, frozen_dtype(accelerator))
+        images = sample(painter, prompt, options.num_validation_images, options.seed)
         save_samples(images, prompt, options.seed, run_dir / "samples", notice)
-    write_text(run_dir / "README.md", model_card(options, masks, crops, final_loss(run_dir), notice))
+    write_text(run_dir / "README.md", model_card(options, masks, crops, final_loss(run_dir), family.tags, notice))

@@ -6,7 +6,7 @@ import os
 import pkgutil
 import subprocess
 import sys
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
@@ -222,10 +222,10 @@ def test_the_run_is_named_after_the_folder_where_no_output_is_given():
     assert TrainOptions(instance_dir="cat", output_dir="here").run_dir == Path("here")
 
 
-def test_the_learning_rate_follows_from_the_method_where_none_is_given():
-    assert TrainOptions().base_learning_rate == 1e-4
-    assert TrainOptions(method="full").base_learning_rate == 5e-6
-    assert TrainOptions(method="full", learning_rate=0.0).base_learning_rate == 0
+def test_the_learning_rate_is_the_model_familys_where_none_is_given():
+    options = TrainOptions(instance_dir="cat")
+    assert options.resolved(512, "no", 1e-6).learning_rate == 1e-6
+    assert replace(options, learning_rate=0.0).resolved(512, "no", 1e-6).learning_rate == 0
 
 
 COUNTS = (
@@ -514,7 +514,7 @@ def test_the_program_trains_in_half_precision_and_its_configuration_is_taken_bac
     head, *_ = (run / "config.yaml").read_text(encoding="utf-8").splitlines()
     assert head.startswith(f"# persam-dreambooth {persam_dreambooth.__version__}")
     flags[1] = str(tmp_path / "toy.yaml")
-    resolved = parse(*flags).resolved(resolution=64, mixed_precision="bf16")
+    resolved = parse(*flags).resolved(resolution=64, mixed_precision="bf16", learning_rate=1e-4)
     assert parse("--config", str(run / "config.yaml")) == resolved
     assert (resolved.class_name, resolved.learning_rate) == ("red ball", 1e-6)
     assert resolved.validation_prompt == "a [V] red ball on a beach"

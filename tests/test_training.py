@@ -19,6 +19,7 @@ import yaml
 from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
+from tiny_families import tiny_for
 from torch.utils.data import default_collate
 from training_runs import (
     ALL_AGAINST_BACKGROUNDS,
@@ -38,6 +39,7 @@ from training_runs import (
     same_weights,
     toy_pipeline,
     training_crops,
+    uniform,
     watched_family,
     weights,
 )
@@ -45,8 +47,10 @@ from training_runs import (
 from persam_dreambooth import toy
 from persam_dreambooth.config import TrainOptions
 from persam_dreambooth.dreambooth.data import sample_noise
+from persam_dreambooth.dreambooth.latent_diffusion import LORA_WEIGHTS
 from persam_dreambooth.dreambooth.loss import latent_mask
-from persam_dreambooth.dreambooth.stable_diffusion import LORA_WEIGHTS, StableDiffusion, load_pipeline
+from persam_dreambooth.dreambooth.registry import load_pipeline
+from persam_dreambooth.dreambooth.stable_diffusion import StableDiffusion
 from persam_dreambooth.dreambooth.trainer import batch_losses
 from persam_dreambooth.images import find_photos
 from persam_dreambooth.toy import build
@@ -274,7 +278,7 @@ def test_first_loss_is_the_formula_worked_out_with_plain_diffusers(runs, photos,
     tokens = pipeline.tokenizer(["a sks duck"], padding="max_length", return_tensors="pt").input_ids
     text = pipeline.text_encoder(tokens)[0]
     for number in (0, 1):
-        vae_noise, noise, step = sample_noise(0, [number], (build.LATENT_CHANNELS, 8, 8), 1000)
+        vae_noise, noise, step = sample_noise(0, [number], (build.LATENT_CHANNELS, 8, 8), uniform)
         posterior = pipeline.vae.encode(crops[number]["pixels"][None]).latent_dist
         latents = (posterior.mean + posterior.std * vae_noise) * 0.18215
         kept = pipeline.scheduler.alphas_cumprod[step]
@@ -400,9 +404,10 @@ def test_other_predictions_are_refused(runs, tmp_path, capsys):
 def test_other_families_are_refused(runs, tmp_path, capsys):
     model = toy_that_predicts("epsilon", tmp_path / "other")
     index = json.loads((model / "model_index.json").read_text())
-    (model / "model_index.json").write_text(json.dumps({**index, "_class_name": "FluxPipeline"}))
+    (model / "model_index.json").write_text(json.dumps({**index, "_class_name": "KandinskyPipeline"}))
     assert runs.train(tmp_path / "run", pretrained_model_name_or_path=model) == 2
-    assert "is a FluxPipeline: only Stable Diffusion 1.x and 2.x" in capsys.readouterr().err
+    said = "is a KandinskyPipeline: name a model of one of these: StableDiffusionPipeline, StableDiffusionXLPipeline, "
+    assert said in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
@@ -588,7 +593,7 @@ def test_every_configuration_trains_two_steps(config, photos, tmp_path):
         "instance_dir": photos,
         **masks,
         "output_dir": tmp_path / "run",
-        "pretrained_model_name_or_path": "toy",
+        "pretrained_model_name_or_path": tiny_for(given.get("pretrained_model_name_or_path"), tmp_path),
         "sam_model": "toy",
         "resolution": 64,
         "max_train_steps": 2,

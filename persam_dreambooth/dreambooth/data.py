@@ -4,6 +4,7 @@ Everything random about a sample follows from the run's seed and the sample's nu
 run over all processes. So batches, accumulation, processes and resuming do not change what is trained on.
 """
 
+from collections.abc import Callable
 from typing import TypedDict
 
 import numpy as np
@@ -24,11 +25,13 @@ CLASS_SEED = 1
 class Sample(TypedDict):
     """One training sample.
 
-    pixels (3, R, R) in -1..1, mask (1, R, R) in 0..1, the prompt, the photo's name, the sample's number.
+    pixels (3, R, R) in -1..1, mask (1, R, R) in 0..1, the prompt, the photo's name, the sample's number, and where the
+    crop comes from, (4,) in pixels: height and width of the photo, top and left of the crop in the resized photo.
     """
 
     pixels: torch.Tensor
     mask: torch.Tensor
+    crop: torch.Tensor
     prompt: str
     name: str
     number: int
@@ -91,7 +94,10 @@ class Crops(Dataset):
             pixels = weights * pixels + (1 - weights) * behind
         if np.random.default_rng([self.seed, UNMASKED, number]).random() < self.unmasked_probability:
             weights = torch.ones_like(weights)
-        return Sample(pixels=pixels, mask=weights, prompt=prompt, name=self.photos[index].name, number=number)
+        (width, height), (left, top) = self.photos[index].size, window[:2]
+        crop = torch.tensor([height, width, top, left])
+        name = self.photos[index].name
+        return Sample(pixels=pixels, mask=weights, crop=crop, prompt=prompt, name=name, number=number)
 
     def all_prompts(self) -> list[str]:
         """Every prompt that a sample may have, each once."""
@@ -147,7 +153,10 @@ def _offset(random: np.random.Generator, side: int, size: int, first: int, last:
 
 
 def sample_noise(
-    seed: int, numbers: list[int], shape: tuple[int, int, int], timesteps: int
+    seed: int,
+    numbers: list[int],
+    shape: tuple[int, int, int],
+    draw_timestep: Callable[[torch.Generator, tuple[int, int, int]], torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What is random about the diffusion of each sample, drawn on the CPU so that devices agree.
 
@@ -155,12 +164,12 @@ def sample_noise(
         seed: the run's.
         numbers: sample numbers.
         shape: (C, h, w) of a latent.
-        timesteps: of the noise schedule, 1000.
+        draw_timestep: as of a `Family`.
 
     Returns:
         Noise for the VAE's sampling (B, C, h, w), noise to add (B, C, h, w), timesteps (B,).
     """
     generators = [torch.Generator().manual_seed(derived_seed(seed, NOISE, number)) for number in numbers]
-    steps = torch.cat([torch.randint(0, timesteps, (1,), generator=generator) for generator in generators])
+    steps = torch.cat([draw_timestep(generator, shape) for generator in generators])
     noise = torch.stack([torch.randn((2, *shape), generator=generator) for generator in generators])
     return noise[:, 0], noise[:, 1], steps

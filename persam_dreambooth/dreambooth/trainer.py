@@ -23,8 +23,8 @@ from persam_dreambooth.dreambooth.checkpoint import (
     save_state,
 )
 from persam_dreambooth.dreambooth.data import CLASS_SEED, DROPOUT, Crops, derived_seed, sample_noise
+from persam_dreambooth.dreambooth.family import Embeddings, Family
 from persam_dreambooth.dreambooth.loss import latent_mask, masked_loss
-from persam_dreambooth.dreambooth.stable_diffusion import StableDiffusion
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.files import write_aside, write_text
 from persam_dreambooth.pictures import loss_curve
@@ -36,7 +36,7 @@ METRICS = "metrics.jsonl"
 
 def train(
     options: TrainOptions,
-    family: StableDiffusion,
+    family: Family,
     photos: Crops,
     class_images: Crops | None,
     run_dir: Path,
@@ -48,7 +48,7 @@ def train(
     Writes `metrics.jsonl`, `loss.png` and checkpoints to the run's folder.
 
     Args:
-        options: of the run.
+        options: of the run, resolved.
         family: the model.
         photos: the subject's photos and masks.
         class_images: pictures of the class, which have no masks; or None.
@@ -61,12 +61,12 @@ def train(
     """
     if options.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
-    frozen_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     torch.manual_seed(options.seed)  # LoRA's matrices start at random
-    trained = family.make_trainable(options, accelerator.device, frozen_dtype)
+    trained = family.make_trainable(options, accelerator.device, frozen_dtype(accelerator))
     prompts = [*photos.all_prompts(), *(class_images.all_prompts() if class_images else [])]
     with torch.no_grad():
         base_embeddings = dict(zip(prompts, family.encode_prompts(prompts), strict=True))
+    family.set_encoders_aside()
 
     rate = learning_rate(options, accelerator.num_processes)
     settings = {
@@ -93,11 +93,8 @@ def train(
         last_epoch=first_step - 1,
     )
 
-    models = [family.unet, *([family.text_encoder] if options.train_text_encoder else [])]
-    *models, optimizer = accelerator.prepare(*models, optimizer)
-    family.unet = models[0]
-    if options.train_text_encoder:
-        family.text_encoder = models[1]
+    *models, optimizer = accelerator.prepare(*family.trained.values(), optimizer)
+    family.trained = dict(zip(family.trained, models, strict=True))
     if accelerator.is_main_process:
         remove_later_checkpoints(run_dir, first_step)
     meter = Meter(run_dir, accelerator, first_step)
@@ -141,7 +138,7 @@ def train(
         if checkpoint_due and accelerator.is_main_process:
             with write_aside(run_dir / f"checkpoint-{step}") as folder:
                 folder.mkdir()
-                save_trained(options, family, accelerator, folder)
+                family.save_weights(folder)
                 save_state(folder, step, optimizer=optimizer, scaler=accelerator.scaler)
             remove_old_checkpoints(run_dir, options.checkpoints_total_limit)
     accelerator.wait_for_everyone()
@@ -151,12 +148,12 @@ def train(
 
 def batch_losses(
     options: TrainOptions,
-    family: StableDiffusion,
+    family: Family,
     batch: dict[str, Any],
     class_batch: dict[str, Any] | None,
-    base_embeddings: dict[str, torch.Tensor],
+    base_embeddings: dict[str, Embeddings],
 ) -> dict[str, torch.Tensor]:
-    """The losses of a batch, not yet weighted, all from one pass of the UNet.
+    """The losses of a batch, not yet weighted, all from one pass of the denoiser.
 
     - `loss`: of the photos, masked.
     - `prior_loss`: of the class images, where there are any; never masked.
@@ -164,29 +161,27 @@ def batch_losses(
       and prompt, where `masked_prior_preservation_weight` is not 0.
 
     Args:
-        batch: `Sample`s stacked: pixels (B, 3, R, R), mask (B, 1, R, R), prompt, name, number (B,).
+        batch: `Sample`s stacked: pixels (B, 3, R, R), mask (B, 1, R, R), crop (B, 4), prompt, name, number (B,).
         class_batch: the same for class images, or None.
-        base_embeddings: of each prompt, (T, D), before training; on the device of training.
+        base_embeddings: of each prompt, before training; on the device of training.
     """
     halves = [(batch, options.seed)]
     if class_batch is not None:
         halves.append((class_batch, options.seed + CLASS_SEED))
-    device = family.vae.device
+    device, shape = family.device, family.latent_shape(batch["pixels"].shape[-1])
     latents, noise, timesteps = [], [], []
-    side = batch["pixels"].shape[-1] // family.latent_factor
     for half, seed in halves:
-        vae_noise, noise_, timesteps_ = sample_noise(
-            seed, half["number"].tolist(), (family.latent_channels, side, side), family.timesteps
-        )
+        vae_noise, noise_, timesteps_ = sample_noise(seed, half["number"].tolist(), shape, family.draw_timestep)
         latents.append(family.encode_images(half["pixels"], vae_noise).float())
         noise.append(noise_.to(device))
         timesteps.append(timesteps_.to(device))
     x, e, t = torch.cat(latents), torch.cat(noise), torch.cat(timesteps)
     prompts = [prompt for half, _ in halves for prompt in half["prompt"]]
-    base_text = torch.stack([base_embeddings[prompt] for prompt in prompts])
+    crops = torch.cat([half["crop"] for half, _ in halves]).to(device)
+    base_text = Embeddings.stack([base_embeddings[prompt] for prompt in prompts])
     text = encode_together(family, prompts) if options.train_text_encoder else base_text
-    noisy = family.noise_schedule.add_noise(x, e, t).to(base_text.dtype)
-    prediction = family.predict(noisy, t, text)
+    noisy = family.add_noise(x, e, t).to(base_text.states.dtype)
+    prediction = family.predict(noisy, t, text, crops)
     target = family.target(x, e, t)
 
     photos = len(batch["number"])
@@ -201,13 +196,13 @@ def batch_losses(
     if class_batch is not None:
         losses["prior_loss"] = masked_loss(prediction[photos:], target[photos:]).mean()
     if options.masked_prior_preservation_weight and mask is not None:
-        base = family.predict_base(noisy[:photos], t[:photos], base_text[:photos])
+        base = family.predict_base(noisy[:photos], t[:photos], base_text[:photos], crops[:photos])
         losses["preservation_loss"] = masked_loss(prediction[:photos], base, 1 - mask, normalization).mean()
     return losses
 
 
-def encode_together(family: StableDiffusion, prompts: list[str]) -> torch.Tensor:
-    """Embeddings (B, T, D) of prompts, each different one encoded once."""
+def encode_together(family: Family, prompts: list[str]) -> Embeddings:
+    """Embeddings of prompts, each different one encoded once."""
     different = list(dict.fromkeys(prompts))
     return family.encode_prompts(different)[[different.index(prompt) for prompt in prompts]]
 
@@ -225,18 +220,18 @@ def numbered_batches(
     return iter(DataLoader(crops, batch_sampler=numbers, num_workers=options.dataloader_num_workers))
 
 
+def frozen_dtype(accelerator: Accelerator) -> torch.dtype:
+    """The precision of the weights that are not trained."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+
+
 def learning_rate(options: TrainOptions, processes: int) -> float:
     """The learning rate, scaled where asked."""
-    rate = options.base_learning_rate
+    rate = options.learning_rate
+    assert rate is not None
     if options.scale_lr:
         rate *= options.train_batch_size * options.gradient_accumulation_steps * processes
     return rate
-
-
-def save_trained(options: TrainOptions, family: StableDiffusion, accelerator: Accelerator, folder: Path) -> None:
-    """Saves the trained weights to a folder."""
-    text_encoder = accelerator.unwrap_model(family.text_encoder) if options.train_text_encoder else None
-    family.save_weights(folder, accelerator.unwrap_model(family.unet), text_encoder)
 
 
 class Meter:
@@ -290,10 +285,10 @@ class Meter:
         return self.accelerator.gather(losses.float().mean()[None]).mean().item()
 
 
-def check_resolution(options: TrainOptions, family: StableDiffusion) -> int:
+def check_resolution(options: TrainOptions, family: Family) -> int:
     """The training resolution; raises `InputError` for one that the model's latent grid cannot hold."""
     resolution = options.resolution or family.native_resolution
-    factor = family.latent_factor * 2 ** (len(family.pipeline.unet.config.block_out_channels) - 1)
+    factor = family.granularity
     if resolution % factor or resolution < factor:
         nearest = max(factor, round(resolution / factor) * factor)
         raise InputError(f"--resolution is {resolution}: this model needs a multiple of {factor}, such as {nearest}")

@@ -86,7 +86,7 @@ def prompted(folder: Path, part: int) -> np.ndarray:
     """Paints a part of the held-out prompts: whether background, color and class are as told, bool (pictures, 3)."""
     import torch
 
-    from persam_dreambooth.dreambooth.stable_diffusion import fast_sampler, load_pipeline
+    from persam_dreambooth.dreambooth.registry import fast_sampler, load_pipeline
     from persam_dreambooth.toy import scenes, world
     from persam_dreambooth.toy.evaluator import Evaluator
 
