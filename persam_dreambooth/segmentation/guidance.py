@@ -95,6 +95,7 @@ class BiasedAttention(nn.Module):
     def __init__(self, attention: Any) -> None:
         super().__init__()
         self.attention = attention
+        self.project = attention.o_proj if hasattr(attention, "o_proj") else attention.out_proj  # SAM 2's, SAM's
 
     def forward(
         self,
@@ -119,4 +120,4 @@ class BiasedAttention(nn.Module):
         weights = torch.softmax((q @ k.transpose(1, 2) * self.attention.scaling).float(), dim=-1)
         weights = torch.softmax(weights + attention_similarity.float(), dim=-1).to(v.dtype)
         output = (weights @ v).transpose(0, 1).flatten(1)
-        return self.attention.out_proj(output)[None, None], weights
+        return self.project(output)[None, None], weights

@@ -10,7 +10,6 @@ Shapes: B photos, C channels, h w cells; 1024 pixels become 256 x 256 cells, the
 from __future__ import annotations
 
 import math
-import re
 from collections import OrderedDict
 from typing import Any
 
@@ -23,18 +22,18 @@ STRIDES = (2, 2, 1)
 
 
 class TinyViT(nn.Module):
-    """A stage of convolutions and three of windowed attention, then SAM's neck; frozen, so without dropped paths.
+    """A stage of convolutions and three of windowed attention, then SAM's neck; without the classifier.
 
     Args:
         widths: channels of the four stages.
         depths: blocks of each.
         heads: attention heads of the last three.
         windows: sides of their windows, in cells.
-        channels: of the embedding, 256.
+        neck: transformers' `SamVisionNeck`, to the channels of the embedding.
     """
 
     def __init__(
-        self, widths: list[int], depths: list[int], heads: list[int], windows: list[int], channels: int
+        self, widths: list[int], depths: list[int], heads: list[int], windows: list[int], neck: nn.Module
     ) -> None:
         super().__init__()
         self.patch_embed = nn.Module()
@@ -51,12 +50,7 @@ class TinyViT(nn.Module):
             if index < len(STRIDES):
                 stage.downsample = PatchMerging(widths[index], widths[index + 1], STRIDES[index])
             self.layers.append(stage)
-        self.neck = nn.Sequential(
-            nn.Conv2d(widths[-1], channels, 1, bias=False),
-            ChannelNorm(channels),
-            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-            ChannelNorm(channels),
-        )
+        self.neck = neck
 
     def forward(self, pixel_values: torch.Tensor, **_: Any) -> tuple[torch.Tensor]:
         """Normalized and padded photos (B, 3, 1024, 1024) to embeddings (B, C, 64, 64), in a tuple as transformers'."""
@@ -65,7 +59,7 @@ class TinyViT(nn.Module):
             cells = stage.blocks(cells)
             if hasattr(stage, "downsample"):
                 cells = stage.downsample(cells)
-        return (self.neck(cells),)
+        return (self.neck(cells.movedim(1, -1)),)
 
 
 class ConvNorm(nn.Sequential):
@@ -74,17 +68,6 @@ class ConvNorm(nn.Sequential):
     def __init__(self, inside: int, outside: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> None:
         convolution = nn.Conv2d(inside, outside, kernel, stride, kernel // 2, groups=groups, bias=False)
         super().__init__(OrderedDict(c=convolution, bn=nn.BatchNorm2d(outside)))
-
-
-class ChannelNorm(nn.LayerNorm):
-    """Layer norm over the channels of (B, C, h, w)."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels, eps=1e-6)
-
-    def forward(self, cells: torch.Tensor) -> torch.Tensor:
-        """(B, C, h, w) to (B, C, h, w)."""
-        return super().forward(cells.movedim(1, -1)).movedim(-1, 1)
 
 
 class InvertedBottleneck(nn.Module):
@@ -175,24 +158,21 @@ def distances(side: int, device: torch.device) -> torch.Tensor:
     return (apart[:, None, :, None] * side + apart[None, :, None, :]).reshape(side * side, side * side)
 
 
-def read_tiny_vit(weights: dict[str, torch.Tensor]) -> TinyViT:
-    """The encoder that weights under MobileSAM's names, without `image_encoder.`, belong to, with these weights.
+def tiny_vit(weights: dict[str, torch.Tensor], neck: nn.Module) -> TinyViT:
+    """The encoder, not filled, that weights under MobileSAM's names belong to."""
 
-    The classifier that MobileSAM's file still holds is left out.
-    """
-    kept = {name: value for name, value in weights.items() if not re.match(r"(norm_)?head\.", name)}
-    depths = [len({name.split(".")[3] for name in kept if name.startswith(f"layers.{i}.blocks.")}) for i in range(4)]
-    biases = [kept[f"layers.{i}.blocks.0.attn.attention_biases"].shape for i in (1, 2, 3)]
-    with torch.device("meta"):
-        encoder = TinyViT(
-            widths=[
-                kept["patch_embed.seq.2.c.weight"].shape[0],
-                *(kept[f"layers.{i}.downsample.conv3.c.weight"].shape[0] for i in range(3)),
-            ],
-            depths=depths,
-            heads=[shape[0] for shape in biases],
-            windows=[math.isqrt(shape[1]) for shape in biases],
-            channels=kept["neck.0.weight"].shape[0],
-        )
-    encoder.load_state_dict(kept, assign=True)
-    return encoder
+    def shape(name: str) -> torch.Size:
+        return weights[f"image_encoder.{name}"].shape
+
+    blocks = {name.split(".")[2] + name.split(".")[4] for name in weights if ".blocks." in name}  # stage and number
+    biases = [shape(f"layers.{stage}.blocks.0.attn.attention_biases") for stage in (1, 2, 3)]
+    return TinyViT(
+        widths=[
+            shape("patch_embed.seq.2.c.weight")[0],
+            *(shape(f"layers.{stage}.downsample.conv3.c.weight")[0] for stage in (0, 1, 2)),
+        ],
+        depths=[sum(block.startswith(str(stage)) for block in blocks) for stage in range(4)],
+        heads=[heads for heads, _ in biases],
+        windows=[math.isqrt(cells) for _, cells in biases],
+        neck=neck,
+    )
