@@ -22,8 +22,7 @@ def open_sam(name: str, device: str | None = None, dtype: torch.dtype | str = to
         name: hub id such as `facebook/sam-vit-huge`, `syscv-community/sam-hq-vit-base` or `facebook/sam2.1-hiera-tiny`,
             a local folder, a file such as `sam_vit_h_4b8939.pth`, `mobile_sam.pt` or `sam2.1_hiera_tiny.pt`, or `toy`.
         device: `cpu`, `cuda`, `mps`, ...; by default the accelerator where there is one.
-        dtype: precision of the weights and of what is computed with them, as a type or a name such as `bfloat16`;
-            `auto` is float32 on the CPU and on MPS, bfloat16 elsewhere. Logits and similarities are float32 always.
+        dtype: precision of the image encoder, as a type or a name such as `bfloat16`; see `precision` for `auto`.
 
     Raises:
         InputNotFoundError: the model cannot be had.
@@ -35,11 +34,11 @@ def open_sam(name: str, device: str | None = None, dtype: torch.dtype | str = to
     with models.loading(name):
         model = read_original(Path(source)) if Path(source).is_file() else _read_folder(source)
     wrapper = {"sam": Sam, "sam_hq": SamHQ, "sam2": Sam2}[model.config.model_type]
-    return wrapper(model.to(place, precision(dtype, place)), name)
+    return wrapper(model.to(place, torch.float32), name, precision(dtype, place))
 
 
 def precision(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
-    """The type that `dtype` of `open_sam` stands for on a device."""
+    """The type that `dtype` of `open_sam` stands for: `auto` is float32 on the CPU and on MPS, bfloat16 elsewhere."""
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype == "auto":

@@ -67,8 +67,7 @@ class GuidedTransformer(nn.Module):
                 image_positional_embeddings=image_positional_embeddings,
                 **others,
             )
-        bias = self.guidance.bias.to(point_embeddings)
-        target = self.guidance.target.to(point_embeddings)
+        bias, target = self.guidance.bias, self.guidance.target
         in_code = self.guidance.form == "code"
         queries = point_embeddings
         query_position = point_embeddings + target if in_code else point_embeddings

@@ -25,7 +25,7 @@ class Encoding:
     """A photo that SAM's image encoder has seen.
 
     Args:
-        embedding: (1, C, 64, 64), the padding included.
+        embedding: (1, C, 64, 64) float32, the padding included.
         size: (H, W) of the photo.
         resized: (h, w) of the photo inside the padded input; the longer side is `padded`.
         padded: side of the padded input, 1024.
@@ -50,17 +50,26 @@ class Sam:
     Args:
         model: the model, in evaluation mode, on its device.
         name: how the user named it; recorded with every mask.
+        dtype: precision of the image encoder, which is nearly all of a SAM. The rest stays float32: it is small, and
+            a coordinate in bfloat16 would be off by pixels.
     """
 
     logit_limit = math.inf
     """Mask logits that prompt a pass are cut to this."""
 
-    def __init__(self, model: Any, name: str) -> None:
+    def __init__(self, model: Any, name: str, dtype: torch.dtype = torch.float32) -> None:
         self.model = model.eval().requires_grad_(False)
         self.name = name
+        self.dtype = dtype
+        self.encoder.to(dtype)
         self.padded: int = model.config.prompt_encoder_config.image_size
         self.transformer = GuidedTransformer(model.mask_decoder.transformer)
         model.mask_decoder.transformer = self.transformer
+
+    @property
+    def encoder(self) -> torch.nn.Module:
+        """The part of the model that computes in `dtype`."""
+        return self.model.vision_encoder
 
     def input_size(self, height: int, width: int) -> tuple[int, int]:
         """Size (h, w) of a photo of (H, W) in the padded input: its longer side is 1024."""
@@ -80,12 +89,12 @@ class Sam:
         pixels = torch.from_numpy(np.asarray(photo.resize(resized[::-1], Image.Resampling.BILINEAR), dtype=np.float32))
         pixels = (pixels - torch.tensor(PIXEL_MEAN)) / torch.tensor(PIXEL_STD)
         pixels = F.pad(pixels.permute(2, 0, 1), (0, self.padded - resized[1], 0, self.padded - resized[0]))
-        embedding, extra = self.embed(pixels[None].to(self.model.device, self.model.dtype))
+        embedding, extra = self.embed(pixels[None].to(self.model.device, self.dtype))
         return Encoding(embedding, (height, width), resized, self.padded, extra)
 
     def embed(self, pixels: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
-        """The image encoder alone: padded input (1, 3, 1024, 1024) to (1, C, 64, 64) and `Encoding.extra`."""
-        return self.model.get_image_embeddings(pixels), {}
+        """The image encoder alone: padded input (1, 3, 1024, 1024) to (1, C, 64, 64) and `Encoding.extra`, float32."""
+        return self.model.get_image_embeddings(pixels).float(), {}
 
     def features(self, encoding: Encoding) -> dict[str, Any]:
         """What the model's decoder takes of a photo, by its names."""
@@ -116,7 +125,7 @@ class Sam:
         Returns:
             Logits (masks, 256, 256) and predicted IoUs (masks,), float32; masks is 3 or 1.
         """
-        device, dtype = self.model.device, self.model.dtype
+        device = self.model.device
         scale = np.array([encoding.resized[1] / encoding.size[1], encoding.resized[0] / encoding.size[0]])
         prompts: dict[str, Any] = {
             "input_points": torch.from_numpy((points * scale).astype(np.float32)).to(device)[None, None],
@@ -127,10 +136,10 @@ class Sam:
             prompts["input_boxes"] = torch.from_numpy(corners).to(device)[None, None]
         if mask_logits is not None:
             limited = torch.as_tensor(mask_logits).clamp(-self.logit_limit, self.logit_limit)
-            prompts["input_masks"] = limited.to(device, dtype)[None, None]
+            prompts["input_masks"] = limited.to(device)[None, None]
         with self.transformer.guided_by(guidance):
             output = self.model(multimask_output=multimask, **prompts, **self.features(encoding))
-        return output.pred_masks[0, 0].float(), output.iou_scores[0, 0].float()
+        return output.pred_masks[0, 0], output.iou_scores[0, 0]
 
     def upscale(self, maps: torch.Tensor, encoding: Encoding) -> torch.Tensor:
         """SAM's mask post-processing: (n, 256, 256) to the padded input, padding cropped, to the photo: (n, H, W)."""
@@ -157,7 +166,7 @@ class SamHQ(Sam):
     def embed(self, pixels: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
         """As `Sam.embed`; the early features are for the decoder."""
         embedding, intermediate = self.model.get_image_embeddings(pixels)
-        return embedding, {"intermediate_embeddings": intermediate}
+        return embedding.float(), {"intermediate_embeddings": [early.float() for early in intermediate]}
 
     def decode(self, *arguments: Any, multimask: bool = True, **prompts: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Sam.decode`."""

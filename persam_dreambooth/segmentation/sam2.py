@@ -24,9 +24,14 @@ class Sam2(Sam):
 
     logit_limit = 32.0
 
-    def __init__(self, model: Any, name: str) -> None:
-        super().__init__(model, name)
+    def __init__(self, model: Any, name: str, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(model, name, dtype)
         model.mask_decoder.dynamic_multimask_via_stability = False
+
+    @property
+    def encoder(self) -> torch.nn.Module:
+        """The image encoder without its neck, whose outputs the mask decoder takes."""
+        return self.model.vision_encoder.backbone
 
     def input_size(self, height: int, width: int) -> tuple[int, int]:
         """Every photo fills the input."""
