@@ -128,7 +128,9 @@ def test_masks_reach_the_photo_in_one_step(sam, encoding):
 
 def test_the_two_biases_agree_where_nothing_is_padded(sam, encoding):
     prior = location_prior(encoding.embedding[0, :, 20, 20], encoding)
-    aligned, published, paper = (attention_bias(prior, sam, encoding, kind) for kind in ("persam", "published", "paper"))
+    aligned, published, paper = (
+        attention_bias(prior, sam, encoding, kind) for kind in ("persam", "published", "paper")
+    )
     assert torch.allclose(aligned, published, atol=1e-5)
     assert aligned.std() > 0.01 and float(paper.sum()) == pytest.approx(1)
 
@@ -182,7 +184,9 @@ def test_with_neither_bias_nor_target_the_guided_pass_is_the_original(sam):
 def test_a_large_bias_makes_every_token_look_at_its_cell(sam):
     attention = sam.model.mask_decoder.transformer.transformer.layers[1].cross_attn_token_to_image
     assert isinstance(attention, BiasedAttention)
-    query, key, value = (torch.randn((1, 1, n, 64), generator=torch.Generator().manual_seed(n)) for n in (5, 4096, 4097))
+    query, key, value = (
+        torch.randn((1, 1, n, 64), generator=torch.Generator().manual_seed(n)) for n in (5, 4096, 4097)
+    )
     bias = torch.zeros(4096)
     bias[77] = 100
     with torch.no_grad():

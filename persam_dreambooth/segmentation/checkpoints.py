@@ -59,5 +59,7 @@ def _read_folder(source: str) -> "PreTrainedModel":
         raise InputError(f"{source} is a model of type {kind}: name a SAM, SAM-HQ or SAM 2 checkpoint, or toy")
     model, found = loaders[config.model_type].from_pretrained(source, config=config, output_loading_info=True)
     if found["missing_keys"]:
-        raise InputError(f"{source} lacks weights ({min(found['missing_keys'])}, ...): get it again, or name another model")
+        raise InputError(
+            f"{source} lacks weights ({min(found['missing_keys'])}, ...): get it again, or name another model"
+        )
     return model

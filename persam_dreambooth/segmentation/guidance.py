@@ -34,7 +34,7 @@ class Guidance:
 
 
 class GuidedTransformer(nn.Module):
-    """The two-way transformer of SAM or SAM 2, which a `Guidance` can be laid upon for a while; without one it is the original."""
+    """SAM's or SAM 2's two-way transformer, which a `Guidance` can be laid upon; without one it is the original."""
 
     def __init__(self, transformer: Any) -> None:
         super().__init__()

@@ -78,7 +78,9 @@ def read_sam2(weights: dict[str, torch.Tensor], path: Path) -> Sam2Model:
     width = weights[BACKGROUND].shape[1]
     depth = len({name[len(BLOCKS) :].split(".")[0] for name in weights if name.startswith(BLOCKS)})
     if (width, depth) not in SIZES:
-        raise InputError(f"{path} is no published size of SAM 2 ({depth} blocks from {width} channels): name its folder")
+        raise InputError(
+            f"{path} is no published size of SAM 2 ({depth} blocks from {width} channels): name its folder"
+        )
     with torch.device("meta"):
         model = Sam2Model(read_config(width, depth, tuple(weights[BACKGROUND].shape[2:])))
     model.load_state_dict(rename_sam2(weights), assign=True)

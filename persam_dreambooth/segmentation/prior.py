@@ -157,7 +157,7 @@ def attention_bias(
     if kind == "published":
         return torch.sigmoid(F.interpolate(z, (grid, grid), mode="bilinear", align_corners=False)).flatten()
     height, width = encoding.resized
-    # A center outside the photo reads its outermost pixel; grid_sample's own border is missing on MPS before torch 2.13.
+    # A center outside the photo reads its outermost pixel: padding_mode="border" is not on MPS before torch 2.13.
     places = [
         (2 * centers / inner - 1).clamp(1 / side - 1, 1 - 1 / side)
         for inner, side in zip((width, height), encoding.size[::-1], strict=True)
