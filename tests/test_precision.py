@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from persam_dreambooth import toy
+from persam_dreambooth.errors import InputError
 from persam_dreambooth.masks import read_mask
 from persam_dreambooth.segmentation import PerSAM, PerSAMF, find_instances, open_sam
 from persam_dreambooth.segmentation.checkpoints import precision
@@ -118,3 +119,5 @@ def test_auto_is_half_only_where_it_pays():
         "xpu": torch.bfloat16,
     }
     assert precision("float16", torch.device("cpu")) == torch.float16 == precision(torch.float16, torch.device("cpu"))
+    with pytest.raises(InputError, match="precision 'half' is unknown"):
+        precision("half", torch.device("cpu"))

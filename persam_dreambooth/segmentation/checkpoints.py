@@ -43,7 +43,9 @@ def precision(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
         return dtype
     if dtype == "auto":
         return torch.float32 if device.type in ("cpu", "mps") else torch.bfloat16
-    return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[dtype]
+    if dtype not in ("float32", "float16", "bfloat16"):
+        raise InputError(f"precision {dtype!r} is unknown: use float32, float16, bfloat16 or auto")
+    return getattr(torch, dtype)
 
 
 def _read_folder(source: str) -> "PreTrainedModel":

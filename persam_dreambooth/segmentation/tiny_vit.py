@@ -126,9 +126,9 @@ class Block(nn.Module):
         side = self.window
         cells = F.pad(cells, (0, 0, 0, -width % side, 0, -height % side))
         rows, columns = cells.shape[1] // side, cells.shape[2] // side
-        windows = cells.view(batch, rows, side, columns, side, channels).transpose(2, 3)
+        windows = cells.reshape(batch, rows, side, columns, side, channels).transpose(2, 3)
         attended = self.attn(windows.reshape(-1, side * side, channels))
-        attended = attended.view(batch, rows, columns, side, side, channels).transpose(2, 3)
+        attended = attended.reshape(batch, rows, columns, side, side, channels).transpose(2, 3)
         return attended.reshape(cells.shape)[:, :height, :width]
 
 
