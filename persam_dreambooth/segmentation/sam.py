@@ -135,8 +135,8 @@ class Sam:
             corners = (box.reshape(2, 2) * scale).astype(np.float32).reshape(4)
             prompts["input_boxes"] = torch.from_numpy(corners).to(device)[None, None]
         if mask_logits is not None:
-            limited = torch.as_tensor(mask_logits).clamp(-self.logit_limit, self.logit_limit)
-            prompts["input_masks"] = limited.to(device)[None, None]
+            logits = torch.as_tensor(mask_logits, dtype=torch.float32).clamp(-self.logit_limit, self.logit_limit)
+            prompts["input_masks"] = logits.to(device)[None, None]
         with self.transformer.guided_by(guidance):
             output = self.model(multimask_output=multimask, **prompts, **self.features(encoding))
         return output.pred_masks[0, 0], output.iou_scores[0, 0]
