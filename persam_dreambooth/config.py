@@ -27,6 +27,7 @@ SCENES = "a beach, snow, a jungle, a sofa, a desert, a city at night, grass, wat
 
 SEGMENTERS = Literal["persam", "persam-f"]
 GUIDANCE = Literal["persam", "published", "paper", "none"]
+PRECISIONS = Literal["float32", "float16", "bfloat16", "auto"]
 SCHEDULES = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 
 
@@ -41,7 +42,10 @@ class SegmentationOptions:
 
     segmenter: SEGMENTERS = option("persam-f", "PerSAM (training-free) or PerSAM-F (fits two scale weights first)")
     sam_model: str = option(
-        "facebook/sam-vit-huge", "SAM or SAM-HQ: hub id, local folder, segment-anything's .pth file, or toy"
+        "facebook/sam-vit-huge", "SAM, SAM-HQ, SAM 2 or MobileSAM: hub id, local folder, its published file, or toy"
+    )
+    sam_dtype: PRECISIONS = option(
+        "float32", "precision of SAM's image encoder; auto: bfloat16, but float32 on the CPU and on MPS"
     )
     guidance: GUIDANCE = option("persam", "PerSAM's guided attention: aligned, as published, as in the paper, or none")
     target_coverage: float = option(
@@ -109,6 +113,7 @@ class EvaluateModelOptions:
     instance_dir: str | None = option(None, "the photos; default: those of the run")
     mask_dir: str | None = option(None, "their masks; default: those of the run")
     sam_model: str = option("facebook/sam-vit-huge", "finds the subject in pictures; as for segment")
+    sam_dtype: PRECISIONS = option("float32", "precision of its image encoder; as for segment")
     clip_model: str = option("openai/clip-vit-base-patch32", "CLIP: hub id or local folder")
     dino_model: str = option("facebook/dinov2-small", "DINO or DINOv2: hub id or local folder")
     num_images: int = option(8, "pictures of each prompt")

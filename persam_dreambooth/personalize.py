@@ -252,7 +252,7 @@ def _find_references(photos: list[Photo], folder: Path) -> list[Reference]:
 def _open_segmenter(options: SegmentationOptions) -> "PerSAM | PerSAMF":
     from persam_dreambooth.segmentation import PerSAM, PerSAMF, open_sam
 
-    sam = open_sam(options.sam_model)
+    sam = open_sam(options.sam_model, dtype=options.sam_dtype)
     if options.segmenter == "persam":
         return PerSAM(sam, options.guidance, options.target_coverage)
     return PerSAMF(sam, options.target_coverage)

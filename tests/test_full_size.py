@@ -1,4 +1,4 @@
-"""Models of the real sizes through our code: Stable Diffusion 1.5 and 2.1 on the meta device, SAM and SAM-HQ at random.
+"""Models of the real sizes through our code: Stable Diffusion 1.5 and 2.1 on the meta device, SAM and others at random.
 
 The meta device works out shapes and types without numbers, so a model of a billion parameters costs nothing. The
 configurations are written by hand; their parameter counts are those of the published weights.
@@ -14,6 +14,7 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTokenizer,
+    Sam2Model,
     SamConfig,
     SamHQConfig,
     SamHQModel,
@@ -27,7 +28,9 @@ from persam_dreambooth.dreambooth.trainer import batch_losses, check_resolution
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.segmentation import PerSAM, PerSAMF
 from persam_dreambooth.segmentation.guidance import Guidance
+from persam_dreambooth.segmentation.original_sam2 import read_config
 from persam_dreambooth.segmentation.sam import Encoding, Sam, SamHQ
+from persam_dreambooth.segmentation.sam2 import Sam2
 
 META = torch.device("meta")
 CHANNELS = (320, 640, 1280, 1280)
@@ -234,6 +237,11 @@ GLOBAL_LAYERS = {"base": [2, 5, 8, 11], "large": [5, 11, 17, 23], "huge": [7, 15
 # The published weights, and 256 numbers of the positional encoding that transformers counts as parameters.
 SAM_PARAMETERS = {"base": 93_735_472 + 256, "large": 312_342_832 + 256, "huge": 641_090_608 + 256}
 
+SAM_2S = {"tiny": (96, 12, 7), "small": (96, 16, 7), "base plus": (112, 24, 14), "large": (144, 48, 7)}
+"""Width, blocks, side of the positional embedding."""
+# What Meta's program has for single photos; its positional encoding, 256 numbers, is no parameter in transformers.
+SAM_2_PARAMETERS = {"tiny": 31_440_977, "small": 38_538_833, "base plus": 73_328_657, "large": 216_925_121}
+
 
 def draw_photo(size=(640, 480), center=(250, 200), floor=0):
     """A photo of a two-colored ball on a noisy floor, and the ball's mask (H, W) bool."""
@@ -261,6 +269,23 @@ def test_every_published_sam_embeds_a_photo_in_256_by_64_by_64(size):
     encoding = Sam(model, size).encode(draw_photo()[0])
     assert encoding.embedding.shape == (1, 256, 64, 64)
     assert (encoding.size, encoding.resized, encoding.padded, encoding.grid) == ((480, 640), (768, 1024), 1024, 64)
+
+
+@pytest.mark.parametrize("size", SAM_2S)
+def test_every_published_sam_2_embeds_a_photo_in_256_by_64_by_64(size):
+    width, depth, side = SAM_2S[size]
+    with META:
+        model = Sam2Model(read_config(width, depth, (side, side)))
+    assert count(model.parameters()) == SAM_2_PARAMETERS[size] - 256
+    sam = Sam2(model, size)
+    encoding = sam.encode(draw_photo()[0])
+    assert encoding.embedding.shape == (1, 256, 64, 64)
+    assert [feature.shape[1:] for feature in encoding.extra["high_resolution_features"]] == [
+        (32, 256, 256),
+        (64, 128, 128),
+    ]
+    logits, scores = sam.decode(encoding, np.array([[250, 200]]), np.array([1]))
+    assert logits.shape == (3, 256, 256) and scores.shape == (3,)
 
 
 @pytest.mark.parametrize("form", ["code", "paper"])

@@ -69,7 +69,7 @@ def evaluate(options: EvaluateModelOptions) -> dict[str, dict[str, float]]:
     from persam_dreambooth.segmentation import PerSAMF, open_sam
 
     clip, dino = Clip(options.clip_model), Dino(options.dino_model)
-    segmenter = PerSAMF(open_sam(sam)).fit(masks[0].photo.read(), masks[0].mask)
+    segmenter = PerSAMF(open_sam(sam, dtype=options.sam_dtype)).fit(masks[0].photo.read(), masks[0].mask)
     base = str(config["pretrained_model_name_or_path"])
     figures = {}
     for name, model in {"trained": str(run_dir), "base": base}.items():

@@ -236,7 +236,7 @@ class PerSAMF:
         prior, points, labels = self._locate(encoding, without)
         logits, scores = self.sam.decode(encoding, points, labels)
         first = _step(logits, scores)
-        combined = torch.tensordot(torch.as_tensor(weights).to(logits), logits, dims=1)
+        combined = torch.tensordot(torch.from_numpy(weights.astype(np.float32)).to(logits.device), logits, dims=1)
         flags: list[str] = []
         box = self.sam.mask_box(combined, encoding)
         if box is None:  # the video code's way out of an empty combination

@@ -202,14 +202,15 @@ def run(rows: list[Row], items: list[Item], output: Path, options: EvaluatePerse
     """Writes the predictions that are missing; under `accelerate launch`, each process takes a share of the objects."""
     from persam_dreambooth.segmentation import open_sam
 
-    settings = {name: getattr(options, name) for name in ("data", "sam_model", "guidance", "target_coverage")}
+    names = ("data", "sam_model", "sam_dtype", "guidance", "target_coverage")
+    settings = {name: getattr(options, name) for name in names}
     note_settings(output, settings, "an evaluation", "--output")
     state = PartialState()
     own = items[state.process_index :: state.num_processes]
     left = [(item, row) for item in own for row in rows if not _done(output, row, item)]
     if not left:
         return
-    sam = open_sam(models.resolve(options.sam_model, "sam"))
+    sam = open_sam(models.resolve(options.sam_model, "sam"), dtype=options.sam_dtype)
     for item in tqdm(own, desc="segmenting", unit="object", disable=not state.is_main_process):
         waiting = [row for row in rows if not _done(output, row, item)]
         if waiting:
