@@ -188,16 +188,19 @@ class EvaluatePersegOptions(SegmentationOptions):
 
 
 @dataclass(frozen=True)
-class EvaluateDavisOptions:
-    """DAVIS 2017: J, F and J&F of predictions made by anything."""
+class EvaluateDavisOptions(FollowOptions):
+    """DAVIS 2017: a method's masks, or masks made by anything, and their J, F and J&F."""
 
-    data: str | None = option(None, "folder with Annotations/480p and ImageSets/2017")
-    predictions: str | None = option(None, "folder of <sequence>/00000.png, palette or gray")
-    output: str | None = option(None, "folder for results.json and results.md")
+    data: str | None = option(None, "folder with JPEGImages/480p, Annotations/480p and ImageSets/2017")
+    output: str | None = option(None, "folder for results and predictions; an evaluation in it goes on")
+    predictions: str | None = option(
+        None, "score this folder of <sequence>/00000.png, palette or gray, instead of running a method"
+    )
 
     def check(self) -> None:
-        """Raises `InputError` for options that are missing."""
-        _require(self, "data", "predictions", "output")
+        """Raises `InputError` for options that are missing or out of range."""
+        _require(self, "data", "output")
+        super().check()
 
 
 @dataclass(frozen=True)
