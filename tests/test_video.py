@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import SamConfig, SamModel
+from tiny_sam import tiny_model
 
 from persam_dreambooth.cli import main
 from persam_dreambooth.errors import InputError
@@ -41,22 +41,6 @@ class Recorder(Sam):
         assert guidance is None and multimask
         self.passes.append((points, labels, box, mask_logits, *result))
         return result
-
-
-def tiny_model():
-    """A SAM with random weights, 128 pixels and 8 x 8 cells."""
-    torch.manual_seed(0)
-    narrow = {"hidden_size": 32, "num_attention_heads": 2, "mlp_dim": 64}
-    return SamModel(
-        SamConfig(
-            vision_config={
-                **narrow, "image_size": 128, "patch_size": 16, "num_hidden_layers": 2, "output_channels": 32,
-                "window_size": 4, "global_attn_indexes": [1], "num_pos_feats": 16, "initializer_range": 0.1,
-            },
-            prompt_encoder_config={"hidden_size": 32, "image_size": 128, "patch_size": 16, "mask_input_channels": 4},
-            mask_decoder_config={**narrow, "iou_head_hidden_dim": 32},
-        )
-    )  # fmt: skip
 
 
 @pytest.fixture
@@ -444,11 +428,14 @@ def test_three_hundred_frames_need_no_more_memory_than_fifty(tmp_path, capsys):
         ghosts += int((labels == 2).any() and not (truth == 2).any())
     back = [score for number, score in scores[2] if number > 200]
     stayed = [score for _, score in scores[1]]
+    figures = {
+        "peak RSS after 50 frames, MiB": peaks[49],
+        "after 300": peaks[299],
+        "J of the object that stays": np.mean(stayed),
+        "of the one that leaves, from its return on": np.mean(back),
+        "frames in which it is gone but found": ghosts,
+    }
     with capsys.disabled():
-        print(
-            f"\npeak RSS after 50 frames {peaks[49]:.0f} MiB, after 300 {peaks[299]:.0f} MiB; J of the object that stays "
-            f"{np.mean(stayed):.3f}, of the other {np.mean([score for _, score in scores[2]]):.3f}, from its return on "
-            f"{np.mean(back):.3f}; frames in which it is seen and is not there: {ghosts}"
-        )
+        print("", *(f"{name}: {value:.3f}" for name, value in figures.items()), sep="\n")
     assert peaks[299] < 1.02 * peaks[49]
     assert np.mean(back) > 0.7 and np.mean(stayed) > 0.7 and ghosts < 10

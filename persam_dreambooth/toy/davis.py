@@ -66,10 +66,10 @@ def _moved(pose: world.Pose, right: float, turn: float) -> world.Pose:
 
 
 def label_map(rendered: world.Render) -> np.ndarray:
-    """The objects' numbers, uint8 (size, size), of a render's visible masks."""
+    """The objects' numbers, uint8 (size, size), of a render's visible masks; a pixel in two is the front object's."""
     labels = np.zeros(rendered.mask.shape, np.uint8)
-    for number, mask in enumerate(rendered.objects, start=1):
-        labels[mask] = number
+    for number in range(len(rendered.objects), 0, -1):
+        labels[rendered.objects[number - 1]] = number
     return labels
 
 
