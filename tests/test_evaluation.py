@@ -1,11 +1,15 @@
 """Scores of segmentations: the metrics, PerSeg with every row, DAVIS, and data that cannot be scored."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from scipy import ndimage
 from tiny_sam import tiny_model
@@ -16,7 +20,8 @@ from persam_dreambooth.segmentation.evaluation.perseg import disturbed
 from persam_dreambooth.toy import davis as rendered_videos
 from persam_dreambooth.toy import perseg
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared" / "data"
 golden = pytest.mark.skipif(not SHARED.is_dir(), reason="the reference data is not here")
 
 
@@ -371,6 +376,27 @@ def test_an_interrupted_davis_evaluation_does_only_what_is_left(rendered, tmp_pa
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert run_davis(rendered, tmp_path, "--target_coverage", "0.4") == 2
     assert "holds an evaluation with other settings" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="two processes want two accelerators, or none")
+def test_two_processes_share_the_sequences(rendered, tmp_path):
+    launched = subprocess.run(
+        [
+            *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
+            *("--num_machines", "1", "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"),
+            *("-m", "persam_dreambooth", "evaluate", "davis", "--data", rendered / "DAVIS"),
+            *("--output", tmp_path / "two", "--sam_model", rendered / "sam", "--segmenter", "persam"),
+        ],
+        # With --cpu, accelerate starts one process, whatever --num_processes says.
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert launched.returncode == 0, launched.stderr[-3000:]
+    assert launched.stdout.count("done: ") == 1
+    assert "1 of 1" in launched.stderr  # each process has one of the two
+    assert run_davis(rendered, tmp_path / "one") == 0
+    assert read(tmp_path / "two") == read(tmp_path / "one")
 
 
 def test_frames_that_do_not_fit_their_annotations_are_named(rendered, tmp_path, capsys):

@@ -69,9 +69,10 @@ class VideoSegmenter:
     """Follows objects through a video, as the published code does where paper and code differ.
 
     That is: the target embedding is the mean of mean and maximum for both variants, attention is not guided, and
-    PerSAM-F learns at 4e-4 (the paper prints 4^-4). Other than the published code: the largest of three masks is that
-    with most pixels (theirs are counted modulo 256), and an object that is not seen keeps its number and its target and
-    is looked for in the whole frame until it is found (theirs passes its place to the next object).
+    PerSAM-F learns at 4e-4 (the paper prints 4^-4). Other than in the published code, the largest of three masks is
+    that with most pixels (theirs are counted modulo 256), and objects may leave and return: one that is absent has no
+    mask, keeps its number and its target, and is looked for in the whole frame (theirs passes its box to the next). It
+    is absent where `presence` says so, as in photos, or where what is found is another object, see `OWN`.
 
     Args:
         sam: see `open_sam`.

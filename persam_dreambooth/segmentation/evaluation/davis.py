@@ -12,6 +12,7 @@ objects, not sequences.
 from pathlib import Path
 
 import numpy as np
+import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
@@ -42,9 +43,9 @@ def evaluate(options: EvaluateDavisOptions) -> dict[str, float]:
     data, output = Path(str(options.data)), Path(str(options.output))
     check_writable(output)
     sequences = read_sequences(data)
+    state = PartialState(cpu=not torch.accelerator.is_available())  # else processes on a CPU would not know each other
     if not options.predictions:
-        run(sequences, data, output, options)
-    state = PartialState()
+        run(sequences, data, output, options, state)
     state.wait_for_everyone()
     if not state.is_main_process:
         return {}
@@ -67,7 +68,7 @@ def evaluate(options: EvaluateDavisOptions) -> dict[str, float]:
     return overall
 
 
-def run(sequences: list[str], data: Path, output: Path, options: EvaluateDavisOptions) -> None:
+def run(sequences: list[str], data: Path, output: Path, options: EvaluateDavisOptions, state: PartialState) -> None:
     """Writes the predictions that are missing; under `accelerate launch`, each process takes a share of the sequences.
 
     Raises:
@@ -83,8 +84,9 @@ def run(sequences: list[str], data: Path, output: Path, options: EvaluateDavisOp
         if wanted != list(range(video.first.number, video.first.number + (video.count or 0))):
             raise InputError(f"{sequence} has {video.count} frames, {len(wanted)} annotations: both go from 00000")
     settings = {name: getattr(options, name) for name in ("data", "segmenter", "sam_model", "target_coverage")}
-    note_settings(output, settings, "an evaluation", "--output")
-    state = PartialState()
+    if state.is_main_process:  # several would write over one another
+        note_settings(output, settings, "an evaluation", "--output")
+    state.wait_for_everyone()
     own = sequences[state.process_index :: state.num_processes]
     folders = {sequence: output / "predictions" / sequence for sequence in own}
     left = [sequence for sequence in own if len(list(folders[sequence].glob("[!.]*.png"))) != videos[sequence].count]
