@@ -23,8 +23,10 @@ from persam_dreambooth.config import (
     EvaluatePersegOptions,
     GenerateOptions,
     SegmentOptions,
+    ToyDavisOptions,
     ToyPersegOptions,
     TrainOptions,
+    VideoOptions,
     read_config,
 )
 from persam_dreambooth.errors import InputError
@@ -34,13 +36,15 @@ Options = TypeVar("Options")
 USAGE = f"""persam-dreambooth {__version__}: from one mask to a personalized Stable Diffusion
 
   persam-dreambooth segment                a mask for every photo, from one photo and its mask
+  persam-dreambooth video                  masks of the first frame's objects for all frames of a video
   persam-dreambooth train                  the whole job (the same as train_dreambooth_masked.py)
   persam-dreambooth generate               pictures of the subject: "a [V] cat on a beach"
   persam-dreambooth evaluate perseg        a method's masks, or anything's, on PerSeg: mIoU, accuracy, boundary IoU
-  persam-dreambooth evaluate davis         J, F and J&F of predictions for DAVIS 2017
+  persam-dreambooth evaluate davis         a method's masks, or anything's, on DAVIS 2017: J, F and J&F
   persam-dreambooth evaluate model         what a run learned, by CLIP and DINO inside and outside of masks
   persam-dreambooth benchmark background   training recipes compared where the truth is known
   persam-dreambooth toy perseg             a rendered data set in the layout of PerSeg
+  persam-dreambooth toy davis              rendered videos in the layout of DAVIS 2017
   persam-dreambooth demo                   plain and masked training side by side, without network
 
 --help after a command lists its options.
@@ -52,13 +56,14 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     commands: dict[str, Callable[[list[str]], None]] = {
         "segment": segment,
+        "video": video,
         "train": train,
         "generate": generate,
         "evaluate": partial(
             _group, "evaluate", {"perseg": evaluate_perseg, "davis": evaluate_davis, "model": evaluate_model}
         ),
         "benchmark": partial(_group, "benchmark", {"background": benchmark_background}),
-        "toy": partial(_group, "toy", {"perseg": toy_perseg}),
+        "toy": partial(_group, "toy", {"perseg": toy_perseg, "davis": toy_davis}),
         "demo": demo,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -90,6 +95,16 @@ def segment(arguments: list[str]) -> None:
 
     masks = personalize.segment(options)
     print(f"{len(masks)} masks in {options.output}; look at {Path(str(options.output)) / 'overview.jpg'}")
+
+
+def video(arguments: list[str]) -> None:
+    """`persam-dreambooth video`."""
+    options = parse(VideoOptions, arguments, "persam-dreambooth video")
+    options.check()
+    from persam_dreambooth.segmentation.video import segment_video
+
+    count = segment_video(options)
+    print(f"{count} masks in {options.output}" + ("; look at overlay in it" if options.overlay else ""))
 
 
 def train(arguments: list[str], program: str = "persam-dreambooth train") -> None:
@@ -132,8 +147,9 @@ def evaluate_davis(arguments: list[str]) -> None:
     from persam_dreambooth.segmentation.evaluation.davis import evaluate
 
     figures = evaluate(options)
-    print(", ".join(f"{name} {100 * value:.1f}" for name, value in figures.items()))
-    print(f"done: {Path(str(options.output)) / 'results.md'}")
+    if _is_main_process():
+        print(", ".join(f"{name} {100 * value:.1f}" for name, value in figures.items()))
+        print(f"done: {Path(str(options.output)) / 'results.md'}")
 
 
 def evaluate_model(arguments: list[str]) -> None:
@@ -162,6 +178,16 @@ def toy_perseg(arguments: list[str]) -> None:
 
     perseg.write(Path(options.output_dir), options.objects)
     print(f"{options.objects} objects in {options.output_dir}: Images and Annotations as in PerSeg, 00 the reference")
+
+
+def toy_davis(arguments: list[str]) -> None:
+    """`persam-dreambooth toy davis`."""
+    options = parse(ToyDavisOptions, arguments, "persam-dreambooth toy davis")
+    options.check()
+    from persam_dreambooth.toy import davis
+
+    davis.write(Path(options.output_dir), options.sequences, options.frames)
+    print(f"{options.sequences} videos of {options.frames} frames in {options.output_dir}, laid out as DAVIS 2017")
 
 
 def demo(arguments: list[str]) -> None:

@@ -84,6 +84,37 @@ class SegmentOptions(SegmentationOptions):
 
 
 @dataclass(frozen=True)
+class FollowOptions:
+    """How objects are followed through a video; shared by `video` and `evaluate davis`."""
+
+    segmenter: SEGMENTERS = option("persam-f", "PerSAM (training-free) or PerSAM-F (fits two scale weights first)")
+    sam_model: str = option("facebook/sam-vit-huge", "as for segment")
+    sam_dtype: PRECISIONS = option("float32", "as for segment")
+    target_coverage: float = option(0.5, "as for segment")
+
+    def check(self) -> None:
+        """Raises `InputError` for options that are out of range."""
+        _below_one(self, "target_coverage")
+
+
+@dataclass(frozen=True)
+class VideoOptions(FollowOptions):
+    """Objects that are marked in a video's first frame, in all its frames."""
+
+    frames: str | None = option(None, "folder of frames (00000.jpg, 00001.jpg, ...), or a video file")
+    mask: str | None = option(
+        None, "mask of the first frame: a palette or gray PNG of objects' numbers, or one object in any color on black"
+    )
+    output: str | None = option(None, "folder for the masks, NNNNN.png; a video in it goes on")
+    overlay: bool = option(False, "also the frames with their objects in color, in the folder overlay")
+
+    def check(self) -> None:
+        """Raises `InputError` for options that are missing or out of range."""
+        _require(self, "frames", "mask", "output")
+        super().check()
+
+
+@dataclass(frozen=True)
 class GenerateOptions:
     """Pictures from a trained model."""
 
@@ -163,16 +194,19 @@ class EvaluatePersegOptions(SegmentationOptions):
 
 
 @dataclass(frozen=True)
-class EvaluateDavisOptions:
-    """DAVIS 2017: J, F and J&F of predictions made by anything."""
+class EvaluateDavisOptions(FollowOptions):
+    """DAVIS 2017: a method's masks, or masks made by anything, and their J, F and J&F."""
 
-    data: str | None = option(None, "folder with Annotations/480p and ImageSets/2017")
-    predictions: str | None = option(None, "folder of <sequence>/00000.png, palette or gray")
-    output: str | None = option(None, "folder for results.json and results.md")
+    data: str | None = option(None, "folder with JPEGImages/480p, Annotations/480p and ImageSets/2017")
+    output: str | None = option(None, "folder for results and predictions; an evaluation in it goes on")
+    predictions: str | None = option(
+        None, "score this folder of <sequence>/00000.png, palette or gray, instead of running a method"
+    )
 
     def check(self) -> None:
-        """Raises `InputError` for options that are missing."""
-        _require(self, "data", "predictions", "output")
+        """Raises `InputError` for options that are missing or out of range."""
+        _require(self, "data", "output")
+        super().check()
 
 
 @dataclass(frozen=True)
@@ -212,6 +246,20 @@ class ToyPersegOptions:
     def check(self) -> None:
         """Raises `InputError` for options that are out of range."""
         _within(self, 1, 1000, "objects")
+
+
+@dataclass(frozen=True)
+class ToyDavisOptions:
+    """Rendered videos in the layout of DAVIS 2017, with exact masks; one object of each leaves and returns."""
+
+    output_dir: str = option("outputs/toy-davis", "folder for JPEGImages, Annotations and ImageSets")
+    sequences: int = option(2, "how many videos")
+    frames: int = option(60, "frames of each")
+
+    def check(self) -> None:
+        """Raises `InputError` for options that are out of range."""
+        _within(self, 1, 100, "sequences")
+        _within(self, 3, 100_000, "frames")
 
 
 @dataclass(frozen=True)

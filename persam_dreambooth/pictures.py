@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from persam_dreambooth.files import write_aside
+from persam_dreambooth.labels import davis_palette
 from persam_dreambooth.masks import PhotoMask
 
 TILE = 320
@@ -44,6 +45,14 @@ def outlined(photo: Image.Image, mask: np.ndarray) -> Image.Image:
     edge = np.asarray(inside.filter(ImageFilter.MaxFilter(5))) != np.asarray(inside.filter(ImageFilter.MinFilter(3)))
     tile.paste(OUTLINE, mask=Image.fromarray(edge.astype(np.uint8) * 255))
     return tile
+
+
+def painted(photo: Image.Image, labels: np.ndarray) -> Image.Image:
+    """The photo (RGB) with its label map's ((H, W) uint8) objects painted over it, half and half, in their colors."""
+    colors = Image.fromarray(labels)
+    colors.putpalette(davis_palette())
+    inside = Image.fromarray((labels > 0).astype(np.uint8) * 255)
+    return Image.composite(Image.blend(photo, colors.convert("RGB"), 0.5), photo, inside)
 
 
 def grid(

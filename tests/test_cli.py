@@ -15,12 +15,12 @@ from PIL import Image, ImageDraw
 
 import persam_dreambooth
 from persam_dreambooth import cli
-from persam_dreambooth.config import GenerateOptions, SegmentOptions, TrainOptions, fill_identifier
+from persam_dreambooth.config import GenerateOptions, SegmentOptions, TrainOptions, VideoOptions, fill_identifier
 from persam_dreambooth.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "persam_dreambooth"
-COMMANDS = ("segment", "train", "generate", "demo")
+COMMANDS = ("segment", "video", "train", "generate", "demo")
 HEAVY = {"torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "matplotlib", "huggingface_hub"}
 
 MODULES = sorted(module.name for module in pkgutil.walk_packages([str(PACKAGE)], "persam_dreambooth."))
@@ -164,7 +164,7 @@ def test_the_options_of_train_are_these():
     ]
 
 
-@pytest.mark.parametrize("kind", [SegmentOptions, TrainOptions, GenerateOptions])
+@pytest.mark.parametrize("kind", [SegmentOptions, TrainOptions, GenerateOptions, VideoOptions])
 def test_every_option_has_a_line_of_help(kind):
     for entry in fields(kind):
         assert entry.metadata["help"]
@@ -560,7 +560,7 @@ PROGRAMS = (
 @pytest.mark.parametrize(
     "modules, forbidden",
     [
-        (("config", "images", "files", "errors", "models", "toy"), ("masks", "pictures", *MIDDLE, *LATER)),
+        (("config", "images", "labels", "files", "errors", "models", "toy"), ("masks", "pictures", *MIDDLE, *LATER)),
         (("masks", "pictures"), (*MIDDLE, *LATER)),
         (("segmentation",), ("dreambooth", *LATER)),
         (("dreambooth",), ("segmentation", *LATER)),

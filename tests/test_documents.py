@@ -13,6 +13,7 @@ import yaml
 from tiny_families import tiny_for
 
 from persam_dreambooth import toy
+from persam_dreambooth.toy import davis
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -45,6 +46,7 @@ def runnable(command: str, folder: Path) -> list[str]:
     assert words[0] == "persam-dreambooth", f"no test knows how to run: {command}"
     extra = {
         "segment": ["--sam_model", "toy", "--segmenter", "persam"],
+        "video": ["--sam_model", "toy", "--segmenter", "persam"],
         "generate": ["--num_inference_steps", "2"],
         "evaluate": ["--sam_model", "toy"],
     }
@@ -77,7 +79,7 @@ def test_the_commands_of_the_readme_run_in_their_order(tmp_path):
 
 
 def test_the_commands_of_the_evaluation_run_in_their_order(tmp_path):
-    first, *others = commands(ROOT / "docs" / "evaluation.md")
+    first, *others = [command for command in commands(ROOT / "docs" / "evaluation.md") if "davis" not in command]
     assert len(others) == 6
     run(first, tmp_path)
     for path in [*tmp_path.glob("perseg/*/*/0[2-9].*")]:  # two images of each object do
@@ -99,6 +101,25 @@ def test_the_commands_of_the_families_run_in_their_order(tmp_path):
         run(command, tmp_path)
     made = sorted(path.parent.name for path in tmp_path.glob("outputs/*/pytorch_lora_weights.safetensors"))
     assert made == ["cat-3", "cat-flux", "cat-xl"]
+
+
+def test_the_commands_of_davis_run_in_their_order(tmp_path):
+    ran = [command for command in commands(ROOT / "docs" / "evaluation.md") if "davis" in command]
+    assert len(ran) == 3
+    for command in ran:
+        run(command, tmp_path)
+    assert "the paper's persam-f" in (tmp_path / "davis-persam-f" / "results.md").read_text(encoding="utf-8")
+    assert '"J&F-Mean": 1.0' in (tmp_path / "davis-of-others" / "results.json").read_text(encoding="utf-8")
+
+
+def test_the_command_of_videos_runs(tmp_path):
+    davis.write(tmp_path, 1, 3)
+    [frames] = (tmp_path / "JPEGImages" / "480p").iterdir()
+    frames.rename(tmp_path / "frames")
+    shutil.copy(next((tmp_path / "Annotations" / "480p").glob("*/00000.png")), tmp_path / "first.png")
+    [command] = commands(ROOT / "docs" / "video.md")
+    run(command, tmp_path)
+    assert len(list((tmp_path / "masks").glob("*.png"))) == len(list((tmp_path / "masks" / "overlay").iterdir())) == 3
 
 
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):

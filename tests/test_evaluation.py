@@ -1,20 +1,27 @@
 """Scores of segmentations: the metrics, PerSeg with every row, DAVIS, and data that cannot be scored."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from scipy import ndimage
+from tiny_sam import tiny_model
 
 from persam_dreambooth.cli import main
 from persam_dreambooth.segmentation.evaluation import metrics
 from persam_dreambooth.segmentation.evaluation.perseg import disturbed
+from persam_dreambooth.toy import davis as rendered_videos
 from persam_dreambooth.toy import perseg
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared" / "data"
 golden = pytest.mark.skipif(not SHARED.is_dir(), reason="the reference data is not here")
 
 
@@ -326,3 +333,86 @@ def test_davis_figures_are_those_of_the_official_evaluation(tmp_path):
     for name, figures in expected["per_object"].items():
         for figure, value in figures.items():
             assert results["per_object"][name][figure] == pytest.approx(value, abs=1e-9)
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory):
+    """Two rendered videos of five frames, and what PerSAM makes of them with a SAM of random weights."""
+    folder = tmp_path_factory.mktemp("davis")
+    rendered_videos.write(folder / "DAVIS", 2, 5)
+    tiny_model().save_pretrained(folder / "sam")
+    return folder
+
+
+def run_davis(rendered, output, *more):
+    command = ["--data", rendered / "DAVIS", "--output", output, "--sam_model", rendered / "sam"]
+    return davis(*command, "--segmenter", "persam", *more)
+
+
+def test_davis_runs_a_method_and_scores_what_it_wrote(rendered, tmp_path):
+    assert run_davis(rendered, tmp_path / "out") == 0
+    results = read(tmp_path / "out")
+    folders = sorted((tmp_path / "out" / "predictions").iterdir())
+    assert [len(list(folder.glob("*.png"))) for folder in folders] == [5, 5]
+    first = rendered / "DAVIS" / "Annotations" / "480p" / folders[0].name / "00000.png"
+    assert (np.array(Image.open(folders[0] / "00000.png")) == np.array(Image.open(first))).all()
+    predictions = tmp_path / "out" / "predictions"
+    assert davis("--data", rendered / "DAVIS", "--predictions", predictions, "--output", tmp_path / "again") == 0
+    assert read(tmp_path / "again")["global"] == results["global"]
+    text = (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
+    assert "| the paper's persam, SAM ViT-H, all of DAVIS 2017 val | 60.3 | 56.6 |" in text
+    assert "paper" not in (tmp_path / "again" / "results.md").read_text(encoding="utf-8")
+
+
+def test_an_interrupted_davis_evaluation_does_only_what_is_left(rendered, tmp_path, capsys):
+    assert run_davis(rendered, tmp_path) == 0
+    before = read(tmp_path)
+    one, other = sorted((tmp_path / "predictions").iterdir())
+    (other / "00004.png").unlink()
+    (other / "00003.png").unlink()
+    kept = {path: path.stat().st_mtime_ns for path in one.iterdir()}
+    assert run_davis(rendered, tmp_path) == 0
+    assert read(tmp_path) == before
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert run_davis(rendered, tmp_path, "--target_coverage", "0.4") == 2
+    assert "holds an evaluation with other settings" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="two processes want two accelerators, or none")
+def test_two_processes_share_the_sequences(rendered, tmp_path):
+    launched = subprocess.run(
+        [
+            *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
+            *("--num_machines", "1", "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"),
+            *("-m", "persam_dreambooth", "evaluate", "davis", "--data", rendered / "DAVIS"),
+            *("--output", tmp_path / "two", "--sam_model", rendered / "sam", "--segmenter", "persam"),
+        ],
+        # With --cpu, accelerate starts one process, whatever --num_processes says.
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert launched.returncode == 0, launched.stderr[-3000:]
+    assert launched.stdout.count("done: ") == 1
+    assert "1 of 1" in launched.stderr  # each process has one of the two
+    assert run_davis(rendered, tmp_path / "one") == 0
+    assert read(tmp_path / "two") == read(tmp_path / "one")
+
+
+def test_frames_that_do_not_fit_their_annotations_are_named(rendered, tmp_path, capsys):
+    data = shutil.copytree(rendered, tmp_path / "copy")
+    last = sorted((data / "DAVIS" / "JPEGImages" / "480p").glob("*/00004.jpg"))[1]
+    last.unlink()
+    assert run_davis(data, tmp_path / "out") == 2
+    assert f"{last.parent.name} has 4 frames, 5 annotations" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_broken_frame_is_named_and_finished_sequences_stay(rendered, tmp_path, capsys):
+    data = shutil.copytree(rendered, tmp_path / "copy")
+    broken = sorted((data / "DAVIS" / "JPEGImages" / "480p").glob("*/00002.jpg"))[1]
+    broken.write_bytes(broken.read_bytes()[:500])
+    assert run_davis(data, tmp_path / "out") == 2
+    assert f"{broken} cannot be read" in capsys.readouterr().err
+    counts = [len(list(folder.glob("*.png"))) for folder in sorted((tmp_path / "out" / "predictions").iterdir())]
+    assert counts == [5, 2]

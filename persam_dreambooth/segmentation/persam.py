@@ -16,13 +16,11 @@ from persam_dreambooth.segmentation.prior import (
     Target,
     at_photo_size,
     attention_bias,
-    cell_weights,
     embed_target,
     location_prior,
-    mean_embedding,
     pool_targets,
+    presence,
     prior_points,
-    similarity,
     suppressed,
 )
 from persam_dreambooth.segmentation.sam import Encoding, Sam
@@ -308,15 +306,12 @@ def _found(
     flags: list[str],
 ) -> Found:
     mask = (segmenter.sam.upscale(chosen[None], encoding)[0] > 0).cpu().numpy()
-    presence = 0.0
-    if mask.any():
-        weights, _ = cell_weights(mask, encoding, segmenter.target_coverage)
-        presence = similarity(mean_embedding(weights, encoding), segmenter.target.mean)
-    if presence <= segmenter.target.background_similarity:
+    similar = presence(mask, encoding, segmenter.target, segmenter.target_coverage)
+    if similar <= segmenter.target.background_similarity:
         flags = [ABSENT, *flags]
     if segmenter.target.small:
         flags = [*flags, SMALL_TARGET]
-    return Found(mask, score, presence, points, steps[-1].box, prior.cpu().numpy(), steps, tuple(flags))
+    return Found(mask, score, similar, points, steps[-1].box, prior.cpu().numpy(), steps, tuple(flags))
 
 
 def _step(logits: torch.Tensor, scores: torch.Tensor, box: np.ndarray | None = None) -> Step:

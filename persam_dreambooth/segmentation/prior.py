@@ -99,6 +99,14 @@ def similarity(one: torch.Tensor, other: torch.Tensor) -> float:
     return float(F.cosine_similarity(one, other, dim=0).clamp(0, 1))
 
 
+def presence(mask: np.ndarray, encoding: Encoding, target: Target, target_coverage: float) -> float:
+    """Cosine similarity of what a mask, (H, W) bool, holds to the target's mean, cut to 0..1; 0 for an empty mask."""
+    if not mask.any():
+        return 0.0
+    weights, _ = cell_weights(mask, encoding, target_coverage)
+    return similarity(mean_embedding(weights, encoding), target.mean)
+
+
 def location_prior(target: torch.Tensor, encoding: Encoding) -> torch.Tensor:
     """Cosine similarity of the target (C,) with every cell, padding included: (64, 64), -1 to 1 (Eq. 5)."""
     features = F.normalize(encoding.embedding[0], dim=0)
