@@ -19,9 +19,11 @@ from persam_dreambooth.config import (
     BenchmarkOptions,
     DemoOptions,
     EvaluateDavisOptions,
+    EvaluateFss1000Options,
     EvaluateModelOptions,
     EvaluatePersegOptions,
     GenerateOptions,
+    OneShotOptions,
     SegmentOptions,
     ToyPersegOptions,
     TrainOptions,
@@ -37,6 +39,7 @@ USAGE = f"""persam-dreambooth {__version__}: from one mask to a personalized Sta
   persam-dreambooth train                  the whole job (the same as train_dreambooth_masked.py)
   persam-dreambooth generate               pictures of the subject: "a [V] cat on a beach"
   persam-dreambooth evaluate perseg        a method's masks, or anything's, on PerSeg: mIoU, accuracy, boundary IoU
+  persam-dreambooth evaluate fss1000       the same on FSS-1000
   persam-dreambooth evaluate davis         J, F and J&F of predictions for DAVIS 2017
   persam-dreambooth evaluate model         what a run learned, by CLIP and DINO inside and outside of masks
   persam-dreambooth benchmark background   training recipes compared where the truth is known
@@ -55,7 +58,14 @@ def main(arguments: list[str] | None = None) -> int:
         "train": train,
         "generate": generate,
         "evaluate": partial(
-            _group, "evaluate", {"perseg": evaluate_perseg, "davis": evaluate_davis, "model": evaluate_model}
+            _group,
+            "evaluate",
+            {
+                "perseg": evaluate_perseg,
+                "fss1000": evaluate_fss1000,
+                "davis": evaluate_davis,
+                "model": evaluate_model,
+            },
         ),
         "benchmark": partial(_group, "benchmark", {"background": benchmark_background}),
         "toy": partial(_group, "toy", {"perseg": toy_perseg}),
@@ -119,10 +129,23 @@ def evaluate_perseg(arguments: list[str]) -> None:
     options.check()
     from persam_dreambooth.segmentation.evaluation.perseg import evaluate
 
-    for name, figures in evaluate(options).items():
+    _say_scores(evaluate(options), options)
+
+
+def evaluate_fss1000(arguments: list[str]) -> None:
+    """`persam-dreambooth evaluate fss1000`."""
+    options = parse(EvaluateFss1000Options, arguments, "persam-dreambooth evaluate fss1000")
+    options.check()
+    from persam_dreambooth.segmentation.evaluation.fss1000 import evaluate
+
+    _say_scores(evaluate(options), options)
+
+
+def _say_scores(means: dict[str, dict[str, float]], options: OneShotOptions) -> None:
+    for name, figures in means.items():
         print(f"{name}: {', '.join(f'{figure} {value:.2f}' for figure, value in figures.items())}")
     if _is_main_process():
-        print(f"done: {Path(str(options.output)) / 'results.md'}; look at overlays beside it")
+        print(f"done: {Path(str(options.output)) / 'results.md'}; look at report.html beside it")
 
 
 def evaluate_davis(arguments: list[str]) -> None:

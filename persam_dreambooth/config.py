@@ -133,15 +133,13 @@ class EvaluateModelOptions:
 
 
 @dataclass(frozen=True)
-class EvaluatePersegOptions(SegmentationOptions):
-    """PerSeg, or a data set in its layout: a method's masks, or masks made by anything, and their scores."""
+class OneShotOptions(SegmentationOptions):
+    """How one-shot segmentation is scored; shared by `evaluate perseg` and `evaluate fss1000`."""
 
-    data: str | None = option(None, "folder with Images/<object>/NN.jpg and Annotations/<object>/NN.png")
-    output: str | None = option(None, "folder for results, predictions and overlays; an evaluation in it goes on")
+    data: str | None = option(None, "the data set's folder")
+    output: str | None = option(None, "folder for results, predictions and pictures; an evaluation in it goes on")
     predictions: str | None = option(None, "score this folder of <object>/NN.png instead of running a method")
     reference_index: str = option("0", "which image of an object is the reference: a number, or all in turn")
-    ablation: bool = option(False, "also PerSAM's parts one after the other, as in the paper's Table 3")
-    robustness: bool = option(False, "also with the reference mask shrunk and grown by 75 and 95 pixels (Table 4)")
 
     def check(self) -> None:
         """Raises `InputError` for options that are missing, out of range or at odds with one another."""
@@ -149,12 +147,31 @@ class EvaluatePersegOptions(SegmentationOptions):
         super().check()
         if self.reference_index != "all" and not self.reference_index.isdigit():
             raise InputError(f"--reference_index is {self.reference_index}: give a number from 0, or all")
-        if self.predictions:
-            for name in ("ablation", "robustness"):
-                if getattr(self, name):
-                    raise InputError(f"--{name} runs methods: leave it out, or --predictions")
-            if self.reference_index == "all":
-                raise InputError("--reference_index all runs a method: give --predictions one reference's number")
+        if self.predictions and self.reference_index == "all":
+            raise InputError("--reference_index all runs a method: give --predictions one reference's number")
+
+
+@dataclass(frozen=True)
+class EvaluatePersegOptions(OneShotOptions):
+    """PerSeg, or a data set in its layout: a method's masks, or masks made by anything, and their scores."""
+
+    data: str | None = option(None, "folder with Images/<object>/NN.jpg and Annotations/<object>/NN.png")
+    ablation: bool = option(False, "also PerSAM's parts one after the other, as in the paper's Table 3")
+    robustness: bool = option(False, "also with the reference mask shrunk and grown by 75 and 95 pixels (Table 4)")
+
+    def check(self) -> None:
+        """Raises `InputError` for options that are missing, out of range or at odds with one another."""
+        super().check()
+        for name in [name for name in ("ablation", "robustness") if self.predictions and getattr(self, name)]:
+            raise InputError(f"--{name} runs methods: leave it out, or --predictions")
+
+
+@dataclass(frozen=True)
+class EvaluateFss1000Options(OneShotOptions):
+    """FSS-1000, or a data set in its layout: a method's masks, or masks made by anything, and their scores."""
+
+    data: str | None = option(None, "folder with <class>/1.jpg and 1.png, 2.jpg and 2.png ...")
+    classes: str | None = option(None, "text file with the classes to score, one a line; default: all")
 
 
 @dataclass(frozen=True)

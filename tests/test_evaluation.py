@@ -11,7 +11,7 @@ from scipy import ndimage
 
 from persam_dreambooth.cli import main
 from persam_dreambooth.segmentation.evaluation import metrics
-from persam_dreambooth.segmentation.evaluation.perseg import disturbed
+from persam_dreambooth.segmentation.evaluation.one_shot import disturbed
 from persam_dreambooth.toy import perseg
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
