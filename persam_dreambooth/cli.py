@@ -18,6 +18,7 @@ from persam_dreambooth import __version__
 from persam_dreambooth.config import (
     BenchmarkOptions,
     DemoOptions,
+    EvaluateAbsenceOptions,
     EvaluateDavisOptions,
     EvaluateFss1000Options,
     EvaluateModelOptions,
@@ -40,6 +41,7 @@ USAGE = f"""persam-dreambooth {__version__}: from one mask to a personalized Sta
   persam-dreambooth generate               pictures of the subject: "a [V] cat on a beach"
   persam-dreambooth evaluate perseg        a method's masks, or anything's, on PerSeg: mIoU, accuracy, boundary IoU
   persam-dreambooth evaluate fss1000       the same on FSS-1000
+  persam-dreambooth evaluate absence       how well photos without the subject are told from those with it
   persam-dreambooth evaluate davis         J, F and J&F of predictions for DAVIS 2017
   persam-dreambooth evaluate model         what a run learned, by CLIP and DINO inside and outside of masks
   persam-dreambooth benchmark background   training recipes compared where the truth is known
@@ -63,6 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
             {
                 "perseg": evaluate_perseg,
                 "fss1000": evaluate_fss1000,
+                "absence": evaluate_absence,
                 "davis": evaluate_davis,
                 "model": evaluate_model,
             },
@@ -97,9 +100,13 @@ def segment(arguments: list[str]) -> None:
     """`persam-dreambooth segment`."""
     options = parse(SegmentOptions, arguments, "persam-dreambooth segment")
     from persam_dreambooth import personalize
+    from persam_dreambooth.masks import SKIPPED
 
     masks = personalize.segment(options)
-    print(f"{len(masks)} masks in {options.output}; look at {Path(str(options.output)) / 'overview.jpg'}")
+    skipped = sum(SKIPPED in item.record.flags for item in masks)
+    left_out = f", {skipped} of {len(masks)} photos skipped" if skipped else ""
+    overview = Path(str(options.output)) / "overview.jpg"
+    print(f"{len(masks) - skipped} masks in {options.output}{left_out}; look at {overview}")
 
 
 def train(arguments: list[str], program: str = "persam-dreambooth train") -> None:
@@ -146,6 +153,17 @@ def _say_scores(means: dict[str, dict[str, float]], options: OneShotOptions) -> 
         print(f"{name}: {', '.join(f'{figure} {value:.2f}' for figure, value in figures.items())}")
     if _is_main_process():
         print(f"done: {Path(str(options.output)) / 'results.md'}; look at report.html beside it")
+
+
+def evaluate_absence(arguments: list[str]) -> None:
+    """`persam-dreambooth evaluate absence`."""
+    options = parse(EvaluateAbsenceOptions, arguments, "persam-dreambooth evaluate absence")
+    options.check()
+    from persam_dreambooth.segmentation.evaluation.absence import evaluate
+
+    figures = evaluate(options)
+    print(f"AUC {figures.auc:.3f}; balanced error {figures.error:.3f} at --absent_threshold {figures.threshold:.3f}")
+    print(f"done: {Path(str(options.output)) / 'results.md'}; the plot lies beside it")
 
 
 def evaluate_davis(arguments: list[str]) -> None:

@@ -25,6 +25,10 @@ POLYNOMIAL_END = 1e-7
 SCENES = "a beach, snow, a jungle, a sofa, a desert, a city at night, grass, water"
 """What backgrounds show where nothing else is given."""
 
+ABSENT_THRESHOLD = 0.85
+"""Presence below which the subject is not in a photo: a compromise, since it depends on the SAM and on the photos
+(docs/evaluation.md); `evaluate absence` measures it."""
+
 SEGMENTERS = Literal["persam", "persam-f"]
 GUIDANCE = Literal["persam", "published", "paper", "none"]
 SCHEDULES = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
@@ -56,7 +60,24 @@ class SegmentationOptions:
 
 
 @dataclass(frozen=True)
-class SegmentOptions(SegmentationOptions):
+class MaskFolderOptions(SegmentationOptions):
+    """What becomes of photos without the subject; shared by `segment` and `train`."""
+
+    absent: Literal["skip", "warn", "keep"] = option(
+        "warn", "a photo without the subject: leave it out, keep its mask with a warning, or keep it"
+    )
+    absent_threshold: float = option(
+        ABSENT_THRESHOLD, "presence (similarity of what is found to the subject, 0 to 1) below which it is absent"
+    )
+
+    def check(self) -> None:
+        """Raises `InputError` for options that are out of range or at odds with one another."""
+        super().check()
+        _within(self, 0, 1, "absent_threshold")
+
+
+@dataclass(frozen=True)
+class SegmentOptions(MaskFolderOptions):
     """From one photo and its mask, or a few, to a mask for every photo of a folder."""
 
     images: str | None = option(None, "folder of photos")
@@ -67,6 +88,7 @@ class SegmentOptions(SegmentationOptions):
     mask_dir: str | None = option(None, "folder with masks of some of the photos (same stems): several references")
     output: str | None = option(None, "folder for the masks; must be new or empty")
     instances: int = option(1, "how often to look for the subject in a photo; its mask holds all finds")
+    heatmaps: bool = option(False, "also pictures of where each photo that is searched is like the subject")
 
     def check(self) -> None:
         """Raises `InputError` for options that are missing, out of range or at odds with one another."""
@@ -175,6 +197,23 @@ class EvaluateFss1000Options(OneShotOptions):
 
 
 @dataclass(frozen=True)
+class EvaluateAbsenceOptions(SegmentationOptions):
+    """How well presence tells photos with the subject from photos without it, and from which threshold on."""
+
+    data: str | None = option(None, "folder with Images/<object>/NN.jpg and Annotations/<object>/NN.png, as PerSeg's")
+    output: str | None = option(None, "folder for results.json, results.md and the plot")
+    others: int = option(4, "how many other objects each image is searched for, in vain")
+    absent_threshold: float = option(ABSENT_THRESHOLD, "the threshold whose errors are reported, 0 to 1")
+
+    def check(self) -> None:
+        """Raises `InputError` for options that are missing, out of range or at odds with one another."""
+        _require(self, "data", "output")
+        super().check()
+        _within(self, 1, math.inf, "others")
+        _within(self, 0, 1, "absent_threshold")
+
+
+@dataclass(frozen=True)
 class EvaluateDavisOptions:
     """DAVIS 2017: J, F and J&F of predictions made by anything."""
 
@@ -234,7 +273,7 @@ class DemoOptions:
 
 
 @dataclass(frozen=True)
-class TrainOptions(SegmentationOptions):
+class TrainOptions(MaskFolderOptions):
     """One mask in, a personalized Stable Diffusion out."""
 
     # The subject

@@ -80,9 +80,9 @@ def heat_map(photo: Image.Image, similarity: np.ndarray, span: tuple[float, floa
     from matplotlib import colormaps
 
     tile = _tile(photo)
-    part = tuple(len(similarity) * side / max(photo.size) for side in photo.size)
+    across, down = (len(similarity) * side / max(photo.size) for side in photo.size)
     cells = Image.fromarray(similarity.astype(np.float32))
-    values = np.asarray(cells.resize(tile.size, Image.Resampling.BILINEAR, box=(0, 0, *part)))
+    values = np.asarray(cells.resize(tile.size, Image.Resampling.BILINEAR, box=(0, 0, across, down)))
     low, high = span or (float(values.min()), float(values.max()))
 
     def colored(shares: np.ndarray) -> Image.Image:

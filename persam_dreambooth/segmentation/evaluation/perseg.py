@@ -52,12 +52,14 @@ def evaluate(options: EvaluatePersegOptions) -> dict[str, dict[str, float]]:
 
 def chosen_rows(options: EvaluatePersegOptions, items: list[Item]) -> list[Row]:
     """The rows that the options ask for, the plain method first."""
-    from persam_dreambooth.segmentation.persam import PARTS
+    from persam_dreambooth.segmentation.persam import PARTS, PerSAM
 
     rows = one_shot.plain_rows(options, items)
     makers, first = one_shot.segmenters(options), rows[0].reference
     if options.ablation:
-        rows += [one_shot.row(f"ablation-{part}", partial(makers["persam"], up_to=part), first) for part in PARTS]
+        for part in PARTS:
+            maker = partial(PerSAM, guidance=options.guidance, target_coverage=options.target_coverage, up_to=part)
+            rows.append(one_shot.row(f"ablation-{part}", maker, first))
         rows.append(one_shot.row("ablation-persam-f", makers["persam-f"], first))
     if options.robustness:
         for method, maker in makers.items():

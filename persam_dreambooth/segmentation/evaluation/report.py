@@ -68,7 +68,7 @@ def write(
     """
     items = {item.name: item for item in data.items}
     worst_first = sorted(objects, key=lambda name: objects[name]["IoU"])
-    sections = []
+    sections: list[str] = []
     for name in tqdm(worst_first, desc="pictures", unit="object"):
         looks = look(data, items[name], predictions / name, reference)
         save_picture(contact_sheet(name, looks), output / "overlays" / f"{name}.jpg")
