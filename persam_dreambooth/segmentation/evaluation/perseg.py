@@ -57,9 +57,8 @@ def chosen_rows(options: EvaluatePersegOptions, items: list[Item]) -> list[Row]:
     rows = one_shot.plain_rows(options, items)
     makers, first = one_shot.segmenters(options), rows[0].reference
     if options.ablation:
-        for part in PARTS:
-            maker = partial(PerSAM, guidance=options.guidance, target_coverage=options.target_coverage, up_to=part)
-            rows.append(one_shot.row(f"ablation-{part}", maker, first))
+        persam = partial(PerSAM, guidance=options.guidance, target_coverage=options.target_coverage)
+        rows += [one_shot.row(f"ablation-{part}", partial(persam, up_to=part), first) for part in PARTS]
         rows.append(one_shot.row("ablation-persam-f", makers["persam-f"], first))
     if options.robustness:
         for method, maker in makers.items():
