@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from PIL import Image
 
 Cell = str | float | None
+_NUMBER = ' class="number"'
 
 
 def page(title: str, *blocks: str) -> str:
@@ -57,7 +58,11 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[Cell]], links: Sequen
         rows: cells: text, numbers (shown with two decimals), or None for nothing.
         links: names of the sections that the first cells of the rows lead to; an empty one leads nowhere.
     """
-    head = "".join(f'<th scope="col"><button type="button">{text(heading)}</button></th>' for heading in headings)
+    numeric = [isinstance(value, float) for value in rows[0]]
+    head = "".join(
+        f'<th scope="col"{_NUMBER if number else ""}><button type="button">{text(heading)}</button></th>'
+        for heading, number in zip(headings, numeric, strict=True)
+    )
     lines = []
     for number, row in enumerate(rows):
         first, *rest = map(_cell, row)
@@ -70,7 +75,7 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[Cell]], links: Sequen
 def _cell(value: Cell) -> str:
     if value is None:
         return "<td></td>"
-    return f"<td>{text(value)}</td>" if isinstance(value, str) else f'<td class="number">{value:.2f}</td>'
+    return f"<td>{text(value)}</td>" if isinstance(value, str) else f"<td{_NUMBER}>{value:.2f}</td>"
 
 
 PAGE = """<!doctype html>
@@ -94,8 +99,9 @@ a { color: var(--link) }
 img { max-width: 100%; height: auto; display: block }
 table { border-collapse: collapse; margin: 1rem 0 2rem }
 th, td { text-align: left; padding: .25rem .8rem; border-bottom: 1px solid var(--line) }
-td.number { text-align: right; font-variant-numeric: tabular-nums }
-th button { font: inherit; font-weight: 600; color: inherit; background: none; border: 0; padding: 0; cursor: pointer }
+.number { text-align: right; font-variant-numeric: tabular-nums }
+th button { font: inherit; font-weight: 600; color: inherit; background: none; border: 0; padding: 0;
+            text-align: inherit; cursor: pointer }
 th[aria-sort] button::after { content: " \\25B2" }
 th[aria-sort=descending] button::after { content: " \\25BC" }
 .row { display: flex; flex-wrap: wrap; gap: .6rem }

@@ -202,10 +202,11 @@ def segment(item: Item, rows: list[Row], data: DataSet, sam: Sam, output: Path) 
                                row.name, item.name)  # fmt: skip
             for other, encoding in encodings.items():
                 mask = reference if other == stem else np.zeros(encoding.size, bool)
-                if other != stem and reference.any():
+                if reference.any():
                     found = segmenter.predict(encoding)
-                    mask = found.mask
                     save_trace(aside / f"{other}.npz", found)
+                    if other != stem:
+                        mask = found.mask
                 Image.fromarray(mask.astype(np.uint8) * 255).save(aside / f"{other}.png")
 
 

@@ -1,5 +1,6 @@
 """The pictures of a one-shot evaluation: a contact sheet of each object, and one page with all, `report.html`."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from persam_dreambooth.segmentation.evaluation.data_set import DataSet, Item, re
 from persam_dreambooth.segmentation.evaluation.metrics import jaccard
 from persam_dreambooth.segmentation.evaluation.trace import read_trace
 
-SIDE = 150
+SIDE = 180
 """Width of a picture on the page."""
 
 SHOWN = 40
@@ -35,13 +36,15 @@ class Look:
 
     Args:
         photo: RGB.
-        heat: the location prior over it; None for the reference, and for predictions without traces.
+        prior: (64, 64) location prior; None for predictions without traces.
+        span: the least and the greatest of the priors of all photos of the object.
         masked: the photo with the mask's outline and the prompts.
         caption: two lines: the file's name, and its IoU or that it is the reference.
     """
 
     photo: Image.Image
-    heat: Image.Image | None
+    prior: np.ndarray | None
+    span: tuple[float, float] | None
     masked: Image.Image
     caption: list[str]
 
@@ -98,23 +101,26 @@ def write(
 
 def look(data: DataSet, item: Item, folder: Path, reference: int) -> list[Look]:
     """The photos of an object with what was found in them; heat maps share one scale."""
-    stems, skipped = list(item.images), item.reference(reference)
-    traces = {stem: None if stem == skipped else read_trace(folder / f"{stem}.npz") for stem in stems}
-    values = [trace.similarity for trace in traces.values() if trace]
-    span = (float(np.min(values)), float(np.max(values))) if values else None
+    skipped = item.reference(reference)
+    traces = {stem: read_trace(folder / f"{stem}.npz") for stem in item.images}
+    photos = {stem: read_image(path) for stem, path in item.images.items()}
+    values = [part_of(photos[stem], trace.similarity) for stem, trace in traces.items() if trace]
+    span = (float(min(map(np.min, values))), float(max(map(np.max, values)))) if values else None
     looks = []
     for stem, path in item.images.items():
-        photo, truth, trace = read_image(path), data.truth(item, stem), traces[stem]
+        photo, truth, trace = photos[stem], data.truth(item, stem), traces[stem]
         found = truth if stem == skipped else read_prediction(folder / f"{stem}.png", truth)
-        looks.append(
-            Look(
-                photo,
-                heat_map(photo, trace.similarity, span) if trace else None,
-                outlined(photo, found, trace.points, trace.box) if trace else outlined(photo, found),
-                [path.name, "reference" if stem == skipped else f"IoU {100 * jaccard(found, truth):.1f} %"],
-            )
-        )
+        prompts = (trace.points, trace.box) if trace and stem != skipped else ()
+        caption = "reference" if stem == skipped else f"IoU {100 * jaccard(found, truth):.1f} %"
+        prior = trace.similarity if trace else None
+        looks.append(Look(photo, prior, span, outlined(photo, found, *prompts), [path.name, caption]))
     return looks
+
+
+def part_of(photo: Image.Image, prior: np.ndarray) -> np.ndarray:
+    """The cells of a prior that lie in the photo, without the padding."""
+    columns, rows = (math.ceil(len(prior) * side / max(photo.size)) for side in photo.size)
+    return prior[:rows, :columns]
 
 
 def contact_sheet(name: str, looks: Sequence[Look]) -> Image.Image:
@@ -122,9 +128,9 @@ def contact_sheet(name: str, looks: Sequence[Look]) -> Image.Image:
     blank = Image.new("RGB", (TILE, TILE), PAPER)
     tiles = [each.photo for each in looks]
     captions = [each.caption[:1] for each in looks]
-    if any(each.heat for each in looks):
-        tiles += [each.heat or blank for each in looks]
-        captions += [["similarity" if each.heat else ""] for each in looks]
+    if any(each.prior is not None for each in looks):
+        tiles += [blank if each.prior is None else heat_map(each.photo, each.prior, each.span) for each in looks]
+        captions += [["" if each.prior is None else "similarity"] for each in looks]
     tiles += [each.masked for each in looks]
     captions += [each.caption[1:] for each in looks]
     return grid(tiles, captions, columns=len(looks), title=name)
@@ -133,11 +139,10 @@ def contact_sheet(name: str, looks: Sequence[Look]) -> Image.Image:
 def _strip(look: Look, of: str) -> str:
     """A photo, its heat map and its mask below one another, for the page."""
     height = round(SIDE * look.photo.height / look.photo.width)
-    tiles = [
-        tile.resize((SIDE, height), Image.Resampling.LANCZOS) for tile in (look.photo, look.heat, look.masked) if tile
-    ]
+    photo, masked = (each.resize((SIDE, height), Image.Resampling.LANCZOS) for each in (look.photo, look.masked))
+    tiles = [photo, masked] if look.prior is None else [photo, heat_map(photo, look.prior, look.span), masked]
     strip = Image.new("RGB", (SIDE, height * len(tiles)), PAPER)
     for number, tile in enumerate(tiles):
         strip.paste(tile, (0, number * height))
-    says = "photo, similarity, mask" if look.heat else "photo, mask"
+    says = "photo, mask" if look.prior is None else "photo, similarity, mask"
     return page.picture(strip, f"{of}{' '.join(look.caption)}: {says}", look.caption)
