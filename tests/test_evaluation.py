@@ -185,6 +185,8 @@ def test_predictions_made_by_anything_are_scored_without_a_sam(data, truth, tmp_
     assert evaluate("--data", data, "--output", tmp_path / "out", "--predictions", truth) == 0
     assert read(tmp_path / "out")["mIoU"] == pytest.approx(100)
     assert read(tmp_path / "out")["mBIoU"] == pytest.approx(100)
+    for name in ("results.md", "report.html"):  # nobody printed figures of these predictions
+        assert "published" not in (tmp_path / "out" / name).read_text(encoding="utf-8")
     path = sorted(truth.iterdir())[0] / "01.png"
     Image.new("L", Image.open(path).size).save(path)  # nothing found in one of the two that are scored
     assert evaluate("--data", data, "--output", tmp_path / "out", "--predictions", truth) == 0

@@ -253,13 +253,14 @@ def mean_figures(counts: dict[str, Counts]) -> dict[str, float]:
 def table(data: DataSet, means: dict[str, dict[str, float]], objects: dict[str, dict[str, float]], made_by: str) -> str:
     """The figures in Markdown: of all rows, and of each object for the first."""
     columns, names = list(next(iter(means.values()))), list(next(iter(objects.values())))
-    lines = [f"Made by {made_by}. Percent{f'; the last column is {data.where}' if data.published else ''}.", ""]
-    lines += [f"| | {' | '.join([*columns, *(['published mIoU'] if data.published else [])])} |"]
-    lines += [f"|---|{'---|' * (len(columns) + bool(data.published))}"]
+    known = data.published.keys() & means.keys()
+    lines = [f"Made by {made_by}. Percent{f'; the last column is {data.where}' if known else ''}.", ""]
+    lines += [f"| | {' | '.join([*columns, *(['published mIoU'] if known else [])])} |"]
+    lines += [f"|---|{'---|' * (len(columns) + bool(known))}"]
     for name, figures in means.items():
         cells = [f"{figures[column]:.2f}" for column in columns]
-        if data.published:
-            cells.append(f"{data.published[name]:.2f}" if name in data.published else "")
+        if known:
+            cells.append(f"{data.published[name]:.2f}" if name in known else "")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += ["", f"| object | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
     lines += [f"| {item} | {' | '.join(f'{each[of]:.2f}' for of in names)} |" for item, each in objects.items()]

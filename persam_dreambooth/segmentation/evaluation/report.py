@@ -81,14 +81,14 @@ def write(
     legend = LEGEND
     if len(items) > SHOWN:
         legend += f" {SHOWN} of {len(items)} are shown here; all are in the folder overlays."
-    rows = [[name, *figures.values(), data.published.get(name)] for name, figures in means.items()]
-    columns = list(next(iter(means.values())))
+    rows: list[list[page.Cell]] = [[name, *figures.values()] for name, figures in means.items()]
+    columns, told = ["", *next(iter(means.values()))], ""
+    if data.published.keys() & means.keys():
+        rows = [[*row, data.published.get(str(row[0]))] for row in rows]
+        columns, told = [*columns, "published mIoU"], f" The last column is {data.where}."
     blocks = [
-        page.paragraph(f"Made by {made_by}. All figures in percent, over the images but the reference."),
-        page.table(["", *columns, "published mIoU"], rows)
-        if data.published
-        else page.table(["", *columns], [row[:-1] for row in rows]),
-        page.paragraph(f"The last column is {data.where}." if data.published else ""),
+        page.paragraph(f"Made by {made_by}. All figures in percent, over the images but the reference.{told}"),
+        page.table(columns, rows),
         page.table(
             ["object", *next(iter(objects.values()))],
             [[name, *objects[name].values()] for name in worst_first],
