@@ -138,9 +138,11 @@ def contact_sheet(name: str, looks: Sequence[Look]) -> Image.Image:
 
 def _strip(look: Look, of: str) -> str:
     """A photo, its heat map and its mask below one another, for the page."""
-    height = round(SIDE * look.photo.height / look.photo.width)
-    photo, masked = (each.resize((SIDE, height), Image.Resampling.LANCZOS) for each in (look.photo, look.masked))
-    tiles = [photo, masked] if look.prior is None else [photo, heat_map(photo, look.prior, look.span), masked]
+    height = max(1, round(SIDE * look.photo.height / look.photo.width))
+    size = (SIDE, height)
+    photo, masked = (each.resize(size, Image.Resampling.LANCZOS) for each in (look.photo, look.masked))
+    heat = [] if look.prior is None else [heat_map(photo, look.prior, look.span).resize(size)]
+    tiles = [photo, *heat, masked]
     strip = Image.new("RGB", (SIDE, height * len(tiles)), PAPER)
     for number, tile in enumerate(tiles):
         strip.paste(tile, (0, number * height))
