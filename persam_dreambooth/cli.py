@@ -18,10 +18,13 @@ from persam_dreambooth import __version__
 from persam_dreambooth.config import (
     BenchmarkOptions,
     DemoOptions,
+    EvaluateAbsenceOptions,
     EvaluateDavisOptions,
+    EvaluateFss1000Options,
     EvaluateModelOptions,
     EvaluatePersegOptions,
     GenerateOptions,
+    OneShotOptions,
     SegmentOptions,
     ToyDavisOptions,
     ToyPersegOptions,
@@ -40,6 +43,8 @@ USAGE = f"""persam-dreambooth {__version__}: from one mask to a personalized Sta
   persam-dreambooth train                  the whole job (the same as train_dreambooth_masked.py)
   persam-dreambooth generate               pictures of the subject: "a [V] cat on a beach"
   persam-dreambooth evaluate perseg        a method's masks, or anything's, on PerSeg: mIoU, accuracy, boundary IoU
+  persam-dreambooth evaluate fss1000       the same on FSS-1000
+  persam-dreambooth evaluate absence       how well photos without the subject are told from those with it
   persam-dreambooth evaluate davis         a method's masks, or anything's, on DAVIS 2017: J, F and J&F
   persam-dreambooth evaluate model         what a run learned, by CLIP and DINO inside and outside of masks
   persam-dreambooth benchmark background   training recipes compared where the truth is known
@@ -60,7 +65,15 @@ def main(arguments: list[str] | None = None) -> int:
         "train": train,
         "generate": generate,
         "evaluate": partial(
-            _group, "evaluate", {"perseg": evaluate_perseg, "davis": evaluate_davis, "model": evaluate_model}
+            _group,
+            "evaluate",
+            {
+                "perseg": evaluate_perseg,
+                "fss1000": evaluate_fss1000,
+                "absence": evaluate_absence,
+                "davis": evaluate_davis,
+                "model": evaluate_model,
+            },
         ),
         "benchmark": partial(_group, "benchmark", {"background": benchmark_background}),
         "toy": partial(_group, "toy", {"perseg": toy_perseg, "davis": toy_davis}),
@@ -92,9 +105,13 @@ def segment(arguments: list[str]) -> None:
     """`persam-dreambooth segment`."""
     options = parse(SegmentOptions, arguments, "persam-dreambooth segment")
     from persam_dreambooth import personalize
+    from persam_dreambooth.masks import SKIPPED
 
     masks = personalize.segment(options)
-    print(f"{len(masks)} masks in {options.output}; look at {Path(str(options.output)) / 'overview.jpg'}")
+    skipped = sum(SKIPPED in item.record.flags for item in masks)
+    left_out = f", {skipped} of {len(masks)} photos skipped" if skipped else ""
+    overview = Path(str(options.output)) / "overview.jpg"
+    print(f"{len(masks) - skipped} masks in {options.output}{left_out}; look at {overview}")
 
 
 def video(arguments: list[str]) -> None:
@@ -134,10 +151,34 @@ def evaluate_perseg(arguments: list[str]) -> None:
     options.check()
     from persam_dreambooth.segmentation.evaluation.perseg import evaluate
 
-    for name, figures in evaluate(options).items():
+    _say_scores(evaluate(options), options)
+
+
+def evaluate_fss1000(arguments: list[str]) -> None:
+    """`persam-dreambooth evaluate fss1000`."""
+    options = parse(EvaluateFss1000Options, arguments, "persam-dreambooth evaluate fss1000")
+    options.check()
+    from persam_dreambooth.segmentation.evaluation.fss1000 import evaluate
+
+    _say_scores(evaluate(options), options)
+
+
+def _say_scores(means: dict[str, dict[str, float]], options: OneShotOptions) -> None:
+    for name, figures in means.items():
         print(f"{name}: {', '.join(f'{figure} {value:.2f}' for figure, value in figures.items())}")
     if _is_main_process():
-        print(f"done: {Path(str(options.output)) / 'results.md'}; look at overlays beside it")
+        print(f"done: {Path(str(options.output)) / 'results.md'}; look at report.html beside it")
+
+
+def evaluate_absence(arguments: list[str]) -> None:
+    """`persam-dreambooth evaluate absence`."""
+    options = parse(EvaluateAbsenceOptions, arguments, "persam-dreambooth evaluate absence")
+    options.check()
+    from persam_dreambooth.segmentation.evaluation.absence import evaluate
+
+    figures = evaluate(options)
+    print(f"AUC {figures.auc:.3f}; balanced error {figures.error:.3f} at --absent_threshold {figures.threshold:.3f}")
+    print(f"done: {Path(str(options.output)) / 'results.md'}; the plot lies beside it")
 
 
 def evaluate_davis(arguments: list[str]) -> None:

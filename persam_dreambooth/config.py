@@ -25,6 +25,10 @@ POLYNOMIAL_END = 1e-7
 SCENES = "a beach, snow, a jungle, a sofa, a desert, a city at night, grass, water"
 """What backgrounds show where nothing else is given."""
 
+ABSENT_THRESHOLD = 0.85
+"""Presence below which the subject is not in a photo: a compromise, since it depends on the SAM and on the photos
+(docs/evaluation.md); `evaluate absence` measures it."""
+
 SEGMENTERS = Literal["persam", "persam-f"]
 GUIDANCE = Literal["persam", "published", "paper", "none"]
 PRECISIONS = Literal["float32", "float16", "bfloat16", "auto"]
@@ -60,7 +64,24 @@ class SegmentationOptions:
 
 
 @dataclass(frozen=True)
-class SegmentOptions(SegmentationOptions):
+class MaskFolderOptions(SegmentationOptions):
+    """What becomes of photos without the subject; shared by `segment` and `train`."""
+
+    absent: Literal["skip", "warn", "keep"] = option(
+        "warn", "a photo without the subject: leave it out, keep its mask with a warning, or keep it"
+    )
+    absent_threshold: float = option(
+        ABSENT_THRESHOLD, "presence (similarity of what is found to the subject, 0 to 1) below which it is absent"
+    )
+
+    def check(self) -> None:
+        """Raises `InputError` for options that are out of range or at odds with one another."""
+        super().check()
+        _within(self, 0, 1, "absent_threshold")
+
+
+@dataclass(frozen=True)
+class SegmentOptions(MaskFolderOptions):
     """From one photo and its mask, or a few, to a mask for every photo of a folder."""
 
     images: str | None = option(None, "folder of photos")
@@ -71,6 +92,7 @@ class SegmentOptions(SegmentationOptions):
     mask_dir: str | None = option(None, "folder with masks of some of the photos (same stems): several references")
     output: str | None = option(None, "folder for the masks; must be new or empty")
     instances: int = option(1, "how often to look for the subject in a photo; its mask holds all finds")
+    heatmaps: bool = option(False, "also pictures of where each photo that is searched is like the subject")
 
     def check(self) -> None:
         """Raises `InputError` for options that are missing, out of range or at odds with one another."""
@@ -169,15 +191,13 @@ class EvaluateModelOptions:
 
 
 @dataclass(frozen=True)
-class EvaluatePersegOptions(SegmentationOptions):
-    """PerSeg, or a data set in its layout: a method's masks, or masks made by anything, and their scores."""
+class OneShotOptions(SegmentationOptions):
+    """How one-shot segmentation is scored; shared by `evaluate perseg` and `evaluate fss1000`."""
 
-    data: str | None = option(None, "folder with Images/<object>/NN.jpg and Annotations/<object>/NN.png")
-    output: str | None = option(None, "folder for results, predictions and overlays; an evaluation in it goes on")
+    data: str | None = option(None, "the data set's folder")
+    output: str | None = option(None, "folder for results, predictions and pictures; an evaluation in it goes on")
     predictions: str | None = option(None, "score this folder of <object>/NN.png instead of running a method")
     reference_index: str = option("0", "which image of an object is the reference: a number, or all in turn")
-    ablation: bool = option(False, "also PerSAM's parts one after the other, as in the paper's Table 3")
-    robustness: bool = option(False, "also with the reference mask shrunk and grown by 75 and 95 pixels (Table 4)")
 
     def check(self) -> None:
         """Raises `InputError` for options that are missing, out of range or at odds with one another."""
@@ -185,12 +205,48 @@ class EvaluatePersegOptions(SegmentationOptions):
         super().check()
         if self.reference_index != "all" and not self.reference_index.isdigit():
             raise InputError(f"--reference_index is {self.reference_index}: give a number from 0, or all")
-        if self.predictions:
-            for name in ("ablation", "robustness"):
-                if getattr(self, name):
-                    raise InputError(f"--{name} runs methods: leave it out, or --predictions")
-            if self.reference_index == "all":
-                raise InputError("--reference_index all runs a method: give --predictions one reference's number")
+        if self.predictions and self.reference_index == "all":
+            raise InputError("--reference_index all runs a method: give --predictions one reference's number")
+
+
+@dataclass(frozen=True)
+class EvaluatePersegOptions(OneShotOptions):
+    """PerSeg, or a data set in its layout: a method's masks, or masks made by anything, and their scores."""
+
+    data: str | None = option(None, "folder with Images/<object>/NN.jpg and Annotations/<object>/NN.png")
+    ablation: bool = option(False, "also PerSAM's parts one after the other, as in the paper's Table 3")
+    robustness: bool = option(False, "also with the reference mask shrunk and grown by 75 and 95 pixels (Table 4)")
+
+    def check(self) -> None:
+        """Raises `InputError` for options that are missing, out of range or at odds with one another."""
+        super().check()
+        for name in [name for name in ("ablation", "robustness") if self.predictions and getattr(self, name)]:
+            raise InputError(f"--{name} runs methods: leave it out, or --predictions")
+
+
+@dataclass(frozen=True)
+class EvaluateFss1000Options(OneShotOptions):
+    """FSS-1000, or a data set in its layout: a method's masks, or masks made by anything, and their scores."""
+
+    data: str | None = option(None, "folder with <class>/1.jpg and 1.png, 2.jpg and 2.png ...")
+    classes: str | None = option(None, "text file with the classes to score, one a line; default: all")
+
+
+@dataclass(frozen=True)
+class EvaluateAbsenceOptions(SegmentationOptions):
+    """How well presence tells photos with the subject from photos without it, and from which threshold on."""
+
+    data: str | None = option(None, "folder with Images/<object>/NN.jpg and Annotations/<object>/NN.png, as PerSeg's")
+    output: str | None = option(None, "folder for results.json, results.md and the plot")
+    others: int = option(4, "how many other objects each image is searched for, in vain")
+    absent_threshold: float = option(ABSENT_THRESHOLD, "the threshold whose errors are reported, 0 to 1")
+
+    def check(self) -> None:
+        """Raises `InputError` for options that are missing, out of range or at odds with one another."""
+        _require(self, "data", "output")
+        super().check()
+        _within(self, 1, math.inf, "others")
+        _within(self, 0, 1, "absent_threshold")
 
 
 @dataclass(frozen=True)
@@ -270,7 +326,7 @@ class DemoOptions:
 
 
 @dataclass(frozen=True)
-class TrainOptions(SegmentationOptions):
+class TrainOptions(MaskFolderOptions):
     """One mask in, a personalized Stable Diffusion out."""
 
     # The subject

@@ -20,7 +20,7 @@ import persam_dreambooth
 from persam_dreambooth import models
 from persam_dreambooth.config import (
     CONFIG,
-    SegmentationOptions,
+    MaskFolderOptions,
     SegmentOptions,
     TrainOptions,
     fill_identifier,
@@ -31,6 +31,7 @@ from persam_dreambooth.files import check_writable, filled_aside, write_text
 from persam_dreambooth.images import Photo, check_shapes, find_photos, read_prompts
 from persam_dreambooth.masks import (
     INDEX,
+    SKIPPED,
     PhotoMask,
     check_mask,
     check_names,
@@ -78,7 +79,8 @@ def segment(options: SegmentOptions) -> list[PhotoMask]:
     segmenter = _open_segmenter(options)
     from persam_dreambooth.segmentation.folder import segment_folder
 
-    masks = segment_folder(photos, references, segmenter, output, options.instances)
+    heatmaps = output / "heatmaps" if options.heatmaps else None
+    masks = segment_folder(photos, references, segmenter, output, options.instances, options.absent, heatmaps)
     save_picture(overview(masks), output / "overview.jpg")  # no PNG, which would pass for a mask
     return masks
 
@@ -249,13 +251,13 @@ def _find_references(photos: list[Photo], folder: Path) -> list[Reference]:
     return [(item.photo, item.mask) for item in known]
 
 
-def _open_segmenter(options: SegmentationOptions) -> "PerSAM | PerSAMF":
+def _open_segmenter(options: MaskFolderOptions) -> "PerSAM | PerSAMF":
     from persam_dreambooth.segmentation import PerSAM, PerSAMF, open_sam
 
     sam = open_sam(options.sam_model, dtype=options.sam_dtype)
     if options.segmenter == "persam":
-        return PerSAM(sam, options.guidance, options.target_coverage)
-    return PerSAMF(sam, options.target_coverage)
+        return PerSAM(sam, options.guidance, options.target_coverage, options.absent_threshold)
+    return PerSAMF(sam, options.target_coverage, options.absent_threshold)
 
 
 def _check_output(folder: Path, resuming: bool = False) -> None:
@@ -295,7 +297,7 @@ def _write_masks(options: TrainOptions, given: Input) -> None:
     if segmenter and given.reference:
         from persam_dreambooth.segmentation.folder import segment_folder
 
-        segment_folder(given.photos, [given.reference], segmenter, folder)
+        segment_folder(given.photos, [given.reference], segmenter, folder, absent=options.absent)
     for item in given.drawn:
         save_mask(folder, item.record, item.mask)
 
@@ -324,7 +326,10 @@ def _commit() -> str:
 
 
 def _crops(options: TrainOptions, photos: list[Photo], masks: list[PhotoMask], resolution: int) -> "Crops":
-    """What to train on; says how many masks are used and what they cover. Photos with an empty mask are left out."""
+    """What to train on; says how many masks are used and what they cover.
+
+    Photos that were skipped, and photos with an empty mask, are left out.
+    """
     from persam_dreambooth.dreambooth.data import Crops
 
     cut = (resolution, options.center_crop, options.seed)
@@ -333,9 +338,18 @@ def _crops(options: TrainOptions, photos: list[Photo], masks: list[PhotoMask], r
         return Crops(photos, None, *cut, _captions(options, photos))
     used = [item for item in masks if item.mask.any()]
     if not used:
+        if any(SKIPPED in item.record.flags for item in masks):
+            raise InputError(
+                "the subject was found in no photo: train with --absent warn into another folder, or draw the masks "
+                "and give their folder as --mask_dir"
+            )
         raise InputError("every mask is empty (all black): paint the subject white, and give the folder as --mask_dir")
+    if len(used) == 1 < len(masks):
+        logger.warning("%s is the only photo left to train on", used[0].photo.name)
     for item in masks:
-        if not item.mask.any():
+        if SKIPPED in item.record.flags:
+            logger.warning("%s: the subject was not found there, so it is not trained on", item.photo.name)
+        elif not item.mask.any():
             logger.warning("%s: its mask is empty, so it is not trained on", item.photo.name)
         elif item.mask.all():
             logger.warning("%s: its mask covers the whole photo, so its background will be learned", item.photo.name)

@@ -143,7 +143,7 @@ def test_a_saved_configuration_gives_the_same_options_again(config, text):
 def test_the_options_of_train_are_these():
     """Adding, renaming or removing an option is a conscious act: the documents and old YAML files know these."""
     assert [entry.name for entry in fields(TrainOptions)] == [
-        *("segmenter", "sam_model", "sam_dtype", "guidance", "target_coverage"),
+        *("segmenter", "sam_model", "sam_dtype", "guidance", "target_coverage", "absent", "absent_threshold"),
         *("instance_dir", "mask", "reference_image", "mask_dir", "unmasked"),
         *("class_name", "identifier", "instance_prompt"),
         *("pretrained_model_name_or_path", "revision", "variant"),
@@ -561,7 +561,7 @@ PROGRAMS = (
     "modules, forbidden",
     [
         (("config", "images", "labels", "files", "errors", "models", "toy"), ("masks", "pictures", *MIDDLE, *LATER)),
-        (("masks", "pictures"), (*MIDDLE, *LATER)),
+        (("masks", "pictures", "page"), (*MIDDLE, *LATER)),
         (("segmentation",), ("dreambooth", *LATER)),
         (("dreambooth",), ("segmentation", *LATER)),
         (("personalize",), ("evaluation", "demo", "cli", "__main__", "app")),

@@ -80,7 +80,7 @@ def test_the_commands_of_the_readme_run_in_their_order(tmp_path):
 
 def test_the_commands_of_the_evaluation_run_in_their_order(tmp_path):
     first, *others = [command for command in commands(ROOT / "docs" / "evaluation.md") if "davis" not in command]
-    assert len(others) == 6
+    assert len(others) == 7
     run(first, tmp_path)
     for path in [*tmp_path.glob("perseg/*/*/0[2-9].*")]:  # two images of each object do
         path.unlink()

@@ -187,8 +187,7 @@ def batch_losses(
     photos = len(batch["number"])
     mask = None
     if not options.unmasked:
-        shape = (target.shape[-2], target.shape[-1])
-        mask = latent_mask(batch["mask"].to(device), shape, options.mask_dilation, options.mask_feather)
+        mask = latent_mask(batch["mask"].to(device), target.shape[-2:], options.mask_dilation, options.mask_feather)
     normalization = options.mask_normalization
     losses = {
         "loss": masked_loss(prediction[:photos], target[:photos], mask, normalization, options.unmasked_weight).mean()

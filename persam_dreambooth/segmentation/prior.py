@@ -22,8 +22,8 @@ class Target:
     Args:
         mean: (C,) mean embedding of the target cells, not normalized (Eq. 4).
         peak: (C,) their channel-wise maximum.
-        background_similarity: cosine similarity of the reference photo's background to the mean, 0 to 1: what is no
-            more like the target than this is not the target. 0 for a mask that leaves no background.
+        background_similarity: cosine similarity of the reference photo's background to the mean, 0 to 1: how much alike
+            all things look to this SAM. 0 for a mask that leaves no background.
         small: no cell reached the asked coverage, so cells count by the share of the mask that lies in them.
     """
 

@@ -165,7 +165,7 @@ def _bfloat16() -> AbstractContextManager[object]:
     """A block in bfloat16, where the processor knows it."""
     import torch
 
-    known = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.10
+    known: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.10
     return torch.autocast("cpu", torch.bfloat16, enabled=bool(known.get("avx512_bf16")))
 
 
