@@ -249,6 +249,9 @@ class TrainOptions(SegmentationOptions):
         "area", "divide by the mask's area, or take the plain mean as the paper does"
     )
     unmasked_weight: float = option(0.0, "least weight of the loss outside the mask, 0 to 1")
+    unmasked_probability: float = option(0.0, "part of the samples whose loss counts everywhere, 0 to 1")
+    mask_dilation: int = option(0, "grow the mask by so many latent cells; negative: shrink it")
+    mask_feather: float = option(0.0, "blur the mask's edge; standard deviation in latent cells")
     masked_prior_preservation_weight: float = option(
         0.0, "outside the mask, weight of staying with what the base model predicts"
     )
@@ -327,7 +330,9 @@ class TrainOptions(SegmentationOptions):
             self, 0, math.inf, "prior_loss_weight", "masked_prior_preservation_weight", "learning_rate",
             "lr_warmup_steps", "adam_weight_decay", "adam_epsilon", "dataloader_num_workers", "num_validation_images",
         )  # fmt: skip
-        _within(self, 0, 1, "unmasked_weight", "lora_dropout")
+        _within(self, 0, 1, "unmasked_weight", "unmasked_probability", "lora_dropout")
+        _within(self, -16, 16, "mask_dilation")
+        _within(self, 0, 8, "mask_feather")
         _within(self, 0, LAST_SEED, "seed")
         _below_one(self, "adam_beta1", "adam_beta2")
         if not self.max_grad_norm > 0:
@@ -341,6 +346,9 @@ class TrainOptions(SegmentationOptions):
                 raise InputError(f"--lr_warmup_steps is {warmup} of {steps} steps: give fewer with polynomial")
         masked_only = {
             "unmasked_weight": self.unmasked_weight,
+            "unmasked_probability": self.unmasked_probability,
+            "mask_dilation": self.mask_dilation,
+            "mask_feather": self.mask_feather,
             "masked_prior_preservation_weight": self.masked_prior_preservation_weight,
             "replace_background": self.replace_background != "no",
         }

@@ -18,7 +18,14 @@ import yaml
 
 import persam_dreambooth
 from persam_dreambooth import models
-from persam_dreambooth.config import CONFIG, SegmentationOptions, SegmentOptions, TrainOptions, read_config
+from persam_dreambooth.config import (
+    CONFIG,
+    SegmentationOptions,
+    SegmentOptions,
+    TrainOptions,
+    fill_identifier,
+    read_config,
+)
 from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.files import check_writable, filled_aside, write_text
 from persam_dreambooth.images import Photo, check_shapes, find_photos, read_prompts
@@ -153,6 +160,7 @@ def _read_input(options: TrainOptions) -> Input:
     photos = find_photos(instance_dir, tuple(path for path in others if path))
     check_names(photos)
     check_shapes(photos)
+    read_prompts(photos, "")  # broken captions are told of before anything is written
     reference = _find_reference(photos, instance_dir, mask_path, options.reference_image) if mask_path else None
     drawn = load_masks(mask_dir, photos) if mask_dir else []
     _check_output(run_dir, resuming=bool(options.resume_from_checkpoint))
@@ -322,7 +330,7 @@ def _crops(options: TrainOptions, photos: list[Photo], masks: list[PhotoMask], r
     cut = (resolution, options.center_crop, options.seed)
     if options.unmasked:
         logger.warning("training on %d whole photos, without masks: their backgrounds will be learned too", len(photos))
-        return Crops(photos, None, *cut, options.prompt("instance"))
+        return Crops(photos, None, *cut, _captions(options, photos))
     used = [item for item in masks if item.mask.any()]
     if not used:
         raise InputError("every mask is empty (all black): paint the subject white, and give the folder as --mask_dir")
@@ -336,7 +344,13 @@ def _crops(options: TrainOptions, photos: list[Photo], masks: list[PhotoMask], r
         "%d masks for %d photos; they cover %.0f %% to %.0f %% of a photo, %.0f %% on average",
         len(used), len(photos), min(covered), max(covered), np.mean(covered),
     )  # fmt: skip
-    crops = Crops([item.photo for item in used], [item.mask for item in used], *cut, options.prompt("instance"))
+    crops = Crops(
+        [item.photo for item in used],
+        [item.mask for item in used],
+        *cut,
+        _captions(options, [item.photo for item in used]),
+        unmasked_probability=options.unmasked_probability,
+    )
     lost = ", ".join(crops.lost_subjects())
     if lost:
         hint = ", and go on with --resume_from_checkpoint latest, which keeps the masks" if options.mask else ""
@@ -344,6 +358,18 @@ def _crops(options: TrainOptions, photos: list[Photo], masks: list[PhotoMask], r
             raise InputError(f"the center crop misses the subject of {lost}: leave out --center_crop{hint}")
         raise InputError(f"at {resolution} pixels nothing is left of the mask of {lost}: raise --resolution{hint}")
     return crops
+
+
+def _captions(options: TrainOptions, photos: list[Photo]) -> list[str]:
+    """What each photo is trained with: its own caption, with [V] filled in, or the instance prompt."""
+    own = read_prompts(photos, "")
+    captions = [fill_identifier(text, options.identifier) or options.prompt("instance") for text in own]
+    if any(own):
+        logger.info("%d of %d photos have captions of their own", sum(map(bool, own)), len(photos))
+    nameless = [photo.name for photo, text in zip(photos, captions, strict=True) if options.identifier not in text]
+    if nameless:
+        logger.warning("not named %s in the captions of %s: write [V] there", options.identifier, ", ".join(nameless))
+    return captions
 
 
 def _class_crops(

@@ -206,6 +206,17 @@ def test_a_sample_follows_from_seed_and_number_whatever_was_asked_before(album):
             assert torch.equal(sample["mask"], first[number]["mask"])
 
 
+def test_unmasked_samples_are_as_many_as_asked_and_follow_from_the_number(album):
+    photos, masks = album
+    never, often, always = (Crops(photos, masks, 32, False, 0, unmasked_probability=p) for p in (0.0, 0.3, 1.0))
+    whole = [bool((often[number]["mask"] == 1).all()) for number in range(300)]
+    assert not any((never[number]["mask"] == 1).all() for number in range(20))
+    assert all((always[number]["mask"] == 1).all() for number in range(20))
+    assert 0.2 < np.mean(whole) < 0.4  # 300 draws of 0.3 have a standard deviation of 0.026
+    assert [bool((often[number]["mask"] == 1).all()) for number in reversed(range(300))] == whole[::-1]
+    assert all(torch.equal(often[number]["pixels"], never[number]["pixels"]) for number in range(20))
+
+
 def test_other_seeds_give_other_orders_and_other_crops(album):
     series = [[Crops(*album, 32, False, seed)[number] for number in range(20)] for seed in (0, 1)]
     assert [sample["name"] for sample in series[0]] != [sample["name"] for sample in series[1]]

@@ -526,6 +526,9 @@ EFFECTIVE = {
     "lora_dropout": 0.5,
     "mask_normalization": "none",
     "unmasked_weight": 0.2,
+    "unmasked_probability": 0.5,
+    "mask_dilation": 1,
+    "mask_feather": 0.5,
     "masked_prior_preservation_weight": 1.0,
     "replace_background": "color",
     "resolution": 48,
@@ -545,6 +548,21 @@ def test_no_option_silently_does_nothing(runs, name):
     usual, other = weights(runs()), weights(runs(**{name: EFFECTIVE[name]}))
     # From the second step on, both matrices have gradients.
     assert all(not torch.equal(usual[key], other[key]) for key in usual)
+
+
+def test_captions_of_the_photos_are_what_they_are_trained_with(runs, tmp_path, caplog):
+    photos = shutil.copytree(runs.photos, tmp_path / "photos")
+    names = sorted(path.name for path in photos.glob("*.png"))
+    lines = [json.dumps({"file_name": name, "text": "a [V] duck"}) for name in names]
+    (photos / "metadata.jsonl").write_text("\n".join(lines))
+    options = {"instance_dir": photos, "mask_dir": runs.photos.parent / "masks"}
+    assert runs.train(tmp_path / "same", **options) == 0
+    assert same_weights(tmp_path / "same", runs())  # what the instance prompt says without captions
+    (photos / names[0]).with_suffix(".txt").write_text("a red robot")
+    caplog.clear()
+    assert runs.train(tmp_path / "other", **options) == 0
+    assert not same_weights(tmp_path / "other", runs())
+    assert f"not named sks in the captions of {names[0]}: write [V] there" in caplog.text
 
 
 @pytest.mark.parametrize("logging_steps", [1, 50])

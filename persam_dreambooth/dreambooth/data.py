@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from persam_dreambooth.dreambooth.backgrounds import Backgrounds
 from persam_dreambooth.images import Photo
 
-ORDER, CROP, NOISE, DROPOUT, BACKGROUND = range(5)
+ORDER, CROP, NOISE, DROPOUT, BACKGROUND, UNMASKED = range(6)
 """Streams of randomness of one run."""
 
 CLASS_SEED = 1
@@ -56,6 +56,7 @@ class Crops(Dataset):
         seed: the run's.
         prompts: what each photo shows; or one for all of them.
         backgrounds: what replaces the photos' own backgrounds, if anything.
+        unmasked_probability: of a sample whose mask is all ones, 0 to 1.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Crops(Dataset):
         seed: int,
         prompts: list[str] | str = "",
         backgrounds: Backgrounds | None = None,
+        unmasked_probability: float = 0.0,
     ) -> None:
         self.photos = photos
         self.masks = masks
@@ -75,6 +77,7 @@ class Crops(Dataset):
         self.seed = seed
         self.prompts = [prompts] * len(photos) if isinstance(prompts, str) else prompts
         self.backgrounds = backgrounds
+        self.unmasked_probability = unmasked_probability
         self._resized: dict[int, tuple[Image.Image, Image.Image]] = {}
 
     def __getitem__(self, number: int) -> Sample:
@@ -89,6 +92,8 @@ class Crops(Dataset):
             drawn, prompt = self.backgrounds.draw(np.random.default_rng([self.seed, BACKGROUND, number]), prompt)
             behind = torch.from_numpy(drawn.astype(np.float32)).permute(2, 0, 1) / 127.5 - 1
             pixels = weights * pixels + (1 - weights) * behind
+        if np.random.default_rng([self.seed, UNMASKED, number]).random() < self.unmasked_probability:
+            weights = torch.ones_like(weights)
         (width, height), (left, top) = self.photos[index].size, window[:2]
         crop = torch.tensor([height, width, top, left])
         name = self.photos[index].name

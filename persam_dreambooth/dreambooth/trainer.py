@@ -185,7 +185,10 @@ def batch_losses(
     target = family.target(x, e, t)
 
     photos = len(batch["number"])
-    mask = None if options.unmasked else latent_mask(batch["mask"].to(device), target.shape[-2:])
+    mask = None
+    if not options.unmasked:
+        shape = (target.shape[-2], target.shape[-1])
+        mask = latent_mask(batch["mask"].to(device), shape, options.mask_dilation, options.mask_feather)
     normalization = options.mask_normalization
     losses = {
         "loss": masked_loss(prediction[:photos], target[:photos], mask, normalization, options.unmasked_weight).mean()
