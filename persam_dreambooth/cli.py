@@ -4,6 +4,7 @@ import difflib
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -32,7 +33,7 @@ from persam_dreambooth.config import (
     VideoOptions,
     read_config,
 )
-from persam_dreambooth.errors import InputError
+from persam_dreambooth.errors import InputError, SaveError
 
 Options = TypeVar("Options")
 
@@ -341,10 +342,10 @@ def _guarded(command: Callable[[], None]) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted; a training run goes on with --resume_from_checkpoint latest", file=sys.stderr)
-        return 130
-    except FloatingPointError as error:
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "interrupted; a training run goes on with --resume_from_checkpoint latest", file=sys.stderr)
+        return 128 + getattr(stop, "number", signal.SIGINT)
+    except (FloatingPointError, SaveError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except PermissionError as error:

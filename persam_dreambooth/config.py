@@ -181,6 +181,8 @@ class EvaluateModelOptions:
         _within(self, 2, math.inf, "num_images")
         _within(self, 1, 1000, "num_inference_steps")
         _within(self, 0, LAST_SEED, "seed")
+        if self.export != "no" and self.method != "lora":
+            raise InputError(f"--export {self.export} is for LoRA: leave it out, or --method full")
         if not self.scenes:
             raise InputError("--background_scenes is empty: give scenes, such as: a beach, a sofa")
 
@@ -351,6 +353,7 @@ class TrainOptions(MaskFolderOptions):
     method: Literal["lora", "full"] = option("lora", "train LoRA matrices, or the whole UNet of Stable Diffusion")
     rank: int = option(4, "rank of the LoRA matrices (alpha is the same)")
     lora_dropout: float = option(0.0, "dropout inside LoRA, 0 to 1")
+    export: Literal["no", "kohya"] = option("no", "LoRA for ComfyUI and A1111 too, under kohya's names")
     train_text_encoder: bool = option(False, "train CLIP's text encoders too; T5 stays as it is")
 
     # The masked loss
@@ -463,6 +466,8 @@ class TrainOptions(MaskFolderOptions):
         }
         for name in [name for name, given in masked_only.items() if given and self.unmasked]:
             raise InputError(f"--{name} needs masks: leave it out, or --unmasked")
+        if self.export != "no" and self.method != "lora":
+            raise InputError(f"--export {self.export} is for LoRA: leave it out, or --method full")
         if not self.scenes:
             raise InputError("--background_scenes is empty: give scenes, such as: a beach, a sofa")
         if self.background_in_prompt and self.replace_background != "generated":

@@ -448,6 +448,7 @@ def _finish(
     base: str,
 ) -> None:
     """Writes the weights, the samples and the model card."""
+    from persam_dreambooth.dreambooth import kohya
     from persam_dreambooth.dreambooth.card import model_card
     from persam_dreambooth.dreambooth.generate import notice_of, sample, save_samples
     from persam_dreambooth.dreambooth.registry import load_pipeline
@@ -461,6 +462,8 @@ def _finish(
     with filled_aside(run_dir) as folder:
         if options.method == "lora":
             family.save_weights(folder)
+            if options.export == "kohya":
+                kohya.export(family, folder)
         else:  # what was not trained may be in half precision here, so it comes from the base
             load_pipeline(base, options.revision, options.variant, **trained).save_pretrained(folder)
     notice = notice_of(options.pretrained_model_name_or_path)

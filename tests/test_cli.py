@@ -147,7 +147,7 @@ def test_the_options_of_train_are_these():
         *("instance_dir", "mask", "reference_image", "mask_dir", "unmasked"),
         *("class_name", "identifier", "instance_prompt"),
         *("pretrained_model_name_or_path", "revision", "variant"),
-        *("method", "rank", "lora_dropout", "train_text_encoder"),
+        *("method", "rank", "lora_dropout", "export", "train_text_encoder"),
         *("mask_normalization", "unmasked_weight", "unmasked_probability", "mask_dilation", "mask_feather"),
         *("masked_prior_preservation_weight",),
         *("replace_background", "background_dir", "num_background_images"),
@@ -279,6 +279,7 @@ def test_not_a_number_is_refused():
         ({"instance_dir": "cat", "mask": "m.png", "identifier": ""}, "--identifier is missing"),
         ({"instance_dir": "cat", "mask": "m.png", "guidance": "none"}, "--guidance none .*: add --segmenter persam"),
         ({"instance_dir": "cat", "unmasked": True, "unmasked_weight": 0.5}, "--unmasked_weight .* --unmasked"),
+        ({"instance_dir": "cat", "unmasked": True, "method": "full", "export": "kohya"}, "--export kohya is for LoRA"),
         ({"instance_dir": "cat", "unmasked": True, "mask_dilation": -1}, "--mask_dilation needs masks"),
         (
             {"instance_dir": "cat", "unmasked": True, "masked_prior_preservation_weight": 0.5},

@@ -18,15 +18,17 @@ from tqdm import tqdm
 from persam_dreambooth.config import TrainOptions
 from persam_dreambooth.dreambooth.checkpoint import (
     load_state,
+    new_checkpoint,
     remove_later_checkpoints,
     remove_old_checkpoints,
     save_state,
 )
 from persam_dreambooth.dreambooth.data import CLASS_SEED, DROPOUT, Crops, derived_seed, sample_noise
 from persam_dreambooth.dreambooth.family import Embeddings, Family
+from persam_dreambooth.dreambooth.interruption import Interruption
 from persam_dreambooth.dreambooth.loss import latent_mask, masked_loss
 from persam_dreambooth.errors import InputError
-from persam_dreambooth.files import write_aside, write_text
+from persam_dreambooth.files import write_text
 from persam_dreambooth.pictures import loss_curve
 
 logger = logging.getLogger(__name__)
@@ -58,6 +60,8 @@ def train(
 
     Raises:
         FloatingPointError: a loss that is not finite; the message names the step and the photos.
+        SaveError: a checkpoint cannot be written.
+        Stopped: SIGINT or SIGTERM came; a checkpoint of the last step is there.
     """
     if options.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -114,33 +118,36 @@ def train(
         unit="step",
         disable=not accelerator.is_main_process,
     )
-    for step in steps:
-        torch.manual_seed(derived_seed(options.seed, DROPOUT, step, accelerator.process_index))
-        for _ in range(options.gradient_accumulation_steps):
-            with accelerator.accumulate(*models):
-                batch = next(batches)
-                class_batch = next(class_batches) if class_batches else None
-                losses = batch_losses(options, family, batch, class_batch, base_embeddings)
-                meter.add(step, losses, batch["name"])
-                accelerator.backward(sum(weights[name] * loss for name, loss in losses.items()))
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(trained, options.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-        rate = schedule.get_last_lr()[0]
-        schedule.step()
+    with Interruption(accelerator) as interruption:
+        for step in steps:
+            torch.manual_seed(derived_seed(options.seed, DROPOUT, step, accelerator.process_index))
+            for _ in range(options.gradient_accumulation_steps):
+                with accelerator.accumulate(*models):
+                    batch = next(batches)
+                    class_batch = next(class_batches) if class_batches else None
+                    losses = batch_losses(options, family, batch, class_batch, base_embeddings)
+                    meter.add(step, losses, batch["name"])
+                    accelerator.backward(sum(weights[name] * loss for name, loss in losses.items()))
+                    if accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(trained, options.max_grad_norm)
+                    optimizer.step()
+                    optimizer.zero_grad()
+            rate = schedule.get_last_lr()[0]
+            schedule.step()
 
-        last = step == options.max_train_steps
-        checkpoint_due = step % options.checkpointing_steps == 0
-        if step % options.logging_steps == 0 or last or checkpoint_due:
-            row = meter.write(step, rate)
-            steps.set_postfix(loss=f"{row['loss']:.4f}")
-        if checkpoint_due and accelerator.is_main_process:
-            with write_aside(run_dir / f"checkpoint-{step}") as folder:
-                folder.mkdir()
-                family.save_weights(folder)
-                save_state(folder, step, optimizer=optimizer, scaler=accelerator.scaler)
-            remove_old_checkpoints(run_dir, options.checkpoints_total_limit)
+            last = step == options.max_train_steps
+            stopping = interruption.asked()
+            checkpoint_due = stopping or step % options.checkpointing_steps == 0
+            if step % options.logging_steps == 0 or last or checkpoint_due:
+                row = meter.write(step, rate)
+                steps.set_postfix(loss=f"{row['loss']:.4f}")
+            if checkpoint_due and accelerator.is_main_process:
+                with new_checkpoint(run_dir, step) as folder:
+                    family.save_weights(folder)
+                    save_state(folder, step, optimizer=optimizer, scaler=accelerator.scaler)
+                remove_old_checkpoints(run_dir, options.checkpoints_total_limit)
+            if stopping and not last:
+                raise interruption.stopped(step)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         meter.draw(run_dir / "loss.png")
@@ -250,7 +257,9 @@ class Meter:
         if accelerator.is_main_process:
             if first_step and self.path.is_file():
                 lines = self.path.read_text(encoding="utf-8").splitlines()
-                self.rows = [row for row in map(json.loads, lines) if row["step"] <= first_step]
+                # Killed while writing, a run may leave half a line; it came after the checkpoint.
+                whole = [line for line in lines if line.endswith("}")]
+                self.rows = [row for row in map(json.loads, whole) if row["step"] <= first_step]
             write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def add(self, step: int, losses: dict[str, torch.Tensor], names: list[str]) -> None:
