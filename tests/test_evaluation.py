@@ -512,14 +512,13 @@ def test_an_interrupted_davis_evaluation_does_only_what_is_left(rendered, tmp_pa
     assert "holds an evaluation with other settings" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(torch.accelerator.is_available(), reason="two processes want two accelerators, or none")
-def test_two_processes_share_the_sequences(rendered, tmp_path):
+def evaluate_in_two_processes(*arguments):
+    """`evaluate` under `accelerate launch`; what it logged."""
     launched = subprocess.run(
         [
             *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
             *("--num_machines", "1", "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"),
-            *("-m", "persam_dreambooth", "evaluate", "davis", "--data", rendered / "DAVIS"),
-            *("--output", tmp_path / "two", "--sam_model", rendered / "sam", "--segmenter", "persam"),
+            *("-m", "persam_dreambooth", "evaluate", *map(str, arguments)),
         ],
         # With --cpu, accelerate starts one process, whatever --num_processes says.
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
@@ -528,9 +527,30 @@ def test_two_processes_share_the_sequences(rendered, tmp_path):
     )
     assert launched.returncode == 0, launched.stderr[-3000:]
     assert launched.stdout.count("done: ") == 1
-    assert "1 of 1" in launched.stderr  # each process has one of the two
+    return launched.stderr
+
+
+no_accelerator = pytest.mark.skipif(
+    torch.accelerator.is_available(), reason="two processes want two accelerators, or none"
+)
+
+
+@no_accelerator
+def test_two_processes_share_the_sequences(rendered, tmp_path):
+    sam = ("--sam_model", rendered / "sam", "--segmenter", "persam")
+    logged = evaluate_in_two_processes("davis", "--data", rendered / "DAVIS", "--output", tmp_path / "two", *sam)
+    assert "1 of 1" in logged  # each process has one of the two
     assert run_davis(rendered, tmp_path / "one") == 0
     assert read(tmp_path / "two") == read(tmp_path / "one")
+
+
+@no_accelerator
+def test_two_processes_share_the_objects(data, rendered, tmp_path):
+    options = ("--data", data, "--sam_model", rendered / "sam", "--segmenter", "persam")
+    logged = evaluate_in_two_processes("perseg", *options, "--output", tmp_path / "two")
+    assert "| 1/1 [" in logged and "| 2/2 [" not in logged  # each process has one of the two
+    assert evaluate(*options, "--output", tmp_path / "one") == 0
+    assert read(tmp_path / "two")["objects"] == read(tmp_path / "one")["objects"]
 
 
 def test_frames_that_do_not_fit_their_annotations_are_named(rendered, tmp_path, capsys):

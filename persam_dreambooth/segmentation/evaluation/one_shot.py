@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from accelerate import PartialState
 from PIL import Image
 from scipy import ndimage
@@ -113,9 +114,9 @@ def evaluate(options: OneShotOptions, data: DataSet, rows: list[Row]) -> dict[st
     """
     output = Path(str(options.output))
     check_writable(output)
+    state = PartialState(cpu=not torch.accelerator.is_available())  # else processes on a CPU would not know each other
     if rows:
-        run(rows, data, output, options)
-    state = PartialState()
+        run(rows, data, output, options, state)
     state.wait_for_everyone()
     if not state.is_main_process:
         return {}
@@ -168,14 +169,15 @@ def row(name: str, segmenter: Callable[[Sam], PerSAM | PerSAMF], reference: int,
     return Row(name + (f"-reference-{reference:02}" if reference else ""), segmenter, reference, growth)
 
 
-def run(rows: list[Row], data: DataSet, output: Path, options: OneShotOptions) -> None:
+def run(rows: list[Row], data: DataSet, output: Path, options: OneShotOptions, state: PartialState) -> None:
     """Writes the predictions that are missing; under `accelerate launch`, each process takes a share of the objects."""
     from persam_dreambooth.segmentation import open_sam
 
     names = ("data", "sam_model", "sam_dtype", "guidance", "target_coverage")
     settings = {name: getattr(options, name) for name in names}
-    note_settings(output, settings, "an evaluation", "--output")
-    state = PartialState()
+    if state.is_main_process:  # several would write over one another
+        note_settings(output, settings, "an evaluation", "--output")
+    state.wait_for_everyone()
     own = data.items[state.process_index :: state.num_processes]
     left = [(item, row) for item in own for row in rows if not _done(output, row, item)]
     if not left:
