@@ -256,6 +256,10 @@ class TrainOptions(SegmentationOptions):
         0.0, "outside the mask, weight of staying with what the base model predicts"
     )
 
+    # The noise
+    snr_gamma: float | None = option(None, "min-SNR weights of the loss: the bound, such as 5; not for flow matching")
+    noise_offset: float = option(0.0, "shift each channel of the noise at random by so much, such as 0.05")
+
     # Other backgrounds
     replace_background: Literal["no", "color", "noise", "generated"] = option(
         "no", "paste the masked subject on flat colors, smooth noise, or scenes that the base model paints"
@@ -330,13 +334,12 @@ class TrainOptions(SegmentationOptions):
             self, 0, math.inf, "prior_loss_weight", "masked_prior_preservation_weight", "learning_rate",
             "lr_warmup_steps", "adam_weight_decay", "adam_epsilon", "dataloader_num_workers", "num_validation_images",
         )  # fmt: skip
-        _within(self, 0, 1, "unmasked_weight", "unmasked_probability", "lora_dropout")
+        _within(self, 0, 1, "unmasked_weight", "unmasked_probability", "lora_dropout", "noise_offset")
         _within(self, -16, 16, "mask_dilation")
         _within(self, 0, 8, "mask_feather")
         _within(self, 0, LAST_SEED, "seed")
         _below_one(self, "adam_beta1", "adam_beta2")
-        if not self.max_grad_norm > 0:
-            raise InputError(f"--max_grad_norm is {self.max_grad_norm}: give more than 0")
+        _above_zero(self, "max_grad_norm", "snr_gamma")
         super().check()
         if self.lr_scheduler == "polynomial":
             rate, warmup, steps = self.learning_rate, self.lr_warmup_steps, self.max_train_steps
@@ -356,10 +359,17 @@ class TrainOptions(SegmentationOptions):
             raise InputError(f"--{name} needs masks: leave it out, or --unmasked")
         if not self.scenes:
             raise InputError("--background_scenes is empty: give scenes, such as: a beach, a sofa")
-        if self.background_in_prompt and self.replace_background != "generated":
-            raise InputError("--background_in_prompt has no effect: add --replace_background generated")
-        if self.class_scenes and not self.with_prior_preservation:
-            raise InputError("--class_scenes has no effect: add --with_prior_preservation")
+        needed = {
+            "background_in_prompt": ("--replace_background generated", self.replace_background == "generated"),
+            "class_scenes": ("--with_prior_preservation", self.with_prior_preservation),
+        }
+        for name, (other, there) in needed.items():
+            if self.given(name) and not there:
+                raise InputError(f"--{name} has no effect: add {other}")
+
+    def given(self, name: str) -> bool:
+        """Whether an option differs from its default."""
+        return bool(getattr(self, name) != getattr(type(self), name))
 
     @property
     def subject(self) -> str:
@@ -443,6 +453,13 @@ def _within(options: Any, least: float, most: float, *names: str) -> None:
         if value is not None and not least <= value <= most:
             wanted = f"{least} or more" if most == math.inf else f"a number from {least} to {most}"
             raise InputError(f"--{name} is {value}: give {wanted}")
+
+
+def _above_zero(options: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            raise InputError(f"--{name} is {value}: give more than 0")
 
 
 def _below_one(options: Any, *names: str) -> None:

@@ -150,6 +150,7 @@ def test_the_options_of_train_are_these():
         *("method", "rank", "lora_dropout", "train_text_encoder"),
         *("mask_normalization", "unmasked_weight", "unmasked_probability", "mask_dilation", "mask_feather"),
         *("masked_prior_preservation_weight",),
+        *("snr_gamma", "noise_offset"),
         *("replace_background", "background_dir", "num_background_images"),
         *("background_scenes", "background_in_prompt"),
         *("with_prior_preservation", "prior_loss_weight", "class_data_dir", "class_prompt"),
@@ -249,6 +250,8 @@ OUT_OF_RANGE = {
     "adam_beta1": ("1.0", "give a number from 0 to below 1"),
     "adam_beta2": ("-0.1", "give a number from 0 to below 1"),
     "max_grad_norm": ("0.0", "give more than 0"),
+    "snr_gamma": ("0.0", "give more than 0"),
+    "noise_offset": ("1.5", "give a number from 0 to 1"),
     "seed": ("-1", "give a number from 0 to 4294967295"),
 }
 
@@ -258,7 +261,8 @@ def test_a_number_out_of_range_is_refused_before_anything_loads(name):
     value, advice = OUT_OF_RANGE[name]
     with pytest.raises(InputError) as refusal:
         parse("--instance_dir", "cat", "--mask", "mask.png", f"--{name}={value}").check()
-    shown = float(value) if isinstance(getattr(TrainOptions(), name), float) or name == "learning_rate" else int(value)
+    floats = isinstance(getattr(TrainOptions(), name), float) or name == "learning_rate" or "." in value
+    shown = float(value) if floats else int(value)
     assert str(refusal.value) == f"--{name} is {shown}: {advice}"
 
 

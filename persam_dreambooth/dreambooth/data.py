@@ -157,6 +157,7 @@ def sample_noise(
     numbers: list[int],
     shape: tuple[int, int, int],
     draw_timestep: Callable[[torch.Generator, tuple[int, int, int]], torch.Tensor],
+    offset: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What is random about the diffusion of each sample, drawn on the CPU so that devices agree.
 
@@ -165,6 +166,8 @@ def sample_noise(
         numbers: sample numbers.
         shape: (C, h, w) of a latent.
         draw_timestep: as of a `Family`.
+        offset: deviation of what is added to each channel of the noise as a whole, so that a model learns to make
+            pictures darker and lighter than the mean (Guttenberg 2023, "Diffusion with offset noise"); drawn last.
 
     Returns:
         Noise for the VAE's sampling (B, C, h, w), noise to add (B, C, h, w), timesteps (B,).
@@ -172,4 +175,6 @@ def sample_noise(
     generators = [torch.Generator().manual_seed(derived_seed(seed, NOISE, number)) for number in numbers]
     steps = torch.cat([draw_timestep(generator, shape) for generator in generators])
     noise = torch.stack([torch.randn((2, *shape), generator=generator) for generator in generators])
+    if offset:
+        noise[:, 1] += offset * torch.stack([torch.randn((shape[0], 1, 1), generator=each) for each in generators])
     return noise[:, 0], noise[:, 1], steps

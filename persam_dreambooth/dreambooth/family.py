@@ -61,6 +61,9 @@ class Family(Protocol):
     tags: ClassVar[list[str]]
     """What a model card calls the family."""
 
+    without: ClassVar[dict[str, str]]
+    """Options that the family has no use for, and why in half a sentence; they are refused."""
+
     @property
     def native_resolution(self) -> int:
         """Side in pixels of the pictures the model was made for: the default of the training crop."""
@@ -121,6 +124,9 @@ class Family(Protocol):
 
     def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """What `predict` should give, (B, C, h, w); arguments as of `add_noise`."""
+
+    def min_snr_weights(self, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
+        """Weights (B,) of the loss at timesteps (B,), unless `without` names `snr_gamma`."""
 
     def save_weights(self, folder: Path) -> None:
         """Saves what was trained to an existing folder: LoRA as diffusers loads it, or each part in its own folder."""

@@ -55,6 +55,8 @@ class LatentDiffusion(Family):
     paint_dtype: ClassVar[torch.dtype] = torch.float16
     """The half precision that it paints in on an accelerator."""
 
+    without: ClassVar[dict[str, str]] = {}
+
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
         self.vae = pipeline.vae

@@ -85,6 +85,19 @@ class StableDiffusion(LatentDiffusion):
             return noise
         return self.noise_schedule.get_velocity(latents, noise, timesteps)
 
+    def min_snr_weights(self, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
+        """See `Family`: min-SNR (Hang et al. 2023, arXiv 2303.09556), for the squared error of what is predicted.
+
+        With the signal-to-noise ratio s = a / (1 - a), all latents' errors are weighted by min(s, gamma):
+
+            noise   min(s, gamma) / s          v   min(s, gamma) / (s + 1)
+        """
+        kept = self.noise_schedule.alphas_cumprod.to(timesteps.device)[timesteps]
+        ratio = kept / (1 - kept)
+        if self.prediction_type == "epsilon":
+            return (gamma / ratio).clamp(max=1)  # 1 where there is no signal at all
+        return ratio.clamp(max=gamma) / (ratio + 1)
+
     def denoise(
         self, denoiser: Any, noisy: torch.Tensor, timesteps: torch.Tensor, embeddings: Embeddings, crops: torch.Tensor
     ) -> torch.Tensor:

@@ -160,6 +160,9 @@ def batch_losses(
     - `preservation_loss`: outside the masks, how far the prediction is from the base model's on the same noisy latents
       and prompt, where `masked_prior_preservation_weight` is not 0.
 
+    `snr_gamma` weights each sample of all three by its timestep. Of the last one too: what an error of a prediction
+    means for the picture depends on the timestep outside the mask as it does inside, and the losses keep their shares.
+
     Args:
         batch: `Sample`s stacked: pixels (B, 3, R, R), mask (B, 1, R, R), crop (B, 4), prompt, name, number (B,).
         class_batch: the same for class images, or None.
@@ -171,7 +174,8 @@ def batch_losses(
     device, shape = family.device, family.latent_shape(batch["pixels"].shape[-1])
     latents, noise, timesteps = [], [], []
     for half, seed in halves:
-        vae_noise, noise_, timesteps_ = sample_noise(seed, half["number"].tolist(), shape, family.draw_timestep)
+        numbers = half["number"].tolist()
+        vae_noise, noise_, timesteps_ = sample_noise(seed, numbers, shape, family.draw_timestep, options.noise_offset)
         latents.append(family.encode_images(half["pixels"], vae_noise).float())
         noise.append(noise_.to(device))
         timesteps.append(timesteps_.to(device))
@@ -185,19 +189,20 @@ def batch_losses(
     target = family.target(x, e, t)
 
     photos = len(batch["number"])
+    weight = family.min_snr_weights(t, options.snr_gamma) if options.snr_gamma else torch.ones(len(t), device=device)
     mask = None
     if not options.unmasked:
         shape = (target.shape[-2], target.shape[-1])
         mask = latent_mask(batch["mask"].to(device), shape, options.mask_dilation, options.mask_feather)
     normalization = options.mask_normalization
-    losses = {
-        "loss": masked_loss(prediction[:photos], target[:photos], mask, normalization, options.unmasked_weight).mean()
-    }
+    own = masked_loss(prediction[:photos], target[:photos], mask, normalization, options.unmasked_weight)
+    losses = {"loss": (weight[:photos] * own).mean()}
     if class_batch is not None:
-        losses["prior_loss"] = masked_loss(prediction[photos:], target[photos:]).mean()
+        losses["prior_loss"] = (weight[photos:] * masked_loss(prediction[photos:], target[photos:])).mean()
     if options.masked_prior_preservation_weight and mask is not None:
         base = family.predict_base(noisy[:photos], t[:photos], base_text[:photos], crops[:photos])
-        losses["preservation_loss"] = masked_loss(prediction[:photos], base, 1 - mask, normalization).mean()
+        kept = masked_loss(prediction[:photos], base, 1 - mask, normalization)
+        losses["preservation_loss"] = (weight[:photos] * kept).mean()
     return losses
 
 
