@@ -25,6 +25,9 @@ POLYNOMIAL_END = 1e-7
 SCENES = "a beach, snow, a jungle, a sofa, a desert, a city at night, grass, water"
 """What backgrounds show where nothing else is given."""
 
+LORA_ONLY = ("rank", "lora_alpha", "lora_targets", "lora_dropout", "lora_init", "use_dora")
+"""Options of no use to a full fine-tuning."""
+
 SEGMENTERS = Literal["persam", "persam-f"]
 GUIDANCE = Literal["persam", "published", "paper", "none"]
 SCHEDULES = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
@@ -240,8 +243,14 @@ class TrainOptions(SegmentationOptions):
     revision: str | None = option(None, "branch, tag or commit of the model on the hub")
     variant: str | None = option(None, "variant of the weight files, such as fp16")
     method: Literal["lora", "full"] = option("lora", "train LoRA matrices, or the whole UNet of Stable Diffusion")
-    rank: int = option(4, "rank of the LoRA matrices (alpha is the same)")
+    rank: int = option(4, "rank of the LoRA matrices")
+    lora_alpha: float | None = option(None, "LoRA counts by alpha / rank; default: the rank")
+    lora_targets: str | None = option(
+        None, "attention, attention+feedforward, all, or endings of layers such as to_q,to_v; default: the family's"
+    )
     lora_dropout: float = option(0.0, "dropout inside LoRA, 0 to 1")
+    lora_init: Literal["gaussian", "kaiming"] = option("gaussian", "how LoRA's first matrix starts; the second is zero")
+    use_dora: bool = option(False, "DoRA: LoRA for the direction of weights, and their length beside it")
     train_text_encoder: bool = option(False, "train CLIP's text encoders too; T5 stays as it is")
 
     # The masked loss
@@ -287,17 +296,25 @@ class TrainOptions(SegmentationOptions):
     max_train_steps: int = option(500, "optimizer steps")
     train_batch_size: int = option(1, "photos per step and process")
     gradient_accumulation_steps: int = option(1, "batches per optimizer step")
-    learning_rate: float | None = option(None, "default: 1e-4 for lora; for full 5e-6, and 1e-6 with XL")
+    optimizer: Literal["adamw", "adamw8bit", "prodigy"] = option(
+        "adamw", "adamw8bit (bitsandbytes) needs less memory; prodigy (prodigyopt) finds its own learning rate"
+    )
+    use_8bit_adam: bool = option(False, "the same as --optimizer adamw8bit")
+    learning_rate: float | None = option(
+        None, "default: 1e-4 for lora; for full 5e-6, and 1e-6 with XL; for prodigy 1, which multiplies what it finds"
+    )
     scale_lr: bool = option(False, "multiply the learning rate by batch, accumulation and processes")
     lr_scheduler: SCHEDULES = option("constant", "schedule of the learning rate")
     lr_warmup_steps: int = option(0, "steps of warm-up")
     lr_num_cycles: int = option(1, "restarts of cosine_with_restarts")
     lr_power: float = option(1.0, "power of polynomial")
-    adam_beta1: float = option(0.9, "AdamW")
-    adam_beta2: float = option(0.999, "AdamW")
-    adam_weight_decay: float = option(1e-2, "AdamW")
-    adam_epsilon: float = option(1e-8, "AdamW")
+    adam_beta1: float = option(0.9, "of any optimizer: decay of the gradients' mean")
+    adam_beta2: float = option(0.999, "of any optimizer: decay of the gradients' squares")
+    adam_weight_decay: float = option(1e-2, "of any optimizer, decoupled")
+    adam_epsilon: float = option(1e-8, "of any optimizer: added to the denominator")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
+    use_ema: bool = option(False, "average the weights over the steps; the average is what is saved and painted with")
+    ema_decay: float = option(0.9999, "the part of the average that stays at every step, 0 to 1; less at first")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None, "default: what accelerate was set up with")
     gradient_checkpointing: bool = option(False, "less memory, slower steps")
     allow_tf32: bool = option(False, "TF32 matrix products on Ampere and later")
@@ -334,12 +351,12 @@ class TrainOptions(SegmentationOptions):
             self, 0, math.inf, "prior_loss_weight", "masked_prior_preservation_weight", "learning_rate",
             "lr_warmup_steps", "adam_weight_decay", "adam_epsilon", "dataloader_num_workers", "num_validation_images",
         )  # fmt: skip
-        _within(self, 0, 1, "unmasked_weight", "unmasked_probability", "lora_dropout", "noise_offset")
+        _within(self, 0, 1, "unmasked_weight", "unmasked_probability", "lora_dropout", "noise_offset", "ema_decay")
         _within(self, -16, 16, "mask_dilation")
         _within(self, 0, 8, "mask_feather")
         _within(self, 0, LAST_SEED, "seed")
         _below_one(self, "adam_beta1", "adam_beta2")
-        _above_zero(self, "max_grad_norm", "snr_gamma")
+        _above_zero(self, "max_grad_norm", "snr_gamma", "lora_alpha")
         super().check()
         if self.lr_scheduler == "polynomial":
             rate, warmup, steps = self.learning_rate, self.lr_warmup_steps, self.max_train_steps
@@ -362,7 +379,13 @@ class TrainOptions(SegmentationOptions):
         needed = {
             "background_in_prompt": ("--replace_background generated", self.replace_background == "generated"),
             "class_scenes": ("--with_prior_preservation", self.with_prior_preservation),
+            "ema_decay": ("--use_ema", self.use_ema),
+            **dict.fromkeys(LORA_ONLY, ("--method lora", self.method == "lora")),
         }
+        if self.optimizer == "prodigy":
+            _above_zero(self, "learning_rate", "adam_epsilon")
+            if self.use_8bit_adam:
+                raise InputError("--use_8bit_adam and --optimizer prodigy exclude one another: give one of them")
         for name, (other, there) in needed.items():
             if self.given(name) and not there:
                 raise InputError(f"--{name} has no effect: add {other}")
@@ -380,6 +403,11 @@ class TrainOptions(SegmentationOptions):
     def scenes(self) -> list[str]:
         """The scenes of background pictures and class images."""
         return split_scenes(self.background_scenes)
+
+    @property
+    def optimizer_name(self) -> str:
+        """The optimizer, by either of the two options that choose it."""
+        return "adamw8bit" if self.use_8bit_adam else self.optimizer
 
     @property
     def run_dir(self) -> Path:
@@ -405,8 +433,10 @@ class TrainOptions(SegmentationOptions):
         Args:
             resolution: the model's own, where none was given.
             mixed_precision: what accelerate was set up with, where none was given.
-            learning_rate: the model family's, which counts where none was given.
+            learning_rate: the model family's, which counts where none was given and the optimizer does not find it.
         """
+        if self.optimizer == "prodigy":
+            learning_rate = 1.0
         return replace(
             self,
             **self.prompts,

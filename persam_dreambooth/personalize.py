@@ -92,9 +92,11 @@ def personalize(options: TrainOptions) -> Path:
     options.check()
     given = _read_input(options)
     from persam_dreambooth.dreambooth.checkpoint import find_checkpoint
+    from persam_dreambooth.dreambooth.optimizers import check_optimizer
     from persam_dreambooth.dreambooth.registry import open_family
     from persam_dreambooth.dreambooth.trainer import check_resolution, frozen_dtype, train
 
+    check_optimizer(options)
     run_dir = options.run_dir
     resume_from = find_checkpoint(run_dir, options.resume_from_checkpoint) if options.resume_from_checkpoint else None
     if resume_from:
@@ -276,7 +278,9 @@ def _check_output(folder: Path, resuming: bool = False) -> None:
 def _check_same_model(options: TrainOptions, run_dir: Path) -> None:
     """Raises `InputError` for options under which a run's checkpoints would not fit the model."""
     before = read_config(run_dir / CONFIG)
-    for name in ("method", "rank", "train_text_encoder", "pretrained_model_name_or_path", "revision"):
+    shapes = ("method", "rank", "lora_alpha", "lora_targets", "use_dora", "train_text_encoder")
+    states = ("use_ema", "optimizer", "use_8bit_adam")
+    for name in (*shapes, *states, "pretrained_model_name_or_path", "revision"):
         now = getattr(options, name)
         if name in before and before[name] != now:
             raise InputError(

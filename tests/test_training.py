@@ -133,6 +133,8 @@ RESUMED = {
     "lora, prior preservation": {"with_prior_preservation": True, "num_class_images": 2},
     "lora, other backgrounds": ALL_AGAINST_BACKGROUNDS,
     "lora, half precision": {"mixed_precision": "bf16"},
+    "lora, averaged": {"use_ema": True, "train_text_encoder": True},
+    "full, averaged": {"method": "full", "use_ema": True, "ema_decay": 0.3},
     "full": {"method": "full"},
     "full, text encoder": {"method": "full", "train_text_encoder": True},
     "full, other backgrounds": {"method": "full", "train_text_encoder": True, **ALL_AGAINST_BACKGROUNDS},
@@ -523,7 +525,9 @@ EFFECTIVE = {
     "class_name": "cat",
     "instance_prompt": "a photo of [V] duck",
     "rank": 2,
+    "lora_alpha": 8.0,
     "lora_dropout": 0.5,
+    "lora_init": "kaiming",
     "mask_normalization": "none",
     "unmasked_weight": 0.2,
     "unmasked_probability": 0.5,
@@ -542,6 +546,7 @@ EFFECTIVE = {
     "adam_weight_decay": 1.0,
     "adam_epsilon": 1e-3,
     "max_grad_norm": 1e-6,
+    "use_ema": True,
 }
 
 

@@ -10,17 +10,28 @@ from diffusers import DDPMScheduler
 from tiny_families import save_tiny, toy_or_tiny
 from torch.utils.data import default_collate
 from training_runs import (
+    STEPS,
+    UP,
+    column,
     same_metrics,
+    same_state,
     same_weights,
+    text_answer,
     toy_pipeline,
     training_crops,
+    unet_answer,
     uniform,
     watched_family,
+    weights,
 )
 
+from persam_dreambooth import extras
 from persam_dreambooth.config import TrainOptions
 from persam_dreambooth.dreambooth.data import sample_noise
+from persam_dreambooth.dreambooth.ema import AveragedWeights
 from persam_dreambooth.dreambooth.loss import latent_mask, masked_loss
+from persam_dreambooth.dreambooth.optimizers import effective_rate, make_optimizer
+from persam_dreambooth.dreambooth.registry import load_pipeline
 from persam_dreambooth.dreambooth.stable_diffusion import StableDiffusion
 from persam_dreambooth.dreambooth.trainer import batch_losses
 
@@ -82,10 +93,10 @@ def test_each_sample_of_every_loss_has_the_min_snr_weight_of_its_own_timestep(ph
             weight += 0.02 * torch.randn(weight.shape) * weight.requires_grad
     batch = two_photos(photos)
     class_batch = {**batch, "prompt": ["a duck", "a duck"]}
-    losses = batch_losses(TrainOptions(snr_gamma=1.0, **plain), family, batch, class_batch, embeddings)
+    losses = batch_losses(TrainOptions(snr_gamma=1e-3, **plain), family, batch, class_batch, embeddings)
 
     steps = [sample_noise(seed, [0, 1], (4, 8, 8), uniform)[2] for seed in (0, 1)]
-    weights = family.min_snr_weights(torch.cat(steps), 1.0)
+    weights = family.min_snr_weights(torch.cat(steps), 1e-3)
     assert len(weights.unique()) == 4  # so a weight in the wrong place would show
     prediction, target = family.prediction, family.aim
     mask = latent_mask(batch["mask"], (8, 8))
@@ -139,3 +150,228 @@ def test_noise_offset_reaches_every_family(runs, checkpoints, name):
     model = toy_or_tiny(name, checkpoints)
     one, two = (runs(pretrained_model_name_or_path=model, noise_offset=offset) for offset in (0.0, 0.1))
     assert not same_weights(one, two)
+
+
+# --- LoRA
+
+
+def trained_part(name, checkpoints, part="unet", **options):
+    """A family whose LoRA was moved away from where it starts, and the layers of a part that it adapts."""
+    family, _ = watched_family(model=toy_or_tiny(name, checkpoints), **options)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in (weight for part in family.trained.values() for weight in part.parameters()):
+            if weight.requires_grad:
+                weight += 0.05 * torch.randn(weight.shape, generator=generator)
+    adapted = {key.split(".lora_A")[0] for key in family.trained[part].state_dict() if ".lora_A" in key}
+    return family, adapted
+
+
+def answers(pipeline):
+    """What the denoiser and the text encoder of a Stable Diffusion answer to one fixed input."""
+    return unet_answer(pipeline), text_answer(pipeline)
+
+
+LORA = {
+    "alpha": {"lora_alpha": 1.0},
+    "alpha, text encoder": {"lora_alpha": 10.0, "train_text_encoder": True},
+    "half an alpha": {"lora_alpha": 0.5, "lora_targets": "attention"},
+    "feedforward": {"lora_targets": "attention+feedforward", "train_text_encoder": True, "lora_alpha": 2.0},
+    "all": {"lora_targets": "all", "train_text_encoder": True},
+    "endings": {"lora_targets": "to_q, conv1"},
+    "dora": {"use_dora": True, "train_text_encoder": True},
+    "dora, all": {"use_dora": True, "lora_targets": "all", "lora_alpha": 3.0},
+    "kaiming": {"lora_init": "kaiming"},
+}
+
+
+@pytest.mark.parametrize("options", LORA.values(), ids=LORA)
+def test_a_saved_lora_gives_the_trained_models_answer_in_plain_diffusers(checkpoints, tmp_path, options):
+    family, _ = trained_part("sd", checkpoints, **options)
+    family.save_weights(tmp_path)
+    pipeline = toy_pipeline()
+    before = answers(pipeline)
+    pipeline.load_lora_weights(tmp_path)
+    for name, trained, loaded, base in zip(("unet", "text"), answers(family.pipeline), answers(pipeline), before,
+                                           strict=True):
+        torch.testing.assert_close(loaded, trained, rtol=1e-5, atol=1e-5)
+        assert torch.allclose(loaded, base, atol=1e-3) == (name == "text" and not options.get("train_text_encoder"))
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("options", [LORA["alpha, text encoder"], LORA["dora, all"]], ids=["alpha", "dora, all"])
+def test_a_saved_lora_of_every_family_carries_its_alpha(checkpoints, tmp_path, name, options):
+    part = "unet" if name == "sdxl" else "transformer"
+    family, _ = trained_part(name, checkpoints, part, **options)
+    family.save_weights(tmp_path)
+    pipeline = load_pipeline(str(toy_or_tiny(name, checkpoints)))
+    pipeline.load_lora_weights(tmp_path)
+    for part in family.trained:
+        trained, loaded = (dict(getattr(one, part).named_modules()) for one in (family.pipeline, pipeline))
+        layers = [key for key, layer in trained.items() if hasattr(layer, "lora_A")]
+        assert layers
+        for key in layers:
+            one, two = trained[key].get_delta_weight("default"), loaded[key].get_delta_weight("default_0")
+            torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-7)
+            assert one.abs().max() > 0
+
+
+def test_lora_adapts_the_layers_that_are_asked_for(checkpoints):
+    def adapted(name, part="unet", **options):
+        return trained_part(name, checkpoints, part, **options)[1]
+
+    usual = adapted("sd")
+    assert usual == adapted("sd", lora_targets="attention")
+    assert {layer.rsplit(".", 1)[-1] for layer in usual} == {"to_q", "to_k", "to_v", "0"}
+    more = adapted("sd", lora_targets="attention+feedforward")
+    assert usual < more
+    assert all(".ff.net." in layer for layer in more - usual)
+    everything = {
+        name
+        for name, layer in toy_pipeline().unet.named_modules()
+        if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))
+    }
+    assert adapted("sd", lora_targets="all") == everything
+    assert adapted("sd", lora_targets="to_q,conv_in") == {layer for layer in everything if layer.endswith("to_q")} | {
+        "conv_in"
+    }
+    flux = adapted("flux", "transformer")
+    assert flux == adapted("flux", "transformer", lora_targets="attention+feedforward")
+    assert adapted("flux", "transformer", lora_targets="attention") == {layer for layer in flux if ".attn." in layer}
+    text = adapted("sd", "text_encoder", train_text_encoder=True)
+    assert {layer.rsplit(".", 1)[-1] for layer in text} == {"q_proj", "k_proj", "v_proj", "out_proj"}
+    text = adapted("sd", "text_encoder", train_text_encoder=True, lora_targets="all") - text
+    assert {layer.rsplit(".", 1)[-1] for layer in text} == {"fc1", "fc2"}
+
+
+def test_layers_that_are_not_there_are_refused(runs, tmp_path, capsys):
+    said = refused(runs, capsys, tmp_path / "run", lora_targets="to_q,to_nowhere")
+    assert said.startswith("error: --lora_targets: no layer of the unet ends in to_nowhere: try to_q, to_k")
+
+
+def test_alpha_of_the_rank_is_the_default_and_alpha_scales(runs, checkpoints):
+    assert same_weights(runs(), runs(lora_alpha=4.0))
+    one, two = (trained_part("sd", checkpoints, lora_alpha=alpha)[0].pipeline.unet for alpha in (4.0, 8.0))
+    pairs = zip(one.modules(), two.modules(), strict=True)
+    deltas = [[layer.get_delta_weight("default") for layer in pair] for pair in pairs if hasattr(pair[0], "lora_A")]
+    assert deltas
+    assert all(torch.equal(2 * once, twice) for once, twice in deltas)
+
+
+@pytest.mark.parametrize("init", ["gaussian", "kaiming"])
+def test_lora_starts_at_the_base(runs, init):
+    run = runs(lora_init=init, use_dora=True, max_train_steps=1)
+    assert column(run)[0] == pytest.approx(column(runs())[0], rel=1e-4)  # DoRA normalizes by the weights' own length
+
+
+def test_dora_learns_the_length_of_weights_and_keeps_the_base_at_hand(runs):
+    run = runs(use_dora=True, masked_prior_preservation_weight=1.0)
+    lengths = [name for name in weights(run) if "magnitude" in name]
+    assert len(lengths) == sum(bool(UP.search(name)) for name in weights(run))
+    assert column(run, "preservation_loss")[0] == pytest.approx(0, abs=1e-8)
+
+
+# --- the average
+
+
+def states(run, step):
+    return torch.load(run / f"checkpoint-{step}" / "training_state.pt", weights_only=True)
+
+
+def test_the_average_is_its_formula_and_is_what_is_saved(runs):
+    plain = runs(checkpointing_steps=1, checkpoints_total_limit=STEPS)
+    averaged = runs(use_ema=True, ema_decay=0.15, checkpointing_steps=1, checkpoints_total_limit=STEPS)
+    assert same_metrics(plain, averaged)  # training goes on from the weights themselves
+    path = [weights(plain / f"checkpoint-{step}") for step in range(1, STEPS + 1)]
+    expected = dict(path[0])
+    for number, (step, decay) in enumerate(zip(path[1:], (2 / 11, 3 / 12, 4 / 13), strict=True), start=2):
+        expected = {name: min(decay, 0.15) * expected[name] + (1 - min(decay, 0.15)) * step[name] for name in step}
+        for name, tensor in weights(averaged / f"checkpoint-{number}").items():
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-8)
+    assert same_weights(averaged, averaged / f"checkpoint-{STEPS}")
+    assert same_state(states(plain, STEPS)["optimizer"], states(averaged, STEPS)["optimizer"])
+    assert same_state(sorted(states(averaged, STEPS)["average"]), ["average", "step", "weights"])
+
+
+def test_an_average_of_decay_zero_is_the_weights_themselves(runs):
+    assert same_weights(runs(), runs(use_ema=True, ema_decay=0.0))
+
+
+def test_the_decay_grows_with_the_steps_up_to_its_bound():
+    weight = torch.nn.Parameter(torch.zeros(1))
+    average = AveragedWeights([weight], 0.5)
+    expected = 0.0
+    for step in range(1, 30):
+        weight.data.fill_(step)
+        average.step()
+        decay = 0 if step == 1 else min(0.5, step / (9 + step))
+        expected = decay * expected + (1 - decay) * step
+        with average.in_place():
+            assert weight.item() == pytest.approx(expected, rel=1e-5)
+        assert weight.item() == step
+
+
+def test_a_run_does_not_go_on_with_an_average_it_did_not_start(runs, tmp_path, capsys):
+    assert runs.train(tmp_path / "run", checkpointing_steps=2) == 0
+    assert runs.train(tmp_path / "run", use_ema=True, resume_from_checkpoint="latest") == 2
+    assert "--use_ema is True but" in capsys.readouterr().err
+
+
+# --- optimizers
+
+
+def test_prodigy_goes_the_way_of_its_own_package(runs):
+    prodigyopt = pytest.importorskip("prodigyopt")
+    settings = {"betas": (0.8, 0.95), "weight_decay": 0.1, "eps": 1e-7}
+    flags = {"adam_beta1": 0.8, "adam_beta2": 0.95, "adam_weight_decay": 0.1, "adam_epsilon": 1e-7}
+    weight, twin = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    ours, _ = make_optimizer(TrainOptions(optimizer="prodigy", **flags), [weight], 1.0)
+    theirs = prodigyopt.Prodigy([twin], lr=1.0, **settings, use_bias_correction=True, safeguard_warmup=True)
+    for _ in range(20):
+        for parameter, optimizer in ((weight, ours), (twin, theirs)):
+            optimizer.zero_grad()
+            (parameter * torch.tensor([1.0, 2.0, 3.0]) - 5).square().sum().backward()
+            optimizer.step()
+        assert torch.equal(weight, twin)
+    assert effective_rate(ours, 1.0) > 1e-6  # where its estimate starts
+
+
+def test_prodigy_trains_logs_the_rate_it_found_and_resumes(runs, tmp_path):
+    pytest.importorskip("prodigyopt")
+    options = {"optimizer": "prodigy", "checkpointing_steps": 3, "adam_beta2": 0.9}
+    straight = runs(max_train_steps=6, **options)
+    rates = column(straight, "learning_rate")
+    assert rates == sorted(rates)
+    assert 1e-6 <= rates[0] < rates[-1] < 1
+    assert not same_weights(straight, runs(max_train_steps=6))
+    assert runs.train(tmp_path / "run", **options, max_train_steps=3) == 0
+    resumed = {"max_train_steps": 6, "resume_from_checkpoint": "latest"}
+    assert runs.train(tmp_path / "run", **options, **resumed) == 0
+    assert same_weights(straight, tmp_path / "run")
+    assert same_metrics(straight, tmp_path / "run")
+    assert same_state(states(straight, 6), states(tmp_path / "run", 6))
+
+
+@pytest.mark.parametrize("options", [{"optimizer": "adamw8bit"}, {"use_8bit_adam": True}, {"optimizer": "prodigy"}])
+def test_an_optimizer_whose_package_is_missing_names_the_extra(runs, tmp_path, capsys, monkeypatch, options):
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)  # as where it is not installed
+    name = options.get("optimizer", "adamw8bit")
+    package = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}[name]
+    assert refused(runs, capsys, tmp_path / "run", **options) == (
+        f"error: --optimizer {name} needs {package}, which is missing: pip install 'persam-dreambooth[optimizers]'"
+    )
+
+
+@pytest.mark.parametrize("options", [{"optimizer": "adamw8bit"}, {"use_8bit_adam": True}], ids=str)
+def test_adam_of_8_bits_goes_a_similar_way(runs, options):
+    pytest.importorskip("bitsandbytes")
+    eight, plain = runs(**options), runs()
+    np.testing.assert_allclose(column(eight), column(plain), rtol=0.05)
+    assert not same_weights(eight, plain)
+
+
+def test_an_optimizer_does_not_go_on_from_the_state_of_another(runs, tmp_path, capsys):
+    pytest.importorskip("prodigyopt")
+    assert runs.train(tmp_path / "run", checkpointing_steps=2) == 0
+    assert runs.train(tmp_path / "run", optimizer="prodigy", resume_from_checkpoint="latest") == 2
+    assert "--optimizer is prodigy but" in capsys.readouterr().err

@@ -21,10 +21,14 @@ from safetensors.torch import load_file
 
 from persam_dreambooth.config import TrainOptions
 from persam_dreambooth.dreambooth.family import Embeddings, Family
+from persam_dreambooth.errors import InputError
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 TEXT_LEVEL = "text_model."
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+TEXT_FEEDFORWARD = ["fc1", "fc2"]
+INITS: dict[str, Any] = {"gaussian": "gaussian", "kaiming": True}
+"""How peft calls them. Those that change the base weights too (PiSSA, OLoRA) would not survive a saved LoRA."""
 
 
 class LatentDiffusion(Family):
@@ -44,7 +48,10 @@ class LatentDiffusion(Family):
     """The denoiser's name in the pipeline: `unet` or `transformer`."""
 
     denoiser_targets: ClassVar[list[str]]
-    """Endings of the names of the denoiser's layers that LoRA adapts."""
+    """Endings of the names of the denoiser's layers that LoRA adapts unless `--lora_targets` says otherwise."""
+
+    feedforward_targets: ClassVar[list[str]] = ["ff.net.0.proj", "ff.net.2"]
+    """Endings of the names of the layers between those of attention."""
 
     trainable_encoders: ClassVar[list[str]] = ["text_encoder"]
     """The text encoders that `--train_text_encoder` trains: those of CLIP."""
@@ -123,6 +130,29 @@ class LatentDiffusion(Family):
             self.free(name, options)
         return [weight for part in self.trained.values() for weight in part.parameters() if weight.requires_grad]
 
+    def check(self, options: TrainOptions) -> None:
+        """Raises `InputError` for options that this model has no use for."""
+        layers = adaptable_layers(getattr(self.pipeline, self.denoiser_name))
+        for ending in self.lora_targets(options):
+            if not any(f".{layer}".endswith(f".{ending}") for layer in layers):
+                known = ", ".join(self.denoiser_targets)
+                raise InputError(f"--lora_targets: no layer of the {self.denoiser_name} ends in {ending}: try {known}")
+
+    def lora_targets(self, options: TrainOptions) -> list[str]:
+        """Endings of the names of the denoiser's layers that LoRA adapts; not to be asked once it does."""
+        attention = [ending for ending in self.denoiser_targets if ending not in self.feedforward_targets]
+        match options.lora_targets:
+            case None:
+                return self.denoiser_targets
+            case "attention":
+                return attention
+            case "attention+feedforward":
+                return [*attention, *self.feedforward_targets]
+            case "all":
+                return adaptable_layers(getattr(self.pipeline, self.denoiser_name))
+            case endings:
+                return [ending.strip() for ending in endings.split(",")]
+
     def free(self, name: str, options: TrainOptions) -> None:
         """Makes one part trainable."""
         part, is_denoiser = self.trained[name], name == self.denoiser_name
@@ -130,10 +160,11 @@ class LatentDiffusion(Family):
             part.add_adapter(
                 LoraConfig(
                     r=options.rank,
-                    lora_alpha=options.rank,
+                    lora_alpha=options.lora_alpha or options.rank,
                     lora_dropout=options.lora_dropout,
-                    init_lora_weights="gaussian",
-                    target_modules=self.denoiser_targets if is_denoiser else TEXT_TARGETS,
+                    init_lora_weights=INITS[options.lora_init],
+                    use_dora=options.use_dora,
+                    target_modules=self.lora_targets(options) if is_denoiser else text_targets(options),
                 )
             )
             cast_training_params(part, dtype=torch.float32)
@@ -210,12 +241,14 @@ class LatentDiffusion(Family):
 
     def save_weights(self, folder: Path) -> None:
         """See `Family`."""
-        layers = {}
+        layers: dict[str, Any] = {}
         for name in self.trained:
             part = getattr(self.pipeline, name)
             if not hasattr(part, "peft_config"):
                 part.save_pretrained(folder / name)
-            elif name == self.denoiser_name:
+                continue
+            layers[f"{name}_lora_adapter_metadata"] = adapter_settings(part)
+            if name == self.denoiser_name:
                 layers[f"{name}_lora_layers"] = self.published_lora_names(get_peft_model_state_dict(part))
             else:
                 # With the level that other programs know; transformers dropped it from CLIPTextModel in 5.6.
@@ -242,6 +275,28 @@ class LatentDiffusion(Family):
                 own = convert_state_dict_to_peft(own)
                 own = {level + key.removeprefix(TEXT_LEVEL): value for key, value in own.items()}
             set_peft_model_state_dict(part, own, adapter_name="default")
+
+
+def adaptable_layers(part: torch.nn.Module) -> list[str]:
+    """The names of all layers that LoRA can adapt."""
+    return [name for name, layer in part.named_modules() if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))]
+
+
+def text_targets(options: TrainOptions) -> list[str]:
+    """Endings of the names of the layers of a text encoder that LoRA adapts: attention, unless it shall be more."""
+    more = options.lora_targets in ("attention+feedforward", "all")
+    return [*TEXT_TARGETS, *(TEXT_FEEDFORWARD if more else [])]
+
+
+def adapter_settings(part: Any) -> dict[str, Any]:
+    """What a saved LoRA tells of itself: diffusers takes alpha and DoRA from it when it loads the file."""
+    settings = part.peft_config["default"]
+    return {
+        "r": settings.r,
+        "lora_alpha": settings.lora_alpha,
+        "use_dora": settings.use_dora,
+        "target_modules": sorted(settings.target_modules),
+    }
 
 
 def load_trained_parts(pipeline: Any, folder: Path) -> None:

@@ -85,8 +85,9 @@ def open_family(options: TrainOptions, source: str, frozen_dtype: torch.dtype) -
         methods = " or ".join(family.learning_rates)
         raise InputError(f"--method {options.method} is not supported for a {kind}: use {methods}")
     dtype = frozen_dtype if family.large else torch.float32
-    pipeline = load_pipeline(source, options.revision, options.variant, dtype)
-    return family(pipeline)
+    opened = family(load_pipeline(source, options.revision, options.variant, dtype))
+    opened.check(options)
+    return opened
 
 
 def fast_sampler(pipeline: Any) -> Any:

@@ -6,6 +6,7 @@ Shapes: B samples, C latent channels, h w latent size, R training crop.
 import json
 import logging
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ from persam_dreambooth.dreambooth.checkpoint import (
     save_state,
 )
 from persam_dreambooth.dreambooth.data import CLASS_SEED, DROPOUT, Crops, derived_seed, sample_noise
+from persam_dreambooth.dreambooth.ema import AveragedWeights
 from persam_dreambooth.dreambooth.family import Embeddings, Family
 from persam_dreambooth.dreambooth.loss import latent_mask, masked_loss
+from persam_dreambooth.dreambooth.optimizers import effective_rate, make_optimizer
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.files import write_aside, write_text
 from persam_dreambooth.pictures import loss_curve
@@ -69,17 +72,12 @@ def train(
     family.set_encoders_aside()
 
     rate = learning_rate(options, accelerator.num_processes)
-    settings = {
-        "lr": rate,
-        "betas": (options.adam_beta1, options.adam_beta2),
-        "weight_decay": options.adam_weight_decay,
-        "eps": options.adam_epsilon,
-    }
-    optimizer = torch.optim.AdamW(trained, **settings)
+    optimizer, settings = make_optimizer(options, trained, rate)
+    average = AveragedWeights(trained, options.ema_decay) if options.use_ema else None
     first_step = 0
     if resume_from:
         family.load_weights(resume_from)
-        first_step = load_state(resume_from, optimizer=optimizer, scaler=accelerator.scaler)
+        first_step = load_state(resume_from, optimizer=optimizer, scaler=accelerator.scaler, average=average)
         logger.info("resuming from %s at step %d", resume_from, first_step)
     for group in optimizer.param_groups:  # the options count, also where they differ from the run's start
         group.update(settings, initial_lr=rate)
@@ -127,8 +125,10 @@ def train(
                     accelerator.clip_grad_norm_(trained, options.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
-        rate = schedule.get_last_lr()[0]
+        rate = effective_rate(optimizer, schedule.get_last_lr()[0])
         schedule.step()
+        if average:
+            average.step()
 
         last = step == options.max_train_steps
         checkpoint_due = step % options.checkpointing_steps == 0
@@ -138,9 +138,12 @@ def train(
         if checkpoint_due and accelerator.is_main_process:
             with write_aside(run_dir / f"checkpoint-{step}") as folder:
                 folder.mkdir()
-                family.save_weights(folder)
-                save_state(folder, step, optimizer=optimizer, scaler=accelerator.scaler)
+                save_state(folder, step, optimizer=optimizer, scaler=accelerator.scaler, average=average)
+                with average.in_place() if average else nullcontext():
+                    family.save_weights(folder)
             remove_old_checkpoints(run_dir, options.checkpoints_total_limit)
+    if average:
+        average.keep()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         meter.draw(run_dir / "loss.png")
