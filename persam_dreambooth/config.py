@@ -291,6 +291,11 @@ class TrainOptions(SegmentationOptions):
     resolution: int | None = option(None, "side of the training crop in pixels; default: the model's own")
     center_crop: bool = option(False, "crop the center instead of a random place that keeps the subject in view")
 
+    random_flip: bool = option(False, "flip half of the crops left to right, at random; not for what is lettered")
+    cache_latents: bool = option(
+        False, "keep the VAE's answers in memory; with --center_crop all are made at once and the VAE leaves the GPU"
+    )
+
     # Optimization
     seed: int = option(0, "same seed, same machine: same masks and same weights")
     max_train_steps: int = option(500, "optimizer steps")
@@ -328,6 +333,10 @@ class TrainOptions(SegmentationOptions):
     logging_steps: int = option(5, "steps between lines of metrics.jsonl")
     validation_prompt: str | None = option(None, "prompt of the samples; default: a [V] <class_name> on a beach")
     num_validation_images: int = option(4, "how many samples; 0 for none")
+    validation_steps: int | None = option(None, "steps between samples during training; default: at its end only")
+    report_to: Literal["tensorboard", "wandb"] | None = option(None, "also log there: losses, learning rate, samples")
+    push_to_hub: bool = option(False, "upload weights, samples and card, no photos or masks, to a private repository")
+    hub_model_id: str | None = option(None, "its name, such as me/cat; default: the name of the run's folder")
 
     def check(self) -> None:
         """Raises `InputError` for options that are missing, out of range or at odds with one another."""
@@ -345,7 +354,7 @@ class TrainOptions(SegmentationOptions):
         _within(
             self, 1, math.inf, "rank", "num_class_images", "sample_batch_size", "resolution", "max_train_steps",
             "train_batch_size", "gradient_accumulation_steps", "lr_num_cycles", "checkpointing_steps",
-            "checkpoints_total_limit", "logging_steps", "num_background_images",
+            "checkpoints_total_limit", "logging_steps", "num_background_images", "validation_steps",
         )  # fmt: skip
         _within(
             self, 0, math.inf, "prior_loss_weight", "masked_prior_preservation_weight", "learning_rate",
@@ -380,12 +389,16 @@ class TrainOptions(SegmentationOptions):
             "background_in_prompt": ("--replace_background generated", self.replace_background == "generated"),
             "class_scenes": ("--with_prior_preservation", self.with_prior_preservation),
             "ema_decay": ("--use_ema", self.use_ema),
+            "validation_steps": ("--num_validation_images", self.num_validation_images > 0),
+            "hub_model_id": ("--push_to_hub", self.push_to_hub),
             **dict.fromkeys(LORA_ONLY, ("--method lora", self.method == "lora")),
         }
         if self.optimizer == "prodigy":
             _above_zero(self, "learning_rate", "adam_epsilon")
             if self.use_8bit_adam:
                 raise InputError("--use_8bit_adam and --optimizer prodigy exclude one another: give one of them")
+        if self.cache_latents and self.replace_background != "no":
+            raise InputError("--cache_latents has no effect: with --replace_background no sample comes twice")
         for name, (other, there) in needed.items():
             if self.given(name) and not there:
                 raise InputError(f"--{name} has no effect: add {other}")

@@ -156,7 +156,7 @@ def test_the_options_of_train_are_these():
         *("background_scenes", "background_in_prompt"),
         *("with_prior_preservation", "prior_loss_weight", "class_data_dir", "class_prompt"),
         *("class_scenes", "num_class_images", "sample_batch_size"),
-        *("resolution", "center_crop"),
+        *("resolution", "center_crop", "random_flip", "cache_latents"),
         *("seed", "max_train_steps", "train_batch_size", "gradient_accumulation_steps"),
         *("optimizer", "use_8bit_adam", "learning_rate", "scale_lr"),
         *("lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power"),
@@ -305,6 +305,10 @@ def test_not_a_number_is_refused():
         (
             {"instance_dir": "cat", "mask": "m.png", "use_8bit_adam": True, "optimizer": "prodigy"},
             "--use_8bit_adam and --optimizer prodigy exclude one another",
+        ),
+        (
+            {"instance_dir": "cat", "mask": "m.png", "cache_latents": True, "replace_background": "color"},
+            "--cache_latents has no effect: with --replace_background",
         ),
         ({"instance_dir": "cat", "mask": "m.png", "ema_decay": 0.5}, "--ema_decay has no effect: add --use_ema"),
         ({"instance_dir": "cat", "mask": "m.png", "method": "full", "rank": 8}, "--rank .*: add --method lora"),

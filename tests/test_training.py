@@ -539,6 +539,7 @@ EFFECTIVE = {
     "replace_background": "color",
     "resolution": 48,
     "center_crop": True,
+    "random_flip": True,
     "train_batch_size": 2,
     "learning_rate": 2e-4,
     "adam_beta1": 0.5,

@@ -4,7 +4,8 @@ Shapes: B samples, C latent channels, h w latent size, R training crop, T tokens
 prompt.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -93,11 +94,22 @@ class Family(Protocol):
     def encode_images(self, pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """Pixels (B, 3, R, R) in -1..1 to scaled latents (B, C, h, w), sampled with the given noise (B, C, h, w)."""
 
+    def cache_latents(self, crops: Iterable[torch.Tensor] | None) -> None:
+        """Lets `encode_images` keep what the VAE says of a crop.
+
+        Args:
+            crops: all there will be, (3, R, R) each, where they are known: they are encoded at once, and the VAE leaves
+                the accelerator; or None.
+        """
+
     def encode_prompts(self, prompts: list[str]) -> Embeddings:
         """Prompts to their embeddings; those of encoders under training carry gradients."""
 
     def set_encoders_aside(self) -> None:
         """Moves text encoders that are not trained off the accelerator; every prompt has been encoded once by then."""
+
+    def painting(self) -> AbstractContextManager[Any]:
+        """The pipeline, for a block of painting amid training: all parts on the accelerator, without dropout."""
 
     def draw_timestep(self, generator: torch.Generator, shape: tuple[int, int, int]) -> torch.Tensor:
         """One timestep (1,) from the family's density, for a latent of shape (C, h, w); on the CPU."""

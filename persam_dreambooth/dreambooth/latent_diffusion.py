@@ -5,6 +5,8 @@ A family states its parts and defaults and adds what is its own: prompts, noise,
 """
 
 import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,12 +23,14 @@ from safetensors.torch import load_file
 
 from persam_dreambooth.config import TrainOptions
 from persam_dreambooth.dreambooth.family import Embeddings, Family
+from persam_dreambooth.dreambooth.latent_cache import PosteriorCache
 from persam_dreambooth.errors import InputError
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 TEXT_LEVEL = "text_model."
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 TEXT_FEEDFORWARD = ["fc1", "fc2"]
+DORA_LENGTH = "lora_magnitude_vector"
 INITS: dict[str, Any] = {"gaussian": "gaussian", "kaiming": True}
 """How peft calls them. Those that change the base weights too (PiSSA, OLoRA) would not survive a saved LoRA."""
 
@@ -69,6 +73,8 @@ class LatentDiffusion(Family):
         self.vae = pipeline.vae
         self.trained: dict[str, Any] = {}
         self.base_denoiser: Any = None
+        self.cache: PosteriorCache | None = None
+        self.aside: list[str] = []
         self.encoders = [name for name, part in pipeline.components.items() if "text_encoder" in name and part]
         for name in (self.denoiser_name, "vae", *self.encoders):
             getattr(pipeline, name).requires_grad_(False)
@@ -102,8 +108,8 @@ class LatentDiffusion(Family):
 
     @property
     def device(self) -> torch.device:
-        """See `Family`."""
-        return self.vae.device
+        """See `Family`; the VAE and the encoders may be set aside."""
+        return getattr(self.pipeline, self.denoiser_name).device
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """See `Family`."""
@@ -180,12 +186,26 @@ class LatentDiffusion(Family):
 
     def encode_images(self, pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """See `Family`; latents are shifted where the VAE's configuration has a shift, and scaled."""
-        with torch.no_grad():
-            posterior = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
-            latents = posterior.mean + posterior.std * noise.to(posterior.mean)
+        posterior = self.posterior(pixels) if self.cache is None else self.cache(pixels)
+        mean, deviation = posterior.to(self.device)
+        latents = mean + deviation * noise.to(mean)
         if self.vae.config.shift_factor:
             latents = latents - self.vae.config.shift_factor
         return latents * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def posterior(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels (B, 3, R, R) to mean and deviation of the VAE's latents, (2, B, C, h, w)."""
+        answer = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
+        return torch.stack([answer.mean, answer.std])
+
+    def cache_latents(self, crops: Iterable[torch.Tensor] | None) -> None:
+        """See `Family`."""
+        self.cache = PosteriorCache(self.posterior)
+        if crops is not None:
+            for pixels in crops:
+                self.cache(pixels[None])
+            self.set_aside("vae")
 
     def tokens(self, tokenizer: Any, prompts: list[str], length: int | None = None) -> torch.Tensor:
         """Prompts to token ids (B, T), cut or padded to a length: the tokenizer's own where none is given."""
@@ -194,8 +214,27 @@ class LatentDiffusion(Family):
 
     def set_encoders_aside(self) -> None:
         """See `Family`."""
-        for name in self.encoders:
-            if name not in self.trained:
+        self.set_aside(*(name for name in self.encoders if name not in self.trained))
+
+    def set_aside(self, *names: str) -> None:
+        """Moves parts that training does without off the accelerator."""
+        self.aside += names
+        for name in names:
+            getattr(self.pipeline, name).to("cpu")
+
+    @contextmanager
+    def painting(self) -> Iterator[Any]:
+        """See `Family`."""
+        for name in self.aside:
+            getattr(self.pipeline, name).to(self.device)
+        for part in self.trained.values():
+            part.eval()
+        try:
+            yield self.pipeline
+        finally:
+            for part in self.trained.values():
+                part.train()
+            for name in self.aside:
                 getattr(self.pipeline, name).to("cpu")
 
     def denoise(
@@ -251,10 +290,12 @@ class LatentDiffusion(Family):
             if name == self.denoiser_name:
                 layers[f"{name}_lora_layers"] = self.published_lora_names(get_peft_model_state_dict(part))
             else:
-                # With the level that other programs know; transformers dropped it from CLIPTextModel in 5.6.
+                # With the level that other programs know; transformers dropped it from CLIPTextModel in 5.6. And with
+                # the name of DoRA's lengths inside peft, by which alone transformers finds them.
                 state = convert_state_dict_to_diffusers(get_peft_model_state_dict(part))
                 layers[f"{name}_lora_layers"] = {
-                    TEXT_LEVEL + key.removeprefix(TEXT_LEVEL): weight for key, weight in state.items()
+                    TEXT_LEVEL + key.removeprefix(TEXT_LEVEL) + (".weight" if key.endswith(DORA_LENGTH) else ""): weight
+                    for key, weight in state.items()
                 }
         if layers:
             self.pipeline_class.save_lora_weights(folder, **layers)

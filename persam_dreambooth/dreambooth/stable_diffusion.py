@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, StableDiffusionPipeline
-from diffusers.utils import convert_state_dict_to_diffusers
 
 from persam_dreambooth.dreambooth.family import Embeddings
 from persam_dreambooth.dreambooth.latent_diffusion import LatentDiffusion
@@ -106,5 +105,11 @@ class StableDiffusion(LatentDiffusion):
 
     @staticmethod
     def published_lora_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """See `LatentDiffusion`."""
-        return convert_state_dict_to_diffusers(state)
+        """See `LatentDiffusion`; diffusers reads these names of all layers or of none."""
+        renamed = {"lora_A": "lora.down", "lora_B": "lora.up"}
+        return {_replaced(key, renamed): weight for key, weight in state.items()}
+
+
+def _replaced(name: str, parts: dict[str, str]) -> str:
+    """A dotted name with some of its parts called otherwise."""
+    return ".".join(parts.get(part, part) for part in name.split("."))

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from persam_dreambooth.dreambooth.ema import AveragedWeights
 from persam_dreambooth.dreambooth.family import Embeddings, Family
 from persam_dreambooth.dreambooth.loss import latent_mask, masked_loss
 from persam_dreambooth.dreambooth.optimizers import effective_rate, make_optimizer
+from persam_dreambooth.dreambooth.samples import paint_samples
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.files import write_aside, write_text
 from persam_dreambooth.pictures import loss_curve
@@ -70,6 +72,9 @@ def train(
     with torch.no_grad():
         base_embeddings = dict(zip(prompts, family.encode_prompts(prompts), strict=True))
     family.set_encoders_aside()
+    if options.cache_latents:
+        fixed = [source.fixed_crops() for source in (photos, class_images) if source]
+        family.cache_latents(chain.from_iterable(fixed) if options.center_crop else None)
 
     rate = learning_rate(options, accelerator.num_processes)
     optimizer, settings = make_optimizer(options, trained, rate)
@@ -142,6 +147,11 @@ def train(
                 with average.in_place() if average else nullcontext():
                     family.save_weights(folder)
             remove_old_checkpoints(run_dir, options.checkpoints_total_limit)
+        if options.validation_steps and step % options.validation_steps == 0 and not last:
+            if accelerator.is_main_process:
+                with average.in_place() if average else nullcontext():
+                    paint_samples(options, family, accelerator, step)
+            accelerator.wait_for_everyone()
     if average:
         average.keep()
     accelerator.wait_for_everyone()
@@ -279,6 +289,7 @@ class Meter:
         means = {name: self._mean(losses) for name, losses in stacked.items()}
         row: dict[str, float] = {"step": step, "loss": means.pop("loss"), "learning_rate": rate, **means}
         self.pending.clear()
+        self.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=step)
         if self.accelerator.is_main_process:
             self.rows.append(row)
             with self.path.open("a", encoding="utf-8") as file:
