@@ -164,7 +164,8 @@ def test_the_options_of_train_are_these():
         *("use_ema", "ema_decay"),
         *("mixed_precision", "gradient_checkpointing", "allow_tf32", "dataloader_num_workers"),
         *("output_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "logging_steps"),
-        *("validation_prompt", "num_validation_images"),
+        *("validation_prompt", "num_validation_images", "validation_steps"),
+        *("report_to", "push_to_hub", "hub_model_id"),
     ]
 
 
@@ -235,7 +236,7 @@ def test_the_learning_rate_is_the_model_familys_where_none_is_given():
 COUNTS = (
     *("rank", "num_class_images", "sample_batch_size", "resolution", "max_train_steps", "train_batch_size"),
     *("gradient_accumulation_steps", "lr_num_cycles", "checkpointing_steps", "checkpoints_total_limit"),
-    *("logging_steps", "num_background_images"),
+    *("logging_steps", "num_background_images", "validation_steps"),
 )
 AMOUNTS = (
     *("learning_rate", "prior_loss_weight", "lr_warmup_steps", "adam_weight_decay", "adam_epsilon"),
@@ -309,6 +310,11 @@ def test_not_a_number_is_refused():
         (
             {"instance_dir": "cat", "mask": "m.png", "cache_latents": True, "replace_background": "color"},
             "--cache_latents has no effect: with --replace_background",
+        ),
+        ({"instance_dir": "cat", "mask": "m.png", "hub_model_id": "me/cat"}, "--hub_model_id .*: add --push_to_hub"),
+        (
+            {"instance_dir": "cat", "mask": "m.png", "validation_steps": 5, "num_validation_images": 0},
+            "--validation_steps has no effect: add --num_validation_images",
         ),
         ({"instance_dir": "cat", "mask": "m.png", "ema_decay": 0.5}, "--ema_decay has no effect: add --use_ema"),
         ({"instance_dir": "cat", "mask": "m.png", "method": "full", "rank": 8}, "--rank .*: add --method lora"),

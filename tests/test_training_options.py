@@ -3,12 +3,18 @@
 B samples, C latent channels (4), h w latent size (8 x 8 for crops of 32).
 """
 
+import base64
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from tiny_families import save_tiny, toy_or_tiny
 from PIL import Image
+from tiny_families import save_tiny, toy_or_tiny
 from torch.utils.data import default_collate
 from training_runs import (
     RESOLUTION,
@@ -33,6 +39,7 @@ from persam_dreambooth.config import TrainOptions
 from persam_dreambooth.dreambooth.data import sample_noise
 from persam_dreambooth.dreambooth.ema import AveragedWeights
 from persam_dreambooth.dreambooth.latent_cache import PosteriorCache
+from persam_dreambooth.dreambooth.latent_diffusion import LORA_WEIGHTS
 from persam_dreambooth.dreambooth.loss import latent_mask, masked_loss
 from persam_dreambooth.dreambooth.optimizers import effective_rate, make_optimizer
 from persam_dreambooth.dreambooth.registry import load_pipeline
@@ -487,3 +494,141 @@ def test_with_fixed_crops_the_vae_is_not_asked_during_training(photos):
     for number in range(12):
         batch_losses(TrainOptions(), family, default_collate([crops[number]]), None, embeddings)
     assert len(asked) == 8
+
+
+# --- what a run tells while it goes on
+
+
+VALIDATED = {
+    "lora": {},
+    "dropout": {"lora_dropout": 0.5},
+    "averaged, cached": {"use_ema": True, "cache_latents": True, "center_crop": True},
+    "full, half precision": {"method": "full", "mixed_precision": "bf16"},
+    "text encoder, half precision": {"train_text_encoder": True, "mixed_precision": "bf16"},
+}
+
+
+@pytest.mark.parametrize("options", VALIDATED.values(), ids=VALIDATED)
+def test_samples_during_training_leave_training_as_it_is(runs, options):
+    told = {"validation_steps": 2, "num_validation_images": 1}
+    plain, watched = runs(**options), runs(**told, **options)
+    assert same_weights(plain, watched)
+    assert same_metrics(plain, watched)
+    assert [path.name for path in (watched / "samples" / "step-2").glob("*.png")] == ["a-sks-duck-on-a-beach-0.png"]
+    # The last step's samples are those of the finished run.
+    assert sorted(path.name for path in (watched / "samples").glob("step-*")) == ["step-2"]
+    assert len(list((watched / "samples").glob("*.png"))) == 1
+
+
+def test_samples_during_training_show_what_was_learned_by_then(runs):
+    options = {"learning_rate": 1e-2, "num_validation_images": 1, "use_ema": True, "ema_decay": 0.2}
+    watched = runs(validation_steps=2, **options)
+    stopped = runs(max_train_steps=2, **options)
+    name = "a-sks-duck-on-a-beach-0.png"
+    early, then, late = (
+        np.asarray(Image.open(path)).astype(int)
+        for path in (watched / "samples/step-2" / name, stopped / "samples" / name, watched / "samples" / name)
+    )
+    assert abs(early - then).max() <= 1
+    assert abs(early - late).max() > 1
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux"])
+def test_every_family_paints_during_training_in_half_precision(runs, checkpoints, name):
+    model = {"pretrained_model_name_or_path": toy_or_tiny(name, checkpoints), "mixed_precision": "bf16"}
+    plain = runs(**model)
+    watched = runs(validation_steps=2, num_validation_images=1, **model)
+    assert same_weights(plain, watched)
+    assert len(list((watched / "samples" / "step-2").glob("*.png"))) == 1
+
+
+def test_tensorboard_is_told_losses_and_samples(runs):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    told = {"report_to": "tensorboard", "validation_steps": 2, "num_validation_images": 2}
+    run = runs(masked_prior_preservation_weight=1.0, **told)
+    assert same_weights(run, runs(masked_prior_preservation_weight=1.0))
+    events = EventAccumulator(str(run / "logs" / "persam-dreambooth"), {"images": 0})
+    events.Reload()
+    for name in ("loss", "preservation_loss", "learning_rate"):
+        assert [event.value for event in events.Scalars(name)] == pytest.approx(column(run, name))
+        assert [event.step for event in events.Scalars(name)] == column(run, "step")
+    [tag] = {tag.rsplit("/", 1)[0] for tag in events.Tags()["images"]}
+    assert tag == "a sks duck on a beach"
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_tracker_that_is_missing_names_the_extra(runs, tmp_path, capsys, monkeypatch, name):
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)  # as where it is not installed
+    assert refused(runs, capsys, tmp_path / "run", report_to=name) == (
+        f"error: --report_to {name} needs {name}, which is missing: pip install 'persam-dreambooth[tracking]'"
+    )
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub on this machine that takes repositories and files; what it was sent."""
+    sent = {"repositories": [], "files": {}}
+
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self, content, status=200):
+            body = json.dumps(content).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def do_GET(self):
+            known = self.headers.get("Authorization") == "Bearer hf_known"
+            self.answer({"type": "user", "name": "me"} if known else {"error": "unknown"}, 200 if known else 401)
+
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+            if self.path == "/api/repos/create":
+                sent["repositories"].append(json.loads(body))
+                self.answer({"url": f"{address}/me/cat", "name": "me/cat"})
+            elif self.path.endswith("/preupload/main"):
+                regular = {"uploadMode": "regular", "shouldIgnore": False}
+                self.answer({"files": [{"path": file["path"], **regular} for file in json.loads(body)["files"]]})
+            elif "/commit/" in self.path:
+                for line in map(json.loads, body.splitlines()):
+                    if line["key"] == "file":
+                        sent["files"][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                self.answer({"success": True, "commitOid": "0", "commitUrl": f"{address}/me/cat/commit/0"})
+            else:
+                self.answer({})
+
+        def log_message(self, *arguments):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield sent
+    server.shutdown()
+
+
+def test_a_finished_run_is_uploaded_without_photos_and_masks(runs, tmp_path, hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_known")
+    options = {"push_to_hub": True, "hub_model_id": "me/cat", "num_validation_images": 1, "checkpointing_steps": 2}
+    assert runs.train(tmp_path / "run", **options) == 0
+    [repository] = hub["repositories"]
+    assert (repository["name"], repository["organization"]) == ("cat", "me")
+    assert "private" in (repository.get("visibility"), *(name for name in repository if repository[name] is True))
+    samples = {f"samples/{path.name}" for path in (tmp_path / "run" / "samples").iterdir()}
+    assert len(samples) == 2
+    assert set(hub["files"]) == {"README.md", "config.yaml", LORA_WEIGHTS, *samples}
+    for name, content in hub["files"].items():
+        assert content == (tmp_path / "run" / name).read_bytes()
+
+
+def test_a_user_that_the_hub_does_not_know_is_told_before_training(runs, tmp_path, capsys, hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_unknown")
+    said = refused(runs, capsys, tmp_path / "run", push_to_hub=True)
+    assert said.startswith("error: --push_to_hub: the hub knows no user here (")
+    assert said.endswith("): run `hf auth login`")
+    assert not hub["repositories"]

@@ -1,7 +1,5 @@
 """The pictures by which a user sees during training what the model has learned so far."""
 
-from pathlib import Path
-
 import numpy as np
 from accelerate import Accelerator
 
