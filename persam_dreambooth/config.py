@@ -225,6 +225,9 @@ class TrainOptions(SegmentationOptions):
 
     # The subject
     instance_dir: str | None = option(None, "folder with 3 to 6 photos of the subject", alias="instance_data_dir")
+    dataset_name: str | None = option(None, "instead: data set on the hub, or a folder that datasets reads")
+    image_column: str = option("image", "its column of photos, which are named 0000.png, 0001.png and so on")
+    caption_column: str | None = option(None, "its column of captions, if any")
     mask: str | None = option(None, "mask of one of the photos; masks for the others are made from it")
     reference_image: str | None = option(
         None, "the photo that --mask belongs to; default: the one with its stem, else the first"
@@ -340,7 +343,9 @@ class TrainOptions(SegmentationOptions):
 
     def check(self) -> None:
         """Raises `InputError` for options that are missing, out of range or at odds with one another."""
-        _require(self, "instance_dir", "identifier")
+        if self.instance_dir and self.dataset_name:
+            raise InputError("--instance_dir and --dataset_name exclude one another: give one of them")
+        _require(self, "identifier" if self.dataset_name else "instance_dir", "identifier")
         sources = [name for name in ("mask", "mask_dir", "unmasked") if getattr(self, name)]
         if not sources:
             raise InputError(
@@ -387,6 +392,8 @@ class TrainOptions(SegmentationOptions):
             raise InputError("--background_scenes is empty: give scenes, such as: a beach, a sofa")
         needed = {
             "background_in_prompt": ("--replace_background generated", self.replace_background == "generated"),
+            "image_column": ("--dataset_name", self.dataset_name is not None),
+            "caption_column": ("--dataset_name", self.dataset_name is not None),
             "class_scenes": ("--with_prior_preservation", self.with_prior_preservation),
             "ema_decay": ("--use_ema", self.use_ema),
             "validation_steps": ("--num_validation_images", self.num_validation_images > 0),
@@ -409,8 +416,13 @@ class TrainOptions(SegmentationOptions):
 
     @property
     def subject(self) -> str:
-        """The class name, from the folder's name where none was given."""
-        return self.class_name or Path(str(self.instance_dir)).resolve().name.replace("_", " ").replace("-", " ")
+        """The class name, from the name of the folder or the data set where none was given."""
+        return self.class_name or self.source.replace("_", " ").replace("-", " ")
+
+    @property
+    def source(self) -> str:
+        """The name of the photos' folder or data set."""
+        return Path(self.instance_dir or str(self.dataset_name)).resolve().name
 
     @property
     def scenes(self) -> list[str]:
@@ -425,7 +437,7 @@ class TrainOptions(SegmentationOptions):
     @property
     def run_dir(self) -> Path:
         """The run's folder."""
-        return Path(self.output_dir or f"outputs/{Path(str(self.instance_dir)).resolve().name}")
+        return Path(self.output_dir or f"outputs/{self.source}")
 
     @property
     def prompts(self) -> dict[str, Any]:

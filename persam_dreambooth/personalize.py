@@ -40,6 +40,7 @@ from persam_dreambooth.masks import (
     read_mask,
     save_mask,
 )
+from persam_dreambooth.photo_datasets import photo_folder
 from persam_dreambooth.pictures import overview, save_picture
 
 if TYPE_CHECKING:
@@ -160,6 +161,8 @@ class Input:
 
 def _read_input(options: TrainOptions) -> Input:
     run_dir, instance_dir = options.run_dir, Path(str(options.instance_dir))
+    if options.dataset_name:
+        instance_dir = photo_folder(options.dataset_name, options.image_column, options.caption_column)
     mask_path = Path(options.mask) if options.mask else None
     mask_dir = Path(options.mask_dir) if options.mask_dir else None
     class_dir = Path(options.class_data_dir) if options.class_data_dir else run_dir / "class_images"

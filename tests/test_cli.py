@@ -144,7 +144,8 @@ def test_the_options_of_train_are_these():
     """Adding, renaming or removing an option is a conscious act: the documents and old YAML files know these."""
     assert [entry.name for entry in fields(TrainOptions)] == [
         *("segmenter", "sam_model", "guidance", "target_coverage"),
-        *("instance_dir", "mask", "reference_image", "mask_dir", "unmasked"),
+        *("instance_dir", "dataset_name", "image_column", "caption_column"),
+        *("mask", "reference_image", "mask_dir", "unmasked"),
         *("class_name", "identifier", "instance_prompt"),
         *("pretrained_model_name_or_path", "revision", "variant"),
         *("method", "rank", "lora_alpha", "lora_targets", "lora_dropout", "lora_init", "use_dora"),
@@ -214,6 +215,11 @@ def test_the_class_is_named_after_the_folder_where_no_name_is_given(folder, clas
     assert TrainOptions(instance_dir=folder).subject == class_name
     assert TrainOptions(instance_dir=folder, class_name="").subject == class_name
     assert TrainOptions(instance_dir=folder, class_name="dog").subject == "dog"
+
+
+def test_class_and_run_are_named_after_the_data_set():
+    options = TrainOptions(dataset_name="me/red-car")
+    assert (options.subject, options.run_dir) == ("red car", Path("outputs/red-car"))
 
 
 def test_the_class_is_named_after_the_working_folder_for_a_dot(tmp_path, monkeypatch):
@@ -316,6 +322,11 @@ def test_not_a_number_is_refused():
             {"instance_dir": "cat", "mask": "m.png", "validation_steps": 5, "num_validation_images": 0},
             "--validation_steps has no effect: add --num_validation_images",
         ),
+        (
+            {"instance_dir": "cat", "dataset_name": "me/cat", "mask": "m.png"},
+            "--instance_dir and --dataset_name exclude one another",
+        ),
+        ({"instance_dir": "cat", "mask": "m.png", "caption_column": "text"}, "--caption_column .*: add --dataset_name"),
         ({"instance_dir": "cat", "mask": "m.png", "ema_decay": 0.5}, "--ema_decay has no effect: add --use_ema"),
         ({"instance_dir": "cat", "mask": "m.png", "method": "full", "rank": 8}, "--rank .*: add --method lora"),
         ({"instance_dir": "cat", "mask": "m.png", "method": "full", "use_dora": True}, "--use_dora .*: add --method"),
@@ -586,7 +597,10 @@ PROGRAMS = (
 @pytest.mark.parametrize(
     "modules, forbidden",
     [
-        (("config", "images", "files", "errors", "extras", "models", "toy"), ("masks", "pictures", *MIDDLE, *LATER)),
+        (
+            ("config", "images", "photo_datasets", "files", "errors", "extras", "models", "toy"),
+            ("masks", "pictures", *MIDDLE, *LATER),
+        ),
         (("masks", "pictures"), (*MIDDLE, *LATER)),
         (("segmentation",), ("dreambooth", *LATER)),
         (("dreambooth",), ("segmentation", *LATER)),

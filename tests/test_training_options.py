@@ -5,6 +5,7 @@ B samples, C latent channels (4), h w latent size (8 x 8 for crops of 32).
 
 import base64
 import json
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -45,6 +46,7 @@ from persam_dreambooth.dreambooth.optimizers import effective_rate, make_optimiz
 from persam_dreambooth.dreambooth.registry import load_pipeline
 from persam_dreambooth.dreambooth.stable_diffusion import StableDiffusion
 from persam_dreambooth.dreambooth.trainer import batch_losses
+from persam_dreambooth.photo_datasets import photo_folder
 
 
 @pytest.fixture(scope="session")
@@ -632,3 +634,55 @@ def test_a_user_that_the_hub_does_not_know_is_told_before_training(runs, tmp_pat
     assert said.startswith("error: --push_to_hub: the hub knows no user here (")
     assert said.endswith("): run `hf auth login`")
     assert not hub["repositories"]
+
+
+# --- photos from a data set
+
+
+@pytest.fixture
+def data_set(photos, tmp_path, monkeypatch):
+    """The photos as a folder that `datasets` reads, with captions; its cache is the test's own."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = shutil.copytree(photos, tmp_path / "duck")
+    names = sorted(path.name for path in photos.iterdir())
+    lines = [{"file_name": name, "text": f"a [V] duck, number {number}"} for number, name in enumerate(names)]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder
+
+
+def test_photos_of_a_data_set_train_as_those_of_a_folder(runs, data_set, tmp_path):
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for number, path in enumerate(sorted((runs.photos.parent / "masks").glob("*.png"))):
+        shutil.copy(path, masks / f"{number:04}.png")
+    options = {"instance_dir": None, "dataset_name": data_set, "mask_dir": masks}
+    assert runs.train(tmp_path / "run", **options) == 0
+    assert same_weights(tmp_path / "run", runs())
+    assert runs.train(tmp_path / "told", caption_column="text", **options) == 0
+    assert not same_weights(tmp_path / "told", runs())
+    folder = photo_folder(str(data_set), "image", "text")
+    assert sorted(path.name for path in folder.iterdir())[:3] == ["0000.png", "0000.txt", "0001.png"]
+    assert (folder / "0003.txt").read_text() == "a [V] duck, number 3"
+    assert np.array_equal(Image.open(folder / "0002.png"), Image.open(data_set / "02.png"))
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"image_column": "picture"}, "--image_column: {} has no picture: choose among image, text"),
+        ({"caption_column": "words"}, "--caption_column: {} has no words: choose among image, text"),
+        ({"image_column": "text"}, "--image_column: text of {} holds no pictures: name the column that does"),
+    ],
+)
+def test_columns_that_are_not_there_are_refused(runs, data_set, tmp_path, capsys, options, said):
+    options = {"instance_dir": None, "dataset_name": data_set, **options}
+    assert refused(runs, capsys, tmp_path / "run", **options) == f"error: {said.format(data_set)}"
+
+
+def test_a_data_set_that_is_not_there_is_refused(runs, tmp_path, capsys):
+    options = {"instance_dir": None, "dataset_name": tmp_path / "nowhere"}
+    said = refused(runs, capsys, tmp_path / "run", **options)
+    assert said.startswith(f"error: --dataset_name {tmp_path / 'nowhere'} cannot be loaded (")
+    assert said.endswith("): name another, or --instance_dir")
