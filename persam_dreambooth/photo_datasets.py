@@ -12,8 +12,8 @@ from persam_dreambooth.errors import InputError
 def photo_folder(name: str, image_column: str, caption_column: str | None) -> Path:
     """Writes the pictures of a data set's `train` split as files, with their captions beside them, as a user would.
 
-    They are `0000.png`, `0001.png` and so on, upright, in the cache of the `datasets` library, once for every version of
-    the data set: a run resumed or repeated finds them there.
+    They are `0000.png`, `0001.png` and so on, upright, in the cache of the `datasets` library, once for every version
+    of the data set: a run resumed or repeated finds them there.
 
     Args:
         name: hub id, or a local folder that `datasets` reads.
