@@ -380,12 +380,18 @@ def test_an_optimizer_whose_package_is_missing_names_the_extra(runs, tmp_path, c
     )
 
 
-@pytest.mark.parametrize("options", [{"optimizer": "adamw8bit"}, {"use_8bit_adam": True}], ids=str)
-def test_adam_of_8_bits_goes_a_similar_way(runs, options):
+def test_adam_of_8_bits_goes_a_similar_way_and_resumes(runs, tmp_path):
     pytest.importorskip("bitsandbytes")
-    eight, plain = runs(**options), runs()
+    options = {"rank": 128, "checkpointing_steps": 2}  # it keeps tensors below 4096 numbers in 32 bits
+    eight, plain = runs(optimizer="adamw8bit", **options), runs(**options)
     np.testing.assert_allclose(column(eight), column(plain), rtol=0.05)
     assert not same_weights(eight, plain)
+    kept = states(eight, STEPS)["optimizer"]["state"].values()
+    assert torch.uint8 in {state["state1"].dtype for state in kept}
+    assert runs.train(tmp_path / "run", use_8bit_adam=True, max_train_steps=2, **options) == 0
+    assert runs.train(tmp_path / "run", use_8bit_adam=True, resume_from_checkpoint="latest", **options) == 0
+    assert same_weights(tmp_path / "run", eight)
+    assert same_metrics(tmp_path / "run", eight)
 
 
 def test_an_optimizer_does_not_go_on_from_the_state_of_another(runs, tmp_path, capsys):
