@@ -225,9 +225,9 @@ class TrainOptions(SegmentationOptions):
 
     # The subject
     instance_dir: str | None = option(None, "folder with 3 to 6 photos of the subject", alias="instance_data_dir")
-    dataset_name: str | None = option(None, "instead: data set on the hub, or a folder that datasets reads")
-    image_column: str = option("image", "its column of photos, which are named 0000.png, 0001.png and so on")
-    caption_column: str | None = option(None, "its column of captions, if any")
+    dataset_name: str | None = option(None, "photos of a data set instead: hub id, or folder that datasets reads")
+    image_column: str = option("image", "the data set's column of photos, which are called 0000.png and so on")
+    caption_column: str | None = option(None, "the data set's column of captions, if any")
     mask: str | None = option(None, "mask of one of the photos; masks for the others are made from it")
     reference_image: str | None = option(
         None, "the photo that --mask belongs to; default: the one with its stem, else the first"
@@ -247,7 +247,7 @@ class TrainOptions(SegmentationOptions):
     variant: str | None = option(None, "variant of the weight files, such as fp16")
     method: Literal["lora", "full"] = option("lora", "train LoRA matrices, or the whole UNet of Stable Diffusion")
     rank: int = option(4, "rank of the LoRA matrices")
-    lora_alpha: float | None = option(None, "LoRA counts by alpha / rank; default: the rank")
+    lora_alpha: float | None = option(None, "LoRA's matrices count by alpha / rank; default: the rank")
     lora_targets: str | None = option(
         None, "attention, attention+feedforward, all, or endings of layers such as to_q,to_v; default: the family's"
     )
@@ -293,7 +293,6 @@ class TrainOptions(SegmentationOptions):
     # Pictures to tensors
     resolution: int | None = option(None, "side of the training crop in pixels; default: the model's own")
     center_crop: bool = option(False, "crop the center instead of a random place that keeps the subject in view")
-
     random_flip: bool = option(False, "flip half of the crops left to right, at random; not for what is lettered")
     cache_latents: bool = option(
         False, "keep the VAE's answers in memory; with --center_crop all are made at once and the VAE leaves the GPU"
@@ -339,7 +338,7 @@ class TrainOptions(SegmentationOptions):
     validation_steps: int | None = option(None, "steps between samples during training; default: at its end only")
     report_to: Literal["tensorboard", "wandb"] | None = option(None, "also log there: losses, learning rate, samples")
     push_to_hub: bool = option(False, "upload weights, samples and card, no photos or masks, to a private repository")
-    hub_model_id: str | None = option(None, "its name, such as me/cat; default: the name of the run's folder")
+    hub_model_id: str | None = option(None, "the repository, such as me/cat; default: the name of the run's folder")
 
     def check(self) -> None:
         """Raises `InputError` for options that are missing, out of range or at odds with one another."""
