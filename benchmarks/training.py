@@ -5,7 +5,8 @@
 LoRA on a random model of Stable Diffusion's architecture, so narrow that the VAE's share of a step's time is about its
 share of the floating-point operations of Stable Diffusion 1.5 (the result tells both). The four setups take turns step
 by step in one run, the trainer's own loader and losses included; medians, also of the ratios within a round, and the
-peak of memory in a step go to `benchmarks/results/training.json`. On a CPU the processor's time counts, so that what else runs does not.
+peak of memory in a step go to `benchmarks/results/training.json`. On a CPU the processor's time counts, so that what
+else runs there counts little.
 """
 
 import argparse
