@@ -270,3 +270,20 @@ def test_a_crop_never_misses_a_subject_in_several_pieces(tmp_path):
     assert all(piece.any() for piece in seen)
     left, right = (sum(bool((piece[0, :32] > 0).any()) is top for piece in seen) for top in (True, False))
     assert left > 50 and right > 50  # both pieces are shown
+
+
+def test_a_sample_tells_where_in_which_photo_it_was_cut(tmp_path):
+    mask = np.ones((100, 300), dtype=bool)
+    photo = save_photo(tmp_path / "wide.png", mask)
+    crops = Crops([photo], [mask], 50, False, 0)
+    resized = np.asarray(crops.resized(0)[0], dtype=np.float32)
+    assert resized.shape == (50, 150, 3)
+    lefts = set()
+    for number in range(5):
+        sample = crops[number]
+        height, width, top, left = sample["crop"].tolist()
+        assert (height, width) == (100, 300)
+        cut = torch.from_numpy(resized[top : top + 50, left : left + 50]).permute(2, 0, 1) / 127.5 - 1
+        assert torch.equal(sample["pixels"], cut)
+        lefts.add(left)
+    assert len(lefts) > 1

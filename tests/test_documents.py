@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from tiny_families import tiny_for
 
 from persam_dreambooth import toy
 
@@ -17,7 +19,7 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 NOT_RUN = ("pip install", "make ")
 """Installing, and the make targets, which call the tests themselves."""
 
-SMALL = "--pretrained_model_name_or_path toy --sam_model toy --segmenter persam --resolution 64 --mixed_precision no"
+SMALL = "--sam_model toy --segmenter persam --resolution 64 --mixed_precision no"
 SHORT = f"{SMALL} --max_train_steps 2 --num_class_images 2 --num_validation_images 1".split()
 
 
@@ -26,11 +28,20 @@ def commands(document: Path) -> list[str]:
     return [line for block in blocks for line in block.splitlines() if line and not line.startswith("#")]
 
 
-def runnable(command: str) -> list[str]:
+def small_model(words: list[str], folder: Path) -> str:
+    """What stands for the model that a command's YAML names: a tiny one of its family, or the toy."""
+    if "--config" not in words:
+        return "toy"
+    options = yaml.safe_load((ROOT / words[words.index("--config") + 1]).read_text(encoding="utf-8"))
+    return str(tiny_for(options["pretrained_model_name_or_path"], folder / "checkpoints"))
+
+
+def runnable(command: str, folder: Path) -> list[str]:
     """The command with this Python, and with the small checkpoints in the place of the real ones."""
     words = shlex.split(command)
     if words[:3] == ["accelerate", "launch", "train_dreambooth_masked.py"]:
-        return [sys.executable, str(ROOT / words[2]), *words[3:], *SHORT]
+        model = small_model(words, folder)
+        return [sys.executable, str(ROOT / words[2]), *words[3:], *SHORT, "--pretrained_model_name_or_path", model]
     assert words[0] == "persam-dreambooth", f"no test knows how to run: {command}"
     extra = {
         "segment": ["--sam_model", "toy", "--segmenter", "persam"],
@@ -42,7 +53,7 @@ def runnable(command: str) -> list[str]:
 
 def run(command: str, folder: Path) -> None:
     result = subprocess.run(
-        runnable(command),
+        runnable(command, folder),
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -76,6 +87,18 @@ def test_the_commands_of_the_evaluation_run_in_their_order(tmp_path):
     table = (tmp_path / "scores-persam-f" / "results.md").read_text(encoding="utf-8")
     assert "| persam-grown-75 |" in table
     assert '"mIoU": 99.9999' in (tmp_path / "scores-of-others" / "results.json").read_text(encoding="utf-8")
+
+
+def test_the_commands_of_the_families_run_in_their_order(tmp_path):
+    shutil.copytree(toy.path("photos") / "duck", tmp_path / "cat")
+    shutil.copy(toy.path("photos") / "duck_mask" / "00.png", tmp_path / "ref_mask.png")
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    listed = commands(ROOT / "docs" / "families.md")
+    assert len(listed) >= 4
+    for command in listed:
+        run(command, tmp_path)
+    made = sorted(path.parent.name for path in tmp_path.glob("outputs/*/pytorch_lora_weights.safetensors"))
+    assert made == ["cat-3", "cat-flux", "cat-xl"]
 
 
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):

@@ -3,7 +3,6 @@
 B samples, C latent channels, h w latent size (8 x 8 for crops of 32), T tokens.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -11,9 +10,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FluxPipeline
+from diffusers import DiffusionPipeline, EDMEulerScheduler, FluxPipeline
+from PIL import Image
 from scipy.stats import kstest
-from tiny_families import BUILDERS, SIDE, save_tiny, tiny_pipeline
+from tiny_families import BUILDERS, SIDE, save_tiny
 from torch.utils.data import default_collate
 from training_runs import (
     ALL_AGAINST_BACKGROUNDS,
@@ -36,7 +36,8 @@ from training_runs import (
 from persam_dreambooth.config import TrainOptions
 from persam_dreambooth.dreambooth import flux, registry
 from persam_dreambooth.dreambooth.data import sample_noise
-from persam_dreambooth.dreambooth.latent_diffusion import LORA_WEIGHTS
+from persam_dreambooth.dreambooth.family import Embeddings
+from persam_dreambooth.dreambooth.latent_diffusion import LORA_WEIGHTS, TEXT_TARGETS
 from persam_dreambooth.dreambooth.loss import latent_mask
 from persam_dreambooth.dreambooth.trainer import batch_losses
 from persam_dreambooth.images import find_photos
@@ -123,8 +124,6 @@ def test_full_fine_tuning_of_a_large_model_is_refused(runs, model, tmp_path, cap
 def test_a_scheduler_of_another_noise_is_refused(runs, model, tmp_path, capsys):
     other = tmp_path / "edm"
     pipeline = plain_pipeline(model)
-    from diffusers import EDMEulerScheduler
-
     pipeline.scheduler = EDMEulerScheduler()
     pipeline.save_pretrained(other)
     assert runs.train(tmp_path / "run", pretrained_model_name_or_path=other) == 2
@@ -223,14 +222,8 @@ def test_first_loss_is_the_formula_worked_out_with_plain_diffusers(runs, photos,
 def test_the_crop_matters_to_a_model_that_is_told_of_it(photos, model):
     family, embeddings = watched_family(model=model)
     batch = two_photos(photos)
-    assert batch["crop"].tolist() == [
-        [height, width, top, left]
-        for (width, height), (top, left) in zip(
-            [photo.size for photo in find_photos(photos) for name in batch["name"] if photo.name == name],
-            batch["crop"][:, 2:].tolist(),
-            strict=True,
-        )
-    ] or set(batch["name"]) != {photo.name for photo in find_photos(photos)[:2]}
+    sizes = {photo.name: photo.size for photo in find_photos(photos)}
+    assert batch["crop"][:, :2].tolist() == [list(reversed(sizes[name])) for name in batch["name"]]
     loss = batch_losses(TrainOptions(), family, batch, None, embeddings)["loss"]
     for place in range(4):
         other = {**batch, "crop": batch["crop"].clone()}
@@ -245,7 +238,8 @@ def test_the_crop_matters_to_a_model_that_is_told_of_it(photos, model):
 def test_timesteps_are_logit_normal_and_shifted_as_when_painting(model, shift):
     family = registry.open_family(TrainOptions(), str(model), torch.float32)
     for shape, patches in (((4, 128, 128), 4096), ((4, 32, 32), 256)):
-        steps = sample_noise(0, list(range(2000)), (*shape[:1], 1, 1), lambda g, _: family.draw_timestep(g, shape))[2]
+        generators = [torch.Generator().manual_seed(number) for number in range(2000)]
+        steps = torch.cat([family.draw_timestep(generator, shape) for generator in generators])
         part = steps.double().numpy() / 1000
         assert ((part > 0) & (part < 1)).all()
         # dev moves them by exp(0.5) at 256 patches and by exp(1.15) at 4096.
@@ -280,7 +274,7 @@ def test_accumulated_batches_equal_one_large_batch(runs, model):
     assert_same_trajectory(whole, parts)
 
 
-@every_family
+@pytest.mark.parametrize("name", ["sdxl", "sd3"])  # with layers that get no gradient, or always zero
 def test_two_processes_equal_one_of_the_same_global_batch(runs, model, tmp_path):
     options = {"pretrained_model_name_or_path": model, "train_text_encoder": True}
     arguments = runs.options(output_dir=tmp_path / "two", **options)
@@ -351,8 +345,6 @@ def test_a_training_step_learns_nothing_from_outside_the_mask(photos, model):
 
 @every_family
 def test_all_ones_masks_equal_the_unmasked_run_to_the_bit(runs, photos, model, tmp_path):
-    from PIL import Image
-
     for photo in find_photos(photos):
         Image.new("L", photo.size, 255).save(tmp_path / f"{photo.path.stem}.png")
     options = {"pretrained_model_name_or_path": model}
@@ -369,27 +361,21 @@ def test_all_ones_masks_equal_the_unmasked_run_to_the_bit(runs, photos, model, t
     ("name", "method"), [("sdxl", "lora"), ("sdxl", "full"), ("sd3", "lora"), ("flux", "lora")], ids=str
 )
 def test_the_base_is_the_model_before_training_to_the_bit(photos, model, method):
-    options = {"method": method, "masked_prior_preservation_weight": 1.0}
-    family, embeddings = watched_family(model=model, **options)
+    options = TrainOptions(method=method, masked_prior_preservation_weight=1.0)
+    family, embeddings = watched_family(model=model, method=method, masked_prior_preservation_weight=1.0)
     batch = two_photos(photos)
-    before = batch_losses(TrainOptions(**options), family, batch, None, embeddings)
-    start = family.prediction.detach().clone()
-    assert before["preservation_loss"] == 0
+    # A denoiser under training may round otherwise than a frozen copy.
+    assert batch_losses(options, family, batch, None, embeddings)["preservation_loss"] < 1e-12
     change(family)
-    after = batch_losses(TrainOptions(**options), family, batch, None, embeddings)
-    assert after["preservation_loss"] > 1e-6
-    shape = family.latent_shape(32)
-    noise = sample_noise(0, [0, 1], shape, family.draw_timestep)
-    noisy = family.add_noise(family.encode_images(batch["pixels"], noise[0]), *noise[1:])
-    text = registry_stack(embeddings, batch["prompt"])
-    assert torch.equal(family.predict_base(noisy, noise[2], text, batch["crop"]), start)
-    assert not torch.allclose(family.prediction, start, atol=1e-3)
-
-
-def registry_stack(embeddings, prompts):
-    from persam_dreambooth.dreambooth.family import Embeddings
-
-    return Embeddings.stack([embeddings[prompt] for prompt in prompts])
+    assert batch_losses(options, family, batch, None, embeddings)["preservation_loss"] > 1e-6
+    before = registry.open_family(TrainOptions(), str(model), torch.float32)
+    vae_noise, noise, steps = sample_noise(0, [0, 1], family.latent_shape(32), family.draw_timestep)
+    noisy = family.add_noise(family.encode_images(batch["pixels"], vae_noise), noise, steps)
+    noisy = noisy.contiguous()  # where channels lie last, modes of training and not round otherwise
+    inputs = noisy, steps, Embeddings.stack([embeddings[prompt] for prompt in batch["prompt"]]), batch["crop"]
+    with torch.no_grad():
+        assert torch.equal(family.predict_base(*inputs), before.predict(*inputs))
+    assert not torch.allclose(family.prediction, before.predict(*inputs), atol=1e-3)
 
 
 # --- what is trained and saved
@@ -421,9 +407,14 @@ def test_every_layer_that_has_a_say_is_trained_and_t5_is_not(runs, model):
     parts = {key.removeprefix("lora:").split(".")[0] for key in ups}
     clip = {"flux": {"text_encoder"}}.get(model.name, {"text_encoder", "text_encoder_2"})
     assert parts == clip | {"sdxl": {"unet"}}.get(model.name, {"transformer"})
-    # The first encoder of XL is read before its third and last layer.
-    assert all("text_encoder.text_model.encoder.layers.2." in key for key in still)
-    assert len(still) == (4 if model.name == "sdxl" else 0)
+    # The first encoder of XL is read before its third and last layer; the last block of 3 asks for the text's sake what
+    # nobody reads.
+    unread = {
+        "sdxl": {f"text_encoder.text_model.encoder.layers.2.self_attn.{part}" for part in TEXT_TARGETS},
+        "sd3": {"transformer.transformer_blocks.1.attn.add_q_proj"},
+        "flux": set(),
+    }
+    assert {key.removeprefix("lora:").split(".lora")[0] for key in still} == unread[model.name]
 
 
 @pytest.mark.parametrize("name", ["sdxl"])
@@ -463,6 +454,11 @@ def test_the_vae_trains_in_single_precision_where_its_configuration_asks(model, 
     pipeline.vae.register_to_config(force_upcast=asked)
     pipeline.save_pretrained(other)
     family = registry.open_family(TrainOptions(), str(other), torch.bfloat16)
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):  # as class images are painted
+        painted = family.pipeline.vae.decode(latents, return_dict=False)[0]
+    exact = pipeline.vae.decode(latents, return_dict=False)[0]
+    assert torch.equal(painted, exact) == asked
     family.make_trainable(TrainOptions(), torch.device("cpu"), torch.bfloat16)
     assert family.vae.dtype == (torch.float32 if asked else torch.bfloat16)
     assert family.pipeline.text_encoder_2.dtype == torch.bfloat16
@@ -495,9 +491,3 @@ def test_a_variant_of_the_weights_is_trained_on(runs, model, tmp_path):
     assert runs.train(tmp_path / "run", **options) == 0
     assert {weight.dtype for weight in weights(tmp_path / "run").values()} == {torch.float32}
     assert (tmp_path / "run" / LORA_WEIGHTS).is_file()
-
-
-def test_the_tiny_checkpoints_are_of_todays_layout(checkpoints):
-    for name in BUILDERS:
-        index = json.loads((save_tiny(name, checkpoints) / "model_index.json").read_text())
-        assert index["_class_name"] == type(tiny_pipeline(name)).__name__

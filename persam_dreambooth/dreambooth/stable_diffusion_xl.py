@@ -3,6 +3,7 @@
 C 4, T 77, D 768 + 1280, P 1280; other shapes as in `family`.
 """
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -26,6 +27,13 @@ class StableDiffusionXL(StableDiffusion):
     trainable_encoders: ClassVar = ["text_encoder", "text_encoder_2"]
     learning_rates: ClassVar = {"lora": 1e-4, "full": 1e-6}
     tags: ClassVar = ["stable-diffusion-xl"]
+
+    def __init__(self, pipeline: Any) -> None:
+        super().__init__(pipeline)
+        if self.vae.config.force_upcast:
+            decode = self.vae.decode
+            # Class images are painted under autocast, which would not ask the VAE.
+            self.vae.decode = lambda latents, **settings: in_own_precision(self.vae, decode, latents, **settings)
 
     def vae_dtype(self, frozen_dtype: torch.dtype) -> torch.dtype:
         """Float32 where the VAE's configuration asks for it: the published one overflows in half precision."""
@@ -53,3 +61,9 @@ class StableDiffusionXL(StableDiffusion):
         time_ids = torch.cat([crops, target_size.expand(len(crops), 2)], dim=1)
         conditions = {"text_embeds": embeddings.pooled, "time_ids": time_ids.float()}
         return denoiser(noisy, timesteps, encoder_hidden_states=embeddings.states, added_cond_kwargs=conditions).sample
+
+
+def in_own_precision(vae: Any, decode: Callable[..., Any], latents: torch.Tensor, **settings: Any) -> Any:
+    """Decodes latents (B, C, h, w) in the precision of the VAE's weights, whatever autocast says."""
+    with torch.autocast(latents.device.type, enabled=False):
+        return decode(latents.to(vae.dtype), **settings)
