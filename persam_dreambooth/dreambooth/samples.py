@@ -21,5 +21,7 @@ def paint_samples(options: TrainOptions, family: Family, accelerator: Accelerato
         images = sample(pipeline, prompt, options.num_validation_images, options.seed)
     notice = notice_of(options.pretrained_model_name_or_path)
     save_samples(images, prompt, options.seed, options.run_dir / SAMPLES / f"step-{step}", notice)
+    pictures = np.stack([np.asarray(image) for image in images])
     for tracker in accelerator.trackers:
-        tracker.log_images({prompt: np.stack([np.asarray(image) for image in images])}, step=step)
+        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        tracker.log_images({prompt: pictures}, step=step, **layout)
