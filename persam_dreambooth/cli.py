@@ -324,7 +324,8 @@ def _known(word: str, known: list[str], what: str) -> str:
     """The word, if it is known; otherwise an `InputError` that names the nearest known ones."""
     if word in known:
         return word
-    nearest = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    begun = sorted((name for name in known if name.startswith(word)), key=len)
+    nearest = begun or difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     hint = f"did you mean {nearest[0]}?" if nearest else "--help lists what there is"
     raise InputError(f"unknown {what} {word}: {hint}")
 

@@ -29,6 +29,9 @@ ABSENT_THRESHOLD = 0.85
 """Presence below which the subject is not in a photo: a compromise, since it depends on the SAM and on the photos
 (docs/evaluation.md); `evaluate absence` measures it."""
 
+LORA_ONLY = ("rank", "lora_alpha", "lora_targets", "lora_dropout", "lora_init", "use_dora", "export")
+"""Options of no use to a full fine-tuning."""
+
 SEGMENTERS = Literal["persam", "persam-f"]
 GUIDANCE = Literal["persam", "published", "paper", "none"]
 PRECISIONS = Literal["float32", "float16", "bfloat16", "auto"]
@@ -181,8 +184,8 @@ class EvaluateModelOptions:
         _within(self, 2, math.inf, "num_images")
         _within(self, 1, 1000, "num_inference_steps")
         _within(self, 0, LAST_SEED, "seed")
-        if self.export != "no" and self.method != "lora":
-            raise InputError(f"--export {self.export} is for LoRA: leave it out, or --method full")
+        if self.export != "no" and self.use_dora:
+            raise InputError(f"--export {self.export} does not carry DoRA: leave out one of them")
         if not self.scenes:
             raise InputError("--background_scenes is empty: give scenes, such as: a beach, a sofa")
 
@@ -333,6 +336,9 @@ class TrainOptions(MaskFolderOptions):
 
     # The subject
     instance_dir: str | None = option(None, "folder with 3 to 6 photos of the subject", alias="instance_data_dir")
+    dataset_name: str | None = option(None, "photos of a data set instead: hub id, or folder that datasets reads")
+    image_column: str = option("image", "the data set's column of photos, which are called 0000.png and so on")
+    caption_column: str | None = option(None, "the data set's column of captions, if any")
     mask: str | None = option(None, "mask of one of the photos; masks for the others are made from it")
     reference_image: str | None = option(
         None, "the photo that --mask belongs to; default: the one with its stem, else the first"
@@ -351,8 +357,14 @@ class TrainOptions(MaskFolderOptions):
     revision: str | None = option(None, "branch, tag or commit of the model on the hub")
     variant: str | None = option(None, "variant of the weight files, such as fp16")
     method: Literal["lora", "full"] = option("lora", "train LoRA matrices, or the whole UNet of Stable Diffusion")
-    rank: int = option(4, "rank of the LoRA matrices (alpha is the same)")
+    rank: int = option(4, "rank of the LoRA matrices")
+    lora_alpha: float | None = option(None, "LoRA's matrices count by alpha / rank; default: the rank")
+    lora_targets: str | None = option(
+        None, "attention, attention+feedforward, all, or endings of layers such as to_q,to_v; default: the family's"
+    )
     lora_dropout: float = option(0.0, "dropout inside LoRA, 0 to 1")
+    lora_init: Literal["gaussian", "kaiming"] = option("gaussian", "how LoRA's first matrix starts; the second is zero")
+    use_dora: bool = option(False, "DoRA: LoRA for the direction of weights, and their length beside it")
     export: Literal["no", "kohya"] = option("no", "LoRA for ComfyUI and A1111 too, under kohya's names")
     train_text_encoder: bool = option(False, "train CLIP's text encoders too; T5 stays as it is")
 
@@ -367,6 +379,10 @@ class TrainOptions(MaskFolderOptions):
     masked_prior_preservation_weight: float = option(
         0.0, "outside the mask, weight of staying with what the base model predicts"
     )
+
+    # The noise
+    snr_gamma: float | None = option(None, "min-SNR weights of the loss: the bound, such as 5; not for flow matching")
+    noise_offset: float = option(0.0, "shift each channel of the noise at random by so much, such as 0.05")
 
     # Other backgrounds
     replace_background: Literal["no", "color", "noise", "generated"] = option(
@@ -389,23 +405,35 @@ class TrainOptions(MaskFolderOptions):
     # Pictures to tensors
     resolution: int | None = option(None, "side of the training crop in pixels; default: the model's own")
     center_crop: bool = option(False, "crop the center instead of a random place that keeps the subject in view")
+    random_flip: bool = option(False, "flip half of the crops left to right, at random; not for what is lettered")
+    cache_latents: bool = option(
+        False, "keep the VAE's answers in memory; with --center_crop all are made at once and the VAE leaves the GPU"
+    )
 
     # Optimization
     seed: int = option(0, "same seed, same machine: same masks and same weights")
     max_train_steps: int = option(500, "optimizer steps")
     train_batch_size: int = option(1, "photos per step and process")
     gradient_accumulation_steps: int = option(1, "batches per optimizer step")
-    learning_rate: float | None = option(None, "default: 1e-4 for lora; for full 5e-6, and 1e-6 with XL")
+    optimizer: Literal["adamw", "adamw8bit", "prodigy"] = option(
+        "adamw", "adamw8bit (bitsandbytes) needs less memory; prodigy (prodigyopt) finds its own learning rate"
+    )
+    use_8bit_adam: bool = option(False, "the same as --optimizer adamw8bit")
+    learning_rate: float | None = option(
+        None, "default: 1e-4 for lora; for full 5e-6, and 1e-6 with XL; for prodigy 1, which multiplies what it finds"
+    )
     scale_lr: bool = option(False, "multiply the learning rate by batch, accumulation and processes")
     lr_scheduler: SCHEDULES = option("constant", "schedule of the learning rate")
     lr_warmup_steps: int = option(0, "steps of warm-up")
     lr_num_cycles: int = option(1, "restarts of cosine_with_restarts")
     lr_power: float = option(1.0, "power of polynomial")
-    adam_beta1: float = option(0.9, "AdamW")
-    adam_beta2: float = option(0.999, "AdamW")
-    adam_weight_decay: float = option(1e-2, "AdamW")
-    adam_epsilon: float = option(1e-8, "AdamW")
+    adam_beta1: float = option(0.9, "of any optimizer: decay of the gradients' mean")
+    adam_beta2: float = option(0.999, "of any optimizer: decay of the gradients' squares")
+    adam_weight_decay: float = option(1e-2, "of any optimizer, decoupled")
+    adam_epsilon: float = option(1e-8, "of any optimizer: added to the denominator")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
+    use_ema: bool = option(False, "average the weights over the steps; the average is what is saved and painted with")
+    ema_decay: float = option(0.9999, "the part of the average that stays at every step, 0 to 1; less at first")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None, "default: what accelerate was set up with")
     gradient_checkpointing: bool = option(False, "less memory, slower steps")
     allow_tf32: bool = option(False, "TF32 matrix products on Ampere and later")
@@ -419,10 +447,16 @@ class TrainOptions(MaskFolderOptions):
     logging_steps: int = option(5, "steps between lines of metrics.jsonl")
     validation_prompt: str | None = option(None, "prompt of the samples; default: a [V] <class_name> on a beach")
     num_validation_images: int = option(4, "how many samples; 0 for none")
+    validation_steps: int | None = option(None, "steps between samples during training; default: at its end only")
+    report_to: Literal["tensorboard", "wandb"] | None = option(None, "also log there: losses, learning rate, samples")
+    push_to_hub: bool = option(False, "upload weights, samples and card, no photos or masks, to a private repository")
+    hub_model_id: str | None = option(None, "the repository, such as me/cat; default: the name of the run's folder")
 
     def check(self) -> None:
         """Raises `InputError` for options that are missing, out of range or at odds with one another."""
-        _require(self, "instance_dir", "identifier")
+        if self.instance_dir and self.dataset_name:
+            raise InputError("--instance_dir and --dataset_name exclude one another: give one of them")
+        _require(self, "identifier" if self.dataset_name else "instance_dir", "identifier")
         sources = [name for name in ("mask", "mask_dir", "unmasked") if getattr(self, name)]
         if not sources:
             raise InputError(
@@ -436,19 +470,18 @@ class TrainOptions(MaskFolderOptions):
         _within(
             self, 1, math.inf, "rank", "num_class_images", "sample_batch_size", "resolution", "max_train_steps",
             "train_batch_size", "gradient_accumulation_steps", "lr_num_cycles", "checkpointing_steps",
-            "checkpoints_total_limit", "logging_steps", "num_background_images",
+            "checkpoints_total_limit", "logging_steps", "num_background_images", "validation_steps",
         )  # fmt: skip
         _within(
             self, 0, math.inf, "prior_loss_weight", "masked_prior_preservation_weight", "learning_rate",
             "lr_warmup_steps", "adam_weight_decay", "adam_epsilon", "dataloader_num_workers", "num_validation_images",
         )  # fmt: skip
-        _within(self, 0, 1, "unmasked_weight", "unmasked_probability", "lora_dropout")
+        _within(self, 0, 1, "unmasked_weight", "unmasked_probability", "lora_dropout", "noise_offset", "ema_decay")
         _within(self, -16, 16, "mask_dilation")
         _within(self, 0, 8, "mask_feather")
         _within(self, 0, LAST_SEED, "seed")
         _below_one(self, "adam_beta1", "adam_beta2")
-        if not self.max_grad_norm > 0:
-            raise InputError(f"--max_grad_norm is {self.max_grad_norm}: give more than 0")
+        _above_zero(self, "max_grad_norm", "snr_gamma", "lora_alpha")
         super().check()
         if self.lr_scheduler == "polynomial":
             rate, warmup, steps = self.learning_rate, self.lr_warmup_steps, self.max_train_steps
@@ -466,19 +499,43 @@ class TrainOptions(MaskFolderOptions):
         }
         for name in [name for name, given in masked_only.items() if given and self.unmasked]:
             raise InputError(f"--{name} needs masks: leave it out, or --unmasked")
-        if self.export != "no" and self.method != "lora":
-            raise InputError(f"--export {self.export} is for LoRA: leave it out, or --method full")
+        if self.export != "no" and self.use_dora:
+            raise InputError(f"--export {self.export} does not carry DoRA: leave out one of them")
         if not self.scenes:
             raise InputError("--background_scenes is empty: give scenes, such as: a beach, a sofa")
-        if self.background_in_prompt and self.replace_background != "generated":
-            raise InputError("--background_in_prompt has no effect: add --replace_background generated")
-        if self.class_scenes and not self.with_prior_preservation:
-            raise InputError("--class_scenes has no effect: add --with_prior_preservation")
+        needed = {
+            "background_in_prompt": ("--replace_background generated", self.replace_background == "generated"),
+            "image_column": ("--dataset_name", self.dataset_name is not None),
+            "caption_column": ("--dataset_name", self.dataset_name is not None),
+            "class_scenes": ("--with_prior_preservation", self.with_prior_preservation),
+            "ema_decay": ("--use_ema", self.use_ema),
+            "validation_steps": ("--num_validation_images", self.num_validation_images > 0),
+            "hub_model_id": ("--push_to_hub", self.push_to_hub),
+            **dict.fromkeys(LORA_ONLY, ("--method lora", self.method == "lora")),
+        }
+        if self.optimizer == "prodigy":
+            _above_zero(self, "learning_rate", "adam_epsilon")
+            if self.use_8bit_adam:
+                raise InputError("--use_8bit_adam and --optimizer prodigy exclude one another: give one of them")
+        if self.cache_latents and self.replace_background != "no":
+            raise InputError("--cache_latents has no effect: with --replace_background no sample comes twice")
+        for name, (other, there) in needed.items():
+            if self.given(name) and not there:
+                raise InputError(f"--{name} has no effect: add {other}")
+
+    def given(self, name: str) -> bool:
+        """Whether an option differs from its default."""
+        return bool(getattr(self, name) != getattr(type(self), name))
 
     @property
     def subject(self) -> str:
-        """The class name, from the folder's name where none was given."""
-        return self.class_name or Path(str(self.instance_dir)).resolve().name.replace("_", " ").replace("-", " ")
+        """The class name, from the name of the folder or the data set where none was given."""
+        return self.class_name or self.source.replace("_", " ").replace("-", " ")
+
+    @property
+    def source(self) -> str:
+        """The name of the photos' folder or data set."""
+        return Path(self.instance_dir or str(self.dataset_name)).resolve().name
 
     @property
     def scenes(self) -> list[str]:
@@ -486,9 +543,14 @@ class TrainOptions(MaskFolderOptions):
         return split_scenes(self.background_scenes)
 
     @property
+    def optimizer_name(self) -> str:
+        """The optimizer, by either of the two options that choose it."""
+        return "adamw8bit" if self.use_8bit_adam else self.optimizer
+
+    @property
     def run_dir(self) -> Path:
         """The run's folder."""
-        return Path(self.output_dir or f"outputs/{Path(str(self.instance_dir)).resolve().name}")
+        return Path(self.output_dir or f"outputs/{self.source}")
 
     @property
     def prompts(self) -> dict[str, Any]:
@@ -509,8 +571,10 @@ class TrainOptions(MaskFolderOptions):
         Args:
             resolution: the model's own, where none was given.
             mixed_precision: what accelerate was set up with, where none was given.
-            learning_rate: the model family's, which counts where none was given.
+            learning_rate: the model family's, which counts where none was given and the optimizer does not find it.
         """
+        if self.optimizer == "prodigy":
+            learning_rate = 1.0
         return replace(
             self,
             **self.prompts,
@@ -557,6 +621,13 @@ def _within(options: Any, least: float, most: float, *names: str) -> None:
         if value is not None and not least <= value <= most:
             wanted = f"{least} or more" if most == math.inf else f"a number from {least} to {most}"
             raise InputError(f"--{name} is {value}: give {wanted}")
+
+
+def _above_zero(options: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            raise InputError(f"--{name} is {value}: give more than 0")
 
 
 def _below_one(options: Any, *names: str) -> None:

@@ -27,6 +27,7 @@ from persam_dreambooth.config import (
     read_config,
 )
 from persam_dreambooth.errors import InputError, InputNotFoundError
+from persam_dreambooth.extras import check_installed
 from persam_dreambooth.files import check_writable, filled_aside, write_text
 from persam_dreambooth.images import Photo, check_shapes, find_photos, read_prompts
 from persam_dreambooth.masks import (
@@ -40,6 +41,7 @@ from persam_dreambooth.masks import (
     read_mask,
     save_mask,
 )
+from persam_dreambooth.photo_datasets import photo_folder
 from persam_dreambooth.pictures import overview, save_picture
 
 if TYPE_CHECKING:
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MASKS = "masks"
+LOGS = "logs"
 
 
 Reference = tuple[Photo, np.ndarray]
@@ -94,9 +97,16 @@ def personalize(options: TrainOptions) -> Path:
     options.check()
     given = _read_input(options)
     from persam_dreambooth.dreambooth.checkpoint import find_checkpoint
+    from persam_dreambooth.dreambooth.hub import check_login
+    from persam_dreambooth.dreambooth.optimizers import check_optimizer
     from persam_dreambooth.dreambooth.registry import open_family
     from persam_dreambooth.dreambooth.trainer import check_resolution, frozen_dtype, train
 
+    check_optimizer(options)
+    if options.report_to:
+        check_installed(options.report_to, f"--report_to {options.report_to}")
+    if options.push_to_hub:
+        check_login()
     run_dir = options.run_dir
     resume_from = find_checkpoint(run_dir, options.resume_from_checkpoint) if options.resume_from_checkpoint else None
     if resume_from:
@@ -120,6 +130,9 @@ def personalize(options: TrainOptions) -> Path:
     class_crops = _class_crops(options, family, accelerator, given.class_dir, resolution)
     crops.backgrounds = _backgrounds(options, family, accelerator, given.background_dir, resolution)
 
+    if options.report_to:
+        described = {name: str(value) for name, value in asdict(options).items()}
+        accelerator.init_trackers("persam-dreambooth", described, {"wandb": {"name": run_dir.name, "dir": run_dir}})
     train(options, family, crops, class_crops, run_dir, accelerator, resume_from)
     if accelerator.is_main_process:
         _finish(options, family, accelerator, masks, crops, given.base)
@@ -150,6 +163,8 @@ class Input:
 
 def _read_input(options: TrainOptions) -> Input:
     run_dir, instance_dir = options.run_dir, Path(str(options.instance_dir))
+    if options.dataset_name:
+        instance_dir = photo_folder(options.dataset_name, options.image_column, options.caption_column)
     mask_path = Path(options.mask) if options.mask else None
     mask_dir = Path(options.mask_dir) if options.mask_dir else None
     class_dir = Path(options.class_data_dir) if options.class_data_dir else run_dir / "class_images"
@@ -208,6 +223,8 @@ def _accelerator(options: TrainOptions) -> "Accelerator":
         accelerator = Accelerator(
             mixed_precision=options.mixed_precision,
             gradient_accumulation_steps=options.gradient_accumulation_steps,
+            log_with=options.report_to,
+            project_dir=options.run_dir / LOGS,
             # The others wait while the main process makes masks and class images.
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
         )
@@ -278,7 +295,9 @@ def _check_output(folder: Path, resuming: bool = False) -> None:
 def _check_same_model(options: TrainOptions, run_dir: Path) -> None:
     """Raises `InputError` for options under which a run's checkpoints would not fit the model."""
     before = read_config(run_dir / CONFIG)
-    for name in ("method", "rank", "train_text_encoder", "pretrained_model_name_or_path", "revision"):
+    shapes = ("method", "rank", "lora_alpha", "lora_targets", "use_dora", "train_text_encoder")
+    states = ("use_ema", "optimizer", "use_8bit_adam")
+    for name in (*shapes, *states, "pretrained_model_name_or_path", "revision"):
         now = getattr(options, name)
         if name in before and before[name] != now:
             raise InputError(
@@ -335,7 +354,7 @@ def _crops(options: TrainOptions, photos: list[Photo], masks: list[PhotoMask], r
     cut = (resolution, options.center_crop, options.seed)
     if options.unmasked:
         logger.warning("training on %d whole photos, without masks: their backgrounds will be learned too", len(photos))
-        return Crops(photos, None, *cut, _captions(options, photos))
+        return Crops(photos, None, *cut, _captions(options, photos), random_flip=options.random_flip)
     used = [item for item in masks if item.mask.any()]
     if not used:
         if any(SKIPPED in item.record.flags for item in masks):
@@ -364,6 +383,7 @@ def _crops(options: TrainOptions, photos: list[Photo], masks: list[PhotoMask], r
         *cut,
         _captions(options, [item.photo for item in used]),
         unmasked_probability=options.unmasked_probability,
+        random_flip=options.random_flip,
     )
     lost = ", ".join(crops.lost_subjects())
     if lost:
@@ -399,7 +419,7 @@ def _class_crops(
     prompts = [in_front_of(prompt, scene) for scene in options.scenes] if options.class_scenes else [prompt]
     pictures = _base_pictures(options, family, accelerator, prompts, folder, options.num_class_images, "class", prompt)
     cut = (resolution, options.center_crop, options.seed + CLASS_SEED)
-    return Crops(pictures, None, *cut, read_prompts(pictures, prompt))
+    return Crops(pictures, None, *cut, read_prompts(pictures, prompt), random_flip=options.random_flip)
 
 
 def _backgrounds(
@@ -451,7 +471,9 @@ def _finish(
     from persam_dreambooth.dreambooth import kohya
     from persam_dreambooth.dreambooth.card import model_card
     from persam_dreambooth.dreambooth.generate import notice_of, sample, save_samples
+    from persam_dreambooth.dreambooth.hub import push
     from persam_dreambooth.dreambooth.registry import load_pipeline
+    from persam_dreambooth.dreambooth.samples import SAMPLES
     from persam_dreambooth.dreambooth.trainer import final_loss, frozen_dtype
 
     run_dir, pipeline = options.run_dir, family.pipeline
@@ -471,5 +493,7 @@ def _finish(
         prompt = options.prompt("validation")
         painter = pipeline.to(accelerator.device, frozen_dtype(accelerator))
         images = sample(painter, prompt, options.num_validation_images, options.seed)
-        save_samples(images, prompt, options.seed, run_dir / "samples", notice)
+        save_samples(images, prompt, options.seed, run_dir / SAMPLES, notice)
     write_text(run_dir / "README.md", model_card(options, masks, crops, final_loss(run_dir), family.tags, notice))
+    if options.push_to_hub:
+        logger.info("uploaded to %s", push(options, pipeline))

@@ -197,10 +197,11 @@ def text_answer(pipeline):
         return pipeline.text_encoder.eval()(tokens)[0]
 
 
-def training_crops(photos, masks=None, resolution=RESOLUTION, seed=0, backgrounds=None):
+def training_crops(photos, masks=None, resolution=RESOLUTION, seed=0, backgrounds=None, center_crop=False, **options):
     found = find_photos(photos)
     loaded = load_masks(masks or photos.parent / "masks", found)
-    return Crops(found, [item.mask for item in loaded], resolution, False, seed, "a sks duck", backgrounds)
+    masks = [item.mask for item in loaded]
+    return Crops(found, masks, resolution, center_crop, seed, "a sks duck", backgrounds, **options)
 
 
 def watched(family):

@@ -4,7 +4,8 @@ Shapes: B samples, C latent channels, h w latent size, R training crop, T tokens
 prompt.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -61,6 +62,9 @@ class Family(Protocol):
     tags: ClassVar[list[str]]
     """What a model card calls the family."""
 
+    without: ClassVar[dict[str, str]]
+    """Options that the family has no use for, and why in half a sentence; they are refused."""
+
     @property
     def native_resolution(self) -> int:
         """Side in pixels of the pictures the model was made for: the default of the training crop."""
@@ -90,11 +94,22 @@ class Family(Protocol):
     def encode_images(self, pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """Pixels (B, 3, R, R) in -1..1 to scaled latents (B, C, h, w), sampled with the given noise (B, C, h, w)."""
 
+    def cache_latents(self, crops: Iterable[torch.Tensor] | None) -> None:
+        """Lets `encode_images` keep what the VAE says of a crop.
+
+        Args:
+            crops: all there will be, (3, R, R) each, where they are known: they are encoded at once, and the VAE leaves
+                the accelerator; or None.
+        """
+
     def encode_prompts(self, prompts: list[str]) -> Embeddings:
         """Prompts to their embeddings; those of encoders under training carry gradients."""
 
     def set_encoders_aside(self) -> None:
         """Moves text encoders that are not trained off the accelerator; every prompt has been encoded once by then."""
+
+    def painting(self) -> AbstractContextManager[Any]:
+        """The pipeline, for a block of painting amid training: all parts on the accelerator, without dropout."""
 
     def draw_timestep(self, generator: torch.Generator, shape: tuple[int, int, int]) -> torch.Tensor:
         """One timestep (1,) from the family's density, for a latent of shape (C, h, w); on the CPU."""
@@ -121,6 +136,9 @@ class Family(Protocol):
 
     def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """What `predict` should give, (B, C, h, w); arguments as of `add_noise`."""
+
+    def min_snr_weights(self, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
+        """Weights (B,) of the loss at timesteps (B,), unless `without` names `snr_gamma`."""
 
     def save_weights(self, folder: Path) -> None:
         """Saves what was trained to an existing folder: LoRA as diffusers loads it, or each part in its own folder."""

@@ -5,7 +5,7 @@ are 1000 times the part of noise, from 0 to 1000.
 """
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -24,6 +24,7 @@ class FlowMatching(LatentDiffusion):
     denoiser_name = "transformer"
     large = True
     paint_dtype = torch.bfloat16
+    without: ClassVar = {"snr_gamma": "which learns a flow: its density of timesteps does what min-SNR does"}
 
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)

@@ -74,20 +74,24 @@ def open_family(options: TrainOptions, source: str, frozen_dtype: torch.dtype) -
         frozen_dtype: precision of the weights that will not be trained.
 
     Raises:
-        InputError: as `load_pipeline`; or a method that the family does not have.
+        InputError: as `load_pipeline`; or a method or an option that the family does not have.
     """
     family = family_of(source, options.revision)
+    kind = family.pipeline_class.__name__
+    for name, why in family.without.items():
+        if options.given(name):
+            raise InputError(f"--{name} has no effect on a {kind}, {why}: leave it out")
     if options.method not in family.learning_rates:
         methods = " or ".join(family.learning_rates)
-        kind = family.pipeline_class.__name__
         raise InputError(f"--method {options.method} is not supported for a {kind}: use {methods}")
     if options.export == "kohya" and family.denoiser_name != "unet":
         raise InputError(
             "--export kohya is for models with a UNet: leave it out, ComfyUI reads this LoRA as it is saved"
         )
     dtype = frozen_dtype if family.large else torch.float32
-    pipeline = load_pipeline(source, options.revision, options.variant, dtype)
-    return family(pipeline)
+    opened = family(load_pipeline(source, options.revision, options.variant, dtype))
+    opened.check(options)
+    return opened
 
 
 def fast_sampler(pipeline: Any) -> Any:

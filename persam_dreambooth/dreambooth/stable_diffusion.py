@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, StableDiffusionPipeline
-from diffusers.utils import convert_state_dict_to_diffusers
 
 from persam_dreambooth.dreambooth.family import Embeddings
 from persam_dreambooth.dreambooth.latent_diffusion import LatentDiffusion
@@ -85,6 +84,19 @@ class StableDiffusion(LatentDiffusion):
             return noise
         return self.noise_schedule.get_velocity(latents, noise, timesteps)
 
+    def min_snr_weights(self, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
+        """See `Family`: min-SNR (Hang et al. 2023, arXiv 2303.09556), for the squared error of what is predicted.
+
+        With the signal-to-noise ratio s = a / (1 - a), all latents' errors are weighted by min(s, gamma):
+
+            noise   min(s, gamma) / s          v   min(s, gamma) / (s + 1)
+        """
+        kept = self.noise_schedule.alphas_cumprod.to(timesteps.device)[timesteps]
+        ratio = kept / (1 - kept)
+        if self.prediction_type == "epsilon":
+            return (gamma / ratio).clamp(max=1)  # 1 where there is no signal at all
+        return ratio.clamp(max=gamma) / (ratio + 1)
+
     def denoise(
         self, denoiser: Any, noisy: torch.Tensor, timesteps: torch.Tensor, embeddings: Embeddings, crops: torch.Tensor
     ) -> torch.Tensor:
@@ -93,5 +105,11 @@ class StableDiffusion(LatentDiffusion):
 
     @staticmethod
     def published_lora_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """See `LatentDiffusion`."""
-        return convert_state_dict_to_diffusers(state)
+        """See `LatentDiffusion`; diffusers reads these names of all layers or of none."""
+        renamed = {"lora_A": "lora.down", "lora_B": "lora.up"}
+        return {_replaced(key, renamed): weight for key, weight in state.items()}
+
+
+def _replaced(name: str, parts: dict[str, str]) -> str:
+    """A dotted name with some of its parts called otherwise."""
+    return ".".join(parts.get(part, part) for part in name.split("."))

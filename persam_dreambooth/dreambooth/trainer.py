@@ -6,6 +6,8 @@ Shapes: B samples, C latent channels, h w latent size, R training crop.
 import json
 import logging
 from collections.abc import Iterator
+from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,12 @@ from persam_dreambooth.dreambooth.checkpoint import (
     save_state,
 )
 from persam_dreambooth.dreambooth.data import CLASS_SEED, DROPOUT, Crops, derived_seed, sample_noise
+from persam_dreambooth.dreambooth.ema import AveragedWeights
 from persam_dreambooth.dreambooth.family import Embeddings, Family
 from persam_dreambooth.dreambooth.interruption import Interruption
 from persam_dreambooth.dreambooth.loss import latent_mask, masked_loss
+from persam_dreambooth.dreambooth.optimizers import effective_rate, make_optimizer
+from persam_dreambooth.dreambooth.samples import paint_samples
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.files import write_text
 from persam_dreambooth.pictures import loss_curve
@@ -71,19 +76,17 @@ def train(
     with torch.no_grad():
         base_embeddings = dict(zip(prompts, family.encode_prompts(prompts), strict=True))
     family.set_encoders_aside()
+    if options.cache_latents:
+        fixed = [source.fixed_crops() for source in (photos, class_images) if source]
+        family.cache_latents(chain.from_iterable(fixed) if options.center_crop else None)
 
     rate = learning_rate(options, accelerator.num_processes)
-    settings = {
-        "lr": rate,
-        "betas": (options.adam_beta1, options.adam_beta2),
-        "weight_decay": options.adam_weight_decay,
-        "eps": options.adam_epsilon,
-    }
-    optimizer = torch.optim.AdamW(trained, **settings)
+    optimizer, settings = make_optimizer(options, trained, rate)
+    average = AveragedWeights(trained, options.ema_decay) if options.use_ema else None
     first_step = 0
     if resume_from:
         family.load_weights(resume_from)
-        first_step = load_state(resume_from, optimizer=optimizer, scaler=accelerator.scaler)
+        first_step = load_state(resume_from, optimizer=optimizer, scaler=accelerator.scaler, average=average)
         logger.info("resuming from %s at step %d", resume_from, first_step)
     for group in optimizer.param_groups:  # the options count, also where they differ from the run's start
         group.update(settings, initial_lr=rate)
@@ -132,8 +135,10 @@ def train(
                         accelerator.clip_grad_norm_(trained, options.max_grad_norm)
                     optimizer.step()
                     optimizer.zero_grad()
-            rate = schedule.get_last_lr()[0]
+            rate = effective_rate(optimizer, schedule.get_last_lr()[0])
             schedule.step()
+            if average:
+                average.step()
 
             last = step == options.max_train_steps
             stopping = interruption.asked()
@@ -143,11 +148,19 @@ def train(
                 steps.set_postfix(loss=f"{row['loss']:.4f}")
             if checkpoint_due and accelerator.is_main_process:
                 with new_checkpoint(run_dir, step) as folder:
-                    family.save_weights(folder)
-                    save_state(folder, step, optimizer=optimizer, scaler=accelerator.scaler)
+                    save_state(folder, step, optimizer=optimizer, scaler=accelerator.scaler, average=average)
+                    with average.in_place() if average else nullcontext():
+                        family.save_weights(folder)
                 remove_old_checkpoints(run_dir, options.checkpoints_total_limit)
             if stopping and not last:
                 raise interruption.stopped(step)
+            if options.validation_steps and step % options.validation_steps == 0 and not last:
+                if accelerator.is_main_process:
+                    with average.in_place() if average else nullcontext():
+                        paint_samples(options, family, accelerator, step)
+                accelerator.wait_for_everyone()
+    if average:
+        average.keep()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         meter.draw(run_dir / "loss.png")
@@ -167,6 +180,9 @@ def batch_losses(
     - `preservation_loss`: outside the masks, how far the prediction is from the base model's on the same noisy latents
       and prompt, where `masked_prior_preservation_weight` is not 0.
 
+    `snr_gamma` weights each sample of all three by its timestep. Of the last one too: what an error of a prediction
+    means for the picture depends on the timestep outside the mask as it does inside, and the losses keep their shares.
+
     Args:
         batch: `Sample`s stacked: pixels (B, 3, R, R), mask (B, 1, R, R), crop (B, 4), prompt, name, number (B,).
         class_batch: the same for class images, or None.
@@ -178,7 +194,8 @@ def batch_losses(
     device, shape = family.device, family.latent_shape(batch["pixels"].shape[-1])
     latents, noise, timesteps = [], [], []
     for half, seed in halves:
-        vae_noise, noise_, timesteps_ = sample_noise(seed, half["number"].tolist(), shape, family.draw_timestep)
+        numbers = half["number"].tolist()
+        vae_noise, noise_, timesteps_ = sample_noise(seed, numbers, shape, family.draw_timestep, options.noise_offset)
         latents.append(family.encode_images(half["pixels"], vae_noise).float())
         noise.append(noise_.to(device))
         timesteps.append(timesteps_.to(device))
@@ -192,18 +209,19 @@ def batch_losses(
     target = family.target(x, e, t)
 
     photos = len(batch["number"])
+    weight = family.min_snr_weights(t, options.snr_gamma) if options.snr_gamma else torch.ones(len(t), device=device)
     mask = None
     if not options.unmasked:
         mask = latent_mask(batch["mask"].to(device), target.shape[-2:], options.mask_dilation, options.mask_feather)
     normalization = options.mask_normalization
-    losses = {
-        "loss": masked_loss(prediction[:photos], target[:photos], mask, normalization, options.unmasked_weight).mean()
-    }
+    own = masked_loss(prediction[:photos], target[:photos], mask, normalization, options.unmasked_weight)
+    losses = {"loss": (weight[:photos] * own).mean()}
     if class_batch is not None:
-        losses["prior_loss"] = masked_loss(prediction[photos:], target[photos:]).mean()
+        losses["prior_loss"] = (weight[photos:] * masked_loss(prediction[photos:], target[photos:])).mean()
     if options.masked_prior_preservation_weight and mask is not None:
         base = family.predict_base(noisy[:photos], t[:photos], base_text[:photos], crops[:photos])
-        losses["preservation_loss"] = masked_loss(prediction[:photos], base, 1 - mask, normalization).mean()
+        kept = masked_loss(prediction[:photos], base, 1 - mask, normalization)
+        losses["preservation_loss"] = (weight[:photos] * kept).mean()
     return losses
 
 
@@ -279,6 +297,7 @@ class Meter:
         means = {name: self._mean(losses) for name, losses in stacked.items()}
         row: dict[str, float] = {"step": step, "loss": means.pop("loss"), "learning_rate": rate, **means}
         self.pending.clear()
+        self.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=step)
         if self.accelerator.is_main_process:
             self.rows.append(row)
             with self.path.open("a", encoding="utf-8") as file:
