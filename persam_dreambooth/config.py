@@ -184,8 +184,6 @@ class EvaluateModelOptions:
         _within(self, 2, math.inf, "num_images")
         _within(self, 1, 1000, "num_inference_steps")
         _within(self, 0, LAST_SEED, "seed")
-        if self.export != "no" and self.use_dora:
-            raise InputError(f"--export {self.export} does not carry DoRA: leave out one of them")
         if not self.scenes:
             raise InputError("--background_scenes is empty: give scenes, such as: a beach, a sofa")
 

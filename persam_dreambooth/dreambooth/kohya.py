@@ -12,7 +12,8 @@ import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 
-from persam_dreambooth.dreambooth.latent_diffusion import TEXT_LEVEL, LatentDiffusion
+from persam_dreambooth.dreambooth.family import Family
+from persam_dreambooth.dreambooth.latent_diffusion import TEXT_LEVEL
 from persam_dreambooth.files import write_aside
 
 FILE = "lora-kohya.safetensors"
@@ -20,15 +21,15 @@ MATRICES = {"lora_A": "lora_down", "lora_B": "lora_up"}
 """peft's names and kohya's."""
 
 
-def export(family: LatentDiffusion, folder: Path) -> None:
+def export(family: Family, folder: Path) -> None:
     """Writes the trained LoRA of a family with a UNet to `folder`/`FILE`."""
     with write_aside(folder / FILE) as path:
         save_file(weights(family), path)
 
 
-def weights(family: LatentDiffusion) -> dict[str, torch.Tensor]:
+def weights(family: Family) -> dict[str, torch.Tensor]:
     """The trained LoRA under kohya's names."""
-    one_encoder = len(family.encoders) == 1
+    one_encoder = getattr(family.pipeline, "text_encoder_2", None) is None
     prefixes = {
         "unet": "lora_unet",
         "text_encoder": "lora_te" if one_encoder else "lora_te1",
