@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import yaml
 from tiny_families import tiny_for
 
 from persam_dreambooth import toy
+from persam_dreambooth.config import TrainOptions
 from persam_dreambooth.toy import davis
 
 ROOT = Path(__file__).parents[1]
@@ -146,3 +148,13 @@ def test_every_link_and_file_named_in_the_documents_exists(document):
     named = re.findall(r"`((?:tests|configs|benchmarks|docs|segmentation|dreambooth)/[\w/.-]+\.\w+)`", text)
     missing += [name for name in named if not ((ROOT / name).exists() or (ROOT / "persam_dreambooth" / name).exists())]
     assert not missing
+
+
+def test_the_options_that_other_trainers_options_are_mapped_to_exist():
+    """Of each row of the tables in `docs/coming-from.md`, the last cell is ours."""
+    text = (ROOT / "docs" / "coming-from.md").read_text(encoding="utf-8")
+    cells = [line.strip("|").split("|")[-1] for line in text.splitlines() if line.startswith("|")]
+    named = {flag for cell in cells for flag in re.findall(r"--(\w+)", cell)}
+    assert len(named) > 15
+    aliases = {field.metadata.get("alias") for field in fields(TrainOptions)}
+    assert named <= {field.name for field in fields(TrainOptions)} | aliases
