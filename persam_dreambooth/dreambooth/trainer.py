@@ -205,8 +205,8 @@ def batch_losses(
     weight = family.min_snr_weights(t, options.snr_gamma) if options.snr_gamma else torch.ones(len(t), device=device)
     mask = None
     if not options.unmasked:
-        shape = (target.shape[-2], target.shape[-1])
-        mask = latent_mask(batch["mask"].to(device), shape, options.mask_dilation, options.mask_feather)
+        grid = (target.shape[-2], target.shape[-1])
+        mask = latent_mask(batch["mask"].to(device), grid, options.mask_dilation, options.mask_feather)
     normalization = options.mask_normalization
     own = masked_loss(prediction[:photos], target[:photos], mask, normalization, options.unmasked_weight)
     losses = {"loss": (weight[:photos] * own).mean()}
