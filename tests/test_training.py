@@ -534,7 +534,7 @@ EFFECTIVE = {
     "mask_dilation": 1,
     "mask_feather": 0.5,
     "masked_prior_preservation_weight": 1.0,
-    "snr_gamma": 0.5,
+    "snr_gamma": 0.01,
     "noise_offset": 0.1,
     "replace_background": "color",
     "resolution": 48,
