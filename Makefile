@@ -23,6 +23,7 @@ check: .venv/ready
 bench: .venv/ready
 	$(BIN)/python -m benchmarks.scale_weights
 	$(BIN)/python -m benchmarks.picture_size
+	$(BIN)/python -m benchmarks.training
 
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

@@ -4,6 +4,7 @@ import difflib
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -18,29 +19,38 @@ from persam_dreambooth import __version__
 from persam_dreambooth.config import (
     BenchmarkOptions,
     DemoOptions,
+    EvaluateAbsenceOptions,
     EvaluateDavisOptions,
+    EvaluateFss1000Options,
     EvaluateModelOptions,
     EvaluatePersegOptions,
     GenerateOptions,
+    OneShotOptions,
     SegmentOptions,
+    ToyDavisOptions,
     ToyPersegOptions,
     TrainOptions,
+    VideoOptions,
     read_config,
 )
-from persam_dreambooth.errors import InputError
+from persam_dreambooth.errors import InputError, SaveError
 
 Options = TypeVar("Options")
 
 USAGE = f"""persam-dreambooth {__version__}: from one mask to a personalized Stable Diffusion
 
   persam-dreambooth segment                a mask for every photo, from one photo and its mask
+  persam-dreambooth video                  masks of the first frame's objects for all frames of a video
   persam-dreambooth train                  the whole job (the same as train_dreambooth_masked.py)
   persam-dreambooth generate               pictures of the subject: "a [V] cat on a beach"
   persam-dreambooth evaluate perseg        a method's masks, or anything's, on PerSeg: mIoU, accuracy, boundary IoU
-  persam-dreambooth evaluate davis         J, F and J&F of predictions for DAVIS 2017
+  persam-dreambooth evaluate fss1000       the same on FSS-1000
+  persam-dreambooth evaluate absence       how well photos without the subject are told from those with it
+  persam-dreambooth evaluate davis         a method's masks, or anything's, on DAVIS 2017: J, F and J&F
   persam-dreambooth evaluate model         what a run learned, by CLIP and DINO inside and outside of masks
   persam-dreambooth benchmark background   training recipes compared where the truth is known
   persam-dreambooth toy perseg             a rendered data set in the layout of PerSeg
+  persam-dreambooth toy davis              rendered videos in the layout of DAVIS 2017
   persam-dreambooth demo                   plain and masked training side by side, without network
 
 --help after a command lists its options.
@@ -52,13 +62,22 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     commands: dict[str, Callable[[list[str]], None]] = {
         "segment": segment,
+        "video": video,
         "train": train,
         "generate": generate,
         "evaluate": partial(
-            _group, "evaluate", {"perseg": evaluate_perseg, "davis": evaluate_davis, "model": evaluate_model}
+            _group,
+            "evaluate",
+            {
+                "perseg": evaluate_perseg,
+                "fss1000": evaluate_fss1000,
+                "absence": evaluate_absence,
+                "davis": evaluate_davis,
+                "model": evaluate_model,
+            },
         ),
         "benchmark": partial(_group, "benchmark", {"background": benchmark_background}),
-        "toy": partial(_group, "toy", {"perseg": toy_perseg}),
+        "toy": partial(_group, "toy", {"perseg": toy_perseg, "davis": toy_davis}),
         "demo": demo,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -87,9 +106,23 @@ def segment(arguments: list[str]) -> None:
     """`persam-dreambooth segment`."""
     options = parse(SegmentOptions, arguments, "persam-dreambooth segment")
     from persam_dreambooth import personalize
+    from persam_dreambooth.masks import SKIPPED
 
     masks = personalize.segment(options)
-    print(f"{len(masks)} masks in {options.output}; look at {Path(str(options.output)) / 'overview.jpg'}")
+    skipped = sum(SKIPPED in item.record.flags for item in masks)
+    left_out = f", {skipped} of {len(masks)} photos skipped" if skipped else ""
+    overview = Path(str(options.output)) / "overview.jpg"
+    print(f"{len(masks) - skipped} masks in {options.output}{left_out}; look at {overview}")
+
+
+def video(arguments: list[str]) -> None:
+    """`persam-dreambooth video`."""
+    options = parse(VideoOptions, arguments, "persam-dreambooth video")
+    options.check()
+    from persam_dreambooth.segmentation.video import segment_video
+
+    count = segment_video(options)
+    print(f"{count} masks in {options.output}" + ("; look at overlay in it" if options.overlay else ""))
 
 
 def train(arguments: list[str], program: str = "persam-dreambooth train") -> None:
@@ -119,10 +152,34 @@ def evaluate_perseg(arguments: list[str]) -> None:
     options.check()
     from persam_dreambooth.segmentation.evaluation.perseg import evaluate
 
-    for name, figures in evaluate(options).items():
+    _say_scores(evaluate(options), options)
+
+
+def evaluate_fss1000(arguments: list[str]) -> None:
+    """`persam-dreambooth evaluate fss1000`."""
+    options = parse(EvaluateFss1000Options, arguments, "persam-dreambooth evaluate fss1000")
+    options.check()
+    from persam_dreambooth.segmentation.evaluation.fss1000 import evaluate
+
+    _say_scores(evaluate(options), options)
+
+
+def _say_scores(means: dict[str, dict[str, float]], options: OneShotOptions) -> None:
+    for name, figures in means.items():
         print(f"{name}: {', '.join(f'{figure} {value:.2f}' for figure, value in figures.items())}")
     if _is_main_process():
-        print(f"done: {Path(str(options.output)) / 'results.md'}; look at overlays beside it")
+        print(f"done: {Path(str(options.output)) / 'results.md'}; look at report.html beside it")
+
+
+def evaluate_absence(arguments: list[str]) -> None:
+    """`persam-dreambooth evaluate absence`."""
+    options = parse(EvaluateAbsenceOptions, arguments, "persam-dreambooth evaluate absence")
+    options.check()
+    from persam_dreambooth.segmentation.evaluation.absence import evaluate
+
+    figures = evaluate(options)
+    print(f"AUC {figures.auc:.3f}; balanced error {figures.error:.3f} at --absent_threshold {figures.threshold:.3f}")
+    print(f"done: {Path(str(options.output)) / 'results.md'}; the plot lies beside it")
 
 
 def evaluate_davis(arguments: list[str]) -> None:
@@ -132,8 +189,9 @@ def evaluate_davis(arguments: list[str]) -> None:
     from persam_dreambooth.segmentation.evaluation.davis import evaluate
 
     figures = evaluate(options)
-    print(", ".join(f"{name} {100 * value:.1f}" for name, value in figures.items()))
-    print(f"done: {Path(str(options.output)) / 'results.md'}")
+    if _is_main_process():
+        print(", ".join(f"{name} {100 * value:.1f}" for name, value in figures.items()))
+        print(f"done: {Path(str(options.output)) / 'results.md'}")
 
 
 def evaluate_model(arguments: list[str]) -> None:
@@ -162,6 +220,16 @@ def toy_perseg(arguments: list[str]) -> None:
 
     perseg.write(Path(options.output_dir), options.objects)
     print(f"{options.objects} objects in {options.output_dir}: Images and Annotations as in PerSeg, 00 the reference")
+
+
+def toy_davis(arguments: list[str]) -> None:
+    """`persam-dreambooth toy davis`."""
+    options = parse(ToyDavisOptions, arguments, "persam-dreambooth toy davis")
+    options.check()
+    from persam_dreambooth.toy import davis
+
+    davis.write(Path(options.output_dir), options.sequences, options.frames)
+    print(f"{options.sequences} videos of {options.frames} frames in {options.output_dir}, laid out as DAVIS 2017")
 
 
 def demo(arguments: list[str]) -> None:
@@ -256,7 +324,8 @@ def _known(word: str, known: list[str], what: str) -> str:
     """The word, if it is known; otherwise an `InputError` that names the nearest known ones."""
     if word in known:
         return word
-    nearest = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    begun = sorted((name for name in known if name.startswith(word)), key=len)
+    nearest = begun or difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     hint = f"did you mean {nearest[0]}?" if nearest else "--help lists what there is"
     raise InputError(f"unknown {what} {word}: {hint}")
 
@@ -274,10 +343,10 @@ def _guarded(command: Callable[[], None]) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted; a training run goes on with --resume_from_checkpoint latest", file=sys.stderr)
-        return 130
-    except FloatingPointError as error:
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "interrupted; a training run goes on with --resume_from_checkpoint latest", file=sys.stderr)
+        return 128 + getattr(stop, "number", signal.SIGINT)
+    except (FloatingPointError, SaveError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except PermissionError as error:

@@ -25,8 +25,16 @@ POLYNOMIAL_END = 1e-7
 SCENES = "a beach, snow, a jungle, a sofa, a desert, a city at night, grass, water"
 """What backgrounds show where nothing else is given."""
 
+ABSENT_THRESHOLD = 0.85
+"""Presence below which the subject is not in a photo: a compromise, since it depends on the SAM and on the photos
+(docs/evaluation.md); `evaluate absence` measures it."""
+
+LORA_ONLY = ("rank", "lora_alpha", "lora_targets", "lora_dropout", "lora_init", "use_dora", "export")
+"""Options of no use to a full fine-tuning."""
+
 SEGMENTERS = Literal["persam", "persam-f"]
 GUIDANCE = Literal["persam", "published", "paper", "none"]
+PRECISIONS = Literal["float32", "float16", "bfloat16", "auto"]
 SCHEDULES = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 
 
@@ -41,7 +49,10 @@ class SegmentationOptions:
 
     segmenter: SEGMENTERS = option("persam-f", "PerSAM (training-free) or PerSAM-F (fits two scale weights first)")
     sam_model: str = option(
-        "facebook/sam-vit-huge", "SAM or SAM-HQ: hub id, local folder, segment-anything's .pth file, or toy"
+        "facebook/sam-vit-huge", "SAM, SAM-HQ, SAM 2 or MobileSAM: hub id, local folder, its published file, or toy"
+    )
+    sam_dtype: PRECISIONS = option(
+        "float32", "precision of SAM's image encoder; auto: bfloat16, but float32 on the CPU and on MPS"
     )
     guidance: GUIDANCE = option("persam", "PerSAM's guided attention: aligned, as published, as in the paper, or none")
     target_coverage: float = option(
@@ -56,7 +67,24 @@ class SegmentationOptions:
 
 
 @dataclass(frozen=True)
-class SegmentOptions(SegmentationOptions):
+class MaskFolderOptions(SegmentationOptions):
+    """What becomes of photos without the subject; shared by `segment` and `train`."""
+
+    absent: Literal["skip", "warn", "keep"] = option(
+        "warn", "a photo without the subject: leave it out, keep its mask with a warning, or keep it"
+    )
+    absent_threshold: float = option(
+        ABSENT_THRESHOLD, "presence (similarity of what is found to the subject, 0 to 1) below which it is absent"
+    )
+
+    def check(self) -> None:
+        """Raises `InputError` for options that are out of range or at odds with one another."""
+        super().check()
+        _within(self, 0, 1, "absent_threshold")
+
+
+@dataclass(frozen=True)
+class SegmentOptions(MaskFolderOptions):
     """From one photo and its mask, or a few, to a mask for every photo of a folder."""
 
     images: str | None = option(None, "folder of photos")
@@ -67,6 +95,7 @@ class SegmentOptions(SegmentationOptions):
     mask_dir: str | None = option(None, "folder with masks of some of the photos (same stems): several references")
     output: str | None = option(None, "folder for the masks; must be new or empty")
     instances: int = option(1, "how often to look for the subject in a photo; its mask holds all finds")
+    heatmaps: bool = option(False, "also pictures of where each photo that is searched is like the subject")
 
     def check(self) -> None:
         """Raises `InputError` for options that are missing, out of range or at odds with one another."""
@@ -80,6 +109,37 @@ class SegmentOptions(SegmentationOptions):
 
 
 @dataclass(frozen=True)
+class FollowOptions:
+    """How objects are followed through a video; shared by `video` and `evaluate davis`."""
+
+    segmenter: SEGMENTERS = option("persam-f", "PerSAM (training-free) or PerSAM-F (fits two scale weights first)")
+    sam_model: str = option("facebook/sam-vit-huge", "as for segment")
+    sam_dtype: PRECISIONS = option("float32", "as for segment")
+    target_coverage: float = option(0.5, "as for segment")
+
+    def check(self) -> None:
+        """Raises `InputError` for options that are out of range."""
+        _below_one(self, "target_coverage")
+
+
+@dataclass(frozen=True)
+class VideoOptions(FollowOptions):
+    """Objects that are marked in a video's first frame, in all its frames."""
+
+    frames: str | None = option(None, "folder of frames (00000.jpg, 00001.jpg, ...), or a video file")
+    mask: str | None = option(
+        None, "mask of the first frame: a palette or gray PNG of objects' numbers, or one object in any color on black"
+    )
+    output: str | None = option(None, "folder for the masks, NNNNN.png; a video in it goes on")
+    overlay: bool = option(False, "also the frames with their objects in color, in the folder overlay")
+
+    def check(self) -> None:
+        """Raises `InputError` for options that are missing or out of range."""
+        _require(self, "frames", "mask", "output")
+        super().check()
+
+
+@dataclass(frozen=True)
 class GenerateOptions:
     """Pictures from a trained model."""
 
@@ -89,7 +149,7 @@ class GenerateOptions:
     seed: int = option(0, "seed of the first picture; the next ones count up")
     output: str = option("generated", "folder for the pictures")
     num_inference_steps: int = option(30, "denoising steps")
-    guidance_scale: float = option(7.5, "classifier-free guidance")
+    guidance_scale: float | None = option(None, "guidance; default: the pipeline's own, such as 7.5")
     identifier: str | None = option(None, "the word [V] stands for; default: the run's own, else sks")
 
     def check(self) -> None:
@@ -109,13 +169,14 @@ class EvaluateModelOptions:
     instance_dir: str | None = option(None, "the photos; default: those of the run")
     mask_dir: str | None = option(None, "their masks; default: those of the run")
     sam_model: str = option("facebook/sam-vit-huge", "finds the subject in pictures; as for segment")
+    sam_dtype: PRECISIONS = option("float32", "precision of its image encoder; as for segment")
     clip_model: str = option("openai/clip-vit-base-patch32", "CLIP: hub id or local folder")
     dino_model: str = option("facebook/dinov2-small", "DINO or DINOv2: hub id or local folder")
     num_images: int = option(8, "pictures of each prompt")
     background_scenes: str = option(SCENES, "scenes of the prompts, separated by commas")
     seed: int = option(0, "seed of the first picture; the next ones count up")
     num_inference_steps: int = option(30, "denoising steps")
-    guidance_scale: float = option(7.5, "classifier-free guidance")
+    guidance_scale: float | None = option(None, "guidance; default: the pipeline's own, such as 7.5")
 
     def check(self) -> None:
         """Raises `InputError` for options that are missing or out of range."""
@@ -133,15 +194,13 @@ class EvaluateModelOptions:
 
 
 @dataclass(frozen=True)
-class EvaluatePersegOptions(SegmentationOptions):
-    """PerSeg, or a data set in its layout: a method's masks, or masks made by anything, and their scores."""
+class OneShotOptions(SegmentationOptions):
+    """How one-shot segmentation is scored; shared by `evaluate perseg` and `evaluate fss1000`."""
 
-    data: str | None = option(None, "folder with Images/<object>/NN.jpg and Annotations/<object>/NN.png")
-    output: str | None = option(None, "folder for results, predictions and overlays; an evaluation in it goes on")
+    data: str | None = option(None, "the data set's folder")
+    output: str | None = option(None, "folder for results, predictions and pictures; an evaluation in it goes on")
     predictions: str | None = option(None, "score this folder of <object>/NN.png instead of running a method")
     reference_index: str = option("0", "which image of an object is the reference: a number, or all in turn")
-    ablation: bool = option(False, "also PerSAM's parts one after the other, as in the paper's Table 3")
-    robustness: bool = option(False, "also with the reference mask shrunk and grown by 75 and 95 pixels (Table 4)")
 
     def check(self) -> None:
         """Raises `InputError` for options that are missing, out of range or at odds with one another."""
@@ -149,25 +208,64 @@ class EvaluatePersegOptions(SegmentationOptions):
         super().check()
         if self.reference_index != "all" and not self.reference_index.isdigit():
             raise InputError(f"--reference_index is {self.reference_index}: give a number from 0, or all")
-        if self.predictions:
-            for name in ("ablation", "robustness"):
-                if getattr(self, name):
-                    raise InputError(f"--{name} runs methods: leave it out, or --predictions")
-            if self.reference_index == "all":
-                raise InputError("--reference_index all runs a method: give --predictions one reference's number")
+        if self.predictions and self.reference_index == "all":
+            raise InputError("--reference_index all runs a method: give --predictions one reference's number")
 
 
 @dataclass(frozen=True)
-class EvaluateDavisOptions:
-    """DAVIS 2017: J, F and J&F of predictions made by anything."""
+class EvaluatePersegOptions(OneShotOptions):
+    """PerSeg, or a data set in its layout: a method's masks, or masks made by anything, and their scores."""
 
-    data: str | None = option(None, "folder with Annotations/480p and ImageSets/2017")
-    predictions: str | None = option(None, "folder of <sequence>/00000.png, palette or gray")
-    output: str | None = option(None, "folder for results.json and results.md")
+    data: str | None = option(None, "folder with Images/<object>/NN.jpg and Annotations/<object>/NN.png")
+    ablation: bool = option(False, "also PerSAM's parts one after the other, as in the paper's Table 3")
+    robustness: bool = option(False, "also with the reference mask shrunk and grown by 75 and 95 pixels (Table 4)")
 
     def check(self) -> None:
-        """Raises `InputError` for options that are missing."""
-        _require(self, "data", "predictions", "output")
+        """Raises `InputError` for options that are missing, out of range or at odds with one another."""
+        super().check()
+        for name in [name for name in ("ablation", "robustness") if self.predictions and getattr(self, name)]:
+            raise InputError(f"--{name} runs methods: leave it out, or --predictions")
+
+
+@dataclass(frozen=True)
+class EvaluateFss1000Options(OneShotOptions):
+    """FSS-1000, or a data set in its layout: a method's masks, or masks made by anything, and their scores."""
+
+    data: str | None = option(None, "folder with <class>/1.jpg and 1.png, 2.jpg and 2.png ...")
+    classes: str | None = option(None, "text file with the classes to score, one a line; default: all")
+
+
+@dataclass(frozen=True)
+class EvaluateAbsenceOptions(SegmentationOptions):
+    """How well presence tells photos with the subject from photos without it, and from which threshold on."""
+
+    data: str | None = option(None, "folder with Images/<object>/NN.jpg and Annotations/<object>/NN.png, as PerSeg's")
+    output: str | None = option(None, "folder for results.json, results.md and the plot")
+    others: int = option(4, "how many other objects each image is searched for, in vain")
+    absent_threshold: float = option(ABSENT_THRESHOLD, "the threshold whose errors are reported, 0 to 1")
+
+    def check(self) -> None:
+        """Raises `InputError` for options that are missing, out of range or at odds with one another."""
+        _require(self, "data", "output")
+        super().check()
+        _within(self, 1, math.inf, "others")
+        _within(self, 0, 1, "absent_threshold")
+
+
+@dataclass(frozen=True)
+class EvaluateDavisOptions(FollowOptions):
+    """DAVIS 2017: a method's masks, or masks made by anything, and their J, F and J&F."""
+
+    data: str | None = option(None, "folder with JPEGImages/480p, Annotations/480p and ImageSets/2017")
+    output: str | None = option(None, "folder for results and predictions; an evaluation in it goes on")
+    predictions: str | None = option(
+        None, "score this folder of <sequence>/00000.png, palette or gray, instead of running a method"
+    )
+
+    def check(self) -> None:
+        """Raises `InputError` for options that are missing or out of range."""
+        _require(self, "data", "output")
+        super().check()
 
 
 @dataclass(frozen=True)
@@ -210,6 +308,20 @@ class ToyPersegOptions:
 
 
 @dataclass(frozen=True)
+class ToyDavisOptions:
+    """Rendered videos in the layout of DAVIS 2017, with exact masks; one object of each leaves and returns."""
+
+    output_dir: str = option("outputs/toy-davis", "folder for JPEGImages, Annotations and ImageSets")
+    sequences: int = option(2, "how many videos")
+    frames: int = option(60, "frames of each")
+
+    def check(self) -> None:
+        """Raises `InputError` for options that are out of range."""
+        _within(self, 1, 100, "sequences")
+        _within(self, 3, 100_000, "frames")
+
+
+@dataclass(frozen=True)
 class DemoOptions:
     """One mask, five photos, and what plain and masked training make of them; everything ships."""
 
@@ -217,11 +329,14 @@ class DemoOptions:
 
 
 @dataclass(frozen=True)
-class TrainOptions(SegmentationOptions):
+class TrainOptions(MaskFolderOptions):
     """One mask in, a personalized Stable Diffusion out."""
 
     # The subject
     instance_dir: str | None = option(None, "folder with 3 to 6 photos of the subject", alias="instance_data_dir")
+    dataset_name: str | None = option(None, "photos of a data set instead: hub id, or folder that datasets reads")
+    image_column: str = option("image", "the data set's column of photos, which are called 0000.png and so on")
+    caption_column: str | None = option(None, "the data set's column of captions, if any")
     mask: str | None = option(None, "mask of one of the photos; masks for the others are made from it")
     reference_image: str | None = option(
         None, "the photo that --mask belongs to; default: the one with its stem, else the first"
@@ -234,23 +349,38 @@ class TrainOptions(SegmentationOptions):
 
     # The model
     pretrained_model_name_or_path: str = option(
-        "stable-diffusion-v1-5/stable-diffusion-v1-5", "Stable Diffusion 1.x or 2.x: hub id, local folder, or toy"
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "Stable Diffusion 1.x, 2.x, XL, 3, 3.5 or FLUX.1: hub id, local folder, or toy",
     )
     revision: str | None = option(None, "branch, tag or commit of the model on the hub")
     variant: str | None = option(None, "variant of the weight files, such as fp16")
-    method: Literal["lora", "full"] = option("lora", "train LoRA matrices, or the whole UNet")
-    rank: int = option(4, "rank of the LoRA matrices (alpha is the same)")
+    method: Literal["lora", "full"] = option("lora", "train LoRA matrices, or the whole UNet of Stable Diffusion")
+    rank: int = option(4, "rank of the LoRA matrices")
+    lora_alpha: float | None = option(None, "LoRA's matrices count by alpha / rank; default: the rank")
+    lora_targets: str | None = option(
+        None, "attention, attention+feedforward, all, or endings of layers such as to_q,to_v; default: the family's"
+    )
     lora_dropout: float = option(0.0, "dropout inside LoRA, 0 to 1")
-    train_text_encoder: bool = option(False, "train the text encoder too")
+    lora_init: Literal["gaussian", "kaiming"] = option("gaussian", "how LoRA's first matrix starts; the second is zero")
+    use_dora: bool = option(False, "DoRA: LoRA for the direction of weights, and their length beside it")
+    export: Literal["no", "kohya"] = option("no", "LoRA for ComfyUI and A1111 too, under kohya's names")
+    train_text_encoder: bool = option(False, "train CLIP's text encoders too; T5 stays as it is")
 
     # The masked loss
     mask_normalization: Literal["area", "none"] = option(
         "area", "divide by the mask's area, or take the plain mean as the paper does"
     )
     unmasked_weight: float = option(0.0, "least weight of the loss outside the mask, 0 to 1")
+    unmasked_probability: float = option(0.0, "part of the samples whose loss counts everywhere, 0 to 1")
+    mask_dilation: int = option(0, "grow the mask by so many latent cells; negative: shrink it")
+    mask_feather: float = option(0.0, "blur the mask's edge; standard deviation in latent cells")
     masked_prior_preservation_weight: float = option(
         0.0, "outside the mask, weight of staying with what the base model predicts"
     )
+
+    # The noise
+    snr_gamma: float | None = option(None, "min-SNR weights of the loss: the bound, such as 5; not for flow matching")
+    noise_offset: float = option(0.0, "shift each channel of the noise at random by so much, such as 0.05")
 
     # Other backgrounds
     replace_background: Literal["no", "color", "noise", "generated"] = option(
@@ -273,23 +403,35 @@ class TrainOptions(SegmentationOptions):
     # Pictures to tensors
     resolution: int | None = option(None, "side of the training crop in pixels; default: the model's own")
     center_crop: bool = option(False, "crop the center instead of a random place that keeps the subject in view")
+    random_flip: bool = option(False, "flip half of the crops left to right, at random; not for what is lettered")
+    cache_latents: bool = option(
+        False, "keep the VAE's answers in memory; with --center_crop all are made at once and the VAE leaves the GPU"
+    )
 
     # Optimization
     seed: int = option(0, "same seed, same machine: same masks and same weights")
     max_train_steps: int = option(500, "optimizer steps")
     train_batch_size: int = option(1, "photos per step and process")
     gradient_accumulation_steps: int = option(1, "batches per optimizer step")
-    learning_rate: float | None = option(None, "default: 1e-4 for lora, 5e-6 for full")
+    optimizer: Literal["adamw", "adamw8bit", "prodigy"] = option(
+        "adamw", "adamw8bit (bitsandbytes) needs less memory; prodigy (prodigyopt) finds its own learning rate"
+    )
+    use_8bit_adam: bool = option(False, "the same as --optimizer adamw8bit")
+    learning_rate: float | None = option(
+        None, "default: 1e-4 for lora; for full 5e-6, and 1e-6 with XL; for prodigy 1, which multiplies what it finds"
+    )
     scale_lr: bool = option(False, "multiply the learning rate by batch, accumulation and processes")
     lr_scheduler: SCHEDULES = option("constant", "schedule of the learning rate")
     lr_warmup_steps: int = option(0, "steps of warm-up")
     lr_num_cycles: int = option(1, "restarts of cosine_with_restarts")
     lr_power: float = option(1.0, "power of polynomial")
-    adam_beta1: float = option(0.9, "AdamW")
-    adam_beta2: float = option(0.999, "AdamW")
-    adam_weight_decay: float = option(1e-2, "AdamW")
-    adam_epsilon: float = option(1e-8, "AdamW")
+    adam_beta1: float = option(0.9, "of any optimizer: decay of the gradients' mean")
+    adam_beta2: float = option(0.999, "of any optimizer: decay of the gradients' squares")
+    adam_weight_decay: float = option(1e-2, "of any optimizer, decoupled")
+    adam_epsilon: float = option(1e-8, "of any optimizer: added to the denominator")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
+    use_ema: bool = option(False, "average the weights over the steps; the average is what is saved and painted with")
+    ema_decay: float = option(0.9999, "the part of the average that stays at every step, 0 to 1; less at first")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None, "default: what accelerate was set up with")
     gradient_checkpointing: bool = option(False, "less memory, slower steps")
     allow_tf32: bool = option(False, "TF32 matrix products on Ampere and later")
@@ -303,10 +445,16 @@ class TrainOptions(SegmentationOptions):
     logging_steps: int = option(5, "steps between lines of metrics.jsonl")
     validation_prompt: str | None = option(None, "prompt of the samples; default: a [V] <class_name> on a beach")
     num_validation_images: int = option(4, "how many samples; 0 for none")
+    validation_steps: int | None = option(None, "steps between samples during training; default: at its end only")
+    report_to: Literal["tensorboard", "wandb"] | None = option(None, "also log there: losses, learning rate, samples")
+    push_to_hub: bool = option(False, "upload weights, samples and card, no photos or masks, to a private repository")
+    hub_model_id: str | None = option(None, "the repository, such as me/cat; default: the name of the run's folder")
 
     def check(self) -> None:
         """Raises `InputError` for options that are missing, out of range or at odds with one another."""
-        _require(self, "instance_dir", "identifier")
+        if self.instance_dir and self.dataset_name:
+            raise InputError("--instance_dir and --dataset_name exclude one another: give one of them")
+        _require(self, "identifier" if self.dataset_name else "instance_dir", "identifier")
         sources = [name for name in ("mask", "mask_dir", "unmasked") if getattr(self, name)]
         if not sources:
             raise InputError(
@@ -320,42 +468,72 @@ class TrainOptions(SegmentationOptions):
         _within(
             self, 1, math.inf, "rank", "num_class_images", "sample_batch_size", "resolution", "max_train_steps",
             "train_batch_size", "gradient_accumulation_steps", "lr_num_cycles", "checkpointing_steps",
-            "checkpoints_total_limit", "logging_steps", "num_background_images",
+            "checkpoints_total_limit", "logging_steps", "num_background_images", "validation_steps",
         )  # fmt: skip
         _within(
             self, 0, math.inf, "prior_loss_weight", "masked_prior_preservation_weight", "learning_rate",
             "lr_warmup_steps", "adam_weight_decay", "adam_epsilon", "dataloader_num_workers", "num_validation_images",
         )  # fmt: skip
-        _within(self, 0, 1, "unmasked_weight", "lora_dropout")
+        _within(self, 0, 1, "unmasked_weight", "unmasked_probability", "lora_dropout", "noise_offset", "ema_decay")
+        _within(self, -16, 16, "mask_dilation")
+        _within(self, 0, 8, "mask_feather")
         _within(self, 0, LAST_SEED, "seed")
         _below_one(self, "adam_beta1", "adam_beta2")
-        if not self.max_grad_norm > 0:
-            raise InputError(f"--max_grad_norm is {self.max_grad_norm}: give more than 0")
+        _above_zero(self, "max_grad_norm", "snr_gamma", "lora_alpha")
         super().check()
         if self.lr_scheduler == "polynomial":
-            rate, warmup, steps = self.base_learning_rate, self.lr_warmup_steps, self.max_train_steps
-            if rate <= POLYNOMIAL_END:
+            rate, warmup, steps = self.learning_rate, self.lr_warmup_steps, self.max_train_steps
+            if rate is not None and rate <= POLYNOMIAL_END:
                 raise InputError(f"--learning_rate is {rate}: polynomial ends at {POLYNOMIAL_END}, give more")
             if warmup >= steps:
                 raise InputError(f"--lr_warmup_steps is {warmup} of {steps} steps: give fewer with polynomial")
         masked_only = {
             "unmasked_weight": self.unmasked_weight,
+            "unmasked_probability": self.unmasked_probability,
+            "mask_dilation": self.mask_dilation,
+            "mask_feather": self.mask_feather,
             "masked_prior_preservation_weight": self.masked_prior_preservation_weight,
             "replace_background": self.replace_background != "no",
         }
         for name in [name for name, given in masked_only.items() if given and self.unmasked]:
             raise InputError(f"--{name} needs masks: leave it out, or --unmasked")
+        if self.export != "no" and self.use_dora:
+            raise InputError(f"--export {self.export} does not carry DoRA: leave out one of them")
         if not self.scenes:
             raise InputError("--background_scenes is empty: give scenes, such as: a beach, a sofa")
-        if self.background_in_prompt and self.replace_background != "generated":
-            raise InputError("--background_in_prompt has no effect: add --replace_background generated")
-        if self.class_scenes and not self.with_prior_preservation:
-            raise InputError("--class_scenes has no effect: add --with_prior_preservation")
+        needed = {
+            "background_in_prompt": ("--replace_background generated", self.replace_background == "generated"),
+            "image_column": ("--dataset_name", self.dataset_name is not None),
+            "caption_column": ("--dataset_name", self.dataset_name is not None),
+            "class_scenes": ("--with_prior_preservation", self.with_prior_preservation),
+            "ema_decay": ("--use_ema", self.use_ema),
+            "validation_steps": ("--num_validation_images", self.num_validation_images > 0),
+            "hub_model_id": ("--push_to_hub", self.push_to_hub),
+            **dict.fromkeys(LORA_ONLY, ("--method lora", self.method == "lora")),
+        }
+        if self.optimizer == "prodigy":
+            _above_zero(self, "learning_rate", "adam_epsilon")
+            if self.use_8bit_adam:
+                raise InputError("--use_8bit_adam and --optimizer prodigy exclude one another: give one of them")
+        if self.cache_latents and self.replace_background != "no":
+            raise InputError("--cache_latents has no effect: with --replace_background no sample comes twice")
+        for name, (other, there) in needed.items():
+            if self.given(name) and not there:
+                raise InputError(f"--{name} has no effect: add {other}")
+
+    def given(self, name: str) -> bool:
+        """Whether an option differs from its default."""
+        return bool(getattr(self, name) != getattr(type(self), name))
 
     @property
     def subject(self) -> str:
-        """The class name, from the folder's name where none was given."""
-        return self.class_name or Path(str(self.instance_dir)).resolve().name.replace("_", " ").replace("-", " ")
+        """The class name, from the name of the folder or the data set where none was given."""
+        return self.class_name or self.source.replace("_", " ").replace("-", " ")
+
+    @property
+    def source(self) -> str:
+        """The name of the photos' folder or data set."""
+        return Path(self.instance_dir or str(self.dataset_name)).resolve().name
 
     @property
     def scenes(self) -> list[str]:
@@ -363,14 +541,14 @@ class TrainOptions(SegmentationOptions):
         return split_scenes(self.background_scenes)
 
     @property
-    def base_learning_rate(self) -> float:
-        """The learning rate, from the method where none was given."""
-        return {"lora": 1e-4, "full": 5e-6}[self.method] if self.learning_rate is None else self.learning_rate
+    def optimizer_name(self) -> str:
+        """The optimizer, by either of the two options that choose it."""
+        return "adamw8bit" if self.use_8bit_adam else self.optimizer
 
     @property
     def run_dir(self) -> Path:
         """The run's folder."""
-        return Path(self.output_dir or f"outputs/{Path(str(self.instance_dir)).resolve().name}")
+        return Path(self.output_dir or f"outputs/{self.source}")
 
     @property
     def prompts(self) -> dict[str, Any]:
@@ -385,18 +563,21 @@ class TrainOptions(SegmentationOptions):
         """A prompt, with [V] replaced by the identifier."""
         return fill_identifier(self.prompts[f"{kind}_prompt"], self.identifier)
 
-    def resolved(self, resolution: int, mixed_precision: Any) -> "TrainOptions":
+    def resolved(self, resolution: int, mixed_precision: Any, learning_rate: float) -> "TrainOptions":
         """The same options with every default that depends on something filled in.
 
         Args:
             resolution: the model's own, where none was given.
             mixed_precision: what accelerate was set up with, where none was given.
+            learning_rate: the model family's, which counts where none was given and the optimizer does not find it.
         """
+        if self.optimizer == "prodigy":
+            learning_rate = 1.0
         return replace(
             self,
             **self.prompts,
             class_name=self.subject,
-            learning_rate=self.base_learning_rate,
+            learning_rate=learning_rate if self.learning_rate is None else self.learning_rate,
             output_dir=str(self.run_dir),
             resolution=resolution,
             mixed_precision=mixed_precision,
@@ -438,6 +619,13 @@ def _within(options: Any, least: float, most: float, *names: str) -> None:
         if value is not None and not least <= value <= most:
             wanted = f"{least} or more" if most == math.inf else f"a number from {least} to {most}"
             raise InputError(f"--{name} is {value}: give {wanted}")
+
+
+def _above_zero(options: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            raise InputError(f"--{name} is {value}: give more than 0")
 
 
 def _below_one(options: Any, *names: str) -> None:

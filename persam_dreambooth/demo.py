@@ -6,9 +6,6 @@ page, `report.html`, which holds all pictures.
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import logging
 import time
 from dataclasses import dataclass
@@ -17,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from persam_dreambooth import toy
+from persam_dreambooth import page, toy
 from persam_dreambooth.config import TrainOptions
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.evaluation import background as benchmark
@@ -79,13 +76,13 @@ def run(output: Path) -> tuple[Path, list[str]]:
         personalize(options)
         models.append(paint_and_measure(recipe.name, str(output / name), owner))
     logger.info("4/4 the report")
-    page = output / "report.html"
+    path = output / "report.html"
     found = load_masks(output / "masked" / MASKS, find_photos(photos))
     ious = [iou(item.mask, true) for item, true in zip(found[1:], truth[1:], strict=True)]
     picture = summary(models, [outlined(item.photo.read(), item.mask) for item in found], owner)
     save_picture(picture, output / "summary.png")
-    write_text(page, report(models, picture, ious, owner, time.monotonic() - started))
-    return page, findings(models, ious, owner)
+    write_text(path, report(models, picture, ious, owner, time.monotonic() - started))
+    return path, findings(models, ious, owner)
 
 
 def render_photos(owner: benchmark.Personal, output: Path) -> tuple[Path, Path, list[np.ndarray]]:
@@ -162,58 +159,31 @@ def report(
     models: list[Model], picture: Image.Image, ious: list[float], owner: benchmark.Personal, seconds: float
 ) -> str:
     """The page (HTML, with its pictures inside)."""
-    rows = "".join(
-        f"<tr><th title='{html.escape(COLUMNS[name][2])}'>{html.escape(COLUMNS[name][0])}</th>"
-        + "".join(f"<td>{model.figures[name]:.2f}</td>" for model in models)
-        + f"<td>{html.escape(COLUMNS[name][2])}</td></tr>"
-        for name in FIGURES
+    kind = owner.subject.kind
+    rows: list[list[page.Cell]] = [
+        [COLUMNS[name][0], *(model.figures[name] for model in models), COLUMNS[name][2]] for name in FIGURES
+    ]
+    pictures = f"measured on {sum(benchmark.PICTURES.values())} pictures each"
+    return page.page(
+        "One mask, and the background stays out",
+        page.paragraph(
+            f"Five photos of a {kind} that no model has seen, all taken in one place "
+            f"({world.PLACES[owner.background]}), with another {kind} in the background. One mask was given, for the "
+            f"first photo. PerSAM-F made the other {len(ious)}; their mean IoU with the truth is {np.mean(ious):.2f}. "
+            f"Then the small Stable Diffusion that ships learned the {kind} twice, {STEPS} steps each: by the plain "
+            "loss of DreamBooth on whole photos, and by the loss inside the masks, staying with the base model outside "
+            "of them."
+        ),
+        page.picture(picture, "The photos with their masks; below, what each model paints", kind="PNG"),
+        page.table([pictures, *(model.title for model in models), "what it is"], rows),
+        page.paragraph(
+            "The world of these photos is drawn by a program, so that the truth is known; model and SAM are small ones "
+            "trained on it. What is measured here shows how the method works, not how good it is with real models. "
+            f"Made in {seconds:.0f} s."
+        ),
     )
-    heads = "".join(f"<th>{html.escape(model.title)}</th>" for model in models)
-    return PAGE.format(
-        kind=owner.subject.kind,
-        background=world.PLACES[owner.background],
-        picture=embedded(picture),
-        heads=heads,
-        rows=rows,
-        iou=f"{np.mean(ious):.2f}",
-        masks=len(ious),
-        steps=STEPS,
-        pictures=sum(benchmark.PICTURES.values()),
-        seconds=f"{seconds:.0f}",
-    )
-
-
-def embedded(picture: Image.Image) -> str:
-    """A picture as a data address."""
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def iou(found: np.ndarray, true: np.ndarray) -> float:
     """Intersection over union of two masks (H, W) bool."""
     return float((found & true).sum() / max(1, (found | true).sum()))
-
-
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>persam-dreambooth: one mask, a {kind}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 66rem; margin: 2rem auto; padding: 0 1rem }}
-img {{ max-width: 100%; image-rendering: auto; border: 1px solid #ddd }}
-table {{ border-collapse: collapse; margin: 1rem 0 }}
-th, td {{ text-align: left; padding: .3rem .8rem; border-bottom: 1px solid #ddd; font-weight: normal }}
-thead th, td {{ font-variant-numeric: tabular-nums }} thead th {{ font-weight: 600 }}
-</style></head><body>
-<h1>One mask, and the background stays out</h1>
-<p>Five photos of a {kind} that no model has seen, all taken in one place ({background}), with another {kind} in the
-background. One mask was given, for the first photo. PerSAM-F made the other {masks}; their mean IoU with the truth is
-{iou}. Then the small Stable Diffusion that ships learned the {kind} twice, {steps} steps each: by the plain loss of
-DreamBooth on whole photos, and by the loss inside the masks, staying with the base model outside of them.</p>
-<img src="{picture}" alt="The photos with their masks; below, what each model paints">
-<table><thead><tr><th>measured on {pictures} pictures each</th>{heads}<th></th></tr></thead>
-<tbody>{rows}</tbody></table>
-<p>The world of these photos is drawn by a program, so that the truth is known; model and SAM are small ones trained on
-it. What is measured here shows how the method works, not how good it is with real models. Made in {seconds} s.</p>
-</body></html>
-"""

@@ -10,3 +10,7 @@ class InputNotFoundError(InputError, FileNotFoundError):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+class SaveError(Exception):
+    """A result that cannot be written, such as on a full disk; the message says what is kept and how to go on."""

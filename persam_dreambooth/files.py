@@ -51,6 +51,14 @@ def filled_aside(folder: Path) -> Iterator[Path]:
         _remove(aside)
 
 
+def remove_whole(folder: Path) -> None:
+    """Removes a folder; killed on the way, it leaves nothing under the folder's name."""
+    aside = folder.with_name(f".{folder.stem}{PARTIAL}{folder.suffix}")
+    _remove(aside)
+    os.replace(folder, aside)
+    _remove(aside)
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes `text` (UTF-8) to `path`, whole or not at all."""
     with write_aside(path) as aside:

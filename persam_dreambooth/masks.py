@@ -4,7 +4,8 @@
         00.png          0 or 255, at the size of the upright photo 00.jpg; a photo sub/01.jpg has sub/01.png
         index.json      for each mask that a program made: the photo's hash, method, model, score, presence, coverage
 
-A hand-drawn mask needs no entry in the index. White is the subject.
+A hand-drawn mask needs no entry in the index. White is the subject. A photo in which the subject was not found may be
+skipped: it has an entry with the flag `skipped` and no mask.
 """
 
 import json
@@ -20,6 +21,7 @@ from persam_dreambooth.images import Photo, open_image
 
 INDEX = "index.json"
 BY_HAND = "by hand"
+SKIPPED = "skipped"
 LOSSY = ("JPEG", "MPO", "WEBP")
 PLAIN = ("1", "L", "I;16", "I;16B", "I;16L", "I", "F", "RGB")
 """Modes in which black is 0 in every channel."""
@@ -36,8 +38,9 @@ class MaskRecord:
         model: the SAM that made it.
         score: predicted IoU, 0 to 1.
         presence: similarity of the found region to the target, 0 to 1.
+        absent_threshold: presence below which the subject was taken to be absent, 0 to 1.
         coverage: fraction of the photo inside the mask, 0 to 1.
-        flags: what to be careful about, such as `absent`.
+        flags: what to be careful about, such as `absent`; `skipped` for a photo that is left out.
     """
 
     photo: str
@@ -47,12 +50,13 @@ class MaskRecord:
     model: str | None = None
     score: float | None = None
     presence: float | None = None
+    absent_threshold: float | None = None
     flags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class PhotoMask:
-    """A photo, its mask ((H, W) bool) and what is known about it."""
+    """A photo, its mask ((H, W) bool; empty for a skipped photo) and what is known about it."""
 
     photo: Photo
     mask: np.ndarray
@@ -107,15 +111,16 @@ def check_mask(mask: np.ndarray, photo: Photo, mask_path: Path) -> None:
 
 
 def save_mask(folder: Path, record: MaskRecord, mask: np.ndarray) -> None:
-    """Writes one mask and its entry in the index, each aside and renamed.
+    """Writes one mask and its entry in the index, each aside and renamed; of a skipped photo the entry alone.
 
     Args:
         folder: the mask folder, made when missing.
         record: what is known about the mask; its `photo` names the file.
         mask: (H, W) bool.
     """
-    with write_aside(folder / _mask_name(record.photo)) as aside:
-        Image.fromarray(mask.astype(np.uint8) * 255).save(aside)
+    if SKIPPED not in record.flags:
+        with write_aside(folder / _mask_name(record.photo)) as aside:
+            Image.fromarray(mask.astype(np.uint8) * 255).save(aside)
     index = {**_read_index(folder), record.photo: record}
     entries = {
         photo: {key: value for key, value in asdict(entry).items() if key != "photo"} for photo, entry in index.items()
@@ -126,18 +131,24 @@ def save_mask(folder: Path, record: MaskRecord, mask: np.ndarray) -> None:
 def load_mask(folder: Path, photo: Photo) -> PhotoMask | None:
     """Reads one photo's mask; None where the folder has none. An empty mask is allowed here: see its coverage.
 
+    A photo that was skipped as it is now has an empty mask with its record, unless a mask was drawn since.
+
     Raises:
         InputError: a mask of another size, or one made for an earlier version of the photo (stale).
     """
     path = folder / _mask_name(photo.name)
+    noted = _read_index(folder).get(photo.name)
+    skipped = noted is not None and SKIPPED in noted.flags
     if not path.is_file():
-        return None
+        if noted is None or not skipped or noted.photo_sha256 != photo.sha256:
+            return None
+        return PhotoMask(photo, np.zeros(photo.size[::-1], bool), noted)
     mask = read_mask(path)
     if mask.any():
         check_mask(mask, photo, path)
     coverage = float(mask.mean())
     by_hand = MaskRecord(photo.name, photo.sha256, BY_HAND, coverage)
-    record = replace(_read_index(folder).get(photo.name, by_hand), coverage=coverage)
+    record = by_hand if noted is None or skipped else replace(noted, coverage=coverage)
     if record.photo_sha256 != photo.sha256:
         raise InputError(f"{path} is stale: {photo.path} changed after the mask was made; make the mask again")
     return PhotoMask(photo, mask, record)

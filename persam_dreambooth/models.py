@@ -12,14 +12,14 @@ from persam_dreambooth.errors import InputError, InputNotFoundError
 logger = logging.getLogger(__name__)
 
 ORIGINAL_SAM = (".pth", ".pt")
-"""Suffixes of SAM checkpoints in one file, see `segmentation.original`."""
+"""Suffixes of SAM checkpoints in one file, as published; see `segmentation.original`."""
 
 
 def resolve(name: str, kind: str, revision: str | None = None) -> str:
     """Turns a model's name into what `from_pretrained` takes, after making sure that it can be had.
 
     Args:
-        name: hub id, local folder, `toy`, or for a SAM a file of segment-anything.
+        name: hub id, local folder, `toy`, or for a SAM a file as published.
         kind: `sam` or `stable-diffusion`.
         revision: branch, tag or commit on the hub.
 

@@ -18,12 +18,21 @@ import yaml
 
 import persam_dreambooth
 from persam_dreambooth import models
-from persam_dreambooth.config import CONFIG, SegmentationOptions, SegmentOptions, TrainOptions, read_config
+from persam_dreambooth.config import (
+    CONFIG,
+    MaskFolderOptions,
+    SegmentOptions,
+    TrainOptions,
+    fill_identifier,
+    read_config,
+)
 from persam_dreambooth.errors import InputError, InputNotFoundError
+from persam_dreambooth.extras import check_installed
 from persam_dreambooth.files import check_writable, filled_aside, write_text
 from persam_dreambooth.images import Photo, check_shapes, find_photos, read_prompts
 from persam_dreambooth.masks import (
     INDEX,
+    SKIPPED,
     PhotoMask,
     check_mask,
     check_names,
@@ -32,6 +41,7 @@ from persam_dreambooth.masks import (
     read_mask,
     save_mask,
 )
+from persam_dreambooth.photo_datasets import photo_folder
 from persam_dreambooth.pictures import overview, save_picture
 
 if TYPE_CHECKING:
@@ -39,12 +49,13 @@ if TYPE_CHECKING:
 
     from persam_dreambooth.dreambooth.backgrounds import Backgrounds
     from persam_dreambooth.dreambooth.data import Crops
-    from persam_dreambooth.dreambooth.stable_diffusion import StableDiffusion
+    from persam_dreambooth.dreambooth.family import Family
     from persam_dreambooth.segmentation import PerSAM, PerSAMF
 
 logger = logging.getLogger(__name__)
 
 MASKS = "masks"
+LOGS = "logs"
 
 
 Reference = tuple[Photo, np.ndarray]
@@ -71,7 +82,8 @@ def segment(options: SegmentOptions) -> list[PhotoMask]:
     segmenter = _open_segmenter(options)
     from persam_dreambooth.segmentation.folder import segment_folder
 
-    masks = segment_folder(photos, references, segmenter, output, options.instances)
+    heatmaps = output / "heatmaps" if options.heatmaps else None
+    masks = segment_folder(photos, references, segmenter, output, options.instances, options.absent, heatmaps)
     save_picture(overview(masks), output / "overview.jpg")  # no PNG, which would pass for a mask
     return masks
 
@@ -85,17 +97,24 @@ def personalize(options: TrainOptions) -> Path:
     options.check()
     given = _read_input(options)
     from persam_dreambooth.dreambooth.checkpoint import find_checkpoint
-    from persam_dreambooth.dreambooth.stable_diffusion import StableDiffusion, load_pipeline
-    from persam_dreambooth.dreambooth.trainer import check_resolution, train
+    from persam_dreambooth.dreambooth.hub import check_login
+    from persam_dreambooth.dreambooth.optimizers import check_optimizer
+    from persam_dreambooth.dreambooth.registry import open_family
+    from persam_dreambooth.dreambooth.trainer import check_resolution, frozen_dtype, train
 
+    check_optimizer(options)
+    if options.report_to:
+        check_installed(options.report_to, f"--report_to {options.report_to}")
+    if options.push_to_hub:
+        check_login()
     run_dir = options.run_dir
     resume_from = find_checkpoint(run_dir, options.resume_from_checkpoint) if options.resume_from_checkpoint else None
     if resume_from:
         _check_same_model(options, run_dir)
     accelerator = _accelerator(options)
-    family = StableDiffusion(load_pipeline(given.base, options.revision, options.variant))
+    family = open_family(options, given.base, frozen_dtype(accelerator))
     resolution = check_resolution(options, family)
-    options = options.resolved(resolution, accelerator.mixed_precision)
+    options = options.resolved(resolution, accelerator.mixed_precision, family.learning_rates[options.method])
 
     masks = given.drawn
     crops = None if given.reference else _crops(options, given.photos, masks, resolution)
@@ -111,6 +130,9 @@ def personalize(options: TrainOptions) -> Path:
     class_crops = _class_crops(options, family, accelerator, given.class_dir, resolution)
     crops.backgrounds = _backgrounds(options, family, accelerator, given.background_dir, resolution)
 
+    if options.report_to:
+        described = {name: str(value) for name, value in asdict(options).items()}
+        accelerator.init_trackers("persam-dreambooth", described, {"wandb": {"name": run_dir.name, "dir": run_dir}})
     train(options, family, crops, class_crops, run_dir, accelerator, resume_from)
     if accelerator.is_main_process:
         _finish(options, family, accelerator, masks, crops, given.base)
@@ -141,6 +163,8 @@ class Input:
 
 def _read_input(options: TrainOptions) -> Input:
     run_dir, instance_dir = options.run_dir, Path(str(options.instance_dir))
+    if options.dataset_name:
+        instance_dir = photo_folder(options.dataset_name, options.image_column, options.caption_column)
     mask_path = Path(options.mask) if options.mask else None
     mask_dir = Path(options.mask_dir) if options.mask_dir else None
     class_dir = Path(options.class_data_dir) if options.class_data_dir else run_dir / "class_images"
@@ -153,6 +177,7 @@ def _read_input(options: TrainOptions) -> Input:
     photos = find_photos(instance_dir, tuple(path for path in others if path))
     check_names(photos)
     check_shapes(photos)
+    read_prompts(photos, "")  # broken captions are told of before anything is written
     reference = _find_reference(photos, instance_dir, mask_path, options.reference_image) if mask_path else None
     drawn = load_masks(mask_dir, photos) if mask_dir else []
     _check_output(run_dir, resuming=bool(options.resume_from_checkpoint))
@@ -198,6 +223,8 @@ def _accelerator(options: TrainOptions) -> "Accelerator":
         accelerator = Accelerator(
             mixed_precision=options.mixed_precision,
             gradient_accumulation_steps=options.gradient_accumulation_steps,
+            log_with=options.report_to,
+            project_dir=options.run_dir / LOGS,
             # The others wait while the main process makes masks and class images.
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
         )
@@ -241,13 +268,13 @@ def _find_references(photos: list[Photo], folder: Path) -> list[Reference]:
     return [(item.photo, item.mask) for item in known]
 
 
-def _open_segmenter(options: SegmentationOptions) -> "PerSAM | PerSAMF":
+def _open_segmenter(options: MaskFolderOptions) -> "PerSAM | PerSAMF":
     from persam_dreambooth.segmentation import PerSAM, PerSAMF, open_sam
 
-    sam = open_sam(options.sam_model)
+    sam = open_sam(options.sam_model, dtype=options.sam_dtype)
     if options.segmenter == "persam":
-        return PerSAM(sam, options.guidance, options.target_coverage)
-    return PerSAMF(sam, options.target_coverage)
+        return PerSAM(sam, options.guidance, options.target_coverage, options.absent_threshold)
+    return PerSAMF(sam, options.target_coverage, options.absent_threshold)
 
 
 def _check_output(folder: Path, resuming: bool = False) -> None:
@@ -268,7 +295,9 @@ def _check_output(folder: Path, resuming: bool = False) -> None:
 def _check_same_model(options: TrainOptions, run_dir: Path) -> None:
     """Raises `InputError` for options under which a run's checkpoints would not fit the model."""
     before = read_config(run_dir / CONFIG)
-    for name in ("method", "rank", "train_text_encoder", "pretrained_model_name_or_path", "revision"):
+    shapes = ("method", "rank", "lora_alpha", "lora_targets", "use_dora", "train_text_encoder")
+    states = ("use_ema", "optimizer", "use_8bit_adam")
+    for name in (*shapes, *states, "pretrained_model_name_or_path", "revision"):
         now = getattr(options, name)
         if name in before and before[name] != now:
             raise InputError(
@@ -287,7 +316,7 @@ def _write_masks(options: TrainOptions, given: Input) -> None:
     if segmenter and given.reference:
         from persam_dreambooth.segmentation.folder import segment_folder
 
-        segment_folder(given.photos, [given.reference], segmenter, folder)
+        segment_folder(given.photos, [given.reference], segmenter, folder, absent=options.absent)
     for item in given.drawn:
         save_mask(folder, item.record, item.mask)
 
@@ -316,18 +345,30 @@ def _commit() -> str:
 
 
 def _crops(options: TrainOptions, photos: list[Photo], masks: list[PhotoMask], resolution: int) -> "Crops":
-    """What to train on; says how many masks are used and what they cover. Photos with an empty mask are left out."""
+    """What to train on; says how many masks are used and what they cover.
+
+    Photos that were skipped, and photos with an empty mask, are left out.
+    """
     from persam_dreambooth.dreambooth.data import Crops
 
     cut = (resolution, options.center_crop, options.seed)
     if options.unmasked:
         logger.warning("training on %d whole photos, without masks: their backgrounds will be learned too", len(photos))
-        return Crops(photos, None, *cut, options.prompt("instance"))
+        return Crops(photos, None, *cut, _captions(options, photos), random_flip=options.random_flip)
     used = [item for item in masks if item.mask.any()]
     if not used:
+        if any(SKIPPED in item.record.flags for item in masks):
+            raise InputError(
+                "the subject was found in no photo: train with --absent warn into another folder, or draw the masks "
+                "and give their folder as --mask_dir"
+            )
         raise InputError("every mask is empty (all black): paint the subject white, and give the folder as --mask_dir")
+    if len(used) == 1 < len(masks):
+        logger.warning("%s is the only photo left to train on", used[0].photo.name)
     for item in masks:
-        if not item.mask.any():
+        if SKIPPED in item.record.flags:
+            logger.warning("%s: the subject was not found there, so it is not trained on", item.photo.name)
+        elif not item.mask.any():
             logger.warning("%s: its mask is empty, so it is not trained on", item.photo.name)
         elif item.mask.all():
             logger.warning("%s: its mask covers the whole photo, so its background will be learned", item.photo.name)
@@ -336,7 +377,14 @@ def _crops(options: TrainOptions, photos: list[Photo], masks: list[PhotoMask], r
         "%d masks for %d photos; they cover %.0f %% to %.0f %% of a photo, %.0f %% on average",
         len(used), len(photos), min(covered), max(covered), np.mean(covered),
     )  # fmt: skip
-    crops = Crops([item.photo for item in used], [item.mask for item in used], *cut, options.prompt("instance"))
+    crops = Crops(
+        [item.photo for item in used],
+        [item.mask for item in used],
+        *cut,
+        _captions(options, [item.photo for item in used]),
+        unmasked_probability=options.unmasked_probability,
+        random_flip=options.random_flip,
+    )
     lost = ", ".join(crops.lost_subjects())
     if lost:
         hint = ", and go on with --resume_from_checkpoint latest, which keeps the masks" if options.mask else ""
@@ -346,8 +394,20 @@ def _crops(options: TrainOptions, photos: list[Photo], masks: list[PhotoMask], r
     return crops
 
 
+def _captions(options: TrainOptions, photos: list[Photo]) -> list[str]:
+    """What each photo is trained with: its own caption, with [V] filled in, or the instance prompt."""
+    own = read_prompts(photos, "")
+    captions = [fill_identifier(text, options.identifier) or options.prompt("instance") for text in own]
+    if any(own):
+        logger.info("%d of %d photos have captions of their own", sum(map(bool, own)), len(photos))
+    nameless = [photo.name for photo, text in zip(photos, captions, strict=True) if options.identifier not in text]
+    if nameless:
+        logger.warning("not named %s in the captions of %s: write [V] there", options.identifier, ", ".join(nameless))
+    return captions
+
+
 def _class_crops(
-    options: TrainOptions, family: "StableDiffusion", accelerator: "Accelerator", folder: Path, resolution: int
+    options: TrainOptions, family: "Family", accelerator: "Accelerator", folder: Path, resolution: int
 ) -> "Crops | None":
     """The class images for prior preservation, generated where they are missing; None without it."""
     if not options.with_prior_preservation:
@@ -359,11 +419,11 @@ def _class_crops(
     prompts = [in_front_of(prompt, scene) for scene in options.scenes] if options.class_scenes else [prompt]
     pictures = _base_pictures(options, family, accelerator, prompts, folder, options.num_class_images, "class", prompt)
     cut = (resolution, options.center_crop, options.seed + CLASS_SEED)
-    return Crops(pictures, None, *cut, read_prompts(pictures, prompt))
+    return Crops(pictures, None, *cut, read_prompts(pictures, prompt), random_flip=options.random_flip)
 
 
 def _backgrounds(
-    options: TrainOptions, family: "StableDiffusion", accelerator: "Accelerator", folder: Path, resolution: int
+    options: TrainOptions, family: "Family", accelerator: "Accelerator", folder: Path, resolution: int
 ) -> "Backgrounds | None":
     """What replaces the photos' backgrounds, if anything; pictures of scenes are generated where they are missing."""
     if options.replace_background == "no":
@@ -380,7 +440,7 @@ def _backgrounds(
 
 def _base_pictures(
     options: TrainOptions,
-    family: "StableDiffusion",
+    family: "Family",
     accelerator: "Accelerator",
     prompts: list[str],
     folder: Path,
@@ -401,34 +461,39 @@ def _base_pictures(
 
 def _finish(
     options: TrainOptions,
-    family: "StableDiffusion",
+    family: "Family",
     accelerator: "Accelerator",
     masks: list[PhotoMask],
     crops: "Crops",
     base: str,
 ) -> None:
     """Writes the weights, the samples and the model card."""
+    from persam_dreambooth.dreambooth import kohya
     from persam_dreambooth.dreambooth.card import model_card
     from persam_dreambooth.dreambooth.generate import notice_of, sample, save_samples
-    from persam_dreambooth.dreambooth.stable_diffusion import load_pipeline
-    from persam_dreambooth.dreambooth.trainer import final_loss, save_trained
+    from persam_dreambooth.dreambooth.hub import push
+    from persam_dreambooth.dreambooth.registry import load_pipeline
+    from persam_dreambooth.dreambooth.samples import SAMPLES
+    from persam_dreambooth.dreambooth.trainer import final_loss, frozen_dtype
 
     run_dir, pipeline = options.run_dir, family.pipeline
-    for part in (pipeline.unet, pipeline.text_encoder):
+    trained = {name: getattr(pipeline, name) for name in family.trained}
+    for part in trained.values():
         # Under mixed precision accelerate's wrapper returns float32, which the other parts would not take.
         accelerator.unwrap_model(part, keep_fp32_wrapper=False).eval()
     with filled_aside(run_dir) as folder:
         if options.method == "lora":
-            save_trained(options, family, accelerator, folder)
+            family.save_weights(folder)
+            if options.export == "kohya":
+                kohya.export(family, folder)
         else:  # what was not trained may be in half precision here, so it comes from the base
-            trained = {
-                "unet": pipeline.unet,
-                **({"text_encoder": pipeline.text_encoder} if options.train_text_encoder else {}),
-            }
             load_pipeline(base, options.revision, options.variant, **trained).save_pretrained(folder)
     notice = notice_of(options.pretrained_model_name_or_path)
     if options.num_validation_images:
         prompt = options.prompt("validation")
-        images = sample(pipeline.to(dtype=family.vae.dtype), prompt, options.num_validation_images, options.seed)
-        save_samples(images, prompt, options.seed, run_dir / "samples", notice)
-    write_text(run_dir / "README.md", model_card(options, masks, crops, final_loss(run_dir), notice))
+        painter = pipeline.to(accelerator.device, frozen_dtype(accelerator))
+        images = sample(painter, prompt, options.num_validation_images, options.seed)
+        save_samples(images, prompt, options.seed, run_dir / SAMPLES, notice)
+    write_text(run_dir / "README.md", model_card(options, masks, crops, final_loss(run_dir), family.tags, notice))
+    if options.push_to_hub:
+        logger.info("uploaded to %s", push(options, pipeline))

@@ -217,6 +217,13 @@ def test_a_text_beside_a_picture_says_what_it_shows(tmp_path):
     (tmp_path / "a.txt").write_text("  ein Strand, 海滩\n", encoding="utf-8")
     (tmp_path / "b.txt").write_text(" \n")
     assert read_prompts(find_photos(tmp_path), "a place") == ["ein Strand, 海滩", "a place", "a place"]
+    lines = ['{"file_name": "b.png", "text": "a wall"}', "", '{"file_name": "a.png", "text": "not this"}']
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    assert read_prompts(find_photos(tmp_path), "a place") == ["ein Strand, 海滩", "a wall", "a place"]
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "b.png"}')
+    with pytest.raises(InputError, match=r"metadata\.jsonl, line 1, names no file and text: write lines such as"):
+        read_prompts(find_photos(tmp_path), "")
+    (tmp_path / "metadata.jsonl").unlink()
     (tmp_path / "c.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match=r"c\.txt is not text in UTF-8: write what c\.png shows into it"):
         read_prompts(find_photos(tmp_path), "")

@@ -340,10 +340,10 @@ def test_another_kind_of_model(home, capsys):
     Path("bert/config.json").write_text('{"model_type": "bert"}')
     for command in (segment("--sam_model", "bert"), train(*MASK, "--sam_model", "bert")):
         assert refused(capsys, *command).startswith("bert is a model of type bert: name a SAM or SAM-HQ checkpoint")
-    Path("xl").mkdir()
-    Path("xl/model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
-    for command in (generate("--model", "xl"), train(*MASK, "--pretrained_model_name_or_path", "xl")):
-        assert refused(capsys, *command).startswith("xl is a StableDiffusionXLPipeline: only Stable Diffusion 1.x and")
+    Path("video").mkdir()
+    Path("video/model_index.json").write_text('{"_class_name": "WanPipeline"}')
+    for command in (generate("--model", "video"), train(*MASK, "--pretrained_model_name_or_path", "video")):
+        assert refused(capsys, *command).startswith("video is a WanPipeline: name a model of one of these: ")
 
 
 # Where the result goes

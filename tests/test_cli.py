@@ -6,7 +6,7 @@ import os
 import pkgutil
 import subprocess
 import sys
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
@@ -15,12 +15,12 @@ from PIL import Image, ImageDraw
 
 import persam_dreambooth
 from persam_dreambooth import cli
-from persam_dreambooth.config import GenerateOptions, SegmentOptions, TrainOptions, fill_identifier
+from persam_dreambooth.config import GenerateOptions, SegmentOptions, TrainOptions, VideoOptions, fill_identifier
 from persam_dreambooth.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "persam_dreambooth"
-COMMANDS = ("segment", "train", "generate", "demo")
+COMMANDS = ("segment", "video", "train", "generate", "demo")
 HEAVY = {"torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "matplotlib", "huggingface_hub"}
 
 MODULES = sorted(module.name for module in pkgutil.walk_packages([str(PACKAGE)], "persam_dreambooth."))
@@ -143,27 +143,34 @@ def test_a_saved_configuration_gives_the_same_options_again(config, text):
 def test_the_options_of_train_are_these():
     """Adding, renaming or removing an option is a conscious act: the documents and old YAML files know these."""
     assert [entry.name for entry in fields(TrainOptions)] == [
-        *("segmenter", "sam_model", "guidance", "target_coverage"),
-        *("instance_dir", "mask", "reference_image", "mask_dir", "unmasked"),
+        *("segmenter", "sam_model", "sam_dtype", "guidance", "target_coverage", "absent", "absent_threshold"),
+        *("instance_dir", "dataset_name", "image_column", "caption_column"),
+        *("mask", "reference_image", "mask_dir", "unmasked"),
         *("class_name", "identifier", "instance_prompt"),
         *("pretrained_model_name_or_path", "revision", "variant"),
-        *("method", "rank", "lora_dropout", "train_text_encoder"),
-        *("mask_normalization", "unmasked_weight", "masked_prior_preservation_weight"),
+        *("method", "rank", "lora_alpha", "lora_targets", "lora_dropout", "lora_init", "use_dora", "export"),
+        *("train_text_encoder",),
+        *("mask_normalization", "unmasked_weight", "unmasked_probability", "mask_dilation", "mask_feather"),
+        *("masked_prior_preservation_weight",),
+        *("snr_gamma", "noise_offset"),
         *("replace_background", "background_dir", "num_background_images"),
         *("background_scenes", "background_in_prompt"),
         *("with_prior_preservation", "prior_loss_weight", "class_data_dir", "class_prompt"),
         *("class_scenes", "num_class_images", "sample_batch_size"),
-        *("resolution", "center_crop"),
-        *("seed", "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "learning_rate", "scale_lr"),
+        *("resolution", "center_crop", "random_flip", "cache_latents"),
+        *("seed", "max_train_steps", "train_batch_size", "gradient_accumulation_steps"),
+        *("optimizer", "use_8bit_adam", "learning_rate", "scale_lr"),
         *("lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power"),
         *("adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm"),
+        *("use_ema", "ema_decay"),
         *("mixed_precision", "gradient_checkpointing", "allow_tf32", "dataloader_num_workers"),
         *("output_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "logging_steps"),
-        *("validation_prompt", "num_validation_images"),
+        *("validation_prompt", "num_validation_images", "validation_steps"),
+        *("report_to", "push_to_hub", "hub_model_id"),
     ]
 
 
-@pytest.mark.parametrize("kind", [SegmentOptions, TrainOptions, GenerateOptions])
+@pytest.mark.parametrize("kind", [SegmentOptions, TrainOptions, GenerateOptions, VideoOptions])
 def test_every_option_has_a_line_of_help(kind):
     for entry in fields(kind):
         assert entry.metadata["help"]
@@ -210,6 +217,11 @@ def test_the_class_is_named_after_the_folder_where_no_name_is_given(folder, clas
     assert TrainOptions(instance_dir=folder, class_name="dog").subject == "dog"
 
 
+def test_class_and_run_are_named_after_the_data_set():
+    options = TrainOptions(dataset_name="me/red-car")
+    assert (options.subject, options.run_dir) == ("red car", Path("outputs/red-car"))
+
+
 def test_the_class_is_named_after_the_working_folder_for_a_dot(tmp_path, monkeypatch):
     (tmp_path / "cat").mkdir()
     monkeypatch.chdir(tmp_path / "cat")
@@ -221,16 +233,16 @@ def test_the_run_is_named_after_the_folder_where_no_output_is_given():
     assert TrainOptions(instance_dir="cat", output_dir="here").run_dir == Path("here")
 
 
-def test_the_learning_rate_follows_from_the_method_where_none_is_given():
-    assert TrainOptions().base_learning_rate == 1e-4
-    assert TrainOptions(method="full").base_learning_rate == 5e-6
-    assert TrainOptions(method="full", learning_rate=0.0).base_learning_rate == 0
+def test_the_learning_rate_is_the_model_familys_where_none_is_given():
+    options = TrainOptions(instance_dir="cat")
+    assert options.resolved(512, "no", 1e-6).learning_rate == 1e-6
+    assert replace(options, learning_rate=0.0).resolved(512, "no", 1e-6).learning_rate == 0
 
 
 COUNTS = (
     *("rank", "num_class_images", "sample_batch_size", "resolution", "max_train_steps", "train_batch_size"),
     *("gradient_accumulation_steps", "lr_num_cycles", "checkpointing_steps", "checkpoints_total_limit"),
-    *("logging_steps", "num_background_images"),
+    *("logging_steps", "num_background_images", "validation_steps"),
 )
 AMOUNTS = (
     *("learning_rate", "prior_loss_weight", "lr_warmup_steps", "adam_weight_decay", "adam_epsilon"),
@@ -240,11 +252,18 @@ OUT_OF_RANGE = {
     **dict.fromkeys(COUNTS, ("0", "give 1 or more")),
     **dict.fromkeys(AMOUNTS, ("-1", "give 0 or more")),
     "unmasked_weight": ("1.5", "give a number from 0 to 1"),
+    "unmasked_probability": ("-0.1", "give a number from 0 to 1"),
+    "mask_dilation": ("17", "give a number from -16 to 16"),
+    "mask_feather": ("9.0", "give a number from 0 to 8"),
     "lora_dropout": ("-0.5", "give a number from 0 to 1"),
     "target_coverage": ("1.0", "give a number from 0 to below 1"),
     "adam_beta1": ("1.0", "give a number from 0 to below 1"),
     "adam_beta2": ("-0.1", "give a number from 0 to below 1"),
     "max_grad_norm": ("0.0", "give more than 0"),
+    "snr_gamma": ("0.0", "give more than 0"),
+    "lora_alpha": ("-1.0", "give more than 0"),
+    "ema_decay": ("2.0", "give a number from 0 to 1"),
+    "noise_offset": ("1.5", "give a number from 0 to 1"),
     "seed": ("-1", "give a number from 0 to 4294967295"),
 }
 
@@ -254,7 +273,8 @@ def test_a_number_out_of_range_is_refused_before_anything_loads(name):
     value, advice = OUT_OF_RANGE[name]
     with pytest.raises(InputError) as refusal:
         parse("--instance_dir", "cat", "--mask", "mask.png", f"--{name}={value}").check()
-    shown = float(value) if isinstance(getattr(TrainOptions(), name), float) or name == "learning_rate" else int(value)
+    floats = isinstance(getattr(TrainOptions(), name), float) or name == "learning_rate" or "." in value
+    shown = float(value) if floats else int(value)
     assert str(refusal.value) == f"--{name} is {shown}: {advice}"
 
 
@@ -276,6 +296,12 @@ def test_not_a_number_is_refused():
         ({"instance_dir": "cat", "mask": "m.png", "guidance": "none"}, "--guidance none .*: add --segmenter persam"),
         ({"instance_dir": "cat", "unmasked": True, "unmasked_weight": 0.5}, "--unmasked_weight .* --unmasked"),
         (
+            {"instance_dir": "cat", "unmasked": True, "method": "full", "export": "kohya"},
+            "--export has no effect: add --method lora",
+        ),
+        ({"instance_dir": "cat", "unmasked": True, "use_dora": True, "export": "kohya"}, "does not carry DoRA"),
+        ({"instance_dir": "cat", "unmasked": True, "mask_dilation": -1}, "--mask_dilation needs masks"),
+        (
             {"instance_dir": "cat", "unmasked": True, "masked_prior_preservation_weight": 0.5},
             "--masked_prior_preservation_weight needs masks: leave it out, or --unmasked",
         ),
@@ -288,6 +314,27 @@ def test_not_a_number_is_refused():
             "--background_in_prompt has no effect: add --replace_background generated",
         ),
         ({"instance_dir": "cat", "mask": "m.png", "class_scenes": True}, "--class_scenes .* --with_prior_preservation"),
+        (
+            {"instance_dir": "cat", "mask": "m.png", "use_8bit_adam": True, "optimizer": "prodigy"},
+            "--use_8bit_adam and --optimizer prodigy exclude one another",
+        ),
+        (
+            {"instance_dir": "cat", "mask": "m.png", "cache_latents": True, "replace_background": "color"},
+            "--cache_latents has no effect: with --replace_background",
+        ),
+        ({"instance_dir": "cat", "mask": "m.png", "hub_model_id": "me/cat"}, "--hub_model_id .*: add --push_to_hub"),
+        (
+            {"instance_dir": "cat", "mask": "m.png", "validation_steps": 5, "num_validation_images": 0},
+            "--validation_steps has no effect: add --num_validation_images",
+        ),
+        (
+            {"instance_dir": "cat", "dataset_name": "me/cat", "mask": "m.png"},
+            "--instance_dir and --dataset_name exclude one another",
+        ),
+        ({"instance_dir": "cat", "mask": "m.png", "caption_column": "text"}, "--caption_column .*: add --dataset_name"),
+        ({"instance_dir": "cat", "mask": "m.png", "ema_decay": 0.5}, "--ema_decay has no effect: add --use_ema"),
+        ({"instance_dir": "cat", "mask": "m.png", "method": "full", "rank": 8}, "--rank .*: add --method lora"),
+        ({"instance_dir": "cat", "mask": "m.png", "method": "full", "use_dora": True}, "--use_dora .*: add --method"),
         ({"instance_dir": "cat", "mask": "m.png", "background_scenes": " , "}, "--background_scenes is empty: give"),
     ],
 )
@@ -509,7 +556,7 @@ def test_the_program_trains_in_half_precision_and_its_configuration_is_taken_bac
     head, *_ = (run / "config.yaml").read_text(encoding="utf-8").splitlines()
     assert head.startswith(f"# persam-dreambooth {persam_dreambooth.__version__}")
     flags[1] = str(tmp_path / "toy.yaml")
-    resolved = parse(*flags).resolved(resolution=64, mixed_precision="bf16")
+    resolved = parse(*flags).resolved(resolution=64, mixed_precision="bf16", learning_rate=1e-4)
     assert parse("--config", str(run / "config.yaml")) == resolved
     assert (resolved.class_name, resolved.learning_rate) == ("red ball", 1e-6)
     assert resolved.validation_prompt == "a [V] red ball on a beach"
@@ -555,8 +602,11 @@ PROGRAMS = (
 @pytest.mark.parametrize(
     "modules, forbidden",
     [
-        (("config", "images", "files", "errors", "models", "toy"), ("masks", "pictures", *MIDDLE, *LATER)),
-        (("masks", "pictures"), (*MIDDLE, *LATER)),
+        (
+            ("config", "images", "photo_datasets", "labels", "files", "errors", "extras", "models", "toy"),
+            ("masks", "pictures", *MIDDLE, *LATER),
+        ),
+        (("masks", "pictures", "page"), (*MIDDLE, *LATER)),
         (("segmentation",), ("dreambooth", *LATER)),
         (("dreambooth",), ("segmentation", *LATER)),
         (("personalize",), ("evaluation", "demo", "cli", "__main__", "app")),

@@ -6,18 +6,23 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import yaml
+from tiny_families import tiny_for
 
 from persam_dreambooth import toy
+from persam_dreambooth.config import TrainOptions
+from persam_dreambooth.toy import davis
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 NOT_RUN = ("pip install", "make ")
 """Installing, and the make targets, which call the tests themselves."""
 
-SMALL = "--pretrained_model_name_or_path toy --sam_model toy --segmenter persam --resolution 64 --mixed_precision no"
+SMALL = "--sam_model toy --segmenter persam --resolution 64 --mixed_precision no"
 SHORT = f"{SMALL} --max_train_steps 2 --num_class_images 2 --num_validation_images 1".split()
 
 
@@ -26,14 +31,24 @@ def commands(document: Path) -> list[str]:
     return [line for block in blocks for line in block.splitlines() if line and not line.startswith("#")]
 
 
-def runnable(command: str) -> list[str]:
+def small_model(words: list[str], folder: Path) -> str:
+    """What stands for the model that a command's YAML names: a tiny one of its family, or the toy."""
+    if "--config" not in words:
+        return "toy"
+    options = yaml.safe_load((ROOT / words[words.index("--config") + 1]).read_text(encoding="utf-8"))
+    return str(tiny_for(options["pretrained_model_name_or_path"], folder / "checkpoints"))
+
+
+def runnable(command: str, folder: Path) -> list[str]:
     """The command with this Python, and with the small checkpoints in the place of the real ones."""
     words = shlex.split(command)
     if words[:3] == ["accelerate", "launch", "train_dreambooth_masked.py"]:
-        return [sys.executable, str(ROOT / words[2]), *words[3:], *SHORT]
+        model = small_model(words, folder)
+        return [sys.executable, str(ROOT / words[2]), *words[3:], *SHORT, "--pretrained_model_name_or_path", model]
     assert words[0] == "persam-dreambooth", f"no test knows how to run: {command}"
     extra = {
         "segment": ["--sam_model", "toy", "--segmenter", "persam"],
+        "video": ["--sam_model", "toy", "--segmenter", "persam"],
         "generate": ["--num_inference_steps", "2"],
         "evaluate": ["--sam_model", "toy"],
     }
@@ -42,7 +57,7 @@ def runnable(command: str) -> list[str]:
 
 def run(command: str, folder: Path) -> None:
     result = subprocess.run(
-        runnable(command),
+        runnable(command, folder),
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -66,8 +81,8 @@ def test_the_commands_of_the_readme_run_in_their_order(tmp_path):
 
 
 def test_the_commands_of_the_evaluation_run_in_their_order(tmp_path):
-    first, *others = commands(ROOT / "docs" / "evaluation.md")
-    assert len(others) == 6
+    first, *others = [command for command in commands(ROOT / "docs" / "evaluation.md") if "davis" not in command]
+    assert len(others) == 7
     run(first, tmp_path)
     for path in [*tmp_path.glob("perseg/*/*/0[2-9].*")]:  # two images of each object do
         path.unlink()
@@ -76,6 +91,37 @@ def test_the_commands_of_the_evaluation_run_in_their_order(tmp_path):
     table = (tmp_path / "scores-persam-f" / "results.md").read_text(encoding="utf-8")
     assert "| persam-grown-75 |" in table
     assert '"mIoU": 99.9999' in (tmp_path / "scores-of-others" / "results.json").read_text(encoding="utf-8")
+
+
+def test_the_commands_of_the_families_run_in_their_order(tmp_path):
+    shutil.copytree(toy.path("photos") / "duck", tmp_path / "cat")
+    shutil.copy(toy.path("photos") / "duck_mask" / "00.png", tmp_path / "ref_mask.png")
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    listed = commands(ROOT / "docs" / "families.md")
+    assert len(listed) >= 4
+    for command in listed:
+        run(command, tmp_path)
+    made = sorted(path.parent.name for path in tmp_path.glob("outputs/*/pytorch_lora_weights.safetensors"))
+    assert made == ["cat-3", "cat-flux", "cat-xl"]
+
+
+def test_the_commands_of_davis_run_in_their_order(tmp_path):
+    ran = [command for command in commands(ROOT / "docs" / "evaluation.md") if "davis" in command]
+    assert len(ran) == 3
+    for command in ran:
+        run(command, tmp_path)
+    assert "the paper's persam-f" in (tmp_path / "davis-persam-f" / "results.md").read_text(encoding="utf-8")
+    assert '"J&F-Mean": 1.0' in (tmp_path / "davis-of-others" / "results.json").read_text(encoding="utf-8")
+
+
+def test_the_command_of_videos_runs(tmp_path):
+    davis.write(tmp_path, 1, 3)
+    [frames] = (tmp_path / "JPEGImages" / "480p").iterdir()
+    frames.rename(tmp_path / "frames")
+    shutil.copy(next((tmp_path / "Annotations" / "480p").glob("*/00000.png")), tmp_path / "first.png")
+    [command] = commands(ROOT / "docs" / "video.md")
+    run(command, tmp_path)
+    assert len(list((tmp_path / "masks").glob("*.png"))) == len(list((tmp_path / "masks" / "overlay").iterdir())) == 3
 
 
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
@@ -102,3 +148,13 @@ def test_every_link_and_file_named_in_the_documents_exists(document):
     named = re.findall(r"`((?:tests|configs|benchmarks|docs|segmentation|dreambooth)/[\w/.-]+\.\w+)`", text)
     missing += [name for name in named if not ((ROOT / name).exists() or (ROOT / "persam_dreambooth" / name).exists())]
     assert not missing
+
+
+def test_the_options_that_other_trainers_options_are_mapped_to_exist():
+    """Of each row of the tables in `docs/coming-from.md`, the last cell is ours."""
+    text = (ROOT / "docs" / "coming-from.md").read_text(encoding="utf-8")
+    cells = [line.strip("|").split("|")[-1] for line in text.splitlines() if line.startswith("|")]
+    named = {flag for cell in cells for flag in re.findall(r"--(\w+)", cell)}
+    assert len(named) > 15
+    aliases = {field.metadata.get("alias") for field in fields(TrainOptions)}
+    assert named <= {field.name for field in fields(TrainOptions)} | aliases

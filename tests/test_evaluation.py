@@ -1,20 +1,30 @@
 """Scores of segmentations: the metrics, PerSeg with every row, DAVIS, and data that cannot be scored."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from scipy import ndimage
+from tiny_sam import tiny_model
 
 from persam_dreambooth.cli import main
-from persam_dreambooth.segmentation.evaluation import metrics
-from persam_dreambooth.segmentation.evaluation.perseg import disturbed
+from persam_dreambooth.masks import read_mask
+from persam_dreambooth.pictures import TILE
+from persam_dreambooth.segmentation.evaluation import metrics, report
+from persam_dreambooth.segmentation.evaluation.fss1000 import read_truth
+from persam_dreambooth.segmentation.evaluation.one_shot import disturbed
+from persam_dreambooth.toy import davis as rendered_videos
 from persam_dreambooth.toy import perseg
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared" / "data"
 golden = pytest.mark.skipif(not SHARED.is_dir(), reason="the reference data is not here")
 
 
@@ -109,7 +119,34 @@ def test_all_rows_are_scored_and_shown(evaluated, data):
     text = (evaluated / "results.md").read_text(encoding="utf-8")
     assert "| ablation-negative |" in text and "95.33" in text and "paper" in text
     assert len(list((evaluated / "overlays").glob("*.jpg"))) == 2
-    assert Image.open(next((evaluated / "overlays").iterdir())).width > 900
+    sheet = Image.open(next((evaluated / "overlays").iterdir()))
+    assert sheet.width > 900 and sheet.height > 3 * TILE  # three photos, with their heat maps and masks
+
+
+def test_the_report_opens_without_network_and_shows_the_worst_object_first(evaluated):
+    page = (evaluated / "report.html").read_text(encoding="utf-8")
+    assert "http" not in page and page.count("<img") == page.count('src="data:image/jpeg;base64,') == 6
+    objects = read(evaluated)["objects"]
+    worst, best = sorted(objects, key=lambda name: objects[name]["IoU"])
+    assert page.index(f'id="{worst}"') < page.index(f'id="{best}"')
+    assert f'<a href="#{worst}">{worst}</a>' in page and f"{objects[worst]['IoU']:.2f}" in page
+    assert "ablation-negative" in page and "similarity" in page
+
+
+def test_the_page_shows_no_more_objects_than_it_can_hold(evaluated, data, monkeypatch):
+    monkeypatch.setattr(report, "SHOWN", 1)
+    assert evaluate("--data", data, "--output", evaluated, "--sam_model", "toy", "--ablation") == 0
+    page = (evaluated / "report.html").read_text(encoding="utf-8")
+    assert page.count("<section") == 1 and "1 of 2 are shown" in page
+    assert len(list((evaluated / "overlays").glob("*.jpg"))) == 2
+
+
+def test_a_broken_trace_is_named(evaluated, data, tmp_path, capsys):
+    predictions = Path(shutil.copytree(evaluated / "predictions" / "persam-f", tmp_path / "predictions"))
+    path = sorted(predictions.glob("*/01.npz"))[0]
+    path.write_bytes(path.read_bytes()[:100])
+    assert evaluate("--data", data, "--output", tmp_path / "out", "--predictions", predictions) == 2
+    assert f"{path} is not what a method saw" in capsys.readouterr().err
 
 
 def test_parts_make_a_difference_and_the_last_is_persam_itself(evaluated, data, tmp_path):
@@ -155,6 +192,8 @@ def test_predictions_made_by_anything_are_scored_without_a_sam(data, truth, tmp_
     assert evaluate("--data", data, "--output", tmp_path / "out", "--predictions", truth) == 0
     assert read(tmp_path / "out")["mIoU"] == pytest.approx(100)
     assert read(tmp_path / "out")["mBIoU"] == pytest.approx(100)
+    for name in ("results.md", "report.html"):  # nobody printed figures of these predictions
+        assert "published" not in (tmp_path / "out" / name).read_text(encoding="utf-8")
     path = sorted(truth.iterdir())[0] / "01.png"
     Image.new("L", Image.open(path).size).save(path)  # nothing found in one of the two that are scored
     assert evaluate("--data", data, "--output", tmp_path / "out", "--predictions", truth) == 0
@@ -250,6 +289,108 @@ def test_perseg_figures_are_those_of_the_published_evaluation(tmp_path):
             assert round(figures["IoU"], 2) == iou and round(figures["Acc"], 2) == accuracy
 
 
+# --- FSS-1000
+
+
+def evaluate_fss(*arguments):
+    return main(["evaluate", "fss1000", *map(str, arguments)])
+
+
+@pytest.fixture
+def classes(data, tmp_path):
+    """The two objects as classes of three images; an edge of their masks is gray, as in FSS-1000."""
+    for folder in sorted((data / "Images").iterdir()):
+        target = tmp_path / "classes" / folder.name.split("_")[-1]
+        target.mkdir(parents=True)
+        for number, path in enumerate(sorted(folder.iterdir()), start=1):
+            # The last of them is 10, which comes after 2.
+            number = 10 if number == 3 else number
+            Image.open(path).resize((224, 224)).save(target / f"{number}.jpg")
+            marked = np.asarray(Image.open(data / "Annotations" / folder.name / f"{path.stem}.png")).any(axis=2)
+            gray = Image.fromarray(marked.astype(np.uint8) * 255).resize((224, 224), Image.Resampling.BILINEAR)
+            gray.save(target / f"{number}.png")
+    return tmp_path / "classes"
+
+
+def test_fss_finds_a_class_from_its_first_image(classes, tmp_path):
+    output = tmp_path / "out"
+    assert evaluate_fss("--data", classes, "--output", output, "--sam_model", "toy", "--segmenter", "persam") == 0
+    results = read(output)
+    assert list(results["objects"]) == ["cat", "dog"] and results["mIoU"] > 40
+    assert results["mIoU"] == pytest.approx(np.mean([each["IoU"] for each in results["objects"].values()]))
+    support = read_mask(output / "predictions" / "persam" / "dog" / "1.png")
+    assert (support == read_truth(classes / "dog" / "1.png")).all()  # given, not found
+    assert (output / "report.html").is_file() and "published" not in (output / "results.md").read_text("utf-8")
+
+
+def test_fss_scores_predictions_by_the_half_of_gray_and_both_grounds(classes, tmp_path):
+    """Everything found: the class's IoU is its share of the pixels, and of the background nothing is left."""
+    shares = {}
+    for folder in sorted(classes.iterdir()):
+        (tmp_path / "all" / folder.name).mkdir(parents=True)
+        for name in ("2.png", "10.png"):
+            Image.new("L", (224, 224), 255).save(tmp_path / "all" / folder.name / name)
+        truth = [np.asarray(Image.open(folder / name)) >= 128 for name in ("2.png", "10.png")]
+        shares[folder.name] = 100 * np.mean(truth)
+    assert evaluate_fss("--data", classes, "--output", tmp_path / "out", "--predictions", tmp_path / "all") == 0
+    results = read(tmp_path / "out")
+    assert {name: each["IoU"] for name, each in results["objects"].items()} == pytest.approx(shares)
+    assert results["mIoU"] == pytest.approx(np.mean(list(shares.values())))
+    assert results["FB-IoU"] == pytest.approx(np.mean(list(shares.values())) / 2)  # as many pixels of each class
+
+
+def test_fss_scores_the_classes_that_a_file_names(classes, tmp_path, capsys):
+    names, perfect = tmp_path / "test.txt", tmp_path / "perfect"
+    shutil.copytree(classes / "dog", perfect / "dog")
+    names.write_text("dog\n\n")
+    command = ["--data", classes, "--output", tmp_path / "out", "--predictions", perfect, "--classes", names]
+    assert evaluate_fss(*command) == 0
+    assert list(read(tmp_path / "out")["objects"]) == ["dog"]
+    names.write_text("dog\nunicorn\n")
+    assert evaluate_fss(*command) == 2
+    assert f"names unicorn, but {classes / 'unicorn'} does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "damage, told",
+    [
+        ("image", "dog holds 1 images"),
+        ("mask", "dog/2.jpg has no mask: "),
+        ("orphan", "dog/11.png belongs to no image: "),
+        ("empty", "holds no classes"),
+    ],
+)
+def test_fss_names_what_does_not_fit_before_anything_is_written(damage, told, classes, tmp_path, capsys):
+    if damage == "image":
+        for name in ("2.jpg", "10.jpg"):
+            (classes / "dog" / name).unlink()
+    elif damage == "mask":
+        (classes / "dog" / "2.png").unlink()
+    elif damage == "orphan":
+        shutil.copy(classes / "dog" / "2.png", classes / "dog" / "11.png")
+    else:
+        shutil.rmtree(classes / "dog")
+        shutil.rmtree(classes / "cat")
+    assert evaluate_fss("--data", classes, "--output", tmp_path / "out", "--sam_model", "toy") == 2
+    error = capsys.readouterr().err
+    assert told in error and error.count("error:") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("damage, told", [("corrupt", "cannot be read"), ("size", "give it this size")])
+def test_fss_names_a_broken_mask_and_keeps_finished_classes(damage, told, classes, tmp_path, capsys):
+    path = classes / "dog" / "1.png"
+    if damage == "corrupt":
+        path.write_bytes(path.read_bytes()[:80])
+    else:
+        Image.open(path).resize((100, 100)).save(path)
+    output = tmp_path / "out"
+    assert evaluate_fss("--data", classes, "--output", output, "--sam_model", "toy", "--segmenter", "persam") == 2
+    error = capsys.readouterr().err
+    assert str(path) in error and told in error
+    assert [each.name for each in (output / "predictions" / "persam").iterdir()] == ["cat"]
+
+
 # --- DAVIS
 
 
@@ -326,3 +467,106 @@ def test_davis_figures_are_those_of_the_official_evaluation(tmp_path):
     for name, figures in expected["per_object"].items():
         for figure, value in figures.items():
             assert results["per_object"][name][figure] == pytest.approx(value, abs=1e-9)
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory):
+    """Two rendered videos of five frames, and what PerSAM makes of them with a SAM of random weights."""
+    folder = tmp_path_factory.mktemp("davis")
+    rendered_videos.write(folder / "DAVIS", 2, 5)
+    tiny_model().save_pretrained(folder / "sam")
+    return folder
+
+
+def run_davis(rendered, output, *more):
+    command = ["--data", rendered / "DAVIS", "--output", output, "--sam_model", rendered / "sam"]
+    return davis(*command, "--segmenter", "persam", *more)
+
+
+def test_davis_runs_a_method_and_scores_what_it_wrote(rendered, tmp_path):
+    assert run_davis(rendered, tmp_path / "out") == 0
+    results = read(tmp_path / "out")
+    folders = sorted((tmp_path / "out" / "predictions").iterdir())
+    assert [len(list(folder.glob("*.png"))) for folder in folders] == [5, 5]
+    first = rendered / "DAVIS" / "Annotations" / "480p" / folders[0].name / "00000.png"
+    assert (np.array(Image.open(folders[0] / "00000.png")) == np.array(Image.open(first))).all()
+    predictions = tmp_path / "out" / "predictions"
+    assert davis("--data", rendered / "DAVIS", "--predictions", predictions, "--output", tmp_path / "again") == 0
+    assert read(tmp_path / "again")["global"] == results["global"]
+    text = (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
+    assert "| the paper's persam, SAM ViT-H, all of DAVIS 2017 val | 60.3 | 56.6 |" in text
+    assert "paper" not in (tmp_path / "again" / "results.md").read_text(encoding="utf-8")
+
+
+def test_an_interrupted_davis_evaluation_does_only_what_is_left(rendered, tmp_path, capsys):
+    assert run_davis(rendered, tmp_path) == 0
+    before = read(tmp_path)
+    one, other = sorted((tmp_path / "predictions").iterdir())
+    (other / "00004.png").unlink()
+    (other / "00003.png").unlink()
+    kept = {path: path.stat().st_mtime_ns for path in one.iterdir()}
+    assert run_davis(rendered, tmp_path) == 0
+    assert read(tmp_path) == before
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert run_davis(rendered, tmp_path, "--target_coverage", "0.4") == 2
+    assert "holds an evaluation with other settings" in capsys.readouterr().err
+
+
+def evaluate_in_two_processes(*arguments):
+    """`evaluate` under `accelerate launch`; what it logged."""
+    launched = subprocess.run(
+        [
+            *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
+            *("--num_machines", "1", "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"),
+            *("-m", "persam_dreambooth", "evaluate", *map(str, arguments)),
+        ],
+        # With --cpu, accelerate starts one process, whatever --num_processes says.
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert launched.returncode == 0, launched.stderr[-3000:]
+    assert launched.stdout.count("done: ") == 1
+    return launched.stderr
+
+
+no_accelerator = pytest.mark.skipif(
+    torch.accelerator.is_available(), reason="two processes want two accelerators, or none"
+)
+
+
+@no_accelerator
+def test_two_processes_share_the_sequences(rendered, tmp_path):
+    sam = ("--sam_model", rendered / "sam", "--segmenter", "persam")
+    logged = evaluate_in_two_processes("davis", "--data", rendered / "DAVIS", "--output", tmp_path / "two", *sam)
+    assert "1 of 1" in logged  # each process has one of the two
+    assert run_davis(rendered, tmp_path / "one") == 0
+    assert read(tmp_path / "two") == read(tmp_path / "one")
+
+
+@no_accelerator
+def test_two_processes_share_the_objects(data, rendered, tmp_path):
+    options = ("--data", data, "--sam_model", rendered / "sam", "--segmenter", "persam")
+    logged = evaluate_in_two_processes("perseg", *options, "--output", tmp_path / "two")
+    assert "| 1/1 [" in logged and "| 2/2 [" not in logged  # each process has one of the two
+    assert evaluate(*options, "--output", tmp_path / "one") == 0
+    assert read(tmp_path / "two")["objects"] == read(tmp_path / "one")["objects"]
+
+
+def test_frames_that_do_not_fit_their_annotations_are_named(rendered, tmp_path, capsys):
+    data = shutil.copytree(rendered, tmp_path / "copy")
+    last = sorted((data / "DAVIS" / "JPEGImages" / "480p").glob("*/00004.jpg"))[1]
+    last.unlink()
+    assert run_davis(data, tmp_path / "out") == 2
+    assert f"{last.parent.name} has 4 frames, 5 annotations" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_broken_frame_is_named_and_finished_sequences_stay(rendered, tmp_path, capsys):
+    data = shutil.copytree(rendered, tmp_path / "copy")
+    broken = sorted((data / "DAVIS" / "JPEGImages" / "480p").glob("*/00002.jpg"))[1]
+    broken.write_bytes(broken.read_bytes()[:500])
+    assert run_davis(data, tmp_path / "out") == 2
+    assert f"{broken} cannot be read" in capsys.readouterr().err
+    counts = [len(list(folder.glob("*.png"))) for folder in sorted((tmp_path / "out" / "predictions").iterdir())]
+    assert counts == [5, 2]

@@ -1,4 +1,4 @@
-"""Models of the real sizes through our code: Stable Diffusion 1.5 and 2.1 on the meta device, SAM and SAM-HQ at random.
+"""Models of the real sizes through our code: Stable Diffusion 1.5 and 2.1 on the meta device, SAM and others at random.
 
 The meta device works out shapes and types without numbers, so a model of a billion parameters costs nothing. The
 configurations are written by hand; their parameter counts are those of the published weights.
@@ -14,6 +14,7 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTokenizer,
+    Sam2Model,
     SamConfig,
     SamHQConfig,
     SamHQModel,
@@ -27,7 +28,9 @@ from persam_dreambooth.dreambooth.trainer import batch_losses, check_resolution
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.segmentation import PerSAM, PerSAMF
 from persam_dreambooth.segmentation.guidance import Guidance
+from persam_dreambooth.segmentation.original_sam2 import read_config
 from persam_dreambooth.segmentation.sam import Encoding, Sam, SamHQ
+from persam_dreambooth.segmentation.sam2 import Sam2
 
 META = torch.device("meta")
 CHANNELS = (320, 640, 1280, 1280)
@@ -112,14 +115,14 @@ def sizes_of_lora(model, targets, rank):
 def test_configurations_have_the_published_number_of_parameters(version):
     model = family(version)
     for part, parameters in PARAMETERS[version].items():
-        assert count(getattr(model, part).parameters()) == parameters
+        assert count(getattr(model.pipeline, part).parameters()) == parameters
 
 
 @every_version
 def test_family_knows_its_geometry(version):
     model = family(version)
     assert model.native_resolution == {"1.5": 512, "2.1": 768}[version]
-    assert (model.latent_factor, model.latent_channels, model.timesteps) == (8, 4, 1000)
+    assert (model.latent_factor, model.granularity, model.timesteps) == (8, 64, 1000)
     assert model.prediction_type == {"1.5": "epsilon", "2.1": "v_prediction"}[version]
 
 
@@ -131,11 +134,11 @@ def test_encode_predict_and_target_have_the_shapes_of_the_latent_grid(version, r
     resolution = resolution or model.native_resolution
     side = resolution // 8
     embeddings = model.encode_prompts(["a sks cat", "a cat"])
-    assert embeddings.shape == (2, 77, UNETS[version]["cross_attention_dim"])
+    assert embeddings.states.shape == (2, 77, UNETS[version]["cross_attention_dim"])
     latents = model.encode_images(torch.zeros(2, 3, resolution, resolution), torch.zeros(2, 4, side, side))
     assert latents.shape == (2, 4, side, side)
     steps = torch.tensor([0, 999], device=META)
-    assert model.predict(latents, steps, embeddings).shape == (2, 4, side, side)
+    assert model.predict(latents, steps, embeddings, torch.zeros(2, 4, device=META)).shape == (2, 4, side, side)
     assert model.target(latents, torch.zeros_like(latents), steps).shape == (2, 4, side, side)
 
 
@@ -148,7 +151,7 @@ def test_latents_of_one_photo_are_4_by_64_by_64():
 @pytest.mark.parametrize(("rank", "parameters"), [(4, 797_184), (16, 4 * 797_184)])
 def test_lora_on_version_1_5_has_as_many_parameters_as_its_attention_layers_ask_for(rank, parameters):
     model = family()
-    expected = sizes_of_lora(model.unet, ["to_q", "to_k", "to_v", "to_out.0"], rank)
+    expected = sizes_of_lora(model.pipeline.unet, ["to_q", "to_k", "to_v", "to_out.0"], rank)
     # 16 transformer blocks with two attentions of four layers each.
     assert len(expected) == 16 * 2 * 4
     weights = model.make_trainable(TrainOptions(rank=rank), META, torch.float32)
@@ -159,8 +162,8 @@ def test_lora_on_version_1_5_has_as_many_parameters_as_its_attention_layers_ask_
 @every_version
 def test_lora_of_the_text_encoder_covers_every_attention_layer(version):
     model = family(version)
-    unet = sizes_of_lora(model.unet, ["to_q", "to_k", "to_v", "to_out.0"], 4)
-    text = sizes_of_lora(model.text_encoder, ["q_proj", "k_proj", "v_proj", "out_proj"], 4)
+    unet = sizes_of_lora(model.pipeline.unet, ["to_q", "to_k", "to_v", "to_out.0"], 4)
+    text = sizes_of_lora(model.pipeline.text_encoder, ["q_proj", "k_proj", "v_proj", "out_proj"], 4)
     width, layers = (TEXT_ENCODERS[version][name] for name in ("hidden_size", "num_hidden_layers"))
     assert sum(text) == layers * 4 * 4 * 2 * width
     weights = model.make_trainable(TrainOptions(train_text_encoder=True), META, torch.float32)
@@ -173,7 +176,7 @@ def test_what_is_trained_is_single_precision_whatever_the_rest(frozen):
     weights = model.make_trainable(TrainOptions(train_text_encoder=True), META, frozen)
     assert {weight.dtype for weight in weights} == {torch.float32}
     trained = {id(weight) for weight in weights}
-    for part in (model.unet, model.vae, model.text_encoder):
+    for part in (model.pipeline.unet, model.vae, model.pipeline.text_encoder):
         rest = [weight for weight in part.parameters() if id(weight) not in trained]
         assert {(weight.dtype, weight.requires_grad) for weight in rest} == {(frozen, False)}
 
@@ -197,6 +200,7 @@ def test_a_training_step_reaches_every_trained_weight(version, options):
     batch = {
         "pixels": torch.zeros(2, 3, side, side),
         "mask": torch.ones(2, 1, side, side),
+        "crop": torch.zeros(2, 4),
         "prompt": ["a sks cat", "a sks cat"],
         "number": torch.tensor([0, 1]),
     }
@@ -208,7 +212,7 @@ def test_a_training_step_reaches_every_trained_weight(version, options):
     assert {loss.shape for loss in losses.values()} == {()}
     sum(losses.values()).backward()
     assert all(weight.grad is not None and weight.grad.shape == weight.shape for weight in weights)
-    frozen = [model.vae, *([model.base_unet] if options.method == "full" else [])]
+    frozen = [model.vae, *([model.base_denoiser] if options.method == "full" else [])]
     assert all(weight.grad is None for part in frozen for weight in part.parameters())
 
 
@@ -232,6 +236,11 @@ SAMS = {
 GLOBAL_LAYERS = {"base": [2, 5, 8, 11], "large": [5, 11, 17, 23], "huge": [7, 15, 23, 31]}
 # The published weights, and 256 numbers of the positional encoding that transformers counts as parameters.
 SAM_PARAMETERS = {"base": 93_735_472 + 256, "large": 312_342_832 + 256, "huge": 641_090_608 + 256}
+
+SAM_2S = {"tiny": (96, 12, 7), "small": (96, 16, 7), "base plus": (112, 24, 14), "large": (144, 48, 7)}
+"""Width, blocks, side of the positional embedding."""
+# What Meta's program has for single photos; its positional encoding, 256 numbers, is no parameter in transformers.
+SAM_2_PARAMETERS = {"tiny": 31_440_977, "small": 38_538_833, "base plus": 73_328_657, "large": 216_925_121}
 
 
 def draw_photo(size=(640, 480), center=(250, 200), floor=0):
@@ -260,6 +269,23 @@ def test_every_published_sam_embeds_a_photo_in_256_by_64_by_64(size):
     encoding = Sam(model, size).encode(draw_photo()[0])
     assert encoding.embedding.shape == (1, 256, 64, 64)
     assert (encoding.size, encoding.resized, encoding.padded, encoding.grid) == ((480, 640), (768, 1024), 1024, 64)
+
+
+@pytest.mark.parametrize("size", SAM_2S)
+def test_every_published_sam_2_embeds_a_photo_in_256_by_64_by_64(size):
+    width, depth, side = SAM_2S[size]
+    with META:
+        model = Sam2Model(read_config(width, depth, (side, side)))
+    assert count(model.parameters()) == SAM_2_PARAMETERS[size] - 256
+    sam = Sam2(model, size)
+    encoding = sam.encode(draw_photo()[0])
+    assert encoding.embedding.shape == (1, 256, 64, 64)
+    assert [feature.shape[1:] for feature in encoding.extra["high_resolution_features"]] == [
+        (32, 256, 256),
+        (64, 128, 128),
+    ]
+    logits, scores = sam.decode(encoding, np.array([[250, 200]]), np.array([1]))
+    assert logits.shape == (3, 256, 256) and scores.shape == (3,)
 
 
 @pytest.mark.parametrize("form", ["code", "paper"])

@@ -43,3 +43,13 @@ def test_a_run_in_half_precision_resumes_and_generates(runs, tmp_path, precision
     pictures = {"model": run, "output": tmp_path / "pictures", "num_images": 1, "num_inference_steps": 2}
     assert command("generate", "a [V] duck", *flags(**pictures)) == 0
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 1
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_parts_set_aside_come_back_to_paint_during_training(runs, tmp_path, precision):
+    fixed = {"cache_latents": True, "center_crop": True, "use_ema": True, "mixed_precision": precision}
+    told = {"validation_steps": 2, "num_validation_images": 1}
+    assert runs.train(tmp_path / "watched", **fixed, **told) == 0
+    assert runs.train(tmp_path / "plain", **fixed) == 0
+    assert np.allclose(column(tmp_path / "watched"), column(tmp_path / "plain"), rtol=1e-2)
+    assert len(list((tmp_path / "watched" / "samples" / "step-2").glob("*.png"))) == 1

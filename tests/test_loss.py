@@ -3,6 +3,8 @@
 B samples, C latent channels, h w latent size, H W training crop.
 """
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -213,3 +215,38 @@ def test_latent_mask_sees_what_misses_each_cells_corner_and_center():
         assert (mask[..., corner::8, corner::8] == 0).all()  # what nearest sampling would take
     assert (latent_mask(mask, (8, 8)) == 1 / 64).all()
     assert (latent_mask(1 - mask, (8, 8)) == 63 / 64).all()
+
+
+@pytest.mark.parametrize("cells", [1, 3])
+def test_dilation_is_the_largest_cell_nearby_and_erosion_the_least(cells):
+    mask = torch.zeros(1, 1, 128, 128)
+    mask[..., 40:80, 48:72] = 1  # cells 5 to 9 and 6 to 8
+    grown = torch.zeros(1, 1, 16, 16)
+    grown[..., max(5 - cells, 0) : 10 + cells, 6 - cells : 9 + cells] = 1
+    assert torch.equal(latent_mask(mask, (16, 16), dilation=cells), grown)
+    shrunk = 1 - latent_mask(1 - mask, (16, 16), dilation=cells)
+    expected = shrunk if shrunk.any() else latent_mask(mask, (16, 16))
+    assert torch.equal(latent_mask(mask, (16, 16), dilation=-cells), expected)
+    assert shrunk.any() == (cells == 1)  # three cells wide: nothing would be left of it
+
+
+def test_a_subject_that_erosion_would_remove_stays_whatever_the_others_are():
+    masks = torch.zeros(2, 1, 128, 128)
+    masks[0, :, 40:48, 40:48] = 1
+    masks[1, :, 40:88, 40:88] = 1
+    small = latent_mask(masks, (16, 16), dilation=-1)
+    assert small[0].sum() == 1 and small[1].sum() == 16
+
+
+def test_feather_is_a_gaussian_and_keeps_the_mean():
+    dot = torch.zeros(1, 1, 31, 31)
+    dot[..., 15, 15] = 1
+    soft = latent_mask(dot, (31, 31), feather=1.5)
+    assert soft.sum().item() == pytest.approx(1, rel=1e-6)
+    assert (soft[..., 15, 18] / soft[..., 15, 15]).item() == pytest.approx(math.exp(-0.5 * (3 / 1.5) ** 2), rel=1e-5)
+    assert torch.equal(soft, soft.transpose(2, 3)) and torch.equal(soft, soft.flip(2))
+
+
+@pytest.mark.parametrize("feather", [0.5, 2.0])
+def test_feather_leaves_a_full_mask_full(feather):
+    torch.testing.assert_close(latent_mask(torch.ones(1, 1, 64, 64), (8, 8), feather=feather), torch.ones(1, 1, 8, 8))

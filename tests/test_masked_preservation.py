@@ -15,12 +15,14 @@ from training_runs import (
     same_weights,
     toy_pipeline,
     training_crops,
+    uniform,
     watched_family,
     weights,
 )
 
 from persam_dreambooth.config import TrainOptions
 from persam_dreambooth.dreambooth.data import sample_noise
+from persam_dreambooth.dreambooth.family import Embeddings
 from persam_dreambooth.dreambooth.loss import latent_mask
 from persam_dreambooth.dreambooth.trainer import batch_losses
 from persam_dreambooth.toy import build
@@ -41,7 +43,7 @@ def moved_family(**options):
     family, embeddings = watched_family(**KEEP, method=options.method, train_text_encoder=options.train_text_encoder)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for part in (family.unet, family.text_encoder):
+        for part in family.trained.values():
             for weight in part.parameters():
                 if weight.requires_grad:
                     weight += 0.02 * torch.randn(weight.shape, generator=generator)
@@ -59,7 +61,7 @@ def base_predictions(batch):
     tokens = pipeline.tokenizer(["a sks duck"], padding="max_length", return_tensors="pt").input_ids
     text = pipeline.text_encoder(tokens)[0]
     for number, pixels in zip(batch["number"].tolist(), batch["pixels"], strict=True):
-        vae_noise, noise, step = sample_noise(0, [number], (build.LATENT_CHANNELS, 8, 8), 1000)
+        vae_noise, noise, step = sample_noise(0, [number], (build.LATENT_CHANNELS, 8, 8), uniform)
         posterior = pipeline.vae.encode(pixels[None]).latent_dist
         latents = (posterior.mean + posterior.std * vae_noise) * 0.18215
         kept = pipeline.scheduler.alphas_cumprod[step]
@@ -131,11 +133,11 @@ def test_there_is_none_without_its_weight_or_without_masks(photos, options):
 
 
 def probe():
-    """Noisy latents, timesteps, and the base model's embeddings of a prompt."""
+    """Noisy latents, timesteps, the base model's embeddings of a prompt, and crops."""
     generator = torch.Generator().manual_seed(0)
     _, embeddings = watched_family()
     noisy = torch.randn(2, build.LATENT_CHANNELS, 8, 8, generator=generator)
-    return noisy, torch.tensor([10, 700]), embeddings["a sks duck"].expand(2, -1, -1)
+    return noisy, torch.tensor([10, 700]), Embeddings.stack([embeddings["a sks duck"]] * 2), torch.zeros(2, 4)
 
 
 @every_method
@@ -143,8 +145,8 @@ def test_the_base_is_the_model_before_training_to_the_bit(method):
     _, family, _ = moved_family(**method)
     inputs = probe()
     with torch.no_grad():
-        before = toy_pipeline().unet(inputs[0], inputs[1], encoder_hidden_states=inputs[2]).sample
-        moved = family.unet(inputs[0], inputs[1], encoder_hidden_states=inputs[2]).sample
+        before = toy_pipeline().unet(inputs[0], inputs[1], encoder_hidden_states=inputs[2].states).sample
+        moved = family.pipeline.unet(inputs[0], inputs[1], encoder_hidden_states=inputs[2].states).sample
     base = family.predict_base(*inputs)
     assert torch.equal(base, before)
     assert not torch.allclose(moved, before, atol=1e-3)
@@ -154,21 +156,21 @@ def test_the_base_is_the_model_before_training_to_the_bit(method):
 def test_lora_counts_again_after_the_base_was_asked_and_also_where_that_failed():
     _, family, _ = moved_family()
     inputs = probe()
-    trained = [weight for weight in family.unet.parameters() if weight.requires_grad]
+    trained = [weight for weight in family.pipeline.unet.parameters() if weight.requires_grad]
     moved = family.predict(*inputs)
     family.predict_base(*inputs)
     assert torch.equal(family.predict(*inputs), moved)
     with pytest.raises(RuntimeError):
-        family.predict_base(inputs[0], inputs[1], inputs[2][..., :7])
+        family.predict_base(inputs[0], inputs[1], Embeddings(inputs[2].states[..., :7]), inputs[3])
     assert torch.equal(family.predict(*inputs), moved)
     assert trained and all(weight.requires_grad for weight in trained)
-    assert len(trained) == sum(weight.requires_grad for weight in family.unet.parameters())
+    assert len(trained) == sum(weight.requires_grad for weight in family.pipeline.unet.parameters())
 
 
 def test_gradients_are_those_without_asking_the_base_in_between():
     _, family, _ = moved_family()
     inputs = probe()
-    trained = [weight for weight in family.unet.parameters() if weight.requires_grad]
+    trained = [weight for weight in family.pipeline.unet.parameters() if weight.requires_grad]
     plain = torch.autograd.grad(family.predict(*inputs).square().sum(), trained)
     prediction = family.predict(*inputs)
     family.predict_base(*inputs)
@@ -179,9 +181,9 @@ def test_gradients_are_those_without_asking_the_base_in_between():
 def test_a_full_run_keeps_a_copy_of_the_base_that_training_does_not_move(photos):
     options, (family, embeddings) = TrainOptions(method="full", **KEEP), watched_family(method="full", **KEEP)
     batch, base = two_photos(photos), toy_pipeline().unet.state_dict()
-    assert same_state(dict(family.base_unet.state_dict()), dict(base))
-    assert not any(weight.requires_grad for weight in family.base_unet.parameters())
-    optimizer = torch.optim.SGD(family.unet.parameters(), lr=0.01)
+    assert same_state(dict(family.base_denoiser.state_dict()), dict(base))
+    assert not any(weight.requires_grad for weight in family.base_denoiser.parameters())
+    optimizer = torch.optim.SGD(family.pipeline.unet.parameters(), lr=0.01)
     kept = []
     for _ in range(3):
         losses = batch_losses(options, family, batch, None, embeddings)
@@ -190,13 +192,13 @@ def test_a_full_run_keeps_a_copy_of_the_base_that_training_does_not_move(photos)
         optimizer.zero_grad()
         kept.append(losses["preservation_loss"].item())
     assert kept[0] == 0 and kept[1] > 0
-    assert same_state(dict(family.base_unet.state_dict()), dict(base))
-    assert not any(torch.equal(weight, base[name]) for name, weight in family.unet.named_parameters())
+    assert same_state(dict(family.base_denoiser.state_dict()), dict(base))
+    assert not any(torch.equal(weight, base[name]) for name, weight in family.pipeline.unet.named_parameters())
 
 
 def test_a_copy_is_kept_only_where_it_is_needed():
     for needs_none in ({}, KEEP, {"method": "full"}):
-        assert watched_family(**needs_none)[0].base_unet is None
+        assert watched_family(**needs_none)[0].base_denoiser is None
 
 
 # --- whole runs

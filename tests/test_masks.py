@@ -15,6 +15,7 @@ from persam_dreambooth.images import Photo, find_photos
 from persam_dreambooth.masks import (
     BY_HAND,
     INDEX,
+    SKIPPED,
     MaskRecord,
     check_mask,
     check_names,
@@ -103,7 +104,8 @@ def test_a_saved_png_is_0_or_255_in_gray_at_the_size_of_the_photo(tmp_path, phot
 
 def test_the_index_says_what_is_known_about_each_mask(tmp_path, photos, mask):
     first, *_, last = photos
-    save_mask(tmp_path, record(first, mask, model="toy", score=0.9, presence=0.7, flags=("absent",)), mask)
+    facts = {"model": "toy", "score": 0.9, "presence": 0.7, "absent_threshold": 0.95, "flags": ("absent",)}
+    save_mask(tmp_path, record(first, mask, **facts), mask)
     save_mask(tmp_path, MaskRecord(last.name, last.sha256, "given", 0.25), mask)
     assert json.loads((tmp_path / INDEX).read_text(encoding="utf-8")) == {
         "masks": {
@@ -114,6 +116,7 @@ def test_the_index_says_what_is_known_about_each_mask(tmp_path, photos, mask):
                 "model": "toy",
                 "score": 0.9,
                 "presence": 0.7,
+                "absent_threshold": 0.95,
                 "flags": ["absent"],
             },
             last.name: {
@@ -123,10 +126,26 @@ def test_the_index_says_what_is_known_about_each_mask(tmp_path, photos, mask):
                 "model": None,
                 "score": None,
                 "presence": None,
+                "absent_threshold": None,
                 "flags": [],
             },
         }
     }
+
+
+def test_a_skipped_photo_has_an_entry_and_no_mask_until_one_is_drawn(tmp_path, mask):
+    item = photo(tmp_path / "photos" / "00.png")
+    nothing, folder = np.zeros_like(mask), tmp_path / "masks"
+    left_out = record(item, nothing, presence=0.3, flags=("absent", SKIPPED))
+    save_mask(folder, left_out, nothing)
+    assert files(folder) == {INDEX}
+    [loaded] = load_masks(folder, [item])
+    assert loaded.record == left_out and not loaded.mask.any() and loaded.mask.shape == (HEIGHT, WIDTH)
+    changed = photo(item.path, color=(0, 0, 0))
+    assert load_mask(folder, changed) is None  # what was decided of another photo does not count
+    shape().save(folder / "00.png")
+    drawn = load_mask(folder, item)
+    assert drawn.record.method == BY_HAND and drawn.record.flags == () and np.array_equal(drawn.mask, mask)
 
 
 def test_saving_again_replaces_the_mask_and_its_entry(tmp_path, photos, mask):

@@ -129,8 +129,8 @@ def test_the_golden_weights_are_the_same_in_both_formats():
 @pytest.mark.parametrize(
     "content, told",
     [
-        ({"a": torch.zeros(1)}, "holds no weights of segment-anything's SAM"),
-        ([1, 2], "holds no weights of segment-anything's SAM"),
+        ({"a": torch.zeros(1)}, "holds no weights of a SAM"),
+        ([1, 2], "holds no weights of a SAM"),
         (None, "cannot be loaded"),
     ],
 )

@@ -5,7 +5,22 @@ from PIL import Image
 
 from persam_dreambooth.images import Photo
 from persam_dreambooth.masks import MaskRecord, PhotoMask
-from persam_dreambooth.pictures import ALARM, GAP, LINE, OUTLINE, TILE, grid, loss_curve, outlined, overview
+from persam_dreambooth.pictures import (
+    ALARM,
+    BOX,
+    EXCLUDED,
+    GAP,
+    INCLUDED,
+    LINE,
+    OUTLINE,
+    SCALE,
+    TILE,
+    grid,
+    heat_map,
+    loss_curve,
+    outlined,
+    overview,
+)
 
 
 def halves() -> tuple[Image.Image, np.ndarray]:
@@ -26,6 +41,37 @@ def test_the_outline_follows_the_edge_and_the_rest_is_dimmed():
     assert len(columns) > 0 and abs(columns - TILE // 2).max() <= 3
     assert (tile[:, : TILE // 2 - 4] == 60).all()
     assert (tile[:, TILE // 2 + 4 :] > 100).all()
+
+
+def test_prompts_are_marked_where_they_lie_whatever_the_size_of_the_photo():
+    photo, mask = halves()
+    large, mask = photo.resize((2 * TILE, 2 * TILE)), mask.repeat(2, 0).repeat(2, 1)
+    tile = np.asarray(outlined(large, mask, np.array([[200, 100], [400, 500]]), np.array([40, 60, 600, 620])))
+
+    def center(color):
+        rows, columns = np.nonzero((tile == color).all(axis=2))
+        return (columns.min() + columns.max()) / 2, (rows.min() + rows.max()) / 2
+
+    assert np.allclose(center(INCLUDED), (100, 50), atol=1)
+    assert np.allclose(center(EXCLUDED), (200, 250), atol=1)
+    rows, columns = np.nonzero((tile == BOX).all(axis=2))
+    assert (columns.min(), rows.min(), columns.max(), rows.max()) == (20, 30, 300, 310)
+
+
+def test_a_heat_map_is_brightest_where_the_prior_is_and_leaves_the_padding_out():
+    prior = np.zeros((64, 64))
+    prior[10, 20] = 1  # of a photo twice as wide as high, rows from 32 on are padding
+    prior[40] = 2
+    heat = heat_map(Image.new("RGB", (640, 320)), prior, (0.0, 1.0))
+    assert heat.size == (TILE, TILE // 2)
+    light = np.asarray(heat.convert("L"))[:-SCALE].astype(int)
+    y, x = np.unravel_index(light.argmax(), light.shape)
+    assert abs(x - 20.5 * TILE / 64) <= 3 and abs(y - 10.5 * TILE / 64) <= 3
+    assert light[y, x] > 2 * light[-1].max()
+
+
+def test_a_heat_map_of_one_value_is_a_picture_too():
+    assert heat_map(Image.new("RGB", (64, 48)), np.full((64, 64), 0.5)).size == (64, 48)
 
 
 def test_the_overview_names_every_photo_and_flags_in_red(tmp_path):

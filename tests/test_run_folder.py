@@ -14,7 +14,9 @@ from training_runs import DOWN, STEPS, UP, column, command, flags, text_answer, 
 
 from persam_dreambooth import toy
 from persam_dreambooth.config import TrainOptions
-from persam_dreambooth.dreambooth.stable_diffusion import LORA_WEIGHTS, StableDiffusion, load_pipeline
+from persam_dreambooth.dreambooth.latent_diffusion import LORA_WEIGHTS
+from persam_dreambooth.dreambooth.registry import load_pipeline
+from persam_dreambooth.dreambooth.stable_diffusion import StableDiffusion
 
 # --- what a run leaves
 

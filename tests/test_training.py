@@ -19,6 +19,7 @@ import yaml
 from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
+from tiny_families import tiny_for
 from torch.utils.data import default_collate
 from training_runs import (
     ALL_AGAINST_BACKGROUNDS,
@@ -38,6 +39,7 @@ from training_runs import (
     same_weights,
     toy_pipeline,
     training_crops,
+    uniform,
     watched_family,
     weights,
 )
@@ -45,8 +47,10 @@ from training_runs import (
 from persam_dreambooth import toy
 from persam_dreambooth.config import TrainOptions
 from persam_dreambooth.dreambooth.data import sample_noise
+from persam_dreambooth.dreambooth.latent_diffusion import LORA_WEIGHTS
 from persam_dreambooth.dreambooth.loss import latent_mask
-from persam_dreambooth.dreambooth.stable_diffusion import LORA_WEIGHTS, StableDiffusion, load_pipeline
+from persam_dreambooth.dreambooth.registry import load_pipeline
+from persam_dreambooth.dreambooth.stable_diffusion import StableDiffusion
 from persam_dreambooth.dreambooth.trainer import batch_losses
 from persam_dreambooth.images import find_photos
 from persam_dreambooth.toy import build
@@ -129,6 +133,8 @@ RESUMED = {
     "lora, prior preservation": {"with_prior_preservation": True, "num_class_images": 2},
     "lora, other backgrounds": ALL_AGAINST_BACKGROUNDS,
     "lora, half precision": {"mixed_precision": "bf16"},
+    "lora, averaged": {"use_ema": True, "train_text_encoder": True},
+    "full, averaged": {"method": "full", "use_ema": True, "ema_decay": 0.3},
     "full": {"method": "full"},
     "full, text encoder": {"method": "full", "train_text_encoder": True},
     "full, other backgrounds": {"method": "full", "train_text_encoder": True, **ALL_AGAINST_BACKGROUNDS},
@@ -274,7 +280,7 @@ def test_first_loss_is_the_formula_worked_out_with_plain_diffusers(runs, photos,
     tokens = pipeline.tokenizer(["a sks duck"], padding="max_length", return_tensors="pt").input_ids
     text = pipeline.text_encoder(tokens)[0]
     for number in (0, 1):
-        vae_noise, noise, step = sample_noise(0, [number], (build.LATENT_CHANNELS, 8, 8), 1000)
+        vae_noise, noise, step = sample_noise(0, [number], (build.LATENT_CHANNELS, 8, 8), uniform)
         posterior = pipeline.vae.encode(crops[number]["pixels"][None]).latent_dist
         latents = (posterior.mean + posterior.std * vae_noise) * 0.18215
         kept = pipeline.scheduler.alphas_cumprod[step]
@@ -400,9 +406,10 @@ def test_other_predictions_are_refused(runs, tmp_path, capsys):
 def test_other_families_are_refused(runs, tmp_path, capsys):
     model = toy_that_predicts("epsilon", tmp_path / "other")
     index = json.loads((model / "model_index.json").read_text())
-    (model / "model_index.json").write_text(json.dumps({**index, "_class_name": "FluxPipeline"}))
+    (model / "model_index.json").write_text(json.dumps({**index, "_class_name": "KandinskyPipeline"}))
     assert runs.train(tmp_path / "run", pretrained_model_name_or_path=model) == 2
-    assert "is a FluxPipeline: only Stable Diffusion 1.x and 2.x" in capsys.readouterr().err
+    said = "is a KandinskyPipeline: name a model of one of these: StableDiffusionPipeline, StableDiffusionXLPipeline, "
+    assert said in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
@@ -518,13 +525,21 @@ EFFECTIVE = {
     "class_name": "cat",
     "instance_prompt": "a photo of [V] duck",
     "rank": 2,
+    "lora_alpha": 8.0,
     "lora_dropout": 0.5,
+    "lora_init": "kaiming",
     "mask_normalization": "none",
     "unmasked_weight": 0.2,
+    "unmasked_probability": 0.5,
+    "mask_dilation": 1,
+    "mask_feather": 0.5,
     "masked_prior_preservation_weight": 1.0,
+    "snr_gamma": 0.01,
+    "noise_offset": 0.1,
     "replace_background": "color",
     "resolution": 48,
     "center_crop": True,
+    "random_flip": True,
     "train_batch_size": 2,
     "learning_rate": 2e-4,
     "adam_beta1": 0.5,
@@ -532,6 +547,7 @@ EFFECTIVE = {
     "adam_weight_decay": 1.0,
     "adam_epsilon": 1e-3,
     "max_grad_norm": 1e-6,
+    "use_ema": True,
 }
 
 
@@ -540,6 +556,21 @@ def test_no_option_silently_does_nothing(runs, name):
     usual, other = weights(runs()), weights(runs(**{name: EFFECTIVE[name]}))
     # From the second step on, both matrices have gradients.
     assert all(not torch.equal(usual[key], other[key]) for key in usual)
+
+
+def test_captions_of_the_photos_are_what_they_are_trained_with(runs, tmp_path, caplog):
+    photos = shutil.copytree(runs.photos, tmp_path / "photos")
+    names = sorted(path.name for path in photos.glob("*.png"))
+    lines = [json.dumps({"file_name": name, "text": "a [V] duck"}) for name in names]
+    (photos / "metadata.jsonl").write_text("\n".join(lines))
+    options = {"instance_dir": photos, "mask_dir": runs.photos.parent / "masks"}
+    assert runs.train(tmp_path / "same", **options) == 0
+    assert same_weights(tmp_path / "same", runs())  # what the instance prompt says without captions
+    (photos / names[0]).with_suffix(".txt").write_text("a red robot")
+    caplog.clear()
+    assert runs.train(tmp_path / "other", **options) == 0
+    assert not same_weights(tmp_path / "other", runs())
+    assert f"not named sks in the captions of {names[0]}: write [V] there" in caplog.text
 
 
 @pytest.mark.parametrize("logging_steps", [1, 50])
@@ -570,7 +601,7 @@ def test_every_configuration_trains_two_steps(config, photos, tmp_path):
         "instance_dir": photos,
         **masks,
         "output_dir": tmp_path / "run",
-        "pretrained_model_name_or_path": "toy",
+        "pretrained_model_name_or_path": tiny_for(given.get("pretrained_model_name_or_path"), tmp_path),
         "sam_model": "toy",
         "resolution": 64,
         "max_train_steps": 2,

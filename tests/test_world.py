@@ -1,13 +1,14 @@
 """The toy world: the same from the same seed, exact masks, captions that cannot name a personal subject."""
 
 import dataclasses
+from itertools import pairwise
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from persam_dreambooth.errors import InputError
-from persam_dreambooth.toy import perseg, scenes, world
+from persam_dreambooth.toy import davis, perseg, scenes, world
 from persam_dreambooth.toy.backgrounds import BACKDROPS
 from persam_dreambooth.toy.subjects import FIGURES
 
@@ -183,3 +184,35 @@ def test_perseg_set_is_laid_out_as_perseg_with_exact_masks(tmp_path):
 
 def test_perseg_subjects_all_differ():
     assert len({item.scenes[0].subject for item in perseg.objects()}) == 40
+
+
+def test_davis_videos_are_laid_out_as_davis_with_exact_masks(tmp_path):
+    davis.write(tmp_path / "set", 2, 3)
+    names = (tmp_path / "set" / "ImageSets" / "2017" / "val.txt").read_text(encoding="utf-8").split()
+    videos = list(davis.sequences(2, 3))
+    assert names == [name for name, _ in videos] and len(set(names)) == 2
+    for name, moments in videos:
+        for number, moment in enumerate(moments):
+            rendered = world.render(moment, davis.SIDE)
+            marked = Image.open(tmp_path / "set" / "Annotations" / "480p" / name / f"{number:05}.png")
+            assert marked.mode == "P"
+            assert np.array_equal(np.array(marked) == 1, rendered.mask)
+            assert np.array_equal(np.array(marked) == 2, rendered.objects[1] & ~rendered.mask)
+            shown = Image.open(tmp_path / "set" / "JPEGImages" / "480p" / name / f"{number:05}.jpg")
+            assert shown.size == (davis.SIDE, davis.SIDE)
+    with pytest.raises(InputError, match="exists"):
+        davis.write(tmp_path / "set", 1, 3)
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_one_of_two_leaves_a_davis_video_and_returns_and_both_move_smoothly(number):
+    _, moments = list(davis.sequences(4, 61))[number]
+    moments = list(moments)
+    labels = [davis.label_map(world.render(moment, 64)) for moment in moments[::3]]
+    seen = [(each == 2).any() for each in labels]
+    assert all((each == 1).any() for each in labels)
+    assert seen[0] and seen[-1] and not seen[10]
+    assert sum(one != next_ for one, next_ in pairwise(seen)) == 2
+    ways = [abs(after.pose.x - before.pose.x) for before, after in pairwise(moments)]
+    ways += [abs(after.distractors[0][1].x - before.distractors[0][1].x) for before, after in pairwise(moments)]
+    assert 0 < max(ways) < 0.12

@@ -15,7 +15,8 @@ import persam_dreambooth
 from persam_dreambooth import cli, toy
 from persam_dreambooth.config import TrainOptions
 from persam_dreambooth.dreambooth.data import Crops
-from persam_dreambooth.dreambooth.stable_diffusion import LORA_WEIGHTS, StableDiffusion
+from persam_dreambooth.dreambooth.latent_diffusion import LORA_WEIGHTS
+from persam_dreambooth.dreambooth.registry import FAMILIES, load_pipeline
 from persam_dreambooth.images import find_photos
 from persam_dreambooth.masks import load_masks
 from persam_dreambooth.toy import build
@@ -120,7 +121,7 @@ def column(run, name="loss"):
 
 def weights(run):
     """All tensors of a run's or a checkpoint's own weight files."""
-    files = [run / LORA_WEIGHTS, *run.glob("unet/*.safetensors"), *run.glob("text_encoder/*.safetensors")]
+    files = [run / LORA_WEIGHTS, *run.glob("unet/*.safetensors"), *run.glob("text_encoder*/*.safetensors")]
     loaded = {
         f"{path.parent.name if path.name != LORA_WEIGHTS else 'lora'}:{key}": tensor
         for path in files
@@ -170,6 +171,11 @@ def assert_same_trajectory(one, two, rate=1e-4, steps=STEPS):
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=0.02 * rate * steps, msg=lambda text: text)
 
 
+def uniform(generator, shape):
+    """Stable Diffusion's timesteps."""
+    return torch.randint(0, 1000, (1,), generator=generator)
+
+
 def toy_pipeline():
     pipeline = StableDiffusionPipeline.from_pretrained(toy.path("stable-diffusion"))
     pipeline.set_progress_bar_config(disable=True)
@@ -191,30 +197,38 @@ def text_answer(pipeline):
         return pipeline.text_encoder.eval()(tokens)[0]
 
 
-def training_crops(photos, masks=None, resolution=RESOLUTION, seed=0, backgrounds=None):
+def training_crops(photos, masks=None, resolution=RESOLUTION, seed=0, backgrounds=None, center_crop=False, **options):
     found = find_photos(photos)
     loaded = load_masks(masks or photos.parent / "masks", found)
-    return Crops(found, [item.mask for item in loaded], resolution, False, seed, "a sks duck", backgrounds)
+    masks = [item.mask for item in loaded]
+    return Crops(found, masks, resolution, center_crop, seed, "a sks duck", backgrounds, **options)
 
 
-class Watched(StableDiffusion):
-    """The family with a look at what it predicts, and with other targets where one is added."""
+def watched(family):
+    """A family with a look at what it predicts, and with other targets where one is added."""
 
-    added = 0.0
+    class Watched(family):
+        added = 0.0
 
-    def predict(self, *inputs):
-        self.prediction = super().predict(*inputs)
-        self.prediction.retain_grad()
-        return self.prediction
+        def predict(self, *inputs):
+            self.prediction = super().predict(*inputs)
+            self.prediction.retain_grad()
+            return self.prediction
 
-    def target(self, *inputs):
-        self.aim = super().target(*inputs) + self.added
-        return self.aim
+        def target(self, *inputs):
+            self.aim = super().target(*inputs) + self.added
+            return self.aim
+
+    return Watched
 
 
-def watched_family(prompts=("a sks duck", "a duck"), **options):
-    """A family that is ready to train, and its base embeddings of the instance and the class prompt, or of others."""
-    family = Watched(toy_pipeline())
+def watched_family(prompts=("a sks duck", "a duck"), model=None, **options):
+    """A family that is ready to train, and its base embeddings of the instance and the class prompt, or of others.
+
+    It is that of the toy, or of another checkpoint's folder.
+    """
+    pipeline = load_pipeline(str(model)) if model else toy_pipeline()
+    family = watched(FAMILIES[type(pipeline).__name__])(pipeline)
     torch.manual_seed(0)
     family.make_trainable(TrainOptions(**options), torch.device("cpu"), torch.float32)
     with torch.no_grad():

@@ -2,12 +2,12 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
 from tqdm import tqdm
 
-from persam_dreambooth.dreambooth.stable_diffusion import fast_sampler
+from persam_dreambooth.dreambooth.registry import fast_sampler
 from persam_dreambooth.files import write_text
 from persam_dreambooth.images import PHOTO_SUFFIXES
 from persam_dreambooth.pictures import save_picture
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def generate_pictures(
-    pipeline: StableDiffusionPipeline,
+    pipeline: Any,
     prompts: list[str],
     folder: Path,
     count: int,
@@ -30,7 +30,7 @@ def generate_pictures(
     A picture's prompt stands beside it in a text file, unless it is the default.
 
     Args:
-        pipeline: the base model, before training.
+        pipeline: the base model of any family, before training.
         prompts: such as "a cat"; they take turns.
         folder: made when missing.
         count: pictures wanted.

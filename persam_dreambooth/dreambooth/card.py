@@ -14,7 +14,7 @@ pipeline_tag: text-to-image
 instance_prompt: {instance_yaml}
 tags:
 - dreambooth
-- stable-diffusion
+{tags}
 - {method}
 - persam-dreambooth
 ---
@@ -43,15 +43,21 @@ All options are in `config.yaml`{where}. The license of the base model applies.
 
 
 def model_card(
-    options: TrainOptions, masks: list[PhotoMask], crops: Crops, final_loss: float, notice: str | None
+    options: TrainOptions,
+    masks: list[PhotoMask],
+    crops: Crops,
+    final_loss: float,
+    tags: list[str],
+    notice: str | None,
 ) -> str:
     """The model card as Markdown with its YAML head.
 
     Args:
-        options: of the run.
+        options: of the run, resolved.
         masks: the masks of all photos; empty for a run on whole photos.
         crops: what was trained on.
         final_loss: of the last line of metrics.
+        tags: what the model's family is called.
         notice: what readers must know of the base model, such as that it is a toy.
     """
     how, coverage, where = "on whole photos, without masks", "none", ""
@@ -64,6 +70,7 @@ def model_card(
         base=options.pretrained_model_name_or_path,
         instance=options.prompt("instance"),
         instance_yaml=json.dumps(options.prompt("instance"), ensure_ascii=False),
+        tags="\n".join(f"- {tag}" for tag in tags),
         method=options.method,
         title=f"{options.identifier} {options.subject}",
         method_words={"lora": f"LoRA (rank {options.rank})", "full": "full fine-tuning"}[options.method],
@@ -76,7 +83,7 @@ def model_card(
         notice=f"\n**{notice}**\n" if notice else "",
         steps=options.max_train_steps,
         batch=options.train_batch_size * options.gradient_accumulation_steps,
-        rate=options.base_learning_rate,
+        rate=options.learning_rate,
         scaled=" times batch, accumulation and processes" if options.scale_lr else "",
         resolution=crops.resolution,
         coverage=coverage,

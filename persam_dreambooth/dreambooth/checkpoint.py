@@ -5,14 +5,17 @@ Nothing random needs saving: it follows from the seed and the step (see `data`),
 
 import logging
 import re
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from persam_dreambooth import models
-from persam_dreambooth.errors import InputNotFoundError
+from persam_dreambooth.errors import InputNotFoundError, SaveError
+from persam_dreambooth.files import remove_whole, write_aside
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +64,7 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 def remove_old_checkpoints(run_dir: Path, limit: int | None) -> None:
     """Removes the oldest checkpoints beyond the limit; None keeps all."""
     for path in list_checkpoints(run_dir)[: -limit if limit else 0]:
-        shutil.rmtree(path)
+        remove_whole(path)
 
 
 def remove_later_checkpoints(run_dir: Path, step: int) -> None:
@@ -69,7 +72,26 @@ def remove_later_checkpoints(run_dir: Path, step: int) -> None:
     for path in list_checkpoints(run_dir):
         if int(path.name.removeprefix("checkpoint-")) > step:
             logger.info("removing %s, which this run does not lead to", path)
-            shutil.rmtree(path)
+            remove_whole(path)
+
+
+@contextmanager
+def new_checkpoint(run_dir: Path, step: int) -> Iterator[Path]:
+    """Yields an empty folder that becomes `checkpoint-<step>` when the block ends well.
+
+    Raises:
+        SaveError: it cannot be written; the checkpoints before it stay as they are.
+    """
+    path = run_dir / f"checkpoint-{step}"
+    try:
+        with write_aside(path) as folder:
+            folder.mkdir()
+            yield folder
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' words for a full disk
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        last = ([folder.name for folder in list_checkpoints(run_dir)] or ["none"])[-1]
+        message = f"{path} cannot be saved ({reason}); the last checkpoint is {last}: free some space and go on with"
+        raise SaveError(f"{message} --resume_from_checkpoint latest") from error
 
 
 def save_state(folder: Path, step: int, **parts: Any) -> None:

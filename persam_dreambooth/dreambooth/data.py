@@ -4,6 +4,7 @@ Everything random about a sample follows from the run's seed and the sample's nu
 run over all processes. So batches, accumulation, processes and resuming do not change what is trained on.
 """
 
+from collections.abc import Callable, Iterator
 from typing import TypedDict
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch.utils.data import Dataset
 from persam_dreambooth.dreambooth.backgrounds import Backgrounds
 from persam_dreambooth.images import Photo
 
-ORDER, CROP, NOISE, DROPOUT, BACKGROUND = range(5)
+ORDER, CROP, NOISE, DROPOUT, BACKGROUND, UNMASKED, FLIP = range(7)
 """Streams of randomness of one run."""
 
 CLASS_SEED = 1
@@ -24,11 +25,14 @@ CLASS_SEED = 1
 class Sample(TypedDict):
     """One training sample.
 
-    pixels (3, R, R) in -1..1, mask (1, R, R) in 0..1, the prompt, the photo's name, the sample's number.
+    pixels (3, R, R) in -1..1, mask (1, R, R) in 0..1, the prompt, the photo's name, the sample's number, and where the
+    crop comes from, (4,) in pixels: height and width of the photo, top and left of the crop in the resized photo (and
+    flipped, where it was).
     """
 
     pixels: torch.Tensor
     mask: torch.Tensor
+    crop: torch.Tensor
     prompt: str
     name: str
     number: int
@@ -42,8 +46,8 @@ def derived_seed(*key: int) -> int:
 class Crops(Dataset):
     """Crops of photos, indexed by sample number: an endless series that goes through all photos, shuffled, each round.
 
-    As diffusers does: the short side is resized to the resolution (bilinear), then a square is cropped; no flip. A
-    random crop keeps in view as much of the subject as fits, and never misses all of it.
+    As diffusers does: the short side is resized to the resolution (bilinear), then a square is cropped. A random crop
+    keeps in view as much of the subject as fits, and never misses all of it.
 
     Args:
         photos: what to cut from.
@@ -53,6 +57,8 @@ class Crops(Dataset):
         seed: the run's.
         prompts: what each photo shows; or one for all of them.
         backgrounds: what replaces the photos' own backgrounds, if anything.
+        unmasked_probability: of a sample whose mask is all ones, 0 to 1.
+        random_flip: whether every other crop, at random, is flipped left to right with its mask.
     """
 
     def __init__(
@@ -64,6 +70,8 @@ class Crops(Dataset):
         seed: int,
         prompts: list[str] | str = "",
         backgrounds: Backgrounds | None = None,
+        unmasked_probability: float = 0.0,
+        random_flip: bool = False,
     ) -> None:
         self.photos = photos
         self.masks = masks
@@ -72,6 +80,8 @@ class Crops(Dataset):
         self.seed = seed
         self.prompts = [prompts] * len(photos) if isinstance(prompts, str) else prompts
         self.backgrounds = backgrounds
+        self.unmasked_probability = unmasked_probability
+        self.random_flip = random_flip
         self._resized: dict[int, tuple[Image.Image, Image.Image]] = {}
 
     def __getitem__(self, number: int) -> Sample:
@@ -79,14 +89,29 @@ class Crops(Dataset):
         index = int(np.random.default_rng([self.seed, ORDER, epoch]).permutation(len(self.photos))[position])
         photo, mask = self.resized(index)
         window = self._window(mask, np.random.default_rng([self.seed, CROP, number]))
-        pixels = torch.from_numpy(np.array(photo.crop(window), dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
-        weights = torch.from_numpy(np.array(mask.crop(window), dtype=np.float32))[None] / 255
+        flipped = self.random_flip and np.random.default_rng([self.seed, FLIP, number]).random() < 0.5
+        pixels = _pixels(photo, window, flipped)
+        weights = torch.from_numpy(np.array(_cut(mask, window, flipped), dtype=np.float32))[None] / 255
         prompt = self.prompts[index]
         if self.backgrounds:
             drawn, prompt = self.backgrounds.draw(np.random.default_rng([self.seed, BACKGROUND, number]), prompt)
             behind = torch.from_numpy(drawn.astype(np.float32)).permute(2, 0, 1) / 127.5 - 1
             pixels = weights * pixels + (1 - weights) * behind
-        return Sample(pixels=pixels, mask=weights, prompt=prompt, name=self.photos[index].name, number=number)
+        if np.random.default_rng([self.seed, UNMASKED, number]).random() < self.unmasked_probability:
+            weights = torch.ones_like(weights)
+        (width, height), top = self.photos[index].size, window[1]
+        left = mask.width - window[2] if flipped else window[0]
+        crop = torch.tensor([height, width, top, left])
+        name = self.photos[index].name
+        return Sample(pixels=pixels, mask=weights, crop=crop, prompt=prompt, name=name, number=number)
+
+    def fixed_crops(self) -> Iterator[torch.Tensor]:
+        """The pixels (3, R, R) of all samples there can be, for center crops on the photos' own backgrounds."""
+        for index in range(len(self.photos)):
+            photo, mask = self.resized(index)
+            window = self._window(mask, np.random.default_rng(0))
+            for flipped in (False, True)[: 1 + self.random_flip]:
+                yield _pixels(photo, window, flipped)
 
     def all_prompts(self) -> list[str]:
         """Every prompt that a sample may have, each once."""
@@ -131,6 +156,16 @@ class Crops(Dataset):
         return left, top, left + size, top + size
 
 
+def _cut(image: Image.Image, window: tuple[int, int, int, int], flipped: bool) -> Image.Image:
+    crop = image.crop(window)
+    return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flipped else crop
+
+
+def _pixels(photo: Image.Image, window: tuple[int, int, int, int], flipped: bool) -> torch.Tensor:
+    """A crop's pixels (3, R, R) in -1..1."""
+    return torch.from_numpy(np.array(_cut(photo, window, flipped), dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
+
+
 def _offset(random: np.random.Generator, side: int, size: int, first: int, last: int, pixel: int) -> int:
     """A random offset of a window of `size` in 0..side.
 
@@ -142,7 +177,11 @@ def _offset(random: np.random.Generator, side: int, size: int, first: int, last:
 
 
 def sample_noise(
-    seed: int, numbers: list[int], shape: tuple[int, int, int], timesteps: int
+    seed: int,
+    numbers: list[int],
+    shape: tuple[int, int, int],
+    draw_timestep: Callable[[torch.Generator, tuple[int, int, int]], torch.Tensor],
+    offset: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What is random about the diffusion of each sample, drawn on the CPU so that devices agree.
 
@@ -150,12 +189,16 @@ def sample_noise(
         seed: the run's.
         numbers: sample numbers.
         shape: (C, h, w) of a latent.
-        timesteps: of the noise schedule, 1000.
+        draw_timestep: as of a `Family`.
+        offset: deviation of what is added to each channel of the noise as a whole, so that a model learns to make
+            pictures darker and lighter than the mean (Guttenberg 2023, "Diffusion with offset noise"); drawn last.
 
     Returns:
         Noise for the VAE's sampling (B, C, h, w), noise to add (B, C, h, w), timesteps (B,).
     """
     generators = [torch.Generator().manual_seed(derived_seed(seed, NOISE, number)) for number in numbers]
-    steps = torch.cat([torch.randint(0, timesteps, (1,), generator=generator) for generator in generators])
+    steps = torch.cat([draw_timestep(generator, shape) for generator in generators])
     noise = torch.stack([torch.randn((2, *shape), generator=generator) for generator in generators])
+    if offset:
+        noise[:, 1] += offset * torch.stack([torch.randn((shape[0], 1, 1), generator=each) for each in generators])
     return noise[:, 0], noise[:, 1], steps

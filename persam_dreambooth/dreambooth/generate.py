@@ -2,20 +2,16 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
 from PIL import Image
 from tqdm import tqdm
 
 from persam_dreambooth import models, toy
 from persam_dreambooth.config import CONFIG, GenerateOptions, fill_identifier, read_config
-from persam_dreambooth.dreambooth.stable_diffusion import (
-    LORA_WEIGHTS,
-    fast_sampler,
-    load_pipeline,
-    load_trained_parts,
-)
+from persam_dreambooth.dreambooth.latent_diffusion import LORA_WEIGHTS, load_trained_parts
+from persam_dreambooth.dreambooth.registry import FAMILIES, family_of, fast_sampler, load_pipeline
 from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.files import check_writable
 from persam_dreambooth.pictures import grid, save_picture
@@ -43,7 +39,7 @@ def generate(options: GenerateOptions) -> list[Path]:
     return save_samples(images, prompt, options.seed, folder, notice)
 
 
-def load_model(name: str) -> tuple[StableDiffusionPipeline, str, str | None]:
+def load_model(name: str) -> tuple[Any, str, str | None]:
     """Loads a model to generate with.
 
     Args:
@@ -60,15 +56,16 @@ def load_model(name: str) -> tuple[StableDiffusionPipeline, str, str | None]:
     notice = notice_of(config.get("pretrained_model_name_or_path", name))
     has_lora = (folder / LORA_WEIGHTS).is_file()
     if (folder / "model_index.json").is_file() or not (has_lora or config):
-        return load_pipeline(models.resolve(name, "stable-diffusion")), identifier, notice
-    if not has_lora and not (folder / "unet").is_dir():
+        return _load(models.resolve(name, "stable-diffusion")), identifier, notice
+    has_denoiser = any((folder / family.denoiser_name).is_dir() for family in FAMILIES.values())
+    if not has_lora and not has_denoiser:
         raise InputNotFoundError(f"{folder} holds no trained weights yet: finish its training, or name a checkpoint-N")
     if not config:
         raise InputError(
             f"{folder} has LoRA weights but no {CONFIG}, so its base model is unknown: name a run's folder"
         )
     base = models.resolve(config["pretrained_model_name_or_path"], "stable-diffusion", config.get("revision"))
-    pipeline = load_pipeline(base, config.get("revision"), config.get("variant"))
+    pipeline = _load(base, config.get("revision"), config.get("variant"))
     with models.loading(name):
         if has_lora:
             pipeline.load_lora_weights(folder, weight_name=LORA_WEIGHTS)
@@ -77,10 +74,17 @@ def load_model(name: str) -> tuple[StableDiffusionPipeline, str, str | None]:
     return pipeline, identifier, notice
 
 
-def on_accelerator(pipeline: StableDiffusionPipeline) -> StableDiffusionPipeline:
-    """The pipeline in half precision on the accelerator, or as it is where there is none."""
+def on_accelerator(pipeline: Any) -> Any:
+    """The pipeline in its family's half precision on the accelerator, or as it is where there is none."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return pipeline.to(accelerator, torch.float16) if accelerator else pipeline
+    return pipeline.to(accelerator, FAMILIES[type(pipeline).__name__].paint_dtype) if accelerator else pipeline
+
+
+def _load(source: str, revision: str | None = None, variant: str | None = None) -> Any:
+    """A pipeline in float32; a large one that an accelerator waits for, in half precision at once."""
+    family = family_of(source, revision)
+    dtype = family.paint_dtype if family.large and torch.accelerator.is_available() else torch.float32
+    return load_pipeline(source, revision, variant, dtype)
 
 
 def notice_of(base: str) -> str | None:
@@ -89,21 +93,22 @@ def notice_of(base: str) -> str | None:
 
 
 def sample(
-    pipeline: StableDiffusionPipeline,
+    pipeline: Any,
     prompt: str,
     count: int,
     seed: int,
     num_inference_steps: int = 30,
-    guidance_scale: float = 7.5,
+    guidance_scale: float | None = None,
 ) -> list[Image.Image]:
-    """Samples pictures one at a time, so that picture i follows from seed + i alone."""
+    """Samples pictures one at a time, so that picture i follows from seed + i alone; guidance is the pipeline's own."""
     pipeline = fast_sampler(pipeline)
+    guidance = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
     pipeline.set_progress_bar_config(disable=True)
     return [
         pipeline(
             prompt,
             num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
+            **guidance,
             generator=torch.Generator().manual_seed(seed + number),
         ).images[0]
         for number in tqdm(range(count), desc="sampling", unit="picture")

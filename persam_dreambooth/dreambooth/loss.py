@@ -3,15 +3,52 @@
 Shapes: B samples, C latent channels, h w latent size, H W training crop.
 """
 
+import math
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
 
-def latent_mask(mask: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Area-downsamples a mask (B, 1, H, W), 0 to 1, to the latent grid: (B, 1, h, w), soft at the edge."""
-    return F.interpolate(mask.float(), size, mode="area")
+def latent_mask(mask: torch.Tensor, size: tuple[int, int], dilation: int = 0, feather: float = 0.0) -> torch.Tensor:
+    """Area-downsamples a mask to the latent grid, soft at the edge; then grows or shrinks it, then feathers it.
+
+    With d = dilation and N_d a cell's neighbors up to d rows and columns away:
+
+        d > 0    m'(x) = max of m over N_d(x)
+        d < 0    m'(x) = min of m over N_-d(x), but m where that is 0 everywhere: no subject vanishes
+        feather  m'' = G * m', G a Gaussian with this standard deviation, cut at 3 of them; edges repeat
+
+    Args:
+        mask: (B, 1, H, W), 0 to 1.
+        size: (h, w).
+        dilation: latent cells.
+        feather: latent cells.
+
+    Returns:
+        (B, 1, h, w), 0 to 1.
+    """
+    small = F.interpolate(mask.float(), size, mode="area")
+    if dilation > 0:
+        small = _most(small, dilation)
+    elif dilation < 0:
+        shrunk = 1 - _most(1 - small, -dilation)
+        small = torch.where(shrunk.amax(dim=(2, 3), keepdim=True) > 0, shrunk, small)
+    return _blurred(small, feather) if feather else small
+
+
+def _most(mask: torch.Tensor, cells: int) -> torch.Tensor:
+    """The largest value within so many rows and columns, of (B, 1, h, w)."""
+    return F.max_pool2d(mask, 2 * cells + 1, stride=1, padding=cells)
+
+
+def _blurred(mask: torch.Tensor, sigma: float) -> torch.Tensor:
+    """A Gaussian blur of (B, 1, h, w)."""
+    reach = math.ceil(3 * sigma)
+    weights = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=mask.device) / sigma) ** 2)
+    weights = weights / weights.sum()
+    padded = F.pad(mask, (reach, reach, reach, reach), mode="replicate")
+    return F.conv2d(F.conv2d(padded, weights[None, None, None]), weights[None, None, :, None]).clamp(0, 1)
 
 
 def masked_loss(

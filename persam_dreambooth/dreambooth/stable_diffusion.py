@@ -1,244 +1,115 @@
-"""The Stable Diffusion 1.x and 2.x family: load, encode, noise, predict, target, save.
+"""Stable Diffusion 1.x and 2.x (Rombach et al. 2022, arXiv 2112.10752): a UNet that predicts the noise or v.
 
-Shapes: B samples, C latent channels (4), h w latent size, T tokens (77), D text width.
+C 4, T 77, D 768 or 1024; other shapes as in `family`.
 """
 
-import copy
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.training_utils import cast_training_params
-from diffusers.utils import (
-    convert_state_dict_to_diffusers,
-    convert_state_dict_to_peft,
-    convert_unet_state_dict_to_peft,
-)
-from diffusers.utils.logging import disable_progress_bar
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from transformers import CLIPTextModel
+from diffusers import DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, StableDiffusionPipeline
 
-from persam_dreambooth import models
-from persam_dreambooth.config import TrainOptions
+from persam_dreambooth.dreambooth.family import Embeddings
+from persam_dreambooth.dreambooth.latent_diffusion import LatentDiffusion
 from persam_dreambooth.errors import InputError
 
-LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
-UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
-TEXT_LEVEL = "text_model."
-TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
+class StableDiffusion(LatentDiffusion):
+    """Stable Diffusion 1.x or 2.x under training.
 
-def load_pipeline(
-    source: str, revision: str | None = None, variant: str | None = None, **parts: Any
-) -> StableDiffusionPipeline:
-    """Loads a pipeline of this family in float32, without its safety checker, which has no part in training.
-
-    Args:
-        source: hub id or folder, as `models.resolve` gives it.
-        revision: branch, tag or commit on the hub.
-        variant: of the weight files, such as fp16.
-        parts: parts at hand already, such as a trained `unet`, which are not loaded then.
-
-    Raises:
-        InputError: a model of another family, or a broken one.
-    """
-    disable_progress_bar()
-    with models.loading(source):
-        kind = StableDiffusionPipeline.load_config(source, revision=revision).get("_class_name")
-        if kind != "StableDiffusionPipeline":
-            raise InputError(f"{source} is a {kind}: only Stable Diffusion 1.x and 2.x are supported yet")
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            source,
-            revision=revision,
-            variant=variant,
-            dtype=torch.float32,
-            safety_checker=None,
-            requires_safety_checker=False,
-            **parts,
-        )
-    pipeline.set_progress_bar_config(leave=False)
-    return pipeline
-
-
-def fast_sampler(pipeline: StableDiffusionPipeline) -> StableDiffusionPipeline:
-    """Gives a pipeline the DPM-Solver++ sampler, good from 20 to 30 steps on."""
-    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
-    return pipeline
-
-
-class StableDiffusion:
-    """One model under training.
+    Learning rates are the defaults of diffusers' `train_dreambooth_lora.py` and `train_dreambooth.py`.
 
     Args:
         pipeline: where its parts come from.
+
+    Raises:
+        InputError: a model that predicts something else than the noise or v, or that scales its input (EDM).
     """
 
-    def __init__(self, pipeline: StableDiffusionPipeline) -> None:
-        self.pipeline = pipeline
-        self.unet: Any = pipeline.unet
-        self.vae = pipeline.vae
-        self.text_encoder: Any = pipeline.text_encoder
-        self.tokenizer = pipeline.tokenizer
-        self.base_unet: Any = None
+    pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusionPipeline
+    load_settings: ClassVar = {"safety_checker": None, "requires_safety_checker": False}
+    denoiser_name = "unet"
+    denoiser_targets: ClassVar = ["to_q", "to_k", "to_v", "to_out.0"]
+    learning_rates: ClassVar = {"lora": 1e-4, "full": 5e-6}
+    tags: ClassVar = ["stable-diffusion"]
+
+    def __init__(self, pipeline: Any) -> None:
+        super().__init__(pipeline)
+        if type(pipeline.scheduler).__name__.startswith("EDM"):
+            raise InputError("the model was trained with EDM's noise, which is not supported: choose another model")
         self.noise_schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
         if self.prediction_type not in ("epsilon", "v_prediction"):
             raise InputError(f"the model predicts {self.prediction_type}: only epsilon and v_prediction are supported")
-        for part in (self.unet, self.vae, self.text_encoder):
-            part.requires_grad_(False)
+
+    @staticmethod
+    def fast_sampler(pipeline: Any) -> Any:
+        """Gives a pipeline the DPM-Solver++ sampler, good from 20 to 30 steps on."""
+        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+        return pipeline
 
     @property
     def prediction_type(self) -> str:
-        """`epsilon` (SD 1.x, 2.x base) or `v_prediction` (SD 2.x at 768)."""
+        """`epsilon` (SD 1.x, 2.x base, XL) or `v_prediction` (SD 2.x at 768)."""
         return self.noise_schedule.config.prediction_type
 
     @property
-    def latent_factor(self) -> int:
-        """Pixels along one side of a latent cell, 8 for SD."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
-
-    @property
     def native_resolution(self) -> int:
-        """Side in pixels of the pictures the model was made for."""
+        """See `Family`: 512 for SD 1.x, 768 for SD 2.x, 1024 for XL."""
         return self.pipeline.unet.config.sample_size * self.latent_factor
 
     @property
-    def latent_channels(self) -> int:
-        """C."""
-        return self.vae.config.latent_channels
+    def granularity(self) -> int:
+        """See `Family`: the UNet halves its grid at every level but the last."""
+        return self.latent_factor * 2 ** (len(self.pipeline.unet.config.block_out_channels) - 1)
 
     @property
     def timesteps(self) -> int:
         """Length of the noise schedule, 1000."""
         return self.noise_schedule.config.num_train_timesteps
 
-    def make_trainable(
-        self, options: TrainOptions, device: torch.device, frozen_dtype: torch.dtype
-    ) -> list[torch.nn.Parameter]:
-        """Adds LoRA matrices (`lora`), or frees all weights (`full`); returns what is trained, in float32.
+    def encode_prompts(self, prompts: list[str]) -> Embeddings:
+        """See `Family`: the last states of CLIP."""
+        return Embeddings(self.part("text_encoder")(self.tokens(self.pipeline.tokenizer, prompts))[0])
 
-        Args:
-            options: method, rank, dropout, text encoder, gradient checkpointing.
-            device: where all parts go.
-            frozen_dtype: precision of the weights that are not trained.
-        """
-        targets = {"unet": UNET_TARGETS}
-        if options.train_text_encoder:
-            targets["text_encoder"] = TEXT_TARGETS
-        for name in ("unet", "vae", "text_encoder"):
-            whole = options.method == "full" and name in targets
-            getattr(self, name).to(device, torch.float32 if whole else frozen_dtype)
-        if options.masked_prior_preservation_weight and options.method == "full":
-            self.base_unet = copy.deepcopy(self.unet).to(frozen_dtype)
-        trained = [getattr(self, name) for name in targets]
-        for part, modules in zip(trained, targets.values(), strict=True):
-            if options.method == "lora":
-                part.add_adapter(
-                    LoraConfig(
-                        r=options.rank,
-                        lora_alpha=options.rank,
-                        lora_dropout=options.lora_dropout,
-                        init_lora_weights="gaussian",
-                        target_modules=modules,
-                    )
-                )
-                cast_training_params(part, dtype=torch.float32)
-            else:
-                part.requires_grad_(True)
-            part.train()
-        if options.gradient_checkpointing:
-            self.unet.enable_gradient_checkpointing()
-            if options.train_text_encoder:
-                # transformers 5.23 renamed it
-                enable = getattr(self.text_encoder, "activation_checkpointing_enable", None)
-                (enable or self.text_encoder.gradient_checkpointing_enable)()
-        return [weight for part in trained for weight in part.parameters() if weight.requires_grad]
+    def draw_timestep(self, generator: torch.Generator, shape: tuple[int, int, int]) -> torch.Tensor:
+        """See `Family`: uniform among 0 to 999."""
+        return torch.randint(0, self.timesteps, (1,), generator=generator)
 
-    def encode_images(self, pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """Pixels (B, 3, R, R) in -1..1 to scaled latents (B, C, h, w), sampled with the given noise (B, C, h, w)."""
-        with torch.no_grad():
-            posterior = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
-            latents = posterior.mean + posterior.std * noise.to(posterior.mean)
-        return latents * self.vae.config.scaling_factor
-
-    def encode_prompts(self, prompts: list[str]) -> torch.Tensor:
-        """Prompts to text embeddings (B, T, D)."""
-        tokens = self.tokenizer(
-            prompts, padding="max_length", truncation=True, max_length=self.tokenizer.model_max_length,
-            return_tensors="pt",
-        )  # fmt: skip
-        return self.text_encoder(tokens.input_ids.to(self.vae.device))[0]
-
-    def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
-        """The UNet's prediction (B, C, h, w) for noisy latents (B, C, h, w) at timesteps (B,)."""
-        return self.unet(noisy, timesteps, encoder_hidden_states=embeddings).sample
-
-    @torch.no_grad()
-    def predict_base(self, noisy: torch.Tensor, timesteps: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
-        """What the UNet would have predicted before training; arguments and result as of `predict`.
-
-        With LoRA that is the UNet without its matrices; else a copy, which `make_trainable` keeps where it is needed.
-        """
-        if self.base_unet is not None:
-            return self.base_unet(
-                noisy.to(self.base_unet.dtype), timesteps, encoder_hidden_states=embeddings.to(self.base_unet.dtype)
-            ).sample
-        unet = self.pipeline.unet
-        unet.disable_adapters()
-        try:
-            return unet(noisy, timesteps, encoder_hidden_states=embeddings).sample
-        finally:
-            unet.enable_adapters()
+    def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """See `Family`: sqrt(a) latents + sqrt(1 - a) noise (Ho et al. 2020, eq. 4)."""
+        return self.noise_schedule.add_noise(latents, noise, timesteps)
 
     def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """What the UNet should predict: the noise, or v = sqrt(a) noise - sqrt(1 - a) latents (Salimans & Ho 2022)."""
+        """See `Family`: the noise, or v = sqrt(a) noise - sqrt(1 - a) latents (Salimans & Ho 2022)."""
         if self.prediction_type == "epsilon":
             return noise
         return self.noise_schedule.get_velocity(latents, noise, timesteps)
 
-    def save_weights(self, folder: Path, unet: Any, text_encoder: Any | None) -> None:
-        """Saves what was trained: LoRA as diffusers loads it, or `unet/` (and `text_encoder/`).
+    def min_snr_weights(self, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
+        """See `Family`: min-SNR (Hang et al. 2023, arXiv 2303.09556), for the squared error of what is predicted.
 
-        Args:
-            folder: an existing folder.
-            unet: the trained UNet, unwrapped.
-            text_encoder: the text encoder where it was trained too.
+        With the signal-to-noise ratio s = a / (1 - a), all latents' errors are weighted by min(s, gamma):
+
+            noise   min(s, gamma) / s          v   min(s, gamma) / (s + 1)
         """
-        if not hasattr(unet, "peft_config"):
-            unet.save_pretrained(folder / "unet")
-            if text_encoder is not None:
-                text_encoder.save_pretrained(folder / "text_encoder")
-            return
-        layers = {"unet_lora_layers": convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))}
-        if text_encoder is not None:
-            state = convert_state_dict_to_diffusers(get_peft_model_state_dict(text_encoder))
-            # The name that other programs know; transformers dropped this level in 5.6.
-            layers["text_encoder_lora_layers"] = {
-                TEXT_LEVEL + key.removeprefix(TEXT_LEVEL): weight for key, weight in state.items()
-            }
-        StableDiffusionPipeline.save_lora_weights(folder, **layers)
+        kept = self.noise_schedule.alphas_cumprod.to(timesteps.device)[timesteps]
+        ratio = kept / (1 - kept)
+        if self.prediction_type == "epsilon":
+            return (gamma / ratio).clamp(max=1)  # 1 where there is no signal at all
+        return ratio.clamp(max=gamma) / (ratio + 1)
 
-    def load_weights(self, folder: Path) -> None:
-        """Loads what `save_weights` saved into the parts made trainable before."""
-        if not (folder / LORA_WEIGHTS).is_file():
-            load_trained_parts(self.pipeline, folder)
-            return
-        state, _ = StableDiffusionPipeline.lora_state_dict(folder)
-        parts = (
-            ("unet.", self.unet, convert_unet_state_dict_to_peft),
-            ("text_encoder.", self.text_encoder, convert_state_dict_to_peft),
-        )
-        for prefix, part, to_peft in parts:  # diffusers names the matrices of the two by different words
-            own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-            if not hasattr(part, "text_model"):
-                own = {key.removeprefix(TEXT_LEVEL): value for key, value in own.items()}
-            if own:
-                set_peft_model_state_dict(part, to_peft(own), adapter_name="default")
+    def denoise(
+        self, denoiser: Any, noisy: torch.Tensor, timesteps: torch.Tensor, embeddings: Embeddings, crops: torch.Tensor
+    ) -> torch.Tensor:
+        """See `LatentDiffusion`."""
+        return denoiser(noisy, timesteps, encoder_hidden_states=embeddings.states).sample
+
+    @staticmethod
+    def published_lora_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """See `LatentDiffusion`; diffusers reads these names of all layers or of none."""
+        renamed = {"lora_A": "lora.down", "lora_B": "lora.up"}
+        return {_replaced(key, renamed): weight for key, weight in state.items()}
 
 
-def load_trained_parts(pipeline: StableDiffusionPipeline, folder: Path) -> None:
-    """Loads a fully trained `unet/` (and `text_encoder/`) into a pipeline's own parts."""
-    for name, kind in (("unet", UNet2DConditionModel), ("text_encoder", CLIPTextModel)):
-        if (folder / name).is_dir():
-            trained = kind.from_pretrained(folder / name)
-            getattr(pipeline, name).load_state_dict(trained.state_dict())
+def _replaced(name: str, parts: dict[str, str]) -> str:
+    """A dotted name with some of its parts called otherwise."""
+    return ".".join(parts.get(part, part) for part in name.split("."))

@@ -6,6 +6,8 @@ Shapes: B samples, C latent channels, h w latent size, R training crop.
 import json
 import logging
 from collections.abc import Iterator
+from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +20,20 @@ from tqdm import tqdm
 from persam_dreambooth.config import TrainOptions
 from persam_dreambooth.dreambooth.checkpoint import (
     load_state,
+    new_checkpoint,
     remove_later_checkpoints,
     remove_old_checkpoints,
     save_state,
 )
 from persam_dreambooth.dreambooth.data import CLASS_SEED, DROPOUT, Crops, derived_seed, sample_noise
+from persam_dreambooth.dreambooth.ema import AveragedWeights
+from persam_dreambooth.dreambooth.family import Embeddings, Family
+from persam_dreambooth.dreambooth.interruption import Interruption
 from persam_dreambooth.dreambooth.loss import latent_mask, masked_loss
-from persam_dreambooth.dreambooth.stable_diffusion import StableDiffusion
+from persam_dreambooth.dreambooth.optimizers import effective_rate, make_optimizer
+from persam_dreambooth.dreambooth.samples import paint_samples
 from persam_dreambooth.errors import InputError
-from persam_dreambooth.files import write_aside, write_text
+from persam_dreambooth.files import write_text
 from persam_dreambooth.pictures import loss_curve
 
 logger = logging.getLogger(__name__)
@@ -36,7 +43,7 @@ METRICS = "metrics.jsonl"
 
 def train(
     options: TrainOptions,
-    family: StableDiffusion,
+    family: Family,
     photos: Crops,
     class_images: Crops | None,
     run_dir: Path,
@@ -48,7 +55,7 @@ def train(
     Writes `metrics.jsonl`, `loss.png` and checkpoints to the run's folder.
 
     Args:
-        options: of the run.
+        options: of the run, resolved.
         family: the model.
         photos: the subject's photos and masks.
         class_images: pictures of the class, which have no masks; or None.
@@ -58,28 +65,28 @@ def train(
 
     Raises:
         FloatingPointError: a loss that is not finite; the message names the step and the photos.
+        SaveError: a checkpoint cannot be written.
+        Stopped: SIGINT or SIGTERM came; a checkpoint of the last step is there.
     """
     if options.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
-    frozen_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     torch.manual_seed(options.seed)  # LoRA's matrices start at random
-    trained = family.make_trainable(options, accelerator.device, frozen_dtype)
+    trained = family.make_trainable(options, accelerator.device, frozen_dtype(accelerator))
     prompts = [*photos.all_prompts(), *(class_images.all_prompts() if class_images else [])]
     with torch.no_grad():
         base_embeddings = dict(zip(prompts, family.encode_prompts(prompts), strict=True))
+    family.set_encoders_aside()
+    if options.cache_latents:
+        fixed = [source.fixed_crops() for source in (photos, class_images) if source]
+        family.cache_latents(chain.from_iterable(fixed) if options.center_crop else None)
 
     rate = learning_rate(options, accelerator.num_processes)
-    settings = {
-        "lr": rate,
-        "betas": (options.adam_beta1, options.adam_beta2),
-        "weight_decay": options.adam_weight_decay,
-        "eps": options.adam_epsilon,
-    }
-    optimizer = torch.optim.AdamW(trained, **settings)
+    optimizer, settings = make_optimizer(options, trained, rate)
+    average = AveragedWeights(trained, options.ema_decay) if options.use_ema else None
     first_step = 0
     if resume_from:
         family.load_weights(resume_from)
-        first_step = load_state(resume_from, optimizer=optimizer, scaler=accelerator.scaler)
+        first_step = load_state(resume_from, optimizer=optimizer, scaler=accelerator.scaler, average=average)
         logger.info("resuming from %s at step %d", resume_from, first_step)
     for group in optimizer.param_groups:  # the options count, also where they differ from the run's start
         group.update(settings, initial_lr=rate)
@@ -93,11 +100,8 @@ def train(
         last_epoch=first_step - 1,
     )
 
-    models = [family.unet, *([family.text_encoder] if options.train_text_encoder else [])]
-    *models, optimizer = accelerator.prepare(*models, optimizer)
-    family.unet = models[0]
-    if options.train_text_encoder:
-        family.text_encoder = models[1]
+    *models, optimizer = accelerator.prepare(*family.trained.values(), optimizer)
+    family.trained = dict(zip(family.trained, models, strict=True))
     if accelerator.is_main_process:
         remove_later_checkpoints(run_dir, first_step)
     meter = Meter(run_dir, accelerator, first_step)
@@ -117,33 +121,46 @@ def train(
         unit="step",
         disable=not accelerator.is_main_process,
     )
-    for step in steps:
-        torch.manual_seed(derived_seed(options.seed, DROPOUT, step, accelerator.process_index))
-        for _ in range(options.gradient_accumulation_steps):
-            with accelerator.accumulate(*models):
-                batch = next(batches)
-                class_batch = next(class_batches) if class_batches else None
-                losses = batch_losses(options, family, batch, class_batch, base_embeddings)
-                meter.add(step, losses, batch["name"])
-                accelerator.backward(sum(weights[name] * loss for name, loss in losses.items()))
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(trained, options.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-        rate = schedule.get_last_lr()[0]
-        schedule.step()
+    with Interruption(accelerator) as interruption:
+        for step in steps:
+            torch.manual_seed(derived_seed(options.seed, DROPOUT, step, accelerator.process_index))
+            for _ in range(options.gradient_accumulation_steps):
+                with accelerator.accumulate(*models):
+                    batch = next(batches)
+                    class_batch = next(class_batches) if class_batches else None
+                    losses = batch_losses(options, family, batch, class_batch, base_embeddings)
+                    meter.add(step, losses, batch["name"])
+                    accelerator.backward(sum(weights[name] * loss for name, loss in losses.items()))
+                    if accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(trained, options.max_grad_norm)
+                    optimizer.step()
+                    optimizer.zero_grad()
+            rate = effective_rate(optimizer, schedule.get_last_lr()[0])
+            schedule.step()
+            if average:
+                average.step()
 
-        last = step == options.max_train_steps
-        checkpoint_due = step % options.checkpointing_steps == 0
-        if step % options.logging_steps == 0 or last or checkpoint_due:
-            row = meter.write(step, rate)
-            steps.set_postfix(loss=f"{row['loss']:.4f}")
-        if checkpoint_due and accelerator.is_main_process:
-            with write_aside(run_dir / f"checkpoint-{step}") as folder:
-                folder.mkdir()
-                save_trained(options, family, accelerator, folder)
-                save_state(folder, step, optimizer=optimizer, scaler=accelerator.scaler)
-            remove_old_checkpoints(run_dir, options.checkpoints_total_limit)
+            last = step == options.max_train_steps
+            stopping = interruption.asked()
+            checkpoint_due = stopping or step % options.checkpointing_steps == 0
+            if step % options.logging_steps == 0 or last or checkpoint_due:
+                row = meter.write(step, rate)
+                steps.set_postfix(loss=f"{row['loss']:.4f}")
+            if checkpoint_due and accelerator.is_main_process:
+                with new_checkpoint(run_dir, step) as folder:
+                    save_state(folder, step, optimizer=optimizer, scaler=accelerator.scaler, average=average)
+                    with average.in_place() if average else nullcontext():
+                        family.save_weights(folder)
+                remove_old_checkpoints(run_dir, options.checkpoints_total_limit)
+            if stopping and not last:
+                raise interruption.stopped(step)
+            if options.validation_steps and step % options.validation_steps == 0 and not last:
+                if accelerator.is_main_process:
+                    with average.in_place() if average else nullcontext():
+                        paint_samples(options, family, accelerator, step)
+                accelerator.wait_for_everyone()
+    if average:
+        average.keep()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         meter.draw(run_dir / "loss.png")
@@ -151,60 +168,65 @@ def train(
 
 def batch_losses(
     options: TrainOptions,
-    family: StableDiffusion,
+    family: Family,
     batch: dict[str, Any],
     class_batch: dict[str, Any] | None,
-    base_embeddings: dict[str, torch.Tensor],
+    base_embeddings: dict[str, Embeddings],
 ) -> dict[str, torch.Tensor]:
-    """The losses of a batch, not yet weighted, all from one pass of the UNet.
+    """The losses of a batch, not yet weighted, all from one pass of the denoiser.
 
     - `loss`: of the photos, masked.
     - `prior_loss`: of the class images, where there are any; never masked.
     - `preservation_loss`: outside the masks, how far the prediction is from the base model's on the same noisy latents
       and prompt, where `masked_prior_preservation_weight` is not 0.
 
+    `snr_gamma` weights each sample of all three by its timestep. Of the last one too: what an error of a prediction
+    means for the picture depends on the timestep outside the mask as it does inside, and the losses keep their shares.
+
     Args:
-        batch: `Sample`s stacked: pixels (B, 3, R, R), mask (B, 1, R, R), prompt, name, number (B,).
+        batch: `Sample`s stacked: pixels (B, 3, R, R), mask (B, 1, R, R), crop (B, 4), prompt, name, number (B,).
         class_batch: the same for class images, or None.
-        base_embeddings: of each prompt, (T, D), before training; on the device of training.
+        base_embeddings: of each prompt, before training; on the device of training.
     """
     halves = [(batch, options.seed)]
     if class_batch is not None:
         halves.append((class_batch, options.seed + CLASS_SEED))
-    device = family.vae.device
+    device, shape = family.device, family.latent_shape(batch["pixels"].shape[-1])
     latents, noise, timesteps = [], [], []
-    side = batch["pixels"].shape[-1] // family.latent_factor
     for half, seed in halves:
-        vae_noise, noise_, timesteps_ = sample_noise(
-            seed, half["number"].tolist(), (family.latent_channels, side, side), family.timesteps
-        )
+        numbers = half["number"].tolist()
+        vae_noise, noise_, timesteps_ = sample_noise(seed, numbers, shape, family.draw_timestep, options.noise_offset)
         latents.append(family.encode_images(half["pixels"], vae_noise).float())
         noise.append(noise_.to(device))
         timesteps.append(timesteps_.to(device))
     x, e, t = torch.cat(latents), torch.cat(noise), torch.cat(timesteps)
     prompts = [prompt for half, _ in halves for prompt in half["prompt"]]
-    base_text = torch.stack([base_embeddings[prompt] for prompt in prompts])
+    crops = torch.cat([half["crop"] for half, _ in halves]).to(device)
+    base_text = Embeddings.stack([base_embeddings[prompt] for prompt in prompts])
     text = encode_together(family, prompts) if options.train_text_encoder else base_text
-    noisy = family.noise_schedule.add_noise(x, e, t).to(base_text.dtype)
-    prediction = family.predict(noisy, t, text)
+    noisy = family.add_noise(x, e, t).to(base_text.states.dtype)
+    prediction = family.predict(noisy, t, text, crops)
     target = family.target(x, e, t)
 
     photos = len(batch["number"])
-    mask = None if options.unmasked else latent_mask(batch["mask"].to(device), target.shape[-2:])
+    weight = family.min_snr_weights(t, options.snr_gamma) if options.snr_gamma else torch.ones(len(t), device=device)
+    mask = None
+    if not options.unmasked:
+        mask = latent_mask(batch["mask"].to(device), target.shape[-2:], options.mask_dilation, options.mask_feather)
     normalization = options.mask_normalization
-    losses = {
-        "loss": masked_loss(prediction[:photos], target[:photos], mask, normalization, options.unmasked_weight).mean()
-    }
+    own = masked_loss(prediction[:photos], target[:photos], mask, normalization, options.unmasked_weight)
+    losses = {"loss": (weight[:photos] * own).mean()}
     if class_batch is not None:
-        losses["prior_loss"] = masked_loss(prediction[photos:], target[photos:]).mean()
+        losses["prior_loss"] = (weight[photos:] * masked_loss(prediction[photos:], target[photos:])).mean()
     if options.masked_prior_preservation_weight and mask is not None:
-        base = family.predict_base(noisy[:photos], t[:photos], base_text[:photos])
-        losses["preservation_loss"] = masked_loss(prediction[:photos], base, 1 - mask, normalization).mean()
+        base = family.predict_base(noisy[:photos], t[:photos], base_text[:photos], crops[:photos])
+        kept = masked_loss(prediction[:photos], base, 1 - mask, normalization)
+        losses["preservation_loss"] = (weight[:photos] * kept).mean()
     return losses
 
 
-def encode_together(family: StableDiffusion, prompts: list[str]) -> torch.Tensor:
-    """Embeddings (B, T, D) of prompts, each different one encoded once."""
+def encode_together(family: Family, prompts: list[str]) -> Embeddings:
+    """Embeddings of prompts, each different one encoded once."""
     different = list(dict.fromkeys(prompts))
     return family.encode_prompts(different)[[different.index(prompt) for prompt in prompts]]
 
@@ -222,18 +244,18 @@ def numbered_batches(
     return iter(DataLoader(crops, batch_sampler=numbers, num_workers=options.dataloader_num_workers))
 
 
+def frozen_dtype(accelerator: Accelerator) -> torch.dtype:
+    """The precision of the weights that are not trained."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+
+
 def learning_rate(options: TrainOptions, processes: int) -> float:
     """The learning rate, scaled where asked."""
-    rate = options.base_learning_rate
+    rate = options.learning_rate
+    assert rate is not None
     if options.scale_lr:
         rate *= options.train_batch_size * options.gradient_accumulation_steps * processes
     return rate
-
-
-def save_trained(options: TrainOptions, family: StableDiffusion, accelerator: Accelerator, folder: Path) -> None:
-    """Saves the trained weights to a folder."""
-    text_encoder = accelerator.unwrap_model(family.text_encoder) if options.train_text_encoder else None
-    family.save_weights(folder, accelerator.unwrap_model(family.unet), text_encoder)
 
 
 class Meter:
@@ -253,7 +275,9 @@ class Meter:
         if accelerator.is_main_process:
             if first_step and self.path.is_file():
                 lines = self.path.read_text(encoding="utf-8").splitlines()
-                self.rows = [row for row in map(json.loads, lines) if row["step"] <= first_step]
+                # Killed while writing, a run may leave half a line; it came after the checkpoint.
+                whole = [line for line in lines if line.endswith("}")]
+                self.rows = [row for row in map(json.loads, whole) if row["step"] <= first_step]
             write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def add(self, step: int, losses: dict[str, torch.Tensor], names: list[str]) -> None:
@@ -273,6 +297,7 @@ class Meter:
         means = {name: self._mean(losses) for name, losses in stacked.items()}
         row: dict[str, float] = {"step": step, "loss": means.pop("loss"), "learning_rate": rate, **means}
         self.pending.clear()
+        self.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=step)
         if self.accelerator.is_main_process:
             self.rows.append(row)
             with self.path.open("a", encoding="utf-8") as file:
@@ -287,10 +312,10 @@ class Meter:
         return self.accelerator.gather(losses.float().mean()[None]).mean().item()
 
 
-def check_resolution(options: TrainOptions, family: StableDiffusion) -> int:
+def check_resolution(options: TrainOptions, family: Family) -> int:
     """The training resolution; raises `InputError` for one that the model's latent grid cannot hold."""
     resolution = options.resolution or family.native_resolution
-    factor = family.latent_factor * 2 ** (len(family.pipeline.unet.config.block_out_channels) - 1)
+    factor = family.granularity
     if resolution % factor or resolution < factor:
         nearest = max(factor, round(resolution / factor) * factor)
         raise InputError(f"--resolution is {resolution}: this model needs a multiple of {factor}, such as {nearest}")

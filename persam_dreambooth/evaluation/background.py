@@ -213,7 +213,7 @@ def paint(pipeline: StableDiffusionPipeline, told: list[str], seed: int) -> np.n
     """Pictures (N, S, S, 3) uint8 of prompts; picture i follows from the seed, i and the prompt."""
     import torch
 
-    from persam_dreambooth.dreambooth.stable_diffusion import fast_sampler
+    from persam_dreambooth.dreambooth.registry import fast_sampler
 
     pipeline = fast_sampler(pipeline)
     pipeline.set_progress_bar_config(disable=True)
@@ -294,7 +294,7 @@ def _prepare(folder: Path, personals: list[Personal], recipes: list[Recipe]) -> 
     from persam_dreambooth import personalize
     from persam_dreambooth.dreambooth.backgrounds import in_front_of
     from persam_dreambooth.dreambooth.base_pictures import generate_pictures
-    from persam_dreambooth.dreambooth.stable_diffusion import load_pipeline
+    from persam_dreambooth.dreambooth.registry import load_pipeline
 
     for owner in personals:
         photos = folder / "photos" / owner.name

@@ -21,6 +21,7 @@ from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.files import check_writable, write_json, write_text
 from persam_dreambooth.images import find_photos
 from persam_dreambooth.masks import PhotoMask, load_masks
+from persam_dreambooth.photo_datasets import photo_folder
 from persam_dreambooth.pictures import grid, outlined, save_picture
 
 if TYPE_CHECKING:
@@ -60,7 +61,10 @@ def evaluate(options: EvaluateModelOptions) -> dict[str, dict[str, float]]:
     if not (run_dir / CONFIG).is_file():
         raise InputNotFoundError(f"{run_dir} holds no {CONFIG}: name the folder of a training run")
     config = read_config(run_dir / CONFIG)
-    photos = find_photos(Path(options.instance_dir or config["instance_dir"]))
+    folder = options.instance_dir or config["instance_dir"]
+    if not folder:
+        folder = photo_folder(config["dataset_name"], config["image_column"], config["caption_column"])
+    photos = find_photos(Path(folder))
     masks = [item for item in load_masks(Path(options.mask_dir or run_dir / "masks"), photos) if item.mask.any()]
     if not masks:
         raise InputError(f"all masks of {run_dir} are empty: name a folder of masks with --mask_dir")
@@ -69,7 +73,7 @@ def evaluate(options: EvaluateModelOptions) -> dict[str, dict[str, float]]:
     from persam_dreambooth.segmentation import PerSAMF, open_sam
 
     clip, dino = Clip(options.clip_model), Dino(options.dino_model)
-    segmenter = PerSAMF(open_sam(sam)).fit(masks[0].photo.read(), masks[0].mask)
+    segmenter = PerSAMF(open_sam(sam, dtype=options.sam_dtype)).fit(masks[0].photo.read(), masks[0].mask)
     base = str(config["pretrained_model_name_or_path"])
     figures = {}
     for name, model in {"trained": str(run_dir), "base": base}.items():

@@ -1,7 +1,8 @@
 """Target-guided attention and target-semantic prompting inside SAM's mask decoder (PerSAM, section 3.2, Eq. 7 and 8).
 
-transformers' SAM takes `attention_similarity` and `target_embedding`, but adds the similarity before a single softmax
-and leaves the target out of the last attention, which is not PerSAM. So the pass is ours; the weights stay theirs.
+SAM, SAM-HQ, MobileSAM and SAM 2 share the two-way transformer that is guided here. transformers' models take
+`attention_similarity` and `target_embedding`, but add the similarity before a single softmax and leave the target out
+of the last attention, which is not PerSAM. So the pass is ours; the weights stay theirs.
 
 Shapes: N tokens (IoU, masks, prompts), C channels, 4096 = 64 x 64 cells.
 """
@@ -33,7 +34,7 @@ class Guidance:
 
 
 class GuidedTransformer(nn.Module):
-    """SAM's two-way transformer, which a `Guidance` can be laid upon for a while; without one it is the original."""
+    """SAM's or SAM 2's two-way transformer, which a `Guidance` can be laid upon; without one it is the original."""
 
     def __init__(self, transformer: Any) -> None:
         super().__init__()
@@ -67,8 +68,7 @@ class GuidedTransformer(nn.Module):
                 image_positional_embeddings=image_positional_embeddings,
                 **others,
             )
-        bias = self.guidance.bias.to(point_embeddings)
-        target = self.guidance.target.to(point_embeddings)
+        bias, target = self.guidance.bias, self.guidance.target
         in_code = self.guidance.form == "code"
         queries = point_embeddings
         query_position = point_embeddings + target if in_code else point_embeddings
@@ -90,7 +90,7 @@ class GuidedTransformer(nn.Module):
 
 
 class BiasedAttention(nn.Module):
-    """SAM's attention; with a bias b it is softmax(softmax(Q K^T / sqrt(d)) + b) V (Eq. 7)."""
+    """The attention of SAM or SAM 2; with a bias b it is softmax(softmax(Q K^T / sqrt(d)) + b) V (Eq. 7)."""
 
     def __init__(self, attention: Any) -> None:
         super().__init__()
@@ -116,7 +116,8 @@ class BiasedAttention(nn.Module):
                 (self.attention.v_proj, value),
             )
         )  # each (heads, tokens, C / heads)
-        weights = torch.softmax((q @ k.transpose(1, 2) * self.attention.scaling).float(), dim=-1)
-        weights = torch.softmax(weights + attention_similarity.float(), dim=-1).to(v.dtype)
+        weights = torch.softmax(q @ k.transpose(1, 2) * self.attention.scaling, dim=-1)
+        weights = torch.softmax(weights + attention_similarity, dim=-1)
         output = (weights @ v).transpose(0, 1).flatten(1)
-        return self.attention.out_proj(output)[None, None], weights
+        project = self.attention.o_proj if hasattr(self.attention, "o_proj") else self.attention.out_proj
+        return project(output)[None, None], weights

@@ -10,19 +10,18 @@ import numpy as np
 import torch
 from PIL import Image
 
+from persam_dreambooth.config import ABSENT_THRESHOLD
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.segmentation.guidance import Guidance
 from persam_dreambooth.segmentation.prior import (
     Target,
     at_photo_size,
     attention_bias,
-    cell_weights,
     embed_target,
     location_prior,
-    mean_embedding,
     pool_targets,
+    presence,
     prior_points,
-    similarity,
     suppressed,
 )
 from persam_dreambooth.segmentation.sam import Encoding, Sam
@@ -72,8 +71,8 @@ class Found:
         box: (4,) the box of the last pass (x0, y0, x1, y1, inclusive); None where every mask before it was empty.
         similarity: (64, 64) float32 location prior, padding included.
         steps: the decoder passes, in order.
-        flags: `absent` (the mask is empty, or what it holds is no more like the target than the reference photo's
-            background is), `empty intermediate mask`, `target smaller than a cell`; empty when all went well.
+        flags: `absent` (the mask is empty, or presence is below the segmenter's threshold), `empty intermediate mask`,
+            `target smaller than a cell`; empty when all went well.
     """
 
     mask: np.ndarray
@@ -97,6 +96,7 @@ class PerSAM:
         target_coverage: a cell belongs to the target when the mask covers more of its center than this (the published
             code reads the mask there, on 2 x 2 pixels of the padded input). Its thresholds amount to 0.485 for 0/255
             masks and 0.966 for PerSeg's.
+        absent_threshold: presence below which a photo is flagged `absent`, 0 to 1.
         alpha: balance factor of Eq. 7, for `paper`.
         up_to: the last of `PARTS` that is used, for ablations.
     """
@@ -106,6 +106,7 @@ class PerSAM:
         sam: Sam,
         guidance: Literal["persam", "published", "paper", "none"] = "persam",
         target_coverage: float = 0.5,
+        absent_threshold: float = ABSENT_THRESHOLD,
         alpha: float = 1.0,
         up_to: Part = "prompting",
     ) -> None:
@@ -114,6 +115,7 @@ class PerSAM:
         self.sam = sam
         self.guidance = guidance
         self.target_coverage = _checked_coverage(target_coverage)
+        self.absent_threshold = absent_threshold
         self.alpha = alpha
         self._parts = PARTS[: PARTS.index(up_to) + 1]
         self._target: Target | None = None
@@ -182,12 +184,20 @@ class PerSAMF:
     Args:
         sam: see `open_sam`.
         target_coverage: as for `PerSAM`.
+        absent_threshold: as for `PerSAM`.
         fit_steps: optimizer steps of the fit; 1000 in the paper.
     """
 
-    def __init__(self, sam: Sam, target_coverage: float = 0.5, fit_steps: int = 1000) -> None:
+    def __init__(
+        self,
+        sam: Sam,
+        target_coverage: float = 0.5,
+        absent_threshold: float = ABSENT_THRESHOLD,
+        fit_steps: int = 1000,
+    ) -> None:
         self.sam = sam
         self.target_coverage = _checked_coverage(target_coverage)
+        self.absent_threshold = absent_threshold
         self.fit_steps = fit_steps
         self._target: Target | None = None
         self._weights: np.ndarray | None = None
@@ -236,7 +246,7 @@ class PerSAMF:
         prior, points, labels = self._locate(encoding, without)
         logits, scores = self.sam.decode(encoding, points, labels)
         first = _step(logits, scores)
-        combined = torch.tensordot(torch.as_tensor(weights).to(logits), logits, dims=1)
+        combined = torch.tensordot(torch.from_numpy(weights.astype(np.float32)).to(logits.device), logits, dims=1)
         flags: list[str] = []
         box = self.sam.mask_box(combined, encoding)
         if box is None:  # the video code's way out of an empty combination
@@ -308,15 +318,12 @@ def _found(
     flags: list[str],
 ) -> Found:
     mask = (segmenter.sam.upscale(chosen[None], encoding)[0] > 0).cpu().numpy()
-    presence = 0.0
-    if mask.any():
-        weights, _ = cell_weights(mask, encoding, segmenter.target_coverage)
-        presence = similarity(mean_embedding(weights, encoding), segmenter.target.mean)
-    if presence <= segmenter.target.background_similarity:
+    similar = presence(mask, encoding, segmenter.target, segmenter.target_coverage)
+    if not mask.any() or similar < segmenter.absent_threshold:
         flags = [ABSENT, *flags]
     if segmenter.target.small:
         flags = [*flags, SMALL_TARGET]
-    return Found(mask, score, presence, points, steps[-1].box, prior.cpu().numpy(), steps, tuple(flags))
+    return Found(mask, score, similar, points, steps[-1].box, prior.cpu().numpy(), steps, tuple(flags))
 
 
 def _step(logits: torch.Tensor, scores: torch.Tensor, box: np.ndarray | None = None) -> Step:

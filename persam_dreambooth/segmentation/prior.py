@@ -22,8 +22,8 @@ class Target:
     Args:
         mean: (C,) mean embedding of the target cells, not normalized (Eq. 4).
         peak: (C,) their channel-wise maximum.
-        background_similarity: cosine similarity of the reference photo's background to the mean, 0 to 1: what is no
-            more like the target than this is not the target. 0 for a mask that leaves no background.
+        background_similarity: cosine similarity of the reference photo's background to the mean, 0 to 1: how much alike
+            all things look to this SAM. 0 for a mask that leaves no background.
         small: no cell reached the asked coverage, so cells count by the share of the mask that lies in them.
     """
 
@@ -70,7 +70,7 @@ def embed_target(mask: np.ndarray, encoding: Encoding, target_coverage: float) -
     """Pools the embedding over the cells of a mask (Eq. 3 and 4); see `cell_weights` for the arguments."""
     weights, small = cell_weights(mask, encoding, target_coverage)
     mean = mean_embedding(weights, encoding)
-    peak = encoding.embedding[0, :, weights > 0].float().max(dim=1).values
+    peak = encoding.embedding[0, :, weights > 0].max(dim=1).values
     background_similarity = 0.0
     if not mask.all():
         background = mean_embedding(cell_weights(~mask, encoding, target_coverage)[0], encoding)
@@ -91,7 +91,7 @@ def pool_targets(targets: Sequence[Target]) -> Target:
 def mean_embedding(weights: torch.Tensor, encoding: Encoding) -> torch.Tensor:
     """The embedding averaged with weights (64, 64) that sum to 1: (C,)."""
     chosen = weights > 0
-    return (encoding.embedding[0, :, chosen].float() * weights[chosen]).sum(dim=1)
+    return (encoding.embedding[0, :, chosen] * weights[chosen]).sum(dim=1)
 
 
 def similarity(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -99,9 +99,17 @@ def similarity(one: torch.Tensor, other: torch.Tensor) -> float:
     return float(F.cosine_similarity(one, other, dim=0).clamp(0, 1))
 
 
+def presence(mask: np.ndarray, encoding: Encoding, target: Target, target_coverage: float) -> float:
+    """Cosine similarity of what a mask, (H, W) bool, holds to the target's mean, cut to 0..1; 0 for an empty mask."""
+    if not mask.any():
+        return 0.0
+    weights, _ = cell_weights(mask, encoding, target_coverage)
+    return similarity(mean_embedding(weights, encoding), target.mean)
+
+
 def location_prior(target: torch.Tensor, encoding: Encoding) -> torch.Tensor:
     """Cosine similarity of the target (C,) with every cell, padding included: (64, 64), -1 to 1 (Eq. 5)."""
-    features = F.normalize(encoding.embedding[0].float(), dim=0)
+    features = F.normalize(encoding.embedding[0], dim=0)
     return torch.einsum("c,chw->hw", F.normalize(target, dim=0), features)
 
 
@@ -157,6 +165,11 @@ def attention_bias(
     if kind == "published":
         return torch.sigmoid(F.interpolate(z, (grid, grid), mode="bilinear", align_corners=False)).flatten()
     height, width = encoding.resized
-    x, y = torch.meshgrid(2 * centers / width - 1, 2 * centers / height - 1, indexing="xy")
-    sampled = F.grid_sample(z, torch.stack([x, y], dim=-1)[None], padding_mode="border", align_corners=False)
+    # A center outside the photo reads its outermost pixel: padding_mode="border" is not on MPS before torch 2.13.
+    places = [
+        (2 * centers / inner - 1).clamp(1 / side - 1, 1 - 1 / side)
+        for inner, side in zip((width, height), encoding.size[::-1], strict=True)
+    ]
+    x, y = torch.meshgrid(*places, indexing="xy")
+    sampled = F.grid_sample(z, torch.stack([x, y], dim=-1)[None], align_corners=False)
     return (torch.sigmoid(sampled[0, 0]) * inside).flatten()

@@ -4,8 +4,8 @@ Shapes: H W photo, 1024 padded input, 64 x 64 grid of cells with C channels, 256
 Points and boxes are xy in pixels of the photo; a box is x0, y0, x1, y1 with inclusive bounds.
 """
 
+import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from persam_dreambooth import models
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.segmentation.guidance import Guidance, GuidedTransformer
-from persam_dreambooth.segmentation.original import read_original
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
@@ -27,7 +25,7 @@ class Encoding:
     """A photo that SAM's image encoder has seen.
 
     Args:
-        embedding: (1, C, 64, 64), the padding included.
+        embedding: (1, C, 64, 64) float32, the padding included.
         size: (H, W) of the photo.
         resized: (h, w) of the photo inside the padded input; the longer side is `padded`.
         padded: side of the padded input, 1024.
@@ -52,35 +50,55 @@ class Sam:
     Args:
         model: the model, in evaluation mode, on its device.
         name: how the user named it; recorded with every mask.
+        dtype: precision of the image encoder, which is nearly all of a SAM. The rest stays float32: it is small, and
+            a coordinate in bfloat16 would be off by pixels.
     """
 
-    def __init__(self, model: Any, name: str) -> None:
+    logit_limit = math.inf
+    """Mask logits that prompt a pass are cut to this."""
+
+    def __init__(self, model: Any, name: str, dtype: torch.dtype = torch.float32) -> None:
         self.model = model.eval().requires_grad_(False)
         self.name = name
-        self.padded: int = model.config.vision_config.image_size
+        self.dtype = dtype
+        self.encoder.to(dtype)
+        self.padded: int = model.config.prompt_encoder_config.image_size
         self.transformer = GuidedTransformer(model.mask_decoder.transformer)
         model.mask_decoder.transformer = self.transformer
 
+    @property
+    def encoder(self) -> torch.nn.Module:
+        """The part of the model that computes in `dtype`."""
+        return self.model.vision_encoder
+
+    def input_size(self, height: int, width: int) -> tuple[int, int]:
+        """Size (h, w) of a photo of (H, W) in the padded input: its longer side is 1024."""
+        scale = self.padded / max(width, height)
+        return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+
     @torch.no_grad()
     def encode(self, image: Image.Image | np.ndarray) -> Encoding:
-        """Encodes a photo: longer side resized to 1024 (Pillow bilinear), normalized, zero-padded.
+        """Encodes a photo: resized to `input_size` (Pillow bilinear), normalized, zero-padded.
 
         Args:
             image: PIL image, or (H, W, 3) uint8 RGB.
         """
         photo = as_rgb(image)
         width, height = photo.size
-        scale = self.padded / max(width, height)
-        resized = (max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5)))
+        resized = self.input_size(height, width)
         pixels = torch.from_numpy(np.asarray(photo.resize(resized[::-1], Image.Resampling.BILINEAR), dtype=np.float32))
         pixels = (pixels - torch.tensor(PIXEL_MEAN)) / torch.tensor(PIXEL_STD)
         pixels = F.pad(pixels.permute(2, 0, 1), (0, self.padded - resized[1], 0, self.padded - resized[0]))
-        encoded = self.model.get_image_embeddings(pixels[None].to(self.model.device, self.model.dtype))
-        extra = {}
-        if isinstance(encoded, tuple):  # SAM-HQ fuses early features of its encoder into its masks
-            encoded, intermediate = encoded
-            extra = {"intermediate_embeddings": intermediate}
-        return Encoding(encoded, (height, width), resized, self.padded, extra)
+        embedding, extra = self.embed(pixels[None].to(self.model.device, self.dtype))
+        return Encoding(embedding, (height, width), resized, self.padded, extra)
+
+    def embed(self, pixels: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+        """The image encoder alone: padded input (1, 3, 1024, 1024) to (1, C, 64, 64) and `Encoding.extra`, float32."""
+        return self.model.get_image_embeddings(pixels).float(), {}
+
+    def features(self, encoding: Encoding) -> dict[str, Any]:
+        """What the model's decoder takes of a photo, by its names."""
+        return {"image_embeddings": encoding.embedding, **encoding.extra}
 
     @torch.no_grad()
     def decode(
@@ -107,22 +125,21 @@ class Sam:
         Returns:
             Logits (masks, 256, 256) and predicted IoUs (masks,), float32; masks is 3 or 1.
         """
-        device, dtype = self.model.device, self.model.dtype
+        device = self.model.device
         scale = np.array([encoding.resized[1] / encoding.size[1], encoding.resized[0] / encoding.size[0]])
         prompts: dict[str, Any] = {
-            "input_points": torch.tensor(points * scale, dtype=torch.float32, device=device)[None, None],
-            "input_labels": torch.tensor(labels, dtype=torch.int64, device=device)[None, None],
+            "input_points": torch.from_numpy((points * scale).astype(np.float32)).to(device)[None, None],
+            "input_labels": torch.from_numpy(labels.astype(np.int64)).to(device)[None, None],
         }
         if box is not None:
-            corners = (box.reshape(2, 2) * scale).reshape(4)
-            prompts["input_boxes"] = torch.tensor(corners, dtype=torch.float32, device=device)[None, None]
+            corners = (box.reshape(2, 2) * scale).astype(np.float32).reshape(4)
+            prompts["input_boxes"] = torch.from_numpy(corners).to(device)[None, None]
         if mask_logits is not None:
-            prompts["input_masks"] = torch.as_tensor(mask_logits).to(device, dtype)[None, None]
+            logits = torch.as_tensor(mask_logits, dtype=torch.float32).clamp(-self.logit_limit, self.logit_limit)
+            prompts["input_masks"] = logits.to(device)[None, None]
         with self.transformer.guided_by(guidance):
-            output = self.model(
-                image_embeddings=encoding.embedding, multimask_output=multimask, **prompts, **encoding.extra
-            )
-        return output.pred_masks[0, 0].float(), output.iou_scores[0, 0].float()
+            output = self.model(multimask_output=multimask, **prompts, **self.features(encoding))
+        return output.pred_masks[0, 0], output.iou_scores[0, 0]
 
     def upscale(self, maps: torch.Tensor, encoding: Encoding) -> torch.Tensor:
         """SAM's mask post-processing: (n, 256, 256) to the padded input, padding cropped, to the photo: (n, H, W)."""
@@ -142,8 +159,14 @@ class Sam:
 class SamHQ(Sam):
     """SAM-HQ. transformers sorts its three masks by predicted IoU; here they keep SAM's order, whole to part.
 
-    PerSAM-F's weights are weights of scales, so the order must be the same for every photo.
+    PerSAM-F's weights are weights of scales, so the order must be the same for every photo. Its decoder fuses early
+    features of its encoder into its masks.
     """
+
+    def embed(self, pixels: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+        """As `Sam.embed`; the early features are for the decoder."""
+        embedding, intermediate = self.model.get_image_embeddings(pixels)
+        return embedding.float(), {"intermediate_embeddings": [early.float() for early in intermediate]}
 
     def decode(self, *arguments: Any, multimask: bool = True, **prompts: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Sam.decode`."""
@@ -158,36 +181,6 @@ class SamHQ(Sam):
             return logits, scores
         order = torch.sort(seen[0], descending=True).indices.argsort()
         return logits[order], scores[order]
-
-
-def open_sam(name: str, device: str | None = None, dtype: torch.dtype = torch.float32) -> Sam:
-    """Loads a SAM or SAM-HQ checkpoint.
-
-    Args:
-        name: hub id such as `facebook/sam-vit-huge` or `syscv-community/sam-hq-vit-base`, a local folder, a file of
-            segment-anything such as `sam_vit_h_4b8939.pth`, or `toy`.
-        device: `cpu`, `cuda`, `mps`, ...; by default the accelerator where there is one.
-        dtype: precision of the weights.
-
-    Raises:
-        InputNotFoundError: the model cannot be had.
-        InputError: a model of another kind.
-    """
-    from transformers import AutoConfig, SamHQModel, SamModel
-
-    source = models.resolve(name, "sam")
-    kinds = {"sam": (SamModel, Sam), "sam_hq": (SamHQModel, SamHQ)}
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    device = device or str(accelerator or "cpu")
-    with models.loading(name):
-        if Path(source).is_file():
-            return Sam(read_original(Path(source)).to(device, dtype), name)
-        kind = AutoConfig.from_pretrained(source).model_type
-        if kind not in kinds:
-            raise InputError(f"{name} is a model of type {kind}: name a SAM or SAM-HQ checkpoint, or toy")
-        loader, wrapper = kinds[kind]
-        model = loader.from_pretrained(source, dtype=dtype)
-    return wrapper(model.to(device), name)
 
 
 def as_rgb(image: Image.Image | np.ndarray) -> Image.Image:

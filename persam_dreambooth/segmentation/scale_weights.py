@@ -86,11 +86,11 @@ def fit_scale_weights(
     history = np.empty((steps, 2))
     near = None
     for step in tqdm(range(steps), desc="fitting the scale weights", unit="step", leave=False):
-        weights = free.detach().double().numpy()
+        weights = free.detach().numpy().astype(np.float64)
         if near is None or np.abs(weights - near.place).max() > REACH:
             near = mean([dice_and_focal(blocks, *weights) for blocks in photos])
         history[step], gradient = near.at(weights)
-        free.grad = torch.from_numpy(gradient.sum(axis=0)).float()
+        free.grad = torch.from_numpy(gradient.sum(axis=0).astype(np.float32))
         optimizer.step()
         schedule.step()
     a, b = free.detach().tolist()
@@ -116,7 +116,7 @@ def signed_blocks(logits: torch.Tensor, mask: np.ndarray) -> list[Block]:
 
 def dice_and_focal(blocks: list[Block], a: float, b: float) -> Taylor:
     """Dice loss with smoothing 1 and mean focal loss with gamma 2, about the weights 1 - a - b, a, b."""
-    sums = torch.stack([_block_sums(block, a, b) for block in blocks]).cpu().double().numpy()
+    sums = torch.stack([_block_sums(block, a, b) for block in blocks]).cpu().numpy().astype(np.float64)
     inside = np.array([block.inside for block in blocks])
     sizes = np.array([len(block.base) for block in blocks])
     in_, out = sums[inside].sum(axis=0), sums[~inside].sum(axis=0)  # each (2, 7): of the focal loss, of q

@@ -1,8 +1,9 @@
-"""DAVIS 2017, semi-supervised: J, F and J&F of predictions made by anything (Pont-Tuset et al. 2017).
+"""DAVIS 2017, semi-supervised: J, F and J&F (Pont-Tuset et al. 2017) of a method, or of predictions made by anything.
 
+    DIR/JPEGImages/480p/<sequence>/00000.jpg     the frames, for a method
     DIR/Annotations/480p/<sequence>/00000.png    palette: 0 background, 1 and up the objects, 255 void
     DIR/ImageSets/2017/val.txt                   the sequences
-    PREDICTIONS/<sequence>/00000.png             the same way
+    PREDICTIONS/<sequence>/00000.png             as the annotations; a method's are OUTPUT/predictions
 
 The first and the last frame of a sequence are not scored; objects are those of the first frame. Figures are means over
 objects, not sequences.
@@ -11,29 +12,46 @@ objects, not sequences.
 from pathlib import Path
 
 import numpy as np
+import torch
+from accelerate import PartialState
 from tqdm import tqdm
 
 from persam_dreambooth.config import EvaluateDavisOptions
 from persam_dreambooth.errors import InputError, InputNotFoundError
-from persam_dreambooth.files import check_writable, write_json, write_text
-from persam_dreambooth.images import open_image
+from persam_dreambooth.files import check_writable, note_settings, write_json, write_text
+from persam_dreambooth.labels import read_labels
 from persam_dreambooth.segmentation.evaluation.metrics import boundary_f, jaccard, statistics
 
-VOID = 255
+PAPER = {
+    "persam": {"J&F-Mean": 0.603, "J-Mean": 0.566, "F-Mean": 0.639},
+    "persam-f": {"J&F-Mean": 0.719, "J-Mean": 0.690, "F-Mean": 0.748},
+}
+"""What the paper prints for the validation set, with SAM ViT-H (Table 2)."""
 
 
 def evaluate(options: EvaluateDavisOptions) -> dict[str, float]:
-    """Scores predictions; writes `results.json` (`global`, `per_object`) and `results.md`; returns the global figures.
+    """Runs a method unless predictions are given, and scores; writes `results.json` and `results.md`.
+
+    Returns:
+        The global figures; nothing in processes other than the main one.
 
     Raises:
         InputError, InputNotFoundError: a missing or broken file, frames of other sizes, a prediction with an object
-            that the first frame has not.
+            that the first frame has not. What a method has predicted stays, and the next evaluation goes on from it.
     """
     options.check()
-    data, predictions, output = Path(str(options.data)), Path(str(options.predictions)), Path(str(options.output))
+    data, output = Path(str(options.data)), Path(str(options.output))
     check_writable(output)
+    sequences = read_sequences(data)
+    state = PartialState(cpu=not torch.accelerator.is_available())  # else processes on a CPU would not know each other
+    if not options.predictions:
+        run(sequences, data, output, options, state)
+    state.wait_for_everyone()
+    if not state.is_main_process:
+        return {}
+    predictions = Path(options.predictions) if options.predictions else output / "predictions"
     per_object: dict[str, dict[str, float]] = {}
-    for sequence in tqdm(read_sequences(data), desc="scoring", unit="sequence"):
+    for sequence in tqdm(sequences, desc="scoring", unit="sequence"):
         for number, series in enumerate(score_sequence(data, predictions, sequence), start=1):
             (j, j_recall, j_decay), (f, f_recall, f_decay) = (statistics(values) for values in series)
             per_object[f"{sequence}_{number}"] = {
@@ -43,9 +61,48 @@ def evaluate(options: EvaluateDavisOptions) -> dict[str, float]:
     names = next(iter(per_object.values()))
     means = {name: float(np.mean([figures[name] for figures in per_object.values()])) for name in names}
     overall = {"J&F-Mean": (means["J-Mean"] + means["F-Mean"]) / 2, **means}
-    write_json(output / "results.json", {"global": overall, "per_object": per_object})
-    write_text(output / "results.md", table(overall, per_object))
+    method = None if options.predictions else options.segmenter
+    made_by = f"{method}, SAM: {options.sam_model}" if method else "predictions"
+    write_json(output / "results.json", {"global": overall, "per_object": per_object, "made_by": made_by})
+    write_text(output / "results.md", table(overall, per_object, made_by, method))
     return overall
+
+
+def run(sequences: list[str], data: Path, output: Path, options: EvaluateDavisOptions, state: PartialState) -> None:
+    """Writes the predictions that are missing; under `accelerate launch`, each process takes a share of the sequences.
+
+    Raises:
+        InputError, InputNotFoundError: a sequence whose frames or annotations cannot be used.
+    """
+    from persam_dreambooth.segmentation import open_sam
+    from persam_dreambooth.segmentation.frames import open_video
+    from persam_dreambooth.segmentation.video import VideoSegmenter, check_first_mask, follow
+
+    videos = {sequence: open_video(data / "JPEGImages" / "480p" / sequence) for sequence in sequences}
+    for sequence, video in videos.items():
+        wanted = [int(path.stem) for path in list_annotations(data, sequence)]
+        if wanted != list(range(video.first.number, video.first.number + (video.count or 0))):
+            raise InputError(f"{sequence} has {video.count} frames, {len(wanted)} annotations: both go from 00000")
+    names = ("data", "segmenter", "sam_model", "sam_dtype", "target_coverage")
+    settings = {name: getattr(options, name) for name in names}
+    if state.is_main_process:  # several would write over one another
+        note_settings(output, settings, "an evaluation", "--output")
+    state.wait_for_everyone()
+    own = sequences[state.process_index :: state.num_processes]
+    folders = {sequence: output / "predictions" / sequence for sequence in own}
+    left = [sequence for sequence in own if len(list(folders[sequence].glob("[!.]*.png"))) != videos[sequence].count]
+    if not left:
+        return
+    sam = open_sam(options.sam_model, dtype=options.sam_dtype)
+    for place, sequence in enumerate(left, start=1):
+        mask = list_annotations(data, sequence)[0]
+        first = read_labels(mask)
+        check_first_mask(first, mask, videos[sequence])
+        segmenter = VideoSegmenter(sam, options.segmenter, options.target_coverage)
+        steps = follow(videos[sequence], first, segmenter, folders[sequence])
+        title = f"{sequence}, {place} of {len(left)}"
+        for _ in tqdm(steps, title, videos[sequence].count, unit="frame", disable=not state.is_main_process):
+            pass
 
 
 def read_sequences(data: Path) -> list[str]:
@@ -59,22 +116,27 @@ def read_sequences(data: Path) -> list[str]:
     return sequences
 
 
+def list_annotations(data: Path, sequence: str) -> list[Path]:
+    """The annotations of a sequence's frames in order; raises `InputError` for too few, or numbers with a gap."""
+    folder = data / "Annotations" / "480p" / sequence
+    paths = sorted(folder.glob("*.png"))
+    if len(paths) < 3:
+        raise InputError(f"{folder} holds {len(paths)} frames: a sequence has at least 3")
+    for place, path in enumerate(paths):
+        if path.name != f"{place:05}.png":
+            raise InputError(f"{folder} holds {path.name} where {place:05}.png belongs: frames are numbered from 00000")
+    return paths
+
+
 def score_sequence(data: Path, predictions: Path, sequence: str) -> np.ndarray:
     """J and F of each object in each frame but the first and the last: (objects, 2, frames - 2)."""
-    annotations = data / "Annotations" / "480p" / sequence
-    names = sorted(path.name for path in annotations.glob("*.png"))
-    if len(names) < 3:
-        raise InputError(f"{annotations} holds {len(names)} frames: a sequence has at least 3")
-    numbers = [int(name[:-4]) if name[:-4].isdigit() else -1 for name in names]
-    if numbers != list(range(len(numbers))):
-        gap = next(place for place, number in enumerate(numbers) if number != place)
-        raise InputError(f"{annotations} holds {names[gap]} where {gap:05}.png belongs: frames are numbered from 00000")
-    objects = int(read_labels(annotations / names[0]).max())
+    annotations = list_annotations(data, sequence)
+    objects = int(read_labels(annotations[0]).max())
     if not objects:
-        raise InputError(f"{annotations / names[0]} marks no object: it is the first frame of the sequence")
-    scores = np.empty((objects, 2, len(names) - 2))
-    for place, name in enumerate(names[1:-1]):
-        truth, path = read_labels(annotations / name), predictions / sequence / name
+        raise InputError(f"{annotations[0]} marks no object: it is the first frame of the sequence")
+    scores = np.empty((objects, 2, len(annotations) - 2))
+    for place, annotation in enumerate(annotations[1:-1]):
+        truth, path = read_labels(annotation), predictions / sequence / annotation.name
         found = read_labels(path)
         if found.shape != truth.shape:
             raise InputError(f"{path} is {found.shape}, its annotation {truth.shape} (H, W): give it this size")
@@ -86,21 +148,14 @@ def score_sequence(data: Path, predictions: Path, sequence: str) -> np.ndarray:
     return scores
 
 
-def read_labels(path: Path) -> np.ndarray:
-    """The objects' numbers of a palette or gray PNG, void as background: uint8 (H, W)."""
-    image = open_image(path)
-    if image.mode not in ("P", "L"):
-        raise InputError(f"{path} is stored as {image.mode}: give a palette or gray PNG of objects' numbers")
-    labels = np.array(image)
-    labels[labels == VOID] = 0
-    return labels
-
-
-def table(overall: dict[str, float], per_object: dict[str, dict[str, float]]) -> str:
-    """The figures in Markdown, in percent."""
+def table(overall: dict[str, float], per_object: dict[str, dict[str, float]], made_by: str, method: str | None) -> str:
+    """The figures in Markdown, in percent; below those of a method, what the paper prints for it."""
     names = list(overall)
-    lines = [f"| | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
-    for title, figures in {"**all objects**": overall, **per_object}.items():
+    rows = {"**all objects**": overall}
+    if method:
+        rows[f"the paper's {method}, SAM ViT-H, all of DAVIS 2017 val"] = PAPER[method]
+    lines = [f"Made by {made_by}. Percent.", "", f"| | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
+    for title, figures in {**rows, **per_object}.items():
         cells = [f"{100 * figures[name]:.1f}" if name in figures else "" for name in names]
         lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])

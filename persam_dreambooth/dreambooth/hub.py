@@ -1,0 +1,38 @@
+"""A finished run on the Hugging Face hub: weights, samples and model card, but nothing that shows the photos."""
+
+from typing import Any
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import LocalTokenNotFoundError, httpx
+
+from persam_dreambooth.config import CONFIG, TrainOptions
+from persam_dreambooth.dreambooth.latent_diffusion import LORA_WEIGHTS
+from persam_dreambooth.errors import InputError
+
+PUBLISHED = ["README.md", CONFIG, LORA_WEIGHTS, "model_index.json", "samples/*"]
+"""Beside the parts of a pipeline. A star stands for folders too, so none may stand first."""
+
+
+def check_login() -> None:
+    """Raises `InputError` where the hub does not know who is asking: told before hours of training."""
+    try:
+        HfApi().whoami()
+    except (LocalTokenNotFoundError, HfHubHTTPError, httpx.HTTPError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--push_to_hub: the hub knows no user here ({reason}): run `hf auth login`") from None
+
+
+def push(options: TrainOptions, pipeline: Any) -> str:
+    """Uploads a finished run into a private repository, which is made where it is missing; returns its address."""
+    api = HfApi()
+    name = options.hub_model_id or options.run_dir.resolve().name
+    repository = api.create_repo(name, private=True, exist_ok=True)
+    parts = [f"{part}/*" for part in pipeline.components]
+    api.upload_folder(
+        repo_id=repository.repo_id,
+        folder_path=options.run_dir,
+        allow_patterns=[*PUBLISHED, *parts],
+        commit_message=f"{options.max_train_steps} steps of training",
+    )
+    return str(repository)

@@ -1,0 +1,70 @@
+"""SIGINT and SIGTERM during training: the step is finished, a checkpoint saved, and the way to go on said."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(KeyboardInterrupt):
+    """A run that was asked to stop has stopped.
+
+    Args:
+        number: of the signal.
+        message: what was saved, and how to go on.
+    """
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.number = number
+
+
+class Interruption:
+    """Notes the signals while a block runs; the second one stops the process at once, as ever.
+
+    Args:
+        accelerator: all processes stop at the same step, whichever of them was asked.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.number: int | None = None
+        self._former: dict[int, Any] = {}
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():  # Python lets no other thread set handlers
+            self._former = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+        self._former = {}
+
+    def asked(self) -> bool:
+        """Whether any process was asked to stop; all processes call it at the same step."""
+        asked = self.number is not None
+        if self.accelerator.num_processes > 1:
+            flag = torch.tensor([float(asked)], device=self.accelerator.device)
+            asked = bool(self.accelerator.reduce(flag, reduction="sum").item())
+        return asked
+
+    def stopped(self, step: int) -> Stopped:
+        """What to raise after the checkpoint of a step."""
+        message = f"stopped after step {step}, which is saved: go on with --resume_from_checkpoint latest"
+        return Stopped(self.number or signal.SIGTERM, message)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.__exit__()
+        self.number = number
+        logger.warning("stopping after this step; once more stops at once")

@@ -1,0 +1,51 @@
+"""What the VAE says of crops that it has seen before, so that it need not look again.
+
+Shapes: B samples, C latent channels, h w latent size, R training crop.
+"""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+
+LIMIT = 2 * 2**30
+"""Bytes of main memory that are kept at most."""
+
+
+class PosteriorCache:
+    """Posteriors of crops by their very pixels, in main memory; those not asked for the longest give way.
+
+    Since the key is what the VAE would see, whatever changes a crop (photo, window, flip, the background that a mask
+    lets through) finds no old answer. A crop is encoded alone, whatever its batch: a run that is resumed starts with an
+    empty cache and gets the same bits.
+
+    Args:
+        encode: pixels (1, 3, R, R) to mean and deviation (2, 1, C, h, w).
+        limit: bytes to keep at most.
+    """
+
+    def __init__(self, encode: Callable[[torch.Tensor], torch.Tensor], limit: int = LIMIT) -> None:
+        self.encode = encode
+        self.limit = limit
+        self.size = 0
+        self._kept: OrderedDict[bytes, torch.Tensor] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels (B, 3, R, R) on the CPU to mean and deviation (2, B, C, h, w) there."""
+        return torch.stack([self._posterior(one) for one in pixels], dim=1)
+
+    def _posterior(self, pixels: torch.Tensor) -> torch.Tensor:
+        key = hashlib.sha1(pixels.contiguous().numpy().data, usedforsecurity=False).digest()
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        posterior = self.encode(pixels[None])[:, 0].cpu()
+        self._kept[key] = posterior
+        self.size += posterior.nbytes
+        while self.size > self.limit:
+            self.size -= self._kept.popitem(last=False)[1].nbytes
+        return posterior

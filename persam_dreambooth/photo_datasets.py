@@ -1,0 +1,56 @@
+"""Photos that come as a data set, of the Hugging Face hub or of a folder in one of its layouts."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from persam_dreambooth.errors import InputError
+
+
+def photo_folder(name: str, image_column: str, caption_column: str | None) -> Path:
+    """Writes the pictures of a data set's `train` split as files, with their captions beside them, as a user would.
+
+    They are `0000.png`, `0001.png` and so on, upright, in the cache of the `datasets` library, once for every version
+    of the data set: a run resumed or repeated finds them there.
+
+    Args:
+        name: hub id, or a local folder that `datasets` reads.
+        image_column: the column of pictures.
+        caption_column: the column of texts, `0000.txt` and so on; or None.
+
+    Raises:
+        InputError: a data set that cannot be loaded, or without such columns.
+    """
+    import datasets
+
+    try:
+        data = datasets.load_dataset(name, split="train")
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"--dataset_name {name} cannot be loaded ({reason}): name another, or --instance_dir"
+        ) from None
+    for option, column in (("image_column", image_column), ("caption_column", caption_column)):
+        if column and column not in data.column_names:
+            raise InputError(f"--{option}: {name} has no {column}: choose among {', '.join(data.column_names)}")
+    if not isinstance(data.features[image_column], datasets.Image):
+        raise InputError(f"--image_column: {image_column} of {name} holds no pictures: name the column that does")
+
+    key = json.dumps([name, data._fingerprint, image_column, caption_column])
+    parent = Path(datasets.config.HF_DATASETS_CACHE) / "persam-dreambooth"
+    folder = parent / hashlib.sha1(key.encode(), usedforsecurity=False).hexdigest()
+    if folder.is_dir():
+        return folder
+    parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=parent, ignore_cleanup_errors=True) as temporary:
+        aside = Path(temporary) / "photos"
+        aside.mkdir()
+        for number, row in enumerate(data):
+            row[image_column].save(aside / f"{number:04}.png")
+            if caption_column:
+                (aside / f"{number:04}.txt").write_text(str(row[caption_column] or ""), encoding="utf-8")
+        if not folder.is_dir():  # another process of this run may have been faster
+            os.replace(aside, folder)
+    return folder

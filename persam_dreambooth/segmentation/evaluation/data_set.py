@@ -1,0 +1,69 @@
+"""What one-shot segmentation is scored on: objects or classes, each with images and their true masks."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from persam_dreambooth.errors import InputError
+from persam_dreambooth.images import read_image
+from persam_dreambooth.masks import read_mask
+
+
+@dataclass(frozen=True)
+class Item:
+    """An object, or a class.
+
+    Args:
+        name: of its folder.
+        images: by stem, in order.
+        annotations: by stem.
+    """
+
+    name: str
+    images: dict[str, Path]
+    annotations: dict[str, Path]
+
+    def reference(self, index: int) -> str:
+        """The stem of the image that is the reference; raises `InputError` where there is no such image."""
+        stems = list(self.images)
+        if index >= len(stems):
+            raise InputError(f"{self.name} has {len(stems)} images: reference {index} is not among them")
+        return stems[index]
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set.
+
+    Args:
+        name: as papers call it.
+        items: its objects or classes.
+        read_truth: reads an annotation: bool (H, W).
+        published: the mIoU that is printed elsewhere, by row.
+        where: what that is, in words.
+    """
+
+    name: str
+    items: list[Item]
+    read_truth: Callable[[Path], np.ndarray] = read_mask
+    published: dict[str, float] = field(default_factory=dict)
+    where: str = ""
+
+    def truth(self, item: Item, stem: str) -> np.ndarray:
+        """The truth of an image, bool (H, W); raises `InputError` where its size is not the image's."""
+        mask, (width, height) = self.read_truth(item.annotations[stem]), read_image(item.images[stem]).size
+        if mask.shape != (height, width):
+            raise InputError(
+                f"{item.annotations[stem]} is {mask.shape}, its image {(height, width)} (H, W): give it this size"
+            )
+        return mask
+
+
+def read_prediction(path: Path, truth: np.ndarray) -> np.ndarray:
+    """A prediction, bool (H, W); raises `InputError` where its size is not that of the truth."""
+    found = read_mask(path)
+    if found.shape != truth.shape:
+        raise InputError(f"{path} is {found.shape}, its annotation {truth.shape} (H, W): give it this size")
+    return found

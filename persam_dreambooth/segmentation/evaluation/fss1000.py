@@ -1,0 +1,93 @@
+"""FSS-1000 (Li et al. 2020), one-shot: a class is found in its other images from one of them.
+
+    DIR/<class>/1.jpg ... 10.jpg, 1.png ... 10.png    half white or more is the class
+
+Image 1 is the support of its class and the other nine are queries. (Few-shot papers draw a support for every query by
+chance.) `--reference_index all` takes each image as the support in turn.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from persam_dreambooth.config import EvaluateFss1000Options
+from persam_dreambooth.errors import InputError, InputNotFoundError
+from persam_dreambooth.images import open_image
+from persam_dreambooth.segmentation.evaluation import one_shot
+from persam_dreambooth.segmentation.evaluation.data_set import DataSet, Item
+
+PHOTO_SUFFIXES = (".jpg", ".jpeg")
+WHITE = 128
+"""From this gray on a pixel belongs to the class, as in the published evaluations."""
+
+
+def evaluate(options: EvaluateFss1000Options) -> dict[str, dict[str, float]]:
+    """Runs a method, or takes predictions, and scores; see `one_shot.evaluate`.
+
+    Raises:
+        InputError, InputNotFoundError: a data set, a prediction or a model that cannot be used; predictions that are
+            finished stay, and the next evaluation goes on from them.
+    """
+    options.check()
+    items = read_classes(Path(str(options.data)), Path(options.classes) if options.classes else None)
+    rows = [] if options.predictions else one_shot.plain_rows(options, items)
+    return one_shot.evaluate(options, DataSet("FSS-1000", items, read_truth), rows)
+
+
+def read_classes(data: Path, names: Path | None) -> list[Item]:
+    """Lists the classes of the data set, sorted by name.
+
+    Args:
+        data: the folder of class folders.
+        names: a text file with the names of those that count, such as the test split's, one a line; None for all.
+
+    Raises:
+        InputError, InputNotFoundError: no such folder, no classes, a class with fewer than two images, an image without
+            mask or a mask without image.
+    """
+    if not data.is_dir():
+        raise InputNotFoundError(f"{data} does not exist: name the folder that holds the classes with --data")
+    folders = {path.name: path for path in sorted(data.iterdir()) if path.is_dir() and not path.name.startswith(".")}
+    if names:
+        folders = {name: folders[name] for name in _read_names(names, data, list(folders))}
+    if not folders:
+        raise InputNotFoundError(f"{data} holds no classes: one folder of images and masks for each")
+    return [_read_class(folder) for folder in folders.values()]
+
+
+def read_truth(path: Path) -> np.ndarray:
+    """A mask of the data set, bool (H, W)."""
+    return np.asarray(open_image(path).convert("L")) >= WHITE
+
+
+def _read_names(path: Path, data: Path, known: list[str]) -> list[str]:
+    """The classes that a text file names, sorted."""
+    if not path.is_file():
+        raise InputNotFoundError(f"{path} does not exist: name a text file with a class on every line")
+    try:
+        names = sorted({line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()})
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not text in UTF-8: write a class on every line") from None
+    if not names:
+        raise InputError(f"{path} names no classes: write one on every line")
+    missing = [name for name in names if name not in known]
+    if missing:
+        raise InputNotFoundError(f"{path} names {missing[0]}, but {data / missing[0]} does not exist")
+    return names
+
+
+def _read_class(folder: Path) -> Item:
+    paths = sorted(folder.iterdir(), key=lambda path: (int(path.stem) if path.stem.isdecimal() else 0, path.stem))
+    images = {path.stem: path for path in paths if path.suffix.lower() in PHOTO_SUFFIXES}
+    masks = {path.stem: path for path in paths if path.suffix.lower() == ".png"}
+    if len(images) < 2:
+        raise InputError(f"{folder} holds {len(images)} images: a class needs a support and one more at least")
+    for stem in images:
+        if stem not in masks:
+            raise InputNotFoundError(f"{images[stem]} has no mask: {folder / stem}.png is missing")
+    for stem in masks:
+        if stem not in images:
+            raise InputNotFoundError(f"{masks[stem]} belongs to no image: {folder / stem}.jpg is missing")
+    return Item(folder.name, images, masks)

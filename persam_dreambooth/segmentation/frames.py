@@ -1,0 +1,119 @@
+"""The frames of a video, one at a time: a folder of numbered pictures, or a video file."""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from persam_dreambooth.errors import InputError, InputNotFoundError
+from persam_dreambooth.images import PHOTO_SUFFIXES, read_image
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A frame that is decoded when it is asked for.
+
+    Args:
+        number: its place in the video; the first one may have any.
+        name: for messages.
+        read: the upright RGB picture; raises `InputError` where it cannot be decoded.
+    """
+
+    number: int
+    name: str
+    read: Callable[[], Image.Image]
+
+
+@dataclass(frozen=True)
+class Video:
+    """The first frame, the others in order (to be gone through once), and how many there are, where that is known."""
+
+    first: Frame
+    others: Iterator[Frame]
+    count: int | None
+
+
+def open_video(source: Path, leave_out: Path | None = None) -> Video:
+    """Opens a video; of its frames, only a file's first one is decoded.
+
+    Args:
+        source: a folder of pictures whose names end in their numbers, without a gap, such as 00000.jpg; or a video
+            file, which PyAV decodes (the extra `video`).
+        leave_out: a picture in the folder that is no frame.
+
+    Raises:
+        InputNotFoundError: no such folder or file, no picture in it, or no PyAV.
+        InputError: numbers that are missing, double or have gaps; a file that is no video.
+    """
+    if source.is_dir():
+        frames = _list_folder(source, leave_out)
+        return Video(frames[0], iter(frames[1:]), len(frames))
+    if not source.is_file():
+        raise InputNotFoundError(f"{source} does not exist: name a folder of frames or a video file")
+    return _open_file(source)
+
+
+def _list_folder(folder: Path, leave_out: Path | None) -> list[Frame]:
+    numbered: dict[int, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or path.suffix.lower() not in PHOTO_SUFFIXES:
+            continue
+        if leave_out and path.resolve() == leave_out.resolve():
+            continue
+        digits = re.search(r"\d+$", path.stem)
+        if not digits:
+            raise InputError(f"{path} has no number: name frames 00000.jpg, 00001.jpg, and so on, or remove it")
+        other = numbered.setdefault(int(digits[0]), path)
+        if other is not path:
+            raise InputError(f"{other} and {path} have the same number: remove one")
+    if not numbered:
+        raise InputNotFoundError(f"{folder} holds no frames: put pictures 00000.jpg, 00001.jpg, and so on there")
+    numbers = sorted(numbered)
+    for number, following in pairwise(numbers):
+        if following != number + 1:
+            raise InputError(f"{numbered[number]} is followed by {numbered[following].name}: frames are missing")
+    return [Frame(number, str(numbered[number]), partial(read_image, numbered[number])) for number in numbers]
+
+
+def _open_file(path: Path) -> Video:
+    try:
+        import av
+    except ImportError:
+        raise InputNotFoundError(
+            f"{path} is a file, and PyAV, which reads videos, is not installed: "
+            'pip install "persam-dreambooth[video]", or give a folder of frames'
+        ) from None
+    try:
+        container = av.open(str(path))
+    except av.error.FFmpegError as error:
+        raise InputError(f"{path} is no video ({error.strerror}): give a video file or a folder of frames") from None
+    frames = _decode(container, path)
+    first = next(frames, None) if container.streams.video else None
+    if first is None:
+        raise InputError(f"{path} holds no pictures: give a video file or a folder of frames")
+    return Video(first, frames, container.streams.video[0].frames or None)
+
+
+def _decode(container: Any, path: Path) -> Iterator[Frame]:
+    import av
+
+    number = -1
+    try:
+        with container:
+            for number, picture in enumerate(container.decode(video=0)):
+                yield Frame(number, f"frame {number} of {path}", partial(_upright, picture))
+    except av.error.FFmpegError as error:
+        raise InputError(
+            f"{path} breaks off after {number + 1} frames ({error.strerror}): replace it or cut the rest off"
+        ) from None
+
+
+def _upright(picture: Any) -> Image.Image:
+    """A decoded picture as RGB, turned as the file says (counterclockwise, in degrees)."""
+    image: Image.Image = picture.to_image()
+    return image.rotate(picture.rotation, expand=True) if picture.rotation else image

@@ -1,0 +1,125 @@
+"""SAM 2 and 2.1 in one file, `sam2.1_hiera_tiny.pt` and the like, read into transformers' SAM 2.
+
+Only what segments single photos is taken; the memory of videos stays in the file. No shape tells how many heads a
+stage has, its windows, and which blocks look at all cells, so these come from a table of the four published sizes.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from persam_dreambooth.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import Sam2Config, Sam2Model
+
+POSITIONS = "sam_prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
+POINTS = "sam_prompt_encoder.point_embeddings.{}.weight"
+BLOCKS = "image_encoder.trunk.blocks."
+BACKGROUND = "image_encoder.trunk.pos_embed"
+
+
+class Hiera(NamedTuple):
+    """What tells the image encoders apart: blocks of the stages, heads of the first, windows, blocks without one."""
+
+    blocks: list[int]
+    heads: int
+    windows: list[int]
+    everywhere: list[int]
+
+
+SIZES = {
+    (96, 12): Hiera([1, 2, 7, 2], 1, [8, 4, 14, 7], [5, 7, 9]),
+    (96, 16): Hiera([1, 2, 11, 2], 1, [8, 4, 14, 7], [7, 10, 13]),
+    (112, 24): Hiera([2, 3, 16, 3], 2, [8, 4, 14, 7], [12, 16, 20]),
+    (144, 48): Hiera([2, 6, 36, 4], 2, [8, 4, 16, 8], [23, 33, 43]),
+}
+"""Tiny, small, base plus and large, by the width and the number of their blocks."""
+
+RENAMED = (
+    (POSITIONS, "shared_image_embedding.positional_embedding"),
+    ("no_mem_embed", "no_memory_embedding"),
+    (r"image_encoder\.trunk\.", "vision_encoder.backbone."),
+    (r"image_encoder\.neck\.convs\.(\d)\.conv\.", r"vision_encoder.neck.convs.\1."),
+    (r"\.patch_embed\.proj\.", ".patch_embed.projection."),
+    (r"sam_(prompt_en|mask_de)coder\.", r"\1coder."),
+    (r"\.mask_downscaling\.0\.", ".mask_embed.conv1."),
+    (r"\.mask_downscaling\.1\.", ".mask_embed.layer_norm1."),
+    (r"\.mask_downscaling\.3\.", ".mask_embed.conv2."),
+    (r"\.mask_downscaling\.4\.", ".mask_embed.layer_norm2."),
+    (r"\.mask_downscaling\.6\.", ".mask_embed.conv3."),
+    (r"\.output_upscaling\.0\.", ".upscale_conv1."),
+    (r"\.output_upscaling\.1\.", ".upscale_layer_norm."),
+    (r"\.output_upscaling\.3\.", ".upscale_conv2."),
+    (r"\.mlp\.layers\.1\.", ".mlp.proj_out."),
+    (r"(mlp|mlps\.\d|head)\.layers\.0\.", r"\1.proj_in."),
+    (r"(mlps\.\d|head)\.layers\.2\.", r"\1.proj_out."),
+    (r"(mlps\.\d|head)\.layers\.1\.", r"\1.layers.0."),
+    (r"\.out_proj\.", ".o_proj."),
+    (r"\.norm(\d|_final_attn)\.", r".layer_norm\1."),
+)
+"""Patterns in SAM 2's names of weights, and transformers' words for them; all are applied, in order."""
+
+
+def read_sam2(weights: dict[str, torch.Tensor], path: Path) -> Sam2Model:
+    """SAM 2 from weights under its own names; `path` is where they come from.
+
+    Raises:
+        InputError: weights of something else, or of a size that is not published.
+    """
+    from transformers import Sam2Model
+
+    if POSITIONS not in weights or BACKGROUND not in weights:
+        raise InputError(f"{path} holds no weights of a SAM 2: name a file such as sam2.1_hiera_tiny.pt")
+    width = weights[BACKGROUND].shape[1]
+    depth = len({name[len(BLOCKS) :].split(".")[0] for name in weights if name.startswith(BLOCKS)})
+    if (width, depth) not in SIZES:
+        raise InputError(
+            f"{path} is no published size of SAM 2 ({depth} blocks from {width} channels): name its folder"
+        )
+    with torch.device("meta"):
+        model = Sam2Model(read_config(width, depth, tuple(weights[BACKGROUND].shape[2:])))
+    model.load_state_dict(rename_sam2(weights), assign=True)
+    return model.float()
+
+
+def rename_sam2(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights that a single photo needs, under transformers' names."""
+    renamed = {}
+    for name, value in weights.items():
+        if re.match(r"image_encoder\.|sam_prompt_encoder\.|sam_mask_decoder\.|no_mem_embed", name):
+            for pattern, replacement in RENAMED:
+                name = re.sub(pattern, replacement, name)
+            if ".point_embeddings." not in name:
+                renamed[name] = value
+    renamed["prompt_encoder.shared_embedding.positional_embedding"] = weights[POSITIONS]
+    renamed["prompt_encoder.point_embed.weight"] = torch.cat([weights[POINTS.format(kind)] for kind in range(4)])
+    return renamed
+
+
+def read_config(width: int, depth: int, background: tuple[int, int]) -> Sam2Config:
+    """The architecture of a published size; what is not named here is the same for all and transformers' default."""
+    from transformers import Sam2Config
+
+    size = SIZES[width, depth]
+    widths = [width * 2**stage for stage in range(4)]
+    return Sam2Config(
+        vision_config={
+            "backbone_config": {
+                "model_type": "sam2_hiera_det_model",
+                "hidden_size": width,
+                "num_attention_heads": size.heads,
+                "blocks_per_stage": size.blocks,
+                "embed_dim_per_stage": widths,
+                "num_attention_heads_per_stage": [size.heads * 2**stage for stage in range(4)],
+                "window_size_per_stage": size.windows,
+                "global_attention_blocks": size.everywhere,
+                "window_positional_embedding_background_size": list(background),
+            },
+            "backbone_channel_list": widths[::-1],
+        }
+    )

@@ -1,0 +1,90 @@
+"""Small SAMs of every kind with the real geometry, 1024 pixels and 64 x 64 cells, but few channels.
+
+Their weights are `seeded_weights`, so every layer does something, and no photo means anything to them.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from seeded_weights import seeded_weights
+from transformers import (
+    Sam2Config,
+    Sam2Model,
+    Sam2VideoConfig,
+    Sam2VideoModel,
+    SamHQConfig,
+    SamHQModel,
+)
+
+GOLDEN = Path(__file__).parent / "golden" / "published_files"
+SAM_2 = {
+    "vision_config": {
+        "backbone_config": {
+            "model_type": "sam2_hiera_det_model",
+            "hidden_size": 16,
+            "blocks_per_stage": [1, 1, 3, 1],
+            "embed_dim_per_stage": [16, 32, 64, 128],
+            "global_attention_blocks": [3],
+        },
+        "backbone_channel_list": [128, 64, 32, 16],
+        "fpn_hidden_size": 64,
+    },
+    "prompt_encoder_config": {"hidden_size": 64},
+    "mask_decoder_config": {"hidden_size": 64, "mlp_dim": 128, "iou_head_hidden_dim": 64},
+}
+SAM_HQ = {
+    "vision_config": {
+        "hidden_size": 48,
+        "mlp_dim": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "global_attn_indexes": [1],
+        "output_channels": 64,
+        "num_pos_feats": 32,
+    },
+    "prompt_encoder_config": {"hidden_size": 64},
+    "mask_decoder_config": {"hidden_size": 64, "mlp_dim": 128, "iou_head_hidden_dim": 64, "vit_dim": 48},
+}
+
+
+def fill(model):
+    """The model with weights from a seed."""
+    weights = model.state_dict()
+    shapes = ["x".join(map(str, value.shape)) for value in weights.values()]
+    model.load_state_dict(seeded_weights(weights, shapes))
+    return model
+
+
+def save_sam2(folder):
+    """A SAM 2 as transformers saves it: the folder."""
+    fill(Sam2Model(Sam2Config(**SAM_2))).save_pretrained(folder)
+    return folder
+
+
+def save_sam2_video(folder):
+    """A SAM 2 as the hub's are saved, with the memory of videos: the folder, and the model."""
+    memory = {"memory_attention_hidden_size": 64, "memory_encoder_hidden_size": 64}
+    model = fill(Sam2VideoModel(Sam2VideoConfig(**SAM_2, **memory)))
+    model.save_pretrained(folder)
+    return folder, model
+
+
+def save_sam_hq(folder):
+    """A SAM-HQ as transformers saves it: the folder."""
+    fill(SamHQModel(SamHQConfig(**SAM_HQ))).save_pretrained(folder)
+    return folder
+
+
+def save_mobile_sam(path):
+    """A quarter as wide as the published MobileSAM, as its authors save it: the file."""
+    with np.load(GOLDEN / "mobile_sam.npz") as golden:
+        names, shapes = golden["names"].tolist(), golden["shapes"].tolist()
+    torch.save(seeded_weights(names, map(_narrower, names, shapes)), path)
+    return path
+
+
+def _narrower(name, shape):
+    """Numbers of channels shrink; heads, windows and kernels do not."""
+    sides = [int(side) for side in shape.split("x") if side]
+    return "x".join(str(side // 4 if side >= 32 and "attention_biases" not in name else side) for side in sides)

@@ -1,0 +1,493 @@
+"""Every model family through the real command line and beside plain diffusers, on tiny checkpoints.
+
+B samples, C latent channels, h w latent size (8 x 8 for crops of 32), T tokens.
+"""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, EDMEulerScheduler, FluxPipeline
+from PIL import Image
+from scipy.stats import kstest
+from tiny_families import BUILDERS, SIDE, save_tiny
+from torch.utils.data import default_collate
+from training_runs import (
+    ALL_AGAINST_BACKGROUNDS,
+    ROOT,
+    STEPS,
+    UP,
+    assert_same_trajectory,
+    column,
+    command,
+    ends_with,
+    flags,
+    same_metrics,
+    same_state,
+    same_weights,
+    training_crops,
+    watched_family,
+    weights,
+)
+
+from persam_dreambooth.config import TrainOptions
+from persam_dreambooth.dreambooth import flux, registry
+from persam_dreambooth.dreambooth.data import sample_noise
+from persam_dreambooth.dreambooth.family import Embeddings
+from persam_dreambooth.dreambooth.latent_diffusion import LORA_WEIGHTS, TEXT_TARGETS
+from persam_dreambooth.dreambooth.loss import latent_mask
+from persam_dreambooth.dreambooth.trainer import batch_losses
+from persam_dreambooth.images import find_photos
+
+NEW = ("sdxl", "sd3", "flux")
+every_family = pytest.mark.parametrize("name", NEW)
+every_checkpoint = pytest.mark.parametrize("name", BUILDERS)
+PROMPTS = ["a sks duck", "a duck in front of a beach"]
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture
+def model(name, checkpoints):
+    """The folder of the tiny checkpoint that a test asks for by name."""
+    return save_tiny(name, checkpoints)
+
+
+def plain_pipeline(model):
+    """The checkpoint by diffusers alone."""
+    left_out = {"text_encoder_3": None, "tokenizer_3": None} if model.name == "sd3-without-t5" else {}
+    pipeline = DiffusionPipeline.from_pretrained(model, **left_out)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def paint(pipeline):
+    settings = {"num_inference_steps": 2, "height": SIDE, "width": SIDE, "generator": torch.Generator().manual_seed(0)}
+    return np.asarray(pipeline("a sks duck", **settings).images[0], dtype=np.int16)
+
+
+def two_photos(photos):
+    crops = training_crops(photos)
+    return default_collate([crops[0], crops[1]])
+
+
+def change(family, size=0.05):
+    """Moves all trained weights away from where they start."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for part in family.trained.values():
+            for weight in part.parameters():
+                if weight.requires_grad:
+                    weight += size * torch.randn(weight.shape, generator=generator)
+
+
+# --- the family of a checkpoint
+
+
+def test_the_checkpoint_tells_its_family(checkpoints):
+    found = {name: registry.family_of(str(save_tiny(name, checkpoints))).__name__ for name in BUILDERS}
+    assert found == {
+        "sdxl": "StableDiffusionXL",
+        "sd3": "StableDiffusion3",
+        "sd3-without-t5": "StableDiffusion3",
+        "flux": "Flux",
+        "flux-schnell": "Flux",
+    }
+
+
+@every_checkpoint
+def test_a_family_knows_its_geometry(model):
+    family = registry.open_family(TrainOptions(), str(model), torch.float32)
+    assert family.native_resolution == SIDE
+    assert family.granularity == 8
+    channels = 8 if model.name.startswith("sd3") else 4
+    assert family.latent_shape(32) == (channels, 8, 8)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_full_fine_tuning_of_a_large_model_is_refused(runs, model, tmp_path, capsys):
+    options = {"pretrained_model_name_or_path": model, "method": "full"}
+    assert runs.train(tmp_path / "run", **options) == 2
+    kind = {"sd3": "StableDiffusion3Pipeline", "flux": "FluxPipeline"}[model.name]
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == f"error: --method full is not supported for a {kind}: use lora"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["sdxl"])
+def test_a_scheduler_of_another_noise_is_refused(runs, model, tmp_path, capsys):
+    other = tmp_path / "edm"
+    pipeline = plain_pipeline(model)
+    pipeline.scheduler = EDMEulerScheduler()
+    pipeline.save_pretrained(other)
+    assert runs.train(tmp_path / "run", pretrained_model_name_or_path=other) == 2
+    assert "EDM" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+@every_family
+def test_resolution_that_the_latent_grid_cannot_hold_is_refused(runs, model, tmp_path, capsys):
+    assert runs.train(tmp_path / "run", pretrained_model_name_or_path=model, resolution=36) == 2
+    assert "needs a multiple of 8, such as" in capsys.readouterr().err.splitlines()[-1]
+
+
+# --- beside plain diffusers
+
+
+@every_checkpoint
+def test_prompts_are_encoded_as_the_pipeline_encodes_them(model):
+    family = registry.open_family(TrainOptions(), str(model), torch.float32)
+    pipeline = plain_pipeline(model)
+    settings = {"sdxl": {"do_classifier_free_guidance": False}}.get(model.name, {"prompt_2": None})
+    if model.name.startswith("sd3"):
+        settings |= {"prompt_3": None, "do_classifier_free_guidance": False}
+    with torch.no_grad():
+        embeddings = family.encode_prompts(PROMPTS)
+        expected = pipeline.encode_prompt(PROMPTS, **settings)
+    states, pooled = expected[:2] if model.name.startswith("flux") else (expected[0], expected[2])
+    torch.testing.assert_close(embeddings.states, states, rtol=0, atol=0)
+    torch.testing.assert_close(embeddings.pooled, pooled, rtol=0, atol=0)
+
+
+def test_latents_are_packed_as_the_pipeline_packs_them():
+    latents = torch.arange(2 * 4 * 6 * 8.0).view(2, 4, 6, 8)
+    packed = flux.pack(latents)
+    assert torch.equal(packed, FluxPipeline._pack_latents(latents, 2, 4, 6, 8))
+    assert torch.equal(flux.unpack(packed, 6, 8), latents)
+    expected = FluxPipeline._prepare_latent_image_ids(2, 3, 4, "cpu", torch.float32)
+    assert torch.equal(flux.patch_positions(3, 4).float(), expected)
+
+
+def noised(pipeline, batch, number, position, draw_timestep):
+    """A sample's noisy latents, timestep and what is to be predicted, written out for each kind of model."""
+    channels = pipeline.vae.config.latent_channels
+    vae_noise, noise, step = sample_noise(0, [number], (channels, 8, 8), draw_timestep)
+    posterior = pipeline.vae.encode(batch["pixels"][position : position + 1]).latent_dist
+    latents = posterior.mean + posterior.std * vae_noise
+    latents = (latents - (pipeline.vae.config.shift_factor or 0)) * pipeline.vae.config.scaling_factor
+    if hasattr(pipeline, "unet"):
+        kept = pipeline.scheduler.alphas_cumprod[step]
+        return kept.sqrt() * latents + (1 - kept).sqrt() * noise, step, noise
+    part = step / 1000
+    return (1 - part) * latents + part * noise, step, noise - latents
+
+
+def answer(pipeline, noisy, step, crop):
+    """The denoiser's answer as the pipeline asks for it."""
+    if isinstance(pipeline, FluxPipeline):
+        states, pooled, text_ids = pipeline.encode_prompt("a sks duck")
+        packed = pipeline._pack_latents(noisy, *noisy.shape)
+        ids = pipeline._prepare_latent_image_ids(1, 4, 4, "cpu", torch.float32)
+        guidance = torch.ones(1) if pipeline.transformer.config.guidance_embeds else None
+        predicted = pipeline.transformer(
+            packed, states, pooled, step / 1000, img_ids=ids, txt_ids=text_ids, guidance=guidance
+        ).sample
+        return pipeline._unpack_latents(predicted, 32, 32, pipeline.vae_scale_factor)
+    if hasattr(pipeline, "unet"):
+        states, _, pooled, _ = pipeline.encode_prompt("a sks duck", do_classifier_free_guidance=False)
+        height, width, top, left = crop.tolist()
+        ids = pipeline._get_add_time_ids((height, width), (top, left), (32, 32), torch.float32, 24)
+        return pipeline.unet(
+            noisy, step, encoder_hidden_states=states, added_cond_kwargs={"text_embeds": pooled, "time_ids": ids}
+        ).sample
+    states, _, pooled, _ = pipeline.encode_prompt(
+        "a sks duck", prompt_2=None, prompt_3=None, do_classifier_free_guidance=False
+    )
+    return pipeline.transformer(noisy, states, pooled, step).sample
+
+
+@every_checkpoint
+def test_first_loss_is_the_formula_worked_out_with_plain_diffusers(runs, photos, model):
+    run = runs(pretrained_model_name_or_path=model, train_batch_size=2)
+    batch, pipeline, expected = two_photos(photos), plain_pipeline(model), []
+    family = registry.open_family(TrainOptions(), str(model), torch.float32)
+    for number in (0, 1):
+        with torch.no_grad():
+            noisy, step, aim = noised(pipeline, batch, number, number, family.draw_timestep)
+            error = ((answer(pipeline, noisy, step, batch["crop"][number]) - aim) ** 2).double().numpy()[0]
+        mask = batch["mask"][number, 0].double().numpy().reshape(8, 4, 8, 4).mean(axis=(1, 3))
+        assert 0 < mask.mean() < 1
+        expected.append((mask * error).sum() / (len(error) * mask.sum()))
+    # float32 against float64 in the sums, other batches in the products.
+    assert column(run)[0] == pytest.approx(np.mean(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sdxl"])
+def test_the_crop_matters_to_a_model_that_is_told_of_it(photos, model):
+    family, embeddings = watched_family(model=model)
+    batch = two_photos(photos)
+    sizes = {photo.name: photo.size for photo in find_photos(photos)}
+    assert batch["crop"][:, :2].tolist() == [list(reversed(sizes[name])) for name in batch["name"]]
+    loss = batch_losses(TrainOptions(), family, batch, None, embeddings)["loss"]
+    for place in range(4):
+        other = {**batch, "crop": batch["crop"].clone()}
+        other["crop"][:, place] += 40
+        assert batch_losses(TrainOptions(), family, other, None, embeddings)["loss"] != loss
+
+
+# --- what is random
+
+
+@pytest.mark.parametrize(("name", "shift"), [("sd3", 3.0), ("flux", None), ("flux-schnell", 1.0)])
+def test_timesteps_are_logit_normal_and_shifted_as_when_painting(model, shift):
+    family = registry.open_family(TrainOptions(), str(model), torch.float32)
+    for shape, patches in (((4, 128, 128), 4096), ((4, 32, 32), 256)):
+        generators = [torch.Generator().manual_seed(number) for number in range(2000)]
+        steps = torch.cat([family.draw_timestep(generator, shape) for generator in generators])
+        part = steps.double().numpy() / 1000
+        assert ((part > 0) & (part < 1)).all()
+        # dev moves them by exp(0.5) at 256 patches and by exp(1.15) at 4096.
+        factor = shift or np.exp(1.15 if patches == 4096 else 0.5)
+        normal = np.log(part / (1 - part)) - np.log(factor)
+        assert kstest(normal, "norm").pvalue > 1e-3
+        # The scheduler's own formula, on evenly spread times.
+        scheduler = plain_pipeline(model).scheduler
+        scheduler.set_timesteps(sigmas=[0.75, 0.5, 0.25], mu=0.5 if patches == 256 else 1.15)
+        spread = np.array([0.75, 0.5, 0.25])
+        expected = factor * spread / (1 + (factor - 1) * spread)
+        np.testing.assert_allclose(scheduler.sigmas[:3], expected, rtol=1e-5)
+
+
+@every_family
+def test_timesteps_depend_on_seed_and_number_not_on_the_place_in_the_batch(model):
+    family = registry.open_family(TrainOptions(), str(model), torch.float32)
+    shape = family.latent_shape(32)
+    together = sample_noise(5, [9, 3, 9, 0], shape, family.draw_timestep)
+    for place, number in enumerate([9, 3, 9, 0]):
+        torch.manual_seed(place)
+        alone = sample_noise(5, [number], shape, family.draw_timestep)
+        assert all(torch.equal(many[place], one[0]) for many, one in zip(together, alone, strict=True))
+    assert len(set(together[2].tolist())) == 3
+
+
+@every_family
+def test_accumulated_batches_equal_one_large_batch(runs, model):
+    options = {"pretrained_model_name_or_path": model, "train_text_encoder": True}
+    whole = runs(train_batch_size=2, **options)
+    parts = runs(gradient_accumulation_steps=2, **options)
+    assert_same_trajectory(whole, parts)
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3"])  # with layers that get no gradient, or always zero
+def test_two_processes_equal_one_of_the_same_global_batch(runs, model, tmp_path):
+    options = {"pretrained_model_name_or_path": model, "train_text_encoder": True}
+    arguments = runs.options(output_dir=tmp_path / "two", **options)
+    launched = subprocess.run(
+        [
+            *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
+            *("--num_machines", "1", "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"),
+            *(str(ROOT / "train_dreambooth_masked.py"), *flags(**arguments)),
+        ],
+        env={**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert launched.returncode == 0, launched.stderr[-3000:]
+    assert_same_trajectory(runs(train_batch_size=2, **options), tmp_path / "two")
+
+
+# --- resuming
+
+EVERYTHING = {"train_text_encoder": True, **ALL_AGAINST_BACKGROUNDS}
+RESUMED = {
+    "sdxl": ("sdxl", EVERYTHING),
+    "sdxl, full": ("sdxl", {"method": "full", **EVERYTHING}),
+    "sdxl, half precision": ("sdxl", {"mixed_precision": "bf16", "train_text_encoder": True}),
+    "sd3": ("sd3", EVERYTHING),
+    "sd3, half precision": ("sd3", {"mixed_precision": "bf16", "train_text_encoder": True}),
+    "flux": ("flux", EVERYTHING),
+    "flux, half precision": ("flux", {"mixed_precision": "bf16", **EVERYTHING}),
+}
+
+
+@pytest.mark.parametrize(("name", "options"), RESUMED.values(), ids=RESUMED)
+def test_stopped_and_resumed_run_equals_the_uninterrupted_one(runs, model, options, tmp_path):
+    options = {"pretrained_model_name_or_path": model, "checkpointing_steps": 2, **options}
+    straight, stopped = runs(**options), tmp_path / "stopped"
+    assert runs.train(stopped, **{**options, "max_train_steps": 3}) == 0
+    assert not same_weights(stopped, straight)
+    assert runs.train(stopped, resume_from_checkpoint="latest", **options) == 0
+    assert same_metrics(stopped, straight)
+    assert same_weights(stopped, straight)
+    assert ends_with(straight, STEPS)
+    states = [torch.load(run / "checkpoint-4/training_state.pt", weights_only=True) for run in (stopped, straight)]
+    assert same_state(*states)
+    assert np.isfinite(column(straight)).all()
+
+
+# --- masks
+
+
+@every_checkpoint
+def test_a_training_step_learns_nothing_from_outside_the_mask(photos, model):
+    family, embeddings = watched_family(model=model)
+    batch = two_photos(photos)
+    channels = family.latent_shape(32)[0]
+    outside = (latent_mask(batch["mask"], (8, 8)) == 0).expand(-1, channels, -1, -1)
+    assert 0.1 < outside.float().mean() < 0.9
+    loss = batch_losses(TrainOptions(), family, batch, None, embeddings)["loss"]
+    loss.backward()
+    gradient = family.prediction.grad
+    assert gradient.shape == (2, channels, 8, 8)
+    assert (gradient[outside] == 0).all()
+    assert (gradient[~outside] != 0).all()
+    family.added = 1000.0 * outside
+    assert torch.equal(batch_losses(TrainOptions(), family, batch, None, embeddings)["loss"], loss)
+    family.added = 1.0 * ~outside
+    assert not torch.isclose(batch_losses(TrainOptions(), family, batch, None, embeddings)["loss"], loss)
+
+
+@every_family
+def test_all_ones_masks_equal_the_unmasked_run_to_the_bit(runs, photos, model, tmp_path):
+    for photo in find_photos(photos):
+        Image.new("L", photo.size, 255).save(tmp_path / f"{photo.path.stem}.png")
+    options = {"pretrained_model_name_or_path": model}
+    ones, unmasked = runs(mask_dir=tmp_path, **options), runs(unmasked=True, **options)
+    assert same_weights(ones, unmasked)
+    assert same_metrics(ones, unmasked)
+    assert not same_weights(unmasked, runs(**options))
+
+
+# --- staying with the base
+
+
+@pytest.mark.parametrize(
+    ("name", "method"), [("sdxl", "lora"), ("sdxl", "full"), ("sd3", "lora"), ("flux", "lora")], ids=str
+)
+def test_the_base_is_the_model_before_training_to_the_bit(photos, model, method):
+    options = TrainOptions(method=method, masked_prior_preservation_weight=1.0)
+    family, embeddings = watched_family(model=model, method=method, masked_prior_preservation_weight=1.0)
+    batch = two_photos(photos)
+    # A denoiser under training may round otherwise than a frozen copy.
+    assert batch_losses(options, family, batch, None, embeddings)["preservation_loss"] < 1e-12
+    change(family)
+    assert batch_losses(options, family, batch, None, embeddings)["preservation_loss"] > 1e-6
+    before = registry.open_family(TrainOptions(), str(model), torch.float32)
+    vae_noise, noise, steps = sample_noise(0, [0, 1], family.latent_shape(32), family.draw_timestep)
+    noisy = family.add_noise(family.encode_images(batch["pixels"], vae_noise), noise, steps)
+    noisy = noisy.contiguous()  # where channels lie last, modes of training and not round otherwise
+    inputs = noisy, steps, Embeddings.stack([embeddings[prompt] for prompt in batch["prompt"]]), batch["crop"]
+    with torch.no_grad():
+        assert torch.equal(family.predict_base(*inputs), before.predict(*inputs))
+    assert not torch.allclose(family.prediction, before.predict(*inputs), atol=1e-3)
+
+
+# --- what is trained and saved
+
+
+@every_family
+def test_loaded_lora_answers_as_the_model_under_training_and_changes_the_picture(runs, model):
+    options = {"rank": 2, "train_text_encoder": True}
+    run = runs(pretrained_model_name_or_path=model, learning_rate=0.05, checkpointing_steps=STEPS, **options)
+    family = registry.open_family(TrainOptions(), str(model), torch.float32)
+    family.make_trainable(TrainOptions(**options), torch.device("cpu"), torch.float32)
+    family.load_weights(run / f"checkpoint-{STEPS}")
+    loaded, base = plain_pipeline(model), plain_pipeline(model)
+    loaded.load_lora_weights(run)
+    for part in (family.pipeline, loaded):
+        for component in part.components.values():
+            if isinstance(component, torch.nn.Module):
+                component.eval()
+    before, after, trained = paint(base), paint(loaded), paint(family.pipeline)
+    assert np.abs(after - trained).max() == 0
+    assert np.abs(after - before).max() > 3
+
+
+@every_family
+def test_every_layer_that_has_a_say_is_trained_and_t5_is_not(runs, model):
+    run = runs(pretrained_model_name_or_path=model, train_text_encoder=True)
+    ups = {key: weight for key, weight in weights(run).items() if UP.search(key) or key.endswith("lora_B.weight")}
+    still = {key for key, weight in ups.items() if not weight.any()}
+    parts = {key.removeprefix("lora:").split(".")[0] for key in ups}
+    clip = {"flux": {"text_encoder"}}.get(model.name, {"text_encoder", "text_encoder_2"})
+    assert parts == clip | {"sdxl": {"unet"}}.get(model.name, {"transformer"})
+    # The first encoder of XL is read before its third and last layer; the last block of 3 asks for the text's sake what
+    # nobody reads.
+    unread = {
+        "sdxl": {f"text_encoder.text_model.encoder.layers.2.self_attn.{part}" for part in TEXT_TARGETS},
+        "sd3": {"transformer.transformer_blocks.1.attn.add_q_proj"},
+        "flux": set(),
+    }
+    assert {key.removeprefix("lora:").split(".lora")[0] for key in still} == unread[model.name]
+
+
+@pytest.mark.parametrize("name", ["sdxl"])
+@pytest.mark.parametrize("text_encoder", [None, True])
+def test_full_run_saves_a_pipeline(runs, model, text_encoder):
+    run = runs(pretrained_model_name_or_path=model, method="full", train_text_encoder=text_encoder)
+    trained, base = plain_pipeline(run), plain_pipeline(model)
+    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        one, two = getattr(trained, part).state_dict(), getattr(base, part).state_dict()
+        changes = part == "unet" or (text_encoder and part != "vae")
+        assert same_state(dict(one), dict(two)) != bool(changes), part
+    assert np.abs(paint(trained) - paint(base)).max() > 0
+
+
+@every_family
+def test_gradient_checkpointing_changes_nothing(runs, model):
+    options = {"pretrained_model_name_or_path": model, "train_text_encoder": True}
+    plain, saving = runs(**options), runs(gradient_checkpointing=True, **options)
+    assert same_metrics(plain, saving)
+    assert same_weights(plain, saving)
+
+
+@every_family
+def test_half_precision_trains_close_to_single_and_saves_single(runs, model):
+    options = {"pretrained_model_name_or_path": model}
+    half = runs(mixed_precision="bf16", num_validation_images=1, **options)
+    np.testing.assert_allclose(column(half), column(runs(**options)), rtol=0.05)
+    assert not same_metrics(half, runs(**options))
+    assert {weight.dtype for weight in weights(half).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", ["sdxl"])
+@pytest.mark.parametrize("asked", [True, False])
+def test_the_vae_trains_in_single_precision_where_its_configuration_asks(model, tmp_path, asked):
+    other = tmp_path / "model"
+    pipeline = plain_pipeline(model)
+    pipeline.vae.register_to_config(force_upcast=asked)
+    pipeline.save_pretrained(other)
+    family = registry.open_family(TrainOptions(), str(other), torch.bfloat16)
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):  # as class images are painted
+        painted = family.pipeline.vae.decode(latents, return_dict=False)[0]
+    exact = pipeline.vae.decode(latents, return_dict=False)[0]
+    assert torch.equal(painted, exact) == asked
+    family.make_trainable(TrainOptions(), torch.device("cpu"), torch.bfloat16)
+    assert family.vae.dtype == (torch.float32 if asked else torch.bfloat16)
+    assert family.pipeline.text_encoder_2.dtype == torch.bfloat16
+
+
+@every_checkpoint
+def test_a_run_generates_and_its_card_names_its_family(runs, model, tmp_path):
+    run = runs(
+        pretrained_model_name_or_path=model,
+        with_prior_preservation=True,
+        num_class_images=1,
+        num_validation_images=1,
+    )
+    assert len(list((run / "class_images").glob("*.png"))) == len(list((run / "samples").glob("*.png"))) == 1
+    tag = {"sdxl": "stable-diffusion-xl", "flux": "flux"}.get(model.name.split("-")[0], "sd3")
+    assert f"- {tag}\n" in (run / "README.md").read_text(encoding="utf-8")
+    for number, extra in enumerate(({}, {"guidance_scale": 2.0})):
+        options = {"model": run, "output": tmp_path / f"{number}", "num_images": 1, "num_inference_steps": 2}
+        assert command("generate", "a [V] duck", *flags(**options, **extra)) == 0
+        assert len(list((tmp_path / f"{number}").glob("*.png"))) == 1
+
+
+@every_family
+def test_a_variant_of_the_weights_is_trained_on(runs, model, tmp_path):
+    pipeline = plain_pipeline(model)
+    pipeline.to(dtype=torch.float16)
+    pipeline.save_pretrained(tmp_path / "model", variant="fp16")
+    assert not list((tmp_path / "model" / "vae").glob("diffusion_pytorch_model.safetensors"))
+    options = {"pretrained_model_name_or_path": tmp_path / "model", "variant": "fp16"}
+    assert runs.train(tmp_path / "run", **options) == 0
+    assert {weight.dtype for weight in weights(tmp_path / "run").values()} == {torch.float32}
+    assert (tmp_path / "run" / LORA_WEIGHTS).is_file()

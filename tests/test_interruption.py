@@ -1,0 +1,85 @@
+"""Runs that are killed, asked to stop, or find the disk full go on to the weights of a run left alone."""
+
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from training_runs import ROOT, column, flags, same_metrics, same_weights
+
+from persam_dreambooth.dreambooth.checkpoint import STATE, list_checkpoints
+
+KILLS = 20
+OPTIONS = {"max_train_steps": 6, "checkpointing_steps": 1, "checkpoints_total_limit": 2}
+ALONE = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def program(runs, folder, **options):
+    """The real program in a process of its own."""
+    given = flags(**runs.options(output_dir=folder, **{**OPTIONS, **options}))
+    return [sys.executable, str(ROOT / "train_dreambooth_masked.py"), *given]
+
+
+def test_a_run_killed_at_random_moments_ends_as_one_left_alone(runs, tmp_path):
+    options = flags(**runs.options(**OPTIONS))
+    script = Path(__file__).with_name("killed_runs.py")
+    subprocess.run([sys.executable, script, str(KILLS), tmp_path / "log", tmp_path, *options], check=True, env=ALONE)
+    lines = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
+    assert [ended for _, ended in lines].count("killed") == KILLS
+    finished = [tmp_path / folder for folder, ended in lines if ended != "killed"]
+    assert [ended for _, ended in lines if ended != "killed"] == ["0"] * len(finished)
+    for folder in finished:
+        assert same_weights(folder, tmp_path / "whole")
+        assert same_metrics(folder, tmp_path / "whole")
+        assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-5", "checkpoint-6"]
+
+
+@pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_asked_to_stop_saves_says_how_to_go_on_and_goes_on(runs, tmp_path, asked):
+    folder, endless = tmp_path / "run", {"max_train_steps": 10_000, "checkpointing_steps": 10_000, "logging_steps": 1}
+    with subprocess.Popen(program(runs, folder, **endless), stderr=subprocess.PIPE, text=True, env=ALONE) as process:
+        until = time.monotonic() + 600
+        while not (folder / "metrics.jsonl").is_file() or not column(folder, "step"):
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.02)
+        process.send_signal(asked)
+        said = process.communicate(timeout=600)[1]
+    assert process.returncode == 128 + asked
+    step = int(
+        re.search(r"stopped after step (\d+), which is saved: go on with --resume_from_checkpoint latest", said)[1]
+    )
+    assert [path.name for path in list_checkpoints(folder)] == [f"checkpoint-{step}"]
+    assert "Traceback" not in said
+    more = {"max_train_steps": step + 2, "logging_steps": 1, "checkpointing_steps": 10_000}
+    assert runs.train(folder, resume_from_checkpoint="latest", **more) == 0
+    assert runs.train(tmp_path / "whole", **more) == 0
+    assert same_weights(folder, tmp_path / "whole")
+    assert same_metrics(folder, tmp_path / "whole")
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(runs, tmp_path):
+    folder = tmp_path / "run"
+    assert runs.train(folder, **{**OPTIONS, "max_train_steps": 2}) == 0
+    room = (folder / "checkpoint-2" / STATE).stat().st_size - 1
+    before = {path: path.read_bytes() for path in (folder / "checkpoint-2").iterdir()}
+    ended = subprocess.run(
+        [*program(runs, folder), "--resume_from_checkpoint", "latest"],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)),
+        stderr=subprocess.PIPE, text=True, env=ALONE,
+    )  # fmt: skip
+    assert ended.returncode == 1
+    last = ended.stderr.splitlines()[-1]
+    assert re.match(
+        "error: .*checkpoint-3 cannot be saved .*; the last checkpoint is checkpoint-2: free some space", last
+    )
+    assert "Traceback" not in ended.stderr
+    assert {path: path.read_bytes() for path in before} == before
+    assert not list(folder.glob(".*"))
+    assert runs.train(folder, resume_from_checkpoint="latest", **OPTIONS) == 0
+    assert runs.train(tmp_path / "whole", **OPTIONS) == 0
+    assert same_weights(folder, tmp_path / "whole")

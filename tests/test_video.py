@@ -1,0 +1,441 @@
+"""Videos: objects followed from the first frame's mask, by the method and through the command line."""
+
+import resource
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_sam import tiny_model
+
+from persam_dreambooth.cli import main
+from persam_dreambooth.errors import InputError
+from persam_dreambooth.labels import davis_palette, read_labels, read_objects, save_labels
+from persam_dreambooth.segmentation import Sam, open_sam
+from persam_dreambooth.segmentation.evaluation.metrics import jaccard
+from persam_dreambooth.segmentation.frames import Frame, Video, open_video
+from persam_dreambooth.segmentation.video import VideoSegmenter, follow, grown_box
+from persam_dreambooth.toy import davis, world
+
+FRAMES = 6
+VARIANTS = pytest.mark.parametrize("variant", ["persam", "persam-f"])
+STATM = Path("/proc/self/statm")
+
+
+class Recorder(Sam):
+    """A SAM that notes how often it encodes, and every decoder pass: points, labels, box, mask logits, result."""
+
+    def __init__(self, model):
+        super().__init__(model, "tiny")
+        self.encoded, self.passes = 0, []
+
+    def encode(self, image):
+        self.encoded += 1
+        return super().encode(image)
+
+    def decode(self, encoding, points, labels, box=None, mask_logits=None, multimask=True, guidance=None):
+        result = super().decode(encoding, points, labels, box, mask_logits, multimask, guidance)
+        assert guidance is None and multimask
+        self.passes.append((points, labels, box, mask_logits, *result))
+        return result
+
+
+@pytest.fixture
+def sam():
+    return Recorder(tiny_model())
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The folder of the tiny SAM."""
+    folder = tmp_path_factory.mktemp("sam")
+    tiny_model().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shown():
+    """A short rendered video, 96 x 96: pictures and label maps."""
+    [(_, scenes)] = davis.sequences(1, FRAMES)
+    renders = [world.render(scene, 96) for scene in scenes]
+    return [each.image for each in renders], [davis.label_map(each) for each in renders]
+
+
+@pytest.fixture
+def clip(shown, tmp_path):
+    """The video as a folder of frames, and the first frame's mask."""
+    (tmp_path / "frames").mkdir()
+    for number, image in enumerate(shown[0]):
+        image.save(tmp_path / "frames" / f"{number:05}.png")
+    save_labels(tmp_path / "first.png", shown[1][0])
+    return tmp_path
+
+
+def video(clip, tiny, *more, frames="frames", mask="first.png", output="out"):
+    command = ["video", "--frames", clip / frames, "--mask", clip / mask, "--output", clip / output]
+    return main([*map(str, command), "--sam_model", str(tiny), *more])
+
+
+def written(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.png"))}
+
+
+# --- the method
+
+
+def test_the_box_of_the_frame_before_is_grown_by_ten_pixels_and_stays_in_the_frame():
+    mask = np.zeros((60, 80), bool)
+    mask[20:30, 15:41] = True
+    assert grown_box(mask).tolist() == [5, 10, 50, 39]
+    mask[2:58, 3:79] = True
+    assert grown_box(mask).tolist() == [0, 0, 80, 60]
+
+
+@VARIANTS
+def test_every_frame_is_encoded_once_and_every_object_decoded_three_times(sam, shown, variant):
+    images, labels = shown
+    segmenter = VideoSegmenter(sam, variant, fit_steps=5).fit(images[0], labels[0])
+    sam.passes.clear()
+    segmenter.predict(images[1], labels[0])
+    assert sam.encoded == 2 and len(sam.passes) == 6
+
+
+@VARIANTS
+def test_prompts_of_the_three_passes_are_the_published_ones(sam, shown, variant):
+    images, labels = shown
+    segmenter = VideoSegmenter(sam, variant, fit_steps=5).fit(images[0], labels[0])
+    encoding = sam.encode(images[1])
+    sam.passes.clear()
+    segmenter.predict(encoding, labels[0])
+    for known, (first, second, third) in zip(segmenter.objects, (sam.passes[:3], sam.passes[3:]), strict=True):
+        box = grown_box(labels[0] == known.number)
+        points = first[0]
+        assert len(points) == {"persam": 3, "persam-f": 2}[variant]  # the highest places, and the box's center last
+        assert points[-1].tolist() == [(box[0] + box[2]) // 2, (box[1] + box[3]) // 2]
+        assert all((each[0] == points).all() and each[1].all() for each in (first, second, third))
+        assert (first[2] == box).all() and first[3] is None
+        logits, scores = second[4], second[5]
+        if variant == "persam":
+            sizes = (sam.upscale(first[4], encoding) > 0).sum(dim=(1, 2))
+            assert second[2] is None and torch.equal(second[3], first[4][sizes.argmax()])
+        else:
+            combined = (torch.tensor(known.weights, dtype=torch.float32)[:, None, None] * first[4]).sum(0)
+            assert torch.allclose(second[3], combined, atol=1e-5)
+            assert (second[2] == sam.mask_box(second[3], encoding)).all()
+        assert torch.equal(third[3], logits[scores.argmax()])
+        assert (third[2] == sam.mask_box(third[3], encoding)).all()
+
+
+def test_an_object_that_was_not_seen_is_looked_for_in_the_whole_frame(sam, shown):
+    images, labels = shown
+    segmenter = VideoSegmenter(sam, "persam").fit(images[0], labels[0])
+    before = np.where(labels[0] == 2, 0, labels[0])
+    segmenter.predict(images[1], before.astype(np.uint8))
+    points, _, box, *_ = sam.passes[3]
+    assert len(points) == 2 and box is None
+
+
+def test_every_object_has_its_own_target_and_weights(sam, shown):
+    images, labels = shown
+    one, two = VideoSegmenter(sam).fit(images[0], labels[0]).objects
+    assert (one.number, two.number) == (1, 2)
+    assert not torch.equal(one.target.mean, two.target.mean)
+    assert np.abs(one.weights - two.weights).max() > 1e-3
+    assert one.weights.sum() == pytest.approx(1) and two.weights.sum() == pytest.approx(1)
+
+
+def test_where_objects_meet_the_highest_logit_decides(sam, shown):
+    images, labels = shown
+    segmenter = VideoSegmenter(sam, "persam").fit(images[0], labels[0])
+    encoding = sam.encode(images[1])
+    found = segmenter.predict(encoding, labels[0])
+    finals = [sam.upscale(each[4][each[5].argmax()][None], encoding)[0] for each in (sam.passes[2], sam.passes[5])]
+    assert ((finals[0] > 0) & (finals[1] > 0)).any()  # they do meet
+    expected = torch.stack([torch.zeros(encoding.size), *finals]).argmax(dim=0).numpy()
+    assert set(np.unique(found)) == {0, 1, 2} and (found == expected).all()
+
+
+def test_an_object_that_leaves_is_absent_and_returns_under_its_number():
+    """With the SAM that ships: both are there, one is gone, and it is back elsewhere than it left."""
+    [(_, scenes)] = davis.sequences(1, 21)
+    renders = [world.render(scene, 256) for number, scene in enumerate(scenes) if number in (0, 3, 10, 18)]
+    truths = [davis.label_map(each) for each in renders]
+    assert [(truth == 2).any() for truth in truths] == [True, True, False, True]
+    segmenter = VideoSegmenter(open_sam("toy", device="cpu"), "persam").fit(renders[0].image, truths[0])
+    labels = truths[0]
+    for rendered, truth in zip(renders[1:], truths[1:], strict=True):
+        labels = segmenter.predict(rendered.image, labels)
+        assert jaccard(labels == 1, truth == 1) > 0.7
+        assert jaccard(labels == 2, truth == 2) > 0.7  # 1 where neither is
+
+
+def test_a_first_frame_without_objects_is_refused(sam, shown):
+    with pytest.raises(InputError, match="marks no object"):
+        VideoSegmenter(sam).fit(shown[0][0], np.zeros((96, 96), np.uint8))
+    with pytest.raises(InputError, match="the frame"):
+        VideoSegmenter(sam).fit(shown[0][0], np.ones((96, 90), np.uint8))
+
+
+@pytest.mark.skipif(not STATM.exists(), reason="memory in use is read from Linux's /proc")
+def test_memory_does_not_grow_with_the_video(sam, tmp_path):
+    """Frames and label maps of 4 MB each: were they kept, 24 of them would be 96 MB."""
+
+    def picture(number):
+        return Image.fromarray(np.random.default_rng(number).integers(0, 255, (1024, 1024, 3), np.uint8))
+
+    def in_use():
+        return int(STATM.read_text().split()[1]) * resource.getpagesize() / 2**20
+
+    frames = [Frame(number, str(number), lambda number=number: picture(number)) for number in range(30)]
+    first = np.zeros((1024, 1024), np.uint8)
+    first[200:400, 300:600] = 1
+    used = [in_use() for _ in follow(Video(frames[0], iter(frames[1:]), 30), first, VideoSegmenter(sam, "persam"),
+                                     tmp_path)]  # fmt: skip
+    assert max(used[6:]) - used[5] < 30
+
+
+# --- label maps
+
+
+def test_the_palette_is_that_of_davis():
+    colors = np.array(davis_palette()).reshape(256, 3)
+    assert colors[:5].tolist() == [[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0], [0, 0, 128]]
+    assert colors[8].tolist() == [64, 0, 0] and colors[255].tolist() == [224, 224, 192]
+    assert len({tuple(color) for color in colors.tolist()}) == 256
+
+
+def test_label_maps_are_read_as_they_were_saved_and_void_is_background(tmp_path):
+    labels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    save_labels(tmp_path / "map.png", labels)
+    assert (read_labels(tmp_path / "map.png") == np.where(labels == 255, 0, labels)).all()
+    assert Image.open(tmp_path / "map.png").getpalette() == davis_palette()
+
+
+@pytest.mark.parametrize("mode, color", [("L", 255), ("L", 128), ("1", 1), ("RGB", (128, 0, 0)), ("P", 1)])
+def test_one_color_on_black_is_object_one(mode, color, tmp_path):
+    image = Image.new(mode, (8, 8))
+    image.paste(color, (2, 2, 5, 5))
+    image.save(tmp_path / "mask.png")
+    labels = read_objects(tmp_path / "mask.png")
+    assert labels.sum() == 9 and labels[2, 2] == 1 and labels.dtype == np.uint8
+
+
+# --- the command
+
+
+@VARIANTS
+def test_a_folder_of_frames_becomes_palette_masks_of_the_same_numbers(clip, tiny, shown, variant):
+    assert video(clip, tiny, "--segmenter", variant, "--overlay") == 0
+    paths = sorted((clip / "out").glob("*.png"))
+    assert [path.name for path in paths] == [f"{number:05}.png" for number in range(FRAMES)]
+    assert (np.array(Image.open(paths[0])) == shown[1][0]).all()
+    for path in paths:
+        image = Image.open(path)
+        assert image.mode == "P" and image.size == (96, 96) and image.getpalette() == davis_palette()
+        assert set(np.unique(image)) <= {0, 1, 2}
+    assert len(list((clip / "out" / "overlay").glob("*.jpg"))) == FRAMES
+
+
+def test_an_interrupted_video_goes_on_to_the_same_masks(clip, tiny):
+    assert video(clip, tiny) == 0
+    whole = written(clip / "out")
+    for number in (3, 4, 5):
+        (clip / "out" / f"{number:05}.png").unlink()
+    kept = {path: path.stat().st_mtime_ns for path in (clip / "out").glob("0000[12].png")}
+    assert video(clip, tiny) == 0
+    assert written(clip / "out") == whole
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+
+def test_masks_of_other_settings_are_not_gone_on_with(clip, tiny, capsys):
+    assert video(clip, tiny, "--segmenter", "persam") == 0
+    assert video(clip, tiny) == 2
+    assert "holds masks of a video with other settings" in capsys.readouterr().err
+
+
+def test_numbers_may_begin_anywhere_and_the_mask_may_lie_among_the_frames(clip, tiny):
+    for path in sorted((clip / "frames").iterdir(), reverse=True):
+        path.rename(path.with_name(f"shot_{int(path.stem) + 8}.png"))  # 9 comes before 10
+    (clip / "first.png").rename(clip / "frames" / "first.png")
+    assert video(clip, tiny, mask="frames/first.png") == 0
+    assert list(written(clip / "out")) == [f"{number:05}.png" for number in range(8, 8 + FRAMES)]
+
+
+def damaged(clip, damage):
+    """Breaks something; returns what is told about it, and how many masks there are in the end."""
+    frames = clip / "frames"
+    if damage == "mask of another size":
+        save_labels(clip / "first.png", np.ones((50, 40), np.uint8))
+        return f"first.png is 40 x 50, {frames / '00000.png'} 96 x 96: give the mask of this frame", 0
+    if damage == "mask without objects":
+        save_labels(clip / "first.png", np.zeros((96, 96), np.uint8))
+        return "first.png marks no object", 0
+    if damage == "soft edges":
+        Image.fromarray(np.arange(96 * 96, dtype=np.uint32).reshape(96, 96).astype(np.uint8)).save(clip / "first.png")
+        return "paint without soft edges", 0
+    if damage == "no mask":
+        (clip / "first.png").unlink()
+        return "first.png does not exist", 0
+    if damage == "gap":
+        (frames / "00003.png").unlink()
+        return f"{frames / '00002.png'} is followed by 00004.png: frames are missing", 0
+    if damage == "no number":
+        (frames / "00003.png").rename(frames / "last.png")
+        return f"{frames / 'last.png'} has no number", 0
+    if damage == "same number":
+        shutil.copy(frames / "00003.png", frames / "3.png")
+        return "have the same number: remove one", 0
+    if damage == "no frames":
+        shutil.rmtree(frames)
+        frames.mkdir()
+        return f"{frames} holds no frames", 0
+    if damage == "corrupt frame":
+        (frames / "00003.png").write_bytes((frames / "00003.png").read_bytes()[:900])
+        return f"{frames / '00003.png'} cannot be read", 3
+    assert damage == "frame of another size"
+    Image.new("RGB", (90, 96)).save(frames / "00002.png")
+    return f"{frames / '00002.png'} is 90 x 96, the first frame 96 x 96", 2
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "mask of another size", "mask without objects", "soft edges", "no mask", "gap", "no number", "same number",
+        "no frames", "corrupt frame", "frame of another size",
+    ],
+)  # fmt: skip
+def test_broken_input_is_one_line_and_masks_before_it_stay(clip, tiny, damage, capsys):
+    told, left = damaged(clip, damage)
+    assert video(clip, tiny, "--segmenter", "persam") == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert told in line
+    assert len(written(clip / "out")) == left
+    assert left or not (clip / "out").exists()
+
+
+def test_a_video_goes_on_after_its_broken_frame_is_replaced(clip, tiny):
+    assert video(clip, tiny, output="whole") == 0
+    healthy = (clip / "frames" / "00004.png").read_bytes()
+    (clip / "frames" / "00004.png").write_bytes(b"no picture")
+    assert video(clip, tiny) == 2
+    (clip / "frames" / "00004.png").write_bytes(healthy)
+    assert video(clip, tiny) == 0
+    assert written(clip / "out") == written(clip / "whole")
+
+
+# --- video files
+
+
+@pytest.fixture
+def movie(clip, shown):
+    """The video as a file, without loss."""
+    av = pytest.importorskip("av")
+    with av.open(str(clip / "movie.avi"), "w") as container:
+        stream = container.add_stream("png", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 96, 96, "rgb24"
+        for image in shown[0]:
+            container.mux(stream.encode(av.VideoFrame.from_image(image)))
+        container.mux(stream.encode())
+    return clip / "movie.avi"
+
+
+def test_a_video_file_gives_the_masks_of_its_frames(clip, movie, tiny):
+    assert video(clip, tiny, output="of-frames") == 0
+    assert video(clip, tiny, frames="movie.avi") == 0
+    assert written(clip / "out") == written(clip / "of-frames")
+    assert open_video(movie).count == FRAMES
+
+
+def test_a_video_file_goes_on_where_it_was_interrupted(clip, movie, tiny):
+    assert video(clip, tiny, frames="movie.avi") == 0
+    whole = written(clip / "out")
+    (clip / "out" / "00004.png").unlink()
+    assert video(clip, tiny, frames="movie.avi") == 0
+    assert written(clip / "out") == whole
+
+
+def test_a_file_that_is_no_video_is_named(clip, movie, tiny, capsys):
+    (clip / "notes.mp4").write_bytes(b"these are notes, not a video\n" * 100)
+    assert video(clip, tiny, frames="notes.mp4") == 2
+    assert f"{clip / 'notes.mp4'} is no video" in capsys.readouterr().err
+    assert not (clip / "out").exists()
+
+
+def test_a_video_file_that_breaks_keeps_the_masks_before(clip, movie, tiny, capsys):
+    content = bytearray(movie.read_bytes())
+    starts = [place for place in range(len(content)) if content[place : place + 8] == b"\x89PNG\r\n\x1a\n"]
+    content[starts[3] + 20 : starts[4] - 20] = bytes(starts[4] - starts[3] - 40)
+    movie.write_bytes(content)
+    assert video(clip, tiny, frames="movie.avi") == 2
+    assert f"{movie} breaks off after 3 frames" in capsys.readouterr().err
+    assert len(written(clip / "out")) == 3
+
+
+def test_a_file_that_stands_on_its_side_is_turned(clip, shown):
+    """A phone's video says in its header how it is to be turned; here the header is written by hand."""
+    av = pytest.importorskip("av")
+    path = clip / "phone.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        container.mux(stream.encode(av.VideoFrame.from_image(shown[0][0].crop((0, 0, 96, 64)))))
+        container.mux(stream.encode())
+    upright = open_video(path).first.read()
+    content = path.read_bytes()
+    one, turned = (0x10000).to_bytes(4, "big"), (-0x10000).to_bytes(4, "big", signed=True)
+    nothing, last = bytes(4), (0x40000000).to_bytes(4, "big")
+    as_it_is = one + nothing * 3 + one + nothing * 3 + last
+    clockwise = nothing + one + nothing + turned + nothing * 4 + last  # x becomes y, y becomes -x
+    header = content.index(b"tkhd")
+    place = content.index(as_it_is, header)
+    path.write_bytes(content[:place] + clockwise + content[place + len(as_it_is) :])
+    assert (np.array(open_video(path).first.read()) == np.rot90(upright, -1)).all()
+
+
+def test_without_the_decoder_its_extra_is_named(clip, tiny, monkeypatch, capsys):
+    (clip / "movie.mp4").write_bytes(b"0")
+    monkeypatch.setitem(sys.modules, "av", None)
+    assert video(clip, tiny, frames="movie.mp4") == 2
+    assert 'pip install "persam-dreambooth[video]"' in capsys.readouterr().err
+
+
+def test_a_video_that_is_not_there_is_named(clip, tiny, capsys):
+    assert video(clip, tiny, frames="nowhere") == 2
+    assert "nowhere does not exist: name a folder of frames or a video file" in capsys.readouterr().err
+
+
+# --- three hundred frames
+
+
+@pytest.mark.slow
+def test_three_hundred_frames_need_no_more_memory_than_fifty(tmp_path, capsys):
+    """And the object that leaves for the middle of the video is found again, under its number."""
+    davis.write(tmp_path, 1, 300)
+    [name] = (tmp_path / "ImageSets" / "2017" / "val.txt").read_text().split()
+    shown, marked = (tmp_path / kind / "480p" / name for kind in ("JPEGImages", "Annotations"))
+    first = read_labels(marked / "00000.png")
+    segmenter = VideoSegmenter(open_sam("toy", device="cpu"))
+    peaks, scores, ghosts = [], {1: [], 2: []}, 0
+    for number, labels in enumerate(follow(open_video(shown), first, segmenter, tmp_path / "masks")):
+        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        truth = read_labels(marked / f"{number:05}.png")
+        for each in scores:
+            if (truth == each).any():
+                scores[each].append((number, jaccard(labels == each, truth == each)))
+        ghosts += int((labels == 2).any() and not (truth == 2).any())
+    back = [score for number, score in scores[2] if number > 200]
+    stayed = [score for _, score in scores[1]]
+    figures = {
+        "peak RSS after 50 frames, MiB": peaks[49],
+        "after 300": peaks[299],
+        "J of the object that stays": np.mean(stayed),
+        "of the one that leaves, from its return on": np.mean(back),
+        "frames in which it is gone but found": ghosts,
+    }
+    with capsys.disabled():
+        print("", *(f"{name}: {value:.3f}" for name, value in figures.items()), sep="\n")
+    assert peaks[299] < 1.02 * peaks[49]
+    assert np.mean(back) > 0.7 and np.mean(stayed) > 0.7 and ghosts < 10
