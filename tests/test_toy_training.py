@@ -231,7 +231,7 @@ def test_the_fused_attention_is_the_library_s_forward_and_backward():
     for name in ("library", "fused"):
         if name == "fused":
             fuse_attention(encoder)
-            assert [type(layer.attn) is FusedAttention for layer in encoder.layers].count(True) == 1
+            assert [type(layer.attn) is FusedAttention for layer in encoder.layers].count(True) == 2
         encoder.zero_grad()
         output = encoder(pixels)[0]
         (output * wanted).sum().backward()

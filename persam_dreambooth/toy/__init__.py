@@ -7,7 +7,7 @@ whenever one is loaded, and in `README.md` beside this file.
 from pathlib import Path
 
 NOTICES = {
-    "sam": "toy SAM: 1.9M parameters, trained on a drawn world and textures; expect rough masks of real photos",
+    "sam": "toy SAM: 2.3M parameters, trained on a drawn world and textures; expect rough masks of real photos",
     "stable-diffusion": "toy Stable Diffusion: trained on a drawn world of 6 kinds in 8 places; knows nothing else",
 }
 
