@@ -197,7 +197,7 @@ def composite_pair(rng: np.random.Generator, size: int, photos: Sequence[Image.I
 def object_pair(
     rng: np.random.Generator, size: int, photos: Sequence[Image.Image], objects: Sequence[Sequence[PhotoObject]]
 ) -> tuple[Picture, Picture]:
-    """One subject in two of its photos, or cut out of them and pasted on others, each as it comes; at times recolored."""
+    """One subject in two of its photos, or cut out of them and pasted on others; at times recolored in both."""
     album = objects[int(rng.integers(len(objects)))]
     first, second = (album[int(index)] for index in rng.choice(len(album), 2, replace=len(album) == 1))
     if rng.random() < 0.3:
@@ -225,7 +225,8 @@ def object_picture(rng: np.random.Generator, size: int, photos: Sequence[Image.I
         canvas = texture(rng, photos[int(rng.integers(len(photos)))], (side, side), whole=0.5)
         objects = [_posed(rng, cutout, side, (0.02, 0.6), turn=0.15)]
         for _ in range(rng.integers(0, 3)):
-            other = textured(rng, random_shape(rng), *(photos[int(index)] for index in rng.integers(len(photos), size=2)))
+            filling, patch = (photos[int(index)] for index in rng.integers(len(photos), size=2))
+            other = textured(rng, random_shape(rng), filling, patch)
             objects.append(_posed(rng, other, side, (0.01, 0.2), turn=0.2))
         image, masks = _pasted(rng, canvas, objects)
         if masks[0].mean() > SMALLEST:
