@@ -44,8 +44,8 @@ def option(default: Any, help: str, alias: str | None = None) -> Any:
 
 
 @dataclass(frozen=True)
-class SegmentationOptions:
-    """How masks are made; shared by `segment` and `train`."""
+class SegmenterOptions:
+    """What finds a subject; shared by all that does."""
 
     segmenter: SEGMENTERS = option("persam-f", "PerSAM (training-free) or PerSAM-F (fits two scale weights first)")
     sam_model: str = option(
@@ -54,14 +54,24 @@ class SegmentationOptions:
     sam_dtype: PRECISIONS = option(
         "float32", "precision of SAM's image encoder; auto: bfloat16, but float32 on the CPU and on MPS"
     )
-    guidance: GUIDANCE = option("persam", "PerSAM's guided attention: aligned, as published, as in the paper, or none")
     target_coverage: float = option(
         0.5, "a 64 x 64 cell is target when the mask covers more of its center than this, 0 to 1"
     )
 
     def check(self) -> None:
-        """Raises `InputError` for options that are out of range or at odds with one another."""
+        """Raises `InputError` for options that are out of range."""
         _below_one(self, "target_coverage")
+
+
+@dataclass(frozen=True)
+class SegmentationOptions(SegmenterOptions):
+    """How masks of photos are made; shared by `segment` and `train`."""
+
+    guidance: GUIDANCE = option("persam", "PerSAM's guided attention: aligned, as published, as in the paper, or none")
+
+    def check(self) -> None:
+        """Raises `InputError` for options that are out of range or at odds with one another."""
+        super().check()
         if self.segmenter == "persam-f" and self.guidance != "persam":
             raise InputError(f"--guidance {self.guidance} has no effect on PerSAM-F: add --segmenter persam")
 
@@ -109,21 +119,7 @@ class SegmentOptions(MaskFolderOptions):
 
 
 @dataclass(frozen=True)
-class FollowOptions:
-    """How objects are followed through a video; shared by `video` and `evaluate davis`."""
-
-    segmenter: SEGMENTERS = option("persam-f", "PerSAM (training-free) or PerSAM-F (fits two scale weights first)")
-    sam_model: str = option("facebook/sam-vit-huge", "as for segment")
-    sam_dtype: PRECISIONS = option("float32", "as for segment")
-    target_coverage: float = option(0.5, "as for segment")
-
-    def check(self) -> None:
-        """Raises `InputError` for options that are out of range."""
-        _below_one(self, "target_coverage")
-
-
-@dataclass(frozen=True)
-class VideoOptions(FollowOptions):
+class VideoOptions(SegmenterOptions):
     """Objects that are marked in a video's first frame, in all its frames."""
 
     frames: str | None = option(None, "folder of frames (00000.jpg, 00001.jpg, ...), or a video file")
@@ -253,7 +249,7 @@ class EvaluateAbsenceOptions(SegmentationOptions):
 
 
 @dataclass(frozen=True)
-class EvaluateDavisOptions(FollowOptions):
+class EvaluateDavisOptions(SegmenterOptions):
     """DAVIS 2017: a method's masks, or masks made by anything, and their J, F and J&F."""
 
     data: str | None = option(None, "folder with JPEGImages/480p, Annotations/480p and ImageSets/2017")

@@ -84,7 +84,7 @@ def test_a_mobile_sam_file_segments_through_the_command_line(small_mobile_sam, s
 
 
 def test_a_missing_or_a_further_weight_is_one_line(small_mobile_sam, tmp_path):
-    weights = torch.load(small_mobile_sam)
+    weights = torch.load(small_mobile_sam, weights_only=True)
     torch.save({**weights, "image_encoder.more": torch.zeros(1)}, tmp_path / "more.pt")
     del weights["image_encoder.layers.2.blocks.3.mlp.fc1.bias"]
     torch.save(weights, tmp_path / "less.pt")

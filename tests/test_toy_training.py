@@ -252,6 +252,19 @@ def test_a_smaller_sam_made_large_again_keeps_what_it_knew():
     assert torch.equal(again[:2], whole[2:3].expand(2, -1))
 
 
+def test_a_sam_with_fewer_layers_grows_without_a_change(tmp_path, monkeypatch):
+    with monkeypatch.context() as before:
+        before.setattr(build, "SAM_LAYERS", 3)
+        before.setattr(build, "SAM_GLOBAL_LAYERS", [2])
+        small = build.random_sam(0).eval()
+    small.save_pretrained(tmp_path)
+    grown = train_sam.read_sam(tmp_path)
+    assert (len(small.vision_encoder.layers), len(grown.vision_encoder.layers)) == (3, build.SAM_LAYERS)
+    photo = torch.randn(1, 3, 1024, 1024, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(grown.vision_encoder(photo)[0], small.vision_encoder(photo)[0])
+
+
 def F_normal(seed):
     return torch.randn(96, generator=torch.Generator().manual_seed(seed))
 

@@ -97,8 +97,9 @@ class Crops(Dataset):
             drawn, prompt = self.backgrounds.draw(np.random.default_rng([self.seed, BACKGROUND, number]), prompt)
             behind = torch.from_numpy(drawn.astype(np.float32)).permute(2, 0, 1) / 127.5 - 1
             pixels = weights * pixels + (1 - weights) * behind
-        if np.random.default_rng([self.seed, UNMASKED, number]).random() < self.unmasked_probability:
-            weights = torch.ones_like(weights)
+        if self.unmasked_probability:
+            drawn_whole = np.random.default_rng([self.seed, UNMASKED, number]).random() < self.unmasked_probability
+            weights = torch.ones_like(weights) if drawn_whole else weights
         (width, height), top = self.photos[index].size, window[1]
         left = mask.width - window[2] if flipped else window[0]
         crop = torch.tensor([height, width, top, left])

@@ -24,7 +24,10 @@ class FlowMatching(LatentDiffusion):
     denoiser_name = "transformer"
     large = True
     paint_dtype = torch.bfloat16
-    without: ClassVar = {"snr_gamma": "which learns a flow: its density of timesteps does what min-SNR does"}
+    without: ClassVar = {
+        "snr_gamma": "which learns a flow: its density of timesteps does what min-SNR does",
+        "export": "whose LoRA ComfyUI reads as it is saved",
+    }
 
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)

@@ -84,10 +84,6 @@ def open_family(options: TrainOptions, source: str, frozen_dtype: torch.dtype) -
     if options.method not in family.learning_rates:
         methods = " or ".join(family.learning_rates)
         raise InputError(f"--method {options.method} is not supported for a {kind}: use {methods}")
-    if options.export == "kohya" and family.denoiser_name != "unet":
-        raise InputError(
-            "--export kohya is for models with a UNet: leave it out, ComfyUI reads this LoRA as it is saved"
-        )
     dtype = frozen_dtype if family.large else torch.float32
     opened = family(load_pipeline(source, options.revision, options.variant, dtype))
     opened.check(options)

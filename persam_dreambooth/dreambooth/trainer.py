@@ -83,6 +83,7 @@ def train(
     rate = learning_rate(options, accelerator.num_processes)
     optimizer, settings = make_optimizer(options, trained, rate)
     average = AveragedWeights(trained, options.ema_decay) if options.use_ema else None
+    as_saved = average.in_place if average else nullcontext
     first_step = 0
     if resume_from:
         family.load_weights(resume_from)
@@ -149,14 +150,14 @@ def train(
             if checkpoint_due and accelerator.is_main_process:
                 with new_checkpoint(run_dir, step) as folder:
                     save_state(folder, step, optimizer=optimizer, scaler=accelerator.scaler, average=average)
-                    with average.in_place() if average else nullcontext():
+                    with as_saved():
                         family.save_weights(folder)
                 remove_old_checkpoints(run_dir, options.checkpoints_total_limit)
             if stopping and not last:
                 raise interruption.stopped(step)
             if options.validation_steps and step % options.validation_steps == 0 and not last:
                 if accelerator.is_main_process:
-                    with average.in_place() if average else nullcontext():
+                    with as_saved():
                         paint_samples(options, family, accelerator, step)
                 accelerator.wait_for_everyone()
     if average:

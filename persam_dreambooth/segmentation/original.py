@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from persam_dreambooth.errors import InputError
-from persam_dreambooth.segmentation.original_sam2 import read_sam2
+from persam_dreambooth.segmentation.original_sam2 import DECODER, read_sam2
 from persam_dreambooth.segmentation.tiny_vit import tiny_vit
 
 if TYPE_CHECKING:
@@ -38,18 +38,7 @@ RENAMED = (
     (r"image_encoder\.neck\.3\.", "vision_encoder.neck.layer_norm2."),
     (r"image_encoder\.", "vision_encoder."),
     (r"\.point_embeddings\.", ".point_embed."),
-    (r"\.mask_downscaling\.0\.", ".mask_embed.conv1."),
-    (r"\.mask_downscaling\.1\.", ".mask_embed.layer_norm1."),
-    (r"\.mask_downscaling\.3\.", ".mask_embed.conv2."),
-    (r"\.mask_downscaling\.4\.", ".mask_embed.layer_norm2."),
-    (r"\.mask_downscaling\.6\.", ".mask_embed.conv3."),
-    (r"\.output_upscaling\.0\.", ".upscale_conv1."),
-    (r"\.output_upscaling\.1\.", ".upscale_layer_norm."),
-    (r"\.output_upscaling\.3\.", ".upscale_conv2."),
-    (r"(mlps\.\d|head)\.layers\.0\.", r"\1.proj_in."),
-    (r"(mlps\.\d|head)\.layers\.2\.", r"\1.proj_out."),
-    (r"(mlps\.\d|head)\.layers\.1\.", r"\1.layers.0."),
-    (r"\.norm(\d|_final_attn)\.", r".layer_norm\1."),
+    *DECODER,
 )
 """Patterns in segment-anything's names of weights, and transformers' words for them; all are applied, in order."""
 

@@ -40,13 +40,7 @@ SIZES = {
 }
 """Tiny, small, base plus and large, by the width and the number of their blocks."""
 
-RENAMED = (
-    (POSITIONS, "shared_image_embedding.positional_embedding"),
-    ("no_mem_embed", "no_memory_embedding"),
-    (r"image_encoder\.trunk\.", "vision_encoder.backbone."),
-    (r"image_encoder\.neck\.convs\.(\d)\.conv\.", r"vision_encoder.neck.convs.\1."),
-    (r"\.patch_embed\.proj\.", ".patch_embed.projection."),
-    (r"sam_(prompt_en|mask_de)coder\.", r"\1coder."),
+DECODER = (
     (r"\.mask_downscaling\.0\.", ".mask_embed.conv1."),
     (r"\.mask_downscaling\.1\.", ".mask_embed.layer_norm1."),
     (r"\.mask_downscaling\.3\.", ".mask_embed.conv2."),
@@ -55,12 +49,23 @@ RENAMED = (
     (r"\.output_upscaling\.0\.", ".upscale_conv1."),
     (r"\.output_upscaling\.1\.", ".upscale_layer_norm."),
     (r"\.output_upscaling\.3\.", ".upscale_conv2."),
-    (r"\.mlp\.layers\.1\.", ".mlp.proj_out."),
     (r"(mlp|mlps\.\d|head)\.layers\.0\.", r"\1.proj_in."),
     (r"(mlps\.\d|head)\.layers\.2\.", r"\1.proj_out."),
     (r"(mlps\.\d|head)\.layers\.1\.", r"\1.layers.0."),
-    (r"\.out_proj\.", ".o_proj."),
     (r"\.norm(\d|_final_attn)\.", r".layer_norm\1."),
+)
+"""Patterns in the names of prompt encoder and mask decoder, which SAM and SAM 2 share, and transformers' words."""
+
+RENAMED = (
+    (POSITIONS, "shared_image_embedding.positional_embedding"),
+    ("no_mem_embed", "no_memory_embedding"),
+    (r"image_encoder\.trunk\.", "vision_encoder.backbone."),
+    (r"image_encoder\.neck\.convs\.(\d)\.conv\.", r"vision_encoder.neck.convs.\1."),
+    (r"\.patch_embed\.proj\.", ".patch_embed.projection."),
+    (r"sam_(prompt_en|mask_de)coder\.", r"\1coder."),
+    (r"\.mlp\.layers\.1\.", ".mlp.proj_out."),
+    (r"\.out_proj\.", ".o_proj."),
+    *DECODER,
 )
 """Patterns in SAM 2's names of weights, and transformers' words for them; all are applied, in order."""
 

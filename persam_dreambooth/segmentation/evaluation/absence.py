@@ -7,19 +7,18 @@ the absent that is taken for present.
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from persam_dreambooth import models
 from persam_dreambooth.config import EvaluateAbsenceOptions
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.files import check_writable, write_aside, write_json, write_text
 from persam_dreambooth.images import read_image
 from persam_dreambooth.segmentation.evaluation.data_set import DataSet
+from persam_dreambooth.segmentation.evaluation.one_shot import segmenters
 from persam_dreambooth.segmentation.evaluation.perseg import read_objects
 
 USED = "presence"
@@ -106,16 +105,15 @@ def evaluate(options: EvaluateAbsenceOptions) -> Separation:
 
 def look_for(data: DataSet, options: EvaluateAbsenceOptions) -> list[Pair]:
     """Looks for objects in images; each image is encoded once."""
-    from persam_dreambooth.segmentation import PerSAM, PerSAMF, open_sam
+    from persam_dreambooth.segmentation import open_sam
 
-    sam = open_sam(models.resolve(options.sam_model, "sam"), dtype=options.sam_dtype)
-    coverage = options.target_coverage
-    maker = partial(PerSAM, guidance=options.guidance) if options.segmenter == "persam" else PerSAMF
+    sam = open_sam(options.sam_model, dtype=options.sam_dtype)
+    maker = segmenters(options)[options.segmenter]
     fitted, own = [], []
     for item in tqdm(data.items, desc="references", unit="object"):
         stem = item.reference(0)
         encoding = sam.encode(read_image(item.images[stem]))
-        fitted.append(maker(sam, target_coverage=coverage).fit(encoding, data.truth(item, stem)))
+        fitted.append(maker(sam).fit(encoding, data.truth(item, stem)))
         own.append(fitted[-1].predict(encoding).presence)
     pairs = []
     for number, item in enumerate(tqdm(data.items, desc="searching", unit="object")):

@@ -24,8 +24,7 @@ from PIL import Image
 from scipy import ndimage
 from tqdm import tqdm
 
-from persam_dreambooth import models
-from persam_dreambooth.config import OneShotOptions
+from persam_dreambooth.config import OneShotOptions, SegmentationOptions
 from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.files import check_writable, note_settings, write_aside, write_json, write_text
 from persam_dreambooth.images import read_image
@@ -144,7 +143,7 @@ def evaluate(options: OneShotOptions, data: DataSet, rows: list[Row]) -> dict[st
     return means
 
 
-def segmenters(options: OneShotOptions) -> Segmenters:
+def segmenters(options: SegmentationOptions) -> Segmenters:
     """Both methods by name, each a function of a SAM."""
     from persam_dreambooth.segmentation import PerSAM, PerSAMF
 
@@ -182,7 +181,7 @@ def run(rows: list[Row], data: DataSet, output: Path, options: OneShotOptions, s
     left = [(item, row) for item in own for row in rows if not _done(output, row, item)]
     if not left:
         return
-    sam = open_sam(models.resolve(options.sam_model, "sam"), dtype=options.sam_dtype)
+    sam = open_sam(options.sam_model, dtype=options.sam_dtype)
     for item in tqdm(own, desc="segmenting", unit="object", disable=not state.is_main_process):
         waiting = [row for row in rows if not _done(output, row, item)]
         if waiting:
