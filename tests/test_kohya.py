@@ -5,10 +5,9 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
-from tiny_families import save_tiny
+from tiny_families import save_tiny, toy_or_tiny
 from training_runs import weights
 
-from persam_dreambooth import toy
 from persam_dreambooth.dreambooth.kohya import FILE
 
 CHANGED = {"learning_rate": 1e-2, "rank": 2, "export": "kohya", "train_text_encoder": True}
@@ -26,7 +25,7 @@ def picture(model, run=None, file=None):
 
 @pytest.mark.parametrize("name", PREFIXES)
 def test_diffusers_paints_the_same_with_the_exported_file(runs, name, tmp_path):
-    model = toy.path("stable-diffusion") if name == "sd" else save_tiny(name, tmp_path)
+    model = toy_or_tiny(name, tmp_path)
     run = runs(pretrained_model_name_or_path=model, **CHANGED)
     exported = load_file(run / FILE)
     layers = {key.split(".")[0] for key in exported}

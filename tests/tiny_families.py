@@ -27,6 +27,7 @@ from transformers import (
     T5Tokenizer,
 )
 
+from persam_dreambooth import toy
 from persam_dreambooth.toy import build
 
 SIDE = 64
@@ -206,3 +207,8 @@ def save_tiny(name, folder: Path, **settings):
 def tiny_for(hub_id, folder: Path):
     """The small checkpoint that stands for a real one: a folder, or `toy`."""
     return save_tiny(NAMES[hub_id], folder) if hub_id in NAMES else "toy"
+
+
+def toy_or_tiny(name, folder: Path):
+    """A checkpoint by the short name of its family: that of the toy is `sd`."""
+    return toy.path("stable-diffusion") if name == "sd" else save_tiny(name, folder)
