@@ -340,7 +340,7 @@ def test_a_unet_without_vae_is_refused(tmp_path, capsys):
 
 
 def test_objects_of_photos_are_shown_with_their_masks(tmp_path, photos):
-    """One red square in each of two photos of a subject: marked is what is red, or of one other hue in both pictures."""
+    """A red square in each of two photos of a subject: what is marked is red, or of one other hue in both."""
     from PIL import Image
 
     for folder in ("textures/thing", "masks/thing"):
