@@ -22,6 +22,7 @@ check: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/python -m benchmarks.scale_weights
+	$(BIN)/python -m benchmarks.segmentation
 	$(BIN)/python -m benchmarks.picture_size
 	$(BIN)/python -m benchmarks.training
 

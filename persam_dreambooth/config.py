@@ -54,6 +54,9 @@ class SegmenterOptions:
     sam_dtype: PRECISIONS = option(
         "float32", "precision of SAM's image encoder; auto: bfloat16, but float32 on the CPU and on MPS"
     )
+    encoding_cache: str | None = option(
+        None, "folder that keeps what SAM's image encoder made of a photo, for other runs with the same SAM"
+    )
     target_coverage: float = option(
         0.5, "a 64 x 64 cell is target when the mask covers more of its center than this, 0 to 1"
     )

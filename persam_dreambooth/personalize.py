@@ -269,9 +269,10 @@ def _find_references(photos: list[Photo], folder: Path) -> list[Reference]:
 
 
 def _open_segmenter(options: MaskFolderOptions) -> "PerSAM | PerSAMF":
-    from persam_dreambooth.segmentation import PerSAM, PerSAMF, open_sam
+    from persam_dreambooth.segmentation import PerSAM, PerSAMF
+    from persam_dreambooth.segmentation.checkpoints import open_named_sam
 
-    sam = open_sam(options.sam_model, dtype=options.sam_dtype)
+    sam = open_named_sam(options)
     if options.segmenter == "persam":
         return PerSAM(sam, options.guidance, options.target_coverage, options.absent_threshold)
     return PerSAMF(sam, options.target_coverage, options.absent_threshold)

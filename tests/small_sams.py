@@ -18,6 +18,7 @@ from transformers import (
 )
 
 GOLDEN = Path(__file__).parent / "golden" / "published_files"
+SMALL_SAM = str(Path(__file__).parent / "golden" / "weights" / "hf")
 SAM_2 = {
     "vision_config": {
         "backbone_config": {
@@ -82,6 +83,16 @@ def save_mobile_sam(path):
         names, shapes = golden["names"].tolist(), golden["shapes"].tolist()
     torch.save(seeded_weights(names, map(_narrower, names, shapes)), path)
     return path
+
+
+def save_every_kind(folder):
+    """What to give `open_sam`, by kind."""
+    return {
+        "sam": SMALL_SAM,
+        "sam-hq": str(save_sam_hq(folder / "sam_hq")),
+        "sam-2": str(save_sam2(folder / "sam2")),
+        "mobile-sam": str(save_mobile_sam(folder / "mobile_sam.pt")),
+    }
 
 
 def _narrower(name, shape):

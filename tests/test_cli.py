@@ -143,7 +143,16 @@ def test_a_saved_configuration_gives_the_same_options_again(config, text):
 def test_the_options_of_train_are_these():
     """Adding, renaming or removing an option is a conscious act: the documents and old YAML files know these."""
     assert [entry.name for entry in fields(TrainOptions)] == [
-        *("segmenter", "sam_model", "sam_dtype", "target_coverage", "guidance", "absent", "absent_threshold"),
+        *(
+            "segmenter",
+            "sam_model",
+            "sam_dtype",
+            "encoding_cache",
+            "target_coverage",
+            "guidance",
+            "absent",
+            "absent_threshold",
+        ),
         *("instance_dir", "dataset_name", "image_column", "caption_column"),
         *("mask", "reference_image", "mask_dir", "unmasked"),
         *("class_name", "identifier", "instance_prompt"),

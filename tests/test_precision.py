@@ -1,12 +1,10 @@
 """Half precision and devices: what may change with them, and what may not."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_sams import save_mobile_sam, save_sam2, save_sam_hq
+from small_sams import SMALL_SAM, save_every_kind
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -16,7 +14,6 @@ from persam_dreambooth.masks import read_mask
 from persam_dreambooth.segmentation import PerSAM, PerSAMF, find_instances, open_sam
 from persam_dreambooth.segmentation.checkpoints import precision
 
-SMALL_SAM = str(Path(__file__).parent / "golden" / "weights" / "hf")
 HALVES = [torch.bfloat16, torch.float16]
 
 
@@ -34,13 +31,7 @@ class NoFloat64(TorchDispatchMode):
 @pytest.fixture(scope="module")
 def names(tmp_path_factory):
     """What to open, by kind."""
-    folder = tmp_path_factory.mktemp("sams")
-    return {
-        "sam": SMALL_SAM,
-        "sam-hq": str(save_sam_hq(folder / "sam_hq")),
-        "sam-2": str(save_sam2(folder / "sam2")),
-        "mobile-sam": str(save_mobile_sam(folder / "mobile_sam.pt")),
-    }
+    return save_every_kind(tmp_path_factory.mktemp("sams"))
 
 
 @pytest.fixture(scope="module")

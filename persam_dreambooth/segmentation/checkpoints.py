@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from persam_dreambooth import models
+from persam_dreambooth.config import SegmenterOptions
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.segmentation.original import read_original
 from persam_dreambooth.segmentation.sam import Sam, SamHQ
@@ -15,7 +16,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def open_sam(name: str, device: str | None = None, dtype: torch.dtype | str = torch.float32) -> Sam:
+def open_sam(
+    name: str,
+    device: str | None = None,
+    dtype: torch.dtype | str = torch.float32,
+    encoding_cache: Path | str | None = None,
+) -> Sam:
     """Loads a checkpoint of SAM, SAM-HQ, MobileSAM, SAM 2 or SAM 2.1.
 
     Args:
@@ -23,6 +29,7 @@ def open_sam(name: str, device: str | None = None, dtype: torch.dtype | str = to
             a local folder, a file such as `sam_vit_h_4b8939.pth`, `mobile_sam.pt` or `sam2.1_hiera_tiny.pt`, or `toy`.
         device: `cpu`, `cuda`, `mps`, ...; by default the accelerator where there is one.
         dtype: precision of the image encoder, as a type or a name such as `bfloat16`; see `precision` for `auto`.
+        encoding_cache: folder in which encodings of photos are kept for this and later runs; see `EncodingCache`.
 
     Raises:
         InputNotFoundError: the model cannot be had.
@@ -34,7 +41,13 @@ def open_sam(name: str, device: str | None = None, dtype: torch.dtype | str = to
     with models.loading(name):
         model = read_original(Path(source)) if Path(source).is_file() else _read_folder(source)
     wrapper = {"sam": Sam, "sam_hq": SamHQ, "sam2": Sam2}[model.config.model_type]
-    return wrapper(model.to(place, torch.float32), name, precision(dtype, place))
+    cache = Path(encoding_cache) if encoding_cache else None
+    return wrapper(model.to(place, torch.float32), name, precision(dtype, place), cache)
+
+
+def open_named_sam(options: SegmenterOptions) -> Sam:
+    """`open_sam` with what options say."""
+    return open_sam(options.sam_model, dtype=options.sam_dtype, encoding_cache=options.encoding_cache)
 
 
 def precision(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:

@@ -6,6 +6,7 @@ Points and boxes are xy in pixels of the photo; a box is x0, y0, x1, y1 with inc
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from persam_dreambooth.errors import InputError
+from persam_dreambooth.segmentation.encoding_cache import EncodingCache
 from persam_dreambooth.segmentation.guidance import Guidance, GuidedTransformer
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)
@@ -52,16 +54,18 @@ class Sam:
         name: how the user named it; recorded with every mask.
         dtype: precision of the image encoder, which is nearly all of a SAM. The rest stays float32: it is small, and
             a coordinate in bfloat16 would be off by pixels.
+        cache: folder in which encodings are kept, and looked for first; None to keep none.
     """
 
     logit_limit = math.inf
     """Mask logits that prompt a pass are cut to this."""
 
-    def __init__(self, model: Any, name: str, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, model: Any, name: str, dtype: torch.dtype = torch.float32, cache: Path | None = None) -> None:
         self.model = model.eval().requires_grad_(False)
         self.name = name
         self.dtype = dtype
         self.encoder.to(dtype)
+        self.cache = EncodingCache(cache, model) if cache else None
         self.padded: int = model.config.prompt_encoder_config.image_size
         self.transformer = GuidedTransformer(model.mask_decoder.transformer)
         model.mask_decoder.transformer = self.transformer
@@ -86,11 +90,19 @@ class Sam:
         photo = as_rgb(image)
         width, height = photo.size
         resized = self.input_size(height, width)
-        pixels = torch.from_numpy(np.asarray(photo.resize(resized[::-1], Image.Resampling.BILINEAR), dtype=np.float32))
-        pixels = (pixels - torch.tensor(PIXEL_MEAN)) / torch.tensor(PIXEL_STD)
-        pixels = F.pad(pixels.permute(2, 0, 1), (0, self.padded - resized[1], 0, self.padded - resized[0]))
-        embedding, extra = self.embed(pixels[None].to(self.model.device, self.dtype))
+        pixels = np.asarray(photo.resize(resized[::-1], Image.Resampling.BILINEAR))
+        if self.cache:
+            embedding, extra = self.cache(pixels, self.model.device, lambda: self.embed(self.padded_input(pixels)))
+        else:
+            embedding, extra = self.embed(self.padded_input(pixels))
         return Encoding(embedding, (height, width), resized, self.padded, extra)
+
+    def padded_input(self, photo: np.ndarray) -> torch.Tensor:
+        """A resized photo (h, w, 3) uint8 as the encoder takes it: (1, 3, 1024, 1024), normalized, zero-padded."""
+        pixels = (torch.from_numpy(photo.astype(np.float32)) - torch.tensor(PIXEL_MEAN)) / torch.tensor(PIXEL_STD)
+        height, width, _ = photo.shape
+        pixels = F.pad(pixels.permute(2, 0, 1), (0, self.padded - width, 0, self.padded - height))
+        return pixels[None].to(self.model.device, self.dtype)
 
     def embed(self, pixels: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
         """The image encoder alone: padded input (1, 3, 1024, 1024) to (1, C, 64, 64) and `Encoding.extra`, float32."""

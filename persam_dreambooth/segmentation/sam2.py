@@ -3,6 +3,7 @@
 Shapes as in `sam`; the decoder also reads finer features, 32 x 256 x 256 and 64 x 128 x 128.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,8 +25,8 @@ class Sam2(Sam):
 
     logit_limit = 32.0
 
-    def __init__(self, model: Any, name: str, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__(model, name, dtype)
+    def __init__(self, model: Any, name: str, dtype: torch.dtype = torch.float32, cache: Path | None = None) -> None:
+        super().__init__(model, name, dtype, cache)
         model.mask_decoder.dynamic_multimask_via_stability = False
 
     @property

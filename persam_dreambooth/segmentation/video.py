@@ -25,7 +25,7 @@ from persam_dreambooth.errors import InputError
 from persam_dreambooth.files import check_writable, note_settings
 from persam_dreambooth.labels import read_labels, read_objects, save_labels
 from persam_dreambooth.pictures import painted, save_picture
-from persam_dreambooth.segmentation.checkpoints import open_sam
+from persam_dreambooth.segmentation.checkpoints import open_named_sam
 from persam_dreambooth.segmentation.frames import Frame, Video, open_video
 from persam_dreambooth.segmentation.persam import ImageLike
 from persam_dreambooth.segmentation.prior import (
@@ -201,7 +201,7 @@ def segment_video(options: VideoOptions) -> int:
     check_writable(output)
     labels, video = read_objects(mask), open_video(source, leave_out=mask)
     check_first_mask(labels, mask, video)
-    sam = open_sam(options.sam_model, dtype=options.sam_dtype)
+    sam = open_named_sam(options)
     settings = {
         **{
             name: getattr(options, name)

@@ -105,9 +105,9 @@ def evaluate(options: EvaluateAbsenceOptions) -> Separation:
 
 def look_for(data: DataSet, options: EvaluateAbsenceOptions) -> list[Pair]:
     """Looks for objects in images; each image is encoded once."""
-    from persam_dreambooth.segmentation import open_sam
+    from persam_dreambooth.segmentation.checkpoints import open_named_sam
 
-    sam = open_sam(options.sam_model, dtype=options.sam_dtype)
+    sam = open_named_sam(options)
     maker = segmenters(options)[options.segmenter]
     fitted, own = [], []
     for item in tqdm(data.items, desc="references", unit="object"):

@@ -74,7 +74,7 @@ def run(sequences: list[str], data: Path, output: Path, options: EvaluateDavisOp
     Raises:
         InputError, InputNotFoundError: a sequence whose frames or annotations cannot be used.
     """
-    from persam_dreambooth.segmentation import open_sam
+    from persam_dreambooth.segmentation.checkpoints import open_named_sam
     from persam_dreambooth.segmentation.frames import open_video
     from persam_dreambooth.segmentation.video import VideoSegmenter, check_first_mask, follow
 
@@ -93,7 +93,7 @@ def run(sequences: list[str], data: Path, output: Path, options: EvaluateDavisOp
     left = [sequence for sequence in own if len(list(folders[sequence].glob("[!.]*.png"))) != videos[sequence].count]
     if not left:
         return
-    sam = open_sam(options.sam_model, dtype=options.sam_dtype)
+    sam = open_named_sam(options)
     for place, sequence in enumerate(left, start=1):
         mask = list_annotations(data, sequence)[0]
         first = read_labels(mask)

@@ -170,7 +170,7 @@ def row(name: str, segmenter: Callable[[Sam], PerSAM | PerSAMF], reference: int,
 
 def run(rows: list[Row], data: DataSet, output: Path, options: OneShotOptions, state: PartialState) -> None:
     """Writes the predictions that are missing; under `accelerate launch`, each process takes a share of the objects."""
-    from persam_dreambooth.segmentation import open_sam
+    from persam_dreambooth.segmentation.checkpoints import open_named_sam
 
     names = ("data", "sam_model", "sam_dtype", "guidance", "target_coverage")
     settings = {name: getattr(options, name) for name in names}
@@ -181,7 +181,7 @@ def run(rows: list[Row], data: DataSet, output: Path, options: OneShotOptions, s
     left = [(item, row) for item in own for row in rows if not _done(output, row, item)]
     if not left:
         return
-    sam = open_sam(options.sam_model, dtype=options.sam_dtype)
+    sam = open_named_sam(options)
     for item in tqdm(own, desc="segmenting", unit="object", disable=not state.is_main_process):
         waiting = [row for row in rows if not _done(output, row, item)]
         if waiting:
