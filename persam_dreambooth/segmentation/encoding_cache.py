@@ -25,7 +25,7 @@ class EncodingCache:
     weights find nothing old. Several processes may share a folder.
 
     Args:
-        folder: made where it is missing; about 4 MB for each photo, 36 MB with SAM 2. Nothing in it is ever removed.
+        folder: made where it is missing; a photo takes 4 MB, more with SAM 2 and SAM-HQ. Nothing in it is ever removed.
         model: whose embeddings these are, in its final precision.
 
     Raises:
