@@ -276,12 +276,14 @@ class BenchmarkOptions:
     subjects: int = option(4, "how many personal subjects, 1 to 6")
     seeds: int = option(3, "trainings of each subject by each recipe")
     max_train_steps: int = option(50, "optimizer steps of a training")
+    num_inference_steps: int = option(12, "denoising steps of the pictures")
     processes: int = option(1, "trainings at a time")
     mixed_precision: Literal["no", "bf16"] = option("no", "bf16 is faster where the processor knows it")
 
     def check(self) -> None:
         """Raises `InputError` for options that are out of range."""
         _within(self, 1, math.inf, "seeds", "max_train_steps", "processes")
+        _within(self, 1, 1000, "num_inference_steps")
         _within(self, 1, 6, "subjects")
 
     def chosen_recipes(self, known: Iterable[str]) -> list[str]:

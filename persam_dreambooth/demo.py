@@ -33,6 +33,7 @@ SUBJECT = 0
 """Which of the benchmark's subjects is shown."""
 
 STEPS = 100
+DENOISING_STEPS = 12
 SCENE = "beach"
 SHOWN = 6
 GRAY = (110, 110, 110)
@@ -102,10 +103,13 @@ def paint_and_measure(title: str, model: str, owner: benchmark.Personal) -> Mode
     from persam_dreambooth.toy.evaluator import Evaluator
 
     pipeline, _, _ = load_model(model)
-    pictures = {kind: benchmark.paint(pipeline, benchmark.prompts(kind, owner), 0) for kind in benchmark.PICTURES}
+    pictures = {
+        kind: benchmark.paint(pipeline, benchmark.prompts(kind, owner), 0, DENOISING_STEPS)
+        for kind in benchmark.PICTURES
+    }
     told = f"a sks {owner.subject.kind} {world.PHRASES[SCENE]}"
     figures = benchmark.measure(pictures, owner, Evaluator.load(toy.path("evaluator")))
-    return Model(title, pictures["own"][:SHOWN], benchmark.paint(pipeline, [told] * SHOWN, 1), figures)
+    return Model(title, pictures["own"][:SHOWN], benchmark.paint(pipeline, [told] * SHOWN, 1, DENOISING_STEPS), figures)
 
 
 def findings(models: list[Model], ious: list[float], owner: benchmark.Personal) -> list[str]:

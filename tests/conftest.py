@@ -11,6 +11,12 @@ def photos(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def toy_sam(tmp_path_factory):
+    """Options that name the SAM that ships; what it makes of a photo is kept, since many tests show it the same."""
+    return ["--sam_model", "toy", "--encoding_cache", str(tmp_path_factory.mktemp("encodings"))]
+
+
+@pytest.fixture(scope="session")
 def runs(photos, tmp_path_factory):
     """Runs by their options; tests that ask for the same one share it."""
     return Runs(photos, tmp_path_factory.mktemp("runs"))

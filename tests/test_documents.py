@@ -1,19 +1,17 @@
 """The commands in the documents run as written, on photos of the duck and the checkpoints that ship."""
 
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.state import AcceleratorState
 from tiny_families import tiny_for
 
-from persam_dreambooth import toy
+from persam_dreambooth import cli, toy
 from persam_dreambooth.config import TrainOptions
 from persam_dreambooth.toy import davis
 
@@ -22,8 +20,10 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 NOT_RUN = ("pip install", "make ")
 """Installing, and the make targets, which call the tests themselves."""
 
-SMALL = "--sam_model toy --segmenter persam --resolution 64 --mixed_precision no"
+SMALL = "--segmenter persam --resolution 64 --mixed_precision no"
 SHORT = f"{SMALL} --max_train_steps 2 --num_class_images 2 --num_validation_images 1".split()
+PROGRAMS = {"accelerate launch train_dreambooth_masked.py": ["train"], "persam-dreambooth": []}
+"""What `cli.main` is given before the rest of a command; the programs themselves are run in `test_cli.py`."""
 
 
 def commands(document: Path) -> list[str]:
@@ -39,95 +39,85 @@ def small_model(words: list[str], folder: Path) -> str:
     return str(tiny_for(options["pretrained_model_name_or_path"], folder / "checkpoints"))
 
 
-def runnable(command: str, folder: Path) -> list[str]:
-    """The command with this Python, and with the small checkpoints in the place of the real ones."""
-    words = shlex.split(command)
-    if words[:3] == ["accelerate", "launch", "train_dreambooth_masked.py"]:
-        model = small_model(words, folder)
-        return [sys.executable, str(ROOT / words[2]), *words[3:], *SHORT, "--pretrained_model_name_or_path", model]
-    assert words[0] == "persam-dreambooth", f"no test knows how to run: {command}"
-    extra = {
-        "segment": ["--sam_model", "toy", "--segmenter", "persam"],
-        "video": ["--sam_model", "toy", "--segmenter", "persam"],
-        "generate": ["--num_inference_steps", "2"],
-        "evaluate": ["--sam_model", "toy"],
-    }
-    return [sys.executable, "-m", "persam_dreambooth", *words[1:], *extra.get(words[1], [])]
+def run(command: str, folder: Path, sam: list[str]) -> None:
+    """Runs a command in the working folder, with small checkpoints in the place of the real ones."""
+    program = next((name for name in PROGRAMS if command.startswith(f"{name} ")), None)
+    assert program, f"no test knows how to run: {command}"
+    words = PROGRAMS[program] + shlex.split(command.removeprefix(program))
+    if words[0] == "train":
+        words += [*SHORT, *sam, "--pretrained_model_name_or_path", small_model(words, folder)]
+    elif words[0] == "generate":
+        words += ["--num_inference_steps", "2"]
+    elif words[0] in ("segment", "video"):
+        words += [*sam, "--segmenter", "persam"]
+    elif words[0] == "evaluate":
+        words += sam
+    AcceleratorState._reset_state(reset_partial_state=True)  # as in a new process
+    assert cli.main(words) == 0, command
 
 
-def run(command: str, folder: Path) -> None:
-    result = subprocess.run(
-        runnable(command, folder),
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, f"{command}\n{result.stderr}"
-
-
-def test_the_commands_of_the_readme_run_in_their_order(tmp_path):
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder, with the photos, the mask and the configurations that the documents speak of."""
     shutil.copytree(toy.path("photos") / "duck", tmp_path / "cat")
     shutil.copy(toy.path("photos") / "duck_mask" / "00.png", tmp_path / "ref_mask.png")
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_commands_of_the_readme_run_in_their_order(home, toy_sam):
     ran = [command for command in commands(ROOT / "README.md") if not command.startswith(NOT_RUN)]
     assert len(ran) >= 5
     for command in ran:
-        run(command, tmp_path)
+        run(command, home, toy_sam)
     for made in ("outputs/cat/overview.png", "outputs/cat-2/samples", "outputs/paper/model_index.json", "masks/01.png"):
-        assert (tmp_path / made).exists(), made
-    assert len(list((tmp_path / "generated").glob("a-sks-cat-on-a-beach-*.png"))) == 4
+        assert (home / made).exists(), made
+    assert len(list((home / "generated").glob("a-sks-cat-on-a-beach-*.png"))) == 4
 
 
-def test_the_commands_of_the_evaluation_run_in_their_order(tmp_path):
+def test_the_commands_of_the_evaluation_run_in_their_order(home, toy_sam):
     first, *others = [command for command in commands(ROOT / "docs" / "evaluation.md") if "davis" not in command]
     assert len(others) == 7
-    run(first, tmp_path)
-    for path in [*tmp_path.glob("perseg/*/*/0[2-9].*")]:  # two images of each object do
+    run(first, home, toy_sam)
+    for path in [*home.glob("perseg/*/*/0[2-9].*")]:  # two images of each object do
         path.unlink()
     for command in others:
-        run(command, tmp_path)
-    table = (tmp_path / "scores-persam-f" / "results.md").read_text(encoding="utf-8")
+        run(command, home, toy_sam)
+    table = (home / "scores-persam-f" / "results.md").read_text(encoding="utf-8")
     assert "| persam-grown-75 |" in table
-    assert '"mIoU": 99.9999' in (tmp_path / "scores-of-others" / "results.json").read_text(encoding="utf-8")
+    assert '"mIoU": 99.9999' in (home / "scores-of-others" / "results.json").read_text(encoding="utf-8")
 
 
-def test_the_commands_of_the_families_run_in_their_order(tmp_path):
-    shutil.copytree(toy.path("photos") / "duck", tmp_path / "cat")
-    shutil.copy(toy.path("photos") / "duck_mask" / "00.png", tmp_path / "ref_mask.png")
-    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+def test_the_commands_of_the_families_run_in_their_order(home, toy_sam):
     listed = commands(ROOT / "docs" / "families.md")
     assert len(listed) >= 4
     for command in listed:
-        run(command, tmp_path)
-    made = sorted(path.parent.name for path in tmp_path.glob("outputs/*/pytorch_lora_weights.safetensors"))
+        run(command, home, toy_sam)
+    made = sorted(path.parent.name for path in home.glob("outputs/*/pytorch_lora_weights.safetensors"))
     assert made == ["cat-3", "cat-flux", "cat-xl"]
 
 
-def test_the_commands_of_davis_run_in_their_order(tmp_path):
+def test_the_commands_of_davis_run_in_their_order(home, toy_sam):
     ran = [command for command in commands(ROOT / "docs" / "evaluation.md") if "davis" in command]
     assert len(ran) == 3
     for command in ran:
-        run(command, tmp_path)
-    assert "the paper's persam-f" in (tmp_path / "davis-persam-f" / "results.md").read_text(encoding="utf-8")
-    assert '"J&F-Mean": 1.0' in (tmp_path / "davis-of-others" / "results.json").read_text(encoding="utf-8")
+        run(command, home, toy_sam)
+    assert "the paper's persam-f" in (home / "davis-persam-f" / "results.md").read_text(encoding="utf-8")
+    assert '"J&F-Mean": 1.0' in (home / "davis-of-others" / "results.json").read_text(encoding="utf-8")
 
 
-def test_the_command_of_videos_runs(tmp_path):
-    davis.write(tmp_path, 1, 3)
-    [frames] = (tmp_path / "JPEGImages" / "480p").iterdir()
-    frames.rename(tmp_path / "frames")
-    shutil.copy(next((tmp_path / "Annotations" / "480p").glob("*/00000.png")), tmp_path / "first.png")
+def test_the_command_of_videos_runs(home, toy_sam):
+    davis.write(home, 1, 3)
+    [frames] = (home / "JPEGImages" / "480p").iterdir()
+    frames.rename(home / "frames")
+    shutil.copy(next((home / "Annotations" / "480p").glob("*/00000.png")), home / "first.png")
     [command] = commands(ROOT / "docs" / "video.md")
-    run(command, tmp_path)
-    assert len(list((tmp_path / "masks").glob("*.png"))) == len(list((tmp_path / "masks" / "overlay").iterdir())) == 3
+    run(command, home, toy_sam)
+    assert len(list((home / "masks").glob("*.png"))) == len(list((home / "masks" / "overlay").iterdir())) == 3
 
 
-def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
-    shutil.copytree(toy.path("photos") / "duck", tmp_path / "cat")
-    shutil.copy(toy.path("photos") / "duck_mask" / "00.png", tmp_path / "ref_mask.png")
-    monkeypatch.chdir(tmp_path)
+def test_the_python_of_the_readme_runs(home, capsys):
     [snippet] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
     assert '"facebook/sam-vit-huge"' in snippet
     exec(snippet.replace("facebook/sam-vit-huge", "toy"), {})

@@ -96,9 +96,9 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def evaluated(data, tmp_path_factory):
+def evaluated(data, tmp_path_factory, toy_sam):
     output = tmp_path_factory.mktemp("evaluated")
-    assert evaluate("--data", data, "--output", output, "--sam_model", "toy", "--ablation") == 0
+    assert evaluate("--data", data, "--output", output, *toy_sam, "--ablation") == 0
     return output
 
 
@@ -133,9 +133,9 @@ def test_the_report_opens_without_network_and_shows_the_worst_object_first(evalu
     assert "ablation-negative" in page and "similarity" in page
 
 
-def test_the_page_shows_no_more_objects_than_it_can_hold(evaluated, data, monkeypatch):
+def test_the_page_shows_no_more_objects_than_it_can_hold(evaluated, data, monkeypatch, toy_sam):
     monkeypatch.setattr(report, "SHOWN", 1)
-    assert evaluate("--data", data, "--output", evaluated, "--sam_model", "toy", "--ablation") == 0
+    assert evaluate("--data", data, "--output", evaluated, *toy_sam, "--ablation") == 0
     page = (evaluated / "report.html").read_text(encoding="utf-8")
     assert page.count("<section") == 1 and "1 of 2 are shown" in page
     assert len(list((evaluated / "overlays").glob("*.jpg"))) == 2
@@ -149,19 +149,19 @@ def test_a_broken_trace_is_named(evaluated, data, tmp_path, capsys):
     assert f"{path} is not what a method saw" in capsys.readouterr().err
 
 
-def test_parts_make_a_difference_and_the_last_is_persam_itself(evaluated, data, tmp_path):
+def test_parts_make_a_difference_and_the_last_is_persam_itself(evaluated, data, tmp_path, toy_sam):
     rows = read(evaluated)["rows"]
     assert len({rows[f"ablation-{part}"]["mIoU"] for part in ("positive", "negative", "refinement", "prompting")}) >= 3
-    assert evaluate("--data", data, "--output", tmp_path, "--sam_model", "toy", "--segmenter", "persam") == 0
+    assert evaluate("--data", data, "--output", tmp_path, *toy_sam, "--segmenter", "persam") == 0
     assert read(tmp_path)["mIoU"] == rows["ablation-prompting"]["mIoU"]
 
 
-def test_an_interrupted_evaluation_does_only_what_is_left(evaluated, data):
+def test_an_interrupted_evaluation_does_only_what_is_left(evaluated, data, toy_sam):
     lost, *kept = sorted((evaluated / "predictions" / "persam-f").iterdir())
     before = read(evaluated)
     shutil.rmtree(lost)
     written = {path: path.stat().st_mtime_ns for folder in kept for path in folder.iterdir()}
-    assert evaluate("--data", data, "--output", evaluated, "--sam_model", "toy", "--ablation") == 0
+    assert evaluate("--data", data, "--output", evaluated, *toy_sam, "--ablation") == 0
     assert {path: path.stat().st_mtime_ns for path in written} == written
     assert read(evaluated) == before
 
@@ -171,16 +171,16 @@ def test_predictions_of_another_sam_are_not_gone_on_with(evaluated, data, capsys
     assert "holds an evaluation with other settings" in capsys.readouterr().err
 
 
-def test_every_image_may_be_the_reference(data, tmp_path):
-    assert evaluate("--data", data, "--output", tmp_path, "--sam_model", "toy", "--reference_index", "all") == 0
+def test_every_image_may_be_the_reference(data, tmp_path, toy_sam):
+    assert evaluate("--data", data, "--output", tmp_path, *toy_sam, "--reference_index", "all") == 0
     results = read(tmp_path)
     assert results["references"]["count"] == 3
     means = [results["mIoU"], *(row["mIoU"] for row in results["rows"].values())]
     assert results["references"]["mIoU"] == pytest.approx(np.mean(means)) and results["references"]["std"] > 0
 
 
-def test_another_reference_does_not_go_on_with_the_predictions_of_the_first(data, tmp_path):
-    command = ["--data", data, "--output", tmp_path, "--sam_model", "toy", "--segmenter", "persam"]
+def test_another_reference_does_not_go_on_with_the_predictions_of_the_first(data, tmp_path, toy_sam):
+    command = ["--data", data, "--output", tmp_path, *toy_sam, "--segmenter", "persam"]
     assert evaluate(*command) == 0
     first = read(tmp_path)["objects"]
     assert evaluate(*command, "--reference_index", "1") == 0
@@ -233,11 +233,11 @@ def test_an_object_of_one_image_is_named(broken, tmp_path, capsys):
     assert f"{folder} holds 1 images" in capsys.readouterr().err
 
 
-def test_a_broken_annotation_is_named_and_finished_objects_stay(broken, tmp_path, capsys):
+def test_a_broken_annotation_is_named_and_finished_objects_stay(broken, tmp_path, capsys, toy_sam):
     first, second = sorted((broken / "Annotations").iterdir())
     (second / "00.png").write_bytes((second / "00.png").read_bytes()[:60])
     output = tmp_path / "out"
-    assert evaluate("--data", broken, "--output", output, "--sam_model", "toy") == 2
+    assert evaluate("--data", broken, "--output", output, *toy_sam) == 2
     assert str(second / "00.png") in capsys.readouterr().err
     assert [path.name for path in (output / "predictions" / "persam-f").iterdir()] == [first.name]
 
@@ -312,9 +312,9 @@ def classes(data, tmp_path):
     return tmp_path / "classes"
 
 
-def test_fss_finds_a_class_from_its_first_image(classes, tmp_path):
+def test_fss_finds_a_class_from_its_first_image(classes, tmp_path, toy_sam):
     output = tmp_path / "out"
-    assert evaluate_fss("--data", classes, "--output", output, "--sam_model", "toy", "--segmenter", "persam") == 0
+    assert evaluate_fss("--data", classes, "--output", output, *toy_sam, "--segmenter", "persam") == 0
     results = read(output)
     assert list(results["objects"]) == ["cat", "dog"] and results["mIoU"] > 40
     assert results["mIoU"] == pytest.approx(np.mean([each["IoU"] for each in results["objects"].values()]))
@@ -360,7 +360,7 @@ def test_fss_scores_the_classes_that_a_file_names(classes, tmp_path, capsys):
         ("empty", "holds no classes"),
     ],
 )
-def test_fss_names_what_does_not_fit_before_anything_is_written(damage, told, classes, tmp_path, capsys):
+def test_fss_names_what_does_not_fit_before_anything_is_written(damage, told, classes, tmp_path, capsys, toy_sam):
     if damage == "image":
         for name in ("2.jpg", "10.jpg"):
             (classes / "dog" / name).unlink()
@@ -371,21 +371,21 @@ def test_fss_names_what_does_not_fit_before_anything_is_written(damage, told, cl
     else:
         shutil.rmtree(classes / "dog")
         shutil.rmtree(classes / "cat")
-    assert evaluate_fss("--data", classes, "--output", tmp_path / "out", "--sam_model", "toy") == 2
+    assert evaluate_fss("--data", classes, "--output", tmp_path / "out", *toy_sam) == 2
     error = capsys.readouterr().err
     assert told in error and error.count("error:") == 1
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("damage, told", [("corrupt", "cannot be read"), ("size", "give it this size")])
-def test_fss_names_a_broken_mask_and_keeps_finished_classes(damage, told, classes, tmp_path, capsys):
+def test_fss_names_a_broken_mask_and_keeps_finished_classes(damage, told, classes, tmp_path, capsys, toy_sam):
     path = classes / "dog" / "1.png"
     if damage == "corrupt":
         path.write_bytes(path.read_bytes()[:80])
     else:
         Image.open(path).resize((100, 100)).save(path)
     output = tmp_path / "out"
-    assert evaluate_fss("--data", classes, "--output", output, "--sam_model", "toy", "--segmenter", "persam") == 2
+    assert evaluate_fss("--data", classes, "--output", output, *toy_sam, "--segmenter", "persam") == 2
     error = capsys.readouterr().err
     assert str(path) in error and told in error
     assert [each.name for each in (output / "predictions" / "persam").iterdir()] == ["cat"]

@@ -14,7 +14,6 @@ from training_runs import ROOT, column, flags, same_metrics, same_weights
 
 from persam_dreambooth.dreambooth.checkpoint import STATE, list_checkpoints
 
-KILLS = 20
 OPTIONS = {"max_train_steps": 6, "checkpointing_steps": 1, "checkpoints_total_limit": 2}
 ALONE = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
@@ -25,12 +24,13 @@ def program(runs, folder, **options):
     return [sys.executable, str(ROOT / "train_dreambooth_masked.py"), *given]
 
 
-def test_a_run_killed_at_random_moments_ends_as_one_left_alone(runs, tmp_path):
+@pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_run_killed_at_random_moments_ends_as_one_left_alone(kills, runs, tmp_path):
     options = flags(**runs.options(**OPTIONS))
     script = Path(__file__).with_name("killed_runs.py")
-    subprocess.run([sys.executable, script, str(KILLS), tmp_path / "log", tmp_path, *options], check=True, env=ALONE)
+    subprocess.run([sys.executable, script, str(kills), tmp_path / "log", tmp_path, *options], check=True, env=ALONE)
     lines = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
-    assert [ended for _, ended in lines].count("killed") == KILLS
+    assert [ended for _, ended in lines].count("killed") == kills
     finished = [tmp_path / folder for folder, ended in lines if ended != "killed"]
     assert [ended for _, ended in lines if ended != "killed"] == ["0"] * len(finished)
     for folder in finished:

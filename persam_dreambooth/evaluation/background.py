@@ -57,7 +57,7 @@ PHOTOS = 5
 PICTURES = {"own": 12, "class": 12, "scenes": 14}
 """How many pictures of "a [V] cat", of "a cat", and of "a [V] cat" in each other background in turn."""
 
-SAMPLING = {"num_inference_steps": 12, "guidance_scale": 5.0}
+GUIDANCE_SCALE = 5.0
 GROWTH = 8
 """Pixels of a photo that are one pixel at the size of training."""
 
@@ -114,7 +114,8 @@ def benchmark(options: BenchmarkOptions) -> Path:
     check_writable(folder)
     personals = [personal(number) for number in range(options.subjects)]
     cells = [Cell(name, owner, seed) for name in names for owner in personals for seed in range(options.seeds)]
-    note_settings(folder, training_settings(options) | {"sampling": SAMPLING}, "a benchmark", "--output_dir")
+    sampling = {"num_inference_steps": options.num_inference_steps, "guidance_scale": GUIDANCE_SCALE}
+    note_settings(folder, training_settings(options) | {"sampling": sampling}, "a benchmark", "--output_dir")
     _prepare(folder, personals, [RECIPES[name] for name in names])
     left = [cell for cell in cells if not _cell_path(folder, cell).is_file()]
     logger.info("%d cells, %d of them left", len(cells), len(left))
@@ -140,7 +141,7 @@ def training_settings(options: BenchmarkOptions) -> dict[str, Any]:
     return {**BASE, "max_train_steps": options.max_train_steps, "mixed_precision": options.mixed_precision}
 
 
-def run_cell(cell: Cell, folder: Path, shared: dict[str, Any]) -> None:
+def run_cell(cell: Cell, folder: Path, options: BenchmarkOptions) -> None:
     """Trains, paints and measures one cell; writes its file and a strip of its pictures."""
     import torch
 
@@ -154,12 +155,13 @@ def run_cell(cell: Cell, folder: Path, shared: dict[str, Any]) -> None:
     _reset_peak_memory()
     started = time.monotonic()
     if recipe.options is not None:
-        personalize(train_options(cell, folder, run_dir, shared))
+        personalize(train_options(cell, folder, run_dir, training_settings(options)))
         model = str(run_dir)
     seconds, memory = time.monotonic() - started, _peak_memory()
     pipeline, _, _ = load_model(model)
-    with torch.autocast(pipeline.device.type, torch.bfloat16, enabled=shared["mixed_precision"] == "bf16"):
-        pictures = {kind: paint(pipeline, prompts(kind, cell.personal), cell.seed) for kind in PICTURES}
+    steps = options.num_inference_steps
+    with torch.autocast(pipeline.device.type, torch.bfloat16, enabled=options.mixed_precision == "bf16"):
+        pictures = {kind: paint(pipeline, prompts(kind, cell.personal), cell.seed, steps) for kind in PICTURES}
     figures = measure(pictures, cell.personal, Evaluator.load(toy.path("evaluator")))
     strip = [*pictures["own"][:4], *pictures["class"][:2], *pictures["scenes"][:6]]
     save_picture(Image.fromarray(np.concatenate(strip, axis=1)), folder / "strips" / f"{cell.name}.png")
@@ -209,8 +211,8 @@ def other_backgrounds(owner: Personal) -> list[str]:
     return [name for name in world.BACKGROUNDS if name != owner.background]
 
 
-def paint(pipeline: StableDiffusionPipeline, told: list[str], seed: int) -> np.ndarray:
-    """Pictures (N, S, S, 3) uint8 of prompts; picture i follows from the seed, i and the prompt."""
+def paint(pipeline: StableDiffusionPipeline, told: list[str], seed: int, steps: int) -> np.ndarray:
+    """Pictures (N, S, S, 3) uint8 of prompts, in so many steps; picture i follows from the seed, i and the prompt."""
     import torch
 
     from persam_dreambooth.dreambooth.registry import fast_sampler
@@ -218,7 +220,8 @@ def paint(pipeline: StableDiffusionPipeline, told: list[str], seed: int) -> np.n
     pipeline = fast_sampler(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(1000 * seed + number) for number in range(len(told))]
-    return np.stack([np.asarray(image) for image in pipeline(told, generator=generators, **SAMPLING).images])
+    settings = {"num_inference_steps": steps, "guidance_scale": GUIDANCE_SCALE}
+    return np.stack([np.asarray(image) for image in pipeline(told, generator=generators, **settings).images])
 
 
 def measure(pictures: dict[str, np.ndarray], owner: Personal, evaluator: Evaluator) -> dict[str, float]:
@@ -266,17 +269,16 @@ def grown(mask: np.ndarray, cells: float) -> np.ndarray:
 
 def _finished(cells: list[Cell], folder: Path, options: BenchmarkOptions) -> Iterable[str]:
     """Runs cells, in several processes where asked, and yields their names as they end."""
-    shared = training_settings(options)
     if options.processes == 1 or len(cells) < 2:
         for cell in cells:
-            run_cell(cell, folder, shared)
+            run_cell(cell, folder, options)
             yield cell.name
         return
     threads = max(1, (os.cpu_count() or 1) // options.processes)
     with ProcessPoolExecutor(
         options.processes, mp_context=get_context("spawn"), initializer=_start_process, initargs=(threads,)
     ) as pool:
-        running = {pool.submit(run_cell, cell, folder, shared): cell for cell in cells}
+        running = {pool.submit(run_cell, cell, folder, options): cell for cell in cells}
         for future in as_completed(running):
             future.result()
             yield running[future].name
