@@ -23,7 +23,8 @@ STAND_INS = {
 SCRIPTS = {"train_dreambooth": "full", "train_dreambooth_lora": "lora", "train_dreambooth_lora_sdxl": "lora"}
 SHIM = """import sys
 from persam_dreambooth import cli
-sys.exit(cli.train_main([*sys.argv[1:], "--unmasked", "--method", "{method}", "--num_validation_images", "0"]))
+added = ["--unmasked", "--method", "{method}", "--num_validation_images", "0"]
+sys.exit(cli.main(["train", *sys.argv[1:], *added]))
 """
 NOT_OURS = "not dreambooth_if and not if_model and not captions"
 """DeepFloyd IF is no family here, and the hub's data set of captions is not at hand."""
@@ -61,7 +62,7 @@ def test_they_pass_unchanged(checkout, file):
     own = {"PATH": path, "HF_HUB_CACHE": str(checkout / "hub"), "HF_HUB_OFFLINE": "1"}
     modules = os.pathsep.join([str(ROOT), str(checkout / "examples")])
     ended = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-k", NOT_OURS, f"examples/dreambooth/{file}"],
+        [sys.executable, "-m", "pytest", "-v", "--durations=0", "-k", NOT_OURS, f"examples/dreambooth/{file}"],
         cwd=checkout, env={**os.environ, **own, "PYTHONPATH": modules}, capture_output=True, text=True,
     )  # fmt: skip
     print(ended.stdout[-3000:])
