@@ -24,6 +24,7 @@ from torch.utils.data import default_collate
 from training_runs import (
     ALL_AGAINST_BACKGROUNDS,
     CONFIGS,
+    MULTI_GPU,
     ROOT,
     SIZES,
     STEPS,
@@ -104,11 +105,10 @@ def test_saved_options_repeat_the_run(runs, tmp_path, options):
 
 @pytest.mark.parametrize("options", [{}, ALL_AGAINST_BACKGROUNDS], ids=["plain", "other backgrounds"])
 def test_two_processes_equal_one_of_the_same_global_batch(runs, tmp_path, options):
-    arguments = runs.options(output_dir=tmp_path / "two", num_validation_images=1, **options)
+    arguments = runs.options(output_dir=tmp_path / "two", num_validation_images=1, checkpointing_steps=2, **options)
     launched = subprocess.run(
         [
-            *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
-            *("--num_machines", "1", "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"),
+            *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(MULTI_GPU)),
             *("-m", "persam_dreambooth", "train", *flags(**arguments)),
         ],
         # With --cpu, accelerate starts one process, whatever --num_processes says; so the processor is chosen here.
@@ -120,6 +120,11 @@ def test_two_processes_equal_one_of_the_same_global_batch(runs, tmp_path, option
     assert launched.stdout.count("done: ") == 1
     assert_same_trajectory(runs(train_batch_size=2, **options), tmp_path / "two")
     assert len(list((tmp_path / "two" / "samples").glob("*.png"))) == 1
+    # One process goes on from their checkpoint as they did.
+    alone = {"train_batch_size": 2, "resume_from_checkpoint": "checkpoint-2", **options}
+    shutil.copytree(tmp_path / "two", tmp_path / "one")
+    assert runs.train(tmp_path / "one", **alone) == 0
+    assert_same_trajectory(tmp_path / "one", tmp_path / "two")
 
 
 # --- resuming
