@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
@@ -125,6 +127,29 @@ def test_two_processes_equal_one_of_the_same_global_batch(runs, tmp_path, option
     shutil.copytree(tmp_path / "two", tmp_path / "one")
     assert runs.train(tmp_path / "one", **alone) == 0
     assert_same_trajectory(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize(
+    ("name", "flag"), [("FSDP", "--use_fsdp"), ("DeepSpeed", "--use_deepspeed"), ("Megatron-LM", "--use_megatron_lm")]
+)
+def test_a_model_in_parts_is_refused(runs, tmp_path, monkeypatch, capsys, name, flag):
+    settings = ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch = launch_command_parser().parse_args([flag, *settings, "script.py"])
+    launch.deepspeed_fields_from_accelerate_config = ""
+    by_deepspeed = name == "DeepSpeed"
+    environment = prepare_deepspeed_cmd_env(launch)[1] if by_deepspeed else prepare_multi_gpu_env(launch)
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    assert runs.train(tmp_path / "run") == 2
+    assert f"error: {name} is not supported: choose multi-GPU in accelerate config" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_that_would_train_alone_are_refused(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as `accelerate launch` leaves it to two processes without an accelerator
+    assert runs.train(tmp_path / "run") == 2
+    assert "error: 2 processes were launched, and each would train alone: launch one" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 # --- resuming
