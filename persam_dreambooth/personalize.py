@@ -5,6 +5,7 @@ and a model card. Heavy imports wait inside the functions until the input is che
 """
 
 import logging
+import os
 import shutil
 import subprocess
 from dataclasses import asdict, dataclass
@@ -56,7 +57,15 @@ logger = logging.getLogger(__name__)
 
 MASKS = "masks"
 LOGS = "logs"
+SHARDING = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+}
+"""Ways to divide one model among processes, by the variables that `accelerate launch` asks for them with.
 
+They are looked at rather than what accelerate makes of them: on CPUs it trains whole copies without a word.
+"""
 
 Reference = tuple[Photo, np.ndarray]
 """A photo whose mask was given, and that mask, (H, W) bool."""
@@ -219,6 +228,12 @@ def _accelerator(options: TrainOptions) -> "Accelerator":
     """Devices, precision and processes; raises `InputError` for what this machine or this trainer does not do."""
     from accelerate import Accelerator, InitProcessGroupKwargs
 
+    for variable, name in SHARDING.items():
+        if os.environ.get(variable, "false").lower() == "true":
+            raise InputError(
+                f"{name} is not supported: choose multi-GPU in accelerate config, or launch with "
+                "--config_file configs/accelerate/multi-gpu.yaml"
+            )
     try:
         accelerator = Accelerator(
             mixed_precision=options.mixed_precision,
@@ -232,9 +247,11 @@ def _accelerator(options: TrainOptions) -> "Accelerator":
         raise InputError(f"--mixed_precision {options.mixed_precision} is not possible here: {error}") from error
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise InputError("--mixed_precision fp16 needs an accelerator: use bf16 or no on a CPU")
-    if accelerator.distributed_type.value in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched > accelerator.num_processes:
         raise InputError(
-            f"{accelerator.distributed_type.value} is not supported yet: choose multi-GPU in accelerate config"
+            f"{launched} processes were launched, and each would train alone: launch one, or as many as there are "
+            "accelerators, or set ACCELERATE_USE_CPU=1 to train together on CPUs"
         )
     return accelerator
 

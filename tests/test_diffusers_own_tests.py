@@ -1,7 +1,7 @@
 """diffusers' own tests of its DreamBooth scripts, run unchanged on this trainer.
 
 They lie in diffusers' repository, not in its package: name a checkout with DIFFUSERS_REPOSITORY. The checkpoints that
-they take from the hub are random ones; the toy and a tiny SDXL stand for them, in a hub cache of their own.
+they take from the hub are random ones; the toy and the families' tiny ones stand for them, in a hub cache of their own.
 """
 
 import os
@@ -19,14 +19,25 @@ REPOSITORY = os.environ.get("DIFFUSERS_REPOSITORY")
 STAND_INS = {
     "tiny-stable-diffusion-torch": toy_pipeline,
     "tiny-stable-diffusion-xl-pipe": lambda: tiny_pipeline("sdxl"),
+    "tiny-sd3-pipe": lambda: tiny_pipeline("sd3"),
+    "tiny-flux-pipe": lambda: tiny_pipeline("flux"),
 }
-SCRIPTS = {"train_dreambooth": "full", "train_dreambooth_lora": "lora", "train_dreambooth_lora_sdxl": "lora"}
+SCRIPTS = {
+    "train_dreambooth": "full",
+    "train_dreambooth_lora": "lora",
+    "train_dreambooth_lora_sdxl": "lora",
+    "train_dreambooth_lora_sd3": "lora",
+    "train_dreambooth_lora_flux": "lora",
+}
 SHIM = """import sys
 from persam_dreambooth import cli
-sys.exit(cli.train_main([*sys.argv[1:], "--unmasked", "--method", "{method}", "--num_validation_images", "0"]))
+added = ["--unmasked", "--method", "{method}", "--num_validation_images", "0"]
+sys.exit(cli.main(["train", *sys.argv[1:], *added]))
 """
-NOT_OURS = "not dreambooth_if and not if_model and not captions"
-"""DeepFloyd IF is no family here, and the hub's data set of captions is not at hand."""
+NOT_OURS = "not dreambooth_if and not if_model and not captions and not lora_block and not lora_layer"
+"""What is left out: DeepFloyd IF is no family here, the hub's data set of captions is not at hand, and for
+`--lora_layers` and `--lora_blocks` there is `--lora_targets`, which takes the endings of layers' names.
+"""
 
 pytestmark = [
     pytest.mark.slow,
@@ -54,14 +65,17 @@ def checkout(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("file", ["test_dreambooth.py", "test_dreambooth_lora.py"])
+@pytest.mark.parametrize(
+    "file",
+    ["test_dreambooth.py", "test_dreambooth_lora.py", "test_dreambooth_lora_sd3.py", "test_dreambooth_lora_flux.py"],
+)
 def test_they_pass_unchanged(checkout, file):
     shutil.copy(Path(str(REPOSITORY)) / "examples" / "dreambooth" / file, checkout / "examples" / "dreambooth")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     own = {"PATH": path, "HF_HUB_CACHE": str(checkout / "hub"), "HF_HUB_OFFLINE": "1"}
     modules = os.pathsep.join([str(ROOT), str(checkout / "examples")])
     ended = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-k", NOT_OURS, f"examples/dreambooth/{file}"],
+        [sys.executable, "-m", "pytest", "-v", "--durations=0", "-k", NOT_OURS, f"examples/dreambooth/{file}"],
         cwd=checkout, env={**os.environ, **own, "PYTHONPATH": modules}, capture_output=True, text=True,
     )  # fmt: skip
     print(ended.stdout[-3000:])

@@ -17,6 +17,7 @@ from tiny_families import BUILDERS, SIDE, save_tiny
 from torch.utils.data import default_collate
 from training_runs import (
     ALL_AGAINST_BACKGROUNDS,
+    MULTI_GPU,
     ROOT,
     STEPS,
     UP,
@@ -280,8 +281,7 @@ def test_two_processes_equal_one_of_the_same_global_batch(runs, model, tmp_path)
     arguments = runs.options(output_dir=tmp_path / "two", **options)
     launched = subprocess.run(
         [
-            *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
-            *("--num_machines", "1", "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"),
+            *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(MULTI_GPU)),
             *(str(ROOT / "train_dreambooth_masked.py"), *flags(**arguments)),
         ],
         env={**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},

@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
@@ -24,6 +26,7 @@ from torch.utils.data import default_collate
 from training_runs import (
     ALL_AGAINST_BACKGROUNDS,
     CONFIGS,
+    MULTI_GPU,
     ROOT,
     SIZES,
     STEPS,
@@ -104,11 +107,10 @@ def test_saved_options_repeat_the_run(runs, tmp_path, options):
 
 @pytest.mark.parametrize("options", [{}, ALL_AGAINST_BACKGROUNDS], ids=["plain", "other backgrounds"])
 def test_two_processes_equal_one_of_the_same_global_batch(runs, tmp_path, options):
-    arguments = runs.options(output_dir=tmp_path / "two", num_validation_images=1, **options)
+    arguments = runs.options(output_dir=tmp_path / "two", num_validation_images=1, checkpointing_steps=2, **options)
     launched = subprocess.run(
         [
-            *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
-            *("--num_machines", "1", "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"),
+            *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(MULTI_GPU)),
             *("-m", "persam_dreambooth", "train", *flags(**arguments)),
         ],
         # With --cpu, accelerate starts one process, whatever --num_processes says; so the processor is chosen here.
@@ -120,6 +122,34 @@ def test_two_processes_equal_one_of_the_same_global_batch(runs, tmp_path, option
     assert launched.stdout.count("done: ") == 1
     assert_same_trajectory(runs(train_batch_size=2, **options), tmp_path / "two")
     assert len(list((tmp_path / "two" / "samples").glob("*.png"))) == 1
+    # One process goes on from their checkpoint as they did.
+    alone = {"train_batch_size": 2, "resume_from_checkpoint": "checkpoint-2", **options}
+    shutil.copytree(tmp_path / "two", tmp_path / "one")
+    assert runs.train(tmp_path / "one", **alone) == 0
+    assert_same_trajectory(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize(
+    ("name", "flag"), [("FSDP", "--use_fsdp"), ("DeepSpeed", "--use_deepspeed"), ("Megatron-LM", "--use_megatron_lm")]
+)
+def test_a_model_in_parts_is_refused(runs, tmp_path, monkeypatch, capsys, name, flag):
+    settings = ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch = launch_command_parser().parse_args([flag, *settings, "script.py"])
+    launch.deepspeed_fields_from_accelerate_config = ""
+    by_deepspeed = name == "DeepSpeed"
+    environment = prepare_deepspeed_cmd_env(launch)[1] if by_deepspeed else prepare_multi_gpu_env(launch)
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    assert runs.train(tmp_path / "run") == 2
+    assert f"error: {name} is not supported: choose multi-GPU in accelerate config" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_that_would_train_alone_are_refused(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as `accelerate launch` leaves it to two processes without an accelerator
+    assert runs.train(tmp_path / "run") == 2
+    assert "error: 2 processes were launched, and each would train alone: launch one" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 # --- resuming

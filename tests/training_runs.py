@@ -22,7 +22,8 @@ from persam_dreambooth.masks import load_masks
 from persam_dreambooth.toy import build
 
 ROOT = Path(persam_dreambooth.__file__).parents[1]
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+MULTI_GPU = ROOT / "configs" / "accelerate" / "multi-gpu.yaml"
 SIZES = ((80, 64), (64, 96), (72, 72), (64, 64))
 RESOLUTION = 32
 STEPS = 4
