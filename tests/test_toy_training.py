@@ -279,6 +279,7 @@ def test_the_programs_follow_one_another_from_nothing_to_a_pipeline_that_paints(
     from persam_dreambooth.toy.evaluator import Evaluator
 
     monkeypatch.setattr(train_vae, "HELD_OUT_SCENES", 4)
+    monkeypatch.setattr(train_evaluator, "HELD_OUT_SCENES", 32)
     monkeypatch.setattr(train_sam, "EVALUATION_PAIRS", 1)
     small = ["--output", str(tmp_path), "--scenes", "32"]
     assert train_vae.main([*small, "--steps", "1", "--wide_steps", "1"]) == 0

@@ -139,7 +139,7 @@ def fit(vae: AutoencoderKL, output: Path, name: str, config: dict[str, Any], wri
 
 def save(vae: AutoencoderKL, folder: Path, **facts: int) -> dict[str, float]:
     """Writes the VAE, with its scores on held-out renders and facts beside it; returns the scores."""
-    scores = score(vae)
+    scores = score(vae, HELD_OUT_SCENES)
     with write_aside(folder) as aside:
         vae.save_pretrained(aside)
         write_json(aside / "scores.json", {**scores, **facts})
@@ -198,7 +198,7 @@ def standardize_latents(vae: AutoencoderKL, renders: np.ndarray) -> None:
 
 
 @torch.no_grad()
-def score(vae: AutoencoderKL, count: int = HELD_OUT_SCENES) -> dict[str, float]:
+def score(vae: AutoencoderKL, count: int) -> dict[str, float]:
     """PSNR in dB of `count` held-out pictures of 8 bits: of the mean error over all, the mean of each picture's own."""
     renders = scenes.render(scenes.HELD_OUT_SEED, range(count))
     decoded = [
