@@ -14,6 +14,7 @@ import huggingface_hub.constants
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
+from tiny_sam import save_tiny_sam
 
 from persam_dreambooth import cli, toy
 from persam_dreambooth.masks import load_masks, read_mask
@@ -561,8 +562,9 @@ def test_odd_names_and_empty_text_train(home, capsys, caplog):
     assert "01.jpg: its mask is empty, so it is not trained on" in caplog.text
 
 
-def test_photos_of_every_kind_get_upright_masks(home, capsys, caplog):
-    """Modes, formats, orientation, links, subfolders, one pixel, a thin strip: through `segment` with a toy SAM."""
+def test_photos_of_every_kind_get_upright_masks(home, capsys, caplog, tmp_path_factory):
+    """Modes, formats, orientation, links, subfolders, one pixel, a thin strip: through `segment` with a tiny SAM."""
+    sam = save_tiny_sam(tmp_path_factory.mktemp("sam"))
     caplog.set_level(logging.INFO)
     ball = Path("ball")
     picture().convert("RGBA").save(ball / "rgba.png")
@@ -580,7 +582,7 @@ def test_photos_of_every_kind_get_upright_masks(home, capsys, caplog):
     (ball / "link.jpg").symlink_to("00.jpg")
     (ball / "notes.txt").write_text("not a photo")
     shutil.copy("mask.png", ball / "ball_mask.png")
-    out = done(capsys, *segment("--mask", "ball/ball_mask.png", "--output", "ball/masks"))
+    out = done(capsys, *segment("--mask", "ball/ball_mask.png", "--output", "ball/masks", "--sam_model", sam))
     assert out == "13 masks in ball/masks; look at ball/masks/overview.jpg\n"
     assert "not a photo: notes.txt" in caplog.text
     sizes = {}

@@ -67,6 +67,7 @@ from persam_dreambooth.toy import build
     ids=["1 x 4", "2 x 2", "1 x 4, other backgrounds"],
 )
 def test_accumulated_batches_equal_one_large_batch(runs, batch, accumulation, options):
+    options = runs.sharing(options)
     whole = runs(train_batch_size=4, **options)
     parts = runs(train_batch_size=batch, gradient_accumulation_steps=accumulation, **options)
     assert_same_trajectory(whole, parts)
@@ -98,7 +99,7 @@ def test_loading_processes_do_not_change_the_run(runs, options):
     "options", [{"rank": 2, "learning_rate": 1e-3}, ALL_AGAINST_BACKGROUNDS], ids=["plain", "other backgrounds"]
 )
 def test_saved_options_repeat_the_run(runs, tmp_path, options):
-    saved = runs(**options) / "config.yaml"
+    saved = runs(**runs.sharing(options)) / "config.yaml"
     assert command("train", "--config", saved, "--output_dir", tmp_path / "again") == 0
     assert same_weights(saved.parent, tmp_path / "again")
     first, again = (yaml.safe_load((run / "config.yaml").read_text()) for run in (saved.parent, tmp_path / "again"))
@@ -107,6 +108,7 @@ def test_saved_options_repeat_the_run(runs, tmp_path, options):
 
 @pytest.mark.parametrize("options", [{}, ALL_AGAINST_BACKGROUNDS], ids=["plain", "other backgrounds"])
 def test_two_processes_equal_one_of_the_same_global_batch(runs, tmp_path, options):
+    options = runs.sharing(options)
     arguments = runs.options(output_dir=tmp_path / "two", num_validation_images=1, checkpointing_steps=2, **options)
     launched = subprocess.run(
         [
@@ -173,6 +175,7 @@ RESUMED = {
 
 @pytest.mark.parametrize("options", RESUMED.values(), ids=RESUMED)
 def test_stopped_and_resumed_run_equals_the_uninterrupted_one(runs, tmp_path, options):
+    options = runs.sharing(options)
     straight = runs(max_train_steps=6, checkpointing_steps=3, **options)
     stopped = tmp_path / "stopped"
     # It stops after step 5, two steps after its last checkpoint.

@@ -4,6 +4,12 @@ import torch
 from transformers import SamConfig, SamModel
 
 
+def save_tiny_sam(folder):
+    """Its folder, as `--sam_model` takes it."""
+    tiny_model().save_pretrained(folder)
+    return str(folder)
+
+
 def tiny_model():
     """A SAM with random weights, 128 pixels and 8 x 8 cells."""
     torch.manual_seed(0)

@@ -84,6 +84,13 @@ class Runs:
             masks = {}
         return {"instance_dir": self.photos, **masks, **SHORT, **options}
 
+    def sharing(self, options):
+        """The options, with folders of pictures by the base model that all runs share, where they want pictures."""
+        if "replace_background" not in options:
+            return options
+        shared = {name: self.folder / name for name in ("background_dir", "class_data_dir")}
+        return {**options, **shared}
+
     def train(self, folder, **options):
         """Trains into a folder; the exit code."""
         return command("train", *flags(**self.options(output_dir=folder, **options)))
