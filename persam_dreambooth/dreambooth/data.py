@@ -46,6 +46,9 @@ def derived_seed(*key: int) -> int:
 class Crops(Dataset):
     """Crops of photos, indexed by sample number: an endless series that goes through all photos, shuffled, each round.
 
+    Several subjects take turns, sample by sample, each going through its own photos: all weigh alike, however many
+    photos they have.
+
     As diffusers does: the short side is resized to the resolution (bilinear), then a square is cropped. A random crop
     keeps in view as much of the subject as fits, and never misses all of it.
 
@@ -79,14 +82,23 @@ class Crops(Dataset):
         self.center_crop = center_crop
         self.seed = seed
         self.prompts = [prompts] * len(photos) if isinstance(prompts, str) else prompts
+        self.counts = [len(photos)]
         self.backgrounds = backgrounds
         self.unmasked_probability = unmasked_probability
         self.random_flip = random_flip
         self._resized: dict[int, tuple[Image.Image, Image.Image]] = {}
 
+    def add(self, other: "Crops") -> None:
+        """Adds the photos of another subject, cut in the same way."""
+        first = len(self.photos)
+        self.photos = [*self.photos, *other.photos]
+        self.masks = None if self.masks is None or other.masks is None else [*self.masks, *other.masks]
+        self.prompts = [*self.prompts, *other.prompts]
+        self.counts = [*self.counts, *other.counts]
+        self._resized |= {first + index: resized for index, resized in other._resized.items()}
+
     def __getitem__(self, number: int) -> Sample:
-        epoch, position = divmod(number, len(self.photos))
-        index = int(np.random.default_rng([self.seed, ORDER, epoch]).permutation(len(self.photos))[position])
+        index = self._index(number)
         photo, mask = self.resized(index)
         window = self._window(mask, np.random.default_rng([self.seed, CROP, number]))
         flipped = self.random_flip and np.random.default_rng([self.seed, FLIP, number]).random() < 0.5
@@ -132,6 +144,14 @@ class Crops(Dataset):
             bilinear = Image.Resampling.BILINEAR
             self._resized[index] = (photo.resize((width, height), bilinear), mask.resize((width, height), bilinear))
         return self._resized[index]
+
+    def _index(self, number: int) -> int:
+        """Which photo a sample is of."""
+        turn, subject = divmod(number, len(self.counts))
+        epoch, position = divmod(turn, self.counts[subject])
+        key = [self.seed, ORDER, epoch, *([subject] if subject else [])]  # of a lone subject, without it
+        order = np.random.default_rng(key).permutation(self.counts[subject])
+        return sum(self.counts[:subject]) + int(order[position])
 
     def lost_subjects(self) -> list[str]:
         """Names of the photos of whose subject no crop shows anything.
