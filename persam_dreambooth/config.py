@@ -468,6 +468,9 @@ class TrainOptions(SubjectOptions, MaskFolderOptions):
 
     # Pictures to tensors
     resolution: int | None = option(None, "side of the training crop in pixels; default: the model's own")
+    aspect_ratio_buckets: str | None = option(
+        None, "crops of several shapes, each photo's nearest: auto, or height,width;height,width and so on"
+    )
     center_crop: bool = option(False, "crop the center instead of a random place that keeps the subject in view")
     random_flip: bool = option(False, "flip half of the crops left to right, at random; not for what is lettered")
     cache_latents: bool = option(
@@ -537,6 +540,14 @@ class TrainOptions(SubjectOptions, MaskFolderOptions):
         _below_one(self, "adam_beta1", "adam_beta2")
         _above_zero(self, "max_grad_norm", "snr_gamma", "lora_alpha")
         super().check()
+        if self.aspect_ratio_buckets not in (None, "auto"):
+            if not re.fullmatch(r"\d+,\d+(;\d+,\d+)*", str(self.aspect_ratio_buckets)):
+                raise InputError(
+                    f"--aspect_ratio_buckets is {self.aspect_ratio_buckets}: "
+                    "give auto, or height,width of each, such as 512,512;448,576"
+                )
+            if self.resolution:
+                raise InputError("--resolution has no effect beside a list of --aspect_ratio_buckets: leave it out")
         if self.lr_scheduler == "polynomial":
             rate, warmup, steps = self.learning_rate, self.lr_warmup_steps, self.max_train_steps
             if rate is not None and rate <= POLYNOMIAL_END:
@@ -620,6 +631,12 @@ class TrainOptions(SubjectOptions, MaskFolderOptions):
         return split_scenes(self.background_scenes)
 
     @property
+    def bucket_list(self) -> list[tuple[int, int]]:
+        """Width and height of each bucket that is listed, in pixels; none for auto."""
+        sizes = re.findall(r"(\d+),(\d+)", self.aspect_ratio_buckets or "")
+        return [(int(width), int(height)) for height, width in sizes]
+
+    @property
     def optimizer_name(self) -> str:
         """The optimizer, by either of the two options that choose it."""
         return "adamw8bit" if self.use_8bit_adam else self.optimizer
@@ -634,7 +651,7 @@ class TrainOptions(SubjectOptions, MaskFolderOptions):
         """The same options with every default that depends on something filled in.
 
         Args:
-            resolution: the model's own, where none was given.
+            resolution: the model's own, where none was given; of no account where buckets are listed.
             mixed_precision: what accelerate was set up with, where none was given.
             learning_rate: the model family's, which counts where none was given and the optimizer does not find it.
         """
@@ -646,7 +663,7 @@ class TrainOptions(SubjectOptions, MaskFolderOptions):
             **({"subjects": filled} if self.subjects else self.words),
             learning_rate=learning_rate if self.learning_rate is None else self.learning_rate,
             output_dir=str(self.run_dir),
-            resolution=resolution,
+            resolution=None if self.bucket_list else resolution,
             mixed_precision=mixed_precision,
         )
 

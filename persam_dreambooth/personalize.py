@@ -7,11 +7,12 @@ and a model card. Heavy imports wait inside the functions until the input is che
 import logging
 import shutil
 import subprocess
+from collections import Counter
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
@@ -98,6 +99,7 @@ def personalize(options: TrainOptions) -> Path:
     """
     options.check()
     given = _read_input(options)
+    from persam_dreambooth.dreambooth.buckets import open_buckets
     from persam_dreambooth.dreambooth.checkpoint import find_checkpoint
     from persam_dreambooth.dreambooth.hub import check_login
     from persam_dreambooth.dreambooth.optimizers import check_optimizer
@@ -116,9 +118,17 @@ def personalize(options: TrainOptions) -> Path:
     accelerator = _accelerator(options)
     family = open_family(options, given.base, frozen_dtype(accelerator))
     resolution = check_resolution(options, family)
+    buckets = open_buckets(options, family, resolution)
     options = options.resolved(resolution, accelerator.mixed_precision, family.learning_rates[options.method])
 
-    crops = [None if album.reference else _crops(options, album, album.drawn, resolution) for album in given.albums]
+    cut = {
+        "resolution": resolution,
+        "center_crop": options.center_crop,
+        "random_flip": options.random_flip,
+        "buckets": buckets,
+        "alike": options.train_batch_size if buckets else 1,
+    }
+    crops = [None if album.reference else _crops(options, album, album.drawn, cut) for album in given.albums]
     accelerator.wait_for_everyone()  # all have looked at the folders before one writes
     if accelerator.is_main_process:
         _write_masks(options, given.albums)
@@ -126,16 +136,19 @@ def personalize(options: TrainOptions) -> Path:
     masks = [[] if options.unmasked else load_masks(album.mask_dir, album.photos) for album in given.albums]
     all_masks = [mask for of_one in masks for mask in of_one]
     whole, *others = [
-        known or _crops(options, album, of_one, resolution)
+        known or _crops(options, album, of_one, cut)
         for known, album, of_one in zip(crops, given.albums, masks, strict=True)
     ]
     for other in others:
         whole.add(other)
+    if buckets:
+        counts = [f"{width} x {height} ({count})" for (width, height), count in Counter(whole.sizes).items()]
+        logger.info("crops of so many photos, width x height: %s", ", ".join(counts))
     if all_masks and accelerator.is_main_process:
         whose = [album.subject.identifier for album in given.albums for _ in album.photos] if others else None
         save_picture(overview(all_masks, whose), run_dir / "overview.png")
-    class_crops = _class_crops(options, family, accelerator, given.class_dir, resolution)
-    whole.backgrounds = _backgrounds(options, family, accelerator, given.background_dir, resolution)
+    class_crops = _class_crops(options, family, accelerator, given.class_dir, whole)
+    whole.backgrounds = _backgrounds(options, family, accelerator, given.background_dir)
 
     if options.report_to:
         described = {name: str(value) for name, value in asdict(options).items()}
@@ -410,19 +423,20 @@ def _commit() -> str:
     return f" (commit {asked.stdout.strip()})" if asked.returncode == 0 else ""
 
 
-def _crops(options: TrainOptions, album: Album, masks: list[PhotoMask], resolution: int) -> "Crops":
+def _crops(options: TrainOptions, album: Album, masks: list[PhotoMask], cut: dict[str, Any]) -> "Crops":
     """What to train a subject on; says how many masks are used and what they cover.
 
-    Photos that were skipped, and photos with an empty mask, are left out.
+    Photos that were skipped, and photos with an empty mask, are left out. `cut` says how crops are made, as `Crops`
+    takes it.
     """
     from persam_dreambooth.dreambooth.data import Crops
 
-    photos, label, cut = album.photos, album.label, (resolution, options.center_crop, options.seed)
+    photos, label, seed = album.photos, album.label, options.seed
     if options.unmasked:
         logger.warning(
             "%straining on %d whole photos, without masks: their backgrounds will be learned too", label, len(photos)
         )
-        return Crops(photos, None, *cut, _captions(album, photos), random_flip=options.random_flip)
+        return Crops(photos, None, seed=seed, prompts=_captions(album, photos), **cut)
     used = [item for item in masks if item.mask.any()]
     if not used:
         if any(SKIPPED in item.record.flags for item in masks):
@@ -451,18 +465,20 @@ def _crops(options: TrainOptions, album: Album, masks: list[PhotoMask], resoluti
     crops = Crops(
         [item.photo for item in used],
         [item.mask for item in used],
-        *cut,
-        _captions(album, [item.photo for item in used]),
+        seed=seed,
+        prompts=_captions(album, [item.photo for item in used]),
         unmasked_probability=options.unmasked_probability,
-        random_flip=options.random_flip,
+        **cut,
     )
     lost = ", ".join(crops.lost_subjects())
     if lost:
         hint = ", and go on with --resume_from_checkpoint latest, which keeps the masks" if album.reference else ""
         if options.center_crop:
             raise InputError(f"{label}the center crop misses the subject of {lost}: leave out --center_crop{hint}")
-        what = f"nothing is left of the mask of {lost}"
-        raise InputError(f"{label}at {resolution} pixels {what}: raise --resolution{hint}")
+        where, more = f"at {crops.resolution} pixels", "raise --resolution"
+        if options.bucket_list:
+            where, more = "in its bucket", "give larger --aspect_ratio_buckets"
+        raise InputError(f"{label}{where} nothing is left of the mask of {lost}: {more}{hint}")
     return crops
 
 
@@ -484,9 +500,12 @@ def _class_prompts(options: TrainOptions) -> list[str]:
 
 
 def _class_crops(
-    options: TrainOptions, family: "Family", accelerator: "Accelerator", folder: Path, resolution: int
+    options: TrainOptions, family: "Family", accelerator: "Accelerator", folder: Path, photos: "Crops"
 ) -> "Crops | None":
-    """The class images for prior preservation, generated where they are missing; None without it."""
+    """The class images for prior preservation, generated where they are missing; None without it.
+
+    They are cut as `photos`, to whose crops theirs are paired.
+    """
     if not options.with_prior_preservation:
         return None
     from persam_dreambooth.dreambooth.backgrounds import in_front_of
@@ -497,12 +516,14 @@ def _class_crops(
     if options.class_scenes:
         prompts = [in_front_of(prompt, scene) for scene in options.scenes for prompt in prompts]
     pictures = _base_pictures(options, family, accelerator, prompts, folder, options.num_class_images, "class", default)
-    cut = (resolution, options.center_crop, options.seed + CLASS_SEED)
-    return Crops(pictures, None, *cut, read_prompts(pictures, default or ""), random_flip=options.random_flip)
+    cut = (photos.resolution, options.center_crop, options.seed + CLASS_SEED)
+    crops = Crops(pictures, None, *cut, read_prompts(pictures, default or ""), random_flip=options.random_flip)
+    crops.shaped_like = photos
+    return crops
 
 
 def _backgrounds(
-    options: TrainOptions, family: "Family", accelerator: "Accelerator", folder: Path, resolution: int
+    options: TrainOptions, family: "Family", accelerator: "Accelerator", folder: Path
 ) -> "Backgrounds | None":
     """What replaces the photos' backgrounds, if anything; pictures of scenes are generated where they are missing."""
     if options.replace_background == "no":
@@ -510,11 +531,11 @@ def _backgrounds(
     from persam_dreambooth.dreambooth.backgrounds import Backgrounds
 
     if options.replace_background != "generated":
-        return Backgrounds(options.replace_background, resolution)
+        return Backgrounds(options.replace_background)
     count = options.num_background_images
     pictures = _base_pictures(options, family, accelerator, options.scenes, folder, count, "background")
     places = read_prompts(pictures, "") if options.background_in_prompt else None
-    return Backgrounds("generated", resolution, pictures, places)
+    return Backgrounds("generated", pictures, places)
 
 
 def _base_pictures(

@@ -167,7 +167,7 @@ def test_the_options_of_train_are_these():
         *("background_scenes", "background_in_prompt"),
         *("with_prior_preservation", "prior_loss_weight", "class_data_dir"),
         *("class_scenes", "num_class_images", "sample_batch_size"),
-        *("resolution", "center_crop", "random_flip", "cache_latents"),
+        *("resolution", "aspect_ratio_buckets", "center_crop", "random_flip", "cache_latents"),
         *("seed", "max_train_steps", "train_batch_size", "gradient_accumulation_steps"),
         *("optimizer", "use_8bit_adam", "learning_rate", "scale_lr"),
         *("lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power"),

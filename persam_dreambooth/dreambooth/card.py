@@ -86,11 +86,16 @@ def model_card(
         batch=options.train_batch_size * options.gradient_accumulation_steps,
         rate=options.learning_rate,
         scaled=" times batch, accumulation and processes" if options.scale_lr else "",
-        resolution=crops.resolution,
+        resolution=_sizes(crops) if options.aspect_ratio_buckets else crops.resolution,
         coverage=coverage,
         where=where,
         loss=final_loss,
     )
+
+
+def _sizes(crops: Crops) -> str:
+    """The shapes of the crops, width first."""
+    return ", ".join(f"{width} x {height}" for width, height in sorted(set(crops.sizes)))
 
 
 def _words(subjects: Sequence[SubjectOptions]) -> str:
