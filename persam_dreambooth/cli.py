@@ -317,6 +317,8 @@ def _wanted(hint: Any) -> str:
     """What an option of this type takes, in words."""
     if get_origin(hint) is Literal:
         return f"one of {', '.join(map(repr, get_args(hint)))}"
+    if get_origin(hint) is list:
+        return "a list in YAML, of entries such as instance_dir: cat/"
     return {int: "a whole number", float: "a number", str: "text, in quotes"}[hint]
 
 

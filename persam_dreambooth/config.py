@@ -4,8 +4,9 @@ Training options carry the names of diffusers' `train_dreambooth.py` where it ha
 """
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field, fields, replace
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,9 @@ from persam_dreambooth.errors import InputError
 
 CONFIG = "config.yaml"
 """The file in a run's folder that holds its resolved options."""
+
+MASKS = "masks"
+"""The folder in a run's folder that holds its masks; see `mask_folders`."""
 
 LAST_SEED = 2**32 - 1
 """Any generator takes it, and the seeds that are counted up from it."""
@@ -165,6 +169,7 @@ class EvaluateModelOptions:
 
     model: str | None = option(None, "the folder of a training run")
     output: str = option("evaluation", "folder for figures and pictures")
+    identifier: str | None = option(None, "which subject of a run of several; default: its first")
     instance_dir: str | None = option(None, "the photos; default: those of the run")
     mask_dir: str | None = option(None, "their masks; default: those of the run")
     sam_model: str = option("facebook/sam-vit-huge", "finds the subject in pictures; as for segment")
@@ -330,10 +335,9 @@ class DemoOptions:
 
 
 @dataclass(frozen=True)
-class TrainOptions(MaskFolderOptions):
-    """One mask in, a personalized Stable Diffusion out."""
+class SubjectOptions:
+    """One subject: its photos, their masks and the words for it; what an entry of `subjects` says."""
 
-    # The subject
     instance_dir: str | None = option(None, "folder with 3 to 6 photos of the subject", alias="instance_data_dir")
     dataset_name: str | None = option(None, "photos of a data set instead: hub id, or folder that datasets reads")
     image_column: str = option("image", "the data set's column of photos, which are called 0000.png and so on")
@@ -343,10 +347,74 @@ class TrainOptions(MaskFolderOptions):
         None, "the photo that --mask belongs to; default: the one with its stem, else the first"
     )
     mask_dir: str | None = option(None, "folder with a mask for every photo (same stems); then no SAM is loaded")
-    unmasked: bool = option(False, "train on whole photos, background and all")
     class_name: str | None = option(None, "the subject's class; default: the name of --instance_dir")
     identifier: str = option("sks", "the rare word that names the subject; [V] in any prompt stands for it")
     instance_prompt: str | None = option(None, "default: a [V] <class_name>")
+    class_prompt: str | None = option(None, "for prior preservation; default: a <class_name>")
+    validation_prompt: str | None = option(None, "prompt of the samples; default: a [V] <class_name> on a beach")
+
+    def check_subject(self, unmasked: bool) -> None:
+        """Raises `InputError` for photos, masks or words that are missing or at odds; `unmasked` wants no masks."""
+        if self.instance_dir and self.dataset_name:
+            raise InputError("--instance_dir and --dataset_name exclude one another: give one of them")
+        _require(self, "identifier" if self.dataset_name else "instance_dir", "identifier")
+        sources = [name for name in ("mask", "mask_dir") if getattr(self, name)] + ["unmasked"] * unmasked
+        if not sources:
+            raise InputError(
+                "no mask: give --mask (one photo's mask), --mask_dir (a mask for every photo), "
+                "or --unmasked to train on whole photos"
+            )
+        if len(sources) > 1:
+            raise InputError(f"--{' and --'.join(sources)} exclude one another: give one of them")
+        if self.reference_image and not self.mask:
+            raise InputError("--reference_image names the photo of --mask, which is missing: give --mask")
+        for name in ("image_column", "caption_column"):
+            if self.given(name) and not self.dataset_name:
+                raise InputError(f"--{name} has no effect: add --dataset_name")
+
+    def given(self, name: str) -> bool:
+        """Whether an option differs from its default."""
+        return bool(getattr(self, name) != getattr(type(self), name))
+
+    @property
+    def subject(self) -> str:
+        """The class name, from the name of the folder or the data set where none was given."""
+        return self.class_name or self.source.replace("_", " ").replace("-", " ")
+
+    @property
+    def source(self) -> str:
+        """The name of the photos' folder or data set."""
+        return self.folder.name
+
+    @property
+    def folder(self) -> Path:
+        """Where the photos are, or what stands for it of a data set."""
+        return Path(self.instance_dir or str(self.dataset_name)).resolve()
+
+    @property
+    def words(self) -> dict[str, Any]:
+        """The class name and the prompts with their defaults filled in, still with [V]."""
+        return {
+            "class_name": self.subject,
+            "instance_prompt": self.instance_prompt or f"a [V] {self.subject}",
+            "class_prompt": self.class_prompt or f"a {self.subject}",
+            "validation_prompt": self.validation_prompt or f"a [V] {self.subject} on a beach",
+        }
+
+    def prompt(self, kind: Literal["instance", "class", "validation"]) -> str:
+        """A prompt, with [V] replaced by the identifier."""
+        return fill_identifier(self.words[f"{kind}_prompt"], self.identifier)
+
+
+@dataclass(frozen=True)
+class TrainOptions(SubjectOptions, MaskFolderOptions):
+    """One mask in, a personalized Stable Diffusion out."""
+
+    # Several subjects, or the one that the options above describe
+    subjects: list[dict[str, Any]] | None = option(
+        None, "several subjects, as a list in YAML: of each, photos, mask, identifier and class (docs/training.md)"
+    )
+    unmasked: bool = option(False, "train on whole photos, background and all")
 
     # The model
     pretrained_model_name_or_path: str = option(
@@ -396,13 +464,15 @@ class TrainOptions(MaskFolderOptions):
     with_prior_preservation: bool = option(False, "also train on pictures of the class, so that it stays various")
     prior_loss_weight: float = option(1.0, "weight of their loss, which is never masked")
     class_data_dir: str | None = option(None, "folder of class pictures; missing ones are generated")
-    class_prompt: str | None = option(None, "default: a <class_name>")
     class_scenes: bool = option(False, 'class images in front of --background_scenes: "a cat in front of a beach"')
     num_class_images: int = option(100, "how many class pictures")
     sample_batch_size: int = option(4, "pictures generated at a time")
 
     # Pictures to tensors
     resolution: int | None = option(None, "side of the training crop in pixels; default: the model's own")
+    aspect_ratio_buckets: str | None = option(
+        None, "crops of several shapes, each photo's nearest: auto, or height,width;height,width and so on"
+    )
     center_crop: bool = option(False, "crop the center instead of a random place that keeps the subject in view")
     random_flip: bool = option(False, "flip half of the crops left to right, at random; not for what is lettered")
     cache_latents: bool = option(
@@ -444,7 +514,6 @@ class TrainOptions(MaskFolderOptions):
     checkpoints_total_limit: int | None = option(None, "keep this many of them; default: all")
     resume_from_checkpoint: str | None = option(None, "latest, or a checkpoint-N folder of this run")
     logging_steps: int = option(5, "steps between lines of metrics.jsonl")
-    validation_prompt: str | None = option(None, "prompt of the samples; default: a [V] <class_name> on a beach")
     num_validation_images: int = option(4, "how many samples; 0 for none")
     validation_steps: int | None = option(None, "steps between samples during training; default: at its end only")
     report_to: Literal["tensorboard", "wandb"] | None = option(None, "also log there: losses, learning rate, samples")
@@ -453,19 +522,10 @@ class TrainOptions(MaskFolderOptions):
 
     def check(self) -> None:
         """Raises `InputError` for options that are missing, out of range or at odds with one another."""
-        if self.instance_dir and self.dataset_name:
-            raise InputError("--instance_dir and --dataset_name exclude one another: give one of them")
-        _require(self, "identifier" if self.dataset_name else "instance_dir", "identifier")
-        sources = [name for name in ("mask", "mask_dir", "unmasked") if getattr(self, name)]
-        if not sources:
-            raise InputError(
-                "no mask: give --mask (one photo's mask), --mask_dir (a mask for every photo), "
-                "or --unmasked to train on whole photos"
-            )
-        if len(sources) > 1:
-            raise InputError(f"--{' and --'.join(sources)} exclude one another: give one of them")
-        if self.reference_image and not self.mask:
-            raise InputError("--reference_image names the photo of --mask, which is missing: give --mask")
+        if self.subjects is None:
+            self.check_subject(self.unmasked)
+        else:
+            self._check_subjects()
         _within(
             self, 1, math.inf, "rank", "num_class_images", "sample_batch_size", "resolution", "max_train_steps",
             "train_batch_size", "gradient_accumulation_steps", "lr_num_cycles", "checkpointing_steps",
@@ -482,6 +542,14 @@ class TrainOptions(MaskFolderOptions):
         _below_one(self, "adam_beta1", "adam_beta2")
         _above_zero(self, "max_grad_norm", "snr_gamma", "lora_alpha")
         super().check()
+        if self.aspect_ratio_buckets not in (None, "auto"):
+            if not re.fullmatch(r"\d+,\d+(;\d+,\d+)*", str(self.aspect_ratio_buckets)):
+                raise InputError(
+                    f"--aspect_ratio_buckets is {self.aspect_ratio_buckets}: "
+                    "give auto, or height,width of each, such as 512,512;448,576"
+                )
+            if self.resolution:
+                raise InputError("--resolution has no effect beside a list of --aspect_ratio_buckets: leave it out")
         if self.lr_scheduler == "polynomial":
             rate, warmup, steps = self.learning_rate, self.lr_warmup_steps, self.max_train_steps
             if rate is not None and rate <= POLYNOMIAL_END:
@@ -504,8 +572,6 @@ class TrainOptions(MaskFolderOptions):
             raise InputError("--background_scenes is empty: give scenes, such as: a beach, a sofa")
         needed = {
             "background_in_prompt": ("--replace_background generated", self.replace_background == "generated"),
-            "image_column": ("--dataset_name", self.dataset_name is not None),
-            "caption_column": ("--dataset_name", self.dataset_name is not None),
             "class_scenes": ("--with_prior_preservation", self.with_prior_preservation),
             "ema_decay": ("--use_ema", self.use_ema),
             "validation_steps": ("--num_validation_images", self.num_validation_images > 0),
@@ -522,24 +588,55 @@ class TrainOptions(MaskFolderOptions):
             if self.given(name) and not there:
                 raise InputError(f"--{name} has no effect: add {other}")
 
-    def given(self, name: str) -> bool:
-        """Whether an option differs from its default."""
-        return bool(getattr(self, name) != getattr(type(self), name))
+    def _check_subjects(self) -> None:
+        """Raises `InputError` for a list of subjects that cannot be told apart, or one of which cannot be used."""
+        for name in [entry.name for entry in fields(SubjectOptions) if self.given(entry.name)]:
+            raise InputError(f"--{name} is of one subject: write it into the list of subjects, beside its other lines")
+        subjects = self.each_subject
+        if not subjects:
+            raise InputError("the list of subjects is empty: leave it out, or write an entry for each")
+        for number, subject in enumerate(subjects, start=1):
+            try:
+                subject.check_subject(self.unmasked)
+            except InputError as error:
+                raise InputError(f"subject {number} ({subject.identifier}): {error}") from None
+            if not _folder_name(subject.identifier):
+                raise InputError(f"subject {number}: identifier is {subject.identifier!r}: give it letters or digits")
+        for second, subject in enumerate(subjects):
+            for first, other in enumerate(subjects[:second]):
+                numbers = f"subjects {first + 1} and {second + 1}"
+                if _folder_name(subject.identifier) == _folder_name(other.identifier):
+                    words = " and ".join(dict.fromkeys((other.identifier, subject.identifier)))
+                    raise InputError(f"{numbers} share the identifier {words}: give each a rare word of its own")
+                if (subject.folder, subject.mask, subject.mask_dir) == (other.folder, other.mask, other.mask_dir):
+                    raise InputError(f"{numbers} have the same photos and masks: give each masks of its own")
+                for outer, inner in ((other.folder, subject.folder), (subject.folder, other.folder)):
+                    if outer in inner.parents:
+                        raise InputError(
+                            f"{numbers}: {inner} lies inside {outer}, whose photos it would add to: "
+                            "give them folders beside one another, or the same one"
+                        )
 
     @property
-    def subject(self) -> str:
-        """The class name, from the name of the folder or the data set where none was given."""
-        return self.class_name or self.source.replace("_", " ").replace("-", " ")
+    def each_subject(self) -> Sequence[SubjectOptions]:
+        """The subjects: those of the list, or the one that the options themselves describe."""
+        return [self] if self.subjects is None else read_subjects(self.subjects)
 
     @property
-    def source(self) -> str:
-        """The name of the photos' folder or data set."""
-        return Path(self.instance_dir or str(self.dataset_name)).resolve().name
+    def validation_prompts(self) -> list[str]:
+        """The prompts of the samples, each once."""
+        return list(dict.fromkeys(subject.prompt("validation") for subject in self.each_subject))
 
     @property
     def scenes(self) -> list[str]:
         """The scenes of background pictures and class images."""
         return split_scenes(self.background_scenes)
+
+    @property
+    def bucket_list(self) -> list[tuple[int, int]]:
+        """Width and height of each bucket that is listed, in pixels; none for auto."""
+        sizes = re.findall(r"(\d+),(\d+)", self.aspect_ratio_buckets or "")
+        return [(int(width), int(height)) for height, width in sizes]
 
     @property
     def optimizer_name(self) -> str:
@@ -549,38 +646,26 @@ class TrainOptions(MaskFolderOptions):
     @property
     def run_dir(self) -> Path:
         """The run's folder."""
-        return Path(self.output_dir or f"outputs/{self.source}")
-
-    @property
-    def prompts(self) -> dict[str, Any]:
-        """The prompts with their defaults filled in, still with [V]."""
-        return {
-            "instance_prompt": self.instance_prompt or f"a [V] {self.subject}",
-            "class_prompt": self.class_prompt or f"a {self.subject}",
-            "validation_prompt": self.validation_prompt or f"a [V] {self.subject} on a beach",
-        }
-
-    def prompt(self, kind: Literal["instance", "class", "validation"]) -> str:
-        """A prompt, with [V] replaced by the identifier."""
-        return fill_identifier(self.prompts[f"{kind}_prompt"], self.identifier)
+        names = dict.fromkeys(subject.source for subject in self.each_subject)
+        return Path(self.output_dir or f"outputs/{'-'.join(names)}")
 
     def resolved(self, resolution: int, mixed_precision: Any, learning_rate: float) -> "TrainOptions":
         """The same options with every default that depends on something filled in.
 
         Args:
-            resolution: the model's own, where none was given.
+            resolution: the model's own, where none was given; of no account where buckets are listed.
             mixed_precision: what accelerate was set up with, where none was given.
             learning_rate: the model family's, which counts where none was given and the optimizer does not find it.
         """
         if self.optimizer == "prodigy":
             learning_rate = 1.0
+        filled = [{**asdict(subject), **subject.words} for subject in read_subjects(self.subjects or [])]
         return replace(
             self,
-            **self.prompts,
-            class_name=self.subject,
+            **({"subjects": filled} if self.subjects else self.words),
             learning_rate=learning_rate if self.learning_rate is None else self.learning_rate,
             output_dir=str(self.run_dir),
-            resolution=resolution,
+            resolution=None if self.bucket_list else resolution,
             mixed_precision=mixed_precision,
         )
 
@@ -596,6 +681,40 @@ def read_config(path: Path) -> dict[str, Any]:
     return options
 
 
+def read_subjects(entries: Any) -> list[SubjectOptions]:
+    """The subjects of a list as in YAML; null stands for a default.
+
+    Raises:
+        InputError: what is no list of entries, an unknown name, a value that is no text.
+    """
+    known = [entry.name for entry in fields(SubjectOptions)]
+    subjects = []
+    for number, entry in enumerate(entries, start=1):
+        if not isinstance(entry, dict):
+            raise InputError(f"subject {number} is {entry!r}: write lines such as instance_dir: cat/")
+        given = {name: value for name, value in entry.items() if value is not None}
+        for name, value in given.items():
+            if name not in known:
+                raise InputError(f"subject {number}: unknown {name}: choose among {', '.join(known)}")
+            if not isinstance(value, str):
+                raise InputError(f"subject {number}: {name} is {value}: give text, in quotes")
+        subjects.append(SubjectOptions(**given))
+    return subjects
+
+
+def saved_subjects(config: dict[str, Any]) -> list[SubjectOptions]:
+    """The subjects of a run, from its saved options."""
+    alone = {entry.name: config.get(entry.name) for entry in fields(SubjectOptions)}
+    return read_subjects(config.get("subjects") or [alone])
+
+
+def mask_folders(subjects: Sequence[SubjectOptions]) -> list[Path]:
+    """Where in a run's folder the masks of each subject lie: `masks`, or of several `masks/<identifier>`."""
+    if len(subjects) == 1:
+        return [Path(MASKS)]
+    return [Path(MASKS) / _folder_name(subject.identifier) for subject in subjects]
+
+
 def split_scenes(scenes: str) -> list[str]:
     """Scenes that commas separate."""
     return [scene.strip() for scene in scenes.split(",") if scene.strip()]
@@ -604,6 +723,11 @@ def split_scenes(scenes: str) -> list[str]:
 def fill_identifier(prompt: str, identifier: str) -> str:
     """Replaces `[V]` in a prompt by the identifier."""
     return prompt.replace("[V]", identifier)
+
+
+def _folder_name(identifier: str) -> str:
+    """An identifier as the name of a folder; two with the same are one word to a tokenizer, or nearly."""
+    return re.sub(r"[\W_]+", "-", identifier.casefold()).strip("-")
 
 
 def _require(options: Any, *names: str) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from persam_dreambooth import page, toy
-from persam_dreambooth.config import TrainOptions
+from persam_dreambooth.config import MASKS, TrainOptions
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.evaluation import background as benchmark
 from persam_dreambooth.evaluation.recipes import BASE, RECIPES
@@ -23,7 +23,7 @@ from persam_dreambooth.evaluation.report import COLUMNS
 from persam_dreambooth.files import check_writable, write_text
 from persam_dreambooth.images import find_photos
 from persam_dreambooth.masks import load_masks
-from persam_dreambooth.personalize import MASKS, personalize
+from persam_dreambooth.personalize import personalize
 from persam_dreambooth.pictures import INK, PAPER, outlined, save_picture
 from persam_dreambooth.toy import world
 

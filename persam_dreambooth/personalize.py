@@ -8,11 +8,12 @@ import logging
 import os
 import shutil
 import subprocess
+from collections import Counter
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
@@ -23,9 +24,12 @@ from persam_dreambooth.config import (
     CONFIG,
     MaskFolderOptions,
     SegmentOptions,
+    SubjectOptions,
     TrainOptions,
     fill_identifier,
+    mask_folders,
     read_config,
+    saved_subjects,
 )
 from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.extras import check_installed
@@ -55,7 +59,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MASKS = "masks"
 LOGS = "logs"
 SHARDING = {
     "ACCELERATE_USE_FSDP": "FSDP",
@@ -105,6 +108,7 @@ def personalize(options: TrainOptions) -> Path:
     """
     options.check()
     given = _read_input(options)
+    from persam_dreambooth.dreambooth.buckets import open_buckets
     from persam_dreambooth.dreambooth.checkpoint import find_checkpoint
     from persam_dreambooth.dreambooth.hub import check_login
     from persam_dreambooth.dreambooth.optimizers import check_optimizer
@@ -123,30 +127,67 @@ def personalize(options: TrainOptions) -> Path:
     accelerator = _accelerator(options)
     family = open_family(options, given.base, frozen_dtype(accelerator))
     resolution = check_resolution(options, family)
+    buckets = open_buckets(options, family, resolution)
     options = options.resolved(resolution, accelerator.mixed_precision, family.learning_rates[options.method])
 
-    masks = given.drawn
-    crops = None if given.reference else _crops(options, given.photos, masks, resolution)
+    cut = {
+        "resolution": resolution,
+        "center_crop": options.center_crop,
+        "random_flip": options.random_flip,
+        "buckets": buckets,
+        "alike": options.train_batch_size if buckets else 1,
+    }
+    crops = [None if album.reference else _crops(options, album, album.drawn, cut) for album in given.albums]
     accelerator.wait_for_everyone()  # all have looked at the folders before one writes
     if accelerator.is_main_process:
-        _write_masks(options, given)
+        _write_masks(options, given.albums)
     accelerator.wait_for_everyone()
-    if not options.unmasked:
-        masks = load_masks(run_dir / MASKS, given.photos)
-    crops = crops or _crops(options, given.photos, masks, resolution)
-    if masks and accelerator.is_main_process:
-        save_picture(overview(masks), run_dir / "overview.png")
-    class_crops = _class_crops(options, family, accelerator, given.class_dir, resolution)
-    crops.backgrounds = _backgrounds(options, family, accelerator, given.background_dir, resolution)
+    masks = [[] if options.unmasked else load_masks(album.mask_dir, album.photos) for album in given.albums]
+    all_masks = [mask for of_one in masks for mask in of_one]
+    whole, *others = [
+        known or _crops(options, album, of_one, cut)
+        for known, album, of_one in zip(crops, given.albums, masks, strict=True)
+    ]
+    for other in others:
+        whole.add(other)
+    if buckets:
+        counts = [f"{width} x {height} ({count})" for (width, height), count in Counter(whole.sizes).items()]
+        logger.info("crops of so many photos, width x height: %s", ", ".join(counts))
+    if all_masks and accelerator.is_main_process:
+        whose = [album.subject.identifier for album in given.albums for _ in album.photos] if others else None
+        save_picture(overview(all_masks, whose), run_dir / "overview.png")
+    class_crops = _class_crops(options, family, accelerator, given.class_dir, whole)
+    whole.backgrounds = _backgrounds(options, family, accelerator, given.background_dir)
 
     if options.report_to:
         described = {name: str(value) for name, value in asdict(options).items()}
         accelerator.init_trackers("persam-dreambooth", described, {"wandb": {"name": run_dir.name, "dir": run_dir}})
-    train(options, family, crops, class_crops, run_dir, accelerator, resume_from)
+    train(options, family, whole, class_crops, run_dir, accelerator, resume_from)
     if accelerator.is_main_process:
-        _finish(options, family, accelerator, masks, crops, given.base)
+        _finish(options, family, accelerator, all_masks, whole, given.base)
     accelerator.end_training()
     return run_dir
+
+
+@dataclass(frozen=True)
+class Album:
+    """One subject's photos, and what is known of their masks.
+
+    Args:
+        subject: as given.
+        photos: all photos.
+        reference: the photo whose mask was given, where masks are to be made.
+        drawn: the masks of all photos, where a folder of them was given.
+        mask_dir: where its masks are in the run's folder.
+        label: what messages about it begin with; nothing where it is the only one.
+    """
+
+    subject: SubjectOptions
+    photos: list[Photo]
+    reference: Reference | None
+    drawn: list[PhotoMask]
+    mask_dir: Path
+    label: str
 
 
 @dataclass(frozen=True)
@@ -154,50 +195,76 @@ class Input:
     """What a run is given, looked at before anything is written.
 
     Args:
-        photos: all photos.
-        reference: the photo whose mask was given, where masks are to be made.
-        drawn: the masks of all photos, where a folder of them was given.
+        albums: of each subject.
         class_dir: the folder of class images.
         background_dir: the folder of background pictures.
         base: the base model, as `from_pretrained` takes it.
     """
 
-    photos: list[Photo]
-    reference: Reference | None
-    drawn: list[PhotoMask]
+    albums: list[Album]
     class_dir: Path
     background_dir: Path
     base: str
 
 
 def _read_input(options: TrainOptions) -> Input:
-    run_dir, instance_dir = options.run_dir, Path(str(options.instance_dir))
-    if options.dataset_name:
-        instance_dir = photo_folder(options.dataset_name, options.image_column, options.caption_column)
-    mask_path = Path(options.mask) if options.mask else None
-    mask_dir = Path(options.mask_dir) if options.mask_dir else None
+    run_dir, subjects = options.run_dir, options.each_subject
     class_dir = Path(options.class_data_dir) if options.class_data_dir else run_dir / "class_images"
     background_dir = Path(options.background_dir) if options.background_dir else run_dir / "backgrounds"
-    apart = {"masks": mask_dir, "class pictures": class_dir, "backgrounds": background_dir}
-    for what, folder in apart.items():
-        if folder and folder.resolve() == instance_dir.resolve():
-            raise InputError(f"{folder} is the folder of the photos too: put the {what} into a folder of their own")
-    others = (mask_path, run_dir, *apart.values())
-    photos = find_photos(instance_dir, tuple(path for path in others if path))
-    check_names(photos)
-    check_shapes(photos)
-    read_prompts(photos, "")  # broken captions are told of before anything is written
-    reference = _find_reference(photos, instance_dir, mask_path, options.reference_image) if mask_path else None
-    drawn = load_masks(mask_dir, photos) if mask_dir else []
+    apart = [("masks", Path(subject.mask_dir)) for subject in subjects if subject.mask_dir]
+    apart += [("class pictures", class_dir), ("backgrounds", background_dir)]
+    no_photos = (*(Path(subject.mask) for subject in subjects if subject.mask), run_dir)
+    albums = [
+        _read_album(subject, run_dir / folder, apart, no_photos, f"{subject.identifier}: " if len(subjects) > 1 else "")
+        for subject, folder in zip(subjects, mask_folders(subjects), strict=True)
+    ]
+    _check_captions(albums)
     _check_output(run_dir, resuming=bool(options.resume_from_checkpoint))
     if options.with_prior_preservation:
-        _check_base_pictures(class_dir)
+        _check_base_pictures(class_dir, described=len(_class_prompts(options)) > 1)
     if options.replace_background == "generated":
         _check_base_pictures(background_dir, described=options.background_in_prompt)
     base = models.resolve(options.pretrained_model_name_or_path, "stable-diffusion", options.revision)
-    if reference:
+    if any(album.reference for album in albums):
         models.resolve(options.sam_model, "sam")
-    return Input(photos, reference, drawn, class_dir, background_dir, base)
+    return Input(albums, class_dir, background_dir, base)
+
+
+def _read_album(
+    subject: SubjectOptions, mask_dir: Path, apart: list[tuple[str, Path]], no_photos: tuple[Path, ...], label: str
+) -> Album:
+    """Looks at a subject's photos and masks.
+
+    Args:
+        subject: as given.
+        mask_dir: as of `Album`.
+        apart: what else lies in which folder, of any subject; none of these may be the photos' own.
+        no_photos: files and folders beside them that hold no photos either.
+        label: as of `Album`.
+    """
+    folder = Path(str(subject.instance_dir))
+    if subject.dataset_name:
+        folder = photo_folder(subject.dataset_name, subject.image_column, subject.caption_column)
+    for what, other in apart:
+        if other.resolve() == folder.resolve():
+            raise InputError(f"{other} is the folder of the photos too: put the {what} into a folder of their own")
+    photos = find_photos(folder, (*no_photos, *(other for _, other in apart)))
+    check_names(photos)
+    check_shapes(photos)
+    read_prompts(photos, "")  # broken captions are told of before anything is written
+    reference = _find_reference(photos, folder, Path(subject.mask), subject.reference_image) if subject.mask else None
+    drawn = load_masks(Path(subject.mask_dir), photos) if subject.mask_dir else []
+    return Album(subject, photos, reference, drawn, mask_dir, label)
+
+
+def _check_captions(albums: list[Album]) -> None:
+    """Raises `InputError` for a caption of several subjects' photo that says [V], since it would name each of them."""
+    for album in albums:
+        named = [other.subject.identifier for other in albums if other.subject.folder == album.subject.folder]
+        for photo, text in zip(album.photos, read_prompts(album.photos, ""), strict=True):
+            if len(named) > 1 and "[V]" in text:
+                words = " or ".join(named)
+                raise InputError(f"the caption of {photo.path} says [V], which may be {words}: write which is meant")
 
 
 def _check_base_pictures(folder: Path, described: bool = False) -> None:
@@ -315,6 +382,12 @@ def _check_same_model(options: TrainOptions, run_dir: Path) -> None:
     before = read_config(run_dir / CONFIG)
     shapes = ("method", "rank", "lora_alpha", "lora_targets", "use_dora", "train_text_encoder")
     states = ("use_ema", "optimizer", "use_8bit_adam")
+    if mask_folders(saved_subjects(before)) != mask_folders(options.each_subject):
+        names = " and ".join(subject.identifier for subject in saved_subjects(before))
+        raise InputError(
+            f"{run_dir} was trained on other subjects ({names}): "
+            "go on with these, or choose another folder with --output_dir"
+        )
     for name in (*shapes, *states, "pretrained_model_name_or_path", "revision"):
         now = getattr(options, name)
         if name in before and before[name] != now:
@@ -324,19 +397,24 @@ def _check_same_model(options: TrainOptions, run_dir: Path) -> None:
             )
 
 
-def _write_masks(options: TrainOptions, given: Input) -> None:
-    """Writes the run's options and its mask folder; a resumed run keeps the masks it has."""
-    folder = options.run_dir / MASKS
-    segmenter = None
-    if given.reference and not all(load_mask(folder, photo) for photo in given.photos):
-        segmenter = _open_segmenter(options)
+def _write_masks(options: TrainOptions, albums: list[Album]) -> None:
+    """Writes the run's options and its mask folders; a resumed run keeps the masks it has."""
+    missing = [
+        (album, album.reference)
+        for album in albums
+        if album.reference and not all(load_mask(album.mask_dir, photo) for photo in album.photos)
+    ]
+    segmenter = _open_segmenter(options) if missing else None
     _note_options(options)
-    if segmenter and given.reference:
+    if segmenter:
         from persam_dreambooth.segmentation.folder import segment_folder
 
-        segment_folder(given.photos, [given.reference], segmenter, folder, absent=options.absent)
-    for item in given.drawn:
-        save_mask(folder, item.record, item.mask)
+        for album, reference in missing:
+            logger.info("%smasks are made from that of %s", album.label, reference[0].name)
+            segment_folder(album.photos, [reference], segmenter, album.mask_dir, absent=options.absent)
+    for album in albums:
+        for item in album.drawn:
+            save_mask(album.mask_dir, item.record, item.mask)
 
 
 def _note_options(options: TrainOptions) -> None:
@@ -362,86 +440,107 @@ def _commit() -> str:
     return f" (commit {asked.stdout.strip()})" if asked.returncode == 0 else ""
 
 
-def _crops(options: TrainOptions, photos: list[Photo], masks: list[PhotoMask], resolution: int) -> "Crops":
-    """What to train on; says how many masks are used and what they cover.
+def _crops(options: TrainOptions, album: Album, masks: list[PhotoMask], cut: dict[str, Any]) -> "Crops":
+    """What to train a subject on; says how many masks are used and what they cover.
 
-    Photos that were skipped, and photos with an empty mask, are left out.
+    Photos that were skipped, and photos with an empty mask, are left out. `cut` says how crops are made, as `Crops`
+    takes it.
     """
     from persam_dreambooth.dreambooth.data import Crops
 
-    cut = (resolution, options.center_crop, options.seed)
+    photos, label, seed = album.photos, album.label, options.seed
     if options.unmasked:
-        logger.warning("training on %d whole photos, without masks: their backgrounds will be learned too", len(photos))
-        return Crops(photos, None, *cut, _captions(options, photos), random_flip=options.random_flip)
+        logger.warning(
+            "%straining on %d whole photos, without masks: their backgrounds will be learned too", label, len(photos)
+        )
+        return Crops(photos, None, seed=seed, prompts=_captions(album, photos), **cut)
     used = [item for item in masks if item.mask.any()]
     if not used:
         if any(SKIPPED in item.record.flags for item in masks):
             raise InputError(
-                "the subject was found in no photo: train with --absent warn into another folder, or draw the masks "
-                "and give their folder as --mask_dir"
+                f"{label}the subject was found in no photo: train with --absent warn into another folder, or draw the "
+                "masks and give their folder as --mask_dir"
             )
-        raise InputError("every mask is empty (all black): paint the subject white, and give the folder as --mask_dir")
+        raise InputError(
+            f"{label}every mask is empty (all black): paint the subject white, and give the folder as --mask_dir"
+        )
     if len(used) == 1 < len(masks):
-        logger.warning("%s is the only photo left to train on", used[0].photo.name)
+        logger.warning("%s%s is the only photo left to train on", label, used[0].photo.name)
     for item in masks:
+        name = f"{label}{item.photo.name}"
         if SKIPPED in item.record.flags:
-            logger.warning("%s: the subject was not found there, so it is not trained on", item.photo.name)
+            logger.warning("%s: the subject was not found there, so it is not trained on", name)
         elif not item.mask.any():
-            logger.warning("%s: its mask is empty, so it is not trained on", item.photo.name)
+            logger.warning("%s: its mask is empty, so it is not trained on", name)
         elif item.mask.all():
-            logger.warning("%s: its mask covers the whole photo, so its background will be learned", item.photo.name)
+            logger.warning("%s: its mask covers the whole photo, so its background will be learned", name)
     covered = [100 * item.record.coverage for item in used]
     logger.info(
-        "%d masks for %d photos; they cover %.0f %% to %.0f %% of a photo, %.0f %% on average",
-        len(used), len(photos), min(covered), max(covered), np.mean(covered),
+        "%s%d masks for %d photos; they cover %.0f %% to %.0f %% of a photo, %.0f %% on average",
+        label, len(used), len(photos), min(covered), max(covered), np.mean(covered),
     )  # fmt: skip
     crops = Crops(
         [item.photo for item in used],
         [item.mask for item in used],
-        *cut,
-        _captions(options, [item.photo for item in used]),
+        seed=seed,
+        prompts=_captions(album, [item.photo for item in used]),
         unmasked_probability=options.unmasked_probability,
-        random_flip=options.random_flip,
+        **cut,
     )
     lost = ", ".join(crops.lost_subjects())
     if lost:
-        hint = ", and go on with --resume_from_checkpoint latest, which keeps the masks" if options.mask else ""
+        hint = ", and go on with --resume_from_checkpoint latest, which keeps the masks" if album.reference else ""
         if options.center_crop:
-            raise InputError(f"the center crop misses the subject of {lost}: leave out --center_crop{hint}")
-        raise InputError(f"at {resolution} pixels nothing is left of the mask of {lost}: raise --resolution{hint}")
+            raise InputError(f"{label}the center crop misses the subject of {lost}: leave out --center_crop{hint}")
+        where, more = f"at {crops.resolution} pixels", "raise --resolution"
+        if options.bucket_list:
+            where, more = "in its bucket", "give larger --aspect_ratio_buckets"
+        raise InputError(f"{label}{where} nothing is left of the mask of {lost}: {more}{hint}")
     return crops
 
 
-def _captions(options: TrainOptions, photos: list[Photo]) -> list[str]:
+def _captions(album: Album, photos: list[Photo]) -> list[str]:
     """What each photo is trained with: its own caption, with [V] filled in, or the instance prompt."""
-    own = read_prompts(photos, "")
-    captions = [fill_identifier(text, options.identifier) or options.prompt("instance") for text in own]
+    subject, own = album.subject, read_prompts(photos, "")
+    captions = [fill_identifier(text, subject.identifier) or subject.prompt("instance") for text in own]
     if any(own):
-        logger.info("%d of %d photos have captions of their own", sum(map(bool, own)), len(photos))
-    nameless = [photo.name for photo, text in zip(photos, captions, strict=True) if options.identifier not in text]
+        logger.info("%s%d of %d photos have captions of their own", album.label, sum(map(bool, own)), len(photos))
+    nameless = [photo.name for photo, text in zip(photos, captions, strict=True) if subject.identifier not in text]
     if nameless:
-        logger.warning("not named %s in the captions of %s: write [V] there", options.identifier, ", ".join(nameless))
+        logger.warning("not named %s in the captions of %s: write [V] there", subject.identifier, ", ".join(nameless))
     return captions
 
 
+def _class_prompts(options: TrainOptions) -> list[str]:
+    """The class prompts of all subjects, each once."""
+    return list(dict.fromkeys(subject.prompt("class") for subject in options.each_subject))
+
+
 def _class_crops(
-    options: TrainOptions, family: "Family", accelerator: "Accelerator", folder: Path, resolution: int
+    options: TrainOptions, family: "Family", accelerator: "Accelerator", folder: Path, photos: "Crops"
 ) -> "Crops | None":
-    """The class images for prior preservation, generated where they are missing; None without it."""
+    """The class images for prior preservation, generated where they are missing; None without it.
+
+    They are cut as `photos`, to whose crops theirs are paired.
+    """
     if not options.with_prior_preservation:
         return None
     from persam_dreambooth.dreambooth.backgrounds import in_front_of
     from persam_dreambooth.dreambooth.data import CLASS_SEED, Crops
 
-    prompt = options.prompt("class")
-    prompts = [in_front_of(prompt, scene) for scene in options.scenes] if options.class_scenes else [prompt]
-    pictures = _base_pictures(options, family, accelerator, prompts, folder, options.num_class_images, "class", prompt)
-    cut = (resolution, options.center_crop, options.seed + CLASS_SEED)
-    return Crops(pictures, None, *cut, read_prompts(pictures, prompt), random_flip=options.random_flip)
+    prompts = _class_prompts(options)
+    default = prompts[0] if len(prompts) == 1 else None  # of several, a text beside each picture says which
+    if options.class_scenes:
+        prompts = [in_front_of(prompt, scene) for scene in options.scenes for prompt in prompts]
+    pictures = _base_pictures(options, family, accelerator, prompts, folder, options.num_class_images, "class", default)
+    cut = (photos.resolution, options.center_crop, options.seed + CLASS_SEED)
+    crops = Crops(pictures, None, *cut, read_prompts(pictures, default or ""), random_flip=options.random_flip)
+    crops.shaped_like = photos
+    return crops
 
 
 def _backgrounds(
-    options: TrainOptions, family: "Family", accelerator: "Accelerator", folder: Path, resolution: int
+    options: TrainOptions, family: "Family", accelerator: "Accelerator", folder: Path
 ) -> "Backgrounds | None":
     """What replaces the photos' backgrounds, if anything; pictures of scenes are generated where they are missing."""
     if options.replace_background == "no":
@@ -449,11 +548,11 @@ def _backgrounds(
     from persam_dreambooth.dreambooth.backgrounds import Backgrounds
 
     if options.replace_background != "generated":
-        return Backgrounds(options.replace_background, resolution)
+        return Backgrounds(options.replace_background)
     count = options.num_background_images
     pictures = _base_pictures(options, family, accelerator, options.scenes, folder, count, "background")
     places = read_prompts(pictures, "") if options.background_in_prompt else None
-    return Backgrounds("generated", resolution, pictures, places)
+    return Backgrounds("generated", pictures, places)
 
 
 def _base_pictures(
@@ -508,10 +607,10 @@ def _finish(
             load_pipeline(base, options.revision, options.variant, **trained).save_pretrained(folder)
     notice = notice_of(options.pretrained_model_name_or_path)
     if options.num_validation_images:
-        prompt = options.prompt("validation")
         painter = pipeline.to(accelerator.device, frozen_dtype(accelerator))
-        images = sample(painter, prompt, options.num_validation_images, options.seed)
-        save_samples(images, prompt, options.seed, run_dir / SAMPLES, notice)
+        for prompt in options.validation_prompts:
+            images = sample(painter, prompt, options.num_validation_images, options.seed)
+            save_samples(images, prompt, options.seed, run_dir / SAMPLES, notice)
     write_text(run_dir / "README.md", model_card(options, masks, crops, final_loss(run_dir), family.tags, notice))
     if options.push_to_hub:
         logger.info("uploaded to %s", push(options, pipeline))

@@ -25,17 +25,20 @@ SCALE = 18
 """Height of a heat map's scale, in pixels."""
 
 
-def overview(photo_masks: list[PhotoMask]) -> Image.Image:
-    """Every photo with its mask's outline, the rest dimmed; below it coverage, presence, and what made the mask."""
+def overview(photo_masks: list[PhotoMask], subjects: list[str] | None = None) -> Image.Image:
+    """Every photo with its mask's outline, the rest dimmed; below it coverage, presence, and what made the mask.
+
+    Where there are several subjects, `subjects` says whose mask each is.
+    """
     tiles, captions, alarms = [], [], []
-    for item in photo_masks:
+    for number, item in enumerate(photo_masks):
         record = item.record
         facts = f"{record.coverage:.0%} covered"
         if record.presence is not None:
             facts += f", presence {record.presence:.2f}"
         maker = f"{record.method}, SAM: {record.model}" if record.model else record.method
         tiles.append(outlined(item.photo.read(), item.mask))
-        captions.append([record.photo, facts, maker])
+        captions.append([f"{subjects[number]}: {record.photo}" if subjects else record.photo, facts, maker])
         alarms.append(", ".join(record.flags))
     return grid(tiles, captions, alarms)
 

@@ -50,13 +50,13 @@ def backgrounds(request, pictures):
     return drawn_by(request.param, pictures)
 
 
-def drawn_by(kind, pictures, places=None, resolution=RESOLUTION):
-    return Backgrounds(kind, resolution, pictures if kind == "generated" else None, places)
+def drawn_by(kind, pictures, places=None):
+    return Backgrounds(kind, pictures if kind == "generated" else None, places)
 
 
-def draw(backgrounds, seed, number, prompt="a sks duck"):
+def draw(backgrounds, seed, number, prompt="a sks duck", side=RESOLUTION):
     """The background (3, R, R) of a sample in -1..1, and its prompt."""
-    drawn, prompt = backgrounds.draw(np.random.default_rng([seed, BACKGROUND, number]), prompt)
+    drawn, prompt = backgrounds.draw(np.random.default_rng([seed, BACKGROUND, number]), prompt, (side, side))
     return torch.from_numpy(drawn.astype(np.float32)).permute(2, 0, 1) / 127.5 - 1, prompt
 
 
@@ -143,7 +143,7 @@ def test_a_color_is_one_of_all_flat_colors():
 
 def test_noise_is_smooth_and_colored_and_fills_the_crop():
     for resolution in (32, 512):
-        drawn = [as_bytes(draw(drawn_by("noise", None, resolution=resolution), 0, number)[0]) for number in range(5)]
+        drawn = [as_bytes(draw(drawn_by("noise", None), 0, number, side=resolution)[0]) for number in range(5)]
         for picture in drawn:
             picture = picture.astype(float)
             assert picture.shape == (resolution, resolution, 3)

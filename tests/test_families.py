@@ -73,8 +73,8 @@ def paint(pipeline):
     return np.asarray(pipeline("a sks duck", **settings).images[0], dtype=np.int16)
 
 
-def two_photos(photos):
-    crops = training_crops(photos)
+def two_photos(photos, **options):
+    crops = training_crops(photos, **options)
     return default_collate([crops[0], crops[1]])
 
 
@@ -108,7 +108,7 @@ def test_a_family_knows_its_geometry(model):
     assert family.native_resolution == SIDE
     assert family.granularity == 8
     channels = 8 if model.name.startswith("sd3") else 4
-    assert family.latent_shape(32) == (channels, 8, 8)
+    assert family.latent_shape(32, 32) == (channels, 8, 8)
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux"])
@@ -168,7 +168,9 @@ def test_latents_are_packed_as_the_pipeline_packs_them():
 def noised(pipeline, batch, number, position, draw_timestep):
     """A sample's noisy latents, timestep and what is to be predicted, written out for each kind of model."""
     channels = pipeline.vae.config.latent_channels
-    vae_noise, noise, step = sample_noise(0, [number], (channels, 8, 8), draw_timestep)
+    vae_noise, noise, step = sample_noise(
+        0, [number], (channels, *(side // 4 for side in batch["pixels"].shape[-2:])), draw_timestep
+    )
     posterior = pipeline.vae.encode(batch["pixels"][position : position + 1]).latent_dist
     latents = posterior.mean + posterior.std * vae_noise
     latents = (latents - (pipeline.vae.config.shift_factor or 0)) * pipeline.vae.config.scaling_factor
@@ -181,19 +183,20 @@ def noised(pipeline, batch, number, position, draw_timestep):
 
 def answer(pipeline, noisy, step, crop):
     """The denoiser's answer as the pipeline asks for it."""
+    rows, columns = noisy.shape[-2:]
     if isinstance(pipeline, FluxPipeline):
         states, pooled, text_ids = pipeline.encode_prompt("a sks duck")
         packed = pipeline._pack_latents(noisy, *noisy.shape)
-        ids = pipeline._prepare_latent_image_ids(1, 4, 4, "cpu", torch.float32)
+        ids = pipeline._prepare_latent_image_ids(1, rows // 2, columns // 2, "cpu", torch.float32)
         guidance = torch.ones(1) if pipeline.transformer.config.guidance_embeds else None
         predicted = pipeline.transformer(
             packed, states, pooled, step / 1000, img_ids=ids, txt_ids=text_ids, guidance=guidance
         ).sample
-        return pipeline._unpack_latents(predicted, 32, 32, pipeline.vae_scale_factor)
+        return pipeline._unpack_latents(predicted, 4 * rows, 4 * columns, pipeline.vae_scale_factor)
     if hasattr(pipeline, "unet"):
         states, _, pooled, _ = pipeline.encode_prompt("a sks duck", do_classifier_free_guidance=False)
         height, width, top, left = crop.tolist()
-        ids = pipeline._get_add_time_ids((height, width), (top, left), (32, 32), torch.float32, 24)
+        ids = pipeline._get_add_time_ids((height, width), (top, left), (4 * rows, 4 * columns), torch.float32, 24)
         return pipeline.unet(
             noisy, step, encoder_hidden_states=states, added_cond_kwargs={"text_embeds": pooled, "time_ids": ids}
         ).sample
@@ -203,20 +206,36 @@ def answer(pipeline, noisy, step, crop):
     return pipeline.transformer(noisy, states, pooled, step).sample
 
 
-@every_checkpoint
-def test_first_loss_is_the_formula_worked_out_with_plain_diffusers(runs, photos, model):
-    run = runs(pretrained_model_name_or_path=model, train_batch_size=2)
-    batch, pipeline, expected = two_photos(photos), plain_pipeline(model), []
+def first_loss(batch, model):
+    """What the first step's loss is, written out."""
+    pipeline, expected = plain_pipeline(model), []
     family = registry.open_family(TrainOptions(), str(model), torch.float32)
     for number in (0, 1):
         with torch.no_grad():
             noisy, step, aim = noised(pipeline, batch, number, number, family.draw_timestep)
             error = ((answer(pipeline, noisy, step, batch["crop"][number]) - aim) ** 2).double().numpy()[0]
-        mask = batch["mask"][number, 0].double().numpy().reshape(8, 4, 8, 4).mean(axis=(1, 3))
+        rows, columns = noisy.shape[-2:]
+        mask = batch["mask"][number, 0].double().numpy().reshape(rows, 4, columns, 4).mean(axis=(1, 3))
         assert 0 < mask.mean() < 1
         expected.append((mask * error).sum() / (len(error) * mask.sum()))
+    return np.mean(expected)
+
+
+@every_checkpoint
+def test_first_loss_is_the_formula_worked_out_with_plain_diffusers(runs, photos, model):
+    run = runs(pretrained_model_name_or_path=model, train_batch_size=2)
     # float32 against float64 in the sums, other batches in the products.
-    assert column(run)[0] == pytest.approx(np.mean(expected), rel=1e-5)
+    assert column(run)[0] == pytest.approx(first_loss(two_photos(photos), model), rel=1e-5)
+
+
+@every_family
+def test_first_loss_in_a_bucket_is_the_formula_worked_out_with_plain_diffusers(runs, photos, model):
+    """Positions, sizes that the model is told, and shifts of timesteps are those of a crop 32 wide and 48 high."""
+    options = {"aspect_ratio_buckets": "48,32", "resolution": None, "max_train_steps": 1}
+    run = runs(pretrained_model_name_or_path=model, train_batch_size=2, **options)
+    batch = two_photos(photos, buckets=[(32, 48)], alike=2)
+    assert batch["pixels"].shape == (2, 3, 48, 32)
+    assert column(run)[0] == pytest.approx(first_loss(batch, model), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["sdxl"])
@@ -238,7 +257,7 @@ def test_the_crop_matters_to_a_model_that_is_told_of_it(photos, model):
 @pytest.mark.parametrize(("name", "shift"), [("sd3", 3.0), ("flux", None), ("flux-schnell", 1.0)])
 def test_timesteps_are_logit_normal_and_shifted_as_when_painting(model, shift):
     family = registry.open_family(TrainOptions(), str(model), torch.float32)
-    for shape, patches in (((4, 128, 128), 4096), ((4, 32, 32), 256)):
+    for shape, patches in (((4, 128, 128), 4096), ((4, 16, 64), 256)):
         generators = [torch.Generator().manual_seed(number) for number in range(2000)]
         steps = torch.cat([family.draw_timestep(generator, shape) for generator in generators])
         part = steps.double().numpy() / 1000
@@ -258,7 +277,7 @@ def test_timesteps_are_logit_normal_and_shifted_as_when_painting(model, shift):
 @every_family
 def test_timesteps_depend_on_seed_and_number_not_on_the_place_in_the_batch(model):
     family = registry.open_family(TrainOptions(), str(model), torch.float32)
-    shape = family.latent_shape(32)
+    shape = family.latent_shape(32, 32)
     together = sample_noise(5, [9, 3, 9, 0], shape, family.draw_timestep)
     for place, number in enumerate([9, 3, 9, 0]):
         torch.manual_seed(place)
@@ -328,7 +347,7 @@ def test_stopped_and_resumed_run_equals_the_uninterrupted_one(runs, model, optio
 def test_a_training_step_learns_nothing_from_outside_the_mask(photos, model):
     family, embeddings = watched_family(model=model)
     batch = two_photos(photos)
-    channels = family.latent_shape(32)[0]
+    channels = family.latent_shape(32, 32)[0]
     outside = (latent_mask(batch["mask"], (8, 8)) == 0).expand(-1, channels, -1, -1)
     assert 0.1 < outside.float().mean() < 0.9
     loss = batch_losses(TrainOptions(), family, batch, None, embeddings)["loss"]
@@ -369,7 +388,7 @@ def test_the_base_is_the_model_before_training_to_the_bit(photos, model, method)
     change(family)
     assert batch_losses(options, family, batch, None, embeddings)["preservation_loss"] > 1e-6
     before = registry.open_family(TrainOptions(), str(model), torch.float32)
-    vae_noise, noise, steps = sample_noise(0, [0, 1], family.latent_shape(32), family.draw_timestep)
+    vae_noise, noise, steps = sample_noise(0, [0, 1], family.latent_shape(32, 32), family.draw_timestep)
     noisy = family.add_noise(family.encode_images(batch["pixels"], vae_noise), noise, steps)
     noisy = noisy.contiguous()  # where channels lie last, modes of training and not round otherwise
     inputs = noisy, steps, Embeddings.stack([embeddings[prompt] for prompt in batch["prompt"]]), batch["crop"]

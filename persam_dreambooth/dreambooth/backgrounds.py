@@ -1,6 +1,6 @@
 """Other backgrounds for the masked subject: the strongest use of a mask is to replace what lies outside of it.
 
-Shapes: R training crop.
+Shapes: H W training crop.
 """
 
 from typing import Literal
@@ -24,7 +24,6 @@ class Backgrounds:
 
     Args:
         kind: `color` (one flat color), `noise` (smooth, colored), or `generated` (crops of pictures).
-        resolution: side R of what is drawn, in pixels.
         pictures: the pictures of `generated`.
         places: what each picture shows, such as "a beach", where prompts shall tell it; else None.
     """
@@ -32,38 +31,43 @@ class Backgrounds:
     def __init__(
         self,
         kind: Literal["color", "noise", "generated"],
-        resolution: int,
         pictures: list[Photo] | None = None,
         places: list[str] | None = None,
     ) -> None:
         self.kind = kind
-        self.resolution = resolution
         self.pictures = pictures or []
         self.places = places
-        self._resized: dict[int, Image.Image] = {}
+        self._resized: dict[tuple[int, tuple[int, int]], Image.Image] = {}
 
-    def draw(self, random: np.random.Generator, prompt: str) -> tuple[np.ndarray, str]:
-        """Draws one: (R, R, 3) uint8, and the prompt of a picture whose subject stands in front of it."""
-        side = self.resolution
+    def draw(self, random: np.random.Generator, prompt: str, size: tuple[int, int]) -> tuple[np.ndarray, str]:
+        """Draws one of (width, height) in pixels.
+
+        Returns:
+            The background (H, W, 3) uint8, and the prompt of a picture whose subject stands in front of it.
+        """
+        width, height = size
         if self.kind == "color":
-            return np.broadcast_to(random.integers(0, 256, 3, dtype=np.uint8), (side, side, 3)), prompt
+            return np.broadcast_to(random.integers(0, 256, 3, dtype=np.uint8), (height, width, 3)), prompt
         if self.kind == "noise":
             cells = Image.fromarray(random.integers(0, 256, (NOISE_CELLS, NOISE_CELLS, 3), dtype=np.uint8))
-            return np.asarray(cells.resize((side, side), Image.Resampling.BICUBIC)), prompt
+            return np.asarray(cells.resize(size, Image.Resampling.BICUBIC)), prompt
         index = int(random.integers(len(self.pictures)))
-        picture = self._picture(index)
-        left, top = (int(random.integers(size - side, endpoint=True)) for size in picture.size)
-        crop = np.asarray(picture.crop((left, top, left + side, top + side)))
+        picture = self._picture(index, size)
+        left = int(random.integers(picture.width - width, endpoint=True))
+        top = int(random.integers(picture.height - height, endpoint=True))
+        crop = np.asarray(picture.crop((left, top, left + width, top + height)))
         return crop, in_front_of(prompt, self.places[index]) if self.places else prompt
 
     def all_prompts(self, prompt: str) -> list[str]:
         """Every prompt that `draw` may make of one."""
         return [in_front_of(prompt, place) for place in dict.fromkeys(self.places)] if self.places else [prompt]
 
-    def _picture(self, index: int) -> Image.Image:
-        """A picture with its short side at the resolution."""
-        if index not in self._resized:
+    def _picture(self, index: int, size: tuple[int, int]) -> Image.Image:
+        """A picture, as small as it can be to cover a size."""
+        if (index, size) not in self._resized:
             picture = self.pictures[index].read()
-            size = [round(side * self.resolution / min(picture.size)) for side in picture.size]
-            self._resized[index] = picture.resize((size[0], size[1]), Image.Resampling.BILINEAR)
-        return self._resized[index]
+            wide = picture.width * size[1] >= picture.height * size[0]
+            now, wanted = (picture.height, size[1]) if wide else (picture.width, size[0])
+            width, height = (round(side * wanted / now) for side in picture.size)
+            self._resized[index, size] = picture.resize((width, height), Image.Resampling.BILINEAR)
+        return self._resized[index, size]

@@ -1,9 +1,10 @@
 """The model card: what a run's folder holds and how to use it."""
 
 import json
+from collections.abc import Sequence
 
 from persam_dreambooth import __version__
-from persam_dreambooth.config import TrainOptions
+from persam_dreambooth.config import SubjectOptions, TrainOptions
 from persam_dreambooth.dreambooth.data import Crops
 from persam_dreambooth.masks import PhotoMask
 
@@ -24,7 +25,7 @@ tags:
 {base}, personalized with {method_words} on {photos} photos by
 persam-dreambooth {version}: {how}.
 
-In prompts the subject is `{identifier} {subject}`; it was trained on "{instance}".
+{words}
 
 ```bash
 persam-dreambooth generate "a [V] {subject} on a beach" --model {folder}
@@ -66,30 +67,43 @@ def model_card(
         covered = [item.record.coverage for item in masks if item.mask.any()]
         how = f"{_use_of_masks(options)} (masks: {', '.join(sorted({item.record.method for item in masks}))})"
         coverage = f"{len(covered)}, covering {min(covered):.0%} to {max(covered):.0%} of a photo"
+    subjects = options.each_subject
     return CARD.format(
         base=options.pretrained_model_name_or_path,
-        instance=options.prompt("instance"),
-        instance_yaml=json.dumps(options.prompt("instance"), ensure_ascii=False),
+        instance_yaml=json.dumps(subjects[0].prompt("instance"), ensure_ascii=False),
         tags="\n".join(f"- {tag}" for tag in tags),
         method=options.method,
-        title=f"{options.identifier} {options.subject}",
+        title=", ".join(f"{subject.identifier} {subject.subject}" for subject in subjects),
         method_words={"lora": f"LoRA (rank {options.rank})", "full": "full fine-tuning"}[options.method],
-        photos=len(crops.photos),
+        photos=len({photo.path for photo in crops.photos}),
         version=__version__,
         how=how,
-        identifier=options.identifier,
-        subject=options.subject,
+        words=_words(subjects),
+        subject=subjects[0].subject,
         folder=options.run_dir,
         notice=f"\n**{notice}**\n" if notice else "",
         steps=options.max_train_steps,
         batch=options.train_batch_size * options.gradient_accumulation_steps,
         rate=options.learning_rate,
         scaled=" times batch, accumulation and processes" if options.scale_lr else "",
-        resolution=crops.resolution,
+        resolution=_sizes(crops) if options.aspect_ratio_buckets else crops.resolution,
         coverage=coverage,
         where=where,
         loss=final_loss,
     )
+
+
+def _sizes(crops: Crops) -> str:
+    """The shapes of the crops, width first."""
+    return ", ".join(f"{width} x {height}" for width, height in sorted(set(crops.sizes)))
+
+
+def _words(subjects: Sequence[SubjectOptions]) -> str:
+    """What the subjects are called in prompts."""
+    told = [f'`{each.identifier} {each.subject}`; it was trained on "{each.prompt("instance")}".' for each in subjects]
+    if len(told) == 1:
+        return f"In prompts the subject is {told[0]}"
+    return "\n- ".join(["In prompts the subjects are these; `[V]` stands for the first:\n", *told])
 
 
 def _use_of_masks(options: TrainOptions) -> str:

@@ -1,7 +1,8 @@
 """Training samples: a crop of a photo, and the same crop of its mask.
 
 Everything random about a sample follows from the run's seed and the sample's number, counted from the start of the
-run over all processes. So batches, accumulation, processes and resuming do not change what is trained on.
+run over all processes. So batches, accumulation, processes and resuming do not change what is trained on; only in
+buckets, where a batch has one shape, its size decides too which photo a sample is of.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from persam_dreambooth.dreambooth.backgrounds import Backgrounds
+from persam_dreambooth.dreambooth.buckets import nearest_bucket
 from persam_dreambooth.images import Photo
 
 ORDER, CROP, NOISE, DROPOUT, BACKGROUND, UNMASKED, FLIP = range(7)
@@ -23,9 +25,9 @@ CLASS_SEED = 1
 
 
 class Sample(TypedDict):
-    """One training sample.
+    """One training sample; H W are its height and width.
 
-    pixels (3, R, R) in -1..1, mask (1, R, R) in 0..1, the prompt, the photo's name, the sample's number, and where the
+    pixels (3, H, W) in -1..1, mask (1, H, W) in 0..1, the prompt, the photo's name, the sample's number, and where the
     crop comes from, (4,) in pixels: height and width of the photo, top and left of the crop in the resized photo (and
     flipped, where it was).
     """
@@ -46,19 +48,27 @@ def derived_seed(*key: int) -> int:
 class Crops(Dataset):
     """Crops of photos, indexed by sample number: an endless series that goes through all photos, shuffled, each round.
 
-    As diffusers does: the short side is resized to the resolution (bilinear), then a square is cropped. A random crop
-    keeps in view as much of the subject as fits, and never misses all of it.
+    Several subjects take turns, each going through its own photos: all weigh alike, however many photos they have.
+
+    As diffusers does: the short side is resized to the resolution (bilinear), then a square is cropped; with buckets, a
+    photo is resized to cover its own bucket, and that is cropped. A random crop keeps in view as much of the subject as
+    fits, and never misses all of it.
+
+    Samples come in groups of `alike` that have one shape, the first of them 0 to `alike` - 1, so that a batch of this
+    size can be stacked. A group is of one subject and one bucket; over a round of groups every photo comes as often.
 
     Args:
         photos: what to cut from.
         masks: (H, W) bool each, or None for photos that count whole.
-        resolution: side R of the crop in pixels.
+        resolution: side of a square crop in pixels.
         center_crop: the middle instead of a random place.
         seed: the run's.
         prompts: what each photo shows; or one for all of them.
         backgrounds: what replaces the photos' own backgrounds, if anything.
         unmasked_probability: of a sample whose mask is all ones, 0 to 1.
         random_flip: whether every other crop, at random, is flipped left to right with its mask.
+        buckets: (width, height) of the crops in place of squares; each photo is cut to the nearest.
+        alike: samples that follow one another in one bucket.
     """
 
     def __init__(
@@ -72,6 +82,8 @@ class Crops(Dataset):
         backgrounds: Backgrounds | None = None,
         unmasked_probability: float = 0.0,
         random_flip: bool = False,
+        buckets: list[tuple[int, int]] | None = None,
+        alike: int = 1,
     ) -> None:
         self.photos = photos
         self.masks = masks
@@ -79,22 +91,37 @@ class Crops(Dataset):
         self.center_crop = center_crop
         self.seed = seed
         self.prompts = [prompts] * len(photos) if isinstance(prompts, str) else prompts
+        self.counts = [len(photos)]
         self.backgrounds = backgrounds
         self.unmasked_probability = unmasked_probability
         self.random_flip = random_flip
-        self._resized: dict[int, tuple[Image.Image, Image.Image]] = {}
+        self.sizes = [nearest_bucket(photo.size, buckets or [(resolution, resolution)]) for photo in photos]
+        self.alike = alike
+        self.shaped_like: Crops | None = None
+        """Other crops, to the shape of whose sample of the same number each of these is cut."""
+        self._resized: dict[tuple[int, tuple[int, int]], tuple[Image.Image, Image.Image]] = {}
+
+    def add(self, other: "Crops") -> None:
+        """Adds the photos of another subject, cut in the same way."""
+        first = len(self.photos)
+        self.photos = [*self.photos, *other.photos]
+        self.masks = None if self.masks is None or other.masks is None else [*self.masks, *other.masks]
+        self.prompts = [*self.prompts, *other.prompts]
+        self.counts = [*self.counts, *other.counts]
+        self.sizes = [*self.sizes, *other.sizes]
+        self._resized |= {(first + index, size): resized for (index, size), resized in other._resized.items()}
 
     def __getitem__(self, number: int) -> Sample:
-        epoch, position = divmod(number, len(self.photos))
-        index = int(np.random.default_rng([self.seed, ORDER, epoch]).permutation(len(self.photos))[position])
-        photo, mask = self.resized(index)
-        window = self._window(mask, np.random.default_rng([self.seed, CROP, number]))
+        index = self._index(number)
+        size = self.size(number)
+        photo, mask = self.resized(index, size)
+        window = self._window(mask, size, np.random.default_rng([self.seed, CROP, number]))
         flipped = self.random_flip and np.random.default_rng([self.seed, FLIP, number]).random() < 0.5
         pixels = _pixels(photo, window, flipped)
         weights = torch.from_numpy(np.array(_cut(mask, window, flipped), dtype=np.float32))[None] / 255
         prompt = self.prompts[index]
         if self.backgrounds:
-            drawn, prompt = self.backgrounds.draw(np.random.default_rng([self.seed, BACKGROUND, number]), prompt)
+            drawn, prompt = self.backgrounds.draw(np.random.default_rng([self.seed, BACKGROUND, number]), prompt, size)
             behind = torch.from_numpy(drawn.astype(np.float32)).permute(2, 0, 1) / 127.5 - 1
             pixels = weights * pixels + (1 - weights) * behind
         if self.unmasked_probability:
@@ -107,10 +134,11 @@ class Crops(Dataset):
         return Sample(pixels=pixels, mask=weights, crop=crop, prompt=prompt, name=name, number=number)
 
     def fixed_crops(self) -> Iterator[torch.Tensor]:
-        """The pixels (3, R, R) of all samples there can be, for center crops on the photos' own backgrounds."""
-        for index in range(len(self.photos)):
-            photo, mask = self.resized(index)
-            window = self._window(mask, np.random.default_rng(0))
+        """The pixels (3, H, W) of all samples there can be, for center crops on the photos' own backgrounds."""
+        shapes = set(self.shaped_like.sizes) if self.shaped_like else None
+        for index, size in [(index, size) for index, own in enumerate(self.sizes) for size in shapes or [own]]:
+            photo, mask = self.resized(index, size)
+            window = self._window(mask, size, np.random.default_rng(0))
             for flipped in (False, True)[: 1 + self.random_flip]:
                 yield _pixels(photo, window, flipped)
 
@@ -121,17 +149,38 @@ class Crops(Dataset):
             prompts = {told: None for prompt in prompts for told in self.backgrounds.all_prompts(prompt)}
         return list(prompts)
 
-    def resized(self, index: int) -> tuple[Image.Image, Image.Image]:
-        """Photo (RGB) and mask (L) with the short side at the resolution, by the same filter."""
-        if index not in self._resized:
+    def size(self, number: int) -> tuple[int, int]:
+        """Width and height of a sample in pixels."""
+        return self.shaped_like.size(number) if self.shaped_like else self.sizes[self._index(number)]
+
+    def resized(self, index: int, size: tuple[int, int] | None = None) -> tuple[Image.Image, Image.Image]:
+        """Photo (RGB) and mask (L), by the same filter, as small as they can be to cover a size, or their own one."""
+        size = size or self.sizes[index]
+        if (index, size) not in self._resized:
             photo = self.photos[index].read()
-            width, height = (side * self.resolution // min(photo.size) for side in photo.size)
+            wide = photo.width * size[1] >= photo.height * size[0]
+            now, wanted = (photo.height, size[1]) if wide else (photo.width, size[0])
+            width, height = (side * wanted // now for side in photo.size)
             mask = Image.new("L", photo.size, 255)
             if self.masks is not None:
                 mask = Image.fromarray(self.masks[index].astype(np.uint8) * 255)
             bilinear = Image.Resampling.BILINEAR
-            self._resized[index] = (photo.resize((width, height), bilinear), mask.resize((width, height), bilinear))
-        return self._resized[index]
+            self._resized[index, size] = (
+                photo.resize((width, height), bilinear),
+                mask.resize((width, height), bilinear),
+            )
+        return self._resized[index, size]
+
+    def _index(self, number: int) -> int:
+        """Which photo a sample is of."""
+        group, place = divmod(number, self.alike)
+        turn, subject = divmod(group, len(self.counts))
+        first, count = sum(self.counts[:subject]), self.counts[subject]
+        epoch, position = divmod(turn, count)
+        key = [self.seed, ORDER, epoch, *([subject] if subject else [])]  # of a lone subject, without it
+        order = [first + int(index) for index in np.random.default_rng(key).permutation(count)]
+        bucket = [index for index in order if self.sizes[index] == self.sizes[order[position]]]
+        return bucket[(bucket.index(order[position]) * self.alike + place) % len(bucket)]
 
     def lost_subjects(self) -> list[str]:
         """Names of the photos of whose subject no crop shows anything.
@@ -140,21 +189,24 @@ class Crops(Dataset):
         """
         any_random = np.random.default_rng(0)
         masks = [self.resized(index)[1] for index in range(len(self.photos))]
-        kept = [mask.crop(self._window(mask, any_random)).getbbox() for mask in masks]
+        cut = zip(masks, self.sizes, strict=True)
+        kept = [mask.crop(self._window(mask, size, any_random)).getbbox() for mask, size in cut]
         return [photo.name for photo, box in zip(self.photos, kept, strict=True) if box is None]
 
-    def _window(self, mask: Image.Image, random: np.random.Generator) -> tuple[int, int, int, int]:
+    def _window(
+        self, mask: Image.Image, size: tuple[int, int], random: np.random.Generator
+    ) -> tuple[int, int, int, int]:
         """The crop: left, top, right, bottom."""
-        size = self.resolution
+        width, height = size
         if self.center_crop:
-            left, top = (round((side - size) / 2) for side in mask.size)
+            left, top = round((mask.width - width) / 2), round((mask.height - height) / 2)
         else:
             box = mask.getbbox() or (0, 0, *mask.size)
             marked = np.flatnonzero(np.asarray(mask))
             y, x = divmod(int(random.choice(marked)), mask.width) if len(marked) else (box[1], box[0])
-            left = _offset(random, mask.width, size, box[0], box[2], x)
-            top = _offset(random, mask.height, size, box[1], box[3], y)
-        return left, top, left + size, top + size
+            left = _offset(random, mask.width, width, box[0], box[2], x)
+            top = _offset(random, mask.height, height, box[1], box[3], y)
+        return left, top, left + width, top + height
 
 
 def _cut(image: Image.Image, window: tuple[int, int, int, int], flipped: bool) -> Image.Image:
@@ -163,7 +215,7 @@ def _cut(image: Image.Image, window: tuple[int, int, int, int], flipped: bool) -
 
 
 def _pixels(photo: Image.Image, window: tuple[int, int, int, int], flipped: bool) -> torch.Tensor:
-    """A crop's pixels (3, R, R) in -1..1."""
+    """A crop's pixels (3, H, W) in -1..1."""
     return torch.from_numpy(np.array(_cut(photo, window, flipped), dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
 
 

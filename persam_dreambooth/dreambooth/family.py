@@ -1,6 +1,6 @@
 """What the trainer asks of a model family; `registry` finds the family of a checkpoint.
 
-Shapes: B samples, C latent channels, h w latent size, R training crop, T tokens, D their width, P width of a pooled
+Shapes: B samples, C latent channels, h w latent size, H W training crop, T tokens, D their width, P width of a pooled
 prompt.
 """
 
@@ -71,14 +71,14 @@ class Family(Protocol):
 
     @property
     def granularity(self) -> int:
-        """The side of a training crop is a multiple of this, in pixels."""
+        """The sides of a training crop are multiples of this, in pixels."""
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
 
-    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        """(C, h, w) of the latents of a crop of this side in pixels; masks are brought to (h, w)."""
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of a crop of this size in pixels; masks are brought to (h, w)."""
 
     def make_trainable(
         self, options: TrainOptions, device: torch.device, frozen_dtype: torch.dtype
@@ -92,13 +92,13 @@ class Family(Protocol):
         """
 
     def encode_images(self, pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """Pixels (B, 3, R, R) in -1..1 to scaled latents (B, C, h, w), sampled with the given noise (B, C, h, w)."""
+        """Pixels (B, 3, H, W) in -1..1 to scaled latents (B, C, h, w), sampled with the given noise (B, C, h, w)."""
 
     def cache_latents(self, crops: Iterable[torch.Tensor] | None) -> None:
         """Lets `encode_images` keep what the VAE says of a crop.
 
         Args:
-            crops: all there will be, (3, R, R) each, where they are known: they are encoded at once, and the VAE leaves
+            crops: all there will be, (3, H, W) each, where they are known: they are encoded at once, and the VAE leaves
                 the accelerator; or None.
         """
 

@@ -9,7 +9,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from persam_dreambooth import models, toy
-from persam_dreambooth.config import CONFIG, GenerateOptions, fill_identifier, read_config
+from persam_dreambooth.config import CONFIG, GenerateOptions, fill_identifier, read_config, saved_subjects
 from persam_dreambooth.dreambooth.latent_diffusion import LORA_WEIGHTS, load_trained_parts
 from persam_dreambooth.dreambooth.registry import FAMILIES, family_of, fast_sampler, load_pipeline
 from persam_dreambooth.errors import InputError, InputNotFoundError
@@ -46,13 +46,13 @@ def load_model(name: str) -> tuple[Any, str, str | None]:
         name: a run's folder or one of its checkpoints, a pipeline folder, a hub id, or `toy`.
 
     Returns:
-        The pipeline, the identifier it was trained with (`sks` where it tells none), and what must be said of its
+        The pipeline, the identifier of its first subject (`sks` where it tells none), and what must be said of its
         pictures, if anything.
     """
     folder = Path(name)
     run_dir = folder.parent if folder.name.startswith("checkpoint-") else folder
     config = read_config(run_dir / CONFIG) if (run_dir / CONFIG).is_file() else {}
-    identifier = config.get("identifier", "sks")
+    identifier = saved_subjects(config)[0].identifier
     notice = notice_of(config.get("pretrained_model_name_or_path", name))
     has_lora = (folder / LORA_WEIGHTS).is_file()
     if (folder / "model_index.json").is_file() or not (has_lora or config):

@@ -1,6 +1,6 @@
 """What the VAE says of crops that it has seen before, so that it need not look again.
 
-Shapes: B samples, C latent channels, h w latent size, R training crop.
+Shapes: B samples, C latent channels, h w latent size, H W training crop.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ class PosteriorCache:
     empty cache and gets the same bits.
 
     Args:
-        encode: pixels (1, 3, R, R) to mean and deviation (2, 1, C, h, w).
+        encode: pixels (1, 3, H, W) to mean and deviation (2, 1, C, h, w).
         limit: bytes to keep at most.
     """
 
@@ -29,17 +29,18 @@ class PosteriorCache:
         self.encode = encode
         self.limit = limit
         self.size = 0
-        self._kept: OrderedDict[bytes, torch.Tensor] = OrderedDict()
+        self._kept: OrderedDict[tuple[int | bytes, ...], torch.Tensor] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels (B, 3, R, R) on the CPU to mean and deviation (2, B, C, h, w) there."""
+        """Pixels (B, 3, H, W) on the CPU to mean and deviation (2, B, C, h, w) there."""
         return torch.stack([self._posterior(one) for one in pixels], dim=1)
 
     def _posterior(self, pixels: torch.Tensor) -> torch.Tensor:
-        key = hashlib.sha1(pixels.contiguous().numpy().data, usedforsecurity=False).digest()
+        # Crops of one color have the same bytes in any shape.
+        key = (*pixels.shape, hashlib.sha1(pixels.contiguous().numpy().data, usedforsecurity=False).digest())
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]

@@ -111,10 +111,9 @@ class LatentDiffusion(Family):
         """See `Family`; the VAE and the encoders may be set aside."""
         return getattr(self.pipeline, self.denoiser_name).device
 
-    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """See `Family`."""
-        side = resolution // self.latent_factor
-        return self.vae.config.latent_channels, side, side
+        return self.vae.config.latent_channels, height // self.latent_factor, width // self.latent_factor
 
     def vae_dtype(self, frozen_dtype: torch.dtype) -> torch.dtype:
         """The VAE's precision during training."""
@@ -195,7 +194,7 @@ class LatentDiffusion(Family):
 
     @torch.no_grad()
     def posterior(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels (B, 3, R, R) to mean and deviation of the VAE's latents, (2, B, C, h, w)."""
+        """Pixels (B, 3, H, W) to mean and deviation of the VAE's latents, (2, B, C, h, w)."""
         answer = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
         return torch.stack([answer.mean, answer.std])
 

@@ -11,17 +11,18 @@ SAMPLES = "samples"
 
 
 def paint_samples(options: TrainOptions, family: Family, accelerator: Accelerator, step: int) -> None:
-    """Paints the validation prompt amid training, into `samples/step-N`, and hands the pictures to trackers.
+    """Paints the validation prompts amid training, into `samples/step-N`, and hands the pictures to trackers.
 
     Training is as if nothing had been painted: the pictures have generators of their own, and whatever is random about
     the next step is seeded at its start.
     """
-    prompt = options.prompt("validation")
+    count, seed = options.num_validation_images, options.seed
     with family.painting() as pipeline, accelerator.autocast():
-        images = sample(pipeline, prompt, options.num_validation_images, options.seed)
+        painted = {prompt: sample(pipeline, prompt, count, seed) for prompt in options.validation_prompts}
     notice = notice_of(options.pretrained_model_name_or_path)
-    save_samples(images, prompt, options.seed, options.run_dir / SAMPLES / f"step-{step}", notice)
-    pictures = np.stack([np.asarray(image) for image in images])
-    for tracker in accelerator.trackers:
-        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-        tracker.log_images({prompt: pictures}, step=step, **layout)
+    for prompt, images in painted.items():
+        save_samples(images, prompt, options.seed, options.run_dir / SAMPLES / f"step-{step}", notice)
+        pictures = np.stack([np.asarray(image) for image in images])
+        for tracker in accelerator.trackers:
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({prompt: pictures}, step=step, **layout)

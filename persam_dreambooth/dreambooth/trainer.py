@@ -1,6 +1,6 @@
 """The training loop: batch, encode, noise, predict, loss, step, log, save.
 
-Shapes: B samples, C latent channels, h w latent size, R training crop.
+Shapes: B samples, C latent channels, h w latent size, H W training crop.
 """
 
 import json
@@ -185,14 +185,14 @@ def batch_losses(
     means for the picture depends on the timestep outside the mask as it does inside, and the losses keep their shares.
 
     Args:
-        batch: `Sample`s stacked: pixels (B, 3, R, R), mask (B, 1, R, R), crop (B, 4), prompt, name, number (B,).
+        batch: `Sample`s stacked: pixels (B, 3, H, W), mask (B, 1, H, W), crop (B, 4), prompt, name, number (B,).
         class_batch: the same for class images, or None.
         base_embeddings: of each prompt, before training; on the device of training.
     """
     halves = [(batch, options.seed)]
     if class_batch is not None:
         halves.append((class_batch, options.seed + CLASS_SEED))
-    device, shape = family.device, family.latent_shape(batch["pixels"].shape[-1])
+    device, shape = family.device, family.latent_shape(*batch["pixels"].shape[-2:])
     latents, noise, timesteps = [], [], []
     for half, seed in halves:
         numbers = half["number"].tolist()

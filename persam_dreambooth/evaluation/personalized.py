@@ -9,13 +9,21 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from persam_dreambooth import models
-from persam_dreambooth.config import CONFIG, EvaluateModelOptions, fill_identifier, read_config
+from persam_dreambooth.config import (
+    CONFIG,
+    EvaluateModelOptions,
+    SubjectOptions,
+    fill_identifier,
+    mask_folders,
+    read_config,
+    saved_subjects,
+)
 from persam_dreambooth.dreambooth.backgrounds import in_front_of
 from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.files import check_writable, write_json, write_text
@@ -61,11 +69,12 @@ def evaluate(options: EvaluateModelOptions) -> dict[str, dict[str, float]]:
     if not (run_dir / CONFIG).is_file():
         raise InputNotFoundError(f"{run_dir} holds no {CONFIG}: name the folder of a training run")
     config = read_config(run_dir / CONFIG)
-    folder = options.instance_dir or config["instance_dir"]
-    if not folder:
-        folder = photo_folder(config["dataset_name"], config["image_column"], config["caption_column"])
-    photos = find_photos(Path(folder))
-    masks = [item for item in load_masks(Path(options.mask_dir or run_dir / "masks"), photos) if item.mask.any()]
+    subject, mask_dir = _find_subject(saved_subjects(config), options.identifier)
+    folder = Path(options.instance_dir or str(subject.instance_dir))
+    if not options.instance_dir and subject.dataset_name:
+        folder = photo_folder(subject.dataset_name, subject.image_column, subject.caption_column)
+    photos = find_photos(folder)
+    masks = [item for item in load_masks(Path(options.mask_dir or run_dir / mask_dir), photos) if item.mask.any()]
     if not masks:
         raise InputError(f"all masks of {run_dir} are empty: name a folder of masks with --mask_dir")
     sam = models.resolve(options.sam_model, "sam")
@@ -77,8 +86,8 @@ def evaluate(options: EvaluateModelOptions) -> dict[str, dict[str, float]]:
     base = str(config["pretrained_model_name_or_path"])
     figures = {}
     for name, model in {"trained": str(run_dir), "base": base}.items():
-        pictures = _paint(model, config, options)
-        figures[name] = _measure(pictures, masks, segmenter, clip, dino, config, output / f"{name}.jpg", options)
+        pictures = _paint(model, subject, options)
+        figures[name] = _measure(pictures, masks, segmenter, clip, dino, subject, output / f"{name}.jpg", options)
     write_json(output / "figures.json", figures)
     trained, before = figures["trained"], figures["base"]
     rows = [f"| {name} | {trained[name]:.3f} | {before[name]:.3f} | {text} |" for name, text in FIGURES.items()]
@@ -86,9 +95,18 @@ def evaluate(options: EvaluateModelOptions) -> dict[str, dict[str, float]]:
     return figures
 
 
-def prompts(kind: str, config: dict[str, Any], options: EvaluateModelOptions) -> list[str]:
+def _find_subject(subjects: list[SubjectOptions], identifier: str | None) -> tuple[SubjectOptions, Path]:
+    """The subject that is asked for, and where in the run's folder its masks are."""
+    for subject, place in zip(subjects, mask_folders(subjects), strict=True):
+        if identifier in (None, subject.identifier):
+            return subject, place
+    known = " or ".join(subject.identifier for subject in subjects)
+    raise InputError(f"--identifier is {identifier}: give one of the run's, {known}")
+
+
+def prompts(kind: str, owner: SubjectOptions, options: EvaluateModelOptions) -> list[str]:
     """The prompts of the pictures of one kind: `own`, `class` or `scenes`, each with [V] for the identifier."""
-    subject, count = config["class_name"], options.num_images
+    subject, count = owner.subject, options.num_images
     if kind == "class":
         return [f"a {subject}"] * count
     if kind == "own":
@@ -97,14 +115,14 @@ def prompts(kind: str, config: dict[str, Any], options: EvaluateModelOptions) ->
     return [in_front_of(f"a [V] {subject}", scenes[number % len(scenes)]) for number in range(count)]
 
 
-def _paint(model: str, config: dict[str, Any], options: EvaluateModelOptions) -> dict[str, list[Image.Image]]:
+def _paint(model: str, owner: SubjectOptions, options: EvaluateModelOptions) -> dict[str, list[Image.Image]]:
     from persam_dreambooth.dreambooth.generate import load_model, on_accelerator, sample
 
     pipeline = on_accelerator(load_model(model)[0])
     settings = (options.num_inference_steps, options.guidance_scale)
     painted: dict[str, list[Image.Image]] = {}
     for kind in ("own", "class", "scenes"):
-        told = [fill_identifier(prompt, config["identifier"]) for prompt in prompts(kind, config, options)]
+        told = [fill_identifier(prompt, owner.identifier) for prompt in prompts(kind, owner, options)]
         painted[kind] = [
             sample(pipeline, prompt, 1, options.seed + number, *settings)[0] for number, prompt in enumerate(told)
         ]
@@ -117,7 +135,7 @@ def _measure(
     segmenter: PerSAMF,
     clip: Clip,
     dino: Dino,
-    config: dict[str, Any],
+    owner: SubjectOptions,
     sheet: Path,
     options: EvaluateModelOptions,
 ) -> dict[str, float]:
@@ -125,13 +143,13 @@ def _measure(
 
     found = {kind: [segmenter.predict(picture).mask for picture in painted] for kind, painted in pictures.items()}
     tiles = [outlined(a, b) for kind in pictures for a, b in zip(pictures[kind], found[kind], strict=True)]
-    captions = [[prompt] for kind in pictures for prompt in prompts(kind, config, options)]
+    captions = [[prompt] for kind in pictures for prompt in prompts(kind, owner, options)]
     save_picture(grid(tiles, captions, columns=options.num_images), sheet)
     album = [item.photo.read() for item in photos]
     own_photos = dino.see(album, [item.mask for item in photos])
     seen = {kind: dino.see(painted, found[kind]) for kind, painted in pictures.items()}
     clip_scenes = clip.see(pictures["scenes"])
-    told = [prompt.replace("[V] ", "") for prompt in prompts("scenes", config, options)]
+    told = [prompt.replace("[V] ", "") for prompt in prompts("scenes", owner, options)]
     return {
         "fidelity_own": similarity(seen["own"].subject, own_photos.subject),
         "fidelity_scenes": similarity(seen["scenes"].subject, own_photos.subject),

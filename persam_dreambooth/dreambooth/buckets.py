@@ -1,0 +1,59 @@
+"""Aspect-ratio buckets: a few shapes of the training crop, so that photos need not be cut to squares.
+
+Sizes are (width, height) in pixels.
+"""
+
+import math
+
+from persam_dreambooth.config import TrainOptions
+from persam_dreambooth.dreambooth.family import Family
+from persam_dreambooth.errors import InputError
+
+STEP, FINE = 64, 512
+"""Sides are multiples of 64 pixels, from a resolution of 512 on."""
+
+MOST_LONG = 2
+"""The longest side, in resolutions: pictures up to 4 : 1."""
+
+
+def open_buckets(options: TrainOptions, family: Family, resolution: int) -> list[tuple[int, int]] | None:
+    """The buckets of a run, or None where all crops are squares.
+
+    Raises:
+        InputError: a side that the model's latent grid cannot hold.
+    """
+    if options.aspect_ratio_buckets is None:
+        return None
+    factor = family.granularity
+    if options.aspect_ratio_buckets == "auto":
+        return buckets_of_area(resolution, STEP if resolution >= FINE and STEP % factor == 0 else factor)
+    for side in [side for size in options.bucket_list for side in size]:
+        if side % factor or not side:
+            nearest = max(factor, round(side / factor) * factor)
+            needed = f"this model needs multiples of {factor}, such as {nearest}"
+            raise InputError(f"--aspect_ratio_buckets has a side of {side}: {needed}")
+    return options.bucket_list
+
+
+def buckets_of_area(resolution: int, step: int) -> list[tuple[int, int]]:
+    """The square, and with every other side up to twice its own the longest other side of no larger area, both ways.
+
+    Args:
+        resolution: side of the square.
+        step: sides are multiples of this, but those of the square.
+    """
+    sizes = [(resolution, resolution)]
+    for side in range(step, MOST_LONG * resolution + 1, step):
+        other = resolution**2 // side // step * step
+        if 0 < other <= MOST_LONG * resolution:
+            sizes += [(side, other), (other, side)]
+    return list(dict.fromkeys(sizes))
+
+
+def nearest_bucket(size: tuple[int, int], buckets: list[tuple[int, int]]) -> tuple[int, int]:
+    """The bucket whose aspect ratio is nearest, by its logarithm; of several such the largest."""
+
+    def distance(bucket: tuple[int, int]) -> tuple[float, int]:
+        return abs(math.log(bucket[0] * size[1] / (bucket[1] * size[0]))), -bucket[0] * bucket[1]
+
+    return min(buckets, key=distance)
