@@ -1,10 +1,7 @@
 """Scores of segmentations: the metrics, PerSeg with every row, DAVIS, and data that cannot be scored."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +10,7 @@ import torch
 from PIL import Image
 from scipy import ndimage
 from tiny_sam import tiny_model
+from training_runs import in_two_processes
 
 from persam_dreambooth.cli import main
 from persam_dreambooth.masks import read_mask
@@ -514,20 +512,9 @@ def test_an_interrupted_davis_evaluation_does_only_what_is_left(rendered, tmp_pa
 
 def evaluate_in_two_processes(*arguments):
     """`evaluate` under `accelerate launch`; what it logged."""
-    launched = subprocess.run(
-        [
-            *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
-            *("--num_machines", "1", "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"),
-            *("-m", "persam_dreambooth", "evaluate", *map(str, arguments)),
-        ],
-        # With --cpu, accelerate starts one process, whatever --num_processes says.
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert launched.returncode == 0, launched.stderr[-3000:]
-    assert launched.stdout.count("done: ") == 1
-    return launched.stderr
+    said, logged = in_two_processes("-m", "persam_dreambooth", "evaluate", *arguments)
+    assert said.count("done: ") == 1
+    return logged
 
 
 no_accelerator = pytest.mark.skipif(

@@ -3,10 +3,6 @@
 B samples, C latent channels, h w latent size (8 x 8 for crops of 32), T tokens.
 """
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -17,7 +13,6 @@ from tiny_families import BUILDERS, SIDE, save_tiny
 from torch.utils.data import default_collate
 from training_runs import (
     ALL_AGAINST_BACKGROUNDS,
-    MULTI_GPU,
     ROOT,
     STEPS,
     UP,
@@ -26,6 +21,7 @@ from training_runs import (
     command,
     ends_with,
     flags,
+    in_two_processes,
     same_metrics,
     same_state,
     same_weights,
@@ -298,16 +294,7 @@ def test_accumulated_batches_equal_one_large_batch(runs, model):
 def test_two_processes_equal_one_of_the_same_global_batch(runs, model, tmp_path):
     options = {"pretrained_model_name_or_path": model, "train_text_encoder": True}
     arguments = runs.options(output_dir=tmp_path / "two", **options)
-    launched = subprocess.run(
-        [
-            *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(MULTI_GPU)),
-            *(str(ROOT / "train_dreambooth_masked.py"), *flags(**arguments)),
-        ],
-        env={**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert launched.returncode == 0, launched.stderr[-3000:]
+    in_two_processes(ROOT / "train_dreambooth_masked.py", *flags(**arguments))
     assert_same_trajectory(runs(train_batch_size=2, **options), tmp_path / "two")
 
 

@@ -6,11 +6,8 @@ B samples, C latent channels (4), h w latent size, R training crop. The toy's la
 import json
 import logging
 import math
-import os
 import re
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -26,7 +23,6 @@ from torch.utils.data import default_collate
 from training_runs import (
     ALL_AGAINST_BACKGROUNDS,
     CONFIGS,
-    MULTI_GPU,
     ROOT,
     SIZES,
     STEPS,
@@ -37,6 +33,7 @@ from training_runs import (
     command,
     ends_with,
     flags,
+    in_two_processes,
     same_metrics,
     same_state,
     same_weights,
@@ -110,18 +107,8 @@ def test_saved_options_repeat_the_run(runs, tmp_path, options):
 def test_two_processes_equal_one_of_the_same_global_batch(runs, tmp_path, options):
     options = runs.sharing(options)
     arguments = runs.options(output_dir=tmp_path / "two", num_validation_images=1, checkpointing_steps=2, **options)
-    launched = subprocess.run(
-        [
-            *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(MULTI_GPU)),
-            *("-m", "persam_dreambooth", "train", *flags(**arguments)),
-        ],
-        # With --cpu, accelerate starts one process, whatever --num_processes says; so the processor is chosen here.
-        env={**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert launched.returncode == 0, launched.stderr[-3000:]
-    assert launched.stdout.count("done: ") == 1
+    said, _ = in_two_processes("-m", "persam_dreambooth", "train", *flags(**arguments))
+    assert said.count("done: ") == 1
     assert_same_trajectory(runs(train_batch_size=2, **options), tmp_path / "two")
     assert len(list((tmp_path / "two" / "samples").glob("*.png"))) == 1
     # One process goes on from their checkpoint as they did.

@@ -1,10 +1,15 @@
 """What the tests of training share: photos, runs by their options, and how two runs compare."""
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
@@ -68,6 +73,28 @@ def command(*arguments):
     """The command line in this process; its exit code."""
     AcceleratorState._reset_state(reset_partial_state=True)  # as in a new process: it keeps the first run's precision
     return cli.main([str(argument) for argument in arguments])
+
+
+def in_two_processes(*words):
+    """A module or script and its arguments under `accelerate launch`, by two processes on the CPU; what was said.
+
+    Processes that wait for one another forever fail the test, and say where each of them stands.
+    """
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(MULTI_GPU)]
+    # With --cpu, accelerate starts one process, whatever --num_processes says; so the processor is chosen here.
+    chosen = {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1"}
+    with subprocess.Popen(
+        [*launcher, *map(str, words)], env={**os.environ, **chosen}, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        try:
+            said, errors = process.communicate(timeout=300)
+        except subprocess.TimeoutExpired:
+            for workers in psutil.Process(process.pid).children(recursive=True):
+                workers.send_signal(signal.SIGABRT)
+            said, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors[-5000:]
+    return said, errors
 
 
 class Runs:
