@@ -25,7 +25,6 @@ from peft import LoraConfig
 from torch.utils.flop_counter import FlopCounterMode
 
 from persam_dreambooth import toy
-from persam_dreambooth.config import TrainOptions
 from persam_dreambooth.dreambooth.data import Crops
 from persam_dreambooth.dreambooth.latent_cache import PosteriorCache
 from persam_dreambooth.dreambooth.loss import latent_mask, masked_loss
@@ -35,6 +34,7 @@ from persam_dreambooth.dreambooth.trainer import batch_losses, numbered_batches
 from persam_dreambooth.files import write_json
 from persam_dreambooth.images import find_photos
 from persam_dreambooth.toy import build
+from persam_dreambooth.training_options import TrainOptions
 
 RESOLUTION = 256
 PROMPT = "a sks duck"

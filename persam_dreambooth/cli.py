@@ -29,11 +29,11 @@ from persam_dreambooth.config import (
     SegmentOptions,
     ToyDavisOptions,
     ToyPersegOptions,
-    TrainOptions,
     VideoOptions,
     read_config,
 )
 from persam_dreambooth.errors import InputError, SaveError
+from persam_dreambooth.training_options import TrainOptions
 
 Options = TypeVar("Options")
 

@@ -15,7 +15,6 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from persam_dreambooth import page, toy
-from persam_dreambooth.config import MASKS, TrainOptions
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.evaluation import background as benchmark
 from persam_dreambooth.evaluation.recipes import BASE, RECIPES
@@ -26,6 +25,7 @@ from persam_dreambooth.masks import load_masks
 from persam_dreambooth.personalize import personalize
 from persam_dreambooth.pictures import INK, PAPER, outlined, save_picture
 from persam_dreambooth.toy import world
+from persam_dreambooth.training_options import MASKS, TrainOptions
 
 logger = logging.getLogger(__name__)
 

@@ -20,17 +20,7 @@ import yaml
 
 import persam_dreambooth
 from persam_dreambooth import models
-from persam_dreambooth.config import (
-    CONFIG,
-    MaskFolderOptions,
-    SegmentOptions,
-    SubjectOptions,
-    TrainOptions,
-    fill_identifier,
-    mask_folders,
-    read_config,
-    saved_subjects,
-)
+from persam_dreambooth.config import CONFIG, MaskFolderOptions, SegmentOptions, fill_identifier, read_config
 from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.extras import check_installed
 from persam_dreambooth.files import check_writable, filled_aside, write_text
@@ -48,6 +38,7 @@ from persam_dreambooth.masks import (
 )
 from persam_dreambooth.photo_datasets import photo_folder
 from persam_dreambooth.pictures import overview, save_picture
+from persam_dreambooth.training_options import SubjectOptions, TrainOptions, mask_folders, saved_subjects
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

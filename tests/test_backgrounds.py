@@ -22,12 +22,12 @@ from training_runs import (
     watched_family,
 )
 
-from persam_dreambooth.config import TrainOptions
 from persam_dreambooth.dreambooth.backgrounds import Backgrounds
 from persam_dreambooth.dreambooth.data import BACKGROUND, Crops
 from persam_dreambooth.dreambooth.trainer import batch_losses
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.images import Photo, find_photos, read_prompts
+from persam_dreambooth.training_options import TrainOptions
 
 KINDS = ("color", "noise", "generated")
 PLACES = ("a beach", "snow", "a beach")

@@ -15,8 +15,9 @@ from PIL import Image, ImageDraw
 
 import persam_dreambooth
 from persam_dreambooth import cli
-from persam_dreambooth.config import GenerateOptions, SegmentOptions, TrainOptions, VideoOptions, fill_identifier
+from persam_dreambooth.config import GenerateOptions, SegmentOptions, VideoOptions, fill_identifier
 from persam_dreambooth.errors import InputError
+from persam_dreambooth.training_options import TrainOptions
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "persam_dreambooth"
@@ -613,7 +614,10 @@ PROGRAMS = (
     "modules, forbidden",
     [
         (
-            ("config", "images", "photo_datasets", "labels", "files", "errors", "extras", "models", "toy"),
+            (
+                *("errors", "extras", "files", "config", "training_options", "images", "photo_datasets", "labels"),
+                *("models", "toy"),
+            ),
             ("masks", "pictures", *MIDDLE, *LATER),
         ),
         (("masks", "pictures", "page"), (*MIDDLE, *LATER)),

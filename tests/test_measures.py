@@ -185,6 +185,6 @@ def test_the_table_shows_every_recipe_with_mean_and_spread():
 
 
 def test_base_options_are_training_options():
-    from persam_dreambooth.config import TrainOptions
+    from persam_dreambooth.training_options import TrainOptions
 
     assert set(BASE) <= {field.name for field in dataclasses.fields(TrainOptions)}

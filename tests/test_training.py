@@ -45,7 +45,6 @@ from training_runs import (
 )
 
 from persam_dreambooth import toy
-from persam_dreambooth.config import TrainOptions
 from persam_dreambooth.dreambooth.data import sample_noise
 from persam_dreambooth.dreambooth.latent_diffusion import LORA_WEIGHTS
 from persam_dreambooth.dreambooth.loss import latent_mask
@@ -54,6 +53,7 @@ from persam_dreambooth.dreambooth.stable_diffusion import StableDiffusion
 from persam_dreambooth.dreambooth.trainer import batch_losses
 from persam_dreambooth.images import find_photos
 from persam_dreambooth.toy import build
+from persam_dreambooth.training_options import TrainOptions
 
 # --- trajectories
 

@@ -36,7 +36,6 @@ from training_runs import (
 )
 
 from persam_dreambooth import extras
-from persam_dreambooth.config import TrainOptions
 from persam_dreambooth.dreambooth.data import sample_noise
 from persam_dreambooth.dreambooth.ema import AveragedWeights
 from persam_dreambooth.dreambooth.latent_cache import PosteriorCache
@@ -47,6 +46,7 @@ from persam_dreambooth.dreambooth.registry import load_pipeline
 from persam_dreambooth.dreambooth.stable_diffusion import StableDiffusion
 from persam_dreambooth.dreambooth.trainer import batch_losses
 from persam_dreambooth.photo_datasets import photo_folder
+from persam_dreambooth.training_options import TrainOptions
 
 
 @pytest.fixture(scope="session")

@@ -4,9 +4,9 @@ import json
 from collections.abc import Sequence
 
 from persam_dreambooth import __version__
-from persam_dreambooth.config import SubjectOptions, TrainOptions
 from persam_dreambooth.dreambooth.data import Crops
 from persam_dreambooth.masks import PhotoMask
+from persam_dreambooth.training_options import SubjectOptions, TrainOptions
 
 CARD = """---
 base_model: {base}

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
-from persam_dreambooth.config import TrainOptions
+from persam_dreambooth.training_options import TrainOptions
 
 
 @dataclass(frozen=True)

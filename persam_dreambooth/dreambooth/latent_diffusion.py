@@ -21,10 +21,10 @@ from diffusers.utils import (
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
-from persam_dreambooth.config import TrainOptions
 from persam_dreambooth.dreambooth.family import Embeddings, Family
 from persam_dreambooth.dreambooth.latent_cache import PosteriorCache
 from persam_dreambooth.errors import InputError
+from persam_dreambooth.training_options import TrainOptions
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 TEXT_LEVEL = "text_model."

@@ -7,13 +7,13 @@ from diffusers import DiffusionPipeline
 from diffusers.utils.logging import disable_progress_bar
 
 from persam_dreambooth import models
-from persam_dreambooth.config import TrainOptions
 from persam_dreambooth.dreambooth.flux import Flux
 from persam_dreambooth.dreambooth.latent_diffusion import LatentDiffusion
 from persam_dreambooth.dreambooth.stable_diffusion import StableDiffusion
 from persam_dreambooth.dreambooth.stable_diffusion_3 import StableDiffusion3
 from persam_dreambooth.dreambooth.stable_diffusion_xl import StableDiffusionXL
 from persam_dreambooth.errors import InputError
+from persam_dreambooth.training_options import TrainOptions
 
 FAMILIES: dict[str, type[LatentDiffusion]] = {
     family.pipeline_class.__name__: family for family in (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux)

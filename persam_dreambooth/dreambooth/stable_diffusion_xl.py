@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 
-from persam_dreambooth.config import TrainOptions
 from persam_dreambooth.dreambooth.family import Embeddings
 from persam_dreambooth.dreambooth.stable_diffusion import StableDiffusion
+from persam_dreambooth.training_options import TrainOptions
 
 
 class StableDiffusionXL(StableDiffusion):

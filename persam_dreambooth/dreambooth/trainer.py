@@ -17,7 +17,6 @@ from diffusers.optimization import get_scheduler
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from persam_dreambooth.config import TrainOptions
 from persam_dreambooth.dreambooth.checkpoint import (
     load_state,
     new_checkpoint,
@@ -35,6 +34,7 @@ from persam_dreambooth.dreambooth.samples import paint_samples
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.files import write_text
 from persam_dreambooth.pictures import loss_curve
+from persam_dreambooth.training_options import TrainOptions
 
 logger = logging.getLogger(__name__)
 

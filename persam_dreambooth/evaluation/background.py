@@ -25,12 +25,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from persam_dreambooth import toy
-from persam_dreambooth.config import BenchmarkOptions, SegmentOptions, TrainOptions, fill_identifier
+from persam_dreambooth.config import BenchmarkOptions, SegmentOptions, fill_identifier
 from persam_dreambooth.evaluation import report
 from persam_dreambooth.evaluation.recipes import BASE, EXACT, NONE, PERSAM_F, RECIPES, Recipe
 from persam_dreambooth.files import check_writable, note_settings, write_aside, write_json
 from persam_dreambooth.pictures import save_picture
 from persam_dreambooth.toy import world
+from persam_dreambooth.training_options import TrainOptions
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline

@@ -15,15 +15,7 @@ import numpy as np
 from PIL import Image
 
 from persam_dreambooth import models
-from persam_dreambooth.config import (
-    CONFIG,
-    EvaluateModelOptions,
-    SubjectOptions,
-    fill_identifier,
-    mask_folders,
-    read_config,
-    saved_subjects,
-)
+from persam_dreambooth.config import CONFIG, EvaluateModelOptions, fill_identifier, read_config
 from persam_dreambooth.dreambooth.backgrounds import in_front_of
 from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.files import check_writable, write_json, write_text
@@ -31,6 +23,7 @@ from persam_dreambooth.images import find_photos
 from persam_dreambooth.masks import PhotoMask, load_masks
 from persam_dreambooth.photo_datasets import photo_folder
 from persam_dreambooth.pictures import grid, outlined, save_picture
+from persam_dreambooth.training_options import SubjectOptions, mask_folders, saved_subjects
 
 if TYPE_CHECKING:
     from persam_dreambooth.evaluation.features import Clip, Dino
