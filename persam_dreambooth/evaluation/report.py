@@ -108,7 +108,7 @@ def draw_front(rows: dict[str, dict[str, dict[str, float]]], path: Path) -> None
             errors = {f"{axis}err": each["std"] / each["cells"] ** 0.5 for axis, each in (("x", x), ("y", y))}
             axes.errorbar(x["mean"], y["mean"], **errors, fmt="s" if base else "o", color=color, elinewidth=0.6)
             axes.annotate(name, (x["mean"], y["mean"]), (4, 4), textcoords="offset points", fontsize=8, color=color)
-        axes.set(xlabel=COLUMNS["leak_own"][2], ylabel=COLUMNS[goal][2])
+        axes.set(xlabel=COLUMNS["leak_own"][2], ylabel=COLUMNS[goal][0])
         axes.grid(alpha=0.3)
     with write_aside(path) as aside:
         figure.savefig(aside, dpi=80)
