@@ -4,6 +4,7 @@ The run's folder holds `masks/`, `overview.png`, `loss.png`, `samples/`, the wei
 and a model card. Heavy imports wait inside the functions until the input is checked: a mistyped path answers at once.
 """
 
+import gc
 import logging
 import os
 import shutil
@@ -156,7 +157,7 @@ def personalize(options: TrainOptions) -> Path:
     train(options, family, whole, class_crops, run_dir, accelerator, resume_from)
     if accelerator.is_main_process:
         _finish(options, family, accelerator, all_masks, whole, given.base)
-    accelerator.end_training()
+    _leave(accelerator, family)
     return run_dir
 
 
@@ -565,6 +566,18 @@ def _base_pictures(
             generate_pictures(pipeline, prompts, folder, count, options.sample_batch_size, options.seed, kind, default)
     accelerator.wait_for_everyone()
     return _find_pictures(folder)
+
+
+def _leave(accelerator: "Accelerator", family: "Family") -> None:
+    """Takes leave of the other processes, after what wraps the models for them is gone.
+
+    A wrapper that outlives the process group is the last to hold it. Freed, it then ends the group's threads while it
+    keeps Python's lock, which these threads may be waiting for: one process in a dozen runs never ended.
+    """
+    family.trained = {name: getattr(family.pipeline, name) for name in family.trained}
+    accelerator.free_memory()
+    gc.collect()
+    accelerator.end_training()
 
 
 def _finish(
