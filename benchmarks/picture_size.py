@@ -8,17 +8,15 @@ For 64, 96 and 128 pixels: the time of a training step of the UNet that ships (m
 """
 
 import argparse
-import platform
 import statistics
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 
-from persam_dreambooth.files import write_json
+from benchmarks.measuring import record
 from persam_dreambooth.toy import build, scenes, world
 
 SIZES = (64, 96, 128)
@@ -26,7 +24,6 @@ BATCH = 24
 SCENES = 24
 FACTOR = 4
 """Pixels along a latent cell."""
-RESULT = Path(__file__).parent / "results" / "picture_size.json"
 
 
 def seconds_of_a_step(size: int) -> float:
@@ -69,11 +66,8 @@ def main() -> None:
         "what": "training step of the UNet relative to 64 pixels, and detail kept of a render at 512",
         "step_time": {str(size): round(medians[size] / medians[SIZES[0]], 2) for size in SIZES},
         "psnr": {str(size): round(kept_detail(size), 2) for size in SIZES},
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
     }
-    write_json(RESULT, result)
-    print(result)
+    record("picture_size", result)
 
 
 if __name__ == "__main__":

@@ -8,25 +8,19 @@ the first step saves more.
 """
 
 import argparse
-import platform
-import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from benchmarks.measuring import medians, record
 from persam_dreambooth import toy
-from persam_dreambooth.files import write_json
 from persam_dreambooth.images import read_image
 from persam_dreambooth.masks import read_mask
-from persam_dreambooth.segmentation import open_sam
-from persam_dreambooth.segmentation.prior import at_photo_size, embed_target, location_prior, prior_points
+from persam_dreambooth.segmentation import Encoding, PerSAMF, open_sam
+from persam_dreambooth.segmentation.prior import at_photo_size, location_prior, prior_points
 from persam_dreambooth.segmentation.scale_weights import fit_scale_weights
-
-RESULT = Path(__file__).parent / "results" / "scale_weights.json"
 
 
 def fit_by_autograd(
@@ -61,6 +55,18 @@ def dice_and_focal(logits: torch.Tensor, truth: torch.Tensor) -> tuple[torch.Ten
     return dice, (balance * cross_entropy * (1 - right) ** 2).mean()
 
 
+def first_point(segmenter: PerSAMF, encoding: Encoding) -> np.ndarray:
+    """The point (1, 2) where a fitted segmenter's target is most likely."""
+    prior = location_prior(segmenter.target_embedding, encoding)
+    return prior_points(at_photo_size(prior, segmenter.sam, encoding))[:1]
+
+
+def first_masks(segmenter: PerSAMF, encoding: Encoding, point: np.ndarray) -> torch.Tensor:
+    """The logits (3, H, W) that PerSAM-F weighs, of a point of the subject."""
+    logits, _ = segmenter.sam.decode(encoding, point, np.array([1]))
+    return segmenter.sam.upscale(logits, encoding)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Times PerSAM-F's fit with and without decoding at every step.")
     parser.add_argument("--steps", type=int, default=50, help="optimizer steps of each fit")
@@ -70,12 +76,11 @@ def main() -> None:
     mask = np.asarray(read_mask(toy.path("photos") / "duck_mask" / "00.png")).repeat(2, axis=0).repeat(2, axis=1)
     sam = open_sam("toy", device="cpu")
     encoding = sam.encode(image)
-    target = embed_target(mask, encoding, 0.5)
-    prior = at_photo_size(location_prior((target.peak + target.mean) / 2, encoding), sam, encoding)
-    points, labels = prior_points(prior)[:1], np.array([1])
+    segmenter = PerSAMF(sam, fit_steps=1).fit(encoding, mask)
+    point = first_point(segmenter, encoding)
 
     def decode() -> torch.Tensor:
-        return sam.upscale(sam.decode(encoding, points, labels)[0], encoding)
+        return first_masks(segmenter, encoding, point)
 
     def kept() -> np.ndarray:
         logits = decode()
@@ -86,29 +91,24 @@ def main() -> None:
         "decoded once": kept,
         "decoded once, closed form": lambda: fit_scale_weights([(decode(), mask)], arguments.steps)[0],
     }
-    seconds: dict[str, list[float]] = {name: [] for name in fits}
-    weights = {}
-    for _ in range(arguments.repeats):
-        for name, fit in fits.items():
-            start = time.perf_counter()
-            weights[name] = fit()
-            seconds[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    weights: dict[str, np.ndarray] = {}
+
+    def keeping(name: str) -> Callable[[], None]:
+        return lambda: weights.update({name: fits[name]()})
+
+    seconds = medians({name: keeping(name) for name in fits}, arguments.repeats)
     result = {
         "what": "PerSAM-F's fit, and how much faster than the published loop",
         "sam": "toy",
         "photo": [1024, 1024],
         "steps": arguments.steps,
-        "seconds_median": medians,
-        "speed_up": {name: medians["published"] / value for name, value in medians.items()},
+        "seconds_median": seconds,
+        "speed_up": {name: seconds["published"] / value for name, value in seconds.items()},
         "largest_weight_difference": max(
             float(np.abs(value - weights["published"]).max()) for value in weights.values()
         ),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
     }
-    write_json(RESULT, result)
-    print(result)
+    record("scale_weights", result)
 
 
 if __name__ == "__main__":

@@ -8,39 +8,21 @@ those of the published 1000 steps (autograd, AdamW) with the small SAM that ship
 """
 
 import argparse
-import platform
-import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from transformers import SamConfig, SamModel
 
-from benchmarks.scale_weights import fit_by_autograd
+from benchmarks.measuring import medians, record
+from benchmarks.scale_weights import first_masks, first_point, fit_by_autograd
 from persam_dreambooth import toy
-from persam_dreambooth.files import write_json
 from persam_dreambooth.images import find_photos, read_image
 from persam_dreambooth.masks import read_mask
-from persam_dreambooth.segmentation import PerSAM, PerSAMF, Sam, open_sam
+from persam_dreambooth.segmentation import Encoding, PerSAM, PerSAMF, Sam, open_sam
 from persam_dreambooth.segmentation.evaluation.metrics import overlap
 
-RESULT = Path(__file__).parent / "results" / "segmentation.json"
 PHOTOS, MASK = toy.path("photos") / "duck", toy.path("photos") / "duck_mask" / "00.png"
 SIDE = 1024
-
-
-def medians(parts: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Seconds of each part, run in turn."""
-    seconds: dict[str, list[float]] = {name: [] for name in parts}
-    for _ in range(repeats):
-        for name, part in parts.items():
-            start = time.perf_counter()
-            part()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def times(repeats: int) -> dict[str, float]:
@@ -63,10 +45,9 @@ def times(repeats: int) -> dict[str, float]:
     )
 
 
-def published_fit(segmenter: PerSAMF, encoding: Any, mask: np.ndarray) -> np.ndarray:
+def published_fit(segmenter: PerSAMF, encoding: Encoding, mask: np.ndarray) -> np.ndarray:
     """The scale weights (3,) by the published 1000 steps."""
-    _, points, labels = segmenter._locate(encoding)
-    logits = segmenter.sam.upscale(segmenter.sam.decode(encoding, points, labels)[0], encoding)
+    logits = first_masks(segmenter, encoding, first_point(segmenter, encoding))
     return fit_by_autograd(lambda: logits, mask, 1000)[0]
 
 
@@ -103,11 +84,8 @@ def main() -> None:
         "share_of_the_encoder": {name: value / encoder for name, value in seconds.items() if name != "encoder"},
         "fit_steps": 1000,
         **agreement(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
     }
-    write_json(RESULT, result)
-    print(result)
+    record("segmentation", result)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from persam_dreambooth.dreambooth.buckets import covering_side
 from persam_dreambooth.images import Photo
 
 NOISE_CELLS = 6
@@ -66,8 +67,7 @@ class Backgrounds:
         """A picture, as small as it can be to cover a size."""
         if (index, size) not in self._resized:
             picture = self.pictures[index].read()
-            wide = picture.width * size[1] >= picture.height * size[0]
-            now, wanted = (picture.height, size[1]) if wide else (picture.width, size[0])
+            now, wanted = covering_side(picture.size, size)
             width, height = (round(side * wanted / now) for side in picture.size)
             self._resized[index, size] = picture.resize((width, height), Image.Resampling.BILINEAR)
         return self._resized[index, size]

@@ -50,6 +50,12 @@ def buckets_of_area(resolution: int, step: int) -> list[tuple[int, int]]:
     return list(dict.fromkeys(sizes))
 
 
+def covering_side(picture: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """The side of a picture, now and wanted, that must agree with a size for the picture just to cover it."""
+    wide = picture[0] * size[1] >= picture[1] * size[0]
+    return (picture[1], size[1]) if wide else (picture[0], size[0])
+
+
 def nearest_bucket(size: tuple[int, int], buckets: list[tuple[int, int]]) -> tuple[int, int]:
     """The bucket whose aspect ratio is nearest, by its logarithm; of several such the largest."""
 

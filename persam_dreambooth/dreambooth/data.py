@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from persam_dreambooth.dreambooth.backgrounds import Backgrounds
-from persam_dreambooth.dreambooth.buckets import nearest_bucket
+from persam_dreambooth.dreambooth.buckets import covering_side, nearest_bucket
 from persam_dreambooth.images import Photo
 
 ORDER, CROP, NOISE, DROPOUT, BACKGROUND, UNMASKED, FLIP = range(7)
@@ -158,8 +158,7 @@ class Crops(Dataset):
         size = size or self.sizes[index]
         if (index, size) not in self._resized:
             photo = self.photos[index].read()
-            wide = photo.width * size[1] >= photo.height * size[0]
-            now, wanted = (photo.height, size[1]) if wide else (photo.width, size[0])
+            now, wanted = covering_side(photo.size, size)
             width, height = (side * wanted // now for side in photo.size)
             mask = Image.new("L", photo.size, 255)
             if self.masks is not None:

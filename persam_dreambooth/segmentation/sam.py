@@ -91,10 +91,11 @@ class Sam:
         width, height = photo.size
         resized = self.input_size(height, width)
         pixels = np.asarray(photo.resize(resized[::-1], Image.Resampling.BILINEAR))
-        if self.cache:
-            embedding, extra = self.cache(pixels, self.model.device, lambda: self.embed(self.padded_input(pixels)))
-        else:
-            embedding, extra = self.embed(self.padded_input(pixels))
+
+        def embed() -> tuple[torch.Tensor, dict[str, Any]]:
+            return self.embed(self.padded_input(pixels))
+
+        embedding, extra = self.cache(pixels, self.model.device, embed) if self.cache else embed()
         return Encoding(embedding, (height, width), resized, self.padded, extra)
 
     def padded_input(self, photo: np.ndarray) -> torch.Tensor:
