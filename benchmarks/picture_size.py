@@ -17,7 +17,8 @@ from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 
 from benchmarks.measuring import record
-from persam_dreambooth.toy import build, scenes, world
+from persam_dreambooth.toy import scenes, world
+from tools.toy import build
 
 SIZES = (64, 96, 128)
 BATCH = 24

@@ -26,15 +26,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from persam_dreambooth import toy
 from persam_dreambooth.dreambooth.data import Crops
+from persam_dreambooth.dreambooth.families.stable_diffusion import StableDiffusion
 from persam_dreambooth.dreambooth.latent_cache import PosteriorCache
 from persam_dreambooth.dreambooth.loss import latent_mask, masked_loss
 from persam_dreambooth.dreambooth.optimizers import make_optimizer
-from persam_dreambooth.dreambooth.stable_diffusion import StableDiffusion
 from persam_dreambooth.dreambooth.trainer import batch_losses, numbered_batches
+from persam_dreambooth.dreambooth.training_options import TrainOptions
 from persam_dreambooth.files import write_json
-from persam_dreambooth.images import find_photos
-from persam_dreambooth.toy import build
-from persam_dreambooth.training_options import TrainOptions
+from persam_dreambooth.photos.images import find_photos
+from tools.toy import build
 
 RESOLUTION = 256
 PROMPT = "a sks duck"

@@ -16,7 +16,9 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from jsonargparse import ActionYesNo, ArgumentParser
 
 from persam_dreambooth import __version__
-from persam_dreambooth.config import (
+from persam_dreambooth.dreambooth.training_options import TrainOptions
+from persam_dreambooth.errors import InputError, SaveError
+from persam_dreambooth.options import (
     BenchmarkOptions,
     DemoOptions,
     EvaluateAbsenceOptions,
@@ -32,8 +34,6 @@ from persam_dreambooth.config import (
     VideoOptions,
     read_config,
 )
-from persam_dreambooth.errors import InputError, SaveError
-from persam_dreambooth.training_options import TrainOptions
 
 Options = TypeVar("Options")
 
@@ -106,7 +106,7 @@ def segment(arguments: list[str]) -> None:
     """`persam-dreambooth segment`."""
     options = parse(SegmentOptions, arguments, "persam-dreambooth segment")
     from persam_dreambooth import personalize
-    from persam_dreambooth.masks import SKIPPED
+    from persam_dreambooth.photos.mask_folder import SKIPPED
 
     masks = personalize.segment(options)
     skipped = sum(SKIPPED in item.record.flags for item in masks)
@@ -216,7 +216,7 @@ def toy_perseg(arguments: list[str]) -> None:
     """`persam-dreambooth toy perseg`."""
     options = parse(ToyPersegOptions, arguments, "persam-dreambooth toy perseg")
     options.check()
-    from persam_dreambooth.toy import perseg
+    from persam_dreambooth.toy import rendered_perseg as perseg
 
     perseg.write(Path(options.output_dir), options.objects)
     print(f"{options.objects} objects in {options.output_dir}: Images and Annotations as in PerSeg, 00 the reference")
@@ -226,7 +226,7 @@ def toy_davis(arguments: list[str]) -> None:
     """`persam-dreambooth toy davis`."""
     options = parse(ToyDavisOptions, arguments, "persam-dreambooth toy davis")
     options.check()
-    from persam_dreambooth.toy import davis
+    from persam_dreambooth.toy import rendered_davis as davis
 
     davis.write(Path(options.output_dir), options.sequences, options.frames)
     print(f"{options.sequences} videos of {options.frames} frames in {options.output_dir}, laid out as DAVIS 2017")

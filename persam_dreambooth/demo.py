@@ -14,18 +14,19 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from persam_dreambooth import page, toy
+from persam_dreambooth import toy
+from persam_dreambooth.dreambooth.training_options import MASKS, TrainOptions
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.evaluation import background as benchmark
+from persam_dreambooth.evaluation.benchmark_report import COLUMNS
 from persam_dreambooth.evaluation.recipes import BASE, RECIPES
-from persam_dreambooth.evaluation.report import COLUMNS
 from persam_dreambooth.files import check_writable, write_text
-from persam_dreambooth.images import find_photos
-from persam_dreambooth.masks import load_masks
 from persam_dreambooth.personalize import personalize
-from persam_dreambooth.pictures import INK, PAPER, outlined, save_picture
+from persam_dreambooth.photos.images import find_photos
+from persam_dreambooth.photos.mask_folder import load_masks
+from persam_dreambooth.report import page
+from persam_dreambooth.report.pictures import INK, PAPER, outlined, save_picture
 from persam_dreambooth.toy import world
-from persam_dreambooth.training_options import MASKS, TrainOptions
 
 logger = logging.getLogger(__name__)
 

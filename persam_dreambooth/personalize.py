@@ -21,12 +21,14 @@ import yaml
 
 import persam_dreambooth
 from persam_dreambooth import models
-from persam_dreambooth.config import CONFIG, MaskFolderOptions, SegmentOptions, fill_identifier, read_config
+from persam_dreambooth.dreambooth.training_options import SubjectOptions, TrainOptions, mask_folders, saved_subjects
 from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.extras import check_installed
 from persam_dreambooth.files import check_writable, filled_aside, write_text
-from persam_dreambooth.images import Photo, check_shapes, find_photos, read_prompts
-from persam_dreambooth.masks import (
+from persam_dreambooth.options import CONFIG, MaskFolderOptions, SegmentOptions, fill_identifier, read_config
+from persam_dreambooth.photos.datasets import photo_folder
+from persam_dreambooth.photos.images import Photo, check_shapes, find_photos, read_prompts
+from persam_dreambooth.photos.mask_folder import (
     INDEX,
     SKIPPED,
     PhotoMask,
@@ -37,16 +39,14 @@ from persam_dreambooth.masks import (
     read_mask,
     save_mask,
 )
-from persam_dreambooth.photo_datasets import photo_folder
-from persam_dreambooth.pictures import overview, save_picture
-from persam_dreambooth.training_options import SubjectOptions, TrainOptions, mask_folders, saved_subjects
+from persam_dreambooth.report.pictures import overview, save_picture
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from persam_dreambooth.dreambooth.backgrounds import Backgrounds
     from persam_dreambooth.dreambooth.data import Crops
-    from persam_dreambooth.dreambooth.family import Family
+    from persam_dreambooth.dreambooth.families.family import Family
     from persam_dreambooth.segmentation import PerSAM, PerSAMF
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ def segment(options: SegmentOptions) -> list[PhotoMask]:
         references = _find_references(photos, mask_path)
     _check_output(output)
     segmenter = _open_segmenter(options)
-    from persam_dreambooth.segmentation.folder import segment_folder
+    from persam_dreambooth.segmentation.segment import segment_folder
 
     heatmaps = output / "heatmaps" if options.heatmaps else None
     masks = segment_folder(photos, references, segmenter, output, options.instances, options.absent, heatmaps)
@@ -102,9 +102,9 @@ def personalize(options: TrainOptions) -> Path:
     given = _read_input(options)
     from persam_dreambooth.dreambooth.buckets import open_buckets
     from persam_dreambooth.dreambooth.checkpoint import find_checkpoint
+    from persam_dreambooth.dreambooth.families.registry import open_family
     from persam_dreambooth.dreambooth.hub import check_login
     from persam_dreambooth.dreambooth.optimizers import check_optimizer
-    from persam_dreambooth.dreambooth.registry import open_family
     from persam_dreambooth.dreambooth.trainer import check_resolution, frozen_dtype, train
 
     check_optimizer(options)
@@ -346,7 +346,7 @@ def _find_references(photos: list[Photo], folder: Path) -> list[Reference]:
 
 def _open_segmenter(options: MaskFolderOptions) -> "PerSAM | PerSAMF":
     from persam_dreambooth.segmentation import PerSAM, PerSAMF
-    from persam_dreambooth.segmentation.checkpoints import open_named_sam
+    from persam_dreambooth.segmentation.sams.checkpoints import open_named_sam
 
     sam = open_named_sam(options)
     if options.segmenter == "persam":
@@ -399,7 +399,7 @@ def _write_masks(options: TrainOptions, albums: list[Album]) -> None:
     segmenter = _open_segmenter(options) if missing else None
     _note_options(options)
     if segmenter:
-        from persam_dreambooth.segmentation.folder import segment_folder
+        from persam_dreambooth.segmentation.segment import segment_folder
 
         for album, reference in missing:
             logger.info("%smasks are made from that of %s", album.label, reference[0].name)
@@ -591,9 +591,9 @@ def _finish(
     """Writes the weights, the samples and the model card."""
     from persam_dreambooth.dreambooth import kohya
     from persam_dreambooth.dreambooth.card import model_card
+    from persam_dreambooth.dreambooth.families.registry import load_pipeline
     from persam_dreambooth.dreambooth.generate import notice_of, sample, save_samples
     from persam_dreambooth.dreambooth.hub import push
-    from persam_dreambooth.dreambooth.registry import load_pipeline
     from persam_dreambooth.dreambooth.samples import SAMPLES
     from persam_dreambooth.dreambooth.trainer import final_loss, frozen_dtype
 

@@ -12,7 +12,8 @@ import sys
 import time
 
 from persam_dreambooth import cli, personalize  # noqa: F401
-from persam_dreambooth.dreambooth import registry, trainer  # noqa: F401
+from persam_dreambooth.dreambooth import trainer  # noqa: F401
+from persam_dreambooth.dreambooth.families import registry  # noqa: F401
 
 
 def main(kills, log, folder, *options):

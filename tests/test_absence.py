@@ -9,12 +9,12 @@ from PIL import Image
 from training_runs import SHORT, column, command, flags
 
 from persam_dreambooth import toy
-from persam_dreambooth.images import find_photos
-from persam_dreambooth.masks import INDEX, SKIPPED, load_masks, read_mask
+from persam_dreambooth.photos.images import find_photos
+from persam_dreambooth.photos.mask_folder import INDEX, SKIPPED, load_masks, read_mask
 from persam_dreambooth.segmentation import PerSAM, open_sam
 from persam_dreambooth.segmentation.evaluation.absence import MEASURES, USED, Pair, best_threshold, errors, separate
 from persam_dreambooth.segmentation.persam import ABSENT
-from persam_dreambooth.toy import perseg
+from persam_dreambooth.toy import rendered_perseg as perseg
 
 DUCK = toy.path("photos") / "duck"
 MASK = toy.path("photos") / "duck_mask" / "00.png"

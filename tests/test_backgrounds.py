@@ -25,9 +25,9 @@ from training_runs import (
 from persam_dreambooth.dreambooth.backgrounds import Backgrounds
 from persam_dreambooth.dreambooth.data import BACKGROUND, Crops
 from persam_dreambooth.dreambooth.trainer import batch_losses
+from persam_dreambooth.dreambooth.training_options import TrainOptions
 from persam_dreambooth.errors import InputError
-from persam_dreambooth.images import Photo, find_photos, read_prompts
-from persam_dreambooth.training_options import TrainOptions
+from persam_dreambooth.photos.images import Photo, find_photos, read_prompts
 
 KINDS = ("color", "noise", "generated")
 PLACES = ("a beach", "snow", "a beach")

@@ -10,8 +10,8 @@ from PIL import Image
 from persam_dreambooth import demo
 from persam_dreambooth.cli import main
 from persam_dreambooth.evaluation import background as benchmark
+from persam_dreambooth.evaluation.benchmark_report import front
 from persam_dreambooth.evaluation.recipes import RECIPES
-from persam_dreambooth.evaluation.report import front
 
 SMALL = ["--subjects", "1", "--seeds", "1", "--max_train_steps", "2", "--num_inference_steps", "2"]
 UNTOLD = {"seconds", "memory"}

@@ -15,9 +15,9 @@ from PIL import Image, ImageDraw
 
 import persam_dreambooth
 from persam_dreambooth import cli
-from persam_dreambooth.config import GenerateOptions, SegmentOptions, VideoOptions, fill_identifier
+from persam_dreambooth.dreambooth.training_options import TrainOptions
 from persam_dreambooth.errors import InputError
-from persam_dreambooth.training_options import TrainOptions
+from persam_dreambooth.options import GenerateOptions, SegmentOptions, VideoOptions, fill_identifier
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "persam_dreambooth"

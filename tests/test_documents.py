@@ -12,9 +12,9 @@ from accelerate.state import AcceleratorState
 from tiny_families import tiny_for
 
 from persam_dreambooth import cli, toy
+from persam_dreambooth.dreambooth.training_options import TrainOptions
 from persam_dreambooth.segmentation.evaluation.perseg import PAPER
-from persam_dreambooth.toy import davis
-from persam_dreambooth.training_options import TrainOptions
+from persam_dreambooth.toy import rendered_davis as davis
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])

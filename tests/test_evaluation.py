@@ -13,13 +13,14 @@ from tiny_sam import tiny_model
 from training_runs import in_two_processes
 
 from persam_dreambooth.cli import main
-from persam_dreambooth.masks import read_mask
-from persam_dreambooth.pictures import TILE
-from persam_dreambooth.segmentation.evaluation import metrics, report
+from persam_dreambooth.photos.mask_folder import read_mask
+from persam_dreambooth.report.pictures import TILE
+from persam_dreambooth.segmentation.evaluation import metrics
+from persam_dreambooth.segmentation.evaluation import one_shot_report as report
 from persam_dreambooth.segmentation.evaluation.fss1000 import read_truth
 from persam_dreambooth.segmentation.evaluation.one_shot import disturbed
-from persam_dreambooth.toy import davis as rendered_videos
-from persam_dreambooth.toy import perseg
+from persam_dreambooth.toy import rendered_davis as rendered_videos
+from persam_dreambooth.toy import rendered_perseg as perseg
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"

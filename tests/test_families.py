@@ -30,14 +30,14 @@ from training_runs import (
     weights,
 )
 
-from persam_dreambooth.dreambooth import flux, registry
 from persam_dreambooth.dreambooth.data import sample_noise
-from persam_dreambooth.dreambooth.family import Embeddings
-from persam_dreambooth.dreambooth.latent_diffusion import LORA_WEIGHTS, TEXT_TARGETS
+from persam_dreambooth.dreambooth.families import flux, registry
+from persam_dreambooth.dreambooth.families.family import Embeddings
+from persam_dreambooth.dreambooth.families.latent_diffusion import LORA_WEIGHTS, TEXT_TARGETS
 from persam_dreambooth.dreambooth.loss import latent_mask
 from persam_dreambooth.dreambooth.trainer import batch_losses
-from persam_dreambooth.images import find_photos
-from persam_dreambooth.training_options import TrainOptions
+from persam_dreambooth.dreambooth.training_options import TrainOptions
+from persam_dreambooth.photos.images import find_photos
 
 NEW = ("sdxl", "sd3", "flux")
 every_family = pytest.mark.parametrize("name", NEW)

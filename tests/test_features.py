@@ -9,7 +9,7 @@ from PIL import Image
 from persam_dreambooth import toy
 from persam_dreambooth.cli import main
 from persam_dreambooth.evaluation import features
-from persam_dreambooth.toy.build import build_tokenizer
+from tools.toy.build import build_tokenizer
 
 
 def small_clip(folder):

@@ -22,15 +22,15 @@ from transformers import (
 )
 
 from persam_dreambooth import toy
-from persam_dreambooth.dreambooth.stable_diffusion import StableDiffusion
+from persam_dreambooth.dreambooth.families.stable_diffusion import StableDiffusion
 from persam_dreambooth.dreambooth.trainer import batch_losses, check_resolution
+from persam_dreambooth.dreambooth.training_options import TrainOptions
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.segmentation import PerSAM, PerSAMF
-from persam_dreambooth.segmentation.guidance import Guidance
-from persam_dreambooth.segmentation.original_sam2 import read_config
-from persam_dreambooth.segmentation.sam import Encoding, Sam, SamHQ
-from persam_dreambooth.segmentation.sam2 import Sam2
-from persam_dreambooth.training_options import TrainOptions
+from persam_dreambooth.segmentation.sams.original_sam2 import read_config
+from persam_dreambooth.segmentation.sams.sam import Encoding, Sam, SamHQ
+from persam_dreambooth.segmentation.sams.sam2 import Sam2
+from persam_dreambooth.segmentation.target_semantic_prompting import Guidance
 
 META = torch.device("meta")
 CHANNELS = (320, 640, 1280, 1280)

@@ -21,11 +21,11 @@ from training_runs import (
 )
 
 from persam_dreambooth.dreambooth.data import sample_noise
-from persam_dreambooth.dreambooth.family import Embeddings
+from persam_dreambooth.dreambooth.families.family import Embeddings
 from persam_dreambooth.dreambooth.loss import latent_mask
 from persam_dreambooth.dreambooth.trainer import batch_losses
-from persam_dreambooth.toy import build
-from persam_dreambooth.training_options import TrainOptions
+from persam_dreambooth.dreambooth.training_options import TrainOptions
+from tools.toy import build
 
 KEEP = {"masked_prior_preservation_weight": 1.0}
 METHODS = {

@@ -11,8 +11,8 @@ from PIL import Image, ImageDraw
 
 from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.files import write_aside, write_json
-from persam_dreambooth.images import Photo, find_photos
-from persam_dreambooth.masks import (
+from persam_dreambooth.photos.images import Photo, find_photos
+from persam_dreambooth.photos.mask_folder import (
     BY_HAND,
     INDEX,
     SKIPPED,

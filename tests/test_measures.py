@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from persam_dreambooth.evaluation import background as benchmark
-from persam_dreambooth.evaluation import measures, report
+from persam_dreambooth.evaluation import benchmark_report as report
+from persam_dreambooth.evaluation import measures
 from persam_dreambooth.evaluation.recipes import BASE, RECIPES
 from persam_dreambooth.toy import world
 
@@ -174,7 +175,7 @@ def test_every_recipe_is_a_training_that_can_be(name, tmp_path):
 
 
 def test_the_table_shows_every_recipe_with_mean_and_spread():
-    from persam_dreambooth.config import BenchmarkOptions
+    from persam_dreambooth.options import BenchmarkOptions
 
     cells = [{"leak_own": 0.0, "seconds": 10.0, "memory": None}, {"leak_own": 0.5, "seconds": 20.0, "memory": None}]
     rows = {"plain": report.summarize(cells)}
@@ -185,6 +186,6 @@ def test_the_table_shows_every_recipe_with_mean_and_spread():
 
 
 def test_base_options_are_training_options():
-    from persam_dreambooth.training_options import TrainOptions
+    from persam_dreambooth.dreambooth.training_options import TrainOptions
 
     assert set(BASE) <= {field.name for field in dataclasses.fields(TrainOptions)}

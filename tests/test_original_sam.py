@@ -12,7 +12,7 @@ from torch import nn
 
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.segmentation import open_sam
-from persam_dreambooth.segmentation.original import read_config, rename
+from persam_dreambooth.segmentation.sams.original import read_config, rename
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "persam-golden" / "weights"
 

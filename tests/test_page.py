@@ -7,7 +7,7 @@ import subprocess
 import pytest
 from PIL import Image
 
-from persam_dreambooth import page
+from persam_dreambooth.report import page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 

@@ -3,9 +3,9 @@
 import numpy as np
 from PIL import Image
 
-from persam_dreambooth.images import Photo
-from persam_dreambooth.masks import MaskRecord, PhotoMask
-from persam_dreambooth.pictures import (
+from persam_dreambooth.photos.images import Photo
+from persam_dreambooth.photos.mask_folder import MaskRecord, PhotoMask
+from persam_dreambooth.report.pictures import (
     ALARM,
     BOX,
     EXCLUDED,

@@ -10,9 +10,9 @@ from torch.utils._pytree import tree_leaves
 
 from persam_dreambooth import toy
 from persam_dreambooth.errors import InputError
-from persam_dreambooth.masks import read_mask
+from persam_dreambooth.photos.mask_folder import read_mask
 from persam_dreambooth.segmentation import PerSAM, PerSAMF, find_instances, open_sam
-from persam_dreambooth.segmentation.checkpoints import precision
+from persam_dreambooth.segmentation.sams.checkpoints import precision
 
 HALVES = [torch.bfloat16, torch.float16]
 

@@ -9,9 +9,9 @@ from small_sams import GOLDEN, save_mobile_sam
 
 from persam_dreambooth import cli, toy
 from persam_dreambooth.errors import InputError
-from persam_dreambooth.masks import read_mask
+from persam_dreambooth.photos.mask_folder import read_mask
 from persam_dreambooth.segmentation import open_sam
-from persam_dreambooth.segmentation.sam2 import Sam2
+from persam_dreambooth.segmentation.sams.sam2 import Sam2
 
 FILES = ["mobile_sam", "sam2.1_hiera_tiny"]
 

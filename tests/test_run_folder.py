@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from training_runs import DOWN, STEPS, UP, column, command, flags, text_answer, toy_pipeline, unet_answer, weights
 
 from persam_dreambooth import toy
-from persam_dreambooth.dreambooth.latent_diffusion import LORA_WEIGHTS
-from persam_dreambooth.dreambooth.registry import load_pipeline
-from persam_dreambooth.dreambooth.stable_diffusion import StableDiffusion
-from persam_dreambooth.training_options import TrainOptions
+from persam_dreambooth.dreambooth.families.latent_diffusion import LORA_WEIGHTS
+from persam_dreambooth.dreambooth.families.registry import load_pipeline
+from persam_dreambooth.dreambooth.families.stable_diffusion import StableDiffusion
+from persam_dreambooth.dreambooth.training_options import TrainOptions
 
 # --- what a run leaves
 

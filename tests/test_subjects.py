@@ -20,10 +20,10 @@ from training_runs import (
     training_crops,
 )
 
-from persam_dreambooth.config import read_config
 from persam_dreambooth.dreambooth.data import Crops
-from persam_dreambooth.dreambooth.latent_diffusion import LORA_WEIGHTS
-from persam_dreambooth.training_options import TrainOptions, saved_subjects
+from persam_dreambooth.dreambooth.families.latent_diffusion import LORA_WEIGHTS
+from persam_dreambooth.dreambooth.training_options import TrainOptions, saved_subjects
+from persam_dreambooth.options import read_config
 
 SHARED = {
     "pretrained_model_name_or_path": "toy",

@@ -10,19 +10,10 @@ from torch import nn
 
 from persam_dreambooth import toy
 from persam_dreambooth.errors import InputError
-from persam_dreambooth.toy import (
-    build,
-    pairs,
-    sam_losses,
-    scenes,
-    train_evaluator,
-    train_sam,
-    train_unet,
-    train_vae,
-    world,
-)
-from persam_dreambooth.toy.fused_attention import FusedAttention, fuse_attention
-from persam_dreambooth.toy.training import Run
+from persam_dreambooth.toy import scenes, world
+from tools.toy import build, pairs, sam_losses, train_evaluator, train_sam, train_unet, train_vae
+from tools.toy.fused_attention import FusedAttention, fuse_attention
+from tools.toy.training import Run
 
 
 def small_run(folder, steps=12, **config):

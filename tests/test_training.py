@@ -47,14 +47,14 @@ from training_runs import (
 
 from persam_dreambooth import toy
 from persam_dreambooth.dreambooth.data import sample_noise
-from persam_dreambooth.dreambooth.latent_diffusion import LORA_WEIGHTS
+from persam_dreambooth.dreambooth.families.latent_diffusion import LORA_WEIGHTS
+from persam_dreambooth.dreambooth.families.registry import load_pipeline
+from persam_dreambooth.dreambooth.families.stable_diffusion import StableDiffusion
 from persam_dreambooth.dreambooth.loss import latent_mask
-from persam_dreambooth.dreambooth.registry import load_pipeline
-from persam_dreambooth.dreambooth.stable_diffusion import StableDiffusion
 from persam_dreambooth.dreambooth.trainer import batch_losses
-from persam_dreambooth.images import find_photos
-from persam_dreambooth.toy import build
-from persam_dreambooth.training_options import TrainOptions
+from persam_dreambooth.dreambooth.training_options import TrainOptions
+from persam_dreambooth.photos.images import find_photos
+from tools.toy import build
 
 # --- trajectories
 

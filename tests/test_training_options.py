@@ -38,15 +38,15 @@ from training_runs import (
 from persam_dreambooth import extras
 from persam_dreambooth.dreambooth.data import sample_noise
 from persam_dreambooth.dreambooth.ema import AveragedWeights
+from persam_dreambooth.dreambooth.families.latent_diffusion import LORA_WEIGHTS
+from persam_dreambooth.dreambooth.families.registry import load_pipeline
+from persam_dreambooth.dreambooth.families.stable_diffusion import StableDiffusion
 from persam_dreambooth.dreambooth.latent_cache import PosteriorCache
-from persam_dreambooth.dreambooth.latent_diffusion import LORA_WEIGHTS
 from persam_dreambooth.dreambooth.loss import latent_mask, masked_loss
 from persam_dreambooth.dreambooth.optimizers import effective_rate, make_optimizer
-from persam_dreambooth.dreambooth.registry import load_pipeline
-from persam_dreambooth.dreambooth.stable_diffusion import StableDiffusion
 from persam_dreambooth.dreambooth.trainer import batch_losses
-from persam_dreambooth.photo_datasets import photo_folder
-from persam_dreambooth.training_options import TrainOptions
+from persam_dreambooth.dreambooth.training_options import TrainOptions
+from persam_dreambooth.photos.datasets import photo_folder
 
 
 @pytest.fixture(scope="session")

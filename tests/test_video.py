@@ -13,12 +13,13 @@ from tiny_sam import tiny_model
 
 from persam_dreambooth.cli import main
 from persam_dreambooth.errors import InputError
-from persam_dreambooth.labels import davis_palette, read_labels, read_objects, save_labels
+from persam_dreambooth.photos.labels import davis_palette, read_labels, read_objects, save_labels
 from persam_dreambooth.segmentation import Sam, open_sam
 from persam_dreambooth.segmentation.evaluation.metrics import jaccard
 from persam_dreambooth.segmentation.frames import Frame, Video, open_video
 from persam_dreambooth.segmentation.video import VideoSegmenter, follow, grown_box
-from persam_dreambooth.toy import davis, world
+from persam_dreambooth.toy import rendered_davis as davis
+from persam_dreambooth.toy import world
 
 FRAMES = 6
 VARIANTS = pytest.mark.parametrize("variant", ["persam", "persam-f"])

@@ -8,7 +8,9 @@ import pytest
 from PIL import Image
 
 from persam_dreambooth.errors import InputError
-from persam_dreambooth.toy import davis, perseg, scenes, world
+from persam_dreambooth.toy import rendered_davis as davis
+from persam_dreambooth.toy import rendered_perseg as perseg
+from persam_dreambooth.toy import scenes, world
 from persam_dreambooth.toy.backgrounds import BACKDROPS
 from persam_dreambooth.toy.subjects import FIGURES
 

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from persam_dreambooth import toy
-from persam_dreambooth.toy import build
+from tools.toy import build
 
 SIDE = 64
 T5_WIDTH = 64

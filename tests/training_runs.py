@@ -19,12 +19,12 @@ from safetensors.torch import load_file
 import persam_dreambooth
 from persam_dreambooth import cli, toy
 from persam_dreambooth.dreambooth.data import Crops
-from persam_dreambooth.dreambooth.latent_diffusion import LORA_WEIGHTS
-from persam_dreambooth.dreambooth.registry import FAMILIES, load_pipeline
-from persam_dreambooth.images import find_photos
-from persam_dreambooth.masks import load_masks
-from persam_dreambooth.toy import build
-from persam_dreambooth.training_options import TrainOptions
+from persam_dreambooth.dreambooth.families.latent_diffusion import LORA_WEIGHTS
+from persam_dreambooth.dreambooth.families.registry import FAMILIES, load_pipeline
+from persam_dreambooth.dreambooth.training_options import TrainOptions
+from persam_dreambooth.photos.images import find_photos
+from persam_dreambooth.photos.mask_folder import load_masks
+from tools.toy import build
 
 ROOT = Path(persam_dreambooth.__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from persam_dreambooth.dreambooth.registry import fast_sampler
+from persam_dreambooth.dreambooth.families.registry import fast_sampler
 from persam_dreambooth.files import write_text
-from persam_dreambooth.images import PHOTO_SUFFIXES
-from persam_dreambooth.pictures import save_picture
+from persam_dreambooth.photos.images import PHOTO_SUFFIXES
+from persam_dreambooth.report.pictures import save_picture
 
 logger = logging.getLogger(__name__)
 

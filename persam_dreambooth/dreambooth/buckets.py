@@ -5,9 +5,9 @@ Sizes are (width, height) in pixels.
 
 import math
 
-from persam_dreambooth.dreambooth.family import Family
+from persam_dreambooth.dreambooth.families.family import Family
+from persam_dreambooth.dreambooth.training_options import TrainOptions
 from persam_dreambooth.errors import InputError
-from persam_dreambooth.training_options import TrainOptions
 
 STEP, FINE = 64, 512
 """Sides are multiples of 64 pixels, from a resolution of 512 on."""

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from persam_dreambooth import __version__
 from persam_dreambooth.dreambooth.data import Crops
-from persam_dreambooth.masks import PhotoMask
-from persam_dreambooth.training_options import SubjectOptions, TrainOptions
+from persam_dreambooth.dreambooth.training_options import SubjectOptions, TrainOptions
+from persam_dreambooth.photos.mask_folder import PhotoMask
 
 CARD = """---
 base_model: {base}

@@ -9,13 +9,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from persam_dreambooth import models, toy
-from persam_dreambooth.config import CONFIG, GenerateOptions, fill_identifier, read_config
-from persam_dreambooth.dreambooth.latent_diffusion import LORA_WEIGHTS, load_trained_parts
-from persam_dreambooth.dreambooth.registry import FAMILIES, family_of, fast_sampler, load_pipeline
+from persam_dreambooth.dreambooth.families.latent_diffusion import LORA_WEIGHTS, load_trained_parts
+from persam_dreambooth.dreambooth.families.registry import FAMILIES, family_of, fast_sampler, load_pipeline
+from persam_dreambooth.dreambooth.training_options import saved_subjects
 from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.files import check_writable
-from persam_dreambooth.pictures import grid, save_picture
-from persam_dreambooth.training_options import saved_subjects
+from persam_dreambooth.options import CONFIG, GenerateOptions, fill_identifier, read_config
+from persam_dreambooth.report.pictures import grid, save_picture
 
 
 def generate(options: GenerateOptions) -> list[Path]:

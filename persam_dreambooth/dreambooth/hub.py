@@ -6,10 +6,10 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import LocalTokenNotFoundError, httpx
 
-from persam_dreambooth.config import CONFIG
-from persam_dreambooth.dreambooth.latent_diffusion import LORA_WEIGHTS
+from persam_dreambooth.dreambooth.families.latent_diffusion import LORA_WEIGHTS
+from persam_dreambooth.dreambooth.training_options import TrainOptions
 from persam_dreambooth.errors import InputError
-from persam_dreambooth.training_options import TrainOptions
+from persam_dreambooth.options import CONFIG
 
 PUBLISHED = ["README.md", CONFIG, LORA_WEIGHTS, "model_index.json", "samples/*"]
 """Beside the parts of a pipeline. A star stands for folders too, so none may stand first."""

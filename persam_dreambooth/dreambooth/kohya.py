@@ -12,8 +12,8 @@ import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 
-from persam_dreambooth.dreambooth.family import Family
-from persam_dreambooth.dreambooth.latent_diffusion import TEXT_LEVEL
+from persam_dreambooth.dreambooth.families.family import Family
+from persam_dreambooth.dreambooth.families.latent_diffusion import TEXT_LEVEL
 from persam_dreambooth.files import write_aside
 
 FILE = "lora-kohya.safetensors"

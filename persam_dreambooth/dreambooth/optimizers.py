@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
+from persam_dreambooth.dreambooth.training_options import TrainOptions
 from persam_dreambooth.extras import check_installed
-from persam_dreambooth.training_options import TrainOptions
 
 PACKAGES = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}
 

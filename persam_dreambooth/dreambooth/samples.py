@@ -3,9 +3,9 @@
 import numpy as np
 from accelerate import Accelerator
 
-from persam_dreambooth.dreambooth.family import Family
+from persam_dreambooth.dreambooth.families.family import Family
 from persam_dreambooth.dreambooth.generate import notice_of, sample, save_samples
-from persam_dreambooth.training_options import TrainOptions
+from persam_dreambooth.dreambooth.training_options import TrainOptions
 
 SAMPLES = "samples"
 

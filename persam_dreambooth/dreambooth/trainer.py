@@ -26,15 +26,15 @@ from persam_dreambooth.dreambooth.checkpoint import (
 )
 from persam_dreambooth.dreambooth.data import CLASS_SEED, DROPOUT, Crops, derived_seed, sample_noise
 from persam_dreambooth.dreambooth.ema import AveragedWeights
-from persam_dreambooth.dreambooth.family import Embeddings, Family
+from persam_dreambooth.dreambooth.families.family import Embeddings, Family
 from persam_dreambooth.dreambooth.interruption import Interruption
 from persam_dreambooth.dreambooth.loss import latent_mask, masked_loss
 from persam_dreambooth.dreambooth.optimizers import effective_rate, make_optimizer
 from persam_dreambooth.dreambooth.samples import paint_samples
+from persam_dreambooth.dreambooth.training_options import TrainOptions
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.files import write_text
-from persam_dreambooth.pictures import loss_curve
-from persam_dreambooth.training_options import TrainOptions
+from persam_dreambooth.report.pictures import loss_curve
 
 logger = logging.getLogger(__name__)
 

@@ -25,13 +25,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from persam_dreambooth import toy
-from persam_dreambooth.config import BenchmarkOptions, SegmentOptions, fill_identifier
-from persam_dreambooth.evaluation import report
+from persam_dreambooth.dreambooth.training_options import TrainOptions
+from persam_dreambooth.evaluation import benchmark_report as report
 from persam_dreambooth.evaluation.recipes import BASE, EXACT, NONE, PERSAM_F, RECIPES, Recipe
 from persam_dreambooth.files import check_writable, note_settings, write_aside, write_json
-from persam_dreambooth.pictures import save_picture
+from persam_dreambooth.options import BenchmarkOptions, SegmentOptions, fill_identifier
+from persam_dreambooth.report.pictures import save_picture
 from persam_dreambooth.toy import world
-from persam_dreambooth.training_options import TrainOptions
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -216,7 +216,7 @@ def paint(pipeline: StableDiffusionPipeline, told: list[str], seed: int, steps: 
     """Pictures (N, S, S, 3) uint8 of prompts, in so many steps; picture i follows from the seed, i and the prompt."""
     import torch
 
-    from persam_dreambooth.dreambooth.registry import fast_sampler
+    from persam_dreambooth.dreambooth.families.registry import fast_sampler
 
     pipeline = fast_sampler(pipeline)
     pipeline.set_progress_bar_config(disable=True)
@@ -297,7 +297,7 @@ def _prepare(folder: Path, personals: list[Personal], recipes: list[Recipe]) -> 
     from persam_dreambooth import personalize
     from persam_dreambooth.dreambooth.backgrounds import in_front_of
     from persam_dreambooth.dreambooth.base_pictures import generate_pictures
-    from persam_dreambooth.dreambooth.registry import load_pipeline
+    from persam_dreambooth.dreambooth.families.registry import load_pipeline
 
     for owner in personals:
         photos = folder / "photos" / owner.name

@@ -15,15 +15,15 @@ import numpy as np
 from PIL import Image
 
 from persam_dreambooth import models
-from persam_dreambooth.config import CONFIG, EvaluateModelOptions, fill_identifier, read_config
 from persam_dreambooth.dreambooth.backgrounds import in_front_of
+from persam_dreambooth.dreambooth.training_options import SubjectOptions, mask_folders, saved_subjects
 from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.files import check_writable, write_json, write_text
-from persam_dreambooth.images import find_photos
-from persam_dreambooth.masks import PhotoMask, load_masks
-from persam_dreambooth.photo_datasets import photo_folder
-from persam_dreambooth.pictures import grid, outlined, save_picture
-from persam_dreambooth.training_options import SubjectOptions, mask_folders, saved_subjects
+from persam_dreambooth.options import CONFIG, EvaluateModelOptions, fill_identifier, read_config
+from persam_dreambooth.photos.datasets import photo_folder
+from persam_dreambooth.photos.images import find_photos
+from persam_dreambooth.photos.mask_folder import PhotoMask, load_masks
+from persam_dreambooth.report.pictures import grid, outlined, save_picture
 
 if TYPE_CHECKING:
     from persam_dreambooth.evaluation.features import Clip, Dino

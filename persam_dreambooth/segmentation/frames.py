@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from persam_dreambooth.errors import InputError, InputNotFoundError
-from persam_dreambooth.images import PHOTO_SUFFIXES, read_image
+from persam_dreambooth.photos.images import PHOTO_SUFFIXES, read_image
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from persam_dreambooth.config import ABSENT_THRESHOLD
 from persam_dreambooth.errors import InputError
-from persam_dreambooth.segmentation.guidance import Guidance
-from persam_dreambooth.segmentation.prior import (
+from persam_dreambooth.options import ABSENT_THRESHOLD
+from persam_dreambooth.segmentation.location_prior import (
     Target,
     at_photo_size,
     attention_bias,
@@ -24,8 +23,9 @@ from persam_dreambooth.segmentation.prior import (
     prior_points,
     suppressed,
 )
-from persam_dreambooth.segmentation.sam import Encoding, Sam
+from persam_dreambooth.segmentation.sams.sam import Encoding, Sam
 from persam_dreambooth.segmentation.scale_weights import fit_scale_weights
+from persam_dreambooth.segmentation.target_semantic_prompting import Guidance
 
 Learned = TypeVar("Learned")
 ImageLike = Image.Image | np.ndarray | Encoding

@@ -20,15 +20,13 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from persam_dreambooth.config import SEGMENTERS, VideoOptions
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.files import check_writable, note_settings
-from persam_dreambooth.labels import read_labels, read_objects, save_labels
-from persam_dreambooth.pictures import painted, save_picture
-from persam_dreambooth.segmentation.checkpoints import open_named_sam
+from persam_dreambooth.options import SEGMENTERS, VideoOptions
+from persam_dreambooth.photos.labels import read_labels, read_objects, save_labels
+from persam_dreambooth.report.pictures import painted, save_picture
 from persam_dreambooth.segmentation.frames import Frame, Video, open_video
-from persam_dreambooth.segmentation.persam import ImageLike
-from persam_dreambooth.segmentation.prior import (
+from persam_dreambooth.segmentation.location_prior import (
     Target,
     at_photo_size,
     cell_weights,
@@ -36,7 +34,9 @@ from persam_dreambooth.segmentation.prior import (
     location_prior,
     presence,
 )
-from persam_dreambooth.segmentation.sam import Encoding, Sam
+from persam_dreambooth.segmentation.persam import ImageLike
+from persam_dreambooth.segmentation.sams.checkpoints import open_named_sam
+from persam_dreambooth.segmentation.sams.sam import Encoding, Sam
 from persam_dreambooth.segmentation.scale_weights import fit_scale_weights
 
 logger = logging.getLogger(__name__)

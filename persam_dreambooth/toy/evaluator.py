@@ -146,9 +146,7 @@ class Evaluator(nn.Module):
         """
         folder = Path(folder)
         if not (folder / "config.json").is_file() or not (folder / WEIGHTS).is_file():
-            raise InputNotFoundError(
-                f"{folder} holds no evaluator: write one with python -m persam_dreambooth.toy.train_evaluator"
-            )
+            raise InputNotFoundError(f"{folder} holds no evaluator: write one with python -m tools.toy.train_evaluator")
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if config.get("classes") != {name: list(names) for name, names in CLASSES.items()}:
             raise InputError(f"{folder} reads another world: train it again")

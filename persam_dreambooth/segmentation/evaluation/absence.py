@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from persam_dreambooth.config import EvaluateAbsenceOptions
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.files import check_writable, write_aside, write_json, write_text
-from persam_dreambooth.images import read_image
+from persam_dreambooth.options import EvaluateAbsenceOptions
+from persam_dreambooth.photos.images import read_image
 from persam_dreambooth.segmentation.evaluation.data_set import DataSet
 from persam_dreambooth.segmentation.evaluation.one_shot import segmenters
 from persam_dreambooth.segmentation.evaluation.perseg import read_objects
@@ -105,7 +105,7 @@ def evaluate(options: EvaluateAbsenceOptions) -> Separation:
 
 def look_for(data: DataSet, options: EvaluateAbsenceOptions) -> list[Pair]:
     """Looks for objects in images; each image is encoded once."""
-    from persam_dreambooth.segmentation.checkpoints import open_named_sam
+    from persam_dreambooth.segmentation.sams.checkpoints import open_named_sam
 
     sam = open_named_sam(options)
     maker = segmenters(options)[options.segmenter]

@@ -16,10 +16,10 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from persam_dreambooth.config import EvaluateDavisOptions
 from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.files import check_writable, note_settings, write_json, write_text
-from persam_dreambooth.labels import read_labels
+from persam_dreambooth.options import EvaluateDavisOptions
+from persam_dreambooth.photos.labels import read_labels
 from persam_dreambooth.segmentation.evaluation.metrics import boundary_f, jaccard, statistics
 
 PAPER = {
@@ -74,8 +74,8 @@ def run(sequences: list[str], data: Path, output: Path, options: EvaluateDavisOp
     Raises:
         InputError, InputNotFoundError: a sequence whose frames or annotations cannot be used.
     """
-    from persam_dreambooth.segmentation.checkpoints import open_named_sam
     from persam_dreambooth.segmentation.frames import open_video
+    from persam_dreambooth.segmentation.sams.checkpoints import open_named_sam
     from persam_dreambooth.segmentation.video import VideoSegmenter, check_first_mask, follow
 
     videos = {sequence: open_video(data / "JPEGImages" / "480p" / sequence) for sequence in sequences}

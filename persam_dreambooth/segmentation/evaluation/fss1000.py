@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from persam_dreambooth.config import EvaluateFss1000Options
 from persam_dreambooth.errors import InputError, InputNotFoundError
-from persam_dreambooth.images import open_image
+from persam_dreambooth.options import EvaluateFss1000Options
+from persam_dreambooth.photos.images import open_image
 from persam_dreambooth.segmentation.evaluation import one_shot
 from persam_dreambooth.segmentation.evaluation.data_set import DataSet, Item
 

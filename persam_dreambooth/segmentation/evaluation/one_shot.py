@@ -24,11 +24,11 @@ from PIL import Image
 from scipy import ndimage
 from tqdm import tqdm
 
-from persam_dreambooth.config import OneShotOptions, SegmentationOptions
 from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.files import check_writable, note_settings, write_aside, write_json, write_text
-from persam_dreambooth.images import read_image
-from persam_dreambooth.segmentation.evaluation import report
+from persam_dreambooth.options import OneShotOptions, SegmentationOptions
+from persam_dreambooth.photos.images import read_image
+from persam_dreambooth.segmentation.evaluation import one_shot_report as report
 from persam_dreambooth.segmentation.evaluation.data_set import DataSet, Item, read_prediction
 from persam_dreambooth.segmentation.evaluation.metrics import boundary_overlap, overlap
 from persam_dreambooth.segmentation.evaluation.trace import save_trace
@@ -170,7 +170,7 @@ def row(name: str, segmenter: Callable[[Sam], PerSAM | PerSAMF], reference: int,
 
 def run(rows: list[Row], data: DataSet, output: Path, options: OneShotOptions, state: PartialState) -> None:
     """Writes the predictions that are missing; under `accelerate launch`, each process takes a share of the objects."""
-    from persam_dreambooth.segmentation.checkpoints import open_named_sam
+    from persam_dreambooth.segmentation.sams.checkpoints import open_named_sam
 
     names = ("data", "sam_model", "sam_dtype", "guidance", "target_coverage")
     settings = {name: getattr(options, name) for name in names}

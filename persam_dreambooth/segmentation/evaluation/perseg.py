@@ -8,9 +8,9 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from persam_dreambooth.config import EvaluatePersegOptions
 from persam_dreambooth.errors import InputError, InputNotFoundError
-from persam_dreambooth.images import PHOTO_SUFFIXES
+from persam_dreambooth.options import EvaluatePersegOptions
+from persam_dreambooth.photos.images import PHOTO_SUFFIXES
 from persam_dreambooth.segmentation.evaluation import one_shot
 from persam_dreambooth.segmentation.evaluation.data_set import DataSet, Item
 from persam_dreambooth.segmentation.evaluation.one_shot import Row

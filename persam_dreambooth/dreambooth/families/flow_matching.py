@@ -1,0 +1,78 @@
+"""Rectified flow, as Stable Diffusion 3 and FLUX.1 are trained (Esser et al. 2024, arXiv 2403.03206).
+
+A transformer over 2 x 2 patches of the latents predicts the way from latents to noise. Shapes as in `family`; timesteps
+are 1000 times the part of noise, from 0 to 1000.
+"""
+
+import math
+from typing import Any, ClassVar
+
+import torch
+
+from persam_dreambooth.dreambooth.families.latent_diffusion import LatentDiffusion
+
+PATCH = 2
+
+
+class FlowMatching(LatentDiffusion):
+    """What the two families of rectified flow do alike: timesteps, noise, target, and a T5 that is never trained.
+
+    Args:
+        pipeline: where its parts come from.
+    """
+
+    denoiser_name = "transformer"
+    large = True
+    paint_dtype = torch.bfloat16
+    without: ClassVar = {
+        "snr_gamma": "which learns a flow: its density of timesteps does what min-SNR does",
+        "export": "whose LoRA ComfyUI reads as it is saved",
+    }
+
+    def __init__(self, pipeline: Any) -> None:
+        super().__init__(pipeline)
+        self.flow: Any = pipeline.scheduler.config
+        self._t5_states: dict[str, torch.Tensor] = {}
+
+    @property
+    def granularity(self) -> int:
+        """See `Family`."""
+        return self.latent_factor * PATCH
+
+    def shift(self, shape: tuple[int, int, int]) -> float:
+        """How far timesteps move to more noise for a latent of shape (C, h, w), as when the pipeline samples.
+
+        The scheduler's configuration has one number, or two between which its logarithm is linear in the number of
+        patches: the more pixels, the more noise hides as much (section 5.3.2).
+        """
+        if not self.flow.use_dynamic_shifting:
+            return self.flow.shift
+        patches = shape[1] * shape[2] / PATCH**2
+        first, last = self.flow.base_image_seq_len, self.flow.max_image_seq_len
+        part = (patches - first) / (last - first)
+        mu = self.flow.base_shift + part * (self.flow.max_shift - self.flow.base_shift)
+        return math.exp(mu) if self.flow.time_shift_type == "exponential" else mu
+
+    def draw_timestep(self, generator: torch.Generator, shape: tuple[int, int, int]) -> torch.Tensor:
+        """See `Family`: logit-normal with mean 0 and deviation 1 (section 3.1), then shifted (eq. 23)."""
+        part = torch.sigmoid(torch.randn((1,), generator=generator))
+        shift = self.shift(shape)
+        return self.flow.num_train_timesteps * shift * part / (1 + (shift - 1) * part)
+
+    def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """See `Family`: (1 - t) latents + t noise (eq. 13)."""
+        part = (timesteps / self.flow.num_train_timesteps).view(-1, 1, 1, 1)
+        return (1 - part) * latents + part * noise
+
+    def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """See `Family`: noise - latents, the derivative of `add_noise` by t."""
+        return noise - latents
+
+    def t5_states(self, encoder: Any, tokenizer: Any, prompts: list[str], length: int) -> torch.Tensor:
+        """T5's states (B, length, D) of prompts; each is encoded once, since T5 is never trained."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._t5_states]
+        if new:
+            with torch.no_grad():
+                states = encoder(self.tokens(tokenizer, new, length))[0]
+            self._t5_states.update(zip(new, states, strict=True))
+        return torch.stack([self._t5_states[prompt] for prompt in prompts])

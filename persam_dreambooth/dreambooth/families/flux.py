@@ -1,0 +1,87 @@
+"""FLUX.1 dev and schnell (Black Forest Labs 2024): rectified flow on packed latents, CLIP's pooled prompt and T5.
+
+C 16, T 512, D 4096, P 768; other shapes as in `family`.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DiffusionPipeline, FluxPipeline
+
+from persam_dreambooth.dreambooth.families.family import Embeddings
+from persam_dreambooth.dreambooth.families.flow_matching import PATCH, FlowMatching
+
+
+class Flux(FlowMatching):
+    """FLUX.1 under training.
+
+    The learning rate, LoRA's layers, and the guidance of 1 that dev is told during training, are those of diffusers'
+    `train_dreambooth_lora_flux.py` and its README; the length of T5's prompts that of `FluxPipeline`. Timesteps are
+    drawn as for Stable Diffusion 3, shifted as dev is when it paints; diffusers' script draws them uniformly.
+    """
+
+    pipeline_class: ClassVar[type[DiffusionPipeline]] = FluxPipeline
+    denoiser_targets: ClassVar = [
+        *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+        *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+        *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+    ]
+    learning_rates: ClassVar = {"lora": 1e-4}
+    tags: ClassVar = ["flux"]
+    feedforward_targets: ClassVar = ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
+    t5_length = 512
+    guidance = 1.0
+
+    @classmethod
+    def load_pipeline(cls, *arguments: Any, **settings: Any) -> Any:
+        """See `LatentDiffusion`; pictures have the size that the VAE was made for, which the pipeline does not read."""
+        pipeline = super().load_pipeline(*arguments, **settings)
+        pipeline.default_sample_size = pipeline.vae.config.sample_size // pipeline.vae_scale_factor
+        return pipeline
+
+    @property
+    def native_resolution(self) -> int:
+        """See `Family`: 1024."""
+        return self.vae.config.sample_size
+
+    def encode_prompts(self, prompts: list[str]) -> Embeddings:
+        """See `Family`: T5's states, CLIP's pooled vector."""
+        pipeline = self.pipeline
+        pooled = self.part("text_encoder")(self.tokens(pipeline.tokenizer, prompts)).pooler_output
+        states = self.t5_states(pipeline.text_encoder_2, pipeline.tokenizer_2, prompts, self.t5_length)
+        return Embeddings(states, pooled)
+
+    def denoise(
+        self, denoiser: Any, noisy: torch.Tensor, timesteps: torch.Tensor, embeddings: Embeddings, crops: torch.Tensor
+    ) -> torch.Tensor:
+        """See `LatentDiffusion`; latents are packed for the transformer alone."""
+        height, width = noisy.shape[-2:]
+        has_guidance = self.pipeline.transformer.config.guidance_embeds
+        packed = denoiser(
+            pack(noisy),
+            encoder_hidden_states=embeddings.states,
+            pooled_projections=embeddings.pooled,
+            timestep=timesteps / self.flow.num_train_timesteps,
+            guidance=torch.full_like(timesteps, self.guidance) if has_guidance else None,
+            txt_ids=noisy.new_zeros(embeddings.states.shape[1], 3),
+            img_ids=patch_positions(height // PATCH, width // PATCH).to(noisy),
+        ).sample
+        return unpack(packed, height, width)
+
+
+def pack(latents: torch.Tensor) -> torch.Tensor:
+    """Latents (B, C, h, w) to a row of 2 x 2 patches, (B, h w / 4, 4 C)."""
+    rows = latents.unflatten(3, (-1, PATCH)).unflatten(2, (-1, PATCH))  # B, C, h / 2, 2, w / 2, 2
+    return rows.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def unpack(packed: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """The inverse of `pack`, to (B, C, height, width)."""
+    rows = packed.unflatten(2, (-1, PATCH, PATCH)).unflatten(1, (height // PATCH, width // PATCH))
+    return rows.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
+
+def patch_positions(rows: int, columns: int) -> torch.Tensor:
+    """Positions (rows columns, 3) of patches: 0, row, column."""
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    return torch.stack([torch.zeros_like(row), row, column], dim=-1).flatten(0, 1)

@@ -1,0 +1,346 @@
+"""What the model families do alike: load a pipeline, add LoRA to its parts, encode photos, stay with the base, save.
+
+A family states its parts and defaults and adds what is its own: prompts, noise, the call of its denoiser. Shapes as in
+`family`.
+"""
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.training_utils import cast_training_params
+from diffusers.utils import (
+    convert_state_dict_to_diffusers,
+    convert_state_dict_to_peft,
+    convert_unet_state_dict_to_peft,
+)
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+
+from persam_dreambooth.dreambooth.families.family import Embeddings, Family
+from persam_dreambooth.dreambooth.latent_cache import PosteriorCache
+from persam_dreambooth.dreambooth.training_options import TrainOptions
+from persam_dreambooth.errors import InputError
+
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
+TEXT_LEVEL = "text_model."
+TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+TEXT_FEEDFORWARD = ["fc1", "fc2"]
+DORA_LENGTH = "lora_magnitude_vector"
+INITS: dict[str, Any] = {"gaussian": "gaussian", "kaiming": True}
+"""How peft calls them. Those that change the base weights too (PiSSA, OLoRA) would not survive a saved LoRA."""
+
+
+class LatentDiffusion(Family):
+    """One model under training; see `family.Family` for what is not told here.
+
+    Args:
+        pipeline: where its parts come from.
+    """
+
+    pipeline_class: ClassVar[type[DiffusionPipeline]]
+    """The pipeline by whose name in `model_index.json` a checkpoint is known."""
+
+    load_settings: ClassVar[dict[str, Any]] = {}
+    """Given to `from_pretrained`."""
+
+    denoiser_name: ClassVar[str]
+    """The denoiser's name in the pipeline: `unet` or `transformer`."""
+
+    denoiser_targets: ClassVar[list[str]]
+    """Endings of the names of the denoiser's layers that LoRA adapts unless `--lora_targets` says otherwise."""
+
+    feedforward_targets: ClassVar[list[str]] = ["ff.net.0.proj", "ff.net.2"]
+    """Endings of the names of the layers between those of attention."""
+
+    trainable_encoders: ClassVar[list[str]] = ["text_encoder"]
+    """The text encoders that `--train_text_encoder` trains: those of CLIP."""
+
+    large: ClassVar[bool] = False
+    """Whether what is not trained is loaded in half precision at once, because float32 would need too much memory."""
+
+    paint_dtype: ClassVar[torch.dtype] = torch.float16
+    """The half precision that it paints in on an accelerator."""
+
+    without: ClassVar[dict[str, str]] = {}
+
+    def __init__(self, pipeline: Any) -> None:
+        self.pipeline = pipeline
+        self.vae = pipeline.vae
+        self.trained: dict[str, Any] = {}
+        self.base_denoiser: Any = None
+        self.cache: PosteriorCache | None = None
+        self.aside: list[str] = []
+        self.encoders = [name for name, part in pipeline.components.items() if "text_encoder" in name and part]
+        for name in (self.denoiser_name, "vae", *self.encoders):
+            getattr(pipeline, name).requires_grad_(False)
+
+    @classmethod
+    def load_pipeline(
+        cls,
+        source: str,
+        revision: str | None = None,
+        variant: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        **parts: Any,
+    ) -> Any:
+        """Loads a pipeline of this family; arguments as of `registry.load_pipeline`."""
+        settings = {"revision": revision, "variant": variant, "dtype": dtype, **cls.load_settings, **parts}
+        return cls.pipeline_class.from_pretrained(source, **settings)
+
+    @staticmethod
+    def fast_sampler(pipeline: Any) -> Any:
+        """Gives a pipeline a sampler that is good from 20 to 30 steps on."""
+        return pipeline
+
+    def part(self, name: str) -> Any:
+        """A part of the pipeline by its name; one under training as accelerate wrapped it."""
+        return self.trained.get(name, getattr(self.pipeline, name))
+
+    @property
+    def latent_factor(self) -> int:
+        """Pixels along one side of a latent cell, 8 for all published models."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def device(self) -> torch.device:
+        """See `Family`; the VAE and the encoders may be set aside."""
+        return getattr(self.pipeline, self.denoiser_name).device
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """See `Family`."""
+        return self.vae.config.latent_channels, height // self.latent_factor, width // self.latent_factor
+
+    def vae_dtype(self, frozen_dtype: torch.dtype) -> torch.dtype:
+        """The VAE's precision during training."""
+        return frozen_dtype
+
+    def make_trainable(
+        self, options: TrainOptions, device: torch.device, frozen_dtype: torch.dtype
+    ) -> list[torch.nn.Parameter]:
+        """See `Family`."""
+        names = [self.denoiser_name, *(self.trainable_encoders if options.train_text_encoder else [])]
+        for name in (self.denoiser_name, *self.encoders):
+            whole = options.method == "full" and name in names
+            getattr(self.pipeline, name).to(device, torch.float32 if whole else frozen_dtype)
+        self.vae.to(device, self.vae_dtype(frozen_dtype))
+        self.trained = {name: getattr(self.pipeline, name) for name in names}
+        if options.masked_prior_preservation_weight and options.method == "full":
+            self.base_denoiser = copy.deepcopy(self.trained[self.denoiser_name]).to(frozen_dtype)
+        for name in names:
+            self.free(name, options)
+        return [weight for part in self.trained.values() for weight in part.parameters() if weight.requires_grad]
+
+    def check(self, options: TrainOptions) -> None:
+        """Raises `InputError` for options that this model has no use for."""
+        layers = adaptable_layers(getattr(self.pipeline, self.denoiser_name))
+        for ending in self.lora_targets(options):
+            if not any(f".{layer}".endswith(f".{ending}") for layer in layers):
+                known = ", ".join(self.denoiser_targets)
+                raise InputError(f"--lora_targets: no layer of the {self.denoiser_name} ends in {ending}: try {known}")
+
+    def lora_targets(self, options: TrainOptions) -> list[str]:
+        """Endings of the names of the denoiser's layers that LoRA adapts; not to be asked once it does."""
+        attention = [ending for ending in self.denoiser_targets if ending not in self.feedforward_targets]
+        match options.lora_targets:
+            case None:
+                return self.denoiser_targets
+            case "attention":
+                return attention
+            case "attention+feedforward":
+                return [*attention, *self.feedforward_targets]
+            case "all":
+                return adaptable_layers(getattr(self.pipeline, self.denoiser_name))
+            case endings:
+                return [ending.strip() for ending in endings.split(",")]
+
+    def free(self, name: str, options: TrainOptions) -> None:
+        """Makes one part trainable."""
+        part, is_denoiser = self.trained[name], name == self.denoiser_name
+        if options.method == "lora":
+            part.add_adapter(
+                LoraConfig(
+                    r=options.rank,
+                    lora_alpha=options.lora_alpha or options.rank,
+                    lora_dropout=options.lora_dropout,
+                    init_lora_weights=INITS[options.lora_init],
+                    use_dora=options.use_dora,
+                    target_modules=self.lora_targets(options) if is_denoiser else text_targets(options),
+                )
+            )
+            cast_training_params(part, dtype=torch.float32)
+        else:
+            part.requires_grad_(True)
+        part.train()
+        if options.gradient_checkpointing:
+            if is_denoiser:
+                part.enable_gradient_checkpointing()
+            else:  # transformers 5.23 renamed it
+                enable = getattr(part, "activation_checkpointing_enable", None)
+                (enable or part.gradient_checkpointing_enable)()
+
+    def encode_images(self, pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """See `Family`; latents are shifted where the VAE's configuration has a shift, and scaled."""
+        posterior = self.posterior(pixels) if self.cache is None else self.cache(pixels)
+        mean, deviation = posterior.to(self.device)
+        latents = mean + deviation * noise.to(mean)
+        if self.vae.config.shift_factor:
+            latents = latents - self.vae.config.shift_factor
+        return latents * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def posterior(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels (B, 3, H, W) to mean and deviation of the VAE's latents, (2, B, C, h, w)."""
+        answer = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
+        return torch.stack([answer.mean, answer.std])
+
+    def cache_latents(self, crops: Iterable[torch.Tensor] | None) -> None:
+        """See `Family`."""
+        self.cache = PosteriorCache(self.posterior)
+        if crops is not None:
+            for pixels in crops:
+                self.cache(pixels[None])
+            self.set_aside("vae")
+
+    def tokens(self, tokenizer: Any, prompts: list[str], length: int | None = None) -> torch.Tensor:
+        """Prompts to token ids (B, T), cut or padded to a length: the tokenizer's own where none is given."""
+        settings = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+        return tokenizer(prompts, max_length=length or tokenizer.model_max_length, **settings).input_ids.to(self.device)
+
+    def set_encoders_aside(self) -> None:
+        """See `Family`."""
+        self.set_aside(*(name for name in self.encoders if name not in self.trained))
+
+    def set_aside(self, *names: str) -> None:
+        """Moves parts that training does without off the accelerator."""
+        self.aside += names
+        for name in names:
+            getattr(self.pipeline, name).to("cpu")
+
+    @contextmanager
+    def painting(self) -> Iterator[Any]:
+        """See `Family`."""
+        for name in self.aside:
+            getattr(self.pipeline, name).to(self.device)
+        for part in self.trained.values():
+            part.eval()
+        try:
+            yield self.pipeline
+        finally:
+            for part in self.trained.values():
+                part.train()
+            for name in self.aside:
+                getattr(self.pipeline, name).to("cpu")
+
+    def denoise(
+        self,
+        denoiser: Any,
+        noisy: torch.Tensor,
+        timesteps: torch.Tensor,
+        embeddings: Embeddings,
+        crops: torch.Tensor,
+    ) -> torch.Tensor:
+        """A denoiser's answer (B, C, h, w); the other arguments are those of `predict`."""
+        raise NotImplementedError
+
+    def predict(
+        self, noisy: torch.Tensor, timesteps: torch.Tensor, embeddings: Embeddings, crops: torch.Tensor
+    ) -> torch.Tensor:
+        """See `Family`."""
+        return self.denoise(self.part(self.denoiser_name), noisy, timesteps, embeddings, crops)
+
+    @torch.no_grad()
+    def predict_base(
+        self, noisy: torch.Tensor, timesteps: torch.Tensor, embeddings: Embeddings, crops: torch.Tensor
+    ) -> torch.Tensor:
+        """See `Family`.
+
+        With LoRA that is the denoiser without its matrices; else a copy, which `make_trainable` keeps where it is
+        needed.
+        """
+        if self.base_denoiser is not None:
+            dtype = self.base_denoiser.dtype
+            return self.denoise(self.base_denoiser, noisy.to(dtype), timesteps, embeddings.to(dtype), crops)
+        denoiser = getattr(self.pipeline, self.denoiser_name)
+        denoiser.disable_adapters()
+        try:
+            return self.denoise(denoiser, noisy, timesteps, embeddings, crops)
+        finally:
+            denoiser.enable_adapters()
+
+    @staticmethod
+    def published_lora_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The denoiser's LoRA by the names that other programs know; peft's, unless a family says otherwise."""
+        return state
+
+    def save_weights(self, folder: Path) -> None:
+        """See `Family`."""
+        layers: dict[str, Any] = {}
+        for name in self.trained:
+            part = getattr(self.pipeline, name)
+            if not hasattr(part, "peft_config"):
+                part.save_pretrained(folder / name)
+                continue
+            layers[f"{name}_lora_adapter_metadata"] = adapter_settings(part)
+            if name == self.denoiser_name:
+                layers[f"{name}_lora_layers"] = self.published_lora_names(get_peft_model_state_dict(part))
+            else:
+                # With the level that other programs know; transformers dropped it from CLIPTextModel in 5.6. And with
+                # the name of DoRA's lengths inside peft, by which alone transformers finds them.
+                state = convert_state_dict_to_diffusers(get_peft_model_state_dict(part))
+                layers[f"{name}_lora_layers"] = {
+                    TEXT_LEVEL + key.removeprefix(TEXT_LEVEL) + (".weight" if key.endswith(DORA_LENGTH) else ""): weight
+                    for key, weight in state.items()
+                }
+        if layers:
+            self.pipeline_class.save_lora_weights(folder, **layers)
+
+    def load_weights(self, folder: Path) -> None:
+        """See `Family`."""
+        if not (folder / LORA_WEIGHTS).is_file():
+            load_trained_parts(self.pipeline, folder)
+            return
+        state = load_file(folder / LORA_WEIGHTS)
+        for name in self.trained:
+            part = getattr(self.pipeline, name)
+            own = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+            if name == self.denoiser_name:
+                own = convert_unet_state_dict_to_peft(own)
+            else:
+                level = TEXT_LEVEL if hasattr(part, "text_model") else ""
+                own = convert_state_dict_to_peft(own)
+                own = {level + key.removeprefix(TEXT_LEVEL): value for key, value in own.items()}
+            set_peft_model_state_dict(part, own, adapter_name="default")
+
+
+def adaptable_layers(part: torch.nn.Module) -> list[str]:
+    """The names of all layers that LoRA can adapt."""
+    return [name for name, layer in part.named_modules() if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))]
+
+
+def text_targets(options: TrainOptions) -> list[str]:
+    """Endings of the names of the layers of a text encoder that LoRA adapts: attention, unless it shall be more."""
+    more = options.lora_targets in ("attention+feedforward", "all")
+    return [*TEXT_TARGETS, *(TEXT_FEEDFORWARD if more else [])]
+
+
+def adapter_settings(part: Any) -> dict[str, Any]:
+    """What a saved LoRA tells of itself: diffusers takes alpha and DoRA from it when it loads the file."""
+    settings = part.peft_config["default"]
+    return {
+        "r": settings.r,
+        "lora_alpha": settings.lora_alpha,
+        "use_dora": settings.use_dora,
+        "target_modules": sorted(settings.target_modules),
+    }
+
+
+def load_trained_parts(pipeline: Any, folder: Path) -> None:
+    """Loads fully trained parts, such as `unet/`, into a pipeline's own."""
+    for name, part in pipeline.components.items():
+        if (folder / name).is_dir():
+            part.load_state_dict(type(part).from_pretrained(folder / name).state_dict())

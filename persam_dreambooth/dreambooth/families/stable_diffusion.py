@@ -1,0 +1,115 @@
+"""Stable Diffusion 1.x and 2.x (Rombach et al. 2022, arXiv 2112.10752): a UNet that predicts the noise or v.
+
+C 4, T 77, D 768 or 1024; other shapes as in `family`.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, StableDiffusionPipeline
+
+from persam_dreambooth.dreambooth.families.family import Embeddings
+from persam_dreambooth.dreambooth.families.latent_diffusion import LatentDiffusion
+from persam_dreambooth.errors import InputError
+
+
+class StableDiffusion(LatentDiffusion):
+    """Stable Diffusion 1.x or 2.x under training.
+
+    Learning rates are the defaults of diffusers' `train_dreambooth_lora.py` and `train_dreambooth.py`.
+
+    Args:
+        pipeline: where its parts come from.
+
+    Raises:
+        InputError: a model that predicts something else than the noise or v, or that scales its input (EDM).
+    """
+
+    pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusionPipeline
+    load_settings: ClassVar = {"safety_checker": None, "requires_safety_checker": False}
+    denoiser_name = "unet"
+    denoiser_targets: ClassVar = ["to_q", "to_k", "to_v", "to_out.0"]
+    learning_rates: ClassVar = {"lora": 1e-4, "full": 5e-6}
+    tags: ClassVar = ["stable-diffusion"]
+
+    def __init__(self, pipeline: Any) -> None:
+        super().__init__(pipeline)
+        if type(pipeline.scheduler).__name__.startswith("EDM"):
+            raise InputError("the model was trained with EDM's noise, which is not supported: choose another model")
+        self.noise_schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
+        if self.prediction_type not in ("epsilon", "v_prediction"):
+            raise InputError(f"the model predicts {self.prediction_type}: only epsilon and v_prediction are supported")
+
+    @staticmethod
+    def fast_sampler(pipeline: Any) -> Any:
+        """Gives a pipeline the DPM-Solver++ sampler, good from 20 to 30 steps on."""
+        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+        return pipeline
+
+    @property
+    def prediction_type(self) -> str:
+        """`epsilon` (SD 1.x, 2.x base, XL) or `v_prediction` (SD 2.x at 768)."""
+        return self.noise_schedule.config.prediction_type
+
+    @property
+    def native_resolution(self) -> int:
+        """See `Family`: 512 for SD 1.x, 768 for SD 2.x, 1024 for XL."""
+        return self.pipeline.unet.config.sample_size * self.latent_factor
+
+    @property
+    def granularity(self) -> int:
+        """See `Family`: the UNet halves its grid at every level but the last."""
+        return self.latent_factor * 2 ** (len(self.pipeline.unet.config.block_out_channels) - 1)
+
+    @property
+    def timesteps(self) -> int:
+        """Length of the noise schedule, 1000."""
+        return self.noise_schedule.config.num_train_timesteps
+
+    def encode_prompts(self, prompts: list[str]) -> Embeddings:
+        """See `Family`: the last states of CLIP."""
+        return Embeddings(self.part("text_encoder")(self.tokens(self.pipeline.tokenizer, prompts))[0])
+
+    def draw_timestep(self, generator: torch.Generator, shape: tuple[int, int, int]) -> torch.Tensor:
+        """See `Family`: uniform among 0 to 999."""
+        return torch.randint(0, self.timesteps, (1,), generator=generator)
+
+    def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """See `Family`: sqrt(a) latents + sqrt(1 - a) noise (Ho et al. 2020, eq. 4)."""
+        return self.noise_schedule.add_noise(latents, noise, timesteps)
+
+    def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """See `Family`: the noise, or v = sqrt(a) noise - sqrt(1 - a) latents (Salimans & Ho 2022)."""
+        if self.prediction_type == "epsilon":
+            return noise
+        return self.noise_schedule.get_velocity(latents, noise, timesteps)
+
+    def min_snr_weights(self, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
+        """See `Family`: min-SNR (Hang et al. 2023, arXiv 2303.09556), for the squared error of what is predicted.
+
+        With the signal-to-noise ratio s = a / (1 - a), all latents' errors are weighted by min(s, gamma):
+
+            noise   min(s, gamma) / s          v   min(s, gamma) / (s + 1)
+        """
+        kept = self.noise_schedule.alphas_cumprod.to(timesteps.device)[timesteps]
+        ratio = kept / (1 - kept)
+        if self.prediction_type == "epsilon":
+            return (gamma / ratio).clamp(max=1)  # 1 where there is no signal at all
+        return ratio.clamp(max=gamma) / (ratio + 1)
+
+    def denoise(
+        self, denoiser: Any, noisy: torch.Tensor, timesteps: torch.Tensor, embeddings: Embeddings, crops: torch.Tensor
+    ) -> torch.Tensor:
+        """See `LatentDiffusion`."""
+        return denoiser(noisy, timesteps, encoder_hidden_states=embeddings.states).sample
+
+    @staticmethod
+    def published_lora_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """See `LatentDiffusion`; diffusers reads these names of all layers or of none."""
+        renamed = {"lora_A": "lora.down", "lora_B": "lora.up"}
+        return {_replaced(key, renamed): weight for key, weight in state.items()}
+
+
+def _replaced(name: str, parts: dict[str, str]) -> str:
+    """A dotted name with some of its parts called otherwise."""
+    return ".".join(parts.get(part, part) for part in name.split("."))

@@ -1,0 +1,69 @@
+"""Stable Diffusion 3 and 3.5 (Esser et al. 2024, arXiv 2403.03206): rectified flow, three text encoders.
+
+C 16, T 77 + 256, D 4096, P 768 + 1280; other shapes as in `family`.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
+
+from persam_dreambooth.dreambooth.families.family import Embeddings
+from persam_dreambooth.dreambooth.families.flow_matching import FlowMatching
+
+
+class StableDiffusion3(FlowMatching):
+    """Stable Diffusion 3 or 3.5 under training.
+
+    The learning rate and LoRA's layers are those of diffusers' `train_dreambooth_lora_sd3.py`, the length of T5's
+    prompts that of `StableDiffusion3Pipeline`. T5 may be left out of a checkpoint; zeros stand for its states then, as
+    in the pipeline.
+    """
+
+    pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusion3Pipeline
+    denoiser_targets: ClassVar = [
+        *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+        *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+    ]
+    trainable_encoders: ClassVar = ["text_encoder", "text_encoder_2"]
+    learning_rates: ClassVar = {"lora": 1e-4}
+    tags: ClassVar = ["sd3"]
+    feedforward_targets: ClassVar = ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
+    t5_length = 256
+
+    @classmethod
+    def load_pipeline(cls, source: str, revision: str | None = None, *arguments: Any, **settings: Any) -> Any:
+        """See `LatentDiffusion`; parts that the checkpoint left out are named to diffusers, which insists on it."""
+        index = cls.pipeline_class.load_config(source, revision=revision)
+        left_out = {name: None for name, kind in index.items() if kind == [None, None]}
+        return super().load_pipeline(source, revision, *arguments, **{**left_out, **settings})
+
+    @property
+    def native_resolution(self) -> int:
+        """See `Family`: 1024."""
+        return self.pipeline.transformer.config.sample_size * self.latent_factor
+
+    def encode_prompts(self, prompts: list[str]) -> Embeddings:
+        """See `Family`: CLIP's states side by side, padded to the width of T5's, then T5's; CLIP's pooled vectors."""
+        states, pooled = [], []
+        for name, tokenizer in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
+            ids = self.tokens(getattr(self.pipeline, tokenizer), prompts)
+            answer = self.part(name)(ids, output_hidden_states=True)
+            states.append(answer.hidden_states[-2])
+            pooled.append(answer.text_embeds)
+        clip, width = torch.cat(states, dim=-1), self.pipeline.transformer.config.joint_attention_dim
+        if self.pipeline.text_encoder_3 is None:
+            t5 = clip.new_zeros(len(prompts), self.t5_length, width)
+        else:
+            t5 = self.t5_states(self.pipeline.text_encoder_3, self.pipeline.tokenizer_3, prompts, self.t5_length)
+        clip = F.pad(clip, (0, width - clip.shape[-1]))
+        return Embeddings(torch.cat([clip, t5], dim=1), torch.cat(pooled, dim=-1))
+
+    def denoise(
+        self, denoiser: Any, noisy: torch.Tensor, timesteps: torch.Tensor, embeddings: Embeddings, crops: torch.Tensor
+    ) -> torch.Tensor:
+        """See `LatentDiffusion`."""
+        return denoiser(
+            noisy, encoder_hidden_states=embeddings.states, pooled_projections=embeddings.pooled, timestep=timesteps
+        ).sample

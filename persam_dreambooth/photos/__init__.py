@@ -1,0 +1,1 @@
+"""What a person brings: photos, masks, captions, label maps and data sets, each read by one rule."""

@@ -1,0 +1,192 @@
+"""Pictures for people: photos with their masks and heat maps, the overview, grids of samples, the loss curve."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from persam_dreambooth.files import write_aside
+from persam_dreambooth.photos.labels import davis_palette
+from persam_dreambooth.photos.mask_folder import PhotoMask
+
+TILE = 320
+"""Width and height of the box a picture is fitted into, in pixels."""
+LINE = 20
+GAP = 12
+OUTLINE = (255, 0, 200)
+INK = (30, 30, 30)
+ALARM = (200, 0, 0)
+PAPER = (255, 255, 255)
+BOX = (255, 200, 0)
+INCLUDED, EXCLUDED = (0, 150, 60), (220, 30, 30)
+MARK = 7
+"""Radius of a point, in pixels."""
+SCALE = 18
+"""Height of a heat map's scale, in pixels."""
+
+
+def overview(photo_masks: list[PhotoMask], subjects: list[str] | None = None) -> Image.Image:
+    """Every photo with its mask's outline, the rest dimmed; below it coverage, presence, and what made the mask.
+
+    Where there are several subjects, `subjects` says whose mask each is.
+    """
+    tiles, captions, alarms = [], [], []
+    for number, item in enumerate(photo_masks):
+        record = item.record
+        facts = f"{record.coverage:.0%} covered"
+        if record.presence is not None:
+            facts += f", presence {record.presence:.2f}"
+        maker = f"{record.method}, SAM: {record.model}" if record.model else record.method
+        tiles.append(outlined(item.photo.read(), item.mask))
+        captions.append([f"{subjects[number]}: {record.photo}" if subjects else record.photo, facts, maker])
+        alarms.append(", ".join(record.flags))
+    return grid(tiles, captions, alarms)
+
+
+def outlined(
+    photo: Image.Image, mask: np.ndarray, points: np.ndarray | None = None, box: np.ndarray | None = None
+) -> Image.Image:
+    """The photo fitted into a tile, with the outline of its mask and the rest dimmed.
+
+    Args:
+        photo: RGB.
+        mask: (H, W) bool.
+        points: (n, 2) prompts to mark, xy in pixels of the photo: the first with a plus, the others with a minus.
+        box: (4,) prompt to mark: x0, y0, x1, y1.
+    """
+    tile = _tile(photo)
+    inside = Image.fromarray(mask.astype(np.uint8) * 255).resize(tile.size, Image.Resampling.BOX)
+    inside = inside.point(lambda value: 255 if value > 127 else 0)
+    dimmed = Image.blend(tile, Image.new("RGB", tile.size, PAPER), 0.55)
+    tile = Image.composite(tile, dimmed, inside)
+    edge = np.asarray(inside.filter(ImageFilter.MaxFilter(5))) != np.asarray(inside.filter(ImageFilter.MinFilter(3)))
+    tile.paste(OUTLINE, mask=Image.fromarray(edge.astype(np.uint8) * 255))
+    draw, scale = ImageDraw.Draw(tile), np.array(tile.size) / photo.size
+    if box is not None:
+        x0, y0, x1, y1 = np.asarray(box) * np.tile(scale, 2)
+        draw.rectangle((x0, y0, x1, y1), outline=BOX, width=2)
+    for number, (x, y) in enumerate([] if points is None else ((points + 0.5) * scale).tolist()):
+        draw.circle((x, y), MARK, EXCLUDED if number else INCLUDED, PAPER, 2)
+        draw.line((x - 3, y, x + 3, y), PAPER, 2)
+        if not number:
+            draw.line((x, y - 3, x, y + 3), PAPER, 2)
+    return tile
+
+
+def heat_map(photo: Image.Image, similarity: np.ndarray, span: tuple[float, float] | None = None) -> Image.Image:
+    """A location prior over its photo, fitted into a tile: dark blue is the least similar, yellow the most.
+
+    Args:
+        photo: RGB.
+        similarity: (64, 64) cells of the photo padded to a square, to the right or below, as SAM sees it.
+        span: the values at the ends of the colors, which stand below; default: the least and the greatest shown.
+    """
+    from matplotlib import colormaps
+
+    tile = _tile(photo)
+    across, down = (len(similarity) * side / max(photo.size) for side in photo.size)
+    cells = Image.fromarray(similarity.astype(np.float32))
+    values = np.asarray(cells.resize(tile.size, Image.Resampling.BILINEAR, box=(0, 0, across, down)))
+    low, high = span or (float(values.min()), float(values.max()))
+
+    def colored(shares: np.ndarray) -> Image.Image:
+        return Image.fromarray(colormaps["viridis"](shares, bytes=True)[..., :3])
+
+    heat = colored((values - low) / ((high - low) or 1))
+    tile = Image.blend(tile.convert("L").convert("RGB"), heat, 0.7)
+    scale = colored(np.tile(np.linspace(0, 1, tile.width), (SCALE, 1)))
+    draw, font = ImageDraw.Draw(scale), ImageFont.load_default(SCALE - 5)
+    draw.text((4, SCALE // 2), f"{low:.2f}", PAPER, font, anchor="lm")
+    draw.text((tile.width - 4, SCALE // 2), f"{high:.2f}", INK, font, anchor="rm")
+    tile.paste(scale, (0, tile.height - SCALE))
+    return tile
+
+
+def painted(photo: Image.Image, labels: np.ndarray) -> Image.Image:
+    """The photo (RGB) with its label map's ((H, W) uint8) objects painted over it, half and half, in their colors."""
+    colors = Image.fromarray(labels)
+    colors.putpalette(davis_palette())
+    inside = Image.fromarray((labels > 0).astype(np.uint8) * 255)
+    return Image.composite(Image.blend(photo, colors.convert("RGB"), 0.5), photo, inside)
+
+
+def grid(
+    tiles: list[Image.Image],
+    captions: list[list[str]],
+    alarms: list[str] | None = None,
+    columns: int = 5,
+    title: str | None = None,
+) -> Image.Image:
+    """Pictures in rows, each in a tile.
+
+    Args:
+        tiles: the pictures.
+        captions: lines of text below each.
+        alarms: a further line below each, in red; an empty one is left out.
+        columns: pictures in a row.
+        title: lines above all.
+    """
+    alarms = alarms or [""] * len(tiles)
+    columns = min(columns, len(tiles))
+    rows = -(-len(tiles) // columns)
+    lines = max(len(caption) + bool(alarm) for caption, alarm in zip(captions, alarms, strict=True))
+    head = LINE * len(title.splitlines()) + GAP if title else 0
+    cell_width, cell_height = TILE + GAP, TILE + GAP + lines * LINE
+    page = Image.new("RGB", (columns * cell_width + GAP, rows * cell_height + GAP + head), PAPER)
+    draw = ImageDraw.Draw(page)
+    if title:
+        draw.multiline_text((GAP, GAP), title, INK, ImageFont.load_default(LINE - 4), spacing=3)
+    for index, (tile, caption, alarm) in enumerate(zip(tiles, captions, alarms, strict=True)):
+        left = GAP + index % columns * cell_width
+        top = GAP + head + index // columns * cell_height
+        if max(tile.size) < TILE:  # small samples grow by whole pixels, so that they stay what they are
+            factor = TILE // max(tile.size)
+            tile = tile.resize((tile.width * factor, tile.height * factor), Image.Resampling.NEAREST)
+        elif max(tile.size) > TILE:
+            tile = tile.copy()
+            tile.thumbnail((TILE, TILE), Image.Resampling.LANCZOS)
+        page.paste(tile, (left + (TILE - tile.width) // 2, top + (TILE - tile.height) // 2))
+        inked = [*((line, INK) for line in caption), (alarm, ALARM)]
+        for number, (line, ink) in enumerate(inked):
+            draw.text((left, top + TILE + number * LINE + 2), _fitted(line), ink, ImageFont.load_default(LINE - 6))
+    return page
+
+
+def loss_curve(steps: list[int], losses: list[float], path: Path) -> None:
+    """Draws the training loss over the steps, with its running mean, as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(steps, losses, color="#bbbbbb", linewidth=1, marker=".", label="loss")
+    window = max(1, len(losses) // 10)
+    if window > 1:
+        mean = np.convolve(losses, np.ones(window) / window, mode="valid")
+        axes.plot(steps[window - 1 :], mean, color="#c2185b", linewidth=2, label=f"mean of {window}")
+    axes.set(xlabel="step", ylabel="loss")
+    axes.legend(frameon=False)
+    with write_aside(path) as aside:
+        figure.savefig(aside, dpi=100)
+
+
+def save_picture(image: Image.Image, path: Path) -> None:
+    """Writes a picture in the format of its suffix, whole or not at all."""
+    with write_aside(path) as aside:
+        image.save(aside, quality=92)
+
+
+def _tile(photo: Image.Image) -> Image.Image:
+    """A copy of the photo that fits into a tile."""
+    tile = photo.copy()
+    tile.thumbnail((TILE, TILE), Image.Resampling.LANCZOS)
+    return tile
+
+
+def _fitted(line: str) -> str:
+    """The line, cut so that it stays below its tile."""
+    font = ImageFont.load_default(LINE - 6)
+    if font.getlength(line) <= TILE:
+        return line
+    while font.getlength(line + "...") > TILE:
+        line = line[:-1]
+    return line + "..."

@@ -1,0 +1,175 @@
+"""The location prior: which cells are the target, how similar every cell is to it, and the points that follow.
+
+PerSAM, section 3.2, Eq. 3 to 6. Shapes: 64 x 64 cells with C channels; H W photo.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from persam_dreambooth.segmentation.sams.sam import Encoding, Sam
+
+
+@dataclass(frozen=True)
+class Target:
+    """The subject as SAM sees it in the reference photo.
+
+    Args:
+        mean: (C,) mean embedding of the target cells, not normalized (Eq. 4).
+        peak: (C,) their channel-wise maximum.
+        background_similarity: cosine similarity of the reference photo's background to the mean, 0 to 1: how much alike
+            all things look to this SAM. 0 for a mask that leaves no background.
+        small: no cell reached the asked coverage, so cells count by the share of the mask that lies in them.
+    """
+
+    mean: torch.Tensor
+    peak: torch.Tensor
+    background_similarity: float
+    small: bool
+
+
+def cell_weights(mask: np.ndarray, encoding: Encoding, target_coverage: float) -> tuple[torch.Tensor, bool]:
+    """Which cells belong to a mask.
+
+    As in the published code, coverage is read at the center of each cell, from the mask resized like a photo. Where
+    no cell is covered enough, a cell's weight is instead its share of the mask's pixels, so that a mask smaller than
+    one cell still has a place.
+
+    Args:
+        mask: (H, W) bool with at least one pixel.
+        encoding: the photo.
+        target_coverage: a cell belongs to the mask when more of its center than this is covered, 0 to 1.
+
+    Returns:
+        (64, 64) float weights that sum to 1, and whether the fallback was needed.
+    """
+    grid, padded, (height, width) = encoding.grid, encoding.padded, encoding.resized
+    resized = Image.fromarray(mask.astype(np.uint8) * 255).resize((width, height), Image.Resampling.BILINEAR)
+    # Coverage is taken relative to the threshold before padding: the published code pads with its threshold.
+    excess = torch.from_numpy(np.asarray(resized, dtype=np.float32)) / 255 - target_coverage
+    excess = F.pad(excess, (0, padded - width, 0, padded - height))
+    cells = F.interpolate(excess[None, None], (grid, grid), mode="bilinear", align_corners=False)[0, 0] > 0
+    small = not bool(cells.any())
+    if small:
+        y, x = np.nonzero(mask)
+        rows = ((y + 0.5) * height / mask.shape[0] * grid / padded).astype(int)
+        columns = ((x + 0.5) * width / mask.shape[1] * grid / padded).astype(int)
+        counts = np.bincount(rows * grid + columns, minlength=grid * grid).reshape(grid, grid)
+        weights = torch.from_numpy(counts).float()
+    else:
+        weights = cells.float()
+    return (weights / weights.sum()).to(encoding.embedding.device), small
+
+
+def embed_target(mask: np.ndarray, encoding: Encoding, target_coverage: float) -> Target:
+    """Pools the embedding over the cells of a mask (Eq. 3 and 4); see `cell_weights` for the arguments."""
+    weights, small = cell_weights(mask, encoding, target_coverage)
+    mean = mean_embedding(weights, encoding)
+    peak = encoding.embedding[0, :, weights > 0].max(dim=1).values
+    background_similarity = 0.0
+    if not mask.all():
+        background = mean_embedding(cell_weights(~mask, encoding, target_coverage)[0], encoding)
+        background_similarity = similarity(background, mean)
+    return Target(mean, peak, background_similarity, small)
+
+
+def pool_targets(targets: Sequence[Target]) -> Target:
+    """One target from several references, which weigh the same: the mean of the means, the maximum of the maxima."""
+    return Target(
+        torch.stack([target.mean for target in targets]).mean(dim=0),
+        torch.stack([target.peak for target in targets]).amax(dim=0),
+        float(np.mean([target.background_similarity for target in targets])),
+        all(target.small for target in targets),
+    )
+
+
+def mean_embedding(weights: torch.Tensor, encoding: Encoding) -> torch.Tensor:
+    """The embedding averaged with weights (64, 64) that sum to 1: (C,)."""
+    chosen = weights > 0
+    return (encoding.embedding[0, :, chosen] * weights[chosen]).sum(dim=1)
+
+
+def similarity(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Cosine similarity of two embeddings (C,), cut to 0..1."""
+    return float(F.cosine_similarity(one, other, dim=0).clamp(0, 1))
+
+
+def presence(mask: np.ndarray, encoding: Encoding, target: Target, target_coverage: float) -> float:
+    """Cosine similarity of what a mask, (H, W) bool, holds to the target's mean, cut to 0..1; 0 for an empty mask."""
+    if not mask.any():
+        return 0.0
+    weights, _ = cell_weights(mask, encoding, target_coverage)
+    return similarity(mean_embedding(weights, encoding), target.mean)
+
+
+def location_prior(target: torch.Tensor, encoding: Encoding) -> torch.Tensor:
+    """Cosine similarity of the target (C,) with every cell, padding included: (64, 64), -1 to 1 (Eq. 5)."""
+    features = F.normalize(encoding.embedding[0], dim=0)
+    return torch.einsum("c,chw->hw", F.normalize(target, dim=0), features)
+
+
+def suppressed(prior: torch.Tensor, places: np.ndarray, encoding: Encoding, target_coverage: float) -> torch.Tensor:
+    """The prior (64, 64) with the cells of places, (H, W) bool, as unlike the target as any."""
+    if not places.any():
+        return prior
+    weights, _ = cell_weights(places, encoding, target_coverage)
+    return prior.masked_fill(weights > 0, float(prior.min()))
+
+
+def at_photo_size(prior: torch.Tensor, sam: Sam, encoding: Encoding) -> torch.Tensor:
+    """The location prior (64, 64) upsampled like a SAM mask: (H, W)."""
+    low_res = F.interpolate(prior[None, None], scale_factor=4, mode="bilinear", align_corners=False)[0]
+    return sam.upscale(low_res, encoding)[0]
+
+
+def prior_points(prior: torch.Tensor) -> np.ndarray:
+    """The most and the least similar pixel of an (H, W) prior, as (2, 2) xy: positive, then negative (Eq. 6)."""
+    flat = torch.stack([prior.argmax(), prior.argmin()]).cpu().numpy()
+    return np.stack([flat % prior.shape[1], flat // prior.shape[1]], axis=1)
+
+
+def attention_bias(
+    prior: torch.Tensor,
+    sam: Sam,
+    encoding: Encoding,
+    kind: Literal["persam", "published", "paper"],
+    alpha: float = 1.0,
+) -> torch.Tensor:
+    """The bias of target-guided attention over the cells: (4096,).
+
+    Args:
+        prior: (64, 64) location prior.
+        sam: its post-processing takes the prior to the photo and back.
+        encoding: the photo.
+        kind: `published`: sigmoid of the z-scored prior at photo size, resized to 64 x 64. On a photo that is not
+            square this is stretched over the padding, which is misaligned with the features. `persam`: the same
+            values, each cell reading the photo where the cell lies, and 0 in the padding. Square photos give the same
+            for both. `paper`: alpha * softmax of the prior over the photo's cells (Eq. 7), 0 in the padding.
+        alpha: the balance factor of Eq. 7, which the published code does not have.
+    """
+    grid = encoding.grid
+    centers = (torch.arange(grid, device=prior.device) + 0.5) * encoding.padded / grid
+    inside = (centers < encoding.resized[0])[:, None] & (centers < encoding.resized[1])[None]
+    if kind == "paper":
+        softmax = torch.softmax(prior.masked_fill(~inside, -torch.inf).flatten(), dim=0)
+        return alpha * softmax
+    full = at_photo_size(prior, sam, encoding)
+    # Without a spread there is no bias to speak of: one pixel, or a prior that is the same everywhere.
+    spread = float(full.std()) if full.numel() > 1 else 0.0
+    z = ((full - full.mean()) / (spread or 1.0))[None, None]
+    if kind == "published":
+        return torch.sigmoid(F.interpolate(z, (grid, grid), mode="bilinear", align_corners=False)).flatten()
+    height, width = encoding.resized
+    # A center outside the photo reads its outermost pixel: padding_mode="border" is not on MPS before torch 2.13.
+    places = [
+        (2 * centers / inner - 1).clamp(1 / side - 1, 1 - 1 / side)
+        for inner, side in zip((width, height), encoding.size[::-1], strict=True)
+    ]
+    x, y = torch.meshgrid(*places, indexing="xy")
+    sampled = F.grid_sample(z, torch.stack([x, y], dim=-1)[None], align_corners=False)
+    return (torch.sigmoid(sampled[0, 0]) * inside).flatten()

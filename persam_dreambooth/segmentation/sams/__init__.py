@@ -1,0 +1,1 @@
+"""The kinds of SAM: each in one file, opened by `checkpoints.open_sam`."""

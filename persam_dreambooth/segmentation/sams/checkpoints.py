@@ -1,0 +1,80 @@
+"""Names of SAM checkpoints, and the SAM that each of them opens as."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from persam_dreambooth import models
+from persam_dreambooth.errors import InputError
+from persam_dreambooth.options import SegmenterOptions
+from persam_dreambooth.segmentation.sams.original import read_original
+from persam_dreambooth.segmentation.sams.sam import Sam, SamHQ
+from persam_dreambooth.segmentation.sams.sam2 import Sam2
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def open_sam(
+    name: str,
+    device: str | None = None,
+    dtype: torch.dtype | str = torch.float32,
+    encoding_cache: Path | str | None = None,
+) -> Sam:
+    """Loads a checkpoint of SAM, SAM-HQ, MobileSAM, SAM 2 or SAM 2.1.
+
+    Args:
+        name: hub id such as `facebook/sam-vit-huge`, `syscv-community/sam-hq-vit-base` or `facebook/sam2.1-hiera-tiny`,
+            a local folder, a file such as `sam_vit_h_4b8939.pth`, `mobile_sam.pt` or `sam2.1_hiera_tiny.pt`, or `toy`.
+        device: `cpu`, `cuda`, `mps`, ...; by default the accelerator where there is one.
+        dtype: precision of the image encoder, as a type or a name such as `bfloat16`; see `precision` for `auto`.
+        encoding_cache: folder in which encodings of photos are kept for this and later runs; see `EncodingCache`.
+
+    Raises:
+        InputNotFoundError: the model cannot be had.
+        InputError: a model of another kind.
+    """
+    source = models.resolve(name, "sam")
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    place = torch.device(device or accelerator or "cpu")
+    with models.loading(name):
+        model = read_original(Path(source)) if Path(source).is_file() else _read_folder(source)
+    wrapper = {"sam": Sam, "sam_hq": SamHQ, "sam2": Sam2}[model.config.model_type]
+    cache = Path(encoding_cache) if encoding_cache else None
+    return wrapper(model.to(place, torch.float32), name, precision(dtype, place), cache)
+
+
+def open_named_sam(options: SegmenterOptions) -> Sam:
+    """`open_sam` with what options say."""
+    return open_sam(options.sam_model, dtype=options.sam_dtype, encoding_cache=options.encoding_cache)
+
+
+def precision(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
+    """The type that `dtype` of `open_sam` stands for: `auto` is float32 on the CPU and on MPS, bfloat16 elsewhere."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return torch.float32 if device.type in ("cpu", "mps") else torch.bfloat16
+    if dtype not in ("float32", "float16", "bfloat16"):
+        raise InputError(f"precision {dtype!r} is unknown: use float32, float16, bfloat16 or auto")
+    return getattr(torch, dtype)
+
+
+def _read_folder(source: str) -> "PreTrainedModel":
+    """A checkpoint in transformers' format: a folder or a hub id."""
+    from transformers import AutoConfig, Sam2Config, Sam2Model, SamHQModel, SamModel
+
+    config = AutoConfig.from_pretrained(source)
+    if config.model_type == "sam2_video":  # as the hub's SAM 2 are saved: the model of photos is a part of it
+        config = Sam2Config.from_dict({**config.to_dict(), "model_type": "sam2"})
+    loaders = {"sam": SamModel, "sam_hq": SamHQModel, "sam2": Sam2Model}
+    if config.model_type not in loaders:
+        kind = config.model_type
+        raise InputError(f"{source} is a model of type {kind}: name a SAM, SAM-HQ or SAM 2 checkpoint, or toy")
+    model, found = loaders[config.model_type].from_pretrained(source, config=config, output_loading_info=True)
+    if found["missing_keys"]:
+        raise InputError(
+            f"{source} lacks weights ({min(found['missing_keys'])}, ...): get it again, or name another model"
+        )
+    return model

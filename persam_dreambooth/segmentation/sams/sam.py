@@ -1,0 +1,209 @@
+"""SAM as PerSAM needs it: encode a photo once, then decode prompts, guided or not.
+
+Shapes: H W photo, 1024 padded input, 64 x 64 grid of cells with C channels, 256 x 256 low-resolution masks.
+Points and boxes are xy in pixels of the photo; a box is x0, y0, x1, y1 with inclusive bounds.
+"""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from persam_dreambooth.errors import InputError
+from persam_dreambooth.segmentation.sams.encoding_cache import EncodingCache
+from persam_dreambooth.segmentation.target_semantic_prompting import Guidance, GuidedTransformer
+
+PIXEL_MEAN = (123.675, 116.28, 103.53)
+PIXEL_STD = (58.395, 57.12, 57.375)
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """A photo that SAM's image encoder has seen.
+
+    Args:
+        embedding: (1, C, 64, 64) float32, the padding included.
+        size: (H, W) of the photo.
+        resized: (h, w) of the photo inside the padded input; the longer side is `padded`.
+        padded: side of the padded input, 1024.
+        extra: what else this kind of SAM hands its decoder.
+    """
+
+    embedding: torch.Tensor
+    size: tuple[int, int]
+    resized: tuple[int, int]
+    padded: int
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def grid(self) -> int:
+        """Cells along one side of the embedding, 64."""
+        return self.embedding.shape[-1]
+
+
+class Sam:
+    """A frozen `SamModel` from transformers whose decoder can be guided.
+
+    Args:
+        model: the model, in evaluation mode, on its device.
+        name: how the user named it; recorded with every mask.
+        dtype: precision of the image encoder, which is nearly all of a SAM. The rest stays float32: it is small, and
+            a coordinate in bfloat16 would be off by pixels.
+        cache: folder in which encodings are kept, and looked for first; None to keep none.
+    """
+
+    logit_limit = math.inf
+    """Mask logits that prompt a pass are cut to this."""
+
+    def __init__(self, model: Any, name: str, dtype: torch.dtype = torch.float32, cache: Path | None = None) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.name = name
+        self.dtype = dtype
+        self.encoder.to(dtype)
+        self.cache = EncodingCache(cache, model) if cache else None
+        self.padded: int = model.config.prompt_encoder_config.image_size
+        self.transformer = GuidedTransformer(model.mask_decoder.transformer)
+        model.mask_decoder.transformer = self.transformer
+
+    @property
+    def encoder(self) -> torch.nn.Module:
+        """The part of the model that computes in `dtype`."""
+        return self.model.vision_encoder
+
+    def input_size(self, height: int, width: int) -> tuple[int, int]:
+        """Size (h, w) of a photo of (H, W) in the padded input: its longer side is 1024."""
+        scale = self.padded / max(width, height)
+        return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+
+    @torch.no_grad()
+    def encode(self, image: Image.Image | np.ndarray) -> Encoding:
+        """Encodes a photo: resized to `input_size` (Pillow bilinear), normalized, zero-padded.
+
+        Args:
+            image: PIL image, or (H, W, 3) uint8 RGB.
+        """
+        photo = as_rgb(image)
+        width, height = photo.size
+        resized = self.input_size(height, width)
+        pixels = np.asarray(photo.resize(resized[::-1], Image.Resampling.BILINEAR))
+
+        def embed() -> tuple[torch.Tensor, dict[str, Any]]:
+            return self.embed(self.padded_input(pixels))
+
+        embedding, extra = self.cache(pixels, self.model.device, embed) if self.cache else embed()
+        return Encoding(embedding, (height, width), resized, self.padded, extra)
+
+    def padded_input(self, photo: np.ndarray) -> torch.Tensor:
+        """A resized photo (h, w, 3) uint8 as the encoder takes it: (1, 3, 1024, 1024), normalized, zero-padded."""
+        pixels = (torch.from_numpy(photo.astype(np.float32)) - torch.tensor(PIXEL_MEAN)) / torch.tensor(PIXEL_STD)
+        height, width, _ = photo.shape
+        pixels = F.pad(pixels.permute(2, 0, 1), (0, self.padded - width, 0, self.padded - height))
+        return pixels[None].to(self.model.device, self.dtype)
+
+    def embed(self, pixels: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+        """The image encoder alone: padded input (1, 3, 1024, 1024) to (1, C, 64, 64) and `Encoding.extra`, float32."""
+        return self.model.get_image_embeddings(pixels).float(), {}
+
+    def features(self, encoding: Encoding) -> dict[str, Any]:
+        """What the model's decoder takes of a photo, by its names."""
+        return {"image_embeddings": encoding.embedding, **encoding.extra}
+
+    @torch.no_grad()
+    def decode(
+        self,
+        encoding: Encoding,
+        points: np.ndarray,
+        labels: np.ndarray,
+        box: np.ndarray | None = None,
+        mask_logits: torch.Tensor | np.ndarray | None = None,
+        multimask: bool = True,
+        guidance: Guidance | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One pass of the mask decoder.
+
+        Args:
+            encoding: the photo.
+            points: (n, 2) xy.
+            labels: (n,), 1 for the subject and 0 for the background.
+            box: (4,) or None.
+            mask_logits: (256, 256) low-resolution logits of an earlier pass, or None.
+            multimask: three masks (whole, part, subpart) or the single-mask output.
+            guidance: target-guided attention and target-semantic prompting for this pass.
+
+        Returns:
+            Logits (masks, 256, 256) and predicted IoUs (masks,), float32; masks is 3 or 1.
+        """
+        device = self.model.device
+        scale = np.array([encoding.resized[1] / encoding.size[1], encoding.resized[0] / encoding.size[0]])
+        prompts: dict[str, Any] = {
+            "input_points": torch.from_numpy((points * scale).astype(np.float32)).to(device)[None, None],
+            "input_labels": torch.from_numpy(labels.astype(np.int64)).to(device)[None, None],
+        }
+        if box is not None:
+            corners = (box.reshape(2, 2) * scale).astype(np.float32).reshape(4)
+            prompts["input_boxes"] = torch.from_numpy(corners).to(device)[None, None]
+        if mask_logits is not None:
+            logits = torch.as_tensor(mask_logits, dtype=torch.float32).clamp(-self.logit_limit, self.logit_limit)
+            prompts["input_masks"] = logits.to(device)[None, None]
+        with self.transformer.guided_by(guidance):
+            output = self.model(multimask_output=multimask, **prompts, **self.features(encoding))
+        return output.pred_masks[0, 0], output.iou_scores[0, 0]
+
+    def upscale(self, maps: torch.Tensor, encoding: Encoding) -> torch.Tensor:
+        """SAM's mask post-processing: (n, 256, 256) to the padded input, padding cropped, to the photo: (n, H, W)."""
+        maps = F.interpolate(maps[None], (self.padded, self.padded), mode="bilinear", align_corners=False)
+        maps = maps[..., : encoding.resized[0], : encoding.resized[1]]
+        return F.interpolate(maps, encoding.size, mode="bilinear", align_corners=False)[0]
+
+    def mask_box(self, logits: torch.Tensor, encoding: Encoding) -> np.ndarray | None:
+        """The tight box (4,) of logits (256, 256) above 0 at the photo's size; None where the mask is empty."""
+        mask = self.upscale(logits[None], encoding)[0] > 0
+        rows, columns = mask.any(dim=1).nonzero(), mask.any(dim=0).nonzero()
+        if len(rows) == 0:
+            return None
+        return torch.stack([columns[0], rows[0], columns[-1], rows[-1]]).flatten().cpu().numpy()
+
+
+class SamHQ(Sam):
+    """SAM-HQ. transformers sorts its three masks by predicted IoU; here they keep SAM's order, whole to part.
+
+    PerSAM-F's weights are weights of scales, so the order must be the same for every photo. Its decoder fuses early
+    features of its encoder into its masks.
+    """
+
+    def embed(self, pixels: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+        """As `Sam.embed`; the early features are for the decoder."""
+        embedding, intermediate = self.model.get_image_embeddings(pixels)
+        return embedding.float(), {"intermediate_embeddings": [early.float() for early in intermediate]}
+
+    def decode(self, *arguments: Any, multimask: bool = True, **prompts: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `Sam.decode`."""
+        seen: list[torch.Tensor] = []
+        head = self.model.mask_decoder.iou_prediction_head
+        hook = head.register_forward_hook(lambda module, inputs, output: seen.append(output[0, 0, 1:]))
+        try:
+            logits, scores = super().decode(*arguments, multimask=multimask, **prompts)
+        finally:
+            hook.remove()
+        if not multimask:
+            return logits, scores
+        order = torch.sort(seen[0], descending=True).indices.argsort()
+        return logits[order], scores[order]
+
+
+def as_rgb(image: Image.Image | np.ndarray) -> Image.Image:
+    """A PIL image, or an (H, W, 3) uint8 RGB array, as an RGB PIL image.
+
+    Raises:
+        InputError: an array of another shape or type.
+    """
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise InputError(f"an image must be (H, W, 3) uint8 RGB; this is {image.shape} {image.dtype}")
+    return Image.fromarray(image)

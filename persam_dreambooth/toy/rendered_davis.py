@@ -1,0 +1,96 @@
+"""Videos in the layout of DAVIS 2017, rendered, with exact masks.
+
+    persam-dreambooth toy davis --output_dir FOLDER
+
+writes FOLDER/JPEGImages/480p/<sequence>/NNNNN.jpg, FOLDER/Annotations/480p/<sequence>/NNNNN.png and
+FOLDER/ImageSets/2017/val.txt. In every sequence object 1 walks about, and object 2 leaves the picture to the side for
+the middle of the video and returns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from persam_dreambooth.errors import InputError
+from persam_dreambooth.files import check_writable, write_aside, write_text
+from persam_dreambooth.photos.labels import save_labels
+from persam_dreambooth.toy import world
+
+SIDE = 480
+SEED = 4_000_000
+"""Seeds of the subjects and their scenes; no training draws from them."""
+
+LEAVES, RETURNS = 0.3, 0.7
+"""When object 2 begins to go and is back, as parts of the video."""
+
+
+def sequences(count: int, frames: int) -> Iterator[tuple[str, Iterator[world.Scene]]]:
+    """The videos in order: name, and the scene of every frame. The two subjects differ in kind and color."""
+    for number in range(count):
+        rng = np.random.default_rng([SEED, number])
+        kind, other_kind = rng.permutation(world.KINDS)[:2]
+        subject = world.random_subject(rng, str(kind))
+        other = world.random_subject(rng, str(other_kind))
+        while other.color in (subject.color, subject.second):
+            other = world.random_subject(rng, str(other_kind))
+        scene = world.random_scene(rng, subject, distractors=0)
+        yield f"{number:02}-{subject.kind}-{other.kind}", _move(rng, scene, other, frames)
+
+
+def _move(rng: np.random.Generator, scene: world.Scene, other: world.Subject, frames: int) -> Iterator[world.Scene]:
+    """The frames of a video: the scene's subject in front on the left, the other one behind it on the right."""
+    size, other_size = rng.uniform(0.4, 0.5, 2)
+    ground, phase = rng.uniform(0.84, 0.94), rng.uniform(0, 2 * math.pi)
+    front = world.Pose(0.3, ground - size / 2, size, scene.pose.flip, 0, (0.5, 0.5))
+    behind = world.Pose(0.74, ground - 0.1 - other_size / 2, other_size, not scene.pose.flip, 0, (0.5, 0.5))
+    for frame in range(frames):
+        time = frame / max(1, frames - 1)
+        turn = 4 * math.pi * time + phase
+        away = math.sin(math.pi * min(1, max(0, (time - LEAVES) / (RETURNS - LEAVES)))) ** 2
+        yield replace(
+            scene,
+            pose=_moved(front, 0.09 * math.sin(turn), turn),
+            distractors=((other, _moved(behind, 0.04 * math.sin(turn) + 0.8 * away, turn + 1)),),
+        )
+
+
+def _moved(pose: world.Pose, right: float, turn: float) -> world.Pose:
+    """A pose farther to the right, its limbs and tilt at an angle of their cycle."""
+    gait = (0.5 + 0.4 * math.sin(2 * turn), 0.5 + 0.4 * math.cos(2 * turn))
+    return replace(pose, x=pose.x + right, tilt=0.06 * math.sin(turn), gait=gait)
+
+
+def label_map(rendered: world.Render) -> np.ndarray:
+    """The objects' numbers, uint8 (size, size), of a render's visible masks; a pixel in two is the front object's."""
+    labels = np.zeros(rendered.mask.shape, np.uint8)
+    for number in range(len(rendered.objects), 0, -1):
+        labels[rendered.objects[number - 1]] = number
+    return labels
+
+
+def write(folder: Path, count: int, frames: int) -> None:
+    """Renders the videos into a folder.
+
+    Raises:
+        InputError: `JPEGImages`, `Annotations` or `ImageSets` is in the folder already.
+    """
+    check_writable(folder)
+    roots = [folder / name for name in ("JPEGImages", "Annotations", "ImageSets")]
+    for taken in roots:
+        if taken.exists():
+            raise InputError(f"{taken} exists: remove it or choose another folder")
+    with write_aside(roots[0]) as pictures, write_aside(roots[1]) as annotations, write_aside(roots[2]) as sets:
+        for name, scenes in sequences(count, frames):
+            shown, marked = pictures / "480p" / name, annotations / "480p" / name
+            shown.mkdir(parents=True)
+            for number, scene in enumerate(scenes):
+                rendered = world.render(scene, SIDE)
+                rendered.image.save(shown / f"{number:05}.jpg", quality=95)
+                save_labels(marked / f"{number:05}.png", label_map(rendered))
+        names = [f"{name}\n" for name, _ in sequences(count, frames)]
+        write_text(sets / "2017" / "val.txt", "".join(names))

@@ -1,0 +1,1 @@
+"""The programs that trained and that check the toy checkpoints that ship in `persam_dreambooth/toy`."""

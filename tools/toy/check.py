@@ -1,0 +1,206 @@
+"""Measures the checkpoints that ship on what no training saw, in a minute on two cores.
+
+    python -m tools.toy.check [--json] [--stable_diffusion FOLDER] [--sam FOLDER] [--images N]
+
+- `background`, `color`, `class`: parts of pictures that show what their prompt says, by the evaluator that ships, over
+  combinations of color, class and background that no training scene has. `evaluator_*` is the evaluator's own accuracy
+  on held-out renders through the VAE.
+- `vae_psnr`: dB between held-out renders and what the VAE makes of them, from the mean squared error of all.
+- `sam_point_iou`: IoU of the mask that SAM's predicted IoU chooses from one random point of the subject, on the images
+  of the rendered PerSeg-shaped set (`toy perseg`).
+- `persam_f_miou`: PerSAM-F on that set: the IoU pooled over an object's images but the reference, then the mean over 40
+  objects. Every other image of an object shows other objects too; with one image each, so do those of every other
+  object.
+
+Processors that multiply in bfloat16 run the UNet and SAM's image encoder so, in half the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+
+from persam_dreambooth import toy
+from persam_dreambooth.errors import InputError
+
+BARS = {
+    "background": 0.98,
+    "color": 0.98,
+    "class": 0.95,
+    "vae_psnr": 29.0,
+    "sam_point_iou": 0.75,
+    "persam_f_miou": 0.85,
+}
+"""What each figure must reach."""
+
+PICTURES = 96
+SAMPLING = {"num_inference_steps": 12, "guidance_scale": 7.5}
+VAE_SCENES = 100
+PERSEG_IMAGES = 1
+"""Images of each object that are segmented, besides the reference; `--images 6` takes all."""
+
+PARTS = 4
+"""Pieces that the prompts and the objects are divided into, for as many processes as there are cores."""
+
+
+def check(stable_diffusion: Path, sam: Path, images: int = PERSEG_IMAGES) -> dict[str, float]:
+    """All figures, see above.
+
+    Args:
+        stable_diffusion: a pipeline of the toy world.
+        sam: a `SamModel`.
+        images: of each object of the PerSeg-shaped set.
+    """
+    workers = min(os.cpu_count() or 1, 2 * PARTS + 1)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
+        segmenting = [pool.submit(segmented, sam, images, part) for part in range(PARTS)]
+        painting = [pool.submit(prompted, stable_diffusion, part) for part in range(PARTS)]
+        reconstructing = pool.submit(vae, stable_diffusion)
+        right = np.concatenate([future.result() for future in painting]).mean(axis=0)
+        point, persam_f = np.concatenate([future.result() for future in segmenting]).mean(axis=0)
+        psnr = reconstructing.result()
+    scores = json.loads((toy.path("evaluator") / "scores.json").read_text(encoding="utf-8"))["through_vae"]
+    return {
+        "background": float(right[0]),
+        "color": float(right[1]),
+        "class": float(right[2]),
+        "evaluator_background": scores["background"],
+        "evaluator_color": scores["color"],
+        "evaluator_class": scores["kind"],
+        "vae_psnr": psnr,
+        "sam_point_iou": float(point),
+        "persam_f_miou": float(persam_f),
+    }
+
+
+def prompted(folder: Path, part: int) -> np.ndarray:
+    """Paints a part of the held-out prompts: whether background, color and class are as told, bool (pictures, 3)."""
+    import torch
+
+    from persam_dreambooth.dreambooth.families.registry import fast_sampler, load_pipeline
+    from persam_dreambooth.toy import scenes, world
+    from persam_dreambooth.toy.evaluator import Evaluator
+
+    combinations = [
+        (kind, color, background)
+        for kind in world.KINDS
+        for color in world.COLORS
+        for background in world.BACKGROUNDS
+        if scenes.held_out(kind, color, background)
+    ]
+    numbers = range(part, PICTURES, PARTS)
+    chosen = [combinations[number % len(combinations)] for number in numbers]
+    pipeline = fast_sampler(load_pipeline(str(folder)))
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(scenes.HELD_OUT_SEED + number) for number in numbers]
+    with _bfloat16():
+        painted = pipeline([world.describe(*one) for one in chosen], generator=generators, **SAMPLING).images
+    seen = Evaluator.load(toy.path("evaluator")).judge(painted)
+    kinds, colors, backgrounds = (np.array(column) for column in zip(*chosen, strict=True))
+    return np.stack([seen["background"] == backgrounds, seen["color"] == colors, seen["kind"] == kinds], axis=1)
+
+
+def vae(folder: Path) -> float:
+    """Encodes and decodes held-out renders: PSNR in dB."""
+    from diffusers import AutoencoderKL
+
+    from tools.toy.train_vae import score
+
+    return score(AutoencoderKL.from_pretrained(folder / "vae"), VAE_SCENES)["psnr"]
+
+
+def segmented(folder: Path, images: int, part: int) -> np.ndarray:
+    """Segments a part of the PerSeg-shaped set, from a random point and with PerSAM-F: mean IoUs, (objects, 2).
+
+    The IoU of a point is the mean over an object's images, that of PerSAM-F is pooled over them.
+    """
+    from PIL import Image
+
+    from persam_dreambooth.segmentation import PerSAMF, open_sam
+    from persam_dreambooth.segmentation.sams.sam import Encoding
+    from persam_dreambooth.toy import scenes, world
+    from persam_dreambooth.toy.rendered_perseg import SIDE, objects
+    from tools.toy.fused_attention import fuse_attention
+
+    sam = open_sam(str(folder))
+    fuse_attention(sam.model.vision_encoder)
+
+    def encode(image: Image.Image) -> Encoding:
+        with _bfloat16():
+            encoding = sam.encode(image)
+        return replace(encoding, embedding=encoding.embedding.float())
+
+    figures = []
+    for number, item in list(enumerate(objects()))[part::PARTS]:
+        # A single image is the first, with other objects, or the second, without: all kinds have both.
+        first = 1 + number // len(world.KINDS) % 2 if images == 1 else 1
+        reference, *others = (world.render(scene, SIDE) for scene in (item.scenes[0], *item.scenes[first:][:images]))
+        persam = PerSAMF(sam).fit(encode(reference.image), reference.mask)
+        rng = np.random.default_rng([scenes.HELD_OUT_SEED, 7, number])
+        from_points, common, union = [], 0, 0
+        for other in others:
+            encoding = encode(other.image)
+            rows, columns = np.nonzero(other.mask)
+            pick = rng.integers(len(rows))
+            logits, scores = sam.decode(encoding, np.array([[columns[pick], rows[pick]]]), np.array([1]))
+            from_point = sam.upscale(logits, encoding)[int(scores.argmax())].cpu().numpy() > 0
+            from_points.append((from_point & other.mask).sum() / (from_point | other.mask).sum())
+            found = persam.predict(encoding).mask
+            common += (found & other.mask).sum()
+            union += (found | other.mask).sum()
+        figures.append([np.mean(from_points), common / (union + 1e-10)])
+    return np.array(figures)
+
+
+def _bfloat16() -> AbstractContextManager[object]:
+    """A block in bfloat16, where the processor knows it."""
+    import torch
+
+    known: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.10
+    return torch.autocast("cpu", torch.bfloat16, enabled=bool(known.get("avx512_bf16")))
+
+
+def _one_thread() -> None:
+    os.environ["TQDM_DISABLE"] = "1"  # read when it is imported
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints the figures; returns 0 if all reach their bars, else 1."""
+    summary = (__doc__ or "").split("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m tools.toy.check", description=summary)
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--stable_diffusion", type=Path, default=toy.path("stable-diffusion"), help="another pipeline")
+    parser.add_argument("--sam", type=Path, default=toy.path("sam"), help="another SAM")
+    parser.add_argument(
+        "--images", type=int, default=PERSEG_IMAGES, help="images of each PerSeg-shaped object (1 to 6)"
+    )
+    options = parser.parse_args(arguments)
+    started = time.monotonic()
+    try:
+        figures = check(options.stable_diffusion, options.sam, options.images)
+    except InputError as error:
+        parser.exit(2, f"{error}\n")
+    figures = {name: round(value, 4) for name, value in figures.items()}
+    if options.json:
+        print(json.dumps(figures))
+    else:
+        for name, value in figures.items():
+            print(f"{name:22} {value:8.3f}" + (f"   (at least {BARS[name]})" if name in BARS else ""))
+        print(f"{time.monotonic() - started:.0f} s")
+    return int(any(figures[name] < bar for name, bar in BARS.items()))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,302 @@
+"""Trains the toy SAM on pairs of pictures with true masks: at 256 pixels, then 512, then 1024.
+
+    python -m tools.toy.train_sam --output FOLDER [--textures FOLDER ...] [--seed 0] [--device cpu]
+        [--steps256 N] [--steps512 N] [--steps1024 N] [--initial SAM]
+
+writes FOLDER/sam, a `SamModel`, after each stage; FOLDER/stage-256 and so on hold the runs and their `eval.json`. The
+same command goes on where it stopped; with --initial, a new run starts from weights trained before. SAM itself is
+taught as by Kirillov et al. 2023, appendix A (focal and Dice loss, the best of three masks counts, predicted IoU), with
+the prompts of PerSAM's refinement; besides, its encoder learns that the mean embedding of a subject in one picture
+finds the subject in another, and not the objects beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from transformers import SamModel
+
+from persam_dreambooth.errors import InputError, InputNotFoundError
+from persam_dreambooth.files import check_writable, write_aside, write_json
+from persam_dreambooth.toy import scenes
+from tools.toy import pairs
+from tools.toy.build import SAM_GLOBAL_LAYERS, SAM_IMAGE_SIZE, SAM_LAYERS, random_sam, rewrite_config, sam_config
+from tools.toy.fused_attention import fuse_attention
+from tools.toy.pairs import PhotoObject
+from tools.toy.sam_losses import (
+    PRIOR_WEIGHT,
+    PriorScale,
+    best_of_three,
+    decode,
+    encode,
+    mask_ious,
+    prior_losses,
+    refinement,
+    total_loss,
+)
+from tools.toy.sam_prompts import to_batch
+from tools.toy.training import Run, weights_fingerprint
+
+# Queries and keys of the decoder's cross-attention start equal and this much larger, so that a point looks at its own
+# place from the first step; otherwise masks collapse to empty ones.
+CROSS_ATTENTION_GAIN = 2.5
+# The first stage starts with class-balanced cross entropy; between these parts of it focal and Dice loss take over.
+BALANCED_UNTIL, FOCAL_FROM = 0.2, 0.4
+EVALUATION_PAIRS = 12
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Training at one size.
+
+    Args:
+        size: side of the pictures in pixels.
+        window: side of the local attention's windows in cells; 16 divides the smaller grids, 14 is SAM's.
+        pairs: pairs of pictures in a batch.
+        prompts: objects to segment in each picture.
+        learning_rate: the peak.
+        steps: how many by default.
+        objects: whether objects of photos are shown; at 256 pixels there is little to see of them.
+    """
+
+    size: int
+    window: int
+    pairs: int
+    prompts: int
+    learning_rate: float
+    steps: int
+    objects: bool
+
+
+STAGES = (
+    Stage(256, window=16, pairs=4, prompts=2, learning_rate=8e-4, steps=4000, objects=False),
+    Stage(512, window=16, pairs=2, prompts=2, learning_rate=4e-4, steps=1250, objects=True),
+    Stage(1024, window=14, pairs=1, prompts=2, learning_rate=2e-4, steps=270, objects=True),
+)
+STEPS = [stage.steps for stage in STAGES]
+
+
+def train(
+    output: Path,
+    *,
+    textures: Sequence[Path] = (),
+    masks: Path | None = None,
+    steps: Sequence[int] = STEPS,
+    seed: int = 0,
+    initial: Path | None = None,
+    device: str = "cpu",
+) -> dict[str, float]:
+    """Trains, or goes on training, and writes `output`/sam; returns the scores of the last stage.
+
+    Args:
+        textures: folders of photos for composites; without any, all pictures are scenes of the world.
+        masks: of some of these photos, see `pairs.load_objects`.
+        steps: of each of `STAGES`; a stage of 0 steps is left out.
+        seed: draws weights, pictures and prompts.
+        initial: a toy SAM that a new run starts from.
+    """
+    scenes.check_seed(seed)
+    photos, objects = pairs.load_textures(textures), pairs.load_objects(textures, masks)
+    sam = first_sam(seed, STAGES[0]) if initial is None else read_sam(initial)
+    scores: dict[str, float] = {}
+    for stage, count in zip(STAGES, steps, strict=True):
+        if count:
+            shown = objects if stage.objects else []
+            sam, scores = train_stage(output / f"stage-{stage.size}", stage, count, sam, photos, shown, seed, device)
+            save(sam, output / "sam")
+    return scores
+
+
+def train_stage(
+    folder: Path,
+    stage: Stage,
+    steps: int,
+    sam: SamModel,
+    photos: list[Image.Image],
+    objects: list[list[PhotoObject]],
+    seed: int,
+    device: str,
+) -> tuple[SamModel, dict[str, float]]:
+    """Trains one stage from `sam`'s weights; returns the averaged model at the stage's size, and its scores."""
+    model = nn.ModuleDict({"sam": resized(sam, stage.size, stage.window), "prior": PriorScale()}).to(device)
+    # As in segment-anything, the frequencies of the positions are drawn once and stay.
+    model["sam"].shared_image_embedding.positional_embedding.requires_grad_(False)
+    config = {
+        **asdict(stage),
+        "steps": steps,
+        "seed": seed,
+        "renders": scenes.fingerprint(seed),
+        "photos": len(photos),
+        "textures": pairs.fingerprint(photos),
+        "masks": pairs.fingerprint([shown.mask for album in objects for shown in album]),
+        "prior_weight": PRIOR_WEIGHT,
+        "initial": weights_fingerprint(sam),
+    }
+    run = Run(folder, config, model, learning_rate=stage.learning_rate, steps=steps)
+    for step in run:
+        rng = np.random.default_rng([seed, stage.size, step])
+        drawn = [pairs.random_pair(rng, stage.size, photos, objects=objects) for _ in range(stage.pairs)]
+        pictures = [picture for pair in drawn for picture in pair]
+        batch = to_batch(rng, pictures, stage.prompts, device)
+        focal = 1.0
+        if stage == STAGES[0]:
+            focal = float(np.clip((step / steps - BALANCED_UNTIL) / (FOCAL_FROM - BALANCED_UNTIL), 0, 1))
+        loss, figures = total_loss(rng, model, batch, focal)
+        run.update(loss, **figures)
+    trained = run.averaged()["sam"]
+    path = folder / "eval.json"
+    if not path.exists():
+        write_json(path, evaluate(trained, stage.size, photos, device))
+        print(f"{folder.name} {json.dumps(json.loads(path.read_text(encoding='utf-8')))}", flush=True)
+    return trained.cpu(), json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_sam(folder: Path) -> SamModel:
+    """Loads a toy SAM; one with fewer encoder layers gets the missing ones, which change nothing yet.
+
+    Raises:
+        InputNotFoundError: the folder holds none.
+    """
+    if not (folder / "model.safetensors").is_file():
+        raise InputNotFoundError(f"{folder} holds no SAM: name a folder that this program wrote")
+    sam = SamModel.from_pretrained(folder).float()
+    layers = sam.vision_encoder.layers
+    if len(layers) < SAM_LAYERS:
+        grown = random_sam(seed=0).vision_encoder.layers[len(layers) :]
+        with torch.no_grad():
+            for layer in grown:
+                for last in (layer.attn.proj, layer.mlp.lin2):
+                    last.weight.zero_()
+                    last.bias.zero_()
+                layer.attn.rel_pos_h.zero_()
+                layer.attn.rel_pos_w.zero_()
+        layers.extend(grown)
+    return sam
+
+
+def first_sam(seed: int, stage: Stage) -> SamModel:
+    """The weights that training starts from: as `build_sam` draws them, but for what training needs."""
+    sam = random_sam(seed, stage.size, stage.window)
+    generator = torch.Generator().manual_seed(seed)
+    transformer = sam.mask_decoder.transformer
+    crossing = [transformer.final_attn_token_to_image]
+    for layer in transformer.layers:
+        crossing += [layer.cross_attn_token_to_image, layer.cross_attn_image_to_token]
+    with torch.no_grad():
+        for attention in crossing:
+            attention.q_proj.weight.mul_(CROSS_ATTENTION_GAIN)
+            attention.k_proj.weight.copy_(attention.q_proj.weight)
+        for layer in sam.vision_encoder.layers:
+            layer.attn.rel_pos_h.zero_()
+            layer.attn.rel_pos_w.zero_()
+        for token in (sam.mask_decoder.iou_token, sam.mask_decoder.mask_tokens, *sam.prompt_encoder.point_embed):
+            nn.init.normal_(token.weight, std=0.4, generator=generator)
+    return sam
+
+
+def resized(sam: SamModel, size: int, window: int) -> SamModel:
+    """A copy of `sam` for pictures of another size.
+
+    Positions are interpolated, and so are the relative ones of global attention, since objects grow with the picture.
+    Local attention sees the same distances in cells as before: what lies beyond a smaller window is cut off, and beyond
+    a larger one the farthest known distance stands in.
+    """
+    # In windows and in bfloat16, the library's plain attention takes three quarters of the time of its fused one.
+    other = SamModel._from_config(sam_config(size, window), attn_implementation="eager")
+    fuse_attention(other.vision_encoder)
+    target = other.state_dict()
+    state = {}
+    for name, value in sam.state_dict().items():
+        wanted = target[name].shape
+        if value.shape == wanted:
+            state[name] = value
+        elif name.endswith("pos_embed"):
+            channels_first = value.permute(0, 3, 1, 2)
+            state[name] = F.interpolate(channels_first, wanted[1:3], mode="bicubic").permute(0, 2, 3, 1)
+        elif int(name.split("layers.")[1].split(".")[0]) in SAM_GLOBAL_LAYERS:
+            state[name] = F.interpolate(value.T[None], wanted[0], mode="linear")[0].T
+        else:
+            missing = (wanted[0] - len(value)) // 2  # negative where there is too much
+            state[name] = F.pad(value.T[None], (missing, missing), mode="replicate" if missing > 0 else "constant")[0].T
+    other.load_state_dict(state)
+    return other
+
+
+def save(sam: SamModel, folder: Path) -> None:
+    """Writes the model at 1024 pixels, in half precision; it loads in single precision."""
+    whole = resized(sam.cpu(), SAM_IMAGE_SIZE, STAGES[-1].window).half()
+    with write_aside(folder) as aside:
+        whole.save_pretrained(aside)
+        rewrite_config(aside, dtype="float32")
+
+
+@torch.no_grad()
+def evaluate(sam: SamModel, size: int, photos: list[Image.Image], device: str) -> dict[str, float]:
+    """Scores on pairs that training never draws: IoU of one point, IoU after refinement, and how often the prior hits.
+
+    With photos the scores of composites come as well; their photos are those of the training.
+    """
+    sam.eval()
+    scores: dict[str, float] = {}
+    for kind, share in {"world": 0.0, "composites": 1.0}.items():
+        if share and not photos:
+            continue
+        first, last, hits = [], [], []
+        for index in range(EVALUATION_PAIRS):
+            rng = np.random.default_rng([scenes.HELD_OUT_SEED, index])
+            batch = to_batch(rng, pairs.random_pair(rng, size, photos, share), 1, device)
+            embeddings = encode(sam, batch.pixels)
+            one_point = decode(sam, embeddings, batch.points[:, :, :1], batch.labels[:, :, :1])
+            first += mask_ious(best_of_three(*one_point)[:, None], batch.masks)[:, 0].tolist()
+            final = best_of_three(*refinement(rng, sam, embeddings, batch)[-1])
+            last += mask_ious(final[:, None], batch.masks)[:, 0].tolist()
+            hits.append(prior_losses(embeddings, batch.coverage, batch.others, torch.zeros((), device=device))[2])
+        named = {"one_point_iou": first, "refined_iou": last, "prior_hits": hits}
+        scores.update({f"{kind}_{name}": round(float(np.mean(values)), 4) for name, values in named.items()})
+    return scores
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Trains the model; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m tools.toy.train_sam", description="Trains the toy SAM.")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the folder sam; holds the runs as well")
+    parser.add_argument("--textures", type=Path, nargs="+", default=[], help="folders of photos for composites")
+    parser.add_argument("--initial", type=Path, help="toy SAM to start from (default: none)")
+    parser.add_argument("--masks", type=Path, help="folder of masks of some of these photos: <subject>/<photo>.png")
+    for stage in STAGES:
+        text = f"optimizer steps at {stage.size} pixels (default: {stage.steps})"
+        parser.add_argument(f"--steps{stage.size}", type=int, default=stage.steps, help=text)
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, pictures and prompts (default: 0)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    options = parser.parse_args(arguments)
+    steps = [getattr(options, f"steps{stage.size}") for stage in STAGES]
+    try:
+        check_writable(options.output)
+        if min(steps) < 0 or max(steps) == 0:
+            raise InputError(f"the stages have {steps} steps: give at least one stage one or more")
+        scores = train(
+            options.output,
+            textures=options.textures,
+            masks=options.masks,
+            steps=steps,
+            seed=options.seed,
+            initial=options.initial,
+            device=options.device,
+        )
+    except InputError as error:
+        parser.exit(2, f"{error}\n")
+    print(f"{options.output / 'sam'}: {json.dumps(scores)}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,198 @@
+"""The loop that all checkpoints which ship are trained by: deterministic, resumable, logged."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from persam_dreambooth.errors import InputError
+from persam_dreambooth.files import write_aside, write_json, write_text
+
+CHECKPOINT = "checkpoint.pt"
+LOG = "log.jsonl"
+
+
+class Run:
+    """A training run that lives in a folder and goes on where it stopped.
+
+        run = Run(folder, config, model, learning_rate=1e-3, steps=4000)
+        for step in run:
+            loss = ...            # everything random follows from (seed, step), so that a run may stop anywhere
+            run.update(loss)
+        run.averaged()            # the moving average of the weights, into the model
+
+    The folder holds `config.json`, `log.jsonl` (a line every `log_every` steps: step, seconds, the mean of loss and
+    figures since the last line) and `checkpoint.pt`, written aside and renamed.
+
+    Args:
+        folder: made when missing.
+        config: what defines the run; resuming with another one is refused.
+        model: trained in place; several networks go into a `ModuleDict`.
+        learning_rate: the peak; warmed up over `warmup` steps, then lowered along a cosine to a hundredth.
+        steps: optimizer steps in all.
+        decay: of the weights' moving average.
+
+    Raises:
+        InputError: the folder holds a run with another config.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        model: nn.Module,
+        *,
+        learning_rate: float,
+        steps: int,
+        warmup: int = 100,
+        weight_decay: float = 0.01,
+        decay: float = 0.998,
+        log_every: int = 50,
+        save_seconds: float = 120,
+    ) -> None:
+        self.folder, self.model, self.steps = folder, model, steps
+        self._peak, self._warmup, self._decay = learning_rate, warmup, decay
+        self._log_every, self._save_seconds = log_every, save_seconds
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True
+        )
+        self._average = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        self._sums: dict[str, float] = {}
+        self._counted = 0
+        self.step, self.seconds = 0, 0.0
+        folder.mkdir(parents=True, exist_ok=True)
+        described = json.loads(json.dumps(dict(config)))
+        if (folder / "config.json").exists():
+            known = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            if known != described:
+                differing = sorted(key for key in {*known, *described} if known.get(key) != described.get(key))
+                raise InputError(f"{folder} holds a run with other {', '.join(differing)}: choose another folder")
+        else:
+            write_json(folder / "config.json", described)
+        if (folder / CHECKPOINT).exists():
+            self._load()
+        self._cut_log()
+
+    def __iter__(self) -> Iterator[int]:
+        """Yields the steps that are left, 0-based; sets the learning rate, saves at times and at the end."""
+        self.model.train()
+        started = saved = time.monotonic()
+        before = self.seconds
+        while self.step < self.steps:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self._learning_rate()
+            yield self.step
+            self.step += 1
+            now = time.monotonic()
+            self.seconds = before + now - started
+            if self.step % self._log_every == 0 or self.step == self.steps:
+                self._log()
+            if now - saved > self._save_seconds:
+                self._save()
+                saved = now
+        self._save()
+
+    def update(self, loss: torch.Tensor, **figures: float) -> None:
+        """One optimizer step on a scalar loss; figures are averaged into the log.
+
+        Raises:
+            FloatingPointError: the loss is not finite.
+        """
+        value = loss.item()
+        if not math.isfinite(value):
+            raise FloatingPointError(f"the loss is {value} at step {self.step}")
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        decay = min(self._decay, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            for name, parameter in self.model.state_dict().items():
+                if parameter.is_floating_point():
+                    self._average[name].lerp_(parameter, 1 - decay)
+                else:
+                    self._average[name].copy_(parameter)
+        for name, figure in {"loss": value, **figures}.items():
+            self._sums[name] = self._sums.get(name, 0.0) + figure
+        self._counted += 1
+
+    def averaged(self) -> nn.Module:
+        """Puts the moving average into the model, for use after training, and returns it in evaluation mode."""
+        self.model.load_state_dict(self._average)
+        return self.model.eval()
+
+    def _learning_rate(self) -> float:
+        if self.step < self._warmup:
+            return self._peak * (self.step + 1) / self._warmup
+        progress = (self.step - self._warmup) / max(1, self.steps - self._warmup)
+        return self._peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+    def _log(self) -> None:
+        means = {name: round(value / self._counted, 5) for name, value in self._sums.items()}
+        line = json.dumps({"step": self.step, "seconds": round(self.seconds, 1), **means})
+        with (self.folder / LOG).open("a", encoding="utf-8") as log:
+            log.write(line + "\n")
+        print(f"{self.folder.name} {line}", flush=True)
+        self._sums, self._counted = {}, 0
+
+    def _save(self) -> None:
+        state = {
+            "model": self.model.state_dict(),
+            "average": self._average,
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+        }
+        with write_aside(self.folder / CHECKPOINT) as aside:
+            torch.save(state, aside)
+
+    def _load(self) -> None:
+        state = torch.load(self.folder / CHECKPOINT, map_location="cpu", weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for name, value in self._average.items():
+            value.copy_(state["average"][name])
+        self.step, self.seconds = state["step"], state["seconds"]
+
+    def _cut_log(self) -> None:
+        """Drops the lines of steps after the checkpoint: they are taken again, and logged again."""
+        log = self.folder / LOG
+        lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
+        write_text(log, "".join(line for line in lines if json.loads(line)["step"] <= self.step))
+
+
+def weights_fingerprint(*networks: nn.Module) -> str:
+    """Names the weights of networks, so that a run notices other ones."""
+    digest = hashlib.sha256()
+    for network in networks:
+        for value in network.state_dict().values():
+            digest.update(value.cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def options_parser(
+    program: str, description: str, written: str, steps: int, scene_count: int
+) -> argparse.ArgumentParser:
+    """The options that all trainings on renders share, with their defaults.
+
+    Args:
+        written: the folder that ends up in --output.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m tools.toy.{program}", description=description)
+    parser.add_argument(
+        "--output", type=Path, required=True, help=f"folder for the folder {written}; holds the run too"
+    )
+    parser.add_argument("--steps", type=int, default=steps, help=f"optimizer steps (default: {steps})")
+    parser.add_argument("--scenes", type=int, default=scene_count, help=f"training pictures (default: {scene_count})")
+    parser.add_argument("--seed", type=int, default=0, help="seed of scenes, weights and noise (default: 0)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    return parser
