@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from benchmarks.measuring import medians, record
 from persam_dreambooth import toy
 from persam_dreambooth.photos.images import read_image
-from persam_dreambooth.photos.mask_folder import read_mask
+from persam_dreambooth.photos.masks import read_mask
 from persam_dreambooth.segmentation import Encoding, PerSAMF, open_sam
 from persam_dreambooth.segmentation.location_prior import at_photo_size, location_prior, prior_points
 from persam_dreambooth.segmentation.scale_weights import fit_scale_weights

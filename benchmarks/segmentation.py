@@ -16,8 +16,9 @@ from transformers import SamConfig, SamModel
 from benchmarks.measuring import medians, record
 from benchmarks.scale_weights import first_masks, first_point, fit_by_autograd
 from persam_dreambooth import toy
-from persam_dreambooth.photos.images import find_photos, read_image
-from persam_dreambooth.photos.mask_folder import read_mask
+from persam_dreambooth.photos.folder import find_photos
+from persam_dreambooth.photos.images import read_image
+from persam_dreambooth.photos.masks import read_mask
 from persam_dreambooth.segmentation import Encoding, PerSAM, PerSAMF, Sam, open_sam
 from persam_dreambooth.segmentation.evaluation.metrics import overlap
 

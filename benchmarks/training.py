@@ -33,7 +33,7 @@ from persam_dreambooth.dreambooth.optimizers import make_optimizer
 from persam_dreambooth.dreambooth.trainer import batch_losses, numbered_batches
 from persam_dreambooth.dreambooth.training_options import TrainOptions
 from persam_dreambooth.files import write_json
-from persam_dreambooth.photos.images import find_photos
+from persam_dreambooth.photos.folder import find_photos
 from tools.toy import build
 
 RESOLUTION = 256

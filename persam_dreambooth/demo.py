@@ -22,7 +22,7 @@ from persam_dreambooth.evaluation.benchmark_report import COLUMNS
 from persam_dreambooth.evaluation.recipes import BASE, RECIPES
 from persam_dreambooth.files import check_writable, write_text
 from persam_dreambooth.personalize import personalize
-from persam_dreambooth.photos.images import find_photos
+from persam_dreambooth.photos.folder import find_photos
 from persam_dreambooth.photos.mask_folder import load_masks
 from persam_dreambooth.report import page
 from persam_dreambooth.report.pictures import INK, PAPER, outlined, save_picture

@@ -26,8 +26,9 @@ from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.extras import check_installed
 from persam_dreambooth.files import check_writable, filled_aside, write_text
 from persam_dreambooth.options import CONFIG, MaskFolderOptions, SegmentOptions, fill_identifier, read_config
+from persam_dreambooth.photos.captions import read_prompts
 from persam_dreambooth.photos.datasets import photo_folder
-from persam_dreambooth.photos.images import Photo, check_shapes, find_photos, read_prompts
+from persam_dreambooth.photos.folder import Photo, check_shapes, find_photos
 from persam_dreambooth.photos.mask_folder import (
     INDEX,
     SKIPPED,
@@ -36,9 +37,9 @@ from persam_dreambooth.photos.mask_folder import (
     check_names,
     load_mask,
     load_masks,
-    read_mask,
     save_mask,
 )
+from persam_dreambooth.photos.masks import read_mask
 from persam_dreambooth.report.pictures import overview, save_picture
 
 if TYPE_CHECKING:

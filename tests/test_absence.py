@@ -9,8 +9,9 @@ from PIL import Image
 from training_runs import SHORT, column, command, flags
 
 from persam_dreambooth import toy
-from persam_dreambooth.photos.images import find_photos
-from persam_dreambooth.photos.mask_folder import INDEX, SKIPPED, load_masks, read_mask
+from persam_dreambooth.photos.folder import find_photos
+from persam_dreambooth.photos.mask_folder import INDEX, SKIPPED, load_masks
+from persam_dreambooth.photos.masks import read_mask
 from persam_dreambooth.segmentation import PerSAM, open_sam
 from persam_dreambooth.segmentation.evaluation.absence import MEASURES, USED, Pair, best_threshold, errors, separate
 from persam_dreambooth.segmentation.persam import ABSENT

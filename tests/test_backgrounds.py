@@ -27,7 +27,8 @@ from persam_dreambooth.dreambooth.data import BACKGROUND, Crops
 from persam_dreambooth.dreambooth.trainer import batch_losses
 from persam_dreambooth.dreambooth.training_options import TrainOptions
 from persam_dreambooth.errors import InputError
-from persam_dreambooth.photos.images import Photo, find_photos, read_prompts
+from persam_dreambooth.photos.captions import read_prompts
+from persam_dreambooth.photos.folder import Photo, find_photos
 
 KINDS = ("color", "noise", "generated")
 PLACES = ("a beach", "snow", "a beach")

@@ -17,7 +17,8 @@ from PIL import Image, ImageDraw
 from tiny_sam import save_tiny_sam
 
 from persam_dreambooth import cli, toy
-from persam_dreambooth.photos.mask_folder import load_masks, read_mask
+from persam_dreambooth.photos.mask_folder import load_masks
+from persam_dreambooth.photos.masks import read_mask
 
 ROOT = Path(__file__).parents[1]
 SIDE = 96
@@ -609,7 +610,7 @@ def test_a_reference_photo_may_lie_outside_the_folder(home, capsys):
 def test_the_masks_of_segment_are_taken_by_train(home, capsys):
     done(capsys, *segment())
     done(capsys, *train("--mask_dir", "out", "--output_dir", "run"))
-    from persam_dreambooth.photos.images import find_photos
+    from persam_dreambooth.photos.folder import find_photos
 
     photos = find_photos(Path("ball"))
     assert [found.record for found in load_masks(Path("run/masks"), photos)] == [

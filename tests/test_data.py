@@ -11,7 +11,7 @@ from training_runs import toy_pipeline, uniform
 
 from persam_dreambooth.dreambooth.data import Crops, derived_seed, sample_noise
 from persam_dreambooth.dreambooth.families.stable_diffusion import StableDiffusion
-from persam_dreambooth.photos.images import Photo, find_photos
+from persam_dreambooth.photos.folder import Photo, find_photos
 from persam_dreambooth.photos.mask_folder import load_masks
 
 SIZES = ((64, 64), (100, 40), (50, 70), (33, 91), (300, 200))

@@ -13,7 +13,7 @@ from tiny_sam import tiny_model
 from training_runs import in_two_processes
 
 from persam_dreambooth.cli import main
-from persam_dreambooth.photos.mask_folder import read_mask
+from persam_dreambooth.photos.masks import read_mask
 from persam_dreambooth.report.pictures import TILE
 from persam_dreambooth.segmentation.evaluation import metrics
 from persam_dreambooth.segmentation.evaluation import one_shot_report as report

@@ -37,7 +37,7 @@ from persam_dreambooth.dreambooth.families.latent_diffusion import LORA_WEIGHTS,
 from persam_dreambooth.dreambooth.loss import latent_mask
 from persam_dreambooth.dreambooth.trainer import batch_losses
 from persam_dreambooth.dreambooth.training_options import TrainOptions
-from persam_dreambooth.photos.images import find_photos
+from persam_dreambooth.photos.folder import find_photos
 
 NEW = ("sdxl", "sd3", "flux")
 every_family = pytest.mark.parametrize("name", NEW)

@@ -28,8 +28,9 @@ from persam_dreambooth.dreambooth.training_options import TrainOptions
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.segmentation import PerSAM, PerSAMF
 from persam_dreambooth.segmentation.sams.original_sam2 import read_config
-from persam_dreambooth.segmentation.sams.sam import Encoding, Sam, SamHQ
+from persam_dreambooth.segmentation.sams.sam import Encoding, Sam
 from persam_dreambooth.segmentation.sams.sam2 import Sam2
+from persam_dreambooth.segmentation.sams.sam_hq import SamHQ
 from persam_dreambooth.segmentation.target_semantic_prompting import Guidance
 
 META = torch.device("meta")

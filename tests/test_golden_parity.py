@@ -19,10 +19,11 @@ import torch
 from transformers import SamModel
 
 from persam_dreambooth.photos.images import read_image
-from persam_dreambooth.photos.mask_folder import read_mask
+from persam_dreambooth.photos.masks import read_mask
 from persam_dreambooth.segmentation import PerSAM, PerSAMF, open_sam
-from persam_dreambooth.segmentation.location_prior import at_photo_size, attention_bias
+from persam_dreambooth.segmentation.location_prior import at_photo_size
 from persam_dreambooth.segmentation.scale_weights import fit_scale_weights
+from persam_dreambooth.segmentation.target_guided_attention import attention_bias
 from persam_dreambooth.segmentation.target_semantic_prompting import Guidance
 
 GOLDEN = Path(__file__).parent / "golden"

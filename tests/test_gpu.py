@@ -7,7 +7,7 @@ from PIL import Image
 from training_runs import ALL_AGAINST_BACKGROUNDS, column, command, flags
 
 from persam_dreambooth import toy
-from persam_dreambooth.photos.mask_folder import read_mask
+from persam_dreambooth.photos.masks import read_mask
 from persam_dreambooth.segmentation import PerSAM, PerSAMF, open_sam
 
 pytestmark = [

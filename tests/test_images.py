@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from persam_dreambooth.errors import InputError, InputNotFoundError
-from persam_dreambooth.photos.images import Photo, find_photos, read_image
+from persam_dreambooth.photos.folder import Photo, find_photos
+from persam_dreambooth.photos.images import read_image
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 SIZE = (6, 4)

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 
 from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.files import write_aside, write_json
-from persam_dreambooth.photos.images import Photo, find_photos
+from persam_dreambooth.photos.folder import Photo, find_photos
 from persam_dreambooth.photos.mask_folder import (
     BY_HAND,
     INDEX,
@@ -21,9 +21,9 @@ from persam_dreambooth.photos.mask_folder import (
     check_names,
     load_mask,
     load_masks,
-    read_mask,
     save_mask,
 )
+from persam_dreambooth.photos.masks import read_mask
 
 WIDTH, HEIGHT = 96, 64
 

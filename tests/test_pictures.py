@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from persam_dreambooth.photos.images import Photo
+from persam_dreambooth.photos.folder import Photo
 from persam_dreambooth.photos.mask_folder import MaskRecord, PhotoMask
 from persam_dreambooth.report.pictures import (
     ALARM,

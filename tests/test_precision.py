@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from persam_dreambooth import toy
 from persam_dreambooth.errors import InputError
-from persam_dreambooth.photos.mask_folder import read_mask
+from persam_dreambooth.photos.masks import read_mask
 from persam_dreambooth.segmentation import PerSAM, PerSAMF, find_instances, open_sam
 from persam_dreambooth.segmentation.sams.checkpoints import precision
 

@@ -9,7 +9,7 @@ from small_sams import GOLDEN, save_mobile_sam
 
 from persam_dreambooth import cli, toy
 from persam_dreambooth.errors import InputError
-from persam_dreambooth.photos.mask_folder import read_mask
+from persam_dreambooth.photos.masks import read_mask
 from persam_dreambooth.segmentation import open_sam
 from persam_dreambooth.segmentation.sams.sam2 import Sam2
 

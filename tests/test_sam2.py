@@ -9,11 +9,12 @@ from transformers import Sam2Config, Sam2Model, SamConfig, SamModel
 
 from persam_dreambooth import cli, toy
 from persam_dreambooth.errors import InputError
-from persam_dreambooth.photos.mask_folder import read_mask
+from persam_dreambooth.photos.masks import read_mask
 from persam_dreambooth.segmentation import PerSAM, PerSAMF, open_sam
-from persam_dreambooth.segmentation.location_prior import attention_bias, location_prior
+from persam_dreambooth.segmentation.location_prior import location_prior
 from persam_dreambooth.segmentation.sams.sam2 import Sam2
-from persam_dreambooth.segmentation.target_semantic_prompting import BiasedAttention, Guidance, GuidedTransformer
+from persam_dreambooth.segmentation.target_guided_attention import BiasedAttention, attention_bias
+from persam_dreambooth.segmentation.target_semantic_prompting import Guidance, GuidedTransformer
 
 POINTS, LABELS = np.array([[150, 130], [20, 30]]), np.array([1, 0])
 

@@ -53,7 +53,7 @@ from persam_dreambooth.dreambooth.families.stable_diffusion import StableDiffusi
 from persam_dreambooth.dreambooth.loss import latent_mask
 from persam_dreambooth.dreambooth.trainer import batch_losses
 from persam_dreambooth.dreambooth.training_options import TrainOptions
-from persam_dreambooth.photos.images import find_photos
+from persam_dreambooth.photos.folder import find_photos
 from tools.toy import build
 
 # --- trajectories

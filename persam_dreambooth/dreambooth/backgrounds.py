@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from persam_dreambooth.dreambooth.buckets import covering_side
-from persam_dreambooth.photos.images import Photo
+from persam_dreambooth.photos.folder import Photo
 
 NOISE_CELLS = 6
 """Smooth noise is this many random colors a side, blown up."""

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from persam_dreambooth.dreambooth.backgrounds import Backgrounds
 from persam_dreambooth.dreambooth.buckets import covering_side, nearest_bucket
-from persam_dreambooth.photos.images import Photo
+from persam_dreambooth.photos.folder import Photo
 
 ORDER, CROP, NOISE, DROPOUT, BACKGROUND, UNMASKED, FLIP = range(7)
 """Streams of randomness of one run."""

@@ -21,7 +21,7 @@ from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.files import check_writable, write_json, write_text
 from persam_dreambooth.options import CONFIG, EvaluateModelOptions, fill_identifier, read_config
 from persam_dreambooth.photos.datasets import photo_folder
-from persam_dreambooth.photos.images import find_photos
+from persam_dreambooth.photos.folder import find_photos
 from persam_dreambooth.photos.mask_folder import PhotoMask, load_masks
 from persam_dreambooth.report.pictures import grid, outlined, save_picture
 

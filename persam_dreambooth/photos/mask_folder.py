@@ -17,14 +17,12 @@ from PIL import Image
 
 from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.files import write_aside, write_json
-from persam_dreambooth.photos.images import Photo, open_image
+from persam_dreambooth.photos.folder import Photo
+from persam_dreambooth.photos.masks import read_mask
 
 INDEX = "index.json"
 BY_HAND = "by hand"
 SKIPPED = "skipped"
-LOSSY = ("JPEG", "MPO", "WEBP")
-PLAIN = ("1", "L", "I;16", "I;16B", "I;16L", "I", "F", "RGB")
-"""Modes in which black is 0 in every channel."""
 
 
 @dataclass(frozen=True)
@@ -61,30 +59,6 @@ class PhotoMask:
     photo: Photo
     mask: np.ndarray
     record: MaskRecord
-
-
-def read_mask(path: Path) -> np.ndarray:
-    """Reads any mask file as (H, W) bool, upright.
-
-    An alpha channel with transparent pixels is the mask; otherwise every pixel that is not black is foreground (PerSeg
-    stores dark red, others 1 or 255). In a lossy format, whose black is noisy, foreground is brighter than half the
-    maximum.
-
-    Raises:
-        InputNotFoundError, InputError: as `images.open_image`.
-    """
-    image = open_image(path)
-    lossy = image.format in LOSSY
-    if image.has_transparency_data:
-        alpha = np.asarray(image.convert("RGBA"))[..., 3]
-        if alpha.min() < 255:
-            return alpha > 0
-    if image.mode not in PLAIN:
-        image = image.convert("RGB")
-    values = np.asarray(image)
-    if values.ndim == 3:
-        values = values.max(axis=2)
-    return values > values.max() / 2 if lossy else values != 0
 
 
 def check_names(photos: list[Photo]) -> None:

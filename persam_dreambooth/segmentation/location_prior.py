@@ -3,16 +3,19 @@
 PerSAM, section 3.2, Eq. 3 to 6. Shapes: 64 x 64 cells with C channels; H W photo.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from persam_dreambooth.segmentation.sams.sam import Encoding, Sam
+if TYPE_CHECKING:
+    from persam_dreambooth.segmentation.sams.sam import Encoding, Sam
 
 
 @dataclass(frozen=True)
@@ -131,45 +134,3 @@ def prior_points(prior: torch.Tensor) -> np.ndarray:
     """The most and the least similar pixel of an (H, W) prior, as (2, 2) xy: positive, then negative (Eq. 6)."""
     flat = torch.stack([prior.argmax(), prior.argmin()]).cpu().numpy()
     return np.stack([flat % prior.shape[1], flat // prior.shape[1]], axis=1)
-
-
-def attention_bias(
-    prior: torch.Tensor,
-    sam: Sam,
-    encoding: Encoding,
-    kind: Literal["persam", "published", "paper"],
-    alpha: float = 1.0,
-) -> torch.Tensor:
-    """The bias of target-guided attention over the cells: (4096,).
-
-    Args:
-        prior: (64, 64) location prior.
-        sam: its post-processing takes the prior to the photo and back.
-        encoding: the photo.
-        kind: `published`: sigmoid of the z-scored prior at photo size, resized to 64 x 64. On a photo that is not
-            square this is stretched over the padding, which is misaligned with the features. `persam`: the same
-            values, each cell reading the photo where the cell lies, and 0 in the padding. Square photos give the same
-            for both. `paper`: alpha * softmax of the prior over the photo's cells (Eq. 7), 0 in the padding.
-        alpha: the balance factor of Eq. 7, which the published code does not have.
-    """
-    grid = encoding.grid
-    centers = (torch.arange(grid, device=prior.device) + 0.5) * encoding.padded / grid
-    inside = (centers < encoding.resized[0])[:, None] & (centers < encoding.resized[1])[None]
-    if kind == "paper":
-        softmax = torch.softmax(prior.masked_fill(~inside, -torch.inf).flatten(), dim=0)
-        return alpha * softmax
-    full = at_photo_size(prior, sam, encoding)
-    # Without a spread there is no bias to speak of: one pixel, or a prior that is the same everywhere.
-    spread = float(full.std()) if full.numel() > 1 else 0.0
-    z = ((full - full.mean()) / (spread or 1.0))[None, None]
-    if kind == "published":
-        return torch.sigmoid(F.interpolate(z, (grid, grid), mode="bilinear", align_corners=False)).flatten()
-    height, width = encoding.resized
-    # A center outside the photo reads its outermost pixel: padding_mode="border" is not on MPS before torch 2.13.
-    places = [
-        (2 * centers / inner - 1).clamp(1 / side - 1, 1 - 1 / side)
-        for inner, side in zip((width, height), encoding.size[::-1], strict=True)
-    ]
-    x, y = torch.meshgrid(*places, indexing="xy")
-    sampled = F.grid_sample(z, torch.stack([x, y], dim=-1)[None], align_corners=False)
-    return (torch.sigmoid(sampled[0, 0]) * inside).flatten()

@@ -15,7 +15,6 @@ from persam_dreambooth.options import ABSENT_THRESHOLD
 from persam_dreambooth.segmentation.location_prior import (
     Target,
     at_photo_size,
-    attention_bias,
     embed_target,
     location_prior,
     pool_targets,
@@ -25,6 +24,7 @@ from persam_dreambooth.segmentation.location_prior import (
 )
 from persam_dreambooth.segmentation.sams.sam import Encoding, Sam
 from persam_dreambooth.segmentation.scale_weights import fit_scale_weights
+from persam_dreambooth.segmentation.target_guided_attention import attention_bias
 from persam_dreambooth.segmentation.target_semantic_prompting import Guidance
 
 Learned = TypeVar("Learned")

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
-from persam_dreambooth.photos.images import Photo
+from persam_dreambooth.photos.folder import Photo
 from persam_dreambooth.photos.mask_folder import SKIPPED, MaskRecord, PhotoMask, load_mask, save_mask
 from persam_dreambooth.report.pictures import heat_map, save_picture
 from persam_dreambooth.segmentation.persam import ABSENT, PerSAM, PerSAMF, find_instances

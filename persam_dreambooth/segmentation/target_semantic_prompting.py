@@ -15,6 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from persam_dreambooth.segmentation.target_guided_attention import BiasedAttention
+
 
 @dataclass(frozen=True)
 class Guidance:
@@ -87,37 +89,3 @@ class GuidedTransformer(nn.Module):
         if not in_code:
             queries = queries + target
         return self.transformer.layer_norm_final_attn(queries + attended), keys
-
-
-class BiasedAttention(nn.Module):
-    """The attention of SAM or SAM 2; with a bias b it is softmax(softmax(Q K^T / sqrt(d)) + b) V (Eq. 7)."""
-
-    def __init__(self, attention: Any) -> None:
-        super().__init__()
-        self.attention = attention
-
-    def forward(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_similarity: torch.Tensor | None = None,
-        **others: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Query (1, 1, N, C), key and value (1, 1, 4096, C), bias (4096,): (1, 1, N, C) and the weights."""
-        if attention_similarity is None:
-            return self.attention(query=query, key=key, value=value, **others)
-        heads = self.attention.num_attention_heads
-        q, k, v = (
-            projection(tensor)[0, 0].unflatten(-1, (heads, -1)).transpose(0, 1)
-            for projection, tensor in (
-                (self.attention.q_proj, query),
-                (self.attention.k_proj, key),
-                (self.attention.v_proj, value),
-            )
-        )  # each (heads, tokens, C / heads)
-        weights = torch.softmax(q @ k.transpose(1, 2) * self.attention.scaling, dim=-1)
-        weights = torch.softmax(weights + attention_similarity, dim=-1)
-        output = (weights @ v).transpose(0, 1).flatten(1)
-        project = self.attention.o_proj if hasattr(self.attention, "o_proj") else self.attention.out_proj
-        return project(output)[None, None], weights

@@ -8,7 +8,7 @@ import numpy as np
 
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.photos.images import read_image
-from persam_dreambooth.photos.mask_folder import read_mask
+from persam_dreambooth.photos.masks import read_mask
 
 
 @dataclass(frozen=True)

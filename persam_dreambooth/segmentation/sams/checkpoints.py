@@ -9,8 +9,9 @@ from persam_dreambooth import models
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.options import SegmenterOptions
 from persam_dreambooth.segmentation.sams.original import read_original
-from persam_dreambooth.segmentation.sams.sam import Sam, SamHQ
+from persam_dreambooth.segmentation.sams.sam import Sam
 from persam_dreambooth.segmentation.sams.sam2 import Sam2
+from persam_dreambooth.segmentation.sams.sam_hq import SamHQ
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

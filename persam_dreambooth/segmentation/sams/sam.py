@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from persam_dreambooth.errors import InputError
+from persam_dreambooth.photos.images import as_rgb
 from persam_dreambooth.segmentation.sams.encoding_cache import EncodingCache
 from persam_dreambooth.segmentation.target_semantic_prompting import Guidance, GuidedTransformer
 
@@ -167,43 +167,3 @@ class Sam:
         if len(rows) == 0:
             return None
         return torch.stack([columns[0], rows[0], columns[-1], rows[-1]]).flatten().cpu().numpy()
-
-
-class SamHQ(Sam):
-    """SAM-HQ. transformers sorts its three masks by predicted IoU; here they keep SAM's order, whole to part.
-
-    PerSAM-F's weights are weights of scales, so the order must be the same for every photo. Its decoder fuses early
-    features of its encoder into its masks.
-    """
-
-    def embed(self, pixels: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
-        """As `Sam.embed`; the early features are for the decoder."""
-        embedding, intermediate = self.model.get_image_embeddings(pixels)
-        return embedding.float(), {"intermediate_embeddings": [early.float() for early in intermediate]}
-
-    def decode(self, *arguments: Any, multimask: bool = True, **prompts: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `Sam.decode`."""
-        seen: list[torch.Tensor] = []
-        head = self.model.mask_decoder.iou_prediction_head
-        hook = head.register_forward_hook(lambda module, inputs, output: seen.append(output[0, 0, 1:]))
-        try:
-            logits, scores = super().decode(*arguments, multimask=multimask, **prompts)
-        finally:
-            hook.remove()
-        if not multimask:
-            return logits, scores
-        order = torch.sort(seen[0], descending=True).indices.argsort()
-        return logits[order], scores[order]
-
-
-def as_rgb(image: Image.Image | np.ndarray) -> Image.Image:
-    """A PIL image, or an (H, W, 3) uint8 RGB array, as an RGB PIL image.
-
-    Raises:
-        InputError: an array of another shape or type.
-    """
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise InputError(f"an image must be (H, W, 3) uint8 RGB; this is {image.shape} {image.dtype}")
-    return Image.fromarray(image)
