@@ -31,8 +31,8 @@ from persam_dreambooth.dreambooth.latent_cache import PosteriorCache
 from persam_dreambooth.dreambooth.loss import latent_mask, masked_loss
 from persam_dreambooth.dreambooth.optimizers import make_optimizer
 from persam_dreambooth.dreambooth.trainer import batch_losses, numbered_batches
-from persam_dreambooth.dreambooth.training_options import TrainOptions
 from persam_dreambooth.files import write_json
+from persam_dreambooth.personalize import TrainOptions
 from persam_dreambooth.photos.folder import find_photos
 from tools.toy import build
 

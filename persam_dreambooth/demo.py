@@ -15,13 +15,13 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from persam_dreambooth import toy
-from persam_dreambooth.dreambooth.training_options import MASKS, TrainOptions
-from persam_dreambooth.errors import InputError
+from persam_dreambooth.dreambooth.subject_options import MASKS
 from persam_dreambooth.evaluation import background as benchmark
 from persam_dreambooth.evaluation.benchmark_report import COLUMNS
 from persam_dreambooth.evaluation.recipes import BASE, RECIPES
-from persam_dreambooth.files import check_writable, write_text
-from persam_dreambooth.personalize import personalize
+from persam_dreambooth.files import check_new, write_text
+from persam_dreambooth.options import Options, option
+from persam_dreambooth.personalize import TrainOptions, personalize
 from persam_dreambooth.photos.folder import find_photos
 from persam_dreambooth.photos.mask_folder import load_masks
 from persam_dreambooth.report import page
@@ -36,9 +36,16 @@ SUBJECT = 0
 STEPS = 100
 DENOISING_STEPS = 12
 SCENE = "beach"
-SHOWN = 6
+PICTURES_SHOWN = 6
 GRAY = (110, 110, 110)
-FIGURES = ("leak_own", "leak_scenes", "prompted", "fidelity_own", "fidelity_scenes", "silhouette", "class_variety")
+DEMO_FIGURES = ("leak_own", "leak_scenes", "prompted", "fidelity_own", "fidelity_scenes", "silhouette", "class_variety")
+
+
+@dataclass(frozen=True)
+class DemoOptions(Options):
+    """One mask, five photos, and what plain and masked training make of them; everything ships."""
+
+    output_dir: str = option("outputs/demo", "folder for the demo; must be new or empty", path=True)
 
 
 @dataclass(frozen=True)
@@ -51,15 +58,14 @@ class Model:
     figures: dict[str, float]
 
 
-def run(output: Path) -> tuple[Path, list[str]]:
+def run_demo(options: DemoOptions) -> tuple[Path, list[str]]:
     """Runs the demo; returns the page, and lines that say what was found.
 
     Raises:
         InputError: the folder cannot be written to, or is in use.
     """
-    check_writable(output)
-    if output.is_dir() and any(output.iterdir()):
-        raise InputError(f"{output} is not empty: remove it, or choose another folder with --output_dir")
+    output = Path(options.output_dir)
+    check_new(output, {}, "remove it, or choose another folder with --output_dir")
     started = time.monotonic()
     owner = benchmark.personal(SUBJECT)
     photos, mask, truth = render_photos(owner, output)
@@ -69,13 +75,13 @@ def run(output: Path) -> tuple[Path, list[str]]:
     for number, (name, recipe) in enumerate(recipes.items(), start=2):
         logger.info("%d/4 %s: %d steps", number, recipe.name, STEPS)
         given = {"unmasked": True} if name == "plain" else {"mask": str(mask), **(recipe.options or {})}
-        options = TrainOptions(
+        training = TrainOptions(
             instance_dir=str(photos),
             class_name=owner.subject.kind,
             output_dir=str(output / name),
             **{**BASE, "max_train_steps": STEPS, **given},
         )
-        personalize(options)
+        personalize(training)
         models.append(paint_and_measure(recipe.name, str(output / name), owner))
     logger.info("4/4 the report")
     path = output / "report.html"
@@ -100,17 +106,22 @@ def render_photos(owner: benchmark.Personal, output: Path) -> tuple[Path, Path, 
 
 def paint_and_measure(title: str, model: str, owner: benchmark.Personal) -> Model:
     """Paints with a model, and measures its pictures as the benchmark does."""
-    from persam_dreambooth.dreambooth.generate import load_model
+    from persam_dreambooth.dreambooth.pipelines import load_model
     from persam_dreambooth.toy.evaluator import Evaluator
 
     pipeline, _, _ = load_model(model)
     pictures = {
-        kind: benchmark.paint(pipeline, benchmark.prompts(kind, owner), 0, DENOISING_STEPS)
+        kind: benchmark.paint(pipeline, benchmark.benchmark_prompts(kind, owner), 0, DENOISING_STEPS)
         for kind in benchmark.PICTURES
     }
     told = f"a sks {owner.subject.kind} {world.PHRASES[SCENE]}"
     figures = benchmark.measure(pictures, owner, Evaluator.load(toy.path("evaluator")))
-    return Model(title, pictures["own"][:SHOWN], benchmark.paint(pipeline, [told] * SHOWN, 1, DENOISING_STEPS), figures)
+    return Model(
+        title,
+        pictures["own"][:PICTURES_SHOWN],
+        benchmark.paint(pipeline, [told] * PICTURES_SHOWN, 1, DENOISING_STEPS),
+        figures,
+    )
 
 
 def findings(models: list[Model], ious: list[float], owner: benchmark.Personal) -> list[str]:
@@ -134,7 +145,7 @@ def summary(models: list[Model], photos: list[Image.Image], owner: benchmark.Per
     """
     kind, factor, line, gap = owner.subject.kind, 2, 26, 14
     side = world.SIZE * factor
-    half = SHOWN // 2
+    half = PICTURES_SHOWN // 2
     width = 3 * (half * side + gap) + gap
     tile = (width - gap) // len(photos) - gap
     prompts = {f'"a [V] {kind}"': "own", f'"a [V] {kind} {world.PHRASES[SCENE]}"': "prompted"}
@@ -165,8 +176,8 @@ def report(
 ) -> str:
     """The page (HTML, with its pictures inside)."""
     kind = owner.subject.kind
-    rows: list[list[page.Cell]] = [
-        [COLUMNS[name][0], *(model.figures[name] for model in models), COLUMNS[name][2]] for name in FIGURES
+    rows: list[list[page.TableCell]] = [
+        [COLUMNS[name][0], *(model.figures[name] for model in models), COLUMNS[name][2]] for name in DEMO_FIGURES
     ]
     pictures = f"measured on {sum(benchmark.PICTURES.values())} pictures each"
     return page.page(
@@ -180,7 +191,7 @@ def report(
             "of them."
         ),
         page.picture(picture, "The photos with their masks; below, what each model paints", kind="PNG"),
-        page.table([pictures, *(model.title for model in models), "what it is"], rows),
+        page.html_table([pictures, *(model.title for model in models), "what it is"], rows),
         page.paragraph(
             "The world of these photos is drawn by a program, so that the truth is known; model and SAM are small ones "
             "trained on it. What is measured here shows how the method works, not how good it is with real models. "

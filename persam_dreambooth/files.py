@@ -97,6 +97,19 @@ def check_writable(folder: Path) -> None:
         raise InputError(f"{existing} is not writable: choose another folder or fix its permissions")
 
 
+def check_new(folder: Path, known: dict[str, str], advice: str = "choose a new or an empty folder") -> None:
+    """Raises `InputError` when `folder` cannot be written into or is not empty; creates nothing.
+
+    Args:
+        known: what a folder is that holds a file of this name, in words.
+        advice: for the message.
+    """
+    check_writable(folder)
+    if folder.is_dir() and any(folder.iterdir()):
+        what = next((what for name, what in known.items() if (folder / name).is_file()), "other files")
+        raise InputError(f"{folder} already holds {what}: {advice}")
+
+
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)

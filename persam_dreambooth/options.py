@@ -1,17 +1,27 @@
-"""The options of all commands but training, and what options are made of: a name, a type, a default, a unit, one line.
+"""What an option is: a field of a frozen dataclass with its default, its line of help, and when it counts.
 
-Those of training are in `training_options`. Defaults < YAML < flags.
+A command's options are a dataclass beside the command. Values come from defaults, then YAML files, then flags. A flag
+replaces its rivals in a file, and what has no effect in a file is left out; only flags can be at odds.
 """
 
+from __future__ import annotations
+
+import argparse
+import difflib
+import logging
 import math
-from collections.abc import Iterable
+import os
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
-from persam_dreambooth.errors import InputError
+from persam_dreambooth.errors import InputError, InputNotFoundError
+
+logger = logging.getLogger(__name__)
 
 CONFIG = "config.yaml"
 """The file in a run's folder that holds its resolved options."""
@@ -19,329 +29,95 @@ CONFIG = "config.yaml"
 LAST_SEED = 2**32 - 1
 """Any generator takes it, and the seeds that are counted up from it."""
 
-SCENES = "a beach, snow, a jungle, a sofa, a desert, a city at night, grass, water"
-"""What backgrounds show where nothing else is given."""
+WANTED = {int: "a whole number", float: "a number", str: "text, in quotes", bool: "true or false"}
+"""What an option of a type takes, in words."""
 
-ABSENT_THRESHOLD = 0.85
-"""Presence below which the subject is not in a photo: a compromise, since it depends on the SAM and on the photos
-(docs/evaluation.md); `evaluate absence` measures it."""
-
-SEGMENTERS = Literal["persam", "persam-f"]
-GUIDANCE = Literal["persam", "published", "paper", "none"]
-PRECISIONS = Literal["float32", "float16", "bfloat16", "auto"]
-
-
-def option(default: Any, help: str, alias: str | None = None) -> Any:
-    """A field with its line of help and, where users know it by two names, the other one."""
-    return field(default=default, metadata={"help": help, "alias": alias})
+Kind = TypeVar("Kind", bound="Options")
 
 
 @dataclass(frozen=True)
-class SegmenterOptions:
-    """What finds a subject; shared by all that does."""
+class Condition:
+    """When an option counts.
 
-    segmenter: SEGMENTERS = option("persam-f", "PerSAM (training-free) or PerSAM-F (fits two scale weights first)")
-    sam_model: str = option(
-        "facebook/sam-vit-huge", "SAM, SAM-HQ, SAM 2 or MobileSAM: hub id, local folder, its published file, or toy"
-    )
-    sam_dtype: PRECISIONS = option(
-        "float32", "precision of SAM's image encoder; auto: bfloat16, but float32 on the CPU and on MPS"
-    )
-    encoding_cache: str | None = option(
-        None, "folder that keeps what SAM's image encoder made of a photo, for other runs with the same SAM"
-    )
-    target_coverage: float = option(
-        0.5, "a 64 x 64 cell is target when the mask covers more of its center than this, 0 to 1"
-    )
+    Args:
+        holds: whether it counts beside the other options.
+        advice: what to do where it does not.
+    """
+
+    holds: Callable[[Any], bool]
+    advice: str
+
+
+def with_flag(*flags: str) -> Condition:
+    """An option counts only beside one of these, such as `--use_ema` or `--method lora`."""
+
+    def holds(options: Any) -> bool:
+        return any(_says(options, flag) for flag in flags)
+
+    return Condition(holds, f"add {' or '.join(flags)}")
+
+
+def without_flag(flag: str) -> Condition:
+    """An option counts only without another one, such as `--unmasked`."""
+    return Condition(lambda options: not _says(options, flag), f"leave out it or {flag}")
+
+
+def _says(options: Any, flag: str) -> bool:
+    """Whether options say what a flag such as `--use_ema` or `--method lora` would."""
+    name, _, value = flag.removeprefix("--").partition(" ")
+    return str(getattr(options, name)) == value if value else bool(getattr(options, name))
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    alias: str | None = None,
+    path: bool = False,
+    choices: Sequence[str] = (),
+    rivals: Sequence[str] = (),
+    when: Sequence[Condition] = (),
+) -> Any:
+    """A field with what is known about it.
+
+    Args:
+        default: where neither a file nor a flag says anything; it always counts.
+        help: one line.
+        alias: another name that users know it by.
+        path: it names a file or a folder, or may: `~` is expanded.
+        choices: the words that it takes.
+        rivals: options that say the same in another way; only one of them can be given.
+        when: the conditions under which another value than the default counts.
+    """
+    known = {"help": help, "alias": alias, "path": path, "choices": choices, "rivals": rivals, "when": when}
+    return field(default=default, metadata=known)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What all commands' options can do."""
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if entry.metadata["path"] and isinstance(value, str) and value.startswith("~"):
+                object.__setattr__(self, entry.name, os.path.expanduser(value))
+
+    def given(self, name: str) -> bool:
+        """Whether an option differs from its default."""
+        return bool(getattr(self, name) != getattr(type(self), name))
 
     def check(self) -> None:
-        """Raises `InputError` for options that are out of range."""
-        below_one(self, "target_coverage")
-
-
-@dataclass(frozen=True)
-class SegmentationOptions(SegmenterOptions):
-    """How masks of photos are made; shared by `segment` and `train`."""
-
-    guidance: GUIDANCE = option("persam", "PerSAM's guided attention: aligned, as published, as in the paper, or none")
-
-    def check(self) -> None:
-        """Raises `InputError` for options that are out of range or at odds with one another."""
-        super().check()
-        if self.segmenter == "persam-f" and self.guidance != "persam":
-            raise InputError(f"--guidance {self.guidance} has no effect on PerSAM-F: add --segmenter persam")
-
-
-@dataclass(frozen=True)
-class MaskFolderOptions(SegmentationOptions):
-    """What becomes of photos without the subject; shared by `segment` and `train`."""
-
-    absent: Literal["skip", "warn", "keep"] = option(
-        "warn", "a photo without the subject: leave it out, keep its mask with a warning, or keep it"
-    )
-    absent_threshold: float = option(
-        ABSENT_THRESHOLD, "presence (similarity of what is found to the subject, 0 to 1) below which it is absent"
-    )
-
-    def check(self) -> None:
-        """Raises `InputError` for options that are out of range or at odds with one another."""
-        super().check()
-        within(self, 0, 1, "absent_threshold")
-
-
-@dataclass(frozen=True)
-class SegmentOptions(MaskFolderOptions):
-    """From one photo and its mask, or a few, to a mask for every photo of a folder."""
-
-    images: str | None = option(None, "folder of photos")
-    reference_image: str | None = option(
-        None, "the photo that --mask belongs to: a path, or a name inside --images; default: as for train"
-    )
-    mask: str | None = option(None, "its mask: the subject is any color but black")
-    mask_dir: str | None = option(None, "folder with masks of some of the photos (same stems): several references")
-    output: str | None = option(None, "folder for the masks; must be new or empty")
-    instances: int = option(1, "how often to look for the subject in a photo; its mask holds all finds")
-    heatmaps: bool = option(False, "also pictures of where each photo that is searched is like the subject")
-
-    def check(self) -> None:
-        """Raises `InputError` for options that are missing, out of range or at odds with one another."""
-        require(self, "images", "output")
-        if not self.mask_dir:
-            require(self, "mask")
-        for name in [name for name in ("mask", "reference_image") if self.mask_dir and getattr(self, name)]:
-            raise InputError(f"--{name} and --mask_dir exclude one another: give one of them")
-        within(self, 1, 100, "instances")
-        super().check()
-
-
-@dataclass(frozen=True)
-class VideoOptions(SegmenterOptions):
-    """Objects that are marked in a video's first frame, in all its frames."""
-
-    frames: str | None = option(None, "folder of frames (00000.jpg, 00001.jpg, ...), or a video file")
-    mask: str | None = option(
-        None, "mask of the first frame: a palette or gray PNG of objects' numbers, or one object in any color on black"
-    )
-    output: str | None = option(None, "folder for the masks, NNNNN.png; a video in it goes on")
-    overlay: bool = option(False, "also the frames with their objects in color, in the folder overlay")
-
-    def check(self) -> None:
-        """Raises `InputError` for options that are missing or out of range."""
-        require(self, "frames", "mask", "output")
-        super().check()
-
-
-@dataclass(frozen=True)
-class GenerateOptions:
-    """Pictures from a trained model."""
-
-    prompt: str | None = option(None, "what to show; [V] stands for the subject's identifier")
-    model: str | None = option(None, "a training run's folder, a pipeline folder, a hub id, or toy")
-    num_images: int = option(4, "how many pictures")
-    seed: int = option(0, "seed of the first picture; the next ones count up")
-    output: str = option("generated", "folder for the pictures")
-    num_inference_steps: int = option(30, "denoising steps")
-    guidance_scale: float | None = option(None, "guidance; default: the pipeline's own, such as 7.5")
-    identifier: str | None = option(None, "the word [V] stands for; default: the run's own, else sks")
-
-    def check(self) -> None:
-        """Raises `InputError` for options that are missing or out of range."""
-        require(self, "prompt", "model")
-        within(self, 1, math.inf, "num_images")
-        within(self, 1, 1000, "num_inference_steps")
-        within(self, 0, LAST_SEED, "seed")
-
-
-@dataclass(frozen=True)
-class EvaluateModelOptions:
-    """What a training run's model learned, beside its base model, by CLIP and DINO inside and outside of masks."""
-
-    model: str | None = option(None, "the folder of a training run")
-    output: str = option("evaluation", "folder for figures and pictures")
-    identifier: str | None = option(None, "which subject of a run of several; default: its first")
-    instance_dir: str | None = option(None, "the photos; default: those of the run")
-    mask_dir: str | None = option(None, "their masks; default: those of the run")
-    sam_model: str = option("facebook/sam-vit-huge", "finds the subject in pictures; as for segment")
-    sam_dtype: PRECISIONS = option("float32", "precision of its image encoder; as for segment")
-    clip_model: str = option("openai/clip-vit-base-patch32", "CLIP: hub id or local folder")
-    dino_model: str = option("facebook/dinov2-small", "DINO or DINOv2: hub id or local folder")
-    num_images: int = option(8, "pictures of each prompt")
-    background_scenes: str = option(SCENES, "scenes of the prompts, separated by commas")
-    seed: int = option(0, "seed of the first picture; the next ones count up")
-    num_inference_steps: int = option(30, "denoising steps")
-    guidance_scale: float | None = option(None, "guidance; default: the pipeline's own, such as 7.5")
-
-    def check(self) -> None:
-        """Raises `InputError` for options that are missing or out of range."""
-        require(self, "model")
-        within(self, 2, math.inf, "num_images")
-        within(self, 1, 1000, "num_inference_steps")
-        within(self, 0, LAST_SEED, "seed")
-        if not self.scenes:
-            raise InputError("--background_scenes is empty: give scenes, such as: a beach, a sofa")
-
-    @property
-    def scenes(self) -> list[str]:
-        """The scenes of the prompts."""
-        return split_scenes(self.background_scenes)
-
-
-@dataclass(frozen=True)
-class OneShotOptions(SegmentationOptions):
-    """How one-shot segmentation is scored; shared by `evaluate perseg` and `evaluate fss1000`."""
-
-    data: str | None = option(None, "the data set's folder")
-    output: str | None = option(None, "folder for results, predictions and pictures; an evaluation in it goes on")
-    predictions: str | None = option(None, "score this folder of <object>/NN.png instead of running a method")
-    reference_index: str = option("0", "which image of an object is the reference: a number, or all in turn")
-
-    def check(self) -> None:
-        """Raises `InputError` for options that are missing, out of range or at odds with one another."""
-        require(self, "data", "output")
-        super().check()
-        if self.reference_index != "all" and not self.reference_index.isdigit():
-            raise InputError(f"--reference_index is {self.reference_index}: give a number from 0, or all")
-        if self.predictions and self.reference_index == "all":
-            raise InputError("--reference_index all runs a method: give --predictions one reference's number")
-
-
-@dataclass(frozen=True)
-class EvaluatePersegOptions(OneShotOptions):
-    """PerSeg, or a data set in its layout: a method's masks, or masks made by anything, and their scores."""
-
-    data: str | None = option(None, "folder with Images/<object>/NN.jpg and Annotations/<object>/NN.png")
-    ablation: bool = option(False, "also PerSAM's parts one after the other, as in the paper's Table 3")
-    robustness: bool = option(False, "also with the reference mask shrunk and grown by 75 and 95 pixels (Table 4)")
-
-    def check(self) -> None:
-        """Raises `InputError` for options that are missing, out of range or at odds with one another."""
-        super().check()
-        for name in [name for name in ("ablation", "robustness") if self.predictions and getattr(self, name)]:
-            raise InputError(f"--{name} runs methods: leave it out, or --predictions")
-
-
-@dataclass(frozen=True)
-class EvaluateFss1000Options(OneShotOptions):
-    """FSS-1000, or a data set in its layout: a method's masks, or masks made by anything, and their scores."""
-
-    data: str | None = option(None, "folder with <class>/1.jpg and 1.png, 2.jpg and 2.png ...")
-    classes: str | None = option(None, "text file with the classes to score, one a line; default: all")
-
-
-@dataclass(frozen=True)
-class EvaluateAbsenceOptions(SegmentationOptions):
-    """How well presence tells photos with the subject from photos without it, and from which threshold on."""
-
-    data: str | None = option(None, "folder with Images/<object>/NN.jpg and Annotations/<object>/NN.png, as PerSeg's")
-    output: str | None = option(None, "folder for results.json, results.md and the plot")
-    others: int = option(4, "how many other objects each image is searched for, in vain")
-    absent_threshold: float = option(ABSENT_THRESHOLD, "the threshold whose errors are reported, 0 to 1")
-
-    def check(self) -> None:
-        """Raises `InputError` for options that are missing, out of range or at odds with one another."""
-        require(self, "data", "output")
-        super().check()
-        within(self, 1, math.inf, "others")
-        within(self, 0, 1, "absent_threshold")
-
-
-@dataclass(frozen=True)
-class EvaluateDavisOptions(SegmenterOptions):
-    """DAVIS 2017: a method's masks, or masks made by anything, and their J, F and J&F."""
-
-    data: str | None = option(None, "folder with JPEGImages/480p, Annotations/480p and ImageSets/2017")
-    output: str | None = option(None, "folder for results and predictions; an evaluation in it goes on")
-    predictions: str | None = option(
-        None, "score this folder of <sequence>/00000.png, palette or gray, instead of running a method"
-    )
-
-    def check(self) -> None:
-        """Raises `InputError` for options that are missing or out of range."""
-        require(self, "data", "output")
-        super().check()
-
-
-@dataclass(frozen=True)
-class BenchmarkOptions:
-    """What every training recipe does to the subject, its background and its class, where the truth is known."""
-
-    output_dir: str = option("outputs/benchmark", "the benchmark's folder; a benchmark in it goes on")
-    recipes: str = option("all", "recipes, separated by commas")
-    subjects: int = option(4, "how many personal subjects, 1 to 6")
-    seeds: int = option(3, "trainings of each subject by each recipe")
-    max_train_steps: int = option(50, "optimizer steps of a training")
-    num_inference_steps: int = option(12, "denoising steps of the pictures")
-    processes: int = option(1, "trainings at a time")
-    mixed_precision: Literal["no", "bf16"] = option("no", "bf16 is faster where the processor knows it")
-
-    def check(self) -> None:
-        """Raises `InputError` for options that are out of range."""
-        within(self, 1, math.inf, "seeds", "max_train_steps", "processes")
-        within(self, 1, 1000, "num_inference_steps")
-        within(self, 1, 6, "subjects")
-
-    def chosen_recipes(self, known: Iterable[str]) -> list[str]:
-        """The recipes that are asked for; raises `InputError` for an unknown one."""
-        known = list(known)
-        chosen = known if self.recipes == "all" else [name.strip() for name in self.recipes.split(",")]
-        unknown = [name for name in chosen if name not in known]
-        if unknown:
-            raise InputError(f"there is no recipe {unknown[0]!r}: choose among {', '.join(known)}")
-        return chosen
-
-
-@dataclass(frozen=True)
-class ToyPersegOptions:
-    """A rendered data set in the layout of PerSeg, with exact masks."""
-
-    output_dir: str = option("outputs/toy-perseg", "folder for Images and Annotations")
-    objects: int = option(40, "how many objects, of 5 to 7 images each")
-
-    def check(self) -> None:
-        """Raises `InputError` for options that are out of range."""
-        within(self, 1, 1000, "objects")
-
-
-@dataclass(frozen=True)
-class ToyDavisOptions:
-    """Rendered videos in the layout of DAVIS 2017, with exact masks; one object of each leaves and returns."""
-
-    output_dir: str = option("outputs/toy-davis", "folder for JPEGImages, Annotations and ImageSets")
-    sequences: int = option(2, "how many videos")
-    frames: int = option(60, "frames of each")
-
-    def check(self) -> None:
-        """Raises `InputError` for options that are out of range."""
-        within(self, 1, 100, "sequences")
-        within(self, 3, 100_000, "frames")
-
-
-@dataclass(frozen=True)
-class DemoOptions:
-    """One mask, five photos, and what plain and masked training make of them; everything ships."""
-
-    output_dir: str = option("outputs/demo", "folder for the demo; must be new or empty")
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The options in a YAML file; raises `InputError` for a file that is not YAML or holds none."""
-    try:
-        options = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not YAML ({' '.join(str(error).split())}): fix it") from None
-    if not isinstance(options, dict):
-        raise InputError(f"{path} holds no options: write lines such as rank: 4")
-    return options
-
-
-def split_scenes(scenes: str) -> list[str]:
-    """Scenes that commas separate."""
-    return [scene.strip() for scene in scenes.split(",") if scene.strip()]
-
-
-def fill_identifier(prompt: str, identifier: str) -> str:
-    """Replaces `[V]` in a prompt by the identifier."""
-    return prompt.replace("[V]", identifier)
+        """Raises `InputError` for options that exclude one another or have no effect."""
+        for entry in fields(self):
+            if not self.given(entry.name):
+                continue
+            for rival in entry.metadata["rivals"]:
+                if rival in self.__dataclass_fields__ and self.given(rival):
+                    raise InputError(f"--{entry.name} and --{rival} exclude one another: give one of them")
+            for condition in entry.metadata["when"]:
+                if not condition.holds(self):
+                    raise InputError(f"--{entry.name} has no effect: {condition.advice}")
 
 
 def require(options: Any, *names: str) -> None:
@@ -375,3 +151,230 @@ def below_one(options: Any, *names: str) -> None:
     for name in names:
         if not 0 <= getattr(options, name) < 1:
             raise InputError(f"--{name} is {getattr(options, name)}: give a number from 0 to below 1")
+
+
+# Flags and files
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises `InputError` instead of printing the usage."""
+
+    def error(self, message: str) -> Any:
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def parse(kind: type[Kind], arguments: list[str], program: str, positional: str | None = None) -> Kind:
+    """Reads options from flags and `--config` files.
+
+    Args:
+        kind: a dataclass of options.
+        arguments: the command line after the command.
+        program: the command, for help and messages.
+        positional: an option that can be given without its name.
+
+    Raises:
+        InputError, InputNotFoundError: an unknown option (the message names the nearest known one), a value of the
+            wrong type, a file that cannot be read.
+    """
+    hints = _types(kind)
+    parser = _Parser(prog=program, description=(kind.__doc__ or "").splitlines()[0], allow_abbrev=False)
+    files = "YAML file of options, or a recipe by name, such as sd15-lora; flags win over it"
+    parser.add_argument("--config", action="append", default=[], help=files)
+    flags = ["--config", "--help"]
+    for entry in fields(kind):
+        alias = entry.metadata["alias"]
+        names = [f"--{entry.name}", *([f"--{alias}"] if alias else [])]
+        flags += names
+        shown: dict[str, Any] = {"dest": entry.name, "default": argparse.SUPPRESS, "help": _help(entry, hints)}
+        if entry.name == positional:
+            parser.add_argument(entry.name, nargs="?", default=argparse.SUPPRESS, help=shown["help"])
+            shown["help"] = argparse.SUPPRESS
+        if hints[entry.name] is bool:
+            parser.add_argument(*names, action="store_const", const=True, **shown)
+            shown["help"] = argparse.SUPPRESS
+            parser.add_argument(f"--no_{entry.name}", action="store_const", const=False, **shown)
+        else:
+            parser.add_argument(*names, metavar=_metavar(entry, hints), **shown)
+    found, others = parser.parse_known_args(arguments)
+    typed = vars(found)
+    filed: dict[str, Any] = {}
+    for file in typed.pop("config"):
+        filed.update(read_options(kind, find_config(file)))
+    if others:
+        check_known(others[0].split("=")[0], flags, "option")
+    values = {name: _from_text(name, value, kind, hints) for name, value in typed.items()}
+    return _merged(kind, values, {name: value for name, value in filed.items() if value is not None})
+
+
+def read_options(kind: type[Options], path: Path) -> dict[str, Any]:
+    """The options in a YAML file; raises as `read_config` and `typed_options`."""
+    content = read_config(path)
+    try:
+        return typed_options(kind, content)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def typed_options(kind: type[Options], content: dict[str, Any]) -> dict[str, Any]:
+    """Options by name from what YAML makes of them, of the right types; None stands for the default.
+
+    Raises:
+        InputError: an unknown option (the message names the nearest known one), or a value of the wrong type.
+    """
+    hints, names = _types(kind), [entry.name for entry in fields(kind)]
+    aliases = {entry.metadata["alias"]: entry.name for entry in fields(kind) if entry.metadata["alias"]}
+    found = {}
+    for key, value in content.items():
+        name = check_known(str(aliases.get(key, key)), names, "option")
+        found[name] = _from_yaml(name, value, kind, hints)
+    return found
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The content of a YAML file of options.
+
+    Raises:
+        InputNotFoundError: no such file.
+        InputError: it is not YAML, or holds no options.
+    """
+    if not path.is_file():
+        found = "is a folder" if path.is_dir() else "does not exist"
+        raise InputNotFoundError(f"{path} {found}: name a YAML file of options")
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not YAML ({' '.join(str(error).split())}): correct it") from None
+    if not isinstance(options, dict):
+        raise InputError(f"{path} holds no options: write lines such as rank: 4")
+    return options
+
+
+def find_config(name: str) -> Path:
+    """The file that `--config` names: a path, or a recipe that ships, such as `sd15-lora`.
+
+    Raises:
+        InputNotFoundError: neither; the message lists the recipes.
+    """
+    path = Path(os.path.expanduser(name))
+    if path.exists():
+        return path
+    recipes = list_recipes()
+    if name.removesuffix(".yaml") in recipes:
+        return recipes[name.removesuffix(".yaml")]
+    raise InputNotFoundError(f"{path} does not exist: name a YAML file, or a recipe: {', '.join(recipes)}")
+
+
+def list_recipes() -> dict[str, Path]:
+    """The recipes that ship, by name: beside the modules in an installed package, beside the package in a checkout."""
+    package = Path(__file__).parent
+    folders = (package / "configs", package.parent / "configs")
+    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
+
+
+def check_known(word: str, known: Sequence[str], what: str) -> str:
+    """Returns the word if it is known; raises `InputError` that names the nearest known one if not."""
+    if word in known:
+        return word
+    begun = sorted((name for name in known if name.startswith(word)), key=len) if word.strip("- ") else []
+    nearest = begun or difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    hint = f"did you mean {nearest[0]}?" if nearest else "--help lists all"
+    raise InputError(f"unknown {what} {word}: {hint}")
+
+
+def _merged(kind: type[Kind], typed: dict[str, Any], filed: dict[str, Any]) -> Kind:
+    """Options from flags and files; what a file says is left out where a flag replaces it or it has no effect."""
+    known = {entry.name: entry.metadata for entry in fields(kind)}
+    left: dict[str, str] = {}
+    for name, value in typed.items():
+        for rival in known[name]["rivals"] if value is not None else ():
+            if rival in filed and rival not in typed:
+                left[rival] = f"--{name} replaces it"
+    filed = {name: value for name, value in filed.items() if name not in typed and name not in left}
+    typed = {name: value for name, value in typed.items() if value is not None}
+    while True:
+        merged = kind(**{**filed, **typed})
+        idle = {
+            name: condition.advice
+            for name in filed
+            for condition in known[name]["when"]
+            if merged.given(name) and not condition.holds(merged)
+        }
+        if not idle:
+            break
+        filed = {name: value for name, value in filed.items() if name not in idle}
+        left.update({name: f"no effect: {advice}" for name, advice in idle.items()})
+    for name, why in left.items():
+        logger.info("%s of the file is left out (%s)", name, why)
+    return merged
+
+
+def _types(kind: type[Options]) -> dict[str, Any]:
+    """The type of each option: X for `X | None`."""
+    hints = get_type_hints(kind)
+    return {name: get_args(hint)[0] if type(None) in get_args(hint) else hint for name, hint in hints.items()}
+
+
+def _choices(name: str, kind: type[Options], hints: dict[str, Any]) -> tuple[str, ...]:
+    """The words that an option takes; none where it takes any."""
+    if get_origin(hints[name]) is Literal:
+        return get_args(hints[name])
+    return tuple(kind.__dataclass_fields__[name].metadata["choices"])
+
+
+def _from_text(name: str, text: Any, kind: type[Options], hints: dict[str, Any]) -> Any:
+    """The value of a flag; `null` stands for the default."""
+    if text == "null" or isinstance(text, bool):
+        return None if text == "null" else text
+    if get_origin(hints[name]) is list:
+        raise InputError(f"--{name} is {text}: give a list in a YAML file, of entries such as instance_dir: cat/")
+    if hints[name] in (int, float):
+        try:
+            return hints[name](text)
+        except ValueError:
+            raise InputError(f"--{name} is {text}: give {WANTED[hints[name]]}") from None
+    return _chosen(name, text, kind, hints)
+
+
+def _from_yaml(name: str, value: Any, kind: type[Options], hints: dict[str, Any]) -> Any:
+    """A value in YAML, of the right type; None stands for the default."""
+    hint = hints[name]
+    if value is None:
+        return None
+    if get_origin(hint) is list:
+        if not isinstance(value, list):
+            raise InputError(f"--{name} is {value}: give a list, of entries such as instance_dir: cat/")
+        return value
+    if hint is float and not isinstance(value, bool):  # YAML takes 1e-6 for text
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            raise InputError(f"--{name} is {value}: give {WANTED[float]}") from None
+    wanted = str if get_origin(hint) is Literal else hint
+    if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+        words = _choices(name, kind, hints)
+        raise InputError(f"--{name} is {value}: give {_one_of(words) if words else WANTED[wanted]}")
+    return _chosen(name, value, kind, hints)
+
+
+def _chosen(name: str, value: Any, kind: type[Options], hints: dict[str, Any]) -> Any:
+    words = _choices(name, kind, hints)
+    if words and value not in words:
+        raise InputError(f"--{name} is {value}: give {_one_of(words)}")
+    return value
+
+
+def _one_of(words: Sequence[str]) -> str:
+    return f"one of {', '.join(map(repr, words))}"
+
+
+def _help(entry: Any, hints: dict[str, Any]) -> str:
+    """The line of help, with the default where it says something."""
+    shown = entry.default not in (None, False, "") and "default" not in entry.metadata["help"]
+    return (entry.metadata["help"] + (f" (default: {entry.default})" if shown else "")).replace("%", "%%")
+
+
+def _metavar(entry: Any, hints: dict[str, Any]) -> str:
+    words = get_args(hints[entry.name]) if get_origin(hints[entry.name]) is Literal else entry.metadata["choices"]
+    if words:
+        return "{" + ",".join(words) + "}"
+    return re.sub(r"\W", "", str(getattr(hints[entry.name], "__name__", "list"))).upper()

@@ -14,7 +14,7 @@ from persam_dreambooth.photos.mask_folder import INDEX, SKIPPED, load_masks
 from persam_dreambooth.photos.masks import read_mask
 from persam_dreambooth.segmentation import PerSAM, open_sam
 from persam_dreambooth.segmentation.evaluation.absence import MEASURES, USED, Pair, best_threshold, errors, separate
-from persam_dreambooth.segmentation.persam import ABSENT
+from persam_dreambooth.segmentation.found import ABSENT
 from persam_dreambooth.toy import rendered_perseg as perseg
 
 DUCK = toy.path("photos") / "duck"
@@ -148,7 +148,7 @@ def test_the_error_on_held_out_objects_comes_from_the_others_threshold():
 def objects(tmp_path_factory):
     """Two rendered objects of two images each."""
     folder = tmp_path_factory.mktemp("objects")
-    perseg.write(folder, 2)
+    perseg.write_perseg(perseg.ToyPersegOptions(str(folder), 2))
     for path in [*folder.glob("Images/*/0[2-9].jpg"), *folder.glob("Annotations/*/0[2-9].png")]:
         path.unlink()
     return folder

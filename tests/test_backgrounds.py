@@ -25,8 +25,8 @@ from training_runs import (
 from persam_dreambooth.dreambooth.backgrounds import Backgrounds
 from persam_dreambooth.dreambooth.data import BACKGROUND, Crops
 from persam_dreambooth.dreambooth.trainer import batch_losses
-from persam_dreambooth.dreambooth.training_options import TrainOptions
 from persam_dreambooth.errors import InputError
+from persam_dreambooth.personalize import TrainOptions
 from persam_dreambooth.photos.captions import read_prompts
 from persam_dreambooth.photos.folder import Photo, find_photos
 

@@ -142,7 +142,7 @@ def test_the_demo_ends_with_a_page_that_holds_its_pictures_and_figures(tmp_path,
     assert main(["demo", "--output_dir", str(tmp_path / "demo")]) == 0
     page = (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")
     assert len(re.findall(r'src="data:image/png;base64,', page)) == 1
-    assert page.count("<tr>") == len(demo.FIGURES) + 1
+    assert page.count("<tr>") == len(demo.DEMO_FIGURES) + 1
     assert "http" not in page.replace("http-equiv", "")  # nothing is fetched
     said = capsys.readouterr().out
     assert "mean IoU" in said and said.strip().endswith("report.html")

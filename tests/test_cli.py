@@ -15,9 +15,13 @@ from PIL import Image, ImageDraw
 
 import persam_dreambooth
 from persam_dreambooth import cli
-from persam_dreambooth.dreambooth.training_options import TrainOptions
+from persam_dreambooth.dreambooth.generate import GenerateOptions
+from persam_dreambooth.dreambooth.prompts import fill_identifier
 from persam_dreambooth.errors import InputError
-from persam_dreambooth.options import GenerateOptions, SegmentOptions, VideoOptions, fill_identifier
+from persam_dreambooth.options import parse as read_flags
+from persam_dreambooth.personalize import TrainOptions
+from persam_dreambooth.segmentation.segment import SegmentOptions
+from persam_dreambooth.segmentation.video import VideoOptions
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "persam_dreambooth"
@@ -28,7 +32,7 @@ MODULES = sorted(module.name for module in pkgutil.walk_packages([str(PACKAGE)],
 
 
 def parse(*arguments: str) -> TrainOptions:
-    return cli.parse(TrainOptions, list(arguments), "persam-dreambooth train")
+    return read_flags(TrainOptions, list(arguments), "persam-dreambooth train")
 
 
 @pytest.fixture
@@ -109,13 +113,15 @@ def test_flags_that_are_on_or_off_take_no_value(config):
     for name in switches:
         assert getattr(parse(f"--{name}"), name) is True
         assert getattr(parse(f"--no_{name}"), name) is False
+        if TrainOptions.__dataclass_fields__[name].metadata["when"]:
+            continue  # without what it needs, a file's is left out
         path = config(f"{name}: true")
         assert getattr(parse("--config", path), name) is True
         assert getattr(parse("--config", path, f"--no_{name}"), name) is False
 
 
 TYPED = [
-    *("a [V] cat", "[V]", '"quoted"', "it's", "a: b", "{a: b}", "null", "~", "no", "123", "1e5", "#1", "- x", "猫"),
+    *("a [V] cat", "[V]", '"quoted"', "it's", "a: b", "{a: b}", "no", "123", "1e5", "#1", "- x", "猫"),
     *(" x ", "a\nb", "\\n", "*", "&a", "%a", "@a", "`a`", "!x", "2024-01-01", "true", "=", "--flag"),
 ]
 
@@ -125,8 +131,51 @@ def test_text_arrives_as_it_was_typed(text):
     options = parse(f"--instance_prompt={text}", f"--class_name={text}", f"--identifier={text}", f"--mask={text}")
     assert {options.instance_prompt, options.class_name, options.identifier, options.mask} == {text}
     if not text.startswith("-"):
-        pictures = cli.parse(GenerateOptions, [text, "--model", text], "generate", positional="prompt")
+        pictures = read_flags(GenerateOptions, [text, "--model", text], "generate", positional="prompt")
         assert (pictures.prompt, pictures.model) == (text, text)
+
+
+def test_null_in_a_flag_unsets_what_a_file_says(config):
+    path = config("mask: m.png\nclass_name: cat\nrank: 8\n")
+    options = parse("--config", path, "--mask", "null", "--rank", "null")
+    assert (options.mask, options.rank, options.class_name) == (None, 4, "cat")
+
+
+def test_home_is_expanded_in_every_path(config, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    typed = parse("--instance_dir=~/cat", "--output_dir=~/run", "--mask=~/m.png", "--class_name=~/x")
+    filed = parse("--config", config("instance_dir: ~/cat\noutput_dir: ~/run\nmask: ~/m.png\nclass_name: ~/x"))
+    assert typed == filed
+    assert (typed.instance_dir, typed.output_dir) == (str(tmp_path / "cat"), str(tmp_path / "run"))
+    assert typed.class_name == "~/x"
+    assert TrainOptions(mask_dir="~/masks").mask_dir == str(tmp_path / "masks")
+
+
+def test_a_flag_replaces_its_rival_in_a_file(config):
+    path = config("mask: m.png\nreference_image: a.jpg\nabsent: skip\ninstance_dir: cat\nresolution: 64\n")
+    options = parse("--config", path, "--mask_dir", "masks")
+    assert (options.mask, options.reference_image, options.absent) == (None, None, "warn")
+    options.check()
+    options = parse("--config", path, "--unmasked", "--aspect_ratio_buckets", "64,64", "--dataset_name", "me/cat")
+    assert (options.instance_dir, options.resolution) == (None, None)
+    options.check()
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("flags", [["--unmasked"], ["--mask_dir", "m"], ["--method", "full", "--mask", "m.png"]])
+def test_every_recipe_yields_to_flags(path, flags):
+    parse("--config", str(path), "--instance_dir", "cat", *flags).check()
+
+
+def test_what_is_typed_can_be_at_odds():
+    with pytest.raises(InputError, match="--mask and --mask_dir exclude one another"):
+        parse("--instance_dir", "cat", "--mask", "m.png", "--mask_dir", "m").check()
+
+
+def test_recipes_are_known_by_name(capsys):
+    assert parse("--config", "sd15-lora") == parse("--config", str(ROOT / "configs" / "sd15-lora.yaml"))
+    assert "name a YAML file, or a recipe: flux-lora, " in refused(capsys, "train", "--config", "sd14-lora")
 
 
 @pytest.mark.parametrize(
@@ -292,7 +341,7 @@ def test_a_number_out_of_range_is_refused_before_anything_loads(name):
 def test_not_a_number_is_refused():
     for name in ("learning_rate", "unmasked_weight", "max_grad_norm", "adam_beta1", "target_coverage"):
         with pytest.raises(InputError, match=f"--{name} is nan"):
-            parse("--instance_dir", "cat", "--mask", "mask.png", f"--{name}=.nan").check()
+            parse("--instance_dir", "cat", "--mask", "mask.png", f"--{name}=nan").check()
 
 
 @pytest.mark.parametrize(
@@ -302,23 +351,35 @@ def test_not_a_number_is_refused():
         ({"instance_dir": "cat"}, "no mask: give --mask .*--mask_dir .*--unmasked"),
         ({"instance_dir": "cat", "mask": "m.png", "unmasked": True}, "--mask and --unmasked exclude one another"),
         ({"instance_dir": "cat", "mask": "m.png", "mask_dir": "m"}, "--mask and --mask_dir exclude one another"),
-        ({"instance_dir": "cat", "mask_dir": "m", "reference_image": "a.jpg"}, "--reference_image .*: give --mask"),
-        ({"instance_dir": "cat", "mask": "m.png", "identifier": ""}, "--identifier is missing"),
-        ({"instance_dir": "cat", "mask": "m.png", "guidance": "none"}, "--guidance none .*: add --segmenter persam"),
-        ({"instance_dir": "cat", "unmasked": True, "unmasked_weight": 0.5}, "--unmasked_weight .* --unmasked"),
+        (
+            {"instance_dir": "cat", "mask_dir": "m", "reference_image": "a.jpg"},
+            "--reference_image has no effect: add --mask",
+        ),
+        ({"instance_dir": "cat", "mask": "m.png", "identifier": ""}, "--identifier is empty"),
+        (
+            {"instance_dir": "cat", "mask": "m.png", "guidance": "none"},
+            "--guidance has no effect: add --segmenter persam",
+        ),
+        (
+            {"instance_dir": "cat", "unmasked": True, "unmasked_weight": 0.5},
+            "--unmasked_weight has no effect: leave out it or --unmasked",
+        ),
         (
             {"instance_dir": "cat", "unmasked": True, "method": "full", "export": "kohya"},
             "--export has no effect: add --method lora",
         ),
         ({"instance_dir": "cat", "unmasked": True, "use_dora": True, "export": "kohya"}, "does not carry DoRA"),
-        ({"instance_dir": "cat", "unmasked": True, "mask_dilation": -1}, "--mask_dilation needs masks"),
+        (
+            {"instance_dir": "cat", "unmasked": True, "mask_dilation": -1},
+            "--mask_dilation has no effect: leave out it or --unmasked",
+        ),
         (
             {"instance_dir": "cat", "unmasked": True, "masked_prior_preservation_weight": 0.5},
-            "--masked_prior_preservation_weight needs masks: leave it out, or --unmasked",
+            "--masked_prior_preservation_weight has no effect: leave out it or --unmasked",
         ),
         (
             {"instance_dir": "cat", "unmasked": True, "replace_background": "noise"},
-            "--replace_background needs masks: leave it out, or --unmasked",
+            "--replace_background has no effect: leave out it or --unmasked",
         ),
         (
             {"instance_dir": "cat", "mask": "m.png", "replace_background": "color", "background_in_prompt": True},
@@ -327,7 +388,7 @@ def test_not_a_number_is_refused():
         ({"instance_dir": "cat", "mask": "m.png", "class_scenes": True}, "--class_scenes .* --with_prior_preservation"),
         (
             {"instance_dir": "cat", "mask": "m.png", "use_8bit_adam": True, "optimizer": "prodigy"},
-            "--use_8bit_adam and --optimizer prodigy exclude one another",
+            "--use_8bit_adam has no effect: leave out it or --optimizer prodigy",
         ),
         (
             {"instance_dir": "cat", "mask": "m.png", "cache_latents": True, "replace_background": "color"},
@@ -346,7 +407,10 @@ def test_not_a_number_is_refused():
         ({"instance_dir": "cat", "mask": "m.png", "ema_decay": 0.5}, "--ema_decay has no effect: add --use_ema"),
         ({"instance_dir": "cat", "mask": "m.png", "method": "full", "rank": 8}, "--rank .*: add --method lora"),
         ({"instance_dir": "cat", "mask": "m.png", "method": "full", "use_dora": True}, "--use_dora .*: add --method"),
-        ({"instance_dir": "cat", "mask": "m.png", "background_scenes": " , "}, "--background_scenes is empty: give"),
+        (
+            {"instance_dir": "cat", "mask": "m.png", "replace_background": "generated", "background_scenes": " , "},
+            "--background_scenes is empty: give",
+        ),
     ],
 )
 def test_options_at_odds_are_refused(options, said):
@@ -364,7 +428,7 @@ def test_segment_checks_what_train_checks():
             continue
         with pytest.raises(InputError, match=f"--{name} is missing"):
             options.check()
-    with pytest.raises(InputError, match=r"--guidance none .*: add --segmenter persam"):
+    with pytest.raises(InputError, match=r"--guidance has no effect: add --segmenter persam"):
         SegmentOptions(**given, guidance="none").check()
     with pytest.raises(InputError, match=r"--target_coverage is 1\.5"):
         SegmentOptions(**given, target_coverage=1.5).check()
@@ -409,9 +473,8 @@ def test_flags_are_not_abbreviated(capsys):
 
 @pytest.mark.parametrize("key, nearest", [("learning_rat", "learning_rate"), ("maskdir", "mask_dir")])
 def test_an_unknown_yaml_key_names_the_nearest(capsys, config, key, nearest):
-    assert refused(capsys, "train", "--config", config(f"{key}: 1")) == (
-        f"error: unknown option {key}: did you mean {nearest}?"
-    )
+    path = config(f"{key}: 1")
+    assert refused(capsys, "train", "--config", path) == f"error: {path}: unknown option {key}: did you mean {nearest}?"
 
 
 def test_an_unknown_command_names_the_nearest(capsys):
@@ -602,38 +665,56 @@ def files(name: str) -> list[Path]:
     return found
 
 
-LATER = ("personalize", "evaluation", "demo", "cli", "__main__", "app")
-MIDDLE = ("segmentation", "dreambooth")
-PROGRAMS = (
-    "check.py", "train_vae.py", "train_unet.py", "train_sam.py", "train_evaluator.py", "sam_prompts.py", "sam_losses.py"
-)  # fmt: skip
-"""Of the folder toy: the programs, which are run, not imported, and what they alone use; they stand above all."""
-
-
-@pytest.mark.parametrize(
-    "modules, forbidden",
-    [
-        (
-            (
-                *("errors", "extras", "files", "config", "training_options", "images", "photo_datasets", "labels"),
-                *("models", "toy"),
-            ),
-            ("masks", "pictures", *MIDDLE, *LATER),
-        ),
-        (("masks", "pictures", "page"), (*MIDDLE, *LATER)),
-        (("segmentation",), ("dreambooth", *LATER)),
-        (("dreambooth",), ("segmentation", *LATER)),
-        (("personalize",), ("evaluation", "demo", "cli", "__main__", "app")),
-        (("evaluation",), ("demo", "cli", "__main__", "app")),
-    ],
-    ids=["ground", "masks", "segmentation", "dreambooth", "personalize", "evaluation"],
+ROOMS = (
+    ("errors", "extras", "files", "options"),
+    ("photos",),
+    ("toy", "models", "report"),
+    ("segmentation", "dreambooth"),
+    ("personalize",),
+    ("evaluation",),
+    ("demo",),
+    ("cli", "__main__"),
 )
-def test_imports_run_one_way(modules, forbidden):
-    for path in (path for name in modules for path in files(name) if path.name not in PROGRAMS):
-        wrong = {name for name in imports(path) if name.split(".")[0] in forbidden}
-        assert not wrong, f"{path.relative_to(ROOT)} imports {', '.join(sorted(wrong))}"
+"""The package from the ground up: a row imports from itself and from the rows above it."""
+
+APART = {"segmentation": "dreambooth", "dreambooth": "segmentation"}
+"""Rooms that meet in the mask folder alone."""
 
 
-def test_only_the_evaluation_of_segmentation_is_a_folder_in_a_folder():
-    deep = {path.parent for path in PACKAGE.rglob("*.py") if len(path.relative_to(PACKAGE).parts) > 2}
-    assert deep == {PACKAGE / "segmentation" / "evaluation"}
+def test_every_module_has_its_place_in_the_order_of_imports():
+    listed = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    assert listed - {"__init__"} == {name for row in ROOMS for name in row}
+
+
+@pytest.mark.parametrize("row", range(len(ROOMS)), ids=["-".join(row) for row in ROOMS])
+def test_imports_run_one_way(row):
+    later = {name for names in ROOMS[row + 1 :] for name in names}
+    for name in ROOMS[row]:
+        for path in files(name):
+            wrong = {found for found in imports(path) if found.split(".")[0] in later | {APART.get(name)}}
+            assert not wrong, f"{path.relative_to(ROOT)} imports {', '.join(sorted(wrong))}"
+
+
+def test_no_folder_is_deeper_than_two_levels():
+    deep = [path for path in PACKAGE.rglob("*.py") if len(path.relative_to(PACKAGE).parts) > 3]
+    assert deep == []
+
+
+def test_no_two_public_things_share_a_name():
+    """A reader who searches for a function or a constant finds one."""
+    places: dict[str, list[str]] = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            match node:
+                case ast.FunctionDef() | ast.ClassDef():
+                    names = [node.name]
+                case ast.Assign():
+                    names = [one.id for target in node.targets for one in ast.walk(target) if isinstance(one, ast.Name)]
+                case ast.AnnAssign(target=ast.Name(id=name)):
+                    names = [name]
+                case _:
+                    names = []
+            for name in names:
+                if not name.startswith("_") and name != "logger":
+                    places.setdefault(name, []).append(str(path.relative_to(PACKAGE)))
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}

@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from tiny_families import tiny_for
 
 from persam_dreambooth import cli, toy
-from persam_dreambooth.dreambooth.training_options import TrainOptions
+from persam_dreambooth.personalize import TrainOptions
 from persam_dreambooth.segmentation.evaluation.perseg import PAPER
 from persam_dreambooth.toy import rendered_davis as davis
 
@@ -115,7 +115,7 @@ def test_the_commands_of_davis_run_in_their_order(home, toy_sam):
 
 
 def test_the_command_of_videos_runs(home, toy_sam):
-    davis.write(home, 1, 3)
+    davis.write_davis(davis.ToyDavisOptions(str(home), 1, 3))
     [frames] = (home / "JPEGImages" / "480p").iterdir()
     frames.rename(home / "frames")
     shutil.copy(next((home / "Annotations" / "480p").glob("*/00000.png")), home / "first.png")

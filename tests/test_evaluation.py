@@ -88,7 +88,7 @@ def read(folder):
 def data(tmp_path_factory):
     """Two rendered objects of three images each."""
     folder = tmp_path_factory.mktemp("perseg")
-    perseg.write(folder, 2)
+    perseg.write_perseg(perseg.ToyPersegOptions(str(folder), 2))
     for path in [*folder.glob("Images/*/0[3-9].jpg"), *folder.glob("Annotations/*/0[3-9].png")]:
         path.unlink()
     return folder
@@ -472,7 +472,7 @@ def test_davis_figures_are_those_of_the_official_evaluation(tmp_path):
 def rendered(tmp_path_factory):
     """Two rendered videos of five frames, and what PerSAM makes of them with a SAM of random weights."""
     folder = tmp_path_factory.mktemp("davis")
-    rendered_videos.write(folder / "DAVIS", 2, 5)
+    rendered_videos.write_davis(rendered_videos.ToyDavisOptions(str(folder / "DAVIS"), 2, 5))
     tiny_model().save_pretrained(folder / "sam")
     return folder
 

@@ -123,23 +123,25 @@ def test_a_copied_background_raises_leak_and_not_fidelity(dino):
 
     photo = dino.see([shown("sofa")], [mask])
     copied, elsewhere = (dino.see([shown(place)], [mask]) for place in ("sofa", "beach"))
-    assert features.similarity(copied.background, photo.background) > features.similarity(
+    assert features.feature_similarity(copied.background, photo.background) > features.feature_similarity(
         elsewhere.background, photo.background
     )
-    assert features.similarity(copied.whole, photo.whole) > features.similarity(elsewhere.whole, photo.whole)
+    assert features.feature_similarity(copied.whole, photo.whole) > features.feature_similarity(
+        elsewhere.whole, photo.whole
+    )
 
 
 def test_pictures_without_a_found_subject_do_not_count(dino):
     pictures, empty = [picture((9, 9, 200)), picture((9, 200, 9))], np.zeros((224, 224), bool)
     seen = dino.see(pictures, [empty, half_mask()])
     assert seen.subject[0].isnan().all() and not seen.subject[1].isnan().any()
-    assert features.similarity(seen.subject, seen.subject[1:]) == pytest.approx(1, abs=1e-5)
+    assert features.feature_similarity(seen.subject, seen.subject[1:]) == pytest.approx(1, abs=1e-5)
 
 
 def test_variety_is_zero_for_equal_pictures_and_more_for_others():
     same = F.normalize(torch.ones(4, 8), dim=1)
-    assert features.variety(same) == pytest.approx(0, abs=1e-6)
-    assert features.variety(torch.eye(4)) == pytest.approx(1)
+    assert features.feature_variety(same) == pytest.approx(0, abs=1e-6)
+    assert features.feature_variety(torch.eye(4)) == pytest.approx(1)
 
 
 def test_agreement_pairs_pictures_with_their_own_texts():
@@ -159,9 +161,9 @@ def test_a_run_is_evaluated_beside_its_base(complete, tmp_path, capsys):
     )  # fmt: skip
     assert code == 0, capsys.readouterr().err
     table = (output / "figures.md").read_text(encoding="utf-8")
-    from persam_dreambooth.evaluation.personalized import FIGURES
+    from persam_dreambooth.evaluation.personalized import MODEL_FIGURES
 
-    assert all(f"| {name} |" in table for name in FIGURES)
+    assert all(f"| {name} |" in table for name in MODEL_FIGURES)
     for name in ("trained", "base"):
         assert Image.open(output / f"{name}.jpg").width > 500
 

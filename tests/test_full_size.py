@@ -24,10 +24,10 @@ from transformers import (
 from persam_dreambooth import toy
 from persam_dreambooth.dreambooth.families.stable_diffusion import StableDiffusion
 from persam_dreambooth.dreambooth.trainer import batch_losses, check_resolution
-from persam_dreambooth.dreambooth.training_options import TrainOptions
 from persam_dreambooth.errors import InputError
+from persam_dreambooth.personalize import TrainOptions
 from persam_dreambooth.segmentation import PerSAM, PerSAMF
-from persam_dreambooth.segmentation.sams.original_sam2 import read_config
+from persam_dreambooth.segmentation.sams.original_sam2 import read_sam2_config
 from persam_dreambooth.segmentation.sams.sam import Encoding, Sam
 from persam_dreambooth.segmentation.sams.sam2 import Sam2
 from persam_dreambooth.segmentation.sams.sam_hq import SamHQ
@@ -276,7 +276,7 @@ def test_every_published_sam_embeds_a_photo_in_256_by_64_by_64(size):
 def test_every_published_sam_2_embeds_a_photo_in_256_by_64_by_64(size):
     width, depth, side = SAM_2S[size]
     with META:
-        model = Sam2Model(read_config(width, depth, (side, side)))
+        model = Sam2Model(read_sam2_config(width, depth, (side, side)))
     assert count(model.parameters()) == SAM_2_PARAMETERS[size] - 256
     sam = Sam2(model, size)
     encoding = sam.encode(draw_photo()[0])

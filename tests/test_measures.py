@@ -97,13 +97,13 @@ def test_true_silhouettes_score_high_and_swollen_ones_low(number):
     bank = measures.true_outlines(owner.subject)
     rng = np.random.default_rng(9)
     _, masks = pictures([world.random_scene(rng, owner.subject, distractors=0) for _ in range(12)])
-    true = measures.silhouette(masks, bank)
-    swollen = measures.silhouette(np.stack([benchmark.grown(mask, 1 / benchmark.GROWTH) for mask in masks]), bank)
+    true = measures.silhouette_iou(masks, bank)
+    swollen = measures.silhouette_iou(np.stack([benchmark.grown(mask, 1 / benchmark.GROWTH) for mask in masks]), bank)
     other_kind = benchmark.personal((number + 1) % 4).subject
     _, others = pictures([world.random_scene(rng, other_kind, distractors=0) for _ in range(12)])
     assert true > 0.85
     assert swollen < true - 0.03
-    assert measures.silhouette(others, bank) < true - 0.1
+    assert measures.silhouette_iou(others, bank) < true - 0.1
 
 
 def test_place_and_size_do_not_change_an_outline():
@@ -160,14 +160,16 @@ def test_personal_subjects_are_held_out_from_their_captions_and_differ():
     for owner in owners:
         assert owner.subject.pattern != "plain" and owner.subject.accessory != "none"
         assert owner == benchmark.personal(owner.number)
-        assert benchmark.prompts("own", owner)[0] == f"a sks {owner.subject.kind}"
-        assert not any(world.PHRASES[owner.background] in prompt for prompt in benchmark.prompts("scenes", owner))
+        assert benchmark.benchmark_prompts("own", owner)[0] == f"a sks {owner.subject.kind}"
+        assert not any(
+            world.PHRASES[owner.background] in prompt for prompt in benchmark.benchmark_prompts("scenes", owner)
+        )
 
 
 @pytest.mark.parametrize("name", [name for name, recipe in RECIPES.items() if recipe.options is not None])
 def test_every_recipe_is_a_training_that_can_be(name, tmp_path):
     options = benchmark.train_options(
-        benchmark.Cell(name, OWNER, 1), tmp_path, tmp_path / "run", {**BASE, "max_train_steps": 10}
+        benchmark.BenchmarkCell(name, OWNER, 1), tmp_path, tmp_path / "run", {**BASE, "max_train_steps": 10}
     )
     options.check()
     assert options.seed == 1 and options.max_train_steps == 10
@@ -175,17 +177,17 @@ def test_every_recipe_is_a_training_that_can_be(name, tmp_path):
 
 
 def test_the_table_shows_every_recipe_with_mean_and_spread():
-    from persam_dreambooth.options import BenchmarkOptions
+    from persam_dreambooth.evaluation.background import BenchmarkOptions
 
     cells = [{"leak_own": 0.0, "seconds": 10.0, "memory": None}, {"leak_own": 0.5, "seconds": 20.0, "memory": None}]
     rows = {"plain": report.summarize(cells)}
     assert rows["plain"]["leak_own"] == {"mean": 0.25, "std": 0.25, "cells": 2}
-    text = report.table(rows, BenchmarkOptions())
+    text = report.benchmark_table(rows, BenchmarkOptions())
     assert "| plain loss | 0.25 ± 0.25 |" in text and "| plain loss | 15 ± 5 |" in text
     assert "memory" not in text
 
 
 def test_base_options_are_training_options():
-    from persam_dreambooth.dreambooth.training_options import TrainOptions
+    from persam_dreambooth.personalize import TrainOptions
 
     assert set(BASE) <= {field.name for field in dataclasses.fields(TrainOptions)}

@@ -12,7 +12,7 @@ from torch import nn
 
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.segmentation import open_sam
-from persam_dreambooth.segmentation.sams.original import read_config, rename
+from persam_dreambooth.segmentation.sams.original import read_sam_config, rename
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "persam-golden" / "weights"
 
@@ -105,7 +105,7 @@ def test_the_architecture_of_a_published_checkpoint_follows_from_its_weights(
 
     with torch.device("meta"):
         weights = segment_anything.sam_model_registry[size]().state_dict()
-        config = read_config(weights)
+        config = read_sam_config(weights)
         assert set(map(rename, weights)) | {"prompt_encoder.shared_embedding.positional_embedding"} == set(
             SamModel(config).state_dict()
         )

@@ -13,7 +13,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 def test_signs_of_html_are_shown_and_not_obeyed():
-    made = page.page("a < b", page.paragraph("<script>"), page.table(["x & y"], [["<b>"]]))
+    made = page.page("a < b", page.paragraph("<script>"), page.html_table(["x & y"], [["<b>"]]))
     assert "a &lt; b" in made and "&lt;script&gt;" in made and "x &amp; y" in made and "<b>" not in made
 
 
@@ -24,7 +24,7 @@ def test_a_picture_is_inside_with_its_size_and_words():
 
 
 def test_first_cells_lead_to_the_sections_that_are_there():
-    made = page.table(["object", "IoU"], [["cat", 20.0], ["dog", None]], ["cat"])
+    made = page.html_table(["object", "IoU"], [["cat", 20.0], ["dog", None]], ["cat"])
     assert '<td><a href="#cat">cat</a></td>' in made and "<td>dog</td><td></td>" in made
 
 
@@ -35,7 +35,7 @@ def test_a_click_on_a_heading_sorts_by_number_and_another_turns_it_around(tmp_pa
     def order(clicks):
         path = tmp_path / "page.html"
         click = f"<script>for (let i = 0; i < {clicks}; i++) document.querySelectorAll('th button')[1].click()</script>"
-        made = page.page("animals", page.table(["name", "IoU"], rows)).replace("</body>", f"{click}</body>")
+        made = page.page("animals", page.html_table(["name", "IoU"], rows)).replace("</body>", f"{click}</body>")
         path.write_text(made, encoding="utf-8")
         options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'browser'}"]
         done = subprocess.run(

@@ -12,7 +12,7 @@ from persam_dreambooth.report.pictures import (
     GAP,
     INCLUDED,
     LINE,
-    OUTLINE,
+    OUTLINE_COLOR,
     SCALE,
     TILE,
     grid,
@@ -37,7 +37,7 @@ def red(picture: Image.Image) -> np.ndarray:
 def test_the_outline_follows_the_edge_and_the_rest_is_dimmed():
     photo, mask = halves()
     tile = np.asarray(outlined(photo, mask)).astype(int)
-    columns = np.flatnonzero((tile == OUTLINE).all(axis=2).any(axis=0))
+    columns = np.flatnonzero((tile == OUTLINE_COLOR).all(axis=2).any(axis=0))
     assert len(columns) > 0 and abs(columns - TILE // 2).max() <= 3
     assert (tile[:, : TILE // 2 - 4] == 60).all()
     assert (tile[:, TILE // 2 + 4 :] > 100).all()

@@ -17,8 +17,8 @@ from persam_dreambooth.photos.folder import Photo, find_photos
 from persam_dreambooth.photos.mask_folder import BY_HAND, MaskRecord, load_masks, save_mask
 from persam_dreambooth.photos.masks import read_mask
 from persam_dreambooth.segmentation import PerSAM, PerSAMF, find_instances, open_sam
+from persam_dreambooth.segmentation.found import ABSENT, EMPTY_INTERMEDIATE, SMALL_TARGET
 from persam_dreambooth.segmentation.location_prior import cell_weights, location_prior
-from persam_dreambooth.segmentation.persam import ABSENT, EMPTY_INTERMEDIATE, SMALL_TARGET
 from persam_dreambooth.segmentation.scale_weights import dice_and_focal, fit_scale_weights, signed_blocks
 from persam_dreambooth.segmentation.segment import GIVEN, segment_folder
 from persam_dreambooth.segmentation.target_guided_attention import BiasedAttention, attention_bias

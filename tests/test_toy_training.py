@@ -89,7 +89,7 @@ def narrow():
 
 
 def batch(count=2):
-    return scenes.to_tensor(scenes.render(0, range(count))[..., :3])
+    return scenes.to_tensor(scenes.render_scenes(0, range(count))[..., :3])
 
 
 @torch.no_grad()
@@ -105,7 +105,7 @@ def test_a_widened_vae_starts_as_the_narrow_one(narrow):
 
 @torch.no_grad()
 def test_standardizing_latents_changes_their_scale_and_no_picture(narrow):
-    renders = scenes.render(0, range(24))
+    renders = scenes.render_scenes(0, range(24))
     vae = train_vae.widened(narrow, 8, seed=0).eval()
     before = vae.decode(vae.encode(batch()).latent_dist.mean).sample
     train_vae.standardize_latents(vae, renders)

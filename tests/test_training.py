@@ -52,7 +52,7 @@ from persam_dreambooth.dreambooth.families.registry import load_pipeline
 from persam_dreambooth.dreambooth.families.stable_diffusion import StableDiffusion
 from persam_dreambooth.dreambooth.loss import latent_mask
 from persam_dreambooth.dreambooth.trainer import batch_losses
-from persam_dreambooth.dreambooth.training_options import TrainOptions
+from persam_dreambooth.personalize import TrainOptions
 from persam_dreambooth.photos.folder import find_photos
 from tools.toy import build
 

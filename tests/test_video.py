@@ -17,7 +17,8 @@ from persam_dreambooth.photos.labels import davis_palette, read_labels, read_obj
 from persam_dreambooth.segmentation import Sam, open_sam
 from persam_dreambooth.segmentation.evaluation.metrics import jaccard
 from persam_dreambooth.segmentation.frames import Frame, Video, open_video
-from persam_dreambooth.segmentation.video import VideoSegmenter, follow, grown_box
+from persam_dreambooth.segmentation.video import follow
+from persam_dreambooth.segmentation.video_segmenter import VideoSegmenter, grown_box
 from persam_dreambooth.toy import rendered_davis as davis
 from persam_dreambooth.toy import world
 
@@ -414,7 +415,7 @@ def test_a_video_that_is_not_there_is_named(clip, tiny, capsys):
 @pytest.mark.slow
 def test_three_hundred_frames_need_no_more_memory_than_fifty(tmp_path, capsys):
     """And the object that leaves for the middle of the video is found again, under its number."""
-    davis.write(tmp_path, 1, 300)
+    davis.write_davis(davis.ToyDavisOptions(str(tmp_path), 1, 300))
     [name] = (tmp_path / "ImageSets" / "2017" / "val.txt").read_text().split()
     shown, marked = (tmp_path / kind / "480p" / name for kind in ("JPEGImages", "Annotations"))
     first = read_labels(marked / "00000.png")

@@ -155,19 +155,19 @@ def test_a_pool_of_renders_grows_and_stays_what_it_was(tmp_path):
     first = np.array(scenes.pool(tmp_path, 0, 3))
     more = scenes.pool(tmp_path, 0, 6)
     assert np.array_equal(more[:3], first)
-    assert np.array_equal(more, scenes.render(0, range(6)))
+    assert np.array_equal(more, scenes.render_scenes(0, range(6)))
     assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_tensors_and_pictures_are_inverse():
-    renders = scenes.render(0, range(2))[..., :3]
+    renders = scenes.render_scenes(0, range(2))[..., :3]
     tensor = scenes.to_tensor(renders)
     assert tensor.shape == (2, 3, 64, 64) and tensor.min() >= -1 and tensor.max() <= 1
     assert np.array_equal(scenes.to_pictures(tensor), renders)
 
 
 def test_perseg_set_is_laid_out_as_perseg_with_exact_masks(tmp_path):
-    perseg.write(tmp_path / "set", 3)
+    perseg.write_perseg(perseg.ToyPersegOptions(str(tmp_path / "set"), 3))
     objects = list(perseg.objects(3))
     for item in objects:
         images = sorted((tmp_path / "set" / "Images" / item.name).iterdir())
@@ -177,11 +177,11 @@ def test_perseg_set_is_laid_out_as_perseg_with_exact_masks(tmp_path):
         assert 5 <= len(images) <= 7
         mask = np.asarray(Image.open(annotations[1]))
         assert set(map(tuple, mask.reshape(-1, 3))) == {(0, 0, 0), perseg.FOREGROUND}
-        assert np.array_equal(mask.any(axis=2), world.render(item.scenes[1], perseg.SIDE).mask)
+        assert np.array_equal(mask.any(axis=2), world.render(item.scenes[1], perseg.IMAGE_SIDE).mask)
         assert len({one.background for one in item.scenes}) == len(item.scenes)
         assert not item.scenes[0].distractors and item.scenes[1].distractors
     with pytest.raises(InputError, match="exists"):
-        perseg.write(tmp_path / "set", 1)
+        perseg.write_perseg(perseg.ToyPersegOptions(str(tmp_path / "set"), 1))
 
 
 def test_perseg_subjects_all_differ():
@@ -189,21 +189,21 @@ def test_perseg_subjects_all_differ():
 
 
 def test_davis_videos_are_laid_out_as_davis_with_exact_masks(tmp_path):
-    davis.write(tmp_path / "set", 2, 3)
+    davis.write_davis(davis.ToyDavisOptions(str(tmp_path / "set"), 2, 3))
     names = (tmp_path / "set" / "ImageSets" / "2017" / "val.txt").read_text(encoding="utf-8").split()
     videos = list(davis.sequences(2, 3))
     assert names == [name for name, _ in videos] and len(set(names)) == 2
     for name, moments in videos:
         for number, moment in enumerate(moments):
-            rendered = world.render(moment, davis.SIDE)
+            rendered = world.render(moment, davis.FRAME_SIDE)
             marked = Image.open(tmp_path / "set" / "Annotations" / "480p" / name / f"{number:05}.png")
             assert marked.mode == "P"
             assert np.array_equal(np.array(marked) == 1, rendered.mask)
             assert np.array_equal(np.array(marked) == 2, rendered.objects[1] & ~rendered.mask)
             shown = Image.open(tmp_path / "set" / "JPEGImages" / "480p" / name / f"{number:05}.jpg")
-            assert shown.size == (davis.SIDE, davis.SIDE)
+            assert shown.size == (davis.FRAME_SIDE, davis.FRAME_SIDE)
     with pytest.raises(InputError, match="exists"):
-        davis.write(tmp_path / "set", 1, 3)
+        davis.write_davis(davis.ToyDavisOptions(str(tmp_path / "set"), 1, 3))
 
 
 @pytest.mark.parametrize("number", range(4))

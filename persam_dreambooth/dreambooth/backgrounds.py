@@ -9,15 +9,11 @@ import numpy as np
 from PIL import Image
 
 from persam_dreambooth.dreambooth.buckets import covering_side
+from persam_dreambooth.dreambooth.prompts import in_front_of
 from persam_dreambooth.photos.folder import Photo
 
 NOISE_CELLS = 6
 """Smooth noise is this many random colors a side, blown up."""
-
-
-def in_front_of(prompt: str, place: str) -> str:
-    """A prompt that says what its subject stands in front of, such as "a sks cat in front of a beach"."""
-    return f"{prompt} in front of {place}"
 
 
 class Backgrounds:

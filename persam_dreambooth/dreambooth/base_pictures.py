@@ -1,18 +1,124 @@
-"""Pictures that the base model makes before training: of the class, for prior preservation, or of backgrounds."""
+"""Pictures that the base model generates before training: of the class, for prior preservation, or of backgrounds."""
+
+from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from tqdm import tqdm
 
-from persam_dreambooth.dreambooth.families.registry import fast_sampler
-from persam_dreambooth.files import write_text
+from persam_dreambooth.dreambooth.prompts import in_front_of
+from persam_dreambooth.dreambooth.training_options import TrainingOptions
+from persam_dreambooth.errors import InputError
+from persam_dreambooth.files import check_writable, write_text
+from persam_dreambooth.photos.captions import read_prompts
+from persam_dreambooth.photos.folder import Photo, check_shapes, find_photos
 from persam_dreambooth.photos.images import PHOTO_SUFFIXES
 from persam_dreambooth.report.pictures import save_picture
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from persam_dreambooth.dreambooth.backgrounds import Backgrounds
+    from persam_dreambooth.dreambooth.data import Crops
+    from persam_dreambooth.dreambooth.families.family import Family
+
 logger = logging.getLogger(__name__)
+
+
+def check_base_pictures(options: TrainingOptions) -> None:
+    """Raises `InputError` for folders of class images or backgrounds that cannot be used, or cannot be made."""
+    if options.with_prior_preservation:
+        _check_folder(options.class_dir, described=len(class_prompts(options)) > 1)
+    if options.replace_background == "generated":
+        _check_folder(options.background_folder, described=options.background_in_prompt)
+
+
+def _check_folder(folder: Path, described: bool = False) -> None:
+    """Raises `InputError` for a folder whose pictures cannot be used, or that cannot be made.
+
+    Args:
+        folder: where the base model's pictures go, or the user's own lie.
+        described: whether each of these must have a text file that says what it shows.
+    """
+    if not folder.is_dir():
+        check_writable(folder)
+        return
+    pictures = find_pictures(folder)
+    for picture, prompt in zip(pictures, read_prompts(pictures, ""), strict=True):
+        if described and not prompt:
+            path = picture.path
+            raise InputError(f"{path} has no text that says what it shows: write {path.stem}.txt beside it")
+
+
+def find_pictures(folder: Path) -> list[Photo]:
+    """The pictures in a folder that the base model fills up; text files beside them say what they show."""
+    pictures = find_photos(folder, tuple(folder.rglob("*.txt")), may_be_empty=True)
+    check_shapes(pictures)
+    return pictures
+
+
+def class_prompts(options: TrainingOptions) -> list[str]:
+    """The class prompts of all subjects, each once."""
+    return list(dict.fromkeys(subject.prompt("class") for subject in options.each_subject))
+
+
+def class_crops(options: TrainingOptions, family: Family, accelerator: Accelerator, photos: Crops) -> Crops | None:
+    """The class images for prior preservation, generated where they are missing; None without it.
+
+    They are cut as `photos`, to whose crops theirs are paired.
+    """
+    if not options.with_prior_preservation:
+        return None
+    from persam_dreambooth.dreambooth.data import CLASS_SEED, Crops
+
+    prompts = class_prompts(options)
+    default = prompts[0] if len(prompts) == 1 else None  # of several, a text beside each picture says which
+    if options.class_scenes:
+        prompts = [in_front_of(prompt, scene) for scene in options.scenes for prompt in prompts]
+    pictures = _base_pictures(
+        options, family, accelerator, prompts, options.class_dir, options.num_class_images, "class", default
+    )
+    cut = (photos.resolution, options.center_crop, options.seed + CLASS_SEED)
+    crops = Crops(pictures, None, *cut, read_prompts(pictures, default or ""), random_flip=options.random_flip)
+    crops.shaped_like = photos
+    return crops
+
+
+def open_backgrounds(options: TrainingOptions, family: Family, accelerator: Accelerator) -> Backgrounds | None:
+    """What replaces the photos' backgrounds, if anything; pictures of scenes are generated where they are missing."""
+    if options.replace_background == "no":
+        return None
+    from persam_dreambooth.dreambooth.backgrounds import Backgrounds
+
+    if options.replace_background != "generated":
+        return Backgrounds(options.replace_background)
+    count = options.num_background_images
+    pictures = _base_pictures(
+        options, family, accelerator, options.scenes, options.background_folder, count, "background"
+    )
+    places = read_prompts(pictures, "") if options.background_in_prompt else None
+    return Backgrounds("generated", pictures, places)
+
+
+def _base_pictures(
+    options: TrainingOptions,
+    family: Family,
+    accelerator: Accelerator,
+    prompts: list[str],
+    folder: Path,
+    count: int,
+    kind: str,
+    default: str | None = None,
+) -> list[Photo]:
+    """A folder's pictures, filled up to `count` by the base model; arguments as of `generate_pictures`."""
+    if accelerator.is_main_process:
+        pipeline = family.pipeline.to(accelerator.device)
+        with accelerator.autocast():
+            generate_pictures(pipeline, prompts, folder, count, options.sample_batch_size, options.seed, kind, default)
+    accelerator.wait_for_everyone()
+    return find_pictures(folder)
 
 
 def generate_pictures(
@@ -39,6 +145,10 @@ def generate_pictures(
         kind: the files' names are this and a number.
         default: what `read_prompts` will take a picture without a text file for.
     """
+    import torch
+
+    from persam_dreambooth.dreambooth.families.registry import fast_sampler
+
     present = [path for path in folder.rglob("*") if path.suffix.lower() in PHOTO_SUFFIXES and path.name[0] != "."]
     if len(present) >= count:
         return

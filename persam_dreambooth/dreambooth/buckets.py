@@ -6,7 +6,7 @@ Sizes are (width, height) in pixels.
 import math
 
 from persam_dreambooth.dreambooth.families.family import Family
-from persam_dreambooth.dreambooth.training_options import TrainOptions
+from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.errors import InputError
 
 STEP, FINE = 64, 512
@@ -16,7 +16,7 @@ MOST_LONG = 2
 """The longest side, in resolutions: pictures up to 4 : 1."""
 
 
-def open_buckets(options: TrainOptions, family: Family, resolution: int) -> list[tuple[int, int]] | None:
+def open_buckets(options: TrainingOptions, family: Family, resolution: int) -> list[tuple[int, int]] | None:
     """The buckets of a run, or None where all crops are squares.
 
     Raises:

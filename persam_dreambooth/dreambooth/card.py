@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 from persam_dreambooth import __version__
 from persam_dreambooth.dreambooth.data import Crops
-from persam_dreambooth.dreambooth.training_options import SubjectOptions, TrainOptions
+from persam_dreambooth.dreambooth.subject_options import SubjectOptions
+from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.photos.mask_folder import PhotoMask
 
 CARD = """---
@@ -44,7 +45,7 @@ All options are in `config.yaml`{where}. The license of the base model applies.
 
 
 def model_card(
-    options: TrainOptions,
+    options: TrainingOptions,
     masks: list[PhotoMask],
     crops: Crops,
     final_loss: float,
@@ -106,7 +107,7 @@ def _words(subjects: Sequence[SubjectOptions]) -> str:
     return "\n- ".join(["In prompts the subjects are these; `[V]` stands for the first:\n", *told])
 
 
-def _use_of_masks(options: TrainOptions) -> str:
+def _use_of_masks(options: TrainingOptions) -> str:
     """What the masks did in a run, in words."""
     pasted = {
         "color": "flat colors",

@@ -7,7 +7,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import LocalTokenNotFoundError, httpx
 
 from persam_dreambooth.dreambooth.families.latent_diffusion import LORA_WEIGHTS
-from persam_dreambooth.dreambooth.training_options import TrainOptions
+from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.options import CONFIG
 
@@ -24,7 +24,7 @@ def check_login() -> None:
         raise InputError(f"--push_to_hub: the hub knows no user here ({reason}): run `hf auth login`") from None
 
 
-def push(options: TrainOptions, pipeline: Any) -> str:
+def push(options: TrainingOptions, pipeline: Any) -> str:
     """Uploads a finished run into a private repository, which is made where it is missing; returns its address."""
     api = HfApi()
     name = options.hub_model_id or options.run_dir.resolve().name

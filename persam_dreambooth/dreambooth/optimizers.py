@@ -5,20 +5,20 @@ from typing import Any
 
 import torch
 
-from persam_dreambooth.dreambooth.training_options import TrainOptions
+from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.extras import check_installed
 
 PACKAGES = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}
 
 
-def check_optimizer(options: TrainOptions) -> None:
+def check_optimizer(options: TrainingOptions) -> None:
     """Raises `InputError` where the package of an optimizer is missing."""
     if options.optimizer_name in PACKAGES:
         check_installed(PACKAGES[options.optimizer_name], f"--optimizer {options.optimizer_name}")
 
 
 def make_optimizer(
-    options: TrainOptions, weights: list[torch.nn.Parameter], learning_rate: float
+    options: TrainingOptions, weights: list[torch.nn.Parameter], learning_rate: float
 ) -> tuple[torch.optim.Optimizer, dict[str, Any]]:
     """The optimizer and those of its settings that follow from the options, which count on resuming too.
 

@@ -1,21 +1,89 @@
-"""The pictures by which a user sees during training what the model has learned so far."""
+"""Pictures that a model generates: with `generate`, and during training, where they show what it has learned so far."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from accelerate import Accelerator
+from PIL import Image
+from tqdm import tqdm
 
-from persam_dreambooth.dreambooth.families.family import Family
-from persam_dreambooth.dreambooth.generate import notice_of, sample, save_samples
-from persam_dreambooth.dreambooth.training_options import TrainOptions
+from persam_dreambooth.report.pictures import grid, save_picture
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from persam_dreambooth.dreambooth.families.family import Family
+    from persam_dreambooth.dreambooth.training_options import TrainingOptions
 
 SAMPLES = "samples"
+"""The folder in a run's folder."""
 
 
-def paint_samples(options: TrainOptions, family: Family, accelerator: Accelerator, step: int) -> None:
+def sample(
+    pipeline: Any,
+    prompt: str,
+    count: int,
+    seed: int,
+    num_inference_steps: int = 30,
+    guidance_scale: float | None = None,
+) -> list[Image.Image]:
+    """Samples pictures one at a time, so that picture i follows from seed + i alone; guidance is the pipeline's own."""
+    import torch
+
+    from persam_dreambooth.dreambooth.families.registry import fast_sampler
+
+    pipeline = fast_sampler(pipeline)
+    guidance = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
+    pipeline.set_progress_bar_config(disable=True)
+    return [
+        pipeline(
+            prompt,
+            num_inference_steps=num_inference_steps,
+            **guidance,
+            generator=torch.Generator().manual_seed(seed + number),
+        ).images[0]
+        for number in tqdm(range(count), desc="sampling", unit="picture")
+    ]
+
+
+def save_samples(
+    images: list[Image.Image], prompt: str, seed: int, folder: Path, notice: str | None = None
+) -> list[Path]:
+    """Writes pictures as `<prompt>-<seed>.png`, and a grid of them as JPEG; returns the paths, the grid last.
+
+    Args:
+        images: the pictures.
+        prompt: that they were made with.
+        seed: of the first.
+        folder: to write to.
+        notice: a line to show above them.
+    """
+    name = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:60]
+    seeds = range(seed, seed + len(images))
+    paths = [folder / f"{name}-{number}.png" for number in seeds]
+    for path, image in zip(paths, images, strict=True):
+        save_picture(image, path)
+    sheet = folder / f"{name}-grid.jpg"
+    save_picture(
+        grid(
+            images, [[f"seed {number}"] for number in seeds], columns=4, title="\n".join(filter(None, [prompt, notice]))
+        ),
+        sheet,
+    )
+    return [*paths, sheet]
+
+
+def paint_samples(options: TrainingOptions, family: Family, accelerator: Accelerator, step: int) -> None:
     """Paints the validation prompts amid training, into `samples/step-N`, and hands the pictures to trackers.
 
     Training is as if nothing had been painted: the pictures have generators of their own, and whatever is random about
     the next step is seeded at its start.
     """
+    from persam_dreambooth.dreambooth.pipelines import notice_of
+
     count, seed = options.num_validation_images, options.seed
     with family.painting() as pipeline, accelerator.autocast():
         painted = {prompt: sample(pipeline, prompt, count, seed) for prompt in options.validation_prompts}

@@ -31,7 +31,7 @@ from persam_dreambooth.dreambooth.interruption import Interruption
 from persam_dreambooth.dreambooth.loss import latent_mask, masked_loss
 from persam_dreambooth.dreambooth.optimizers import effective_rate, make_optimizer
 from persam_dreambooth.dreambooth.samples import paint_samples
-from persam_dreambooth.dreambooth.training_options import TrainOptions
+from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.files import write_text
 from persam_dreambooth.report.pictures import loss_curve
@@ -42,7 +42,7 @@ METRICS = "metrics.jsonl"
 
 
 def train(
-    options: TrainOptions,
+    options: TrainingOptions,
     family: Family,
     photos: Crops,
     class_images: Crops | None,
@@ -168,7 +168,7 @@ def train(
 
 
 def batch_losses(
-    options: TrainOptions,
+    options: TrainingOptions,
     family: Family,
     batch: dict[str, Any],
     class_batch: dict[str, Any] | None,
@@ -233,7 +233,7 @@ def encode_together(family: Family, prompts: list[str]) -> Embeddings:
 
 
 def numbered_batches(
-    options: TrainOptions, crops: Crops, first_step: int, accelerator: Accelerator
+    options: TrainingOptions, crops: Crops, first_step: int, accelerator: Accelerator
 ) -> Iterator[dict[str, Any]]:
     """This process's batches from a step on; see `data` for how samples are numbered."""
     size, accumulation = options.train_batch_size, options.gradient_accumulation_steps
@@ -250,7 +250,7 @@ def frozen_dtype(accelerator: Accelerator) -> torch.dtype:
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
 
-def learning_rate(options: TrainOptions, processes: int) -> float:
+def learning_rate(options: TrainingOptions, processes: int) -> float:
     """The learning rate, scaled where asked."""
     rate = options.learning_rate
     assert rate is not None
@@ -313,7 +313,7 @@ class Meter:
         return self.accelerator.gather(losses.float().mean()[None]).mean().item()
 
 
-def check_resolution(options: TrainOptions, family: Family) -> int:
+def check_resolution(options: TrainingOptions, family: Family) -> int:
     """The training resolution; raises `InputError` for one that the model's latent grid cannot hold."""
     resolution = options.resolution or family.native_resolution
     factor = family.granularity

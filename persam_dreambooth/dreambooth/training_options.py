@@ -5,145 +5,95 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+from persam_dreambooth.dreambooth.prompts import SCENES, split_scenes
+from persam_dreambooth.dreambooth.subject_options import SubjectOptions, folder_name, read_subjects
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.options import (
     LAST_SEED,
-    SCENES,
-    MaskFolderOptions,
+    Condition,
+    Options,
     above_zero,
     below_one,
-    fill_identifier,
     option,
-    require,
-    split_scenes,
+    with_flag,
     within,
+    without_flag,
 )
 
-MASKS = "masks"
-"""The folder in a run's folder that holds its masks; see `mask_folders`."""
+Own = TypeVar("Own", bound="TrainingOptions")
 
 POLYNOMIAL_END = 1e-7
 """Where diffusers' polynomial schedule ends."""
 
-LORA_ONLY = ("rank", "lora_alpha", "lora_targets", "lora_dropout", "lora_init", "use_dora", "export")
-"""Options of no use to a full fine-tuning."""
-
 SCHEDULES = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 
 
-@dataclass(frozen=True)
-class SubjectOptions:
-    """One subject: its photos, their masks and the words for it; what an entry of `subjects` says."""
-
-    instance_dir: str | None = option(None, "folder with 3 to 6 photos of the subject", alias="instance_data_dir")
-    dataset_name: str | None = option(None, "photos of a data set instead: hub id, or folder that datasets reads")
-    image_column: str = option("image", "the data set's column of photos, which are called 0000.png and so on")
-    caption_column: str | None = option(None, "the data set's column of captions, if any")
-    mask: str | None = option(None, "mask of one of the photos; masks for the others are made from it")
-    reference_image: str | None = option(
-        None, "the photo that --mask belongs to; default: the one with its stem, else the first"
-    )
-    mask_dir: str | None = option(None, "folder with a mask for every photo (same stems); then no SAM is loaded")
-    class_name: str | None = option(None, "the subject's class; default: the name of --instance_dir")
-    identifier: str = option("sks", "the rare word that names the subject; [V] in any prompt stands for it")
-    instance_prompt: str | None = option(None, "default: a [V] <class_name>")
-    class_prompt: str | None = option(None, "for prior preservation; default: a <class_name>")
-    validation_prompt: str | None = option(None, "prompt of the samples; default: a [V] <class_name> on a beach")
-
-    def check_subject(self, unmasked: bool) -> None:
-        """Raises `InputError` for photos, masks or words that are missing or at odds; `unmasked` wants no masks."""
-        if self.instance_dir and self.dataset_name:
-            raise InputError("--instance_dir and --dataset_name exclude one another: give one of them")
-        require(self, "identifier" if self.dataset_name else "instance_dir", "identifier")
-        sources = [name for name in ("mask", "mask_dir") if getattr(self, name)] + ["unmasked"] * unmasked
-        if not sources:
-            raise InputError(
-                "no mask: give --mask (one photo's mask), --mask_dir (a mask for every photo), "
-                "or --unmasked to train on whole photos"
-            )
-        if len(sources) > 1:
-            raise InputError(f"--{' and --'.join(sources)} exclude one another: give one of them")
-        if self.reference_image and not self.mask:
-            raise InputError("--reference_image names the photo of --mask, which is missing: give --mask")
-        for name in ("image_column", "caption_column"):
-            if self.given(name) and not self.dataset_name:
-                raise InputError(f"--{name} has no effect: add --dataset_name")
-
-    def given(self, name: str) -> bool:
-        """Whether an option differs from its default."""
-        return bool(getattr(self, name) != getattr(type(self), name))
-
-    @property
-    def subject(self) -> str:
-        """The class name, from the name of the folder or the data set where none was given."""
-        return self.class_name or self.source.replace("_", " ").replace("-", " ")
-
-    @property
-    def source(self) -> str:
-        """The name of the photos' folder or data set."""
-        return self.folder.name
-
-    @property
-    def folder(self) -> Path:
-        """Where the photos are, or what stands for it of a data set."""
-        return Path(self.instance_dir or str(self.dataset_name)).resolve()
-
-    @property
-    def words(self) -> dict[str, Any]:
-        """The class name and the prompts with their defaults filled in, still with [V]."""
-        return {
-            "class_name": self.subject,
-            "instance_prompt": self.instance_prompt or f"a [V] {self.subject}",
-            "class_prompt": self.class_prompt or f"a {self.subject}",
-            "validation_prompt": self.validation_prompt or f"a [V] {self.subject} on a beach",
-        }
-
-    def prompt(self, kind: Literal["instance", "class", "validation"]) -> str:
-        """A prompt, with [V] replaced by the identifier."""
-        return fill_identifier(self.words[f"{kind}_prompt"], self.identifier)
+WHEN_MASKED = (without_flag("--unmasked"),)
+WHEN_LORA = (with_flag("--method lora"),)
+WHEN_PRIOR = (with_flag("--with_prior_preservation"),)
+WHEN_GENERATED = (with_flag("--replace_background generated"),)
+"""When options count."""
 
 
 @dataclass(frozen=True)
-class TrainOptions(SubjectOptions, MaskFolderOptions):
-    """One mask in, a personalized Stable Diffusion out."""
+class TrainingOptions(SubjectOptions):
+    """How a model learns one subject or several from photos and masks."""
 
     # Several subjects, or the one that the options above describe
     subjects: list[dict[str, Any]] | None = option(
-        None, "several subjects, as a list in YAML: of each, photos, mask, identifier and class (docs/training.md)"
+        None,
+        "several subjects, as a list in YAML: of each, photos, mask, identifier and class (docs/training.md)",
+        rivals=("instance_dir", "dataset_name"),
     )
-    unmasked: bool = option(False, "train on whole photos, background and all")
+    unmasked: bool = option(False, "train on whole photos, background and all", rivals=("mask", "mask_dir"))
 
     # The model
     pretrained_model_name_or_path: str = option(
         "stable-diffusion-v1-5/stable-diffusion-v1-5",
         "Stable Diffusion 1.x, 2.x, XL, 3, 3.5 or FLUX.1: hub id, local folder, or toy",
+        path=True,
     )
     revision: str | None = option(None, "branch, tag or commit of the model on the hub")
     variant: str | None = option(None, "variant of the weight files, such as fp16")
     method: Literal["lora", "full"] = option("lora", "train LoRA matrices, or the whole UNet of Stable Diffusion")
-    rank: int = option(4, "rank of the LoRA matrices")
-    lora_alpha: float | None = option(None, "LoRA's matrices count by alpha / rank; default: the rank")
+    rank: int = option(4, "rank of the LoRA matrices", when=WHEN_LORA)
+    lora_alpha: float | None = option(None, "LoRA's matrices count by alpha / rank; default: the rank", when=WHEN_LORA)
     lora_targets: str | None = option(
-        None, "attention, attention+feedforward, all, or endings of layers such as to_q,to_v; default: the family's"
+        None,
+        "attention, attention+feedforward, all, or endings of layers such as to_q,to_v; default: the family's",
+        when=WHEN_LORA,
     )
-    lora_dropout: float = option(0.0, "dropout inside LoRA, 0 to 1")
-    lora_init: Literal["gaussian", "kaiming"] = option("gaussian", "how LoRA's first matrix starts; the second is zero")
-    use_dora: bool = option(False, "DoRA: LoRA for the direction of weights, and their length beside it")
-    export: Literal["no", "kohya"] = option("no", "LoRA for ComfyUI and A1111 too, under kohya's names")
+    lora_dropout: float = option(0.0, "dropout inside LoRA, 0 to 1", when=WHEN_LORA)
+    lora_init: Literal["gaussian", "kaiming"] = option(
+        "gaussian", "how LoRA's first matrix starts; the second is zero", when=WHEN_LORA
+    )
+    use_dora: bool = option(
+        False, "DoRA: LoRA for the direction of weights, and their length beside it", when=WHEN_LORA
+    )
+    export: Literal["no", "kohya"] = option(
+        "no",
+        "LoRA for ComfyUI and A1111 too, under kohya's names",
+        when=(
+            *WHEN_LORA,
+            Condition(lambda options: not options.use_dora, "it does not carry DoRA, leave out --use_dora"),
+        ),
+    )
     train_text_encoder: bool = option(False, "train CLIP's text encoders too; T5 stays as it is")
 
     # The masked loss
     mask_normalization: Literal["area", "none"] = option(
-        "area", "divide by the mask's area, or take the plain mean as the paper does"
+        "area", "divide by the mask's area, or take the plain mean as the paper does", when=WHEN_MASKED
     )
-    unmasked_weight: float = option(0.0, "least weight of the loss outside the mask, 0 to 1")
-    unmasked_probability: float = option(0.0, "part of the samples whose loss counts everywhere, 0 to 1")
-    mask_dilation: int = option(0, "grow the mask by so many latent cells; negative: shrink it")
-    mask_feather: float = option(0.0, "blur the mask's edge; standard deviation in latent cells")
+    unmasked_weight: float = option(0.0, "least weight of the loss outside the mask, 0 to 1", when=WHEN_MASKED)
+    unmasked_probability: float = option(
+        0.0, "part of the samples whose loss counts everywhere, 0 to 1", when=WHEN_MASKED
+    )
+    mask_dilation: int = option(0, "grow the mask by so many latent cells; negative: shrink it", when=WHEN_MASKED)
+    mask_feather: float = option(0.0, "blur the mask's edge; standard deviation in latent cells", when=WHEN_MASKED)
     masked_prior_preservation_weight: float = option(
-        0.0, "outside the mask, weight of staying with what the base model predicts"
+        0.0, "outside the mask, weight of staying with what the base model predicts", when=WHEN_MASKED
     )
 
     # The noise
@@ -152,30 +102,60 @@ class TrainOptions(SubjectOptions, MaskFolderOptions):
 
     # Other backgrounds
     replace_background: Literal["no", "color", "noise", "generated"] = option(
-        "no", "paste the masked subject on flat colors, smooth noise, or scenes that the base model paints"
+        "no",
+        "paste the masked subject on flat colors, smooth noise, or scenes that the base model paints",
+        when=WHEN_MASKED,
     )
-    background_dir: str | None = option(None, "folder of background pictures; missing ones are generated")
-    num_background_images: int = option(32, "how many background pictures")
-    background_scenes: str = option(SCENES, "what they show: scenes, separated by commas")
-    background_in_prompt: bool = option(False, 'say the scene in the prompt: "a [V] cat in front of a beach"')
+    background_dir: str | None = option(
+        None, "folder of background pictures; missing ones are generated", when=WHEN_GENERATED, path=True
+    )
+    num_background_images: int = option(32, "how many background pictures", when=WHEN_GENERATED)
+    background_scenes: str = option(
+        SCENES,
+        "what they show: scenes, separated by commas",
+        when=(with_flag("--replace_background generated", "--class_scenes"),),
+    )
+    background_in_prompt: bool = option(
+        False, 'say the scene in the prompt: "a [V] cat in front of a beach"', when=WHEN_GENERATED
+    )
 
     # Prior preservation
     with_prior_preservation: bool = option(False, "also train on pictures of the class, so that it stays various")
-    prior_loss_weight: float = option(1.0, "weight of their loss, which is never masked")
-    class_data_dir: str | None = option(None, "folder of class pictures; missing ones are generated")
-    class_scenes: bool = option(False, 'class images in front of --background_scenes: "a cat in front of a beach"')
-    num_class_images: int = option(100, "how many class pictures")
-    sample_batch_size: int = option(4, "pictures generated at a time")
+    prior_loss_weight: float = option(1.0, "weight of their loss, which is never masked", when=WHEN_PRIOR)
+    class_data_dir: str | None = option(
+        None, "folder of class pictures; missing ones are generated", when=WHEN_PRIOR, path=True
+    )
+    class_scenes: bool = option(
+        False, 'class images in front of --background_scenes: "a cat in front of a beach"', when=WHEN_PRIOR
+    )
+    num_class_images: int = option(100, "how many class pictures", when=WHEN_PRIOR)
+    sample_batch_size: int = option(
+        4,
+        "pictures generated at a time",
+        when=(with_flag("--replace_background generated", "--with_prior_preservation"),),
+    )
 
     # Pictures to tensors
-    resolution: int | None = option(None, "side of the training crop in pixels; default: the model's own")
+    resolution: int | None = option(
+        None,
+        "side of the training crop in pixels; default: the model's own",
+        when=(
+            Condition(lambda options: not options.bucket_list, "--aspect_ratio_buckets lists the sizes, leave it out"),
+        ),
+    )
     aspect_ratio_buckets: str | None = option(
         None, "crops of several shapes, each photo's nearest: auto, or height,width;height,width and so on"
     )
     center_crop: bool = option(False, "crop the center instead of a random place that keeps the subject in view")
     random_flip: bool = option(False, "flip half of the crops left to right, at random; not for what is lettered")
     cache_latents: bool = option(
-        False, "keep the VAE's answers in memory; with --center_crop all are made at once and the VAE leaves the GPU"
+        False,
+        "keep the VAE's answers in memory; with --center_crop all are made at once and the VAE leaves the GPU",
+        when=(
+            Condition(
+                lambda options: options.replace_background == "no", "with --replace_background no sample comes twice"
+            ),
+        ),
     )
 
     # Optimization
@@ -186,38 +166,67 @@ class TrainOptions(SubjectOptions, MaskFolderOptions):
     optimizer: Literal["adamw", "adamw8bit", "prodigy"] = option(
         "adamw", "adamw8bit (bitsandbytes) needs less memory; prodigy (prodigyopt) finds its own learning rate"
     )
-    use_8bit_adam: bool = option(False, "the same as --optimizer adamw8bit")
+    use_8bit_adam: bool = option(
+        False,
+        "the same as --optimizer adamw8bit",
+        when=(Condition(lambda options: options.optimizer != "prodigy", "leave out it or --optimizer prodigy"),),
+    )
     learning_rate: float | None = option(
         None, "default: 1e-4 for lora; for full 5e-6, and 1e-6 with XL; for prodigy 1, which multiplies what it finds"
     )
     scale_lr: bool = option(False, "multiply the learning rate by batch, accumulation and processes")
     lr_scheduler: SCHEDULES = option("constant", "schedule of the learning rate")
-    lr_warmup_steps: int = option(0, "steps of warm-up")
-    lr_num_cycles: int = option(1, "restarts of cosine_with_restarts")
-    lr_power: float = option(1.0, "power of polynomial")
+    lr_warmup_steps: int = option(
+        0,
+        "steps of warm-up",
+        when=(
+            Condition(
+                lambda options: options.lr_scheduler != "constant",
+                "add --lr_scheduler constant_with_warmup, or another but constant",
+            ),
+        ),
+    )
+    lr_num_cycles: int = option(
+        1, "restarts of cosine_with_restarts", when=(with_flag("--lr_scheduler cosine_with_restarts"),)
+    )
+    lr_power: float = option(1.0, "power of polynomial", when=(with_flag("--lr_scheduler polynomial"),))
     adam_beta1: float = option(0.9, "of any optimizer: decay of the gradients' mean")
     adam_beta2: float = option(0.999, "of any optimizer: decay of the gradients' squares")
     adam_weight_decay: float = option(1e-2, "of any optimizer, decoupled")
     adam_epsilon: float = option(1e-8, "of any optimizer: added to the denominator")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
     use_ema: bool = option(False, "average the weights over the steps; the average is what is saved and painted with")
-    ema_decay: float = option(0.9999, "the part of the average that stays at every step, 0 to 1; less at first")
+    ema_decay: float = option(
+        0.9999,
+        "the part of the average that stays at every step, 0 to 1; less at first",
+        when=(with_flag("--use_ema"),),
+    )
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None, "default: what accelerate was set up with")
     gradient_checkpointing: bool = option(False, "less memory, slower steps")
     allow_tf32: bool = option(False, "TF32 matrix products on Ampere and later")
     dataloader_num_workers: int = option(0, "processes that load photos; 0 loads in the main one")
 
     # The run
-    output_dir: str | None = option(None, "the run's folder; default: outputs/ and the name of --instance_dir")
+    output_dir: str | None = option(
+        None, "the run's folder; default: outputs/ and the name of --instance_dir", path=True
+    )
     checkpointing_steps: int = option(500, "steps between checkpoints to resume from")
     checkpoints_total_limit: int | None = option(None, "keep this many of them; default: all")
-    resume_from_checkpoint: str | None = option(None, "latest, or a checkpoint-N folder of this run")
+    resume_from_checkpoint: str | None = option(None, "latest, or a checkpoint-N folder of this run", path=True)
     logging_steps: int = option(5, "steps between lines of metrics.jsonl")
     num_validation_images: int = option(4, "how many samples; 0 for none")
-    validation_steps: int | None = option(None, "steps between samples during training; default: at its end only")
+    validation_steps: int | None = option(
+        None,
+        "steps between samples during training; default: at its end only",
+        when=(with_flag("--num_validation_images"),),
+    )
     report_to: Literal["tensorboard", "wandb"] | None = option(None, "also log there: losses, learning rate, samples")
     push_to_hub: bool = option(False, "upload weights, samples and card, no photos or masks, to a private repository")
-    hub_model_id: str | None = option(None, "the repository, such as me/cat; default: the name of the run's folder")
+    hub_model_id: str | None = option(
+        None,
+        "the repository, such as me/cat; default: the name of the run's folder",
+        when=(with_flag("--push_to_hub"),),
+    )
 
     def check(self) -> None:
         """Raises `InputError` for options that are missing, out of range or at odds with one another."""
@@ -241,51 +250,21 @@ class TrainOptions(SubjectOptions, MaskFolderOptions):
         below_one(self, "adam_beta1", "adam_beta2")
         above_zero(self, "max_grad_norm", "snr_gamma", "lora_alpha")
         super().check()
-        if self.aspect_ratio_buckets not in (None, "auto"):
-            if not re.fullmatch(r"\d+,\d+(;\d+,\d+)*", str(self.aspect_ratio_buckets)):
-                raise InputError(
-                    f"--aspect_ratio_buckets is {self.aspect_ratio_buckets}: "
-                    "give auto, or height,width of each, such as 512,512;448,576"
-                )
-            if self.resolution:
-                raise InputError("--resolution has no effect beside a list of --aspect_ratio_buckets: leave it out")
+        buckets = self.aspect_ratio_buckets
+        if buckets not in (None, "auto") and not re.fullmatch(r"\d+,\d+(;\d+,\d+)*", str(buckets)):
+            raise InputError(
+                f"--aspect_ratio_buckets is {buckets}: give auto, or height,width of each, such as 512,512;448,576"
+            )
         if self.lr_scheduler == "polynomial":
             rate, warmup, steps = self.learning_rate, self.lr_warmup_steps, self.max_train_steps
             if rate is not None and rate <= POLYNOMIAL_END:
                 raise InputError(f"--learning_rate is {rate}: polynomial ends at {POLYNOMIAL_END}, give more")
             if warmup >= steps:
                 raise InputError(f"--lr_warmup_steps is {warmup} of {steps} steps: give fewer with polynomial")
-        masked_only = {
-            "unmasked_weight": self.unmasked_weight,
-            "unmasked_probability": self.unmasked_probability,
-            "mask_dilation": self.mask_dilation,
-            "mask_feather": self.mask_feather,
-            "masked_prior_preservation_weight": self.masked_prior_preservation_weight,
-            "replace_background": self.replace_background != "no",
-        }
-        for name in [name for name, given in masked_only.items() if given and self.unmasked]:
-            raise InputError(f"--{name} needs masks: leave it out, or --unmasked")
-        if self.export != "no" and self.use_dora:
-            raise InputError(f"--export {self.export} does not carry DoRA: leave out one of them")
         if not self.scenes:
             raise InputError("--background_scenes is empty: give scenes, such as: a beach, a sofa")
-        needed = {
-            "background_in_prompt": ("--replace_background generated", self.replace_background == "generated"),
-            "class_scenes": ("--with_prior_preservation", self.with_prior_preservation),
-            "ema_decay": ("--use_ema", self.use_ema),
-            "validation_steps": ("--num_validation_images", self.num_validation_images > 0),
-            "hub_model_id": ("--push_to_hub", self.push_to_hub),
-            **dict.fromkeys(LORA_ONLY, ("--method lora", self.method == "lora")),
-        }
         if self.optimizer == "prodigy":
             above_zero(self, "learning_rate", "adam_epsilon")
-            if self.use_8bit_adam:
-                raise InputError("--use_8bit_adam and --optimizer prodigy exclude one another: give one of them")
-        if self.cache_latents and self.replace_background != "no":
-            raise InputError("--cache_latents has no effect: with --replace_background no sample comes twice")
-        for name, (other, there) in needed.items():
-            if self.given(name) and not there:
-                raise InputError(f"--{name} has no effect: add {other}")
 
     def _check_subjects(self) -> None:
         """Raises `InputError` for a list of subjects that cannot be told apart, or one of which cannot be used."""
@@ -296,16 +275,17 @@ class TrainOptions(SubjectOptions, MaskFolderOptions):
             raise InputError("the list of subjects is empty: leave it out, or write an entry for each")
         for number, subject in enumerate(subjects, start=1):
             try:
+                Options.check(subject)
                 subject.check_subject(self.unmasked)
             except InputError as error:
-                raise InputError(f"subject {number} ({subject.identifier}): {error}") from None
-            if not _folder_name(subject.identifier):
-                raise InputError(f"subject {number}: identifier is {subject.identifier!r}: give it letters or digits")
+                raise InputError(f"subject {number} ({subject.word}): {error}") from None
+            if not folder_name(subject.word):
+                raise InputError(f"subject {number}: identifier is {subject.word!r}: give it letters or digits")
         for second, subject in enumerate(subjects):
             for first, other in enumerate(subjects[:second]):
                 numbers = f"subjects {first + 1} and {second + 1}"
-                if _folder_name(subject.identifier) == _folder_name(other.identifier):
-                    words = " and ".join(dict.fromkeys((other.identifier, subject.identifier)))
+                if folder_name(subject.word) == folder_name(other.word):
+                    words = " and ".join(dict.fromkeys((other.word, subject.word)))
                     raise InputError(f"{numbers} share the identifier {words}: give each a rare word of its own")
                 if (subject.folder, subject.mask, subject.mask_dir) == (other.folder, other.mask, other.mask_dir):
                     raise InputError(f"{numbers} have the same photos and masks: give each masks of its own")
@@ -320,6 +300,16 @@ class TrainOptions(SubjectOptions, MaskFolderOptions):
     def each_subject(self) -> Sequence[SubjectOptions]:
         """The subjects: those of the list, or the one that the options themselves describe."""
         return [self] if self.subjects is None else read_subjects(self.subjects)
+
+    @property
+    def class_dir(self) -> Path:
+        """The folder of class images."""
+        return Path(self.class_data_dir) if self.class_data_dir else self.run_dir / "class_images"
+
+    @property
+    def background_folder(self) -> Path:
+        """The folder of background pictures."""
+        return Path(self.background_dir) if self.background_dir else self.run_dir / "backgrounds"
 
     @property
     def validation_prompts(self) -> list[str]:
@@ -348,7 +338,7 @@ class TrainOptions(SubjectOptions, MaskFolderOptions):
         names = dict.fromkeys(subject.source for subject in self.each_subject)
         return Path(self.output_dir or f"outputs/{'-'.join(names)}")
 
-    def resolved(self, resolution: int, mixed_precision: Any, learning_rate: float) -> "TrainOptions":
+    def resolved(self: Own, resolution: int, mixed_precision: Any, learning_rate: float) -> Own:
         """The same options with every default that depends on something filled in.
 
         Args:
@@ -367,42 +357,3 @@ class TrainOptions(SubjectOptions, MaskFolderOptions):
             resolution=None if self.bucket_list else resolution,
             mixed_precision=mixed_precision,
         )
-
-
-def read_subjects(entries: Any) -> list[SubjectOptions]:
-    """The subjects of a list as in YAML; null stands for a default.
-
-    Raises:
-        InputError: what is no list of entries, an unknown name, a value that is no text.
-    """
-    known = [entry.name for entry in fields(SubjectOptions)]
-    subjects = []
-    for number, entry in enumerate(entries, start=1):
-        if not isinstance(entry, dict):
-            raise InputError(f"subject {number} is {entry!r}: write lines such as instance_dir: cat/")
-        given = {name: value for name, value in entry.items() if value is not None}
-        for name, value in given.items():
-            if name not in known:
-                raise InputError(f"subject {number}: unknown {name}: choose among {', '.join(known)}")
-            if not isinstance(value, str):
-                raise InputError(f"subject {number}: {name} is {value}: give text, in quotes")
-        subjects.append(SubjectOptions(**given))
-    return subjects
-
-
-def saved_subjects(config: dict[str, Any]) -> list[SubjectOptions]:
-    """The subjects of a run, from its saved options."""
-    alone = {entry.name: config.get(entry.name) for entry in fields(SubjectOptions)}
-    return read_subjects(config.get("subjects") or [alone])
-
-
-def mask_folders(subjects: Sequence[SubjectOptions]) -> list[Path]:
-    """Where in a run's folder the masks of each subject lie: `masks`, or of several `masks/<identifier>`."""
-    if len(subjects) == 1:
-        return [Path(MASKS)]
-    return [Path(MASKS) / _folder_name(subject.identifier) for subject in subjects]
-
-
-def _folder_name(identifier: str) -> str:
-    """An identifier as the name of a folder; two with the same are one word to a tokenizer, or nearly."""
-    return re.sub(r"[\W_]+", "-", identifier.casefold()).strip("-")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 import time
@@ -18,19 +19,22 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
 from persam_dreambooth import toy
-from persam_dreambooth.dreambooth.training_options import TrainOptions
+from persam_dreambooth.dreambooth.prompts import fill_identifier, in_front_of
+from persam_dreambooth.errors import InputError
 from persam_dreambooth.evaluation import benchmark_report as report
 from persam_dreambooth.evaluation.recipes import BASE, EXACT, NONE, PERSAM_F, RECIPES, Recipe
 from persam_dreambooth.files import check_writable, note_settings, write_aside, write_json
-from persam_dreambooth.options import BenchmarkOptions, SegmentOptions, fill_identifier
+from persam_dreambooth.options import Options, option, within
+from persam_dreambooth.personalize import TrainOptions
 from persam_dreambooth.report.pictures import save_picture
+from persam_dreambooth.segmentation.segment import SegmentOptions, segment_photos
 from persam_dreambooth.toy import world
 
 if TYPE_CHECKING:
@@ -67,6 +71,35 @@ CELL = 4
 
 
 @dataclass(frozen=True)
+class BenchmarkOptions(Options):
+    """What every training recipe does to the subject, its background and its class, where the truth is known."""
+
+    output_dir: str = option("outputs/benchmark", "the benchmark's folder; a benchmark in it goes on", path=True)
+    recipes: str = option("all", "recipes, separated by commas")
+    subjects: int = option(4, "how many personal subjects, 1 to 6")
+    seeds: int = option(3, "trainings of each subject by each recipe")
+    max_train_steps: int = option(50, "optimizer steps of a training")
+    num_inference_steps: int = option(12, "denoising steps of the pictures")
+    processes: int = option(1, "trainings at a time")
+    mixed_precision: Literal["no", "bf16"] = option("no", "bf16 is faster where the processor knows it")
+
+    def check(self) -> None:
+        """Raises `InputError` for options that are out of range."""
+        within(self, 1, math.inf, "seeds", "max_train_steps", "processes")
+        within(self, 1, 1000, "num_inference_steps")
+        within(self, 1, 6, "subjects")
+
+    def chosen_recipes(self, known: Iterable[str]) -> list[str]:
+        """The recipes that are asked for; raises `InputError` for an unknown one."""
+        known = list(known)
+        chosen = known if self.recipes == "all" else [name.strip() for name in self.recipes.split(",")]
+        unknown = [name for name in chosen if name not in known]
+        if unknown:
+            raise InputError(f"there is no recipe {unknown[0]!r}: choose among {', '.join(known)}")
+        return chosen
+
+
+@dataclass(frozen=True)
 class Personal:
     """A personal subject of the benchmark, and the scenes of its photos."""
 
@@ -90,7 +123,7 @@ class Personal:
 
 
 @dataclass(frozen=True)
-class Cell:
+class BenchmarkCell:
     """One training and what is measured after it."""
 
     recipe: str
@@ -103,7 +136,7 @@ class Cell:
         return f"{self.recipe}.{self.personal.name}.{self.seed}"
 
 
-def benchmark(options: BenchmarkOptions) -> Path:
+def benchmark_background(options: BenchmarkOptions) -> Path:
     """Runs what is left of the benchmark; writes `results.json`, `table.md` and `grids/`; returns the folder.
 
     Raises:
@@ -114,7 +147,7 @@ def benchmark(options: BenchmarkOptions) -> Path:
     folder = Path(options.output_dir)
     check_writable(folder)
     personals = [personal(number) for number in range(options.subjects)]
-    cells = [Cell(name, owner, seed) for name in names for owner in personals for seed in range(options.seeds)]
+    cells = [BenchmarkCell(name, owner, seed) for name in names for owner in personals for seed in range(options.seeds)]
     sampling = {"num_inference_steps": options.num_inference_steps, "guidance_scale": GUIDANCE_SCALE}
     note_settings(folder, training_settings(options) | {"sampling": sampling}, "a benchmark", "--output_dir")
     _prepare(folder, personals, [RECIPES[name] for name in names])
@@ -123,7 +156,7 @@ def benchmark(options: BenchmarkOptions) -> Path:
     for cell in tqdm(_finished(left, folder, options), total=len(left), desc="benchmark", unit="cell"):
         logger.debug("%s", cell)
     results = [json.loads(_cell_path(folder, cell).read_text(encoding="utf-8")) for cell in cells]
-    report.write(folder, results, names, options)
+    report.write_benchmark(folder, results, names, options)
     return folder
 
 
@@ -142,11 +175,11 @@ def training_settings(options: BenchmarkOptions) -> dict[str, Any]:
     return {**BASE, "max_train_steps": options.max_train_steps, "mixed_precision": options.mixed_precision}
 
 
-def run_cell(cell: Cell, folder: Path, options: BenchmarkOptions) -> None:
+def run_cell(cell: BenchmarkCell, folder: Path, options: BenchmarkOptions) -> None:
     """Trains, paints and measures one cell; writes its file and a strip of its pictures."""
     import torch
 
-    from persam_dreambooth.dreambooth.generate import load_model
+    from persam_dreambooth.dreambooth.pipelines import load_model
     from persam_dreambooth.personalize import personalize
     from persam_dreambooth.toy.evaluator import Evaluator
 
@@ -162,7 +195,9 @@ def run_cell(cell: Cell, folder: Path, options: BenchmarkOptions) -> None:
     pipeline, _, _ = load_model(model)
     steps = options.num_inference_steps
     with torch.autocast(pipeline.device.type, torch.bfloat16, enabled=options.mixed_precision == "bf16"):
-        pictures = {kind: paint(pipeline, prompts(kind, cell.personal), cell.seed, steps) for kind in PICTURES}
+        pictures = {
+            kind: paint(pipeline, benchmark_prompts(kind, cell.personal), cell.seed, steps) for kind in PICTURES
+        }
     figures = measure(pictures, cell.personal, Evaluator.load(toy.path("evaluator")))
     strip = [*pictures["own"][:4], *pictures["class"][:2], *pictures["scenes"][:6]]
     save_picture(Image.fromarray(np.concatenate(strip, axis=1)), folder / "strips" / f"{cell.name}.png")
@@ -176,7 +211,7 @@ def run_cell(cell: Cell, folder: Path, options: BenchmarkOptions) -> None:
     write_json(_cell_path(folder, cell), result)
 
 
-def train_options(cell: Cell, folder: Path, run_dir: Path, shared: dict[str, Any]) -> TrainOptions:
+def train_options(cell: BenchmarkCell, folder: Path, run_dir: Path, shared: dict[str, Any]) -> TrainOptions:
     """The options of a cell's training: what all share, and its recipe's own."""
     recipe, kind = RECIPES[cell.recipe], cell.personal.subject.kind
     given: dict[str, Any] = {**shared, **(recipe.options or {})}
@@ -195,7 +230,7 @@ def train_options(cell: Cell, folder: Path, run_dir: Path, shared: dict[str, Any
     )
 
 
-def prompts(kind: str, owner: Personal) -> list[str]:
+def benchmark_prompts(kind: str, owner: Personal) -> list[str]:
     """The prompts of the pictures of one kind, see `PICTURES`."""
     count, name = PICTURES[kind], owner.subject.kind
     if kind == "class":
@@ -248,7 +283,7 @@ def measure(pictures: dict[str, np.ndarray], owner: Personal, evaluator: Evaluat
         "kind": float(np.mean([measures.share(seen[kind]["kind"], owner.subject.kind) for kind in ("own", "scenes")])),
         "fidelity_own": measures.fidelity(seen["own"], owner.subject),
         "fidelity_scenes": measures.fidelity(seen["scenes"], owner.subject),
-        "silhouette": measures.silhouette(own_masks, bank),
+        "silhouette": measures.silhouette_iou(own_masks, bank),
         "area": float(own_masks.mean()),
         "class_fidelity": measures.fidelity(seen["class"], owner.subject),
         "class_variety": measures.variety(seen["class"]),
@@ -268,7 +303,7 @@ def grown(mask: np.ndarray, cells: float) -> np.ndarray:
     return spread if cells > 0 else ~spread
 
 
-def _finished(cells: list[Cell], folder: Path, options: BenchmarkOptions) -> Iterable[str]:
+def _finished(cells: list[BenchmarkCell], folder: Path, options: BenchmarkOptions) -> Iterable[str]:
     """Runs cells, in several processes where asked, and yields their names as they end."""
     if options.processes == 1 or len(cells) < 2:
         for cell in cells:
@@ -294,8 +329,6 @@ def _start_process(threads: int) -> None:
 
 def _prepare(folder: Path, personals: list[Personal], recipes: list[Recipe]) -> None:
     """Renders photos, makes masks of every sort, and paints class images and backgrounds, where they are missing."""
-    from persam_dreambooth import personalize
-    from persam_dreambooth.dreambooth.backgrounds import in_front_of
     from persam_dreambooth.dreambooth.base_pictures import generate_pictures
     from persam_dreambooth.dreambooth.families.registry import load_pipeline
 
@@ -315,7 +348,7 @@ def _prepare(folder: Path, personals: list[Personal], recipes: list[Recipe]) -> 
             if recipe.masks == NONE or masks.is_dir():
                 continue
             if recipe.masks == PERSAM_F:
-                personalize.segment(
+                segment_photos(
                     SegmentOptions(images=str(photos), mask=str(exact / "00.png"), output=str(masks), sam_model="toy")
                 )
                 continue
@@ -349,7 +382,7 @@ def _class_folder(folder: Path, kind: str, scenes: bool) -> Path:
     return folder / "class_images" / f"{kind}{'-scenes' * scenes}"
 
 
-def _cell_path(folder: Path, cell: Cell) -> Path:
+def _cell_path(folder: Path, cell: BenchmarkCell) -> Path:
     return folder / "cells" / f"{cell.name}.json"
 
 

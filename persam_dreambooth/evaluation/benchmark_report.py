@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from persam_dreambooth.evaluation.recipes import RECIPES
 from persam_dreambooth.files import write_aside, write_json, write_text
-from persam_dreambooth.options import BenchmarkOptions
 from persam_dreambooth.report.pictures import INK, PAPER, save_picture
+
+if TYPE_CHECKING:
+    from persam_dreambooth.evaluation.background import BenchmarkOptions
 
 COLUMNS = {
     "leak_own": ("leak: a [V] X", 2, 'part of the pictures of "a [V] X" whose background is that of the photos'),
@@ -52,7 +54,7 @@ GOALS = {"leak_own": -1, "fidelity_scenes": 1, "silhouette": 1}
 """What a recipe must not pay for one another with: 1 where more is better, -1 where less is."""
 
 
-def write(folder: Path, results: list[dict[str, Any]], names: list[str], options: BenchmarkOptions) -> None:
+def write_benchmark(folder: Path, results: list[dict[str, Any]], names: list[str], options: BenchmarkOptions) -> None:
     """Writes `results.json`, `table.md` and `grids/` of finished cells into the folder.
 
     Args:
@@ -62,7 +64,7 @@ def write(folder: Path, results: list[dict[str, Any]], names: list[str], options
     """
     rows = {name: summarize([cell["figures"] for cell in results if cell["recipe"] == name]) for name in names}
     write_json(folder / "results.json", {"options": asdict(options), "recipes": rows, "cells": results})
-    write_text(folder / "table.md", table(rows, options))
+    write_text(folder / "table.md", benchmark_table(rows, options))
     draw_front(rows, folder / "front.png")
     for subject in sorted({cell["subject"] for cell in results}):
         paths = {RECIPES[name].name: folder / "strips" / f"{name}.{subject}.0.png" for name in names}
@@ -114,7 +116,7 @@ def draw_front(rows: dict[str, dict[str, dict[str, float]]], path: Path) -> None
         figure.savefig(aside, dpi=80)
 
 
-def table(rows: dict[str, dict[str, dict[str, float]]], options: BenchmarkOptions) -> str:
+def benchmark_table(rows: dict[str, dict[str, dict[str, float]]], options: BenchmarkOptions) -> str:
     """The tables in Markdown, each with what its columns are."""
     lines = [
         f"{options.subjects} subjects x {options.seeds} seeds of {options.max_train_steps} steps; "

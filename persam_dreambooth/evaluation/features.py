@@ -20,7 +20,7 @@ from PIL import Image
 
 from persam_dreambooth import models
 
-SIDE = 224
+FEATURE_SIDE = 224
 """Side in pixels at which CLIP and DINO see pictures: the short side is resized to it, then the center is cut."""
 
 COVERED = 0.5
@@ -32,7 +32,7 @@ IMAGENET_COLORS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 @dataclass(frozen=True)
-class Seen:
+class FeaturesSeen:
     """Features of pictures, each of length 1.
 
     Args:
@@ -60,7 +60,7 @@ class Dino:
             self.model: Any = AutoModel.from_pretrained(name).to(device).eval()
 
     @torch.no_grad()
-    def see(self, pictures: Sequence[Image.Image], masks: Sequence[np.ndarray], batch: int = 16) -> Seen:
+    def see(self, pictures: Sequence[Image.Image], masks: Sequence[np.ndarray], batch: int = 16) -> FeaturesSeen:
         """Looks at pictures with a mask (H, W) bool each."""
         states = []
         for start in range(0, len(pictures), batch):
@@ -70,7 +70,7 @@ class Dino:
         patches = hidden[:, 1:]
         side = round(patches.shape[1] ** 0.5)
         cover = torch.stack([patch_coverage(mask, side) for mask in masks]).flatten(1)  # (N, g * g)
-        return Seen(
+        return FeaturesSeen(
             F.normalize(hidden[:, 0], dim=-1),
             _mean_of(patches, cover > COVERED),
             _mean_of(patches, cover == 0),
@@ -110,7 +110,7 @@ class Clip:
         return F.normalize(self.model.text_projection(pooled).float().cpu(), dim=-1)
 
 
-def similarity(pictures: torch.Tensor, photos: torch.Tensor) -> float:
+def feature_similarity(pictures: torch.Tensor, photos: torch.Tensor) -> float:
     """The mean cosine between features (N, D) of pictures and (M, D) of photos; NaN rows do not count."""
     return float((pictures @ photos.T).nanmean())
 
@@ -120,7 +120,7 @@ def agreement(pictures: torch.Tensor, texts: torch.Tensor) -> float:
     return float((pictures * texts).sum(dim=1).mean())
 
 
-def variety(pictures: torch.Tensor) -> float:
+def feature_variety(pictures: torch.Tensor) -> float:
     """One minus the mean cosine between different ones of pictures (N, D): how various a class still is."""
     count = len(pictures)
     cosines = pictures @ pictures.T
@@ -143,10 +143,10 @@ def patch_coverage(mask: np.ndarray, side: int) -> torch.Tensor:
 
 
 def _central(image: Image.Image) -> Image.Image:
-    width, height = (round(side * SIDE / min(image.size)) for side in image.size)
-    left, top = (width - SIDE) // 2, (height - SIDE) // 2
+    width, height = (round(side * FEATURE_SIDE / min(image.size)) for side in image.size)
+    left, top = (width - FEATURE_SIDE) // 2, (height - FEATURE_SIDE) // 2
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
-    return resized.crop((left, top, left + SIDE, top + SIDE))
+    return resized.crop((left, top, left + FEATURE_SIDE, top + FEATURE_SIDE))
 
 
 def _mean_of(patches: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:

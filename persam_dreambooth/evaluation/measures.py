@@ -74,7 +74,7 @@ def histogram(colors: np.ndarray) -> np.ndarray:
     return np.bincount(index, minlength=BINS**3) / max(1, len(index))
 
 
-def silhouette(masks: np.ndarray, bank: np.ndarray) -> float:
+def silhouette_iou(masks: np.ndarray, bank: np.ndarray) -> float:
     """Mean over masks (N, S, S) of the IoU with the most alike of true outlines (K, OUTLINE_SIDE, OUTLINE_SIDE).
 
     Masks are brought to the square of their bounding box first, so place and size do not matter but the shape does: a

@@ -8,18 +8,20 @@ those of the photos.
 from __future__ import annotations
 
 import logging
+import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from PIL import Image
 
 from persam_dreambooth import models
-from persam_dreambooth.dreambooth.backgrounds import in_front_of
-from persam_dreambooth.dreambooth.training_options import SubjectOptions, mask_folders, saved_subjects
+from persam_dreambooth.dreambooth.prompts import SCENES, fill_identifier, in_front_of, split_scenes
+from persam_dreambooth.dreambooth.subject_options import SubjectOptions, mask_folders, saved_subjects
 from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.files import check_writable, write_json, write_text
-from persam_dreambooth.options import CONFIG, EvaluateModelOptions, fill_identifier, read_config
+from persam_dreambooth.options import CONFIG, LAST_SEED, Options, option, read_config, require, within
 from persam_dreambooth.photos.datasets import photo_folder
 from persam_dreambooth.photos.folder import find_photos
 from persam_dreambooth.photos.mask_folder import PhotoMask, load_masks
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FIGURES = {
+MODEL_FIGURES = {
     "fidelity_own": 'DINO inside the mask, "a [V] X" with the photos',
     "fidelity_scenes": "the same where a scene is prompted",
     "leak_own": 'DINO outside the mask, "a [V] X" with the photos: lower is better',
@@ -47,7 +49,43 @@ FIGURES = {
 """Cosines from -1 to 1, but for `found`."""
 
 
-def evaluate(options: EvaluateModelOptions) -> dict[str, dict[str, float]]:
+@dataclass(frozen=True)
+class EvaluateModelOptions(Options):
+    """What a training run's model learned, beside its base model, by CLIP and DINO inside and outside of masks."""
+
+    model: str | None = option(None, "the folder of a training run", path=True)
+    output: str = option("evaluation", "folder for figures and pictures", path=True)
+    identifier: str | None = option(None, "which subject of a run of several; default: its first")
+    instance_dir: str | None = option(None, "the photos; default: those of the run", path=True)
+    mask_dir: str | None = option(None, "their masks; default: those of the run", path=True)
+    sam_model: str = option("facebook/sam-vit-huge", "finds the subject in pictures; as for segment", path=True)
+    sam_dtype: Literal["float32", "float16", "bfloat16", "auto"] = option(
+        "float32", "precision of its image encoder; as for segment"
+    )
+    clip_model: str = option("openai/clip-vit-base-patch32", "CLIP: hub id or local folder", path=True)
+    dino_model: str = option("facebook/dinov2-small", "DINO or DINOv2: hub id or local folder", path=True)
+    num_images: int = option(8, "pictures of each prompt")
+    background_scenes: str = option(SCENES, "scenes of the prompts, separated by commas")
+    seed: int = option(0, "seed of the first picture; the next ones count up")
+    num_inference_steps: int = option(30, "denoising steps")
+    guidance_scale: float | None = option(None, "guidance; default: the pipeline's own, such as 7.5")
+
+    def check(self) -> None:
+        """Raises `InputError` for options that are missing or out of range."""
+        require(self, "model")
+        within(self, 2, math.inf, "num_images")
+        within(self, 1, 1000, "num_inference_steps")
+        within(self, 0, LAST_SEED, "seed")
+        if not self.scenes:
+            raise InputError("--background_scenes is empty: give scenes, such as: a beach, a sofa")
+
+    @property
+    def scenes(self) -> list[str]:
+        """The scenes of the prompts."""
+        return split_scenes(self.background_scenes)
+
+
+def evaluate_model(options: EvaluateModelOptions) -> dict[str, dict[str, float]]:
     """Measures a run's model beside its base; writes `figures.json`, `figures.md` and pictures of both with masks.
 
     Returns:
@@ -83,7 +121,7 @@ def evaluate(options: EvaluateModelOptions) -> dict[str, dict[str, float]]:
         figures[name] = _measure(pictures, masks, segmenter, clip, dino, subject, output / f"{name}.jpg", options)
     write_json(output / "figures.json", figures)
     trained, before = figures["trained"], figures["base"]
-    rows = [f"| {name} | {trained[name]:.3f} | {before[name]:.3f} | {text} |" for name, text in FIGURES.items()]
+    rows = [f"| {name} | {trained[name]:.3f} | {before[name]:.3f} | {text} |" for name, text in MODEL_FIGURES.items()]
     write_text(output / "figures.md", "\n".join(["| | trained | base | |", "|---|---|---|---|", *rows, ""]))
     return figures
 
@@ -91,13 +129,13 @@ def evaluate(options: EvaluateModelOptions) -> dict[str, dict[str, float]]:
 def _find_subject(subjects: list[SubjectOptions], identifier: str | None) -> tuple[SubjectOptions, Path]:
     """The subject that is asked for, and where in the run's folder its masks are."""
     for subject, place in zip(subjects, mask_folders(subjects), strict=True):
-        if identifier in (None, subject.identifier):
+        if identifier in (None, subject.word):
             return subject, place
-    known = " or ".join(subject.identifier for subject in subjects)
+    known = " or ".join(subject.word for subject in subjects)
     raise InputError(f"--identifier is {identifier}: give one of the run's, {known}")
 
 
-def prompts(kind: str, owner: SubjectOptions, options: EvaluateModelOptions) -> list[str]:
+def model_prompts(kind: str, owner: SubjectOptions, options: EvaluateModelOptions) -> list[str]:
     """The prompts of the pictures of one kind: `own`, `class` or `scenes`, each with [V] for the identifier."""
     subject, count = owner.subject, options.num_images
     if kind == "class":
@@ -109,13 +147,14 @@ def prompts(kind: str, owner: SubjectOptions, options: EvaluateModelOptions) -> 
 
 
 def _paint(model: str, owner: SubjectOptions, options: EvaluateModelOptions) -> dict[str, list[Image.Image]]:
-    from persam_dreambooth.dreambooth.generate import load_model, on_accelerator, sample
+    from persam_dreambooth.dreambooth.pipelines import load_model, on_accelerator
+    from persam_dreambooth.dreambooth.samples import sample
 
     pipeline = on_accelerator(load_model(model)[0])
     settings = (options.num_inference_steps, options.guidance_scale)
     painted: dict[str, list[Image.Image]] = {}
     for kind in ("own", "class", "scenes"):
-        told = [fill_identifier(prompt, owner.identifier) for prompt in prompts(kind, owner, options)]
+        told = [fill_identifier(prompt, owner.word) for prompt in model_prompts(kind, owner, options)]
         painted[kind] = [
             sample(pipeline, prompt, 1, options.seed + number, *settings)[0] for number, prompt in enumerate(told)
         ]
@@ -132,27 +171,27 @@ def _measure(
     sheet: Path,
     options: EvaluateModelOptions,
 ) -> dict[str, float]:
-    from persam_dreambooth.evaluation.features import agreement, similarity, variety
+    from persam_dreambooth.evaluation.features import agreement, feature_similarity, feature_variety
 
     found = {kind: [segmenter.predict(picture).mask for picture in painted] for kind, painted in pictures.items()}
     tiles = [outlined(a, b) for kind in pictures for a, b in zip(pictures[kind], found[kind], strict=True)]
-    captions = [[prompt] for kind in pictures for prompt in prompts(kind, owner, options)]
+    captions = [[prompt] for kind in pictures for prompt in model_prompts(kind, owner, options)]
     save_picture(grid(tiles, captions, columns=options.num_images), sheet)
     album = [item.photo.read() for item in photos]
     own_photos = dino.see(album, [item.mask for item in photos])
     seen = {kind: dino.see(painted, found[kind]) for kind, painted in pictures.items()}
     clip_scenes = clip.see(pictures["scenes"])
-    told = [prompt.replace("[V] ", "") for prompt in prompts("scenes", owner, options)]
+    told = [prompt.replace("[V] ", "") for prompt in model_prompts("scenes", owner, options)]
     return {
-        "fidelity_own": similarity(seen["own"].subject, own_photos.subject),
-        "fidelity_scenes": similarity(seen["scenes"].subject, own_photos.subject),
-        "leak_own": similarity(seen["own"].background, own_photos.background),
-        "leak_scenes": similarity(seen["scenes"].background, own_photos.background),
-        "leak_class": similarity(seen["class"].background, own_photos.background),
-        "drift": similarity(seen["class"].subject, own_photos.subject),
-        "variety": variety(seen["class"].whole),
-        "dino": similarity(seen["scenes"].whole, own_photos.whole),
-        "clip_i": similarity(clip_scenes, clip.see(album)),
+        "fidelity_own": feature_similarity(seen["own"].subject, own_photos.subject),
+        "fidelity_scenes": feature_similarity(seen["scenes"].subject, own_photos.subject),
+        "leak_own": feature_similarity(seen["own"].background, own_photos.background),
+        "leak_scenes": feature_similarity(seen["scenes"].background, own_photos.background),
+        "leak_class": feature_similarity(seen["class"].background, own_photos.background),
+        "drift": feature_similarity(seen["class"].subject, own_photos.subject),
+        "variety": feature_variety(seen["class"].whole),
+        "dino": feature_similarity(seen["scenes"].whole, own_photos.whole),
+        "clip_i": feature_similarity(clip_scenes, clip.see(album)),
         "clip_t": agreement(clip_scenes, clip.read(told)),
         "found": float(np.mean([mask.any() for kind in ("own", "scenes") for mask in found[kind]])),
     }

@@ -44,16 +44,18 @@ class Recipe:
 PRESERVE = {"masked_prior_preservation_weight": 1.0}
 WHOLE = {"unmasked_weight": 1.0}
 CLASS = {"with_prior_preservation": True}
-SCENES = {**CLASS, "class_scenes": True}
-COLOR, NOISE = {"replace_background": "color"}, {"replace_background": "noise"}
-GENERATED = {"replace_background": "generated"}
-SAID = {**GENERATED, "background_in_prompt": True}
+CLASS_IN_SCENES = {**CLASS, "class_scenes": True}
+COLOR, ON_NOISE = {"replace_background": "color"}, {"replace_background": "noise"}
+ON_SCENES = {"replace_background": "generated"}
+SAID = {**ON_SCENES, "background_in_prompt": True}
 
 RECIPES: dict[str, Recipe] = {
     "base": Recipe("base model, untrained", NONE, options=None),
     "plain": Recipe("plain loss", NONE, options={"unmasked": True}),
     "plain-class": Recipe("plain loss, prior preservation", NONE, options={"unmasked": True, **CLASS}),
-    "plain-scenes": Recipe("plain loss, prior preservation with scenes", NONE, options={"unmasked": True, **SCENES}),
+    "plain-scenes": Recipe(
+        "plain loss, prior preservation with scenes", NONE, options={"unmasked": True, **CLASS_IN_SCENES}
+    ),
     "masked": Recipe("masked, area-normalized"),
     "masked-mean": Recipe("masked, plain mean (paper)", options={"mask_normalization": "none"}),
     "masked-floor": Recipe("masked, floor 0.1", options={"unmasked_weight": 0.1}),
@@ -62,15 +64,15 @@ RECIPES: dict[str, Recipe] = {
     "masked-feather": Recipe("masked, feather 1 cell", options={"mask_feather": 1.0}),
     "masked-unmasked": Recipe("masked, 1 sample of 10 unmasked", options={"unmasked_probability": 0.1}),
     "masked-class": Recipe("masked, prior preservation", options=CLASS),
-    "masked-scenes": Recipe("masked, prior preservation with scenes", options=SCENES),
+    "masked-scenes": Recipe("masked, prior preservation with scenes", options=CLASS_IN_SCENES),
     "masked-preserve": Recipe("masked, base preserved outside", options=PRESERVE),
     "masked-preserve-grown": Recipe("the same, masks grown 1 cell", grown=1, options=PRESERVE),
     "color": Recipe("on flat colors", options={**COLOR, **WHOLE}),
-    "noise": Recipe("on smooth noise", options={**NOISE, **WHOLE}),
-    "generated": Recipe("on generated scenes", options={**GENERATED, **WHOLE}),
+    "noise": Recipe("on smooth noise", options={**ON_NOISE, **WHOLE}),
+    "generated": Recipe("on generated scenes", options={**ON_SCENES, **WHOLE}),
     "said": Recipe("on generated scenes, said in the prompt", options={**SAID, **WHOLE}),
     "color-preserve": Recipe("on flat colors, masked, base preserved outside", options={**COLOR, **PRESERVE}),
-    "noise-preserve": Recipe("on smooth noise, masked, base preserved outside", options={**NOISE, **PRESERVE}),
+    "noise-preserve": Recipe("on smooth noise, masked, base preserved outside", options={**ON_NOISE, **PRESERVE}),
     "said-preserve": Recipe("on generated scenes, said, masked, base preserved", options={**SAID, **PRESERVE}),
     "masked-persam-f": Recipe("masked, masks by PerSAM-F", PERSAM_F),
     "masked-preserve-persam-f": Recipe("masked, base preserved outside, PerSAM-F", PERSAM_F, options=PRESERVE),

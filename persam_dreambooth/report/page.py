@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-Cell = str | float | None
+TableCell = str | float | None
 _NUMBER = ' class="number"'
 
 
@@ -50,7 +50,7 @@ def section(name: str, heading: str, pictures: Sequence[str]) -> str:
     return f'<section id="{text(name)}"><h2>{text(heading)}</h2><div class="row">{"".join(pictures)}</div></section>'
 
 
-def table(headings: Sequence[str], rows: Sequence[Sequence[Cell]], links: Sequence[str] = ()) -> str:
+def html_table(headings: Sequence[str], rows: Sequence[Sequence[TableCell]], links: Sequence[str] = ()) -> str:
     """A table that sorts by the column whose heading is clicked.
 
     Args:
@@ -72,7 +72,7 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[Cell]], links: Sequen
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
 
 
-def _cell(value: Cell) -> str:
+def _cell(value: TableCell) -> str:
     if value is None:
         return "<td></td>"
     return f"<td>{text(value)}</td>" if isinstance(value, str) else f"<td{_NUMBER}>{value:.2f}</td>"

@@ -13,7 +13,7 @@ TILE = 320
 """Width and height of the box a picture is fitted into, in pixels."""
 LINE = 20
 GAP = 12
-OUTLINE = (255, 0, 200)
+OUTLINE_COLOR = (255, 0, 200)
 INK = (30, 30, 30)
 ALARM = (200, 0, 0)
 PAPER = (255, 255, 255)
@@ -60,7 +60,7 @@ def outlined(
     dimmed = Image.blend(tile, Image.new("RGB", tile.size, PAPER), 0.55)
     tile = Image.composite(tile, dimmed, inside)
     edge = np.asarray(inside.filter(ImageFilter.MaxFilter(5))) != np.asarray(inside.filter(ImageFilter.MinFilter(3)))
-    tile.paste(OUTLINE, mask=Image.fromarray(edge.astype(np.uint8) * 255))
+    tile.paste(OUTLINE_COLOR, mask=Image.fromarray(edge.astype(np.uint8) * 255))
     draw, scale = ImageDraw.Draw(tile), np.array(tile.size) / photo.size
     if box is not None:
         x0, y0, x1, y1 = np.asarray(box) * np.tile(scale, 2)

@@ -1,7 +1,25 @@
 """One-shot personalized segmentation with SAM: PerSAM and PerSAM-F (Zhang et al. 2023, arXiv 2305.03048)."""
 
-from persam_dreambooth.segmentation.persam import Found, PerSAM, PerSAMF, Step, find_instances
-from persam_dreambooth.segmentation.sams.checkpoints import open_sam
-from persam_dreambooth.segmentation.sams.sam import Encoding, Sam
+from importlib import import_module
+from typing import Any
 
-__all__ = ["Encoding", "Found", "PerSAM", "PerSAMF", "Sam", "Step", "find_instances", "open_sam"]
+PUBLIC = {
+    "Encoding": "sams.sam",
+    "Found": "found",
+    "PerSAM": "persam",
+    "PerSAMF": "persam_f",
+    "Sam": "sams.sam",
+    "Step": "found",
+    "VideoSegmenter": "video_segmenter",
+    "find_instances": "segmenter",
+    "open_sam": "sams.checkpoints",
+}
+"""Public names and their modules, which are imported when a name is first used."""
+
+__all__ = list(PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{PUBLIC[name]}"), name)

@@ -23,14 +23,14 @@ from tqdm import tqdm
 
 ALPHA = 0.25
 """Weight of the subject's pixels in the focal loss; the others have 1 - ALPHA."""
-BLOCK = 1 << 17
+PIXELS_AT_ONCE = 1 << 17
 """Pixels at a time on a CPU: few enough for its cache, enough for several threads."""
 REACH = 0.005
 """The farthest, in either weight, that a Taylor polynomial is used from where it was computed."""
 
 
 @dataclass(frozen=True)
-class Block:
+class PixelBlock:
     """Pixels of one truth value: signed logits of mask 0 (n,), and of masks 1 and 2 relative to it (2, n)."""
 
     base: torch.Tensor
@@ -103,18 +103,18 @@ def mean(functions: Sequence[Taylor]) -> Taylor:
     return Taylor(functions[0].place, *(np.mean(part, axis=0) for part in parts))
 
 
-def signed_blocks(logits: torch.Tensor, mask: np.ndarray) -> list[Block]:
+def signed_blocks(logits: torch.Tensor, mask: np.ndarray) -> list[PixelBlock]:
     """Sorts the pixels of logits (3, H, W) by their truth (H, W) bool and signs them."""
     truth = torch.from_numpy(mask).to(logits.device).flatten()
-    size = BLOCK if logits.device.type == "cpu" else truth.numel()
+    size = PIXELS_AT_ONCE if logits.device.type == "cpu" else truth.numel()
     blocks = []
     for inside, sign, chosen in ((True, 1, truth), (False, -1, ~truth)):
         for piece in (sign * logits.flatten(1)[:, chosen]).split(size, dim=1):
-            blocks.append(Block(piece[0].clone(), piece[1:] - piece[0], inside))
+            blocks.append(PixelBlock(piece[0].clone(), piece[1:] - piece[0], inside))
     return blocks
 
 
-def dice_and_focal(blocks: list[Block], a: float, b: float) -> Taylor:
+def dice_and_focal(blocks: list[PixelBlock], a: float, b: float) -> Taylor:
     """Dice loss with smoothing 1 and mean focal loss with gamma 2, about the weights 1 - a - b, a, b."""
     sums = torch.stack([_block_sums(block, a, b) for block in blocks]).cpu().numpy().astype(np.float64)
     inside = np.array([block.inside for block in blocks])
@@ -142,7 +142,7 @@ def dice_and_focal(blocks: list[Block], a: float, b: float) -> Taylor:
     )
 
 
-def _block_sums(block: Block, a: float, b: float) -> torch.Tensor:
+def _block_sums(block: PixelBlock, a: float, b: float) -> torch.Tensor:
     """Sums over a block's pixels (2, 7), of the focal loss without alpha and of q: value, slopes, curvature."""
     u = torch.add(block.base, block.slopes[0], alpha=a).add_(block.slopes[1], alpha=b)
     wrong = torch.sigmoid(-u)

@@ -1,27 +1,96 @@
 """From photos with their masks, one or a few, to a mask folder for all photos."""
 
+from __future__ import annotations
+
 import logging
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from tqdm import tqdm
 
-from persam_dreambooth.photos.folder import Photo
-from persam_dreambooth.photos.mask_folder import SKIPPED, MaskRecord, PhotoMask, load_mask, save_mask
-from persam_dreambooth.report.pictures import heat_map, save_picture
-from persam_dreambooth.segmentation.persam import ABSENT, PerSAM, PerSAMF, find_instances
+from persam_dreambooth.files import check_new
+from persam_dreambooth.options import CONFIG, option, require, with_flag, within
+from persam_dreambooth.photos.folder import Photo, find_photos
+from persam_dreambooth.photos.mask_folder import (
+    INDEX,
+    SKIPPED,
+    MaskRecord,
+    PhotoMask,
+    check_names,
+    load_mask,
+    save_mask,
+)
+from persam_dreambooth.photos.references import Reference, find_reference, find_references
+from persam_dreambooth.report.pictures import heat_map, overview, save_picture
+from persam_dreambooth.segmentation.found import ABSENT
+from persam_dreambooth.segmentation.segmenters import MaskFolderOptions, open_segmenter
+
+if TYPE_CHECKING:
+    from persam_dreambooth.segmentation.segmenter import Segmenter
 
 logger = logging.getLogger(__name__)
 
-METHODS = {PerSAM: "persam", PerSAMF: "persam-f"}
 GIVEN = "given"
+
+
+@dataclass(frozen=True)
+class SegmentOptions(MaskFolderOptions):
+    """From one photo and its mask, or a few, to a mask for every photo of a folder."""
+
+    images: str | None = option(None, "folder of photos", path=True)
+    reference_image: str | None = option(
+        None,
+        "the photo that --mask belongs to: a path, or a name inside --images; default: the photo that has its name",
+        path=True,
+        when=(with_flag("--mask"),),
+    )
+    mask: str | None = option(None, "its mask: the subject is any color but black", path=True, rivals=("mask_dir",))
+    mask_dir: str | None = option(
+        None, "folder with masks of some of the photos: several references", path=True, rivals=("mask",)
+    )
+    output: str | None = option(None, "folder for the masks; must be new or empty", path=True)
+    instances: int = option(1, "how often to look for the subject in a photo; its mask holds all finds")
+    heatmaps: bool = option(False, "also pictures of where each photo that is searched is like the subject")
+
+    def check(self) -> None:
+        """Raises `InputError` for options that are missing, out of range or at odds with one another."""
+        require(self, "images", "output")
+        if not self.mask_dir:
+            require(self, "mask")
+        within(self, 1, 100, "instances")
+        super().check()
+
+
+def segment_photos(options: SegmentOptions) -> list[PhotoMask]:
+    """Makes a mask folder, with an `overview.jpg`, from one photo and its mask, or a few.
+
+    Raises:
+        InputError, InputNotFoundError: input that cannot be used; nothing is written then.
+    """
+    options.check()
+    folder, output, mask_path = (
+        Path(str(path)) for path in (options.images, options.output, options.mask or options.mask_dir)
+    )
+    photos = find_photos(folder, leave_out=(mask_path, output))
+    check_names(photos)
+    if options.mask:
+        references = [find_reference(photos, folder, mask_path, options.reference_image)]
+    else:
+        references = find_references(photos, mask_path)
+    check_new(output, {CONFIG: "a training run", INDEX: "masks"})
+    segmenter = open_segmenter(options)
+    heatmaps = output / "heatmaps" if options.heatmaps else None
+    masks = segment_folder(photos, references, segmenter, output, options.instances, options.absent, heatmaps)
+    save_picture(overview(masks), output / "overview.jpg")  # no PNG, which would pass for a mask
+    return masks
 
 
 def segment_folder(
     photos: list[Photo],
-    references: list[tuple[Photo, np.ndarray]],
-    segmenter: PerSAM | PerSAMF,
+    references: list[Reference],
+    segmenter: Segmenter,
     folder: Path,
     instances: int = 1,
     absent: Literal["skip", "warn", "keep"] = "warn",
@@ -69,12 +138,14 @@ def segment_folder(
 
 
 def _predict(
-    segmenter: PerSAM | PerSAMF,
+    segmenter: Segmenter,
     photo: Photo,
     instances: int,
     absent: Literal["skip", "warn", "keep"],
     heatmaps: Path | None,
 ) -> tuple[np.ndarray, MaskRecord]:
+    from persam_dreambooth.segmentation.segmenter import find_instances
+
     picture = photo.read()
     encoding = segmenter.sam.encode(picture)
     finds = find_instances(segmenter, encoding, instances) if instances > 1 else []
@@ -93,7 +164,7 @@ def _predict(
     record = MaskRecord(
         photo=photo.name,
         photo_sha256=photo.sha256,
-        method=METHODS[type(segmenter)],
+        method=segmenter.method,
         coverage=float(mask.mean()),
         model=segmenter.sam.name,
         score=found.score,

@@ -11,28 +11,43 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.files import check_writable, write_aside, write_text
+from persam_dreambooth.options import Options, option, within
 from persam_dreambooth.photos.labels import save_labels
 from persam_dreambooth.toy import world
 
-SIDE = 480
-SEED = 4_000_000
+FRAME_SIDE = 480
+VIDEO_SEED = 4_000_000
 """Seeds of the subjects and their scenes; no training draws from them."""
 
 LEAVES, RETURNS = 0.3, 0.7
 """When object 2 begins to go and is back, as parts of the video."""
 
 
+@dataclass(frozen=True)
+class ToyDavisOptions(Options):
+    """Rendered videos in the layout of DAVIS 2017, with exact masks; one object of each leaves and returns."""
+
+    output_dir: str = option("outputs/toy-davis", "folder for JPEGImages, Annotations and ImageSets", path=True)
+    sequences: int = option(2, "how many videos")
+    frames: int = option(60, "frames of each")
+
+    def check(self) -> None:
+        """Raises `InputError` for options that are out of range."""
+        within(self, 1, 100, "sequences")
+        within(self, 3, 100_000, "frames")
+
+
 def sequences(count: int, frames: int) -> Iterator[tuple[str, Iterator[world.Scene]]]:
     """The videos in order: name, and the scene of every frame. The two subjects differ in kind and color."""
     for number in range(count):
-        rng = np.random.default_rng([SEED, number])
+        rng = np.random.default_rng([VIDEO_SEED, number])
         kind, other_kind = rng.permutation(world.KINDS)[:2]
         subject = world.random_subject(rng, str(kind))
         other = world.random_subject(rng, str(other_kind))
@@ -73,24 +88,26 @@ def label_map(rendered: world.Render) -> np.ndarray:
     return labels
 
 
-def write(folder: Path, count: int, frames: int) -> None:
+def write_davis(options: ToyDavisOptions) -> None:
     """Renders the videos into a folder.
 
     Raises:
         InputError: `JPEGImages`, `Annotations` or `ImageSets` is in the folder already.
     """
+    options.check()
+    folder = Path(options.output_dir)
     check_writable(folder)
     roots = [folder / name for name in ("JPEGImages", "Annotations", "ImageSets")]
     for taken in roots:
         if taken.exists():
             raise InputError(f"{taken} exists: remove it or choose another folder")
     with write_aside(roots[0]) as pictures, write_aside(roots[1]) as annotations, write_aside(roots[2]) as sets:
-        for name, scenes in sequences(count, frames):
+        for name, scenes in sequences(options.sequences, options.frames):
             shown, marked = pictures / "480p" / name, annotations / "480p" / name
             shown.mkdir(parents=True)
             for number, scene in enumerate(scenes):
-                rendered = world.render(scene, SIDE)
+                rendered = world.render(scene, FRAME_SIDE)
                 rendered.image.save(shown / f"{number:05}.jpg", quality=95)
                 save_labels(marked / f"{number:05}.png", label_map(rendered))
-        names = [f"{name}\n" for name, _ in sequences(count, frames)]
+        names = [f"{name}\n" for name, _ in sequences(options.sequences, options.frames)]
         write_text(sets / "2017" / "val.txt", "".join(names))

@@ -16,15 +16,28 @@ from PIL import Image
 
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.files import check_writable, write_aside
+from persam_dreambooth.options import Options, option, within
 from persam_dreambooth.toy import world
 
 OBJECTS = 40
-SIDE = 512
-SEED = 3_000_000
+IMAGE_SIDE = 512
+OBJECT_SEED = 3_000_000
 """Seeds of the subjects and their scenes; no training draws from them."""
 
 FOREGROUND = (128, 0, 0)
 """PerSeg's color of the subject in annotations."""
+
+
+@dataclass(frozen=True)
+class ToyPersegOptions(Options):
+    """A rendered data set in the layout of PerSeg, with exact masks."""
+
+    output_dir: str = option("outputs/toy-perseg", "folder for Images and Annotations", path=True)
+    objects: int = option(40, "how many objects, of 5 to 7 images each")
+
+    def check(self) -> None:
+        """Raises `InputError` for options that are out of range."""
+        within(self, 1, 1000, "objects")
 
 
 @dataclass(frozen=True)
@@ -38,7 +51,7 @@ class Object:
 def objects(count: int = OBJECTS) -> Iterator[Object]:
     """The subjects in order, each kind in turn; half of the images show other objects too."""
     for number in range(count):
-        rng = np.random.default_rng([SEED, number])
+        rng = np.random.default_rng([OBJECT_SEED, number])
         subject = world.random_subject(rng, world.KINDS[number % len(world.KINDS)])
         images = 5 + number % 3
         places = rng.permutation(world.BACKGROUNDS)[:images]
@@ -48,23 +61,25 @@ def objects(count: int = OBJECTS) -> Iterator[Object]:
         yield Object(f"{number:02}_{subject.color}_{subject.pattern}_{subject.kind}", tuple(scenes))
 
 
-def write(folder: Path, count: int = OBJECTS) -> None:
+def write_perseg(options: ToyPersegOptions) -> None:
     """Renders the set into a folder.
 
     Raises:
         InputError: `Images` or `Annotations` is in the folder already.
     """
+    options.check()
+    folder = Path(options.output_dir)
     check_writable(folder)
     images, annotations = folder / "Images", folder / "Annotations"
     for taken in (images, annotations):
         if taken.exists():
             raise InputError(f"{taken} exists: remove it or choose another folder")
     with write_aside(images) as image_root, write_aside(annotations) as annotation_root:
-        for item in objects(count):
+        for item in objects(options.objects):
             for root in (image_root, annotation_root):
                 (root / item.name).mkdir(parents=True)
             for index, scene in enumerate(item.scenes):
-                rendered = world.render(scene, SIDE)
+                rendered = world.render(scene, IMAGE_SIDE)
                 rendered.image.save(image_root / item.name / f"{index:02}.jpg", quality=95)
                 marked = rendered.mask[..., None] * np.array(FOREGROUND, np.uint8)
                 Image.fromarray(marked).save(annotation_root / item.name / f"{index:02}.png")

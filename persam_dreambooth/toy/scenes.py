@@ -52,7 +52,7 @@ def captioned_scene(seed: int, index: int) -> world.Scene:
             return dataclasses.replace(drawn, empty=index % EMPTY_EVERY == 0)
 
 
-def render(seed: int, indices: range, draw: Callable[[int, int], world.Scene] = scene) -> np.ndarray:
+def render_scenes(seed: int, indices: range, draw: Callable[[int, int], world.Scene] = scene) -> np.ndarray:
     """Renders scenes: uint8 (N, S, S, 4), red, green, blue, and the subject's mask as 0 or 255."""
     renders = np.empty((len(indices), world.SIZE, world.SIZE, 4), np.uint8)
     for row, index in enumerate(indices):
@@ -64,18 +64,18 @@ def render(seed: int, indices: range, draw: Callable[[int, int], world.Scene] = 
 
 def fingerprint(seed: int, draw: Callable[[int, int], world.Scene] = scene) -> str:
     """Names what the renders of a seed look like, so that a run notices when the world has changed."""
-    return hashlib.sha256(render(seed, range(8), draw).tobytes()).hexdigest()[:12]
+    return hashlib.sha256(render_scenes(seed, range(8), draw).tobytes()).hexdigest()[:12]
 
 
 def pool(folder: Path, seed: int, count: int, draw: Callable[[int, int], world.Scene] = scene) -> np.ndarray:
-    """The first `count` renders of a seed, uint8 (N, S, S, 4) as of `render`, read from disk as they are needed.
+    """The first `count` renders of a seed, uint8 (N, S, S, 4) as of `render_scenes`, read from disk as they are needed.
 
     They are drawn once, at about 3 ms each, into a file in `folder`; asking for more of them later draws the rest.
     """
     path = folder / f"renders-{seed}-{fingerprint(seed, draw)}.npy"
-    known = np.load(path, mmap_mode="r") if path.exists() else render(seed, range(0), draw)
+    known = np.load(path, mmap_mode="r") if path.exists() else render_scenes(seed, range(0), draw)
     if len(known) < count:
-        renders = np.concatenate([known, render(seed, range(len(known), count), draw)])
+        renders = np.concatenate([known, render_scenes(seed, range(len(known), count), draw)])
         with write_aside(path) as aside:
             np.save(aside, renders)
         known = np.load(path, mmap_mode="r")

@@ -16,14 +16,14 @@ BODY, SECOND, ACCESSORY, DARK, LIGHT, TRIM, GLASS = range(1, 8)
 beak, buttons and knobs; windows."""
 
 Points = np.ndarray
-Part = tuple[int, Points]
+BodyPart = tuple[int, Points]
 
 
 @dataclass(frozen=True)
 class Figure:
     """A subject's parts from back to front, and where a hat (x, y, width) and a scarf (x, y, width) belong."""
 
-    parts: list[Part]
+    parts: list[BodyPart]
     hat: tuple[float, float, float]
     scarf: tuple[float, float, float]
 
@@ -41,7 +41,7 @@ def figure(kind: str, gait: tuple[float, float]) -> Figure:
     return FIGURES[kind](*gait)
 
 
-def accessory(name: str, worn_by: Figure) -> list[Part]:
+def accessory(name: str, worn_by: Figure) -> list[BodyPart]:
     """The parts of a `hat` or a `scarf` where a figure wears it; none for `none`."""
     if name == "hat":
         x, y, width = worn_by.hat

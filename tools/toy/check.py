@@ -128,7 +128,7 @@ def segmented(folder: Path, images: int, part: int) -> np.ndarray:
     from persam_dreambooth.segmentation import PerSAMF, open_sam
     from persam_dreambooth.segmentation.sams.sam import Encoding
     from persam_dreambooth.toy import scenes, world
-    from persam_dreambooth.toy.rendered_perseg import SIDE, objects
+    from persam_dreambooth.toy.rendered_perseg import IMAGE_SIDE, objects
     from tools.toy.fused_attention import fuse_attention
 
     sam = open_sam(str(folder))
@@ -143,7 +143,9 @@ def segmented(folder: Path, images: int, part: int) -> np.ndarray:
     for number, item in list(enumerate(objects()))[part::PARTS]:
         # A single image is the first, with other objects, or the second, without: all kinds have both.
         first = 1 + number // len(world.KINDS) % 2 if images == 1 else 1
-        reference, *others = (world.render(scene, SIDE) for scene in (item.scenes[0], *item.scenes[first:][:images]))
+        reference, *others = (
+            world.render(scene, IMAGE_SIDE) for scene in (item.scenes[0], *item.scenes[first:][:images])
+        )
         persam = PerSAMF(sam).fit(encode(reference.image), reference.mask)
         rng = np.random.default_rng([scenes.HELD_OUT_SEED, 7, number])
         from_points, common, union = [], 0, 0

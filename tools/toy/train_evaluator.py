@@ -172,7 +172,7 @@ def score(evaluator: Evaluator, vae: AutoencoderKL | None) -> dict[str, dict[str
         The scores on the renders themselves ("plain") and, if there is a VAE, on its reconstructions ("through_vae").
     """
     indices = range(HELD_OUT_SCENES)
-    renders = scenes.render(scenes.HELD_OUT_SEED, indices)
+    renders = scenes.render_scenes(scenes.HELD_OUT_SEED, indices)
     labels = np.array([scene_labels(scenes.scene(scenes.HELD_OUT_SEED, index)) for index in indices])
     read = {"plain": evaluator.read(scenes.batches(renders))}
     if vae is not None:

@@ -201,7 +201,7 @@ def standardize_latents(vae: AutoencoderKL, renders: np.ndarray) -> None:
 @torch.no_grad()
 def score(vae: AutoencoderKL, count: int) -> dict[str, float]:
     """PSNR in dB of `count` held-out pictures of 8 bits: of the mean error over all, the mean of each picture's own."""
-    renders = scenes.render(scenes.HELD_OUT_SEED, range(count))
+    renders = scenes.render_scenes(scenes.HELD_OUT_SEED, range(count))
     decoded = [
         scenes.to_pictures(vae.decode(vae.encode(batch.to(vae.device)).latent_dist.mean).sample)
         for batch in scenes.batches(renders)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
-from persam_dreambooth.dreambooth.training_options import TrainOptions
+from persam_dreambooth.dreambooth.training_options import TrainingOptions
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Family(Protocol):
         """(C, h, w) of the latents of a crop of this size in pixels; masks are brought to (h, w)."""
 
     def make_trainable(
-        self, options: TrainOptions, device: torch.device, frozen_dtype: torch.dtype
+        self, options: TrainingOptions, device: torch.device, frozen_dtype: torch.dtype
     ) -> list[torch.nn.Parameter]:
         """Adds LoRA matrices (`lora`), or frees all weights (`full`); returns what is trained, in float32.
 

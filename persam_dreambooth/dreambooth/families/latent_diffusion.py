@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from persam_dreambooth.dreambooth.families.family import Embeddings, Family
 from persam_dreambooth.dreambooth.latent_cache import PosteriorCache
-from persam_dreambooth.dreambooth.training_options import TrainOptions
+from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.errors import InputError
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -120,7 +120,7 @@ class LatentDiffusion(Family):
         return frozen_dtype
 
     def make_trainable(
-        self, options: TrainOptions, device: torch.device, frozen_dtype: torch.dtype
+        self, options: TrainingOptions, device: torch.device, frozen_dtype: torch.dtype
     ) -> list[torch.nn.Parameter]:
         """See `Family`."""
         names = [self.denoiser_name, *(self.trainable_encoders if options.train_text_encoder else [])]
@@ -135,7 +135,7 @@ class LatentDiffusion(Family):
             self.free(name, options)
         return [weight for part in self.trained.values() for weight in part.parameters() if weight.requires_grad]
 
-    def check(self, options: TrainOptions) -> None:
+    def check(self, options: TrainingOptions) -> None:
         """Raises `InputError` for options that this model has no use for."""
         layers = adaptable_layers(getattr(self.pipeline, self.denoiser_name))
         for ending in self.lora_targets(options):
@@ -143,7 +143,7 @@ class LatentDiffusion(Family):
                 known = ", ".join(self.denoiser_targets)
                 raise InputError(f"--lora_targets: no layer of the {self.denoiser_name} ends in {ending}: try {known}")
 
-    def lora_targets(self, options: TrainOptions) -> list[str]:
+    def lora_targets(self, options: TrainingOptions) -> list[str]:
         """Endings of the names of the denoiser's layers that LoRA adapts; not to be asked once it does."""
         attention = [ending for ending in self.denoiser_targets if ending not in self.feedforward_targets]
         match options.lora_targets:
@@ -158,7 +158,7 @@ class LatentDiffusion(Family):
             case endings:
                 return [ending.strip() for ending in endings.split(",")]
 
-    def free(self, name: str, options: TrainOptions) -> None:
+    def free(self, name: str, options: TrainingOptions) -> None:
         """Makes one part trainable."""
         part, is_denoiser = self.trained[name], name == self.denoiser_name
         if options.method == "lora":
@@ -322,7 +322,7 @@ def adaptable_layers(part: torch.nn.Module) -> list[str]:
     return [name for name, layer in part.named_modules() if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))]
 
 
-def text_targets(options: TrainOptions) -> list[str]:
+def text_targets(options: TrainingOptions) -> list[str]:
     """Endings of the names of the layers of a text encoder that LoRA adapts: attention, unless it shall be more."""
     more = options.lora_targets in ("attention+feedforward", "all")
     return [*TEXT_TARGETS, *(TEXT_FEEDFORWARD if more else [])]

@@ -12,7 +12,7 @@ from persam_dreambooth.dreambooth.families.latent_diffusion import LatentDiffusi
 from persam_dreambooth.dreambooth.families.stable_diffusion import StableDiffusion
 from persam_dreambooth.dreambooth.families.stable_diffusion_3 import StableDiffusion3
 from persam_dreambooth.dreambooth.families.stable_diffusion_xl import StableDiffusionXL
-from persam_dreambooth.dreambooth.training_options import TrainOptions
+from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.errors import InputError
 
 FAMILIES: dict[str, type[LatentDiffusion]] = {
@@ -65,7 +65,7 @@ def load_pipeline(
     return pipeline
 
 
-def open_family(options: TrainOptions, source: str, frozen_dtype: torch.dtype) -> LatentDiffusion:
+def open_family(options: TrainingOptions, source: str, frozen_dtype: torch.dtype) -> LatentDiffusion:
     """Loads a model to train.
 
     Args:

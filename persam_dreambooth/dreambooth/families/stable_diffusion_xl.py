@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 
 from persam_dreambooth.dreambooth.families.family import Embeddings
 from persam_dreambooth.dreambooth.families.stable_diffusion import StableDiffusion
-from persam_dreambooth.dreambooth.training_options import TrainOptions
+from persam_dreambooth.dreambooth.training_options import TrainingOptions
 
 
 class StableDiffusionXL(StableDiffusion):
@@ -39,7 +39,7 @@ class StableDiffusionXL(StableDiffusion):
         """Float32 where the VAE's configuration asks for it: the published one overflows in half precision."""
         return torch.float32 if self.vae.config.force_upcast else frozen_dtype
 
-    def free(self, name: str, options: TrainOptions) -> None:
+    def free(self, name: str, options: TrainingOptions) -> None:
         """See `LatentDiffusion`; the first encoder's states are read before its last layer, which learns nothing."""
         super().free(name, options)
         if name == "text_encoder":

@@ -5,6 +5,7 @@ absent. A threshold is as good as its balanced error: the mean of the part of th
 the absent that is taken for present.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,13 +16,34 @@ from tqdm import tqdm
 
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.files import check_writable, write_aside, write_json, write_text
-from persam_dreambooth.options import EvaluateAbsenceOptions
+from persam_dreambooth.options import option, require, within
 from persam_dreambooth.photos.images import read_image
 from persam_dreambooth.segmentation.evaluation.data_set import DataSet
 from persam_dreambooth.segmentation.evaluation.one_shot import segmenters
-from persam_dreambooth.segmentation.evaluation.perseg import read_objects
+from persam_dreambooth.segmentation.evaluation.perseg import read_perseg
+from persam_dreambooth.segmentation.found import ABSENT_THRESHOLD
+from persam_dreambooth.segmentation.segmenters import SegmentationOptions, open_sam_of
 
 USED = "presence"
+
+
+@dataclass(frozen=True)
+class EvaluateAbsenceOptions(SegmentationOptions):
+    """How well presence tells photos with the subject from photos without it, and from which threshold on."""
+
+    data: str | None = option(
+        None, "folder with Images/<object>/NN.jpg and Annotations/<object>/NN.png, as PerSeg's", path=True
+    )
+    output: str | None = option(None, "folder for results.json, results.md and the plot", path=True)
+    others: int = option(4, "how many other objects each image is searched for, in vain")
+    absent_threshold: float = option(ABSENT_THRESHOLD, "the threshold whose errors are reported, 0 to 1")
+
+    def check(self) -> None:
+        """Raises `InputError` for options that are missing, out of range or at odds with one another."""
+        require(self, "data", "output")
+        super().check()
+        within(self, 1, math.inf, "others")
+        within(self, 0, 1, "absent_threshold")
 
 
 @dataclass(frozen=True)
@@ -74,14 +96,14 @@ class Separation:
     held_out_error: float | None
 
 
-def evaluate(options: EvaluateAbsenceOptions) -> Separation:
+def evaluate_absence(options: EvaluateAbsenceOptions) -> Separation:
     """Measures `presence`; writes `results.json` with every pair, `results.md` and `absence.png`.
 
     Raises:
         InputError, InputNotFoundError: a data set or a model that cannot be used; nothing is written then.
     """
     options.check()
-    data, output = DataSet("PerSeg", read_objects(Path(str(options.data)))), Path(str(options.output))
+    data, output = DataSet("PerSeg", read_perseg(Path(str(options.data)))), Path(str(options.output))
     if len(data.items) < 2:
         raise InputError(f"{options.data} holds one object: what is absent is looked for in images of others")
     check_writable(output)
@@ -98,16 +120,14 @@ def evaluate(options: EvaluateAbsenceOptions) -> Separation:
         "pairs": [asdict(pair) for pair in pairs],
     }
     write_json(output / "results.json", results)
-    write_text(output / "results.md", table(separations, at_threshold, pairs, made_by))
+    write_text(output / "results.md", absence_table(separations, at_threshold, pairs, made_by))
     draw(pairs, separations[USED], options.absent_threshold, output / "absence.png")
     return separations[USED]
 
 
 def look_for(data: DataSet, options: EvaluateAbsenceOptions) -> list[Pair]:
     """Looks for objects in images; each image is encoded once."""
-    from persam_dreambooth.segmentation.sams.checkpoints import open_named_sam
-
-    sam = open_named_sam(options)
+    sam = open_sam_of(options)
     maker = segmenters(options)[options.segmenter]
     fitted, own = [], []
     for item in tqdm(data.items, desc="references", unit="object"):
@@ -163,7 +183,9 @@ def values(pairs: Sequence[Pair], measure: Callable[[Pair], float]) -> tuple[np.
     return present, np.array([measure(pair) for pair in pairs if not pair.present])
 
 
-def table(separations: dict[str, Separation], at_threshold: dict[str, Any], pairs: Sequence[Pair], made_by: str) -> str:
+def absence_table(
+    separations: dict[str, Separation], at_threshold: dict[str, Any], pairs: Sequence[Pair], made_by: str
+) -> str:
     """The figures in Markdown."""
     present = sum(pair.present for pair in pairs)
     lines = [

@@ -9,6 +9,7 @@ The first and the last frame of a sequence are not scored; objects are those of 
 objects, not sequences.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,18 +19,35 @@ from tqdm import tqdm
 
 from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.files import check_writable, note_settings, write_json, write_text
-from persam_dreambooth.options import EvaluateDavisOptions
+from persam_dreambooth.options import option, require
 from persam_dreambooth.photos.labels import read_labels
 from persam_dreambooth.segmentation.evaluation.metrics import boundary_f, jaccard, statistics
+from persam_dreambooth.segmentation.segmenters import SegmenterOptions, make_video_segmenter, open_sam_of
 
-PAPER = {
+PAPER_DAVIS = {
     "persam": {"J&F-Mean": 0.603, "J-Mean": 0.566, "F-Mean": 0.639},
     "persam-f": {"J&F-Mean": 0.719, "J-Mean": 0.690, "F-Mean": 0.748},
 }
 """What the paper prints for the validation set, with SAM ViT-H (Table 2)."""
 
 
-def evaluate(options: EvaluateDavisOptions) -> dict[str, float]:
+@dataclass(frozen=True)
+class EvaluateDavisOptions(SegmenterOptions):
+    """DAVIS 2017: a method's masks, or masks made by anything, and their J, F and J&F."""
+
+    data: str | None = option(None, "folder with JPEGImages/480p, Annotations/480p and ImageSets/2017", path=True)
+    output: str | None = option(None, "folder for results and predictions; an evaluation in it goes on", path=True)
+    predictions: str | None = option(
+        None, "score this folder of <sequence>/00000.png, palette or gray, instead of running a method", path=True
+    )
+
+    def check(self) -> None:
+        """Raises `InputError` for options that are missing or out of range."""
+        require(self, "data", "output")
+        super().check()
+
+
+def evaluate_davis(options: EvaluateDavisOptions) -> dict[str, float]:
     """Runs a method unless predictions are given, and scores; writes `results.json` and `results.md`.
 
     Returns:
@@ -45,7 +63,7 @@ def evaluate(options: EvaluateDavisOptions) -> dict[str, float]:
     sequences = read_sequences(data)
     state = PartialState(cpu=not torch.accelerator.is_available())  # else processes on a CPU would not know each other
     if not options.predictions:
-        run(sequences, data, output, options, state)
+        predict_videos(sequences, data, output, options, state)
     state.wait_for_everyone()
     if not state.is_main_process:
         return {}
@@ -64,19 +82,20 @@ def evaluate(options: EvaluateDavisOptions) -> dict[str, float]:
     method = None if options.predictions else options.segmenter
     made_by = f"{method}, SAM: {options.sam_model}" if method else "predictions"
     write_json(output / "results.json", {"global": overall, "per_object": per_object, "made_by": made_by})
-    write_text(output / "results.md", table(overall, per_object, made_by, method))
+    write_text(output / "results.md", davis_table(overall, per_object, made_by, method))
     return overall
 
 
-def run(sequences: list[str], data: Path, output: Path, options: EvaluateDavisOptions, state: PartialState) -> None:
+def predict_videos(
+    sequences: list[str], data: Path, output: Path, options: EvaluateDavisOptions, state: PartialState
+) -> None:
     """Writes the predictions that are missing; under `accelerate launch`, each process takes a share of the sequences.
 
     Raises:
         InputError, InputNotFoundError: a sequence whose frames or annotations cannot be used.
     """
     from persam_dreambooth.segmentation.frames import open_video
-    from persam_dreambooth.segmentation.sams.checkpoints import open_named_sam
-    from persam_dreambooth.segmentation.video import VideoSegmenter, check_first_mask, follow
+    from persam_dreambooth.segmentation.video import check_first_mask, follow
 
     videos = {sequence: open_video(data / "JPEGImages" / "480p" / sequence) for sequence in sequences}
     for sequence, video in videos.items():
@@ -93,12 +112,12 @@ def run(sequences: list[str], data: Path, output: Path, options: EvaluateDavisOp
     left = [sequence for sequence in own if len(list(folders[sequence].glob("[!.]*.png"))) != videos[sequence].count]
     if not left:
         return
-    sam = open_named_sam(options)
+    sam = open_sam_of(options)
     for place, sequence in enumerate(left, start=1):
         mask = list_annotations(data, sequence)[0]
         first = read_labels(mask)
         check_first_mask(first, mask, videos[sequence])
-        segmenter = VideoSegmenter(sam, options.segmenter, options.target_coverage)
+        segmenter = make_video_segmenter(options, sam)
         steps = follow(videos[sequence], first, segmenter, folders[sequence])
         title = f"{sequence}, {place} of {len(left)}"
         for _ in tqdm(steps, title, videos[sequence].count, unit="frame", disable=not state.is_main_process):
@@ -148,12 +167,14 @@ def score_sequence(data: Path, predictions: Path, sequence: str) -> np.ndarray:
     return scores
 
 
-def table(overall: dict[str, float], per_object: dict[str, dict[str, float]], made_by: str, method: str | None) -> str:
+def davis_table(
+    overall: dict[str, float], per_object: dict[str, dict[str, float]], made_by: str, method: str | None
+) -> str:
     """The figures in Markdown, in percent; below those of a method, what the paper prints for it."""
     names = list(overall)
     rows = {"**all objects**": overall}
     if method:
-        rows[f"the paper's {method}, SAM ViT-H, all of DAVIS 2017 val"] = PAPER[method]
+        rows[f"the paper's {method}, SAM ViT-H, all of DAVIS 2017 val"] = PAPER_DAVIS[method]
     lines = [f"Made by {made_by}. Percent.", "", f"| | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
     for title, figures in {**rows, **per_object}.items():
         cells = [f"{100 * figures[name]:.1f}" if name in figures else "" for name in names]

@@ -8,23 +8,32 @@ chance.) `--reference_index all` takes each image as the support in turn.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from persam_dreambooth.errors import InputError, InputNotFoundError
-from persam_dreambooth.options import EvaluateFss1000Options
+from persam_dreambooth.options import option
 from persam_dreambooth.photos.images import open_image
 from persam_dreambooth.segmentation.evaluation import one_shot
 from persam_dreambooth.segmentation.evaluation.data_set import DataSet, Item
 
-PHOTO_SUFFIXES = (".jpg", ".jpeg")
+IMAGE_SUFFIXES = (".jpg", ".jpeg")
 WHITE = 128
 """From this gray on a pixel belongs to the class, as in the published evaluations."""
 
 
-def evaluate(options: EvaluateFss1000Options) -> dict[str, dict[str, float]]:
-    """Runs a method, or takes predictions, and scores; see `one_shot.evaluate`.
+@dataclass(frozen=True)
+class EvaluateFss1000Options(one_shot.OneShotOptions):
+    """FSS-1000, or a data set in its layout: a method's masks, or masks made by anything, and their scores."""
+
+    data: str | None = option(None, "folder with <class>/1.jpg and 1.png, 2.jpg and 2.png ...", path=True)
+    classes: str | None = option(None, "text file with the classes to score, one a line; default: all", path=True)
+
+
+def evaluate_fss1000(options: EvaluateFss1000Options) -> dict[str, dict[str, float]]:
+    """Runs a method, or takes predictions, and scores; see `one_shot.evaluate_one_shot`.
 
     Raises:
         InputError, InputNotFoundError: a data set, a prediction or a model that cannot be used; predictions that are
@@ -33,7 +42,7 @@ def evaluate(options: EvaluateFss1000Options) -> dict[str, dict[str, float]]:
     options.check()
     items = read_classes(Path(str(options.data)), Path(options.classes) if options.classes else None)
     rows = [] if options.predictions else one_shot.plain_rows(options, items)
-    return one_shot.evaluate(options, DataSet("FSS-1000", items, read_truth), rows)
+    return one_shot.evaluate_one_shot(options, DataSet("FSS-1000", items, read_truth), rows)
 
 
 def read_classes(data: Path, names: Path | None) -> list[Item]:
@@ -80,7 +89,7 @@ def _read_names(path: Path, data: Path, known: list[str]) -> list[str]:
 
 def _read_class(folder: Path) -> Item:
     paths = sorted(folder.iterdir(), key=lambda path: (int(path.stem) if path.stem.isdecimal() else 0, path.stem))
-    images = {path.stem: path for path in paths if path.suffix.lower() in PHOTO_SUFFIXES}
+    images = {path.stem: path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES}
     masks = {path.stem: path for path in paths if path.suffix.lower() == ".png"}
     if len(images) < 2:
         raise InputError(f"{folder} holds {len(images)} images: a class needs a support and one more at least")

@@ -26,12 +26,13 @@ from tqdm import tqdm
 
 from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.files import check_writable, note_settings, write_aside, write_json, write_text
-from persam_dreambooth.options import OneShotOptions, SegmentationOptions
+from persam_dreambooth.options import option, require
 from persam_dreambooth.photos.images import read_image
 from persam_dreambooth.segmentation.evaluation import one_shot_report as report
 from persam_dreambooth.segmentation.evaluation.data_set import DataSet, Item, read_prediction
 from persam_dreambooth.segmentation.evaluation.metrics import boundary_overlap, overlap
 from persam_dreambooth.segmentation.evaluation.trace import save_trace
+from persam_dreambooth.segmentation.segmenters import SegmentationOptions, open_sam_of
 
 if TYPE_CHECKING:
     from persam_dreambooth.segmentation import PerSAM, PerSAMF, Sam
@@ -42,6 +43,29 @@ TINY = 1e-10
 """Added to denominators, as in the published evaluation."""
 
 Segmenters = dict[str, "Callable[[Sam], PerSAM | PerSAMF]"]
+
+
+@dataclass(frozen=True)
+class OneShotOptions(SegmentationOptions):
+    """How one-shot segmentation is scored; shared by `evaluate perseg` and `evaluate fss1000`."""
+
+    data: str | None = option(None, "the data set's folder", path=True)
+    output: str | None = option(
+        None, "folder for results, predictions and pictures; an evaluation in it goes on", path=True
+    )
+    predictions: str | None = option(
+        None, "score this folder of <object>/NN.png instead of running a method", path=True
+    )
+    reference_index: str = option("0", "which image of an object is the reference: a number, or all in turn")
+
+    def check(self) -> None:
+        """Raises `InputError` for options that are missing, out of range or at odds with one another."""
+        require(self, "data", "output")
+        super().check()
+        if self.reference_index != "all" and not self.reference_index.isdigit():
+            raise InputError(f"--reference_index is {self.reference_index}: give a number from 0, or all")
+        if self.predictions and self.reference_index == "all":
+            raise InputError("--reference_index all runs a method: give --predictions one reference's number")
 
 
 @dataclass(frozen=True)
@@ -96,7 +120,7 @@ class Counts:
         return 100 * (self.pixels - self.union) / (self.pixels - self.common + TINY)
 
 
-def evaluate(options: OneShotOptions, data: DataSet, rows: list[Row]) -> dict[str, dict[str, float]]:
+def evaluate_one_shot(options: OneShotOptions, data: DataSet, rows: list[Row]) -> dict[str, dict[str, float]]:
     """Runs methods where asked and scores; writes `results.json`, `results.md`, `report.html` and overlays.
 
     Args:
@@ -115,7 +139,7 @@ def evaluate(options: OneShotOptions, data: DataSet, rows: list[Row]) -> dict[st
     check_writable(output)
     state = PartialState(cpu=not torch.accelerator.is_available())  # else processes on a CPU would not know each other
     if rows:
-        run(rows, data, output, options, state)
+        predict_objects(rows, data, output, options, state)
     state.wait_for_everyone()
     if not state.is_main_process:
         return {}
@@ -138,8 +162,8 @@ def evaluate(options: OneShotOptions, data: DataSet, rows: list[Row]) -> dict[st
         values = [means[row.name]["mIoU"] for row in rows if row.name.split("-reference-")[0] == options.segmenter]
         results["references"] = {"mIoU": float(np.mean(values)), "std": float(np.std(values)), "count": len(values)}
     write_json(output / "results.json", results)
-    write_text(output / "results.md", table(data, means, objects[first], made_by))
-    report.write(output, data, means, objects[first], made_by, *folders[first])
+    write_text(output / "results.md", one_shot_table(data, means, objects[first], made_by))
+    report.write_one_shot_report(output, data, means, objects[first], made_by, *folders[first])
     return means
 
 
@@ -168,10 +192,8 @@ def row(name: str, segmenter: Callable[[Sam], PerSAM | PerSAMF], reference: int,
     return Row(name + (f"-reference-{reference:02}" if reference else ""), segmenter, reference, growth)
 
 
-def run(rows: list[Row], data: DataSet, output: Path, options: OneShotOptions, state: PartialState) -> None:
+def predict_objects(rows: list[Row], data: DataSet, output: Path, options: OneShotOptions, state: PartialState) -> None:
     """Writes the predictions that are missing; under `accelerate launch`, each process takes a share of the objects."""
-    from persam_dreambooth.segmentation.sams.checkpoints import open_named_sam
-
     names = ("data", "sam_model", "sam_dtype", "guidance", "target_coverage")
     settings = {name: getattr(options, name) for name in names}
     if state.is_main_process:  # several would write over one another
@@ -181,14 +203,14 @@ def run(rows: list[Row], data: DataSet, output: Path, options: OneShotOptions, s
     left = [(item, row) for item in own for row in rows if not _done(output, row, item)]
     if not left:
         return
-    sam = open_named_sam(options)
+    sam = open_sam_of(options)
     for item in tqdm(own, desc="segmenting", unit="object", disable=not state.is_main_process):
         waiting = [row for row in rows if not _done(output, row, item)]
         if waiting:
-            segment(item, waiting, data, sam, output)
+            segment_item(item, waiting, data, sam, output)
 
 
-def segment(item: Item, rows: list[Row], data: DataSet, sam: Sam, output: Path) -> None:
+def segment_item(item: Item, rows: list[Row], data: DataSet, sam: Sam, output: Path) -> None:
     """Finds an object in all its images by each row's method; writes the predictions and their traces."""
     encodings = {stem: sam.encode(read_image(path)) for stem, path in item.images.items()}
     for row in rows:
@@ -252,7 +274,9 @@ def mean_figures(counts: dict[str, Counts]) -> dict[str, float]:
     }
 
 
-def table(data: DataSet, means: dict[str, dict[str, float]], objects: dict[str, dict[str, float]], made_by: str) -> str:
+def one_shot_table(
+    data: DataSet, means: dict[str, dict[str, float]], objects: dict[str, dict[str, float]], made_by: str
+) -> str:
     """The figures in Markdown: of all rows, and of each object for the first."""
     columns, names = list(next(iter(means.values()))), list(next(iter(objects.values())))
     known = data.published.keys() & means.keys()

@@ -17,7 +17,7 @@ from persam_dreambooth.segmentation.evaluation.data_set import DataSet, Item, re
 from persam_dreambooth.segmentation.evaluation.metrics import jaccard
 from persam_dreambooth.segmentation.evaluation.trace import read_trace
 
-SIDE = 180
+PAGE_SIDE = 180
 """Width of a picture on the page."""
 
 SHOWN = 40
@@ -49,7 +49,7 @@ class Look:
     caption: list[str]
 
 
-def write(
+def write_one_shot_report(
     output: Path,
     data: DataSet,
     means: dict[str, dict[str, float]],
@@ -81,15 +81,15 @@ def write(
     legend = LEGEND
     if len(items) > SHOWN:
         legend += f" {SHOWN} of {len(items)} are shown here; all are in the folder overlays."
-    rows: list[list[page.Cell]] = [[name, *figures.values()] for name, figures in means.items()]
+    rows: list[list[page.TableCell]] = [[name, *figures.values()] for name, figures in means.items()]
     columns, told = ["", *next(iter(means.values()))], ""
     if data.published.keys() & means.keys():
         rows = [[*row, data.published.get(str(row[0]))] for row in rows]
         columns, told = [*columns, "published mIoU"], f" The last column is {data.where}."
     blocks = [
         page.paragraph(f"Made by {made_by}. All figures in percent, over the images but the reference.{told}"),
-        page.table(columns, rows),
-        page.table(
+        page.html_table(columns, rows),
+        page.html_table(
             ["object", *next(iter(objects.values()))],
             [[name, *objects[name].values()] for name in worst_first],
             worst_first[:SHOWN],
@@ -138,12 +138,12 @@ def contact_sheet(name: str, looks: Sequence[Look]) -> Image.Image:
 
 def _strip(look: Look, of: str) -> str:
     """A photo, its heat map and its mask below one another, for the page."""
-    height = max(1, round(SIDE * look.photo.height / look.photo.width))
-    size = (SIDE, height)
+    height = max(1, round(PAGE_SIDE * look.photo.height / look.photo.width))
+    size = (PAGE_SIDE, height)
     photo, masked = (each.resize(size, Image.Resampling.LANCZOS) for each in (look.photo, look.masked))
     heat = [] if look.prior is None else [heat_map(photo, look.prior, look.span).resize(size)]
     tiles = [photo, *heat, masked]
-    strip = Image.new("RGB", (SIDE, height * len(tiles)), PAPER)
+    strip = Image.new("RGB", (PAGE_SIDE, height * len(tiles)), PAPER)
     for number, tile in enumerate(tiles):
         strip.paste(tile, (0, number * height))
     says = "photo, mask" if look.prior is None else "photo, similarity, mask"

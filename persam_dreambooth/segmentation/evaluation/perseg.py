@@ -5,17 +5,18 @@ DIR/Images/<object>/00.jpg, 01.jpg ...    DIR/Annotations/<object>/00.png ...: a
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from persam_dreambooth.errors import InputError, InputNotFoundError
-from persam_dreambooth.options import EvaluatePersegOptions
+from persam_dreambooth.options import option
 from persam_dreambooth.photos.images import PHOTO_SUFFIXES
 from persam_dreambooth.segmentation.evaluation import one_shot
 from persam_dreambooth.segmentation.evaluation.data_set import DataSet, Item
 from persam_dreambooth.segmentation.evaluation.one_shot import Row
 
-PAPER = {
+PAPER_MIOU = {
     "persam": 89.32,
     "persam-f": 95.33,
     "ablation-positive": 69.11,
@@ -36,18 +37,33 @@ PAPER = {
 """The mIoU that the paper prints for a row, with SAM ViT-H on PerSeg (Tables 1, 3 and 4)."""
 
 
-def evaluate(options: EvaluatePersegOptions) -> dict[str, dict[str, float]]:
-    """Runs methods where asked and scores; see `one_shot.evaluate`.
+@dataclass(frozen=True)
+class EvaluatePersegOptions(one_shot.OneShotOptions):
+    """PerSeg, or a data set in its layout: a method's masks, or masks made by anything, and their scores."""
+
+    data: str | None = option(None, "folder with Images/<object>/NN.jpg and Annotations/<object>/NN.png", path=True)
+    ablation: bool = option(False, "also PerSAM's parts one after the other, as in the paper's Table 3")
+    robustness: bool = option(False, "also with the reference mask shrunk and grown by 75 and 95 pixels (Table 4)")
+
+    def check(self) -> None:
+        """Raises `InputError` for options that are missing, out of range or at odds with one another."""
+        super().check()
+        for name in [name for name in ("ablation", "robustness") if self.predictions and getattr(self, name)]:
+            raise InputError(f"--{name} runs methods: leave it out, or --predictions")
+
+
+def evaluate_perseg(options: EvaluatePersegOptions) -> dict[str, dict[str, float]]:
+    """Runs methods where asked and scores; see `one_shot.evaluate_one_shot`.
 
     Raises:
         InputError, InputNotFoundError: a data set, a prediction or a model that cannot be used; predictions that are
             finished stay, and the next evaluation goes on from them.
     """
     options.check()
-    items = read_objects(Path(str(options.data)))
+    items = read_perseg(Path(str(options.data)))
     where = "what the paper prints for SAM ViT-H on PerSeg"
-    data = DataSet("PerSeg", items, published=PAPER, where=where)
-    return one_shot.evaluate(options, data, [] if options.predictions else chosen_rows(options, items))
+    data = DataSet("PerSeg", items, published=PAPER_MIOU, where=where)
+    return one_shot.evaluate_one_shot(options, data, [] if options.predictions else chosen_rows(options, items))
 
 
 def chosen_rows(options: EvaluatePersegOptions, items: list[Item]) -> list[Row]:
@@ -68,7 +84,7 @@ def chosen_rows(options: EvaluatePersegOptions, items: list[Item]) -> list[Row]:
     return rows
 
 
-def read_objects(data: Path) -> list[Item]:
+def read_perseg(data: Path) -> list[Item]:
     """Lists the objects of a data set, sorted by name.
 
     Raises:

@@ -7,7 +7,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from persam_dreambooth.errors import InputError
-from persam_dreambooth.segmentation.persam import Found
+from persam_dreambooth.segmentation.found import Found
 
 
 @dataclass(frozen=True)

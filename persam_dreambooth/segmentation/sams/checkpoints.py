@@ -7,7 +7,6 @@ import torch
 
 from persam_dreambooth import models
 from persam_dreambooth.errors import InputError
-from persam_dreambooth.options import SegmenterOptions
 from persam_dreambooth.segmentation.sams.original import read_original
 from persam_dreambooth.segmentation.sams.sam import Sam
 from persam_dreambooth.segmentation.sams.sam2 import Sam2
@@ -44,11 +43,6 @@ def open_sam(
     wrapper = {"sam": Sam, "sam_hq": SamHQ, "sam2": Sam2}[model.config.model_type]
     cache = Path(encoding_cache) if encoding_cache else None
     return wrapper(model.to(place, torch.float32), name, precision(dtype, place), cache)
-
-
-def open_named_sam(options: SegmenterOptions) -> Sam:
-    """`open_sam` with what options say."""
-    return open_sam(options.sam_model, dtype=options.sam_dtype, encoding_cache=options.encoding_cache)
 
 
 def precision(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:

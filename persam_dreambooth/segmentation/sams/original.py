@@ -20,16 +20,16 @@ from persam_dreambooth.segmentation.sams.tiny_vit import tiny_vit
 if TYPE_CHECKING:
     from transformers import Sam2Model, SamConfig, SamModel
 
-POSITIONS = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
-BLOCK = "image_encoder.blocks.{}."
+SAM_POSITIONS = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
+SAM_BLOCK = "image_encoder.blocks.{}."
 NARROWING = "image_encoder.neck.0.weight"
 TINY_VIT = "image_encoder.patch_embed.seq.0.c.weight"
 """The first weight of MobileSAM's image encoder."""
 CLASSIFIER = re.compile(r"image_encoder\.(norm_)?head\.")
 """What MobileSAM's image encoder has left of its training on ImageNet; nothing uses it."""
 
-RENAMED = (
-    (POSITIONS, "shared_image_embedding.positional_embedding"),
+SAM_RENAMED = (
+    (SAM_POSITIONS, "shared_image_embedding.positional_embedding"),
     (r"image_encoder\.blocks\.", "vision_encoder.layers."),
     (r"image_encoder\.patch_embed\.proj\.", "vision_encoder.patch_embed.projection."),
     (r"image_encoder\.neck\.0\.", "vision_encoder.neck.conv1."),
@@ -54,16 +54,16 @@ def read_original(path: Path) -> SamModel | Sam2Model:
     weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if isinstance(weights, dict) and isinstance(weights.get("model"), dict):
         return read_sam2(weights["model"], path)
-    if not isinstance(weights, dict) or POSITIONS not in weights:
+    if not isinstance(weights, dict) or SAM_POSITIONS not in weights:
         raise InputError(f"{path} holds no weights of a SAM: name a file of segment-anything, MobileSAM or SAM 2")
     if "mask_decoder.hf_token.weight" in weights:
         raise InputError(f"{path} is a SAM-HQ: name its folder or hub id in transformers' format")
-    if BLOCK.format(0) + "attn.qkv.weight" not in weights and TINY_VIT not in weights:
+    if SAM_BLOCK.format(0) + "attn.qkv.weight" not in weights and TINY_VIT not in weights:
         raise InputError(f"{path} has another image encoder than SAM's and MobileSAM's: name a file of one of these")
     renamed = {rename(name): value for name, value in weights.items() if not CLASSIFIER.match(name)}
-    renamed["prompt_encoder.shared_embedding.positional_embedding"] = weights[POSITIONS]
+    renamed["prompt_encoder.shared_embedding.positional_embedding"] = weights[SAM_POSITIONS]
     with torch.device("meta"):
-        model = SamModel(read_config(weights))
+        model = SamModel(read_sam_config(weights))
         if TINY_VIT in weights:
             model.vision_encoder = tiny_vit(weights, model.vision_encoder.neck)
     model.load_state_dict(renamed, assign=True)
@@ -72,12 +72,12 @@ def read_original(path: Path) -> SamModel | Sam2Model:
 
 def rename(name: str) -> str:
     """transformers' name of a weight of segment-anything."""
-    for pattern, replacement in RENAMED:
+    for pattern, replacement in SAM_RENAMED:
         name = re.sub(pattern, replacement, name)
     return name
 
 
-def read_config(weights: dict[str, torch.Tensor]) -> SamConfig:
+def read_sam_config(weights: dict[str, torch.Tensor]) -> SamConfig:
     """The architecture that weights under the original names belong to."""
     from transformers import SamConfig
 
@@ -110,7 +110,7 @@ def _read_vision(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
     """The image encoder's part; of MobileSAM, whose encoder is no `SamVisionModel`, its two ends alone."""
     ends = {
         "output_channels": weights[NARROWING].shape[0],
-        "num_pos_feats": weights[POSITIONS].shape[1],
+        "num_pos_feats": weights[SAM_POSITIONS].shape[1],
     }
     if TINY_VIT in weights:
         hidden = weights[NARROWING].shape[1]
@@ -118,8 +118,8 @@ def _read_vision(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
     depth = _count(weights, "image_encoder.blocks.")
     grid = weights["image_encoder.pos_embed"].shape[1]
     hidden, _, patch, _ = weights["image_encoder.patch_embed.proj.weight"].shape
-    first = BLOCK.format(0)
-    reaches = [len(weights[BLOCK.format(layer) + "attn.rel_pos_h"]) for layer in range(depth)]
+    first = SAM_BLOCK.format(0)
+    reaches = [len(weights[SAM_BLOCK.format(layer) + "attn.rel_pos_h"]) for layer in range(depth)]
     everywhere = 2 * grid - 1
     windows = [reach for reach in reaches if reach != everywhere] or [everywhere]
     return {

@@ -17,10 +17,10 @@ from persam_dreambooth.errors import InputError
 if TYPE_CHECKING:
     from transformers import Sam2Config, Sam2Model
 
-POSITIONS = "sam_prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
+SAM2_POSITIONS = "sam_prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
 POINTS = "sam_prompt_encoder.point_embeddings.{}.weight"
 BLOCKS = "image_encoder.trunk.blocks."
-BACKGROUND = "image_encoder.trunk.pos_embed"
+SAM2_BACKGROUND = "image_encoder.trunk.pos_embed"
 
 
 class Hiera(NamedTuple):
@@ -56,8 +56,8 @@ DECODER = (
 )
 """Patterns in the names of prompt encoder and mask decoder, which SAM and SAM 2 share, and transformers' words."""
 
-RENAMED = (
-    (POSITIONS, "shared_image_embedding.positional_embedding"),
+SAM2_RENAMED = (
+    (SAM2_POSITIONS, "shared_image_embedding.positional_embedding"),
     ("no_mem_embed", "no_memory_embedding"),
     (r"image_encoder\.trunk\.", "vision_encoder.backbone."),
     (r"image_encoder\.neck\.convs\.(\d)\.conv\.", r"vision_encoder.neck.convs.\1."),
@@ -78,16 +78,16 @@ def read_sam2(weights: dict[str, torch.Tensor], path: Path) -> Sam2Model:
     """
     from transformers import Sam2Model
 
-    if POSITIONS not in weights or BACKGROUND not in weights:
+    if SAM2_POSITIONS not in weights or SAM2_BACKGROUND not in weights:
         raise InputError(f"{path} holds no weights of a SAM 2: name a file such as sam2.1_hiera_tiny.pt")
-    width = weights[BACKGROUND].shape[1]
+    width = weights[SAM2_BACKGROUND].shape[1]
     depth = len({name[len(BLOCKS) :].split(".")[0] for name in weights if name.startswith(BLOCKS)})
     if (width, depth) not in SIZES:
         raise InputError(
             f"{path} is no published size of SAM 2 ({depth} blocks from {width} channels): name its folder"
         )
     with torch.device("meta"):
-        model = Sam2Model(read_config(width, depth, tuple(weights[BACKGROUND].shape[2:])))
+        model = Sam2Model(read_sam2_config(width, depth, tuple(weights[SAM2_BACKGROUND].shape[2:])))
     model.load_state_dict(rename_sam2(weights), assign=True)
     return model.float()
 
@@ -97,16 +97,16 @@ def rename_sam2(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     renamed = {}
     for name, value in weights.items():
         if re.match(r"image_encoder\.|sam_prompt_encoder\.|sam_mask_decoder\.|no_mem_embed", name):
-            for pattern, replacement in RENAMED:
+            for pattern, replacement in SAM2_RENAMED:
                 name = re.sub(pattern, replacement, name)
             if ".point_embeddings." not in name:
                 renamed[name] = value
-    renamed["prompt_encoder.shared_embedding.positional_embedding"] = weights[POSITIONS]
+    renamed["prompt_encoder.shared_embedding.positional_embedding"] = weights[SAM2_POSITIONS]
     renamed["prompt_encoder.point_embed.weight"] = torch.cat([weights[POINTS.format(kind)] for kind in range(4)])
     return renamed
 
 
-def read_config(width: int, depth: int, background: tuple[int, int]) -> Sam2Config:
+def read_sam2_config(width: int, depth: int, background: tuple[int, int]) -> Sam2Config:
     """The architecture of a published size; what is not named here is the same for all and transformers' default."""
     from transformers import Sam2Config
 

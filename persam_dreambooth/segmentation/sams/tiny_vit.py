@@ -42,7 +42,7 @@ class TinyViT(nn.Module):
         )
         stages = [[InvertedBottleneck(widths[0]) for _ in range(depths[0])]]
         for width, depth, count, window in zip(widths[1:], depths[1:], heads, windows, strict=True):
-            stages.append([Block(width, count, window) for _ in range(depth)])
+            stages.append([TinyVitBlock(width, count, window) for _ in range(depth)])
         self.layers = nn.ModuleList()
         for index, blocks in enumerate(stages):
             stage = nn.Module()
@@ -98,7 +98,7 @@ class PatchMerging(nn.Module):
         return self.conv3(F.gelu(self.conv2(F.gelu(self.conv1(cells)))))
 
 
-class Block(nn.Module):
+class TinyVitBlock(nn.Module):
     """Attention within windows, a 3 x 3 convolution, a feed-forward."""
 
     def __init__(self, width: int, heads: int, window: int) -> None:

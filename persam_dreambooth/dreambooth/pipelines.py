@@ -1,0 +1,66 @@
+"""Pipelines to generate with: a base model, a pipeline folder, or a training run."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from persam_dreambooth import models, toy
+from persam_dreambooth.dreambooth.families.latent_diffusion import LORA_WEIGHTS, load_trained_parts
+from persam_dreambooth.dreambooth.families.registry import FAMILIES, family_of, load_pipeline
+from persam_dreambooth.dreambooth.subject_options import saved_subjects
+from persam_dreambooth.errors import InputError, InputNotFoundError
+from persam_dreambooth.options import CONFIG, read_config
+
+
+def load_model(name: str) -> tuple[Any, str, str | None]:
+    """Loads a model to generate with.
+
+    Args:
+        name: a run's folder or one of its checkpoints, a pipeline folder, a hub id, or `toy`.
+
+    Returns:
+        The pipeline, the identifier of its first subject (`sks` where it tells none), and what must be said of its
+        pictures, if anything.
+    """
+    folder = Path(name)
+    run_dir = folder.parent if folder.name.startswith("checkpoint-") else folder
+    config = read_config(run_dir / CONFIG) if (run_dir / CONFIG).is_file() else {}
+    identifier = saved_subjects(config)[0].word
+    notice = notice_of(config.get("pretrained_model_name_or_path", name))
+    has_lora = (folder / LORA_WEIGHTS).is_file()
+    if (folder / "model_index.json").is_file() or not (has_lora or config):
+        return _load(models.resolve(name, "stable-diffusion")), identifier, notice
+    has_denoiser = any((folder / family.denoiser_name).is_dir() for family in FAMILIES.values())
+    if not has_lora and not has_denoiser:
+        raise InputNotFoundError(f"{folder} holds no trained weights yet: finish its training, or name a checkpoint-N")
+    if not config:
+        raise InputError(
+            f"{folder} has LoRA weights but no {CONFIG}, so its base model is unknown: name a run's folder"
+        )
+    base = models.resolve(config["pretrained_model_name_or_path"], "stable-diffusion", config.get("revision"))
+    pipeline = _load(base, config.get("revision"), config.get("variant"))
+    with models.loading(name):
+        if has_lora:
+            pipeline.load_lora_weights(folder, weight_name=LORA_WEIGHTS)
+        else:
+            load_trained_parts(pipeline, folder)
+    return pipeline, identifier, notice
+
+
+def on_accelerator(pipeline: Any) -> Any:
+    """The pipeline in its family's half precision on the accelerator, or as it is where there is none."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return pipeline.to(accelerator, FAMILIES[type(pipeline).__name__].paint_dtype) if accelerator else pipeline
+
+
+def _load(source: str, revision: str | None = None, variant: str | None = None) -> Any:
+    """A pipeline in float32; a large one that an accelerator waits for, in half precision at once."""
+    family = family_of(source, revision)
+    dtype = family.paint_dtype if family.large and torch.accelerator.is_available() else torch.float32
+    return load_pipeline(source, revision, variant, dtype)
+
+
+def notice_of(base: str) -> str | None:
+    """What must be said of pictures made with a base model, if anything."""
+    return toy.NOTICES["stable-diffusion"] if base == "toy" else None

@@ -1,0 +1,52 @@
+"""What a finished run leaves: weights, samples, a model card, and where it is asked for an upload."""
+
+import logging
+
+from accelerate import Accelerator
+
+from persam_dreambooth.dreambooth import kohya
+from persam_dreambooth.dreambooth.card import model_card
+from persam_dreambooth.dreambooth.data import Crops
+from persam_dreambooth.dreambooth.families.family import Family
+from persam_dreambooth.dreambooth.families.registry import load_pipeline
+from persam_dreambooth.dreambooth.hub import push
+from persam_dreambooth.dreambooth.pipelines import notice_of
+from persam_dreambooth.dreambooth.samples import SAMPLES, sample, save_samples
+from persam_dreambooth.dreambooth.trainer import final_loss, frozen_dtype
+from persam_dreambooth.dreambooth.training_options import TrainingOptions
+from persam_dreambooth.files import filled_aside, write_text
+from persam_dreambooth.photos.mask_folder import PhotoMask
+
+logger = logging.getLogger(__name__)
+
+
+def save_results(
+    options: TrainingOptions,
+    family: Family,
+    accelerator: Accelerator,
+    masks: list[PhotoMask],
+    crops: Crops,
+    base: str,
+) -> None:
+    """Writes the weights, the samples and the model card."""
+    run_dir, pipeline = options.run_dir, family.pipeline
+    trained = {name: getattr(pipeline, name) for name in family.trained}
+    for part in trained.values():
+        # Under mixed precision accelerate's wrapper returns float32, which the other parts would not take.
+        accelerator.unwrap_model(part, keep_fp32_wrapper=False).eval()
+    with filled_aside(run_dir) as folder:
+        if options.method == "lora":
+            family.save_weights(folder)
+            if options.export == "kohya":
+                kohya.export(family, folder)
+        else:  # what was not trained may be in half precision here, so it comes from the base
+            load_pipeline(base, options.revision, options.variant, **trained).save_pretrained(folder)
+    notice = notice_of(options.pretrained_model_name_or_path)
+    if options.num_validation_images:
+        painter = pipeline.to(accelerator.device, frozen_dtype(accelerator))
+        for prompt in options.validation_prompts:
+            images = sample(painter, prompt, options.num_validation_images, options.seed)
+            save_samples(images, prompt, options.seed, run_dir / SAMPLES, notice)
+    write_text(run_dir / "README.md", model_card(options, masks, crops, final_loss(run_dir), family.tags, notice))
+    if options.push_to_hub:
+        logger.info("uploaded to %s", push(options, pipeline))

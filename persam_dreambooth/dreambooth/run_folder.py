@@ -1,0 +1,97 @@
+"""A run's folder: whether it can be used, and the options that it holds."""
+
+import logging
+import shutil
+import subprocess
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TypeVar
+
+import yaml
+
+import persam_dreambooth
+from persam_dreambooth.dreambooth.subject_options import mask_folders, saved_subjects
+from persam_dreambooth.dreambooth.training_options import TrainingOptions
+from persam_dreambooth.errors import InputError
+from persam_dreambooth.files import check_new, check_writable, write_text
+from persam_dreambooth.options import CONFIG, read_config
+from persam_dreambooth.photos.mask_folder import INDEX
+
+logger = logging.getLogger(__name__)
+
+OwnOptions = TypeVar("OwnOptions", bound=TrainingOptions)
+
+
+def beside_own_masks(options: OwnOptions) -> OwnOptions:
+    """The options with a new folder for a run that retrains another one from that one's masks, else unchanged.
+
+    `--config outputs/cat/config.yaml --mask_dir outputs/cat/masks` names the folder of the earlier run; the new run
+    goes to `outputs/cat-2`.
+    """
+    run_dir, masks = options.run_dir, [subject.mask_dir for subject in options.each_subject if subject.mask_dir]
+    inside = any(run_dir.resolve() in Path(folder).resolve().parents for folder in masks)
+    if options.resume_from_checkpoint or not inside or not (run_dir / CONFIG).is_file():
+        return options
+    number = 2
+    while (folder := run_dir.with_name(f"{run_dir.name}-{number}")).exists():
+        number += 1
+    logger.info("%s holds the run of these masks: this run goes to %s", run_dir, folder)
+    return replace(options, output_dir=str(folder))
+
+
+def check_run_folder(options: TrainingOptions) -> None:
+    """Raises `InputError` for a run's folder that cannot be written to or is in use."""
+    folder = options.run_dir
+    if options.resume_from_checkpoint and (folder / CONFIG).is_file():
+        check_writable(folder)
+        return
+    known = {CONFIG: "another run", INDEX: "masks"}
+    advice = "choose another folder with --output_dir"
+    if (folder / CONFIG).is_file():
+        advice += ", or resume with --resume_from_checkpoint latest"
+    check_new(folder, known, advice)
+
+
+def check_same_model(options: TrainingOptions) -> None:
+    """Raises `InputError` for options under which a run's checkpoints would not fit the model."""
+    run_dir = options.run_dir
+    before = read_config(run_dir / CONFIG)
+    shapes = ("method", "rank", "lora_alpha", "lora_targets", "use_dora", "train_text_encoder")
+    states = ("use_ema", "optimizer", "use_8bit_adam")
+    if mask_folders(saved_subjects(before)) != mask_folders(options.each_subject):
+        names = " and ".join(subject.word for subject in saved_subjects(before))
+        raise InputError(
+            f"{run_dir} was trained on other subjects ({names}): "
+            "go on with these, or choose another folder with --output_dir"
+        )
+    for name in (*shapes, *states, "pretrained_model_name_or_path", "revision"):
+        now = getattr(options, name)
+        if name in before and before[name] != now:
+            raise InputError(
+                f"--{name} is {now} but {run_dir} was trained with {before[name]}: "
+                "go on with that, or choose another folder with --output_dir"
+            )
+
+
+def write_config(options: TrainingOptions) -> None:
+    """Writes `config.yaml`: the resolved options, which `--config` takes back, under a head with versions."""
+    path, resolved = options.run_dir / CONFIG, asdict(options)
+    if path.is_file():
+        before = read_config(path)
+        changed = [f"{key} {before.get(key)} -> {value}" for key, value in resolved.items() if before.get(key) != value]
+        if changed:
+            logger.info("options that differ from the run's start: %s", ", ".join(changed))
+    packages = ("torch", "diffusers", "transformers", "accelerate", "peft")
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    head = f"# persam-dreambooth {persam_dreambooth.__version__}{_commit()}; {versions}\n"
+    write_text(path, head + yaml.safe_dump(resolved, sort_keys=False))
+
+
+def _commit() -> str:
+    """The commit of a source checkout, as ` (commit abc)`; nothing for an installed package."""
+    root = Path(persam_dreambooth.__file__).parents[1]
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        return ""
+    asked = subprocess.run(["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return f" (commit {asked.stdout.strip()})" if asked.returncode == 0 else ""

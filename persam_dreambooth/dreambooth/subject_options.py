@@ -1,0 +1,159 @@
+"""One subject: its photos, their masks and the words for it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from persam_dreambooth.dreambooth.prompts import fill_identifier
+from persam_dreambooth.errors import InputError
+from persam_dreambooth.options import Options, option, require, typed_options, with_flag
+
+MASKS = "masks"
+"""The folder in a run's folder that holds its masks; see `mask_folders`."""
+
+IDENTIFIER = "sks"
+"""The rare word by default."""
+
+
+@dataclass(frozen=True)
+class SubjectOptions(Options):
+    """One subject: its photos, their masks and the words for it; also an entry of `subjects`."""
+
+    instance_dir: str | None = option(
+        None, "folder with 3 to 6 photos of the subject", alias="instance_data_dir", path=True, rivals=("dataset_name",)
+    )
+    dataset_name: str | None = option(
+        None, "photos of a data set instead: hub id, or folder that datasets reads", path=True, rivals=("instance_dir",)
+    )
+    image_column: str = option(
+        "image",
+        "the data set's column of photos, which are called 0000.png and so on",
+        when=(with_flag("--dataset_name"),),
+    )
+    caption_column: str | None = option(
+        None, "the data set's column of captions, if any", when=(with_flag("--dataset_name"),)
+    )
+    mask: str | None = option(
+        None,
+        "mask of one of the photos; masks for the others are made from it",
+        path=True,
+        rivals=("mask_dir", "unmasked"),
+    )
+    reference_image: str | None = option(
+        None,
+        "the photo that --mask belongs to; default: the photo that has its name",
+        path=True,
+        when=(with_flag("--mask"),),
+    )
+    mask_dir: str | None = option(
+        None,
+        "folder with a mask for every photo (same names); then no SAM is loaded",
+        path=True,
+        rivals=("mask", "unmasked"),
+    )
+    class_name: str | None = option(None, "the subject's class; default: the name of --instance_dir")
+    identifier: str | None = option(
+        None, "the rare word that names the subject, [V] in prompts; default: sks, or as in a folder 5_sks cat"
+    )
+    instance_prompt: str | None = option(None, "default: a [V] <class_name>")
+    class_prompt: str | None = option(None, "for prior preservation; default: a <class_name>")
+    validation_prompt: str | None = option(None, "prompt of the samples; default: a [V] <class_name> on a beach")
+
+    def check_subject(self, unmasked: bool) -> None:
+        """Raises `InputError` for photos, masks or words that are missing; `unmasked` needs no masks."""
+        if not self.dataset_name:
+            require(self, "instance_dir")
+        if self.identifier is not None and not self.identifier.strip():
+            raise InputError("--identifier is empty: give a rare word, such as sks")
+        if not (self.mask or self.mask_dir or unmasked):
+            raise InputError(
+                "no mask: give --mask (one photo's mask), --mask_dir (a mask for every photo), "
+                "or --unmasked to train on whole photos"
+            )
+        if unmasked and (self.mask or self.mask_dir):
+            raise InputError(
+                f"--{'mask' if self.mask else 'mask_dir'} and --unmasked exclude one another: give one of them"
+            )
+
+    @property
+    def word(self) -> str:
+        """The identifier, from a folder's name such as `5_sks cat` or the default where none was given."""
+        repeats = self._folder_words
+        return self.identifier or (repeats[0] if repeats else IDENTIFIER)
+
+    @property
+    def subject(self) -> str:
+        """The class name, from the name of the folder or the data set where none was given."""
+        words = self._folder_words
+        return self.class_name or (words[1] if words else self.source.replace("_", " ").replace("-", " "))
+
+    @property
+    def _folder_words(self) -> tuple[str, str] | None:
+        """Identifier and class from a folder's name in kohya's form, <repeats>_<identifier> <class>."""
+        found = re.fullmatch(r"\d+_(\S+) (.+)", self.source)
+        return (found[1], found[2]) if found else None
+
+    @property
+    def source(self) -> str:
+        """The name of the photos' folder or data set."""
+        return self.folder.name
+
+    @property
+    def folder(self) -> Path:
+        """Where the photos are, or what stands for it of a data set."""
+        return Path(self.instance_dir or str(self.dataset_name)).resolve()
+
+    @property
+    def words(self) -> dict[str, Any]:
+        """Class name, identifier and prompts with their defaults filled in, still with [V]."""
+        return {
+            "class_name": self.subject,
+            "identifier": self.word,
+            "instance_prompt": self.instance_prompt or f"a [V] {self.subject}",
+            "class_prompt": self.class_prompt or f"a {self.subject}",
+            "validation_prompt": self.validation_prompt or f"a [V] {self.subject} on a beach",
+        }
+
+    def prompt(self, kind: Literal["instance", "class", "validation"]) -> str:
+        """A prompt, with [V] replaced by the identifier."""
+        return fill_identifier(self.words[f"{kind}_prompt"], self.word)
+
+
+def read_subjects(entries: Any) -> list[SubjectOptions]:
+    """The subjects of a list as in YAML; null stands for a default.
+
+    Raises:
+        InputError: what is no list of entries, an unknown name, a value that is no text.
+    """
+    subjects = []
+    for number, entry in enumerate(entries, start=1):
+        if not isinstance(entry, dict):
+            raise InputError(f"subject {number} is {entry!r}: write lines such as instance_dir: cat/")
+        try:
+            given = typed_options(SubjectOptions, entry)
+        except InputError as error:
+            raise InputError(f"subject {number}: {error}") from None
+        subjects.append(SubjectOptions(**{name: value for name, value in given.items() if value is not None}))
+    return subjects
+
+
+def saved_subjects(config: dict[str, Any]) -> list[SubjectOptions]:
+    """The subjects of a run, from its saved options."""
+    alone = {entry.name: config.get(entry.name) for entry in fields(SubjectOptions)}
+    return read_subjects(config.get("subjects") or [alone])
+
+
+def mask_folders(subjects: Sequence[SubjectOptions]) -> list[Path]:
+    """Where in a run's folder the masks of each subject lie: `masks`, or of several `masks/<identifier>`."""
+    if len(subjects) == 1:
+        return [Path(MASKS)]
+    return [Path(MASKS) / folder_name(subject.word) for subject in subjects]
+
+
+def folder_name(identifier: str) -> str:
+    """An identifier as the name of a folder; two with the same are one word to a tokenizer, or nearly."""
+    return re.sub(r"[\W_]+", "-", identifier.casefold()).strip("-")

@@ -1,0 +1,128 @@
+"""From albums and masks to what is trained on."""
+
+import logging
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from persam_dreambooth.dreambooth.albums import Album
+from persam_dreambooth.dreambooth.data import Crops
+from persam_dreambooth.dreambooth.prompts import fill_identifier
+from persam_dreambooth.dreambooth.training_options import TrainingOptions
+from persam_dreambooth.errors import InputError
+from persam_dreambooth.photos.captions import read_prompts
+from persam_dreambooth.photos.folder import Photo
+from persam_dreambooth.photos.mask_folder import SKIPPED, PhotoMask
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The shapes of a run's crops: a square of `resolution` pixels, or (width, height) of each bucket."""
+
+    resolution: int
+    buckets: list[tuple[int, int]] | None
+
+
+def join_crops(each: Iterable[Crops], cut: Cut) -> Crops:
+    """The crops of all subjects, which take turns."""
+    whole, *others = each
+    for other in others:
+        whole.add(other)
+    if cut.buckets:
+        counts = [f"{width} x {height} ({count})" for (width, height), count in Counter(whole.sizes).items()]
+        logger.info("crops of so many photos, width x height: %s", ", ".join(counts))
+    return whole
+
+
+def make_crops(options: TrainingOptions, album: Album, masks: list[PhotoMask], cut: Cut) -> Crops:
+    """What to train a subject on; photos that were skipped, and photos with an empty mask, are left out.
+
+    Raises:
+        InputError: no mask marks anything, or nothing is left of one at the size of training.
+    """
+    shared: dict[str, Any] = {
+        "resolution": cut.resolution,
+        "center_crop": options.center_crop,
+        "seed": options.seed,
+        "random_flip": options.random_flip,
+        "buckets": cut.buckets,
+        "alike": options.train_batch_size if cut.buckets else 1,
+    }
+    if options.unmasked:
+        logger.warning(
+            "%straining on %d whole photos, without masks: their backgrounds will be learned too",
+            album.label, len(album.photos),
+        )  # fmt: skip
+        return Crops(album.photos, None, prompts=captions_of(album, album.photos), **shared)
+    used = _used_masks(album, masks)
+    photos = [item.photo for item in used]
+    crops = Crops(
+        photos,
+        [item.mask for item in used],
+        prompts=captions_of(album, photos),
+        unmasked_probability=options.unmasked_probability,
+        **shared,
+    )
+    _check_lost(options, album, crops)
+    return crops
+
+
+def _used_masks(album: Album, masks: list[PhotoMask]) -> list[PhotoMask]:
+    """The masks that mark anything; says how many these are and what they cover."""
+    label, used = album.label, [item for item in masks if item.mask.any()]
+    if not used and any(SKIPPED in item.record.flags for item in masks):
+        raise InputError(
+            f"{label}the subject was found in no photo: train with --absent warn into another folder, or draw the "
+            "masks and give their folder as --mask_dir"
+        )
+    if not used:
+        raise InputError(
+            f"{label}every mask is empty (all black): paint the subject white, and give the folder as --mask_dir"
+        )
+    if len(used) == 1 < len(masks):
+        logger.warning("%s%s is the only photo left to train on", label, used[0].photo.name)
+    for item in masks:
+        name = f"{label}{item.photo.name}"
+        if SKIPPED in item.record.flags:
+            logger.warning("%s: the subject was not found there, so it is not trained on", name)
+        elif not item.mask.any():
+            logger.warning("%s: its mask is empty, so it is not trained on", name)
+        elif item.mask.all():
+            logger.warning("%s: its mask covers the whole photo, so its background will be learned", name)
+    covered = [100 * item.record.coverage for item in used]
+    logger.info(
+        "%s%d masks for %d photos; they cover %.0f %% to %.0f %% of a photo, %.0f %% on average",
+        label, len(used), len(album.photos), min(covered), max(covered), np.mean(covered),
+    )  # fmt: skip
+    return used
+
+
+def _check_lost(options: TrainingOptions, album: Album, crops: Crops) -> None:
+    """Raises `InputError` for photos of whose subject no crop shows anything."""
+    lost = ", ".join(crops.lost_subjects())
+    if not lost:
+        return
+    hint = ", and resume with --resume_from_checkpoint latest, which keeps the masks" if album.reference else ""
+    if options.center_crop:
+        raise InputError(f"{album.label}the center crop misses the subject of {lost}: leave out --center_crop{hint}")
+    where, more = f"at {crops.resolution} pixels", "raise --resolution"
+    if options.bucket_list:
+        where, more = "in its bucket", "give larger --aspect_ratio_buckets"
+    raise InputError(f"{album.label}{where} nothing is left of the mask of {lost}: {more}{hint}")
+
+
+def captions_of(album: Album, photos: list[Photo]) -> list[str]:
+    """What each photo is trained with: its own caption, with [V] filled in, or the instance prompt."""
+    subject, own = album.subject, read_prompts(photos, "")
+    captions = [fill_identifier(text, subject.word) or subject.prompt("instance") for text in own]
+    if any(own):
+        logger.info("%s%d of %d photos have captions of their own", album.label, sum(map(bool, own)), len(photos))
+    nameless = [photo.name for photo, text in zip(photos, captions, strict=True) if subject.word not in text]
+    if nameless:
+        logger.warning("not named %s in the captions of %s: write [V] there", subject.word, ", ".join(nameless))
+    return captions

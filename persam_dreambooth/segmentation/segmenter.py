@@ -1,0 +1,178 @@
+"""What PerSAM and PerSAM-F share: references, the target, cascaded post-refinement (Zhang et al. 2023, section 3.2).
+
+Shapes: H W photo; 64 x 64 cells; 256 x 256 low-resolution logits. Points and boxes are xy in pixels of the photo.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+
+from persam_dreambooth.errors import InputError
+from persam_dreambooth.segmentation.found import ABSENT, ABSENT_THRESHOLD, SMALL_TARGET, Found, Step
+from persam_dreambooth.segmentation.location_prior import Target, embed_target, pool_targets, presence
+from persam_dreambooth.segmentation.sams.sam import Encoding, Sam
+
+if TYPE_CHECKING:
+    from persam_dreambooth.segmentation.segmenters import SegmentationOptions
+
+Learned = TypeVar("Learned")
+OwnSegmenter = TypeVar("OwnSegmenter", bound="Segmenter")
+ImageLike = Image.Image | np.ndarray | Encoding
+
+
+class Segmenter:
+    """Finds a subject in photos after it was learned from a photo and its mask.
+
+    Args:
+        sam: see `open_sam`.
+        target_coverage: a cell belongs to the target when the mask covers more of its center than this (the published
+            code reads the mask there, on 2 x 2 pixels of the padded input). Its thresholds amount to 0.485 for 0/255
+            masks and 0.966 for PerSeg's.
+        absent_threshold: presence below which a photo is flagged `absent`, 0 to 1.
+    """
+
+    method: ClassVar[str]
+    """Its name in options and records."""
+
+    def __init__(self, sam: Sam, target_coverage: float = 0.5, absent_threshold: float = ABSENT_THRESHOLD) -> None:
+        if not 0 <= target_coverage < 1:
+            raise InputError(f"target_coverage is {target_coverage}: give a fraction from 0 to below 1")
+        self.sam = sam
+        self.target_coverage = target_coverage
+        self.absent_threshold = absent_threshold
+        self._target: Target | None = None
+
+    @classmethod
+    def from_options(cls: type[OwnSegmenter], sam: Sam, options: SegmentationOptions) -> OwnSegmenter:
+        """The method with what options say of it."""
+        return cls(sam, target_coverage=options.target_coverage)
+
+    @property
+    def target(self) -> Target:
+        """The fitted target; its `mean` is the target embedding of PerSAM."""
+        return fitted(self._target)
+
+    def fit(
+        self: OwnSegmenter, image: ImageLike | list[ImageLike], mask: np.ndarray | list[np.ndarray]
+    ) -> OwnSegmenter:
+        """Learns the subject from a photo and its mask, or from several.
+
+        Args:
+            image: PIL image, (H, W, 3) uint8 RGB, or what `Sam.encode` made of one; a list for several references.
+            mask: (H, W) bool, the subject; a list of as many.
+
+        Raises:
+            InputError: a mask of another size, or an empty one; another number of masks than of photos.
+        """
+        references = self._references(image, mask)
+        self._target = pool_targets([embed_target(*reference, self.target_coverage) for reference in references])
+        self._learn(references)
+        return self
+
+    def predict(self, photo: ImageLike, without: np.ndarray | None = None) -> Found:
+        """Finds the subject in a photo, given as to `fit`, which comes first.
+
+        Args:
+            photo: as for `fit`.
+            without: (H, W) bool, places that are left out of the search.
+
+        Raises:
+            RuntimeError: `fit` was not called.
+        """
+        raise NotImplementedError
+
+    def _learn(self, references: list[tuple[np.ndarray, Encoding]]) -> None:
+        """Learns what a method needs beside the target, from masks and encodings."""
+
+    def _encoded(self, photo: ImageLike) -> Encoding:
+        return photo if isinstance(photo, Encoding) else self.sam.encode(photo)
+
+    def _references(
+        self, image: ImageLike | list[ImageLike], mask: np.ndarray | list[np.ndarray]
+    ) -> list[tuple[np.ndarray, Encoding]]:
+        """Each reference's mask and encoding."""
+        images = image if isinstance(image, list) else [image]
+        masks = mask if isinstance(mask, list) else [mask]
+        if not images or len(images) != len(masks):
+            raise InputError(f"there are {len(images)} reference photos and {len(masks)} masks: give one for each")
+        encodings = [self._encoded(one) for one in images]
+        return [(_checked_mask(one, encoding), encoding) for one, encoding in zip(masks, encodings, strict=True)]
+
+    def _refine(
+        self,
+        encoding: Encoding,
+        points: np.ndarray,
+        labels: np.ndarray,
+        mask_logits: torch.Tensor,
+        box: np.ndarray | None,
+    ) -> tuple[Step, torch.Tensor, float]:
+        """One pass of cascaded post-refinement: the step, the logits (256, 256) of its best mask, and their score."""
+        logits, scores = self.sam.decode(encoding, points, labels, box=box, mask_logits=mask_logits)
+        step = decoder_step(logits, scores, box)
+        return step, logits[step.best], float(step.scores[step.best])
+
+    def _found(
+        self,
+        encoding: Encoding,
+        prior: torch.Tensor,
+        points: np.ndarray,
+        steps: tuple[Step, ...],
+        chosen: torch.Tensor,
+        score: float,
+        flags: list[str],
+    ) -> Found:
+        mask = (self.sam.upscale(chosen[None], encoding)[0] > 0).cpu().numpy()
+        similar = presence(mask, encoding, self.target, self.target_coverage)
+        if not mask.any() or similar < self.absent_threshold:
+            flags = [ABSENT, *flags]
+        if self.target.small:
+            flags = [*flags, SMALL_TARGET]
+        return Found(mask, score, similar, points, steps[-1].box, prior.cpu().numpy(), steps, tuple(flags))
+
+
+def find_instances(segmenter: Segmenter, photo: ImageLike, most: int = 10) -> list[Found]:
+    """The subject as often as a photo shows it, the most similar place first; the photo is encoded once.
+
+    After each find the location prior is suppressed inside it. The search ends where what is found is `absent`, or
+    lies for more than half inside earlier finds.
+
+    Args:
+        segmenter: fitted.
+        photo: as for `fit`.
+        most: how many to look for.
+    """
+    encoding = segmenter._encoded(photo)
+    seen = np.zeros(encoding.size, bool)
+    instances: list[Found] = []
+    while len(instances) < most:
+        found = segmenter.predict(encoding, seen)
+        if ABSENT in found.flags or (found.mask & seen).sum() > 0.5 * found.mask.sum():
+            break
+        instances.append(found)
+        seen |= found.mask
+    return instances
+
+
+def decoder_step(logits: torch.Tensor, scores: torch.Tensor, box: np.ndarray | None = None) -> Step:
+    """A pass of the decoder as it is kept: masks (n, 256, 256), predicted IoUs (n,), the box (4,) of its prompt."""
+    return Step(logits.cpu().numpy(), scores.cpu().numpy(), box)
+
+
+def fitted(value: Learned | None) -> Learned:
+    """The value; raises `RuntimeError` where `fit` was not called."""
+    if value is None:
+        raise RuntimeError("nothing learned yet: call fit(image, mask) first")
+    return value
+
+
+def _checked_mask(mask: np.ndarray, encoding: Encoding) -> np.ndarray:
+    mask = np.asarray(mask)
+    if mask.shape != encoding.size:
+        raise InputError(f"the mask is {mask.shape}, the image {encoding.size} (H, W): give one mask of this size")
+    if not mask.any():
+        raise InputError("the mask is empty: mark the subject")
+    return mask.astype(bool)

@@ -1,0 +1,134 @@
+"""From options to a segmenter: the one place that knows all methods.
+
+It imports torch only when a segmenter is made, so that options are checked at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Literal
+
+from persam_dreambooth.errors import InputError
+from persam_dreambooth.options import Condition, Options, below_one, option, with_flag, within
+from persam_dreambooth.segmentation.found import ABSENT_THRESHOLD
+
+if TYPE_CHECKING:
+    from persam_dreambooth.segmentation.sams.sam import Sam
+    from persam_dreambooth.segmentation.segmenter import Segmenter
+    from persam_dreambooth.segmentation.video_segmenter import VideoSegmenter
+
+METHODS = {"persam": "persam:PerSAM", "persam-f": "persam_f:PerSAMF"}
+"""The methods by name: the module beside this one, and its class."""
+
+
+MAKES_MASKS = Condition(lambda options: options.makes_masks, "no masks are made without --mask")
+"""Options of a method count only where it makes masks."""
+
+
+@dataclass(frozen=True)
+class SegmenterOptions(Options):
+    """The method and its SAM; shared by all commands that segment."""
+
+    segmenter: str = option(
+        "persam-f",
+        "PerSAM (training-free) or PerSAM-F (fits two scale weights first)",
+        choices=tuple(METHODS),
+        when=(MAKES_MASKS,),
+    )
+    sam_model: str = option(
+        "facebook/sam-vit-huge",
+        "SAM, SAM-HQ, SAM 2 or MobileSAM: hub id, local folder, its published file, or toy",
+        path=True,
+    )
+    sam_dtype: Literal["float32", "float16", "bfloat16", "auto"] = option(
+        "float32", "precision of SAM's image encoder; auto: bfloat16, but float32 on the CPU and on MPS"
+    )
+    encoding_cache: str | None = option(
+        None, "folder that keeps SAM's encodings of photos for later runs with the same SAM", path=True
+    )
+    target_coverage: float = option(
+        0.5,
+        "a 64 x 64 cell is target when the mask covers more of its center than this, 0 to 1",
+        when=(MAKES_MASKS,),
+    )
+
+    @property
+    def makes_masks(self) -> bool:
+        """Whether the method is run at all."""
+        return True
+
+    def check(self) -> None:
+        """Raises `InputError` for options that are out of range or at odds with one another."""
+        super().check()
+        below_one(self, "target_coverage")
+
+
+@dataclass(frozen=True)
+class SegmentationOptions(SegmenterOptions):
+    """How photos are segmented."""
+
+    guidance: Literal["persam", "published", "paper", "none"] = option(
+        "persam",
+        "PerSAM's guided attention: aligned, as published, as in the paper, or none",
+        when=(MAKES_MASKS, with_flag("--segmenter persam")),
+    )
+
+
+@dataclass(frozen=True)
+class MaskFolderOptions(SegmentationOptions):
+    """What happens with photos without the subject; shared by `segment` and `train`."""
+
+    absent: Literal["skip", "warn", "keep"] = option(
+        "warn",
+        "a photo without the subject: leave it out, keep its mask with a warning, or keep it",
+        when=(MAKES_MASKS,),
+    )
+    absent_threshold: float = option(
+        ABSENT_THRESHOLD,
+        "presence (similarity of what is found to the subject, 0 to 1) below which it is absent",
+        when=(MAKES_MASKS,),
+    )
+
+    def check(self) -> None:
+        """Raises `InputError` for options that are out of range or at odds with one another."""
+        super().check()
+        within(self, 0, 1, "absent_threshold")
+
+
+def method_class(name: str) -> type[Segmenter]:
+    """The class of a method; raises `InputError` for an unknown one."""
+    if name not in METHODS:
+        raise InputError(f"there is no segmenter {name!r}: use {' or '.join(METHODS)}")
+    module, kind = METHODS[name].split(":")
+    return getattr(import_module(f"persam_dreambooth.segmentation.{module}"), kind)
+
+
+def make_segmenter(options: SegmentationOptions, sam: Sam, method: str | None = None) -> Segmenter:
+    """The method that options name, or another one with the same options; not fitted yet."""
+    return method_class(method or options.segmenter).from_options(sam, options)
+
+
+def open_segmenter(options: MaskFolderOptions) -> Segmenter:
+    """The method that options name with the SAM that they name.
+
+    Raises:
+        InputError, InputNotFoundError: as `open_sam`.
+    """
+    segmenter = make_segmenter(options, open_sam_of(options))
+    segmenter.absent_threshold = options.absent_threshold
+    return segmenter
+
+
+def make_video_segmenter(options: SegmenterOptions, sam: Sam) -> VideoSegmenter:
+    """The form for videos of the method that options name; not fitted yet."""
+    from persam_dreambooth.segmentation.video_segmenter import VideoSegmenter
+
+    return VideoSegmenter(sam, options.segmenter, options.target_coverage)
+
+
+def open_sam_of(options: SegmenterOptions) -> Sam:
+    """The SAM that options name; see `open_sam`."""
+    from persam_dreambooth.segmentation.sams.checkpoints import open_sam
+
+    return open_sam(options.sam_model, dtype=options.sam_dtype, encoding_cache=options.encoding_cache)
