@@ -559,7 +559,7 @@ def test_odd_names_and_empty_text_train(home, capsys, caplog):
     prompts = ("--class_name", "", "--instance_prompt", 'a "[V]" cat: it\'s #1 \\ {}')
     done(capsys, *train(*MASKS, "--instance_dir", str(folder), *prompts))
     assert Path("out", WEIGHTS).is_file()
-    assert "not a photo: notes.txt" in caplog.text
+    assert f"left out of {folder}: notes.txt (not a photo)" in caplog.text
     assert "01.jpg: its mask is empty, so it is not trained on" in caplog.text
 
 
@@ -584,14 +584,14 @@ def test_photos_of_every_kind_get_upright_masks(home, capsys, caplog, tmp_path_f
     (ball / "notes.txt").write_text("not a photo")
     shutil.copy("mask.png", ball / "ball_mask.png")
     out = done(capsys, *segment("--mask", "ball/ball_mask.png", "--output", "ball/masks", "--sam_model", sam))
-    assert out == "13 masks in ball/masks; look at ball/masks/overview.jpg\n"
-    assert "not a photo: notes.txt" in caplog.text
+    assert out == "12 masks in ball/masks; look at ball/masks/overview.jpg\n"
+    assert "left out of ball: link.jpg (link to another of the photos), notes.txt (not a photo)" in caplog.text
     sizes = {}
     for path in sorted(Path("ball/masks").rglob("*.png")):
         with Image.open(path) as image:
             assert (image.mode, set(np.unique(image)) <= {0, 255}) == ("L", True), path
             sizes[path.relative_to("ball/masks").as_posix()] = image.size
-    square = ("00", "01", "02", "16-bit", "cmyk", "link", "more/photo", "one-bit", "palette", "rgba")
+    square = ("00", "01", "02", "16-bit", "cmyk", "more/photo", "one-bit", "palette", "rgba")
     assert sizes == {
         **dict.fromkeys((f"{name}.png" for name in square), (SIDE, SIDE)),
         "turned.png": (64, SIDE),

@@ -200,11 +200,28 @@ def _decoded(image: Image.Image, name: str) -> Image.Image:
 
 def _orientation(image: Image.Image) -> int:
     """The EXIF orientation; 0 where there is none, or none that can be read."""
-    try:
+    exif = image.info.get("exif")
+    if isinstance(exif, bytes) and (found := _orientation_in(exif)):
+        return found
+    try:  # TIFF and other places
         value = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # metadata may be broken in any way; the pixels do not depend on it
         return 0
     return value if isinstance(value, int) else 0
+
+
+def _orientation_in(exif: bytes) -> int:
+    """The orientation tag of EXIF data, whatever is wrong with other tags, at which Pillow may stop; 0 if missing."""
+    tiff = exif.removeprefix(b"Exif\0\0")
+
+    def number(start: int, size: int) -> int:
+        return int.from_bytes(tiff[start : start + size], "little" if tiff[:2] == b"II" else "big")
+
+    directory, sizes = number(4, 4), {1: 1, 3: 2, 4: 4}  # bytes of the types byte, short and long
+    for entry in range(directory + 2, directory + 2 + 12 * number(directory, 2), 12):
+        if number(entry, 2) == ExifTags.Base.Orientation:
+            return number(entry + 8, sizes.get(number(entry + 2, 2), 0))
+    return 0
 
 
 def _unreadable(name: str, error: Exception) -> InputError:
