@@ -22,8 +22,8 @@ from persam_dreambooth.extras import EXTRAS
 logger = logging.getLogger(__name__)
 
 PHOTO_SUFFIXES = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff"),
-    *(".avif", ".heic", ".heif", ".hif"),
+    *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"),
+    *(".heic", ".heif", ".hif", ".avif", ".jfif", ".jpe"),
 )
 
 RAW_SUFFIXES = (".dng", ".raw", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".pef", ".srw")
