@@ -172,6 +172,8 @@ def test_one_unreadable_photo_is_named(tmp_path):
 def test_a_missing_folder_is_refused(tmp_path):
     with pytest.raises(InputNotFoundError, match="none does not exist: name the folder"):
         find_photos(tmp_path / "none")
+    with pytest.raises(InputNotFoundError, match="aaa does not exist: name the folder"):
+        find_photos(tmp_path / ("a" * 300))
 
 
 def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
@@ -227,6 +229,13 @@ def test_links_in_a_circle_end(tmp_path, target):
     (tmp_path / "cat" / "sub" / "again").symlink_to(tmp_path / "cat" / target)
     (tmp_path / "cat" / "0").symlink_to(tmp_path / "cat" / target)
     assert names(tmp_path / "cat") == ["sub/a.jpg"]
+
+
+def test_a_link_to_itself_is_named(tmp_path):
+    photo(tmp_path / "a.jpg")
+    (tmp_path / "b.jpg").symlink_to("b.jpg")
+    with pytest.raises(InputNotFoundError, match=r"b\.jpg does not exist: name an image file"):
+        find_photos(tmp_path)
 
 
 def test_a_folder_that_is_a_link_is_read(tmp_path):

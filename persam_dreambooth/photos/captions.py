@@ -38,7 +38,9 @@ def read_prompts(photos: list["Photo"], default: str) -> list[str]:
     prompts = []
     for photo in photos:
         path, folder = photo.path, photo.path.parent
-        written = (_read_text(text, f"write what {path.name} shows into it") for text in captions(path, texts[folder]))
+        written = (
+            _read_text(text, f"write what {path.name} shows into it") for text in captions_of(path, texts[folder])
+        )
         text = next(filter(None, written), "")
         prompts.append(text or listed[folder].get(path.name, "") or default)
     return prompts
@@ -50,7 +52,7 @@ def list_texts(entries: Iterable[Path]) -> TextFiles:
     return {(path.stem, path.suffix.lower()): path for path in paths}
 
 
-def captions(photo: Path, texts: TextFiles) -> list[Path]:
+def captions_of(photo: Path, texts: TextFiles) -> list[Path]:
     """The text files of a photo, the first one first.
 
     Args:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 import re
 from collections import deque
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from PIL import Image
 from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.files import check_name, readable_name
 from persam_dreambooth.options import CONFIG
-from persam_dreambooth.photos.captions import METADATA, captions, list_texts
+from persam_dreambooth.photos.captions import METADATA, captions_of, list_texts
 from persam_dreambooth.photos.images import PHOTO_SUFFIXES, RAW_SUFFIXES, read_image
 
 logger = logging.getLogger(__name__)
@@ -110,8 +111,8 @@ def find_photos(folder: Path, leave_out: tuple[Path, ...] = (), may_be_empty: bo
         InputError: a photo that cannot be read, or whose name is not UTF-8.
     """
     check_name(folder)
-    if not folder.is_dir():
-        found = "is a file" if folder.exists() else "does not exist"
+    if not os.path.isdir(folder):  # `Path.is_dir` raises for a name that is too long
+        found = "is a file" if os.path.exists(folder) else "does not exist"
         raise InputNotFoundError(f"{folder} {found}: name the folder that holds the photos")
     paths, left_out = _look_through(folder, leave_out)
     _log_left_out(folder, left_out)
@@ -137,22 +138,22 @@ def check_shapes(photos: list[Photo]) -> None:
 
 def _look_through(folder: Path, leave_out: tuple[Path, ...]) -> tuple[list[Path], list[tuple[Path, str]]]:
     """The photos below a folder, sorted, and what is left out, with the reasons."""
-    root = folder.resolve()
-    excluded = {path.resolve() for path in leave_out} - {root, *root.parents}
+    root = _real(folder)
+    excluded = {_real(path) for path in leave_out} - {root, *root.parents}
     visited = set(root.parents)
     photos: list[Path] = []
     left_out: list[tuple[Path, str]] = []
     folders, links = deque([folder]), deque[Path]()
     while folders or links:  # links last, so that a folder is read by its own path
         current = folders.popleft() if folders else links.popleft()
-        if current.resolve() in visited:
+        if _real(current) in visited:
             left_out.append((current, "link to a folder that is read already"))
             continue
-        visited.add(current.resolve())
+        visited.add(_real(current))
         entries = _list(current)
         used, outputs = _captions(entries), _outputs(entries, current == folder)
         for path in entries:
-            if path in used or excluded & {path.resolve(), *path.resolve().parents}:
+            if path in used or excluded & {_real(path), *_real(path).parents}:
                 continue
             reason = OUTPUT if path in outputs else _why_not(path)
             if reason:
@@ -165,10 +166,15 @@ def _look_through(folder: Path, leave_out: tuple[Path, ...]) -> tuple[list[Path]
                 photos.append(path)
 
     listed: dict[Path, Path] = {}
-    for path in sorted(photos, key=lambda path: (path.resolve() != root / path.relative_to(folder), path)):
-        if listed.setdefault(path.resolve(), path) is not path:
+    for path in sorted(photos, key=lambda path: (_real(path) != root / path.relative_to(folder), path)):
+        if listed.setdefault(_real(path), path) is not path:
             left_out.append((path, "link to another of the photos"))
     return sorted(listed.values()), left_out
+
+
+def _real(path: Path) -> Path:
+    """The path without links; unlike `Path.resolve`, a link to itself raises nothing."""
+    return Path(os.path.realpath(path))
 
 
 def _list(folder: Path) -> list[Path]:
@@ -181,7 +187,7 @@ def _list(folder: Path) -> list[Path]:
 def _captions(entries: list[Path]) -> set[Path]:
     """The captions among the files of a folder, which belong to a photo there."""
     photos, texts = [path for path in entries if path.suffix.lower() in PHOTO_SUFFIXES], list_texts(entries)
-    used = {text for photo in photos for text in captions(photo, texts)}
+    used = {text for photo in photos for text in captions_of(photo, texts)}
     return used | {path for path in entries if photos and path.name == METADATA}
 
 
