@@ -33,13 +33,12 @@ from persam_dreambooth.photos.mask_folder import (
     INDEX,
     SKIPPED,
     PhotoMask,
-    check_mask,
     check_names,
     load_mask,
     load_masks,
     save_mask,
 )
-from persam_dreambooth.photos.masks import read_mask
+from persam_dreambooth.photos.masks import check_mask, read_mask
 from persam_dreambooth.report.pictures import overview, save_picture
 
 if TYPE_CHECKING:

@@ -13,17 +13,16 @@ from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.files import write_aside, write_json
 from persam_dreambooth.photos.folder import Photo, find_photos
 from persam_dreambooth.photos.mask_folder import (
-    BY_HAND,
+    DRAWN,
     INDEX,
     SKIPPED,
     MaskRecord,
-    check_mask,
     check_names,
     load_mask,
     load_masks,
     save_mask,
 )
-from persam_dreambooth.photos.masks import read_mask
+from persam_dreambooth.photos.masks import check_mask, read_mask
 
 WIDTH, HEIGHT = 96, 64
 
@@ -145,7 +144,7 @@ def test_a_skipped_photo_has_an_entry_and_no_mask_until_one_is_drawn(tmp_path, m
     assert load_mask(folder, changed) is None  # what was decided of another photo does not count
     shape().save(folder / "00.png")
     drawn = load_mask(folder, item)
-    assert drawn.record.method == BY_HAND and drawn.record.flags == () and np.array_equal(drawn.mask, mask)
+    assert drawn.record.method == DRAWN and drawn.record.flags == () and np.array_equal(drawn.mask, mask)
 
 
 def test_saving_again_replaces_the_mask_and_its_entry(tmp_path, photos, mask):
@@ -160,8 +159,8 @@ def test_a_hand_drawn_mask_needs_no_entry(tmp_path, photos, mask):
     shape().save(tmp_path / "00.png")
     found = load_mask(tmp_path, photos[0])
     assert np.array_equal(found.mask, mask)
-    assert found.record == MaskRecord("00.jpg", photos[0].sha256, BY_HAND, float(mask.mean()))
-    assert BY_HAND == "by hand"
+    assert found.record == MaskRecord("00.jpg", photos[0].sha256, DRAWN, float(mask.mean()))
+    assert found.record.method == "drawn"
 
 
 def test_the_coverage_of_a_mask_that_was_painted_over_is_its_new_one(tmp_path, photos, mask):
@@ -297,7 +296,7 @@ def test_an_entry_for_a_photo_that_is_gone_does_no_harm(tmp_path, mask):
     old.path.rename(tmp_path / "photos" / "b.jpg")
     (tmp_path / "masks" / "a.png").rename(tmp_path / "masks" / "b.png")
     [found] = load_masks(tmp_path / "masks", find_photos(tmp_path / "photos"))
-    assert found.record.method == BY_HAND
+    assert found.record.method == DRAWN
 
 
 def test_a_mask_without_a_photo_is_refused(tmp_path, photos, mask):

@@ -10,6 +10,7 @@ from PIL import Image
 
 from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.photos.images import PHOTO_SUFFIXES, read_image
+from persam_dreambooth.photos.pairing import without_masks
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +81,7 @@ def find_photos(folder: Path, leave_out: tuple[Path, ...] = (), may_be_empty: bo
             paths.append(path)
         else:
             ignored.append(relative.as_posix())
+    paths = without_masks(paths, folder)
     if ignored:
         logger.info("ignored in %s, not a photo: %s", folder, ", ".join(ignored))
     for name in ignored:
