@@ -13,7 +13,7 @@ from tiny_sam import tiny_model
 
 from persam_dreambooth.cli import main
 from persam_dreambooth.errors import InputError
-from persam_dreambooth.photos.labels import davis_palette, read_labels, read_objects, save_labels
+from persam_dreambooth.photos.labels import davis_palette, read_first_mask, read_labels, save_labels
 from persam_dreambooth.segmentation import Sam, open_sam
 from persam_dreambooth.segmentation.evaluation.metrics import jaccard
 from persam_dreambooth.segmentation.frames import Frame, Video, open_video
@@ -220,7 +220,7 @@ def test_one_color_on_black_is_object_one(mode, color, tmp_path):
     image = Image.new(mode, (8, 8))
     image.paste(color, (2, 2, 5, 5))
     image.save(tmp_path / "mask.png")
-    labels = read_objects(tmp_path / "mask.png")
+    labels = read_first_mask(tmp_path / "mask.png")
     assert labels.sum() == 9 and labels[2, 2] == 1 and labels.dtype == np.uint8
 
 

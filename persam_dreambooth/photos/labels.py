@@ -4,7 +4,6 @@ A map is (H, W) uint8: 0 is background, 1 and up are objects' numbers. A palette
 background; in a gray or colored file, white is an object.
 """
 
-import logging
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +14,6 @@ from persam_dreambooth.errors import InputError
 from persam_dreambooth.files import write_aside
 from persam_dreambooth.photos.images import open_image
 from persam_dreambooth.photos.masks import FEW, LOSSY, read_mask
-
-logger = logging.getLogger(__name__)
 
 VOID = 255
 
@@ -48,7 +45,7 @@ def read_labels(path: Path) -> np.ndarray:
     white = labels == VOID
     if image.mode == "L" and white.any():
         if not np.isin(labels, (0, VOID)).all():
-            raise InputError(f"{path} is gray and has 255 beside other numbers: save it as a palette PNG if 255 is void")
+            raise InputError(f"{path} is gray and has 255 beside other numbers: save it as a palette PNG for void")
         return white.astype(np.uint8)
     labels[white] = 0
     return labels
@@ -57,50 +54,81 @@ def read_labels(path: Path) -> np.ndarray:
 def read_first_mask(path: Path) -> np.ndarray:
     """Reads the mask that a user gives for a video's first frame, uint8 (H, W), 0 for background.
 
-    Objects keep the numbers that a palette file (whose color 0 is black), or gray levels up to `MOST_OBJECTS`, give
-    them. Other colors, or gray levels, on black are an object each: numbered as in DAVIS's palette if all are among its
-    first, else from the darkest gray on, or from the color on that is met first in rows from above. A file with an
-    alpha channel, with soft edges, or in a lossy format is one object, by the rule of `masks`.
+    A palette file whose color 0 is black, and gray levels up to `MOST_OBJECTS`, are objects' numbers. Otherwise each
+    flat color on black is an object. One is object 1. Several have the numbers of DAVIS's palette if all are among its
+    first; else grays are numbered from the darkest on, colors in the order in which rows from above meet them.
+
+    One color with soft edges, in a lossy format, or cut out on a transparent background is object 1, by the rule of
+    `masks`.
 
     Raises:
-        InputError, InputNotFoundError: as `images.open_image`; more than `MOST_OBJECTS`, or several objects with soft
-            edges.
+        InputError, InputNotFoundError: as `images.open_image`; more than `MOST_OBJECTS`, or several with soft edges.
     """
     image = open_image(path)
-    if image.mode == "P" and not image.has_transparency_data:
-        palette = np.asarray(image.convert("RGB").getpalette() if image.mode == "RGB" else image.getpalette("RGB"))
-        numbered = not palette[:3].any() and not _is_ramp(palette)
-        if numbered:
-            return _counted(read_labels(path), path)
     if image.has_transparency_data:
         return read_mask(path).astype(np.uint8)
-    levels = np.asarray(image) if image.mode in ("1", "L") or image.mode.startswith(("I", "F")) else None
-    if levels is None:
-        colors = np.asarray(image.convert("RGB")).astype(np.uint32)
-        gray = bool((colors == colors[..., :1]).all())
-        levels = colors[..., 0] if gray else colors @ np.array([1 << 16, 1 << 8, 1], np.uint32)
-    else:
-        gray = True
-    found, first = np.unique(levels, return_index=True)
-    found, first = found[found > 0], first[found > 0]
-    if image.format in LOSSY or (len(found) > FEW and gray):
-        if not gray and _has_colors(image):
-            raise InputError(f"{path} has several colors in a lossy format: save it as PNG, a flat color for each object")
-        logger.info("%s has soft or noisy edges: it is one object, what is above half of the brightest", path)
-        return read_mask(path).astype(np.uint8)
-    if gray and len(found) and found[-1] <= MOST_OBJECTS:
-        return levels.astype(np.uint8)
-    flat = np.array([ndimage.binary_erosion(levels == level, np.ones((3, 3))).any() for level in found[:256]], bool)
-    if len(found) > 1 and flat.sum() == 1:
-        logger.info("%s has soft edges: it is one object, what is above half of the brightest", path)
-        values = levels if gray else np.asarray(image.convert("RGB")).max(axis=2)
-        return (values > values.max() / 2).astype(np.uint8)
-    if len(found) > MOST_OBJECTS or (len(found) > 1 and not flat.all()):
-        raise InputError(
-            f"{path} marks {len(found)} objects, or has soft edges: up to {MOST_OBJECTS} are followed; paint each in "
-            "a flat color, without soft edges"
-        )
-    return _numbered(levels, found, first, gray)
+    if _is_numbered(image):
+        labels = np.asarray(image)
+        return _checked(np.where(labels == VOID, 0, labels), len(np.setdiff1d(labels, (0, VOID))), path)
+    colors = np.asarray(image.convert("RGB")).astype(np.int32)
+    if image.mode.startswith(("I", "F")) or not _holds_hues(colors):
+        values = np.asarray(image) if image.mode.startswith(("I", "F")) else colors.max(axis=2)
+        levels = np.setdiff1d(values, 0)
+        if len(levels) and levels[-1] <= MOST_OBJECTS:
+            return values.astype(np.uint8)
+        if len(levels) < 2 or len(levels) > FEW or image.format in LOSSY or not _are_flat(values, levels):
+            return read_mask(path).astype(np.uint8)
+    if image.format in LOSSY:
+        raise InputError(f"{path} has several colors in a lossy format: save it as PNG, a flat color for each object")
+    codes = colors @ np.array([1 << 16, 1 << 8, 1])
+    found, first = np.unique(codes, return_index=True)
+    first = first[found > 0]
+    found = found[found > 0]
+    _checked(codes, len(found), path)
+    if not _are_flat(codes, found):
+        raise InputError(f"{path} has several objects with soft edges: paint each in a flat color, without soft edges")
+    davis = (np.reshape(davis_palette(), (256, 3)) @ np.array([1 << 16, 1 << 8, 1]))[: MOST_OBJECTS + 1]
+    labels = np.zeros(codes.shape, np.uint8)
+    in_davis = bool(np.isin(found, davis).all())
+    gray = bool((colors == colors[..., :1]).all())
+    for number, code in enumerate(found if gray else found[first.argsort()], start=1):
+        labels[codes == code] = np.flatnonzero(davis == code)[0] if in_davis and not gray else number
+    return labels
+
+
+def _is_numbered(image: Image.Image) -> bool:
+    """Whether a palette file's indices are objects' numbers: color 0 is black, the others have hues or are their indices."""
+    if image.mode != "P":
+        return False
+    used = np.unique(np.asarray(image))
+    palette = np.reshape(image.getpalette("RGB") or [], (-1, 3))
+    used = used[used < len(palette)]
+    if not len(palette) or palette[0].any():
+        return False
+    if (palette[used] != palette[used][:, :1]).any():
+        return True
+    numbers = np.setdiff1d(used, (0, VOID))
+    return bool(len(numbers) and numbers[-1] <= MOST_OBJECTS and (palette[numbers, 0] == numbers).all())
+
+
+def _holds_hues(colors: np.ndarray) -> bool:
+    """Whether colors (H, W, 3) are more than shades of the brightest one, in places wider than an edge."""
+    values = colors.max(axis=2)
+    brightest = colors.reshape(-1, 3)[values.argmax()]
+    shades = values[..., None] * brightest / max(brightest.max(), 1)
+    return bool(ndimage.binary_erosion(np.abs(colors - shades).max(axis=2) > 48, np.ones((3, 3))).any())
+
+
+def _are_flat(values: np.ndarray, levels: np.ndarray) -> bool:
+    """Whether each level has a place of 3 x 3 pixels in values (H, W): an edge's levels have none."""
+    return all(ndimage.binary_erosion(values == level, np.ones((3, 3))).any() for level in levels)
+
+
+def _checked(labels: np.ndarray, count: int, path: Path) -> np.ndarray:
+    """The labels; raises `InputError` for more objects than are followed."""
+    if count > MOST_OBJECTS:
+        raise InputError(f"{path} marks {count} objects, up to {MOST_OBJECTS} are followed: paint without soft edges")
+    return labels
 
 
 def save_labels(path: Path, labels: np.ndarray) -> None:
