@@ -275,7 +275,8 @@ def damaged(clip, damage):
         save_labels(clip / "first.png", np.zeros((96, 96), np.uint8))
         return "first.png marks no object", 0
     if damage == "soft edges":
-        Image.fromarray(np.arange(96 * 96, dtype=np.uint32).reshape(96, 96).astype(np.uint8)).save(clip / "first.png")
+        both = Image.open(clip / "first.png").convert("RGB")
+        both.resize((48, 48)).resize((96, 96), Image.Resampling.BILINEAR).save(clip / "first.png")
         return "paint without soft edges", 0
     if damage == "no mask":
         (clip / "first.png").unlink()

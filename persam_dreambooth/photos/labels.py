@@ -14,11 +14,15 @@ from persam_dreambooth.errors import InputError
 from persam_dreambooth.files import write_aside
 from persam_dreambooth.photos.images import open_image
 from persam_dreambooth.photos.masks import FEW, LOSSY, read_mask
+from persam_dreambooth.photos.painted import holds_hues
 
 VOID = 255
 
 MOST_OBJECTS = 32
 """In a mask that a user gives; more are the gray levels of soft edges."""
+
+HUE = 48
+"""Levels, of 255, from which a color is no shade of another."""
 
 
 def davis_palette() -> list[int]:
@@ -71,7 +75,7 @@ def read_first_mask(path: Path) -> np.ndarray:
         labels = np.asarray(image)
         return _checked(np.where(labels == VOID, 0, labels), len(np.setdiff1d(labels, (0, VOID))), path)
     colors = np.asarray(image.convert("RGB")).astype(np.int32)
-    if image.mode.startswith(("I", "F")) or not _holds_hues(colors):
+    if image.mode.startswith(("I", "F")) or not holds_hues(colors, HUE):
         values = np.asarray(image) if image.mode.startswith(("I", "F")) else colors.max(axis=2)
         levels = np.setdiff1d(values, 0)
         if len(levels) and levels[-1] <= MOST_OBJECTS:
@@ -97,26 +101,19 @@ def read_first_mask(path: Path) -> np.ndarray:
 
 
 def _is_numbered(image: Image.Image) -> bool:
-    """Whether a palette file's indices are objects' numbers: color 0 is black, the others have hues or are their indices."""
+    """Whether a palette's indices are objects' numbers: color 0 is black, the others have hues or are their indices."""
     if image.mode != "P":
         return False
     used = np.unique(np.asarray(image))
     palette = np.reshape(image.getpalette("RGB") or [], (-1, 3))
-    used = used[used < len(palette)]
-    if not len(palette) or palette[0].any():
+    if used[-1] >= len(palette):  # a palette without colors for them
+        return True
+    if palette[0].any():
         return False
     if (palette[used] != palette[used][:, :1]).any():
         return True
     numbers = np.setdiff1d(used, (0, VOID))
     return bool(len(numbers) and numbers[-1] <= MOST_OBJECTS and (palette[numbers, 0] == numbers).all())
-
-
-def _holds_hues(colors: np.ndarray) -> bool:
-    """Whether colors (H, W, 3) are more than shades of the brightest one, in places wider than an edge."""
-    values = colors.max(axis=2)
-    brightest = colors.reshape(-1, 3)[values.argmax()]
-    shades = values[..., None] * brightest / max(brightest.max(), 1)
-    return bool(ndimage.binary_erosion(np.abs(colors - shades).max(axis=2) > 48, np.ones((3, 3))).any())
 
 
 def _are_flat(values: np.ndarray, levels: np.ndarray) -> bool:

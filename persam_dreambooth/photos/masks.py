@@ -37,6 +37,8 @@ MOST_COVERED = 0.8
 NEARLY_ALL = 0.95
 """Fraction of a photo: a mask of several colors above it may be a copy of the photo instead."""
 
+PAINTED = "what was painted on a copy of it"
+
 NO_MASK = "a mask is (H, W) or (H, W, 1 to 4), of bool, integers or floats from 0, or a PIL image"
 
 REFERENCE_ADVICE = "give the mask of this photo, at its size, or name its photo with --reference_image"
@@ -149,6 +151,19 @@ def mask_of(path: Path, photo: "Photo", invert: bool = False) -> np.ndarray:
     return mask
 
 
+def soft_mask_of(path: Path, photo: "Photo", invert: bool = False) -> np.ndarray:
+    """The weights of a photo's mask, (H, W) float32 from 0 to 1: as `read_soft_mask`; of a painted copy 0 and 1.
+
+    Args:
+        path, photo, invert: as for `mask_of`.
+
+    Raises:
+        InputNotFoundError, InputError: as `mask_of`, but empty masks are allowed.
+    """
+    mask, how = read_told(path, photo, invert)
+    return mask.astype(np.float32) if how.startswith(PAINTED) else read_soft_mask(path, invert)
+
+
 def read_told(path: Path, photo: "Photo", invert: bool, advice: str = REFERENCE_ADVICE) -> tuple[np.ndarray, str]:
     """As `mask_of`, without a word in the log and empty masks allowed; also by which rule, in words.
 
@@ -167,7 +182,7 @@ def read_told(path: Path, photo: "Photo", invert: bool, advice: str = REFERENCE_
         except InputError as error:
             raise InputError(f"{path} {error}") from None
         if painted is not None:
-            mask, how = painted, "what was painted on a copy of it"
+            mask, how = painted, PAINTED
         elif looks_like_photo(image):
             raise InputError(
                 f"{path} looks like a photo, not a mask: paint the subject white on black, paint it red on a copy of "
@@ -234,7 +249,10 @@ def _values(image: Image.Image) -> tuple[np.ndarray, str]:
         if values.dtype.kind in "if":
             values = np.nan_to_num(values, posinf=0).clip(min=0)
         return values, "color"
-    return np.asarray(image.convert("RGB")).max(axis=2), "color"
+    values = np.asarray(image.convert("RGB")).max(axis=2)
+    if image.mode == "P" and not values.any():  # a palette without colors
+        values = np.asarray(image)
+    return values, "color"
 
 
 def _alpha(image: Image.Image) -> np.ndarray | None:

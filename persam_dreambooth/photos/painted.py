@@ -12,6 +12,9 @@ from persam_dreambooth.errors import InputError
 MANY = 40
 """Colors, of 16 levels a channel, from which an image is a photo."""
 
+HUE = 28
+"""Levels, of 255, by which a photo has colors beside its brightest color's shades; JPEG gives a mask's edges fewer."""
+
 TOLERANCE = 16
 """Levels, of 255, by which the noise of JPEG changes most pixels at most."""
 
@@ -39,10 +42,27 @@ HOLE = 0.01
 
 
 def looks_like_photo(image: Image.Image) -> bool:
-    """Whether an image has many colors, as no mask has: soft edges and the noise of JPEG are few of them."""
+    """Whether an image has many colors of several hues, as no mask has, whatever its soft edges or noise of JPEG.
+
+    A photo in black and white does not look so.
+    """
     small = image.convert("RGB")
     small.thumbnail((256, 256), Image.Resampling.NEAREST)
-    return _colors(np.asarray(small).reshape(-1, 3), 1 / 8192) >= MANY
+    pixels = np.asarray(small)
+    return _colors(pixels.reshape(-1, 3), 1 / 8192) >= MANY and holds_hues(pixels, HUE)
+
+
+def holds_hues(colors: np.ndarray, least: int) -> bool:
+    """Whether an RGB image, (H, W, 3), has more than shades of its brightest color, in places wider than an edge.
+
+    Args:
+        least: levels, of 255, by which a color differs from the nearest shade.
+    """
+    colors = colors.astype(np.int32)
+    values = colors.max(axis=2)
+    brightest = colors.reshape(-1, 3)[values.argmax()]
+    shades = values[..., None] * brightest / max(brightest.max(), 1)
+    return bool((ndimage.minimum_filter(np.abs(colors - shades).max(axis=2), 3) > least).any())
 
 
 def painted_mask(mask_image: Image.Image, photo_image: Image.Image, plain: bool = False) -> np.ndarray | None:
