@@ -2,7 +2,8 @@
 
 1. An alpha channel with transparent and opaque parts is the mask, whatever the colors are. A constant one is ignored.
 2. Otherwise a pixel's gray is its brightest channel; palettes are read by their colors, not by their indices.
-3. Of up to `FEW` gray levels, or in a colored palette, every color but black is the subject: PerSeg's is (128, 0, 0).
+3. Of up to `FEW` gray levels, or in a palette of several hues, every color but black is the subject: PerSeg stores
+   (128, 0, 0), others 1 or 255.
 4. Of more levels (soft edges, mattes), and in lossy formats, whose black is noisy, the subject is what is brighter than
    half of the brightest pixel.
 
@@ -19,7 +20,7 @@ from PIL import Image, ImageOps
 
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.photos.images import open_image
-from persam_dreambooth.photos.painted import looks_like_photo, painted_mask
+from persam_dreambooth.photos.painted import HUE, holds_hues, looks_like_photo, painted_mask
 
 if TYPE_CHECKING:
     from persam_dreambooth.photos.folder import Photo
@@ -221,7 +222,7 @@ def _check_size(size: tuple[int, ...], photo: "Photo", mask_path: Path, advice: 
 def _threshold(image: Image.Image) -> tuple[np.ndarray, str]:
     """The mask that an upright image is, and by which rule."""
     values, what = _values(image)
-    colored = image.mode == "P" and what == "color" and not _is_gray(image)
+    colored = image.mode == "P" and what == "color" and holds_hues(np.asarray(image.convert("RGB")), HUE)
     mask, levels = _above(values, image.format in LOSSY, colored)
     if not levels:
         return mask, "every color but black" if what == "color" else "what is not transparent"

@@ -93,8 +93,8 @@ def masks_beside(names: Iterable[str]) -> dict[str, str]:
     for name in known:
         meant = [by_stem[stem] for stem in _stems(Path(name).stem, copies=False)[1:] if stem in by_stem]
         if meant and name.lower().endswith(MASK_SUFFIXES):
-            masks[name] = meant[0]
-    return {mask: photo for mask, photo in masks.items() if photo not in masks}
+            masks[name] = meant[-1]  # what says least is no mask itself
+    return masks
 
 
 def without_masks(paths: list[Path], folder: Path) -> list[Path]:
