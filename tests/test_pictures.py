@@ -1,6 +1,7 @@
 """The pictures for people show what they claim to show."""
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from persam_dreambooth.photos.folder import Photo
@@ -38,9 +39,27 @@ def test_the_outline_follows_the_edge_and_the_rest_is_dimmed():
     photo, mask = halves()
     tile = np.asarray(outlined(photo, mask)).astype(int)
     columns = np.flatnonzero((tile == OUTLINE_COLOR).all(axis=2).any(axis=0))
-    assert len(columns) > 0 and abs(columns - TILE // 2).max() <= 3
-    assert (tile[:, : TILE // 2 - 4] == 60).all()
-    assert (tile[:, TILE // 2 + 4 :] > 100).all()
+    assert columns.tolist() == [TILE // 2], "one pixel, outside the mask"
+    assert (tile[:, : TILE // 2] == 60).all()
+    assert (tile[:, TILE // 2 + 2 :] > 100).all()
+
+
+@pytest.mark.parametrize("side", [1, 2, 4])
+@pytest.mark.parametrize("scale", [1, 3, 8])
+def test_specks_and_holes_of_a_few_pixels_are_seen_whatever_the_size_of_the_photo(side, scale):
+    """The photo is `scale` tiles wide, the speck and the hole `side` pixels of the photo."""
+    photo = Image.new("RGB", (scale * TILE, scale * TILE), (60, 60, 60))
+    mask = np.zeros((scale * TILE, scale * TILE), bool)
+    mask[:, : scale * TILE // 2] = True
+    whole = np.asarray(outlined(photo, mask))
+    mask[scale * 200 : scale * 200 + side, scale * 250 : scale * 250 + side] = True
+    mask[scale * 100 : scale * 100 + side, scale * 50 : scale * 50 + side] = False
+    tile = np.asarray(outlined(photo, mask))
+    speck, hole = (slice(190, 215), slice(240, 265)), (slice(90, 115), slice(40, 65))
+    for place in (speck, hole):
+        assert not (whole[place] == OUTLINE_COLOR).all(axis=2).any()
+        assert (tile[place] == OUTLINE_COLOR).all(axis=2).any()
+    assert (tile[speck] == 60).all(axis=2).any(), "the photo shows in the speck"
 
 
 def test_prompts_are_marked_where_they_lie_whatever_the_size_of_the_photo():
@@ -86,6 +105,20 @@ def test_the_overview_names_every_photo_and_flags_in_red(tmp_path):
     captions = red(page)[GAP + TILE :]
     assert not captions[:, : TILE + GAP].any()
     assert captions[:, TILE + GAP :].any()
+
+
+def test_the_overview_says_predicted_iou_and_presence_side_by_side(tmp_path):
+    photo, mask = halves()
+    photo.save(tmp_path / "0.png")
+    item = Photo.open(tmp_path / "0.png")
+
+    def facts(**known) -> np.ndarray:
+        page = overview([PhotoMask(item, mask, MaskRecord(item.name, item.sha256, "persam", 0.5, **known))])
+        return np.asarray(page.convert("L"))[GAP + TILE + LINE : GAP + TILE + 2 * LINE] < 128
+
+    both, presence, score = facts(score=0.88, presence=0.91), facts(presence=0.91), facts(score=0.88)
+    ends = [int(np.flatnonzero(shown.any(axis=0)).max()) for shown in (facts(), presence, score, both)]
+    assert ends == sorted(set(ends)) and ends[-1] < GAP + TILE, "both are there, and the line is not cut"
 
 
 def test_small_pictures_grow_by_whole_pixels():
