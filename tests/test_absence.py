@@ -13,7 +13,14 @@ from persam_dreambooth.photos.folder import find_photos
 from persam_dreambooth.photos.mask_folder import INDEX, SKIPPED, load_masks
 from persam_dreambooth.photos.masks import read_mask
 from persam_dreambooth.segmentation import PerSAM, open_sam
-from persam_dreambooth.segmentation.evaluation.absence import MEASURES, USED, Pair, best_threshold, errors, separate
+from persam_dreambooth.segmentation.evaluation.absence_statistics import (
+    MEASURES,
+    USED,
+    Pair,
+    best_threshold,
+    errors,
+    separate,
+)
 from persam_dreambooth.segmentation.found import ABSENT
 from persam_dreambooth.toy import rendered_perseg as perseg
 

@@ -77,20 +77,22 @@ def test_prompts_are_marked_where_they_lie_whatever_the_size_of_the_photo():
     assert (columns.min(), rows.min(), columns.max(), rows.max()) == (20, 30, 300, 310)
 
 
-def test_a_heat_map_is_brightest_where_the_prior_is_and_leaves_the_padding_out():
+@pytest.mark.parametrize("rows, y_of_cell", [(32, 10.5 * TILE / 64), (64, 10.5 * TILE / 128)], ids=["padded", "square"])
+def test_a_heat_map_is_brightest_where_the_prior_is_and_leaves_the_padding_out(rows, y_of_cell):
+    """A photo twice as wide as high: SAM pads it, so that it covers 32 rows; SAM 2 stretches it over all 64."""
     prior = np.zeros((64, 64))
-    prior[10, 20] = 1  # of a photo twice as wide as high, rows from 32 on are padding
-    prior[40] = 2
-    heat = heat_map(Image.new("RGB", (640, 320)), prior, (0.0, 1.0))
+    prior[10, 20] = 1
+    prior[rows:] = 2
+    heat = heat_map(Image.new("RGB", (640, 320)), prior, (rows, 64), (0.0, 1.0))
     assert heat.size == (TILE, TILE // 2)
     light = np.asarray(heat.convert("L"))[:-SCALE].astype(int)
     y, x = np.unravel_index(light.argmax(), light.shape)
-    assert abs(x - 20.5 * TILE / 64) <= 3 and abs(y - 10.5 * TILE / 64) <= 3
+    assert abs(x - 20.5 * TILE / 64) <= 3 and abs(y - y_of_cell) <= 3
     assert light[y, x] > 2 * light[-1].max()
 
 
 def test_a_heat_map_of_one_value_is_a_picture_too():
-    assert heat_map(Image.new("RGB", (64, 48)), np.full((64, 64), 0.5)).size == (64, 48)
+    assert heat_map(Image.new("RGB", (64, 48)), np.full((64, 64), 0.5), (48, 64)).size == (64, 48)
 
 
 def test_the_overview_names_every_photo_and_flags_in_red(tmp_path):

@@ -80,18 +80,25 @@ def outlined(
     return tile
 
 
-def heat_map(photo: Image.Image, similarity: np.ndarray, span: tuple[float, float] | None = None) -> Image.Image:
+def heat_map(
+    photo: Image.Image,
+    similarity: np.ndarray,
+    photo_cells: tuple[float, float],
+    span: tuple[float, float] | None = None,
+) -> Image.Image:
     """A location prior over its photo, fitted into a tile: dark blue is the least similar, yellow the most.
 
     Args:
         photo: RGB.
-        similarity: (64, 64) cells of the photo padded to a square, to the right or below, as SAM sees it.
+        similarity: (64, 64) cells of SAM's input.
+        photo_cells: rows and columns of these that the photo covers, from the upper left corner; SAM pads the rest,
+            SAM 2 stretches the photo over all of them.
         span: the values at the ends of the colors, which stand below; default: the least and the greatest shown.
     """
     from matplotlib import colormaps
 
     tile = _tile(photo)
-    across, down = (len(similarity) * side / max(photo.size) for side in photo.size)
+    down, across = photo_cells
     cells = Image.fromarray(similarity.astype(np.float32))
     values = np.asarray(cells.resize(tile.size, Image.Resampling.BILINEAR, box=(0, 0, across, down)))
     low, high = span or (float(values.min()), float(values.max()))
