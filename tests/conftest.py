@@ -1,7 +1,18 @@
-"""Fixtures of the tests of training."""
+"""What tests share: runs of training by their options, photos, and the encodings of the SAM that ships."""
+
+import gc
 
 import pytest
 from training_runs import Runs, draw_photos
+
+
+def pytest_collection_finish():
+    """Half a million imported objects stay as they are, so no collection of garbage has to look at them again.
+
+    Every run of training collects garbage at its end, which would take as long as the four steps before it.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
