@@ -388,7 +388,7 @@ def test_an_output_folder_with_another_run(home, capsys):
     Path("out").mkdir()
     Path("out/config.yaml").write_text("seed: 3\n")
     line = refused(capsys, *train(*MASK))
-    assert line.startswith("out already holds another run: choose another folder with --output_dir, or go on with")
+    assert line.startswith("out already holds another run: choose another folder with --output_dir, or resume with")
     assert line.endswith("--resume_from_checkpoint latest")
 
 
@@ -411,11 +411,11 @@ def own_pictures(count=2):
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (("--unmasked", "--replace_background", "color"), "--replace_background needs masks: leave it out, or "),
-        (("--unmasked", *GENERATED), "--replace_background needs masks: leave it out, or --unmasked"),
+        (("--unmasked", "--replace_background", "color"), "--replace_background has no effect: remove it or "),
+        (("--unmasked", *GENERATED), "--replace_background has no effect: remove it or --unmasked"),
         (
             ("--unmasked", "--masked_prior_preservation_weight", "1"),
-            "--masked_prior_preservation_weight needs masks: leave it out, or --unmasked",
+            "--masked_prior_preservation_weight has no effect: remove it or --unmasked",
         ),
         ((*MASKS, "--background_in_prompt"), "--background_in_prompt has no effect: add --replace_background gen"),
         (

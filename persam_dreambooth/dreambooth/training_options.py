@@ -77,7 +77,7 @@ class TrainingOptions(SubjectOptions):
         "LoRA for ComfyUI and A1111 too, under kohya's names",
         when=(
             *WHEN_LORA,
-            Condition(lambda options: not options.use_dora, "it does not carry DoRA, leave out --use_dora"),
+            Condition(lambda options: not options.use_dora, "it does not carry DoRA, remove --use_dora"),
         ),
     )
     train_text_encoder: bool = option(False, "train CLIP's text encoders too; T5 stays as it is")
@@ -140,7 +140,7 @@ class TrainingOptions(SubjectOptions):
         None,
         "side of the training crop in pixels; default: the model's own",
         when=(
-            Condition(lambda options: not options.bucket_list, "--aspect_ratio_buckets lists the sizes, leave it out"),
+            Condition(lambda options: not options.bucket_list, "--aspect_ratio_buckets lists the sizes, remove it"),
         ),
     )
     aspect_ratio_buckets: str | None = option(
@@ -169,7 +169,7 @@ class TrainingOptions(SubjectOptions):
     use_8bit_adam: bool = option(
         False,
         "the same as --optimizer adamw8bit",
-        when=(Condition(lambda options: options.optimizer != "prodigy", "leave out it or --optimizer prodigy"),),
+        when=(Condition(lambda options: options.optimizer != "prodigy", "remove it or --optimizer prodigy"),),
     )
     learning_rate: float | None = option(
         None, "default: 1e-4 for lora; for full 5e-6, and 1e-6 with XL; for prodigy 1, which multiplies what it finds"
@@ -182,7 +182,7 @@ class TrainingOptions(SubjectOptions):
         when=(
             Condition(
                 lambda options: options.lr_scheduler != "constant",
-                "add --lr_scheduler constant_with_warmup, or another but constant",
+                "add --lr_scheduler constant_with_warmup, or another one with a warm-up",
             ),
         ),
     )
