@@ -92,6 +92,7 @@ def test_an_interrupted_benchmark_does_only_what_is_left(finished, tmp_path, mon
     assert json.loads(content)["recipe"] == "masked"
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(finished, tmp_path):
     _, result = finished
     both = run(tmp_path / "both", "--recipes", "base,masked", "--processes", "2")

@@ -518,6 +518,7 @@ no_accelerator = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @no_accelerator
 def test_two_processes_share_the_sequences(rendered, tmp_path):
     sam = ("--sam_model", rendered / "sam", "--segmenter", "persam")

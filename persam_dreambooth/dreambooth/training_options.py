@@ -139,9 +139,7 @@ class TrainingOptions(SubjectOptions):
     resolution: int | None = option(
         None,
         "side of the training crop in pixels; default: the model's own",
-        when=(
-            Condition(lambda options: not options.bucket_list, "--aspect_ratio_buckets lists the sizes, remove it"),
-        ),
+        when=(Condition(lambda options: not options.bucket_list, "--aspect_ratio_buckets lists the sizes, remove it"),),
     )
     aspect_ratio_buckets: str | None = option(
         None, "crops of several shapes, each photo's nearest: auto, or height,width;height,width and so on"
