@@ -1,7 +1,20 @@
-"""Fixtures of the tests of training."""
+"""What tests share: runs of training by their options, photos, and the encodings of the SAM that ships."""
+
+import gc
+import os
+from pathlib import Path
 
 import pytest
 from training_runs import Runs, draw_photos
+
+
+def pytest_collection_finish():
+    """Half a million imported objects stay as they are, so no collection of garbage has to look at them again.
+
+    Every run of training collects garbage at its end, which would take as long as the four steps before it.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -11,9 +24,18 @@ def photos(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def toy_sam(tmp_path_factory):
-    """Options that name the SAM that ships; what it makes of a photo is kept, since many tests show it the same."""
-    return ["--sam_model", "toy", "--encoding_cache", str(tmp_path_factory.mktemp("encodings"))]
+def encodings(tmp_path_factory):
+    """The folder in which encodings are kept, since many tests show a SAM the same photos; all processes share it."""
+    own = Path(tmp_path_factory.getbasetemp())
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "encodings"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def toy_sam(encodings):
+    """Options that name the SAM that ships."""
+    return ["--sam_model", "toy", "--encoding_cache", str(encodings)]
 
 
 @pytest.fixture(scope="session")

@@ -42,8 +42,8 @@ def pictures(folder):
 # --- the decision
 
 
-def test_a_photo_is_absent_from_its_threshold_on():
-    sam = open_sam("toy", device="cpu")
+def test_a_photo_is_absent_from_its_threshold_on(encodings):
+    sam = open_sam("toy", device="cpu", encoding_cache=encodings)
     encoding = sam.encode(Image.open(DUCK / "01.jpg"))
 
     def found(threshold):
@@ -57,8 +57,9 @@ def test_a_photo_is_absent_from_its_threshold_on():
 
 
 @pytest.mark.parametrize("absent, warned", [("warn", True), ("keep", False)])
-def test_masks_of_absent_subjects_are_kept_with_a_warning_or_without(absent, warned, tmp_path, caplog):
+def test_masks_of_absent_subjects_are_kept_with_a_warning_or_without(absent, warned, tmp_path, caplog, encodings):
     options = {**SEGMENT, "output": tmp_path / "out", "absent": absent, "absent_threshold": NEVER}
+    options["encoding_cache"] = encodings
     assert command("segment", *flags(**options)) == 0
     assert pictures(tmp_path / "out") == ["00.png", "01.png", "02.png", "03.png"]
     assert ("01.jpg: absent" in caplog.text) == warned
@@ -67,10 +68,10 @@ def test_masks_of_absent_subjects_are_kept_with_a_warning_or_without(absent, war
 
 
 @pytest.mark.parametrize("instances", [1, 3])
-def test_skipped_photos_have_no_mask_and_the_index_says_so(instances, tmp_path, capsys):
+def test_skipped_photos_have_no_mask_and_the_index_says_so(instances, tmp_path, capsys, encodings):
     output = tmp_path / "out"
     options = {**SEGMENT, "output": output, "absent": "skip", "absent_threshold": NEVER, "instances": instances}
-    assert command("segment", *flags(**options, heatmaps=True)) == 0
+    assert command("segment", *flags(**options, heatmaps=True, encoding_cache=encodings)) == 0
     assert pictures(output) == ["00.png"]
     assert "1 masks in" in (said := capsys.readouterr().out) and "3 of 4 photos skipped" in said
     assert notes(output)["02.jpg"]["flags"] == [ABSENT, SKIPPED] and notes(output)["02.jpg"]["coverage"] == 0
@@ -82,10 +83,10 @@ def test_skipped_photos_have_no_mask_and_the_index_says_so(instances, tmp_path, 
 
 
 @pytest.fixture(scope="module")
-def skipping(tmp_path_factory):
+def skipping(tmp_path_factory, encodings):
     """A run in which all photos but the reference were skipped."""
     folder = tmp_path_factory.mktemp("skipping") / "run"
-    assert train(folder, checkpointing_steps=2) == 0
+    assert train(folder, checkpointing_steps=2, encoding_cache=encodings) == 0
     return folder
 
 
@@ -100,9 +101,10 @@ def test_training_leaves_skipped_photos_out(skipping):
     assert (skipping / "overview.png").is_file()
 
 
-def test_a_resumed_run_skips_the_same_photos(skipping, caplog):
+def test_a_resumed_run_skips_the_same_photos(skipping, caplog, encodings):
     before, losses = notes(skipping / "masks"), column(skipping)
-    assert train(skipping, resume_from_checkpoint="checkpoint-2", checkpointing_steps=2) == 0
+    again = {"resume_from_checkpoint": "checkpoint-2", "checkpointing_steps": 2, "encoding_cache": encodings}
+    assert train(skipping, **again) == 0
     assert notes(skipping / "masks") == before and column(skipping) == losses
     assert "00.jpg is the only photo left to train on" in caplog.text
     assert "02.jpg: the subject was not found there" in caplog.text
@@ -115,12 +117,13 @@ def test_a_mask_folder_keeps_what_was_skipped(skipping, tmp_path):
     assert column(tmp_path / "run") == column(skipping)
 
 
-def test_a_run_with_every_photo_skipped_says_what_to_do(tmp_path, capsys):
+def test_a_run_with_every_photo_skipped_says_what_to_do(tmp_path, capsys, encodings):
     photos = tmp_path / "photos"
     photos.mkdir()
     for name in ("01.jpg", "02.jpg"):
         (photos / name).write_bytes((DUCK / name).read_bytes())
-    assert train(tmp_path / "run", instance_dir=photos, reference_image=DUCK / "00.jpg") == 2
+    options = {"instance_dir": photos, "reference_image": DUCK / "00.jpg", "encoding_cache": encodings}
+    assert train(tmp_path / "run", **options) == 2
     assert "the subject was found in no photo: train with --absent warn" in capsys.readouterr().err
 
 
@@ -165,8 +168,8 @@ def evaluate(**options):
     return command("evaluate", "absence", *flags(**{"sam_model": "toy", "segmenter": "persam", **options}))
 
 
-def test_every_image_is_searched_for_its_own_object_and_for_others(objects, tmp_path, capsys):
-    assert evaluate(data=objects, output=tmp_path, absent_threshold=0.5) == 0
+def test_every_image_is_searched_for_its_own_object_and_for_others(objects, tmp_path, capsys, encodings):
+    assert evaluate(data=objects, output=tmp_path, absent_threshold=0.5, encoding_cache=encodings) == 0
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert [(pair["present"], pair["asked"] == Path(pair["image"]).parent.name) for pair in results["pairs"]] == [
         (True, True), (False, False), (True, True), (False, False),

@@ -76,7 +76,6 @@ def test_training_changes_the_figures(finished):
 def test_an_interrupted_benchmark_does_only_what_is_left(finished, tmp_path, monkeypatch):
     folder, result = finished
     [lost] = folder.glob("cells/masked.*.json")
-    content = lost.read_text(encoding="utf-8")
     lost.unlink()
     done = []
     whole = background.run_cell
@@ -89,9 +88,10 @@ def test_an_interrupted_benchmark_does_only_what_is_left(finished, tmp_path, mon
     again = run(folder, "--recipes", "base,masked,masked-persam-f")
     assert done == ["masked"]
     assert figures(again) == figures(result)
-    assert json.loads(content)["recipe"] == "masked"
+    assert lost.is_file()
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(finished, tmp_path):
     _, result = finished
     both = run(tmp_path / "both", "--recipes", "base,masked", "--processes", "2")

@@ -24,9 +24,7 @@ from persam_dreambooth.segmentation.evaluation.trace import read_trace, save_tra
 from persam_dreambooth.toy import rendered_davis as rendered_videos
 from persam_dreambooth.toy import rendered_perseg as perseg
 
-ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared" / "data"
-golden = pytest.mark.skipif(not SHARED.is_dir(), reason="the reference data is not here")
+GOLDEN = Path(__file__).parent / "golden"
 
 
 def square(top, left, side, shape=(40, 60)):
@@ -309,10 +307,8 @@ def test_options_at_odds_are_refused(options, told, data, tmp_path, capsys):
     assert told in capsys.readouterr().err
 
 
-@golden
 def test_perseg_figures_are_those_of_the_published_evaluation(tmp_path):
     """Masks of the published PerSAM and PerSAM-F, and what the published script prints for them."""
-    root = SHARED / "persam-golden"
     printed = {
         "persam": {"cat": (54.89, 90.12), "colorful_sneaker": (43.27, 74.09)},
         "persam_f": {"cat": (49.50, 88.90), "colorful_sneaker": (41.70, 71.22)},
@@ -321,12 +317,12 @@ def test_perseg_figures_are_those_of_the_published_evaluation(tmp_path):
         for name in expected:
             (tmp_path / method / name).mkdir(parents=True)
             for stem in ("01", "02"):
-                arrays = np.load(root / method / f"{name}_{stem}.npz")
+                arrays = np.load(GOLDEN / method / f"{name}_{stem}.npz")
                 height, width = arrays["mask_shape"]
                 mask = np.unpackbits(arrays["mask_bits"])[: height * width].reshape(height, width)
                 Image.fromarray(mask * 255).save(tmp_path / method / name / f"{stem}.png")
         output = tmp_path / f"{method}-scores"
-        assert evaluate("--data", root / "perseg", "--output", output, "--predictions", tmp_path / method) == 0
+        assert evaluate("--data", GOLDEN / "perseg", "--output", output, "--predictions", tmp_path / method) == 0
         for name, (iou, accuracy) in expected.items():
             figures = read(output)["objects"][name]
             assert round(figures["IoU"], 2) == iou and round(figures["Acc"], 2) == accuracy
@@ -500,9 +496,8 @@ def test_davis_names_what_cannot_be_scored(damage, told, video, tmp_path, capsys
     assert not (tmp_path / "out").exists()
 
 
-@golden
 def test_davis_figures_are_those_of_the_official_evaluation(tmp_path):
-    root = SHARED / "davis-metrics"
+    root = GOLDEN / "davis"
     assert davis("--data", root / "DAVIS", "--predictions", root / "predictions", "--output", tmp_path) == 0
     expected, results = json.loads((root / "expected.json").read_text()), read(tmp_path)
     for name, value in expected["global"].items():
@@ -567,6 +562,7 @@ no_accelerator = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @no_accelerator
 def test_two_processes_share_the_sequences(rendered, tmp_path):
     sam = ("--sam_model", rendered / "sam", "--segmenter", "persam")

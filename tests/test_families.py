@@ -14,6 +14,7 @@ from torch.utils.data import default_collate
 from training_runs import (
     ALL_AGAINST_BACKGROUNDS,
     ROOT,
+    SLOW,
     STEPS,
     UP,
     assert_same_trajectory,
@@ -26,6 +27,7 @@ from training_runs import (
     same_state,
     same_weights,
     training_crops,
+    variants,
     watched_family,
     weights,
 )
@@ -290,6 +292,7 @@ def test_accumulated_batches_equal_one_large_batch(runs, model):
     assert_same_trajectory(whole, parts)
 
 
+@SLOW
 @pytest.mark.parametrize("name", ["sdxl", "sd3"])  # with layers that get no gradient, or always zero
 def test_two_processes_equal_one_of_the_same_global_batch(runs, model, tmp_path):
     options = {"pretrained_model_name_or_path": model, "train_text_encoder": True}
@@ -312,7 +315,9 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize(("name", "options"), RESUMED.values(), ids=RESUMED)
+@pytest.mark.parametrize(
+    ("name", "options"), variants(RESUMED, ["sdxl, half precision", "sd3", "flux, half precision"])
+)
 def test_stopped_and_resumed_run_equals_the_uninterrupted_one(runs, model, options, tmp_path):
     options = {"pretrained_model_name_or_path": model, "checkpointing_steps": 2, **options}
     straight, stopped = runs(**options), tmp_path / "stopped"

@@ -39,7 +39,7 @@ def test_a_run_killed_at_random_moments_ends_as_one_left_alone(kills, runs, tmp_
         assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-5", "checkpoint-6"]
 
 
-@pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("asked", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_run_asked_to_stop_saves_says_how_to_go_on_and_goes_on(runs, tmp_path, asked):
     folder, endless = tmp_path / "run", {"max_train_steps": 10_000, "checkpointing_steps": 10_000, "logging_steps": 1}
     with subprocess.Popen(program(runs, folder, **endless), stderr=subprocess.PIPE, text=True, env=ALONE) as process:

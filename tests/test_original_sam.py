@@ -1,5 +1,6 @@
 """Checkpoints of segment-anything, against the package itself, and files that are none."""
 
+import json
 import sys
 import types
 from functools import partial
@@ -8,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.segmentation import open_sam
 from persam_dreambooth.segmentation.sams.original import read_sam_config, rename
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "persam-golden" / "weights"
+WEIGHTS = Path(__file__).parent / "golden" / "weights"
 
 
 @pytest.fixture(scope="module")
@@ -116,9 +118,11 @@ def test_the_architecture_of_a_published_checkpoint_follows_from_its_weights(
         assert {name: config.to_dict()[name] for name in expected} == expected
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the reference data is not here")
-def test_the_golden_weights_are_the_same_in_both_formats():
-    from_file, from_folder = open_sam(str(SHARED / "tiny_sam_original.pth"), "cpu"), open_sam(str(SHARED / "hf"), "cpu")
+def test_the_golden_weights_are_the_same_in_both_formats(tmp_path):
+    names = json.loads((WEIGHTS / "original_names.json").read_text(encoding="utf-8"))
+    weights = {names[name]: weight for name, weight in load_file(WEIGHTS / "hf" / "model.safetensors").items()}
+    torch.save(weights, tmp_path / "sam.pth")
+    from_file, from_folder = open_sam(str(tmp_path / "sam.pth"), "cpu"), open_sam(str(WEIGHTS / "hf"), "cpu")
     expected = from_folder.model.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in from_file.model.state_dict().items())
     names = ("num_attention_heads", "window_size", "global_attn_indexes", "mlp_dim", "output_channels")

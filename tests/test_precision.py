@@ -73,10 +73,11 @@ def test_embeddings_in_half_precision_are_near_the_exact_ones(kind, names, other
 
 @pytest.mark.parametrize("kind", [PerSAM, PerSAMF])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_masks_in_half_precision_are_near_the_exact_ones(kind, dtype, reference):
+def test_masks_in_half_precision_are_near_the_exact_ones(kind, dtype, reference, encodings):
     photos = [Image.open(toy.path("photos") / "duck" / f"0{number}.jpg") for number in (1, 2)]
     masks = []
-    for sam in (open_sam(SMALL_SAM, device="cpu"), open_sam(SMALL_SAM, device="cpu", dtype=dtype)):
+    for weights in (torch.float32, dtype):
+        sam = open_sam(SMALL_SAM, device="cpu", dtype=weights, encoding_cache=encodings)
         segmenter = (kind(sam) if kind is PerSAM else kind(sam, fit_steps=100)).fit(*reference)
         masks.append([segmenter.predict(photo).mask for photo in photos])
     for exact, half in zip(*masks, strict=True):

@@ -62,7 +62,6 @@ def test_model_card_says_what_the_model_is(complete):
     assert head["base_model"] == "toy"
     assert head["instance_prompt"] == "a robot duck"
     assert toy.NOTICES["stable-diffusion"] in text
-    assert toy.NOTICES["stable-diffusion"] in text
     assert "LoRA (rank 4) on 4 photos" in text
     assert "`robot duck`" in text
     assert f"| final loss | {column(complete)[-1]:.4f} |" in text

@@ -36,14 +36,14 @@ FIT_STEPS = 100
 
 
 @pytest.fixture(scope="module")
-def sam():
-    return open_sam(SMALL_SAM, device="cpu")
+def sam(encodings):
+    return open_sam(SMALL_SAM, device="cpu", encoding_cache=encodings)
 
 
 @pytest.fixture(scope="module")
-def blind_sam():
+def blind_sam(encodings):
     """A SAM whose every mask is empty: its mask tokens say nothing."""
-    blind = open_sam(SMALL_SAM, device="cpu")
+    blind = open_sam(SMALL_SAM, device="cpu", encoding_cache=encodings)
     for head in blind.model.mask_decoder.output_hypernetworks_mlps:
         torch.nn.init.zeros_(head.proj_out.weight)
         torch.nn.init.zeros_(head.proj_out.bias)
@@ -96,7 +96,8 @@ def test_finds_the_duck_in_its_own_photo(segmenter, reference):
     assert found.presence > 0.9 and found.flags == ()
 
 
-def test_an_array_and_a_picture_give_the_same_bits_every_time(segmenter, other):
+def test_an_array_and_a_picture_give_the_same_bits_every_time(segmenter, other, monkeypatch):
+    monkeypatch.setattr(segmenter.sam, "cache", None)  # so that both are encoded
     first, second = segmenter.predict(other), segmenter.predict(np.asarray(other))
     assert (first.mask == second.mask).all() and first.score == second.score and first.presence == second.presence
     for one, two in zip(first.steps, second.steps, strict=True):
@@ -326,11 +327,11 @@ def test_weights_of_several_photos_lower_the_mean_of_their_losses(seed):
     assert all(np.abs(weights - each).max() > 1e-3 for each in alone)
 
 
-def test_a_folder_of_masks_gives_several_references(reference, tmp_path):
+def test_a_folder_of_masks_gives_several_references(reference, tmp_path, toy_sam):
     for name in ("00", "02"):
         (tmp_path / "masks").mkdir(exist_ok=True)
         Image.fromarray(reference[1].astype(np.uint8) * 255).save(tmp_path / "masks" / f"{name}.png")
-    command = ["segment", "--images", str(DUCK), "--sam_model", "toy", "--segmenter", "persam"]
+    command = ["segment", "--images", str(DUCK), *toy_sam, "--segmenter", "persam"]
     output = tmp_path / "out"
     assert main([*command, "--mask_dir", str(tmp_path / "masks"), "--output", str(output)]) == 0
     methods = [item.record.method for item in load_masks(output, find_photos(DUCK))]
@@ -368,13 +369,14 @@ def twice(tmp_path_factory):
     return photo, [np.hstack([left.mask, nothing]), np.hstack([nothing, right.mask])], (first.image, first.mask)
 
 
-def test_every_instance_is_found_once_and_then_no_more(twice):
+def test_every_instance_is_found_once_and_then_no_more(twice, encodings):
     photo, truths, reference = twice
-    finds = find_instances(PerSAM(open_sam("toy", device="cpu")).fit(*reference), photo)
+    segmenter = PerSAM(open_sam("toy", device="cpu", encoding_cache=encodings)).fit(*reference)
+    finds = find_instances(segmenter, photo)
     assert len(finds) == 2
     for truth in truths:
         assert max(iou(found.mask, truth) for found in finds) > 0.6
-    assert len(find_instances(PerSAM(open_sam("toy", device="cpu")).fit(*reference), photo, most=1)) == 1
+    assert len(find_instances(segmenter, photo, most=1)) == 1
 
 
 def test_a_photo_without_the_subject_has_no_instances(sam, reference):
@@ -384,14 +386,14 @@ def test_a_photo_without_the_subject_has_no_instances(sam, reference):
     assert find_instances(segmenter, empty) == []
 
 
-def test_the_mask_of_a_photo_holds_all_instances(twice, tmp_path):
+def test_the_mask_of_a_photo_holds_all_instances(twice, tmp_path, toy_sam):
     photo, truths, (image, mask) = twice
     (tmp_path / "photos").mkdir()
     image.save(tmp_path / "photos" / "00.png")
     photo.save(tmp_path / "photos" / "01.png")
     Image.fromarray(mask.astype(np.uint8) * 255).save(tmp_path / "mask.png")
     command = ["segment", "--images", str(tmp_path / "photos"), "--mask", str(tmp_path / "mask.png")]
-    options = ["--reference_image", "00.png", "--sam_model", "toy", "--segmenter", "persam"]
+    options = ["--reference_image", "00.png", *toy_sam, "--segmenter", "persam"]
     covered = {}
     for count in ("1", "5"):
         output = tmp_path / count

@@ -26,6 +26,7 @@ from training_runs import (
     CONFIGS,
     ROOT,
     SIZES,
+    SLOW,
     STEPS,
     UP,
     Runs,
@@ -41,6 +42,7 @@ from training_runs import (
     toy_pipeline,
     training_crops,
     uniform,
+    variants,
     watched_family,
     weights,
 )
@@ -61,7 +63,7 @@ from tools.toy import build
 
 @pytest.mark.parametrize(
     ("batch", "accumulation", "options"),
-    [(1, 4, {}), (2, 2, {}), (1, 4, ALL_AGAINST_BACKGROUNDS)],
+    [(1, 4, {}), (2, 2, {}), pytest.param(1, 4, ALL_AGAINST_BACKGROUNDS, marks=SLOW)],
     ids=["1 x 4", "2 x 2", "1 x 4, other backgrounds"],
 )
 def test_accumulated_batches_equal_one_large_batch(runs, batch, accumulation, options):
@@ -104,7 +106,9 @@ def test_saved_options_repeat_the_run(runs, tmp_path, options):
     assert {name for name in first if first[name] != again[name]} == {"output_dir"}
 
 
-@pytest.mark.parametrize("options", [{}, ALL_AGAINST_BACKGROUNDS], ids=["plain", "other backgrounds"])
+@pytest.mark.parametrize(
+    "options", [{}, pytest.param(ALL_AGAINST_BACKGROUNDS, marks=SLOW)], ids=["plain", "other backgrounds"]
+)
 def test_two_processes_equal_one_of_the_same_global_batch(runs, tmp_path, options):
     options = runs.sharing(options)
     arguments = runs.options(output_dir=tmp_path / "two", num_validation_images=1, checkpointing_steps=2, **options)
@@ -162,7 +166,9 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize("options", RESUMED.values(), ids=RESUMED)
+@pytest.mark.parametrize(
+    "options", variants(RESUMED, ["lora, dropout", "lora, accumulation", "lora, averaged", "full, text encoder"])
+)
 def test_stopped_and_resumed_run_equals_the_uninterrupted_one(runs, tmp_path, options):
     options = runs.sharing(options)
     straight = runs(max_train_steps=6, checkpointing_steps=3, **options)

@@ -19,6 +19,7 @@ from tiny_families import save_tiny, toy_or_tiny
 from torch.utils.data import default_collate
 from training_runs import (
     RESOLUTION,
+    SLOW,
     STEPS,
     UP,
     assert_same_trajectory,
@@ -31,6 +32,7 @@ from training_runs import (
     training_crops,
     unet_answer,
     uniform,
+    variants,
     watched_family,
     weights,
 )
@@ -432,7 +434,7 @@ CACHED = {
 }
 
 
-@pytest.mark.parametrize("options", CACHED.values(), ids=CACHED)
+@pytest.mark.parametrize("options", variants(CACHED, ["flipped", "random crops", "text encoder"]))
 def test_cached_latents_change_nothing(runs, options):
     plain, cached = runs(**options), runs(cache_latents=True, **options)
     assert same_weights(plain, cached)
@@ -518,7 +520,7 @@ VALIDATED = {
 }
 
 
-@pytest.mark.parametrize("options", VALIDATED.values(), ids=VALIDATED)
+@pytest.mark.parametrize("options", variants(VALIDATED, ["dropout", "full, half precision"]))
 def test_samples_during_training_leave_training_as_it_is(runs, options):
     told = {"validation_steps": 2, "num_validation_images": 1}
     plain, watched = runs(**options), runs(**told, **options)
@@ -543,7 +545,7 @@ def test_samples_during_training_show_what_was_learned_by_then(runs):
     assert abs(early - late).max() > 1
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("name", [pytest.param("sdxl", marks=SLOW), "sd3", pytest.param("flux", marks=SLOW)])
 def test_every_family_paints_during_training_in_half_precision(runs, checkpoints, name):
     model = {"pretrained_model_name_or_path": toy_or_tiny(name, checkpoints), "mixed_precision": "bf16"}
     plain = runs(**model)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
@@ -32,6 +33,9 @@ MULTI_GPU = ROOT / "configs" / "accelerate" / "multi-gpu.yaml"
 SIZES = ((80, 64), (64, 96), (72, 72), (64, 64))
 RESOLUTION = 32
 STEPS = 4
+SLOW = pytest.mark.slow
+"""For what costs seconds and has a quick representative; `make test-all` runs it."""
+
 SHORT = {
     "class_name": "duck",
     "pretrained_model_name_or_path": "toy",
@@ -56,6 +60,15 @@ ALL_AGAINST_BACKGROUNDS = {
 DOWN = re.compile(r"\.lora(_linear_layer)?\.down\.weight$")
 UP = re.compile(r"\.lora(_linear_layer)?\.up\.weight$")
 """How diffusers names the two matrices of a layer: (rank, in) and (out, rank)."""
+
+
+def variants(named, quick):
+    """Parameters by their names, of which those named `quick` are in `make test` and all in `make test-all`."""
+    assert set(quick) <= named.keys()
+    return [
+        pytest.param(*(value if isinstance(value, tuple) else (value,)), id=name, marks=() if name in quick else SLOW)
+        for name, value in named.items()
+    ]
 
 
 def flags(**options):
