@@ -114,7 +114,7 @@ def test_a_run_with_every_photo_skipped_says_what_to_do(tmp_path, capsys):
     for name in ("01.jpg", "02.jpg"):
         (photos / name).write_bytes((DUCK / name).read_bytes())
     assert train(tmp_path / "run", instance_dir=photos, reference_image=DUCK / "00.jpg") == 2
-    assert "the subject was found in no photo: train with --absent warn" in capsys.readouterr().err
+    assert "the subject was not found in any photo: train with --absent warn" in capsys.readouterr().err
 
 
 # --- the measurement
