@@ -4,7 +4,13 @@ from importlib.util import find_spec
 
 from persam_dreambooth.errors import InputError
 
-EXTRAS = {"bitsandbytes": "optimizers", "prodigyopt": "optimizers", "tensorboard": "tracking", "wandb": "tracking"}
+EXTRAS = {
+    "bitsandbytes": "optimizers",
+    "pillow_heif": "heic",
+    "prodigyopt": "optimizers",
+    "tensorboard": "tracking",
+    "wandb": "tracking",
+}
 """The extra of this package that brings a package."""
 
 

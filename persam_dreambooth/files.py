@@ -1,16 +1,22 @@
 """Files and folders appear whole or not at all: they are written aside and renamed."""
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePath
+from typing import Any, TypeVar
 
 from persam_dreambooth.errors import InputError
 
 PARTIAL = ".partial"
+
+LONGEST_NAME = 255
+"""Bytes that file systems allow in the name of a file."""
+
+AnyPath = TypeVar("AnyPath", bound=PurePath)
 
 
 @contextmanager
@@ -20,8 +26,7 @@ def write_aside(path: Path) -> Iterator[Path]:
     A folder already at `path` is replaced. When the block raises, what it wrote is removed and `path` is untouched.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The suffix stays last, since writers choose their format by it.
-    aside = path.with_name(f".{path.stem}{PARTIAL}{path.suffix}")
+    aside = _aside(path)
     _remove(aside)
     try:
         yield aside
@@ -53,7 +58,7 @@ def filled_aside(folder: Path) -> Iterator[Path]:
 
 def remove_whole(folder: Path) -> None:
     """Removes a folder; killed on the way, it leaves nothing under the folder's name."""
-    aside = folder.with_name(f".{folder.stem}{PARTIAL}{folder.suffix}")
+    aside = _aside(folder)
     _remove(aside)
     os.replace(folder, aside)
     _remove(aside)
@@ -88,9 +93,10 @@ def note_settings(folder: Path, settings: dict[str, Any], what: str, flag: str) 
 
 def check_writable(folder: Path) -> None:
     """Raises `InputError` when `folder` can neither be written into nor made; creates nothing."""
-    existing = folder
-    while not os.path.lexists(existing):
-        existing = existing.parent
+    check_name(folder)
+    existing = first_existing(folder, os.path.lexists)
+    if existing is None:
+        raise InputError(f"{folder.anchor or folder} does not exist: choose a folder on another drive")
     if not existing.is_dir():
         raise InputError(f"{existing} is no folder, so {folder} cannot be one: choose another folder")
     if not os.access(existing, os.W_OK | os.X_OK):
@@ -108,6 +114,33 @@ def check_new(folder: Path, known: dict[str, str], advice: str = "choose a new o
     if folder.is_dir() and any(folder.iterdir()):
         what = next((what for name, what in known.items() if (folder / name).is_file()), "other files")
         raise InputError(f"{folder} already holds {what}: {advice}")
+
+
+def first_existing(path: AnyPath, exists: Callable[[AnyPath], bool]) -> AnyPath | None:
+    """The path itself or the closest parent that exists; None if there is none, as on a drive that is missing."""
+    return next((candidate for candidate in (path, *path.parents) if exists(candidate)), None)
+
+
+def check_name(path: Path) -> None:
+    """Raises `InputError` for a path that is not UTF-8: it cannot be written into JSON, YAML or a log."""
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError(f"{readable_name(path)} has a name that is not UTF-8: rename it") from None
+
+
+def readable_name(path: Path) -> str:
+    """The path with forward slashes; bytes that are not UTF-8 are written like \\xe9."""
+    return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
+
+
+def _aside(path: Path) -> Path:
+    """A hidden name beside `path`, no longer than file systems allow."""
+    # The suffix stays last, since writers choose their format by it.
+    name = f".{path.stem}{PARTIAL}{path.suffix}"
+    if len(os.fsencode(name)) > LONGEST_NAME:
+        name = f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}{PARTIAL}{path.suffix[:16]}"
+    return path.with_name(name)
 
 
 def _remove(path: Path) -> None:

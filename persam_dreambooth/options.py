@@ -59,7 +59,7 @@ def with_flag(*flags: str) -> Condition:
 
 def without_flag(flag: str) -> Condition:
     """An option counts only without another one, such as `--unmasked`."""
-    return Condition(lambda options: not _says(options, flag), f"leave out it or {flag}")
+    return Condition(lambda options: not _says(options, flag), f"remove it or {flag}")
 
 
 def _says(options: Any, flag: str) -> bool:
@@ -105,7 +105,8 @@ class Options:
 
     def given(self, name: str) -> bool:
         """Whether an option differs from its default."""
-        return bool(getattr(self, name) != getattr(type(self), name))
+        value = getattr(self, name)
+        return bool(value != getattr(type(self), name) and value != "")  # empty as from a variable of a shell
 
     def check(self) -> None:
         """Raises `InputError` for options that exclude one another or have no effect."""

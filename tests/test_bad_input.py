@@ -108,7 +108,7 @@ def test_a_file_for_the_photo_folder(home, capsys, command):
 @PHOTO_COMMANDS
 def test_a_folder_without_photos(home, capsys, command):
     for path in Path("ball").iterdir():
-        path.rename(path.with_suffix(".heic"))
+        path.rename(path.with_suffix(".dng"))
     assert refused(capsys, *command).startswith("ball holds no photos: put 3 to 6 there (.jpg .jpeg .png")
 
 
@@ -139,6 +139,16 @@ def test_two_photos_of_one_name(home, capsys, command):
 def test_a_broken_link_for_a_photo(home, capsys, command):
     Path("ball/03.jpg").symlink_to("gone.jpg")
     assert refused(capsys, *command) == "ball/03.jpg does not exist: name an image file"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are Unicode")
+@pytest.mark.parametrize("make", [train, segment])
+def test_a_photo_folder_whose_name_is_not_utf_8(home, capsys, make):
+    folder = os.fsdecode(b"caf\xe9")
+    Path("ball").rename(folder)
+    option = "--instance_dir" if make is train else "--images"
+    line = refused(capsys, *make(*(MASKS if make is train else ()), option, folder))
+    assert line == r"caf\xe9 has a name that is not UTF-8: rename it"
 
 
 # The mask of one photo
@@ -388,7 +398,7 @@ def test_an_output_folder_with_another_run(home, capsys):
     Path("out").mkdir()
     Path("out/config.yaml").write_text("seed: 3\n")
     line = refused(capsys, *train(*MASK))
-    assert line.startswith("out already holds another run: choose another folder with --output_dir, or go on with")
+    assert line.startswith("out already holds another run: choose another folder with --output_dir, or resume with")
     assert line.endswith("--resume_from_checkpoint latest")
 
 
@@ -411,11 +421,11 @@ def own_pictures(count=2):
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (("--unmasked", "--replace_background", "color"), "--replace_background needs masks: leave it out, or "),
-        (("--unmasked", *GENERATED), "--replace_background needs masks: leave it out, or --unmasked"),
+        (("--unmasked", "--replace_background", "color"), "--replace_background has no effect: remove it or "),
+        (("--unmasked", *GENERATED), "--replace_background has no effect: remove it or --unmasked"),
         (
             ("--unmasked", "--masked_prior_preservation_weight", "1"),
-            "--masked_prior_preservation_weight needs masks: leave it out, or --unmasked",
+            "--masked_prior_preservation_weight has no effect: remove it or --unmasked",
         ),
         ((*MASKS, "--background_in_prompt"), "--background_in_prompt has no effect: add --replace_background gen"),
         (
@@ -559,7 +569,7 @@ def test_odd_names_and_empty_text_train(home, capsys, caplog):
     prompts = ("--class_name", "", "--instance_prompt", 'a "[V]" cat: it\'s #1 \\ {}')
     done(capsys, *train(*MASKS, "--instance_dir", str(folder), *prompts))
     assert Path("out", WEIGHTS).is_file()
-    assert "not a photo: notes.txt" in caplog.text
+    assert f"left out of {folder}: notes.txt (not a photo)" in caplog.text
     assert "01.jpg: its mask is empty, so it is not trained on" in caplog.text
 
 
@@ -584,14 +594,14 @@ def test_photos_of_every_kind_get_upright_masks(home, capsys, caplog, tmp_path_f
     (ball / "notes.txt").write_text("not a photo")
     shutil.copy("mask.png", ball / "ball_mask.png")
     out = done(capsys, *segment("--mask", "ball/ball_mask.png", "--output", "ball/masks", "--sam_model", sam))
-    assert out == "13 masks in ball/masks; look at ball/masks/overview.jpg\n"
-    assert "not a photo: notes.txt" in caplog.text
+    assert out == "12 masks in ball/masks; look at ball/masks/overview.jpg\n"
+    assert "left out of ball: link.jpg (link to another of the photos), notes.txt (not a photo)" in caplog.text
     sizes = {}
     for path in sorted(Path("ball/masks").rglob("*.png")):
         with Image.open(path) as image:
             assert (image.mode, set(np.unique(image)) <= {0, 255}) == ("L", True), path
             sizes[path.relative_to("ball/masks").as_posix()] = image.size
-    square = ("00", "01", "02", "16-bit", "cmyk", "link", "more/photo", "one-bit", "palette", "rgba")
+    square = ("00", "01", "02", "16-bit", "cmyk", "more/photo", "one-bit", "palette", "rgba")
     assert sizes == {
         **dict.fromkeys((f"{name}.png" for name in square), (SIDE, SIDE)),
         "turned.png": (64, SIDE),
@@ -623,6 +633,15 @@ def test_backgrounds_inside_the_photo_folder_are_no_photos(home, capsys):
     Path("own").rename("ball/own")
     done(capsys, *train(*MASKS, *PICTURES["backgrounds"], "ball/own"))
     assert "on 3 photos" in Path("out/README.md").read_text()
+
+
+def test_outputs_inside_the_photo_folder_are_not_trained_on_by_the_next_run(home, capsys, caplog):
+    done(capsys, *segment("--output", "ball/found"))
+    done(capsys, *train(*MASKS, "--output_dir", "ball/first", *("--num_validation_images", "1")))
+    caplog.set_level(logging.INFO)
+    done(capsys, *train(*MASKS, "--output_dir", "ball/second"))
+    assert "on 3 photos" in Path("ball/second/README.md").read_text()
+    assert "left out of ball: first, found (output of an earlier run)" in caplog.text
 
 
 def test_resuming_the_latest_where_there_is_none_starts_afresh(home, capsys, caplog):

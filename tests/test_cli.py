@@ -362,7 +362,7 @@ def test_not_a_number_is_refused():
         ),
         (
             {"instance_dir": "cat", "unmasked": True, "unmasked_weight": 0.5},
-            "--unmasked_weight has no effect: leave out it or --unmasked",
+            "--unmasked_weight has no effect: remove it or --unmasked",
         ),
         (
             {"instance_dir": "cat", "unmasked": True, "method": "full", "export": "kohya"},
@@ -371,15 +371,15 @@ def test_not_a_number_is_refused():
         ({"instance_dir": "cat", "unmasked": True, "use_dora": True, "export": "kohya"}, "does not carry DoRA"),
         (
             {"instance_dir": "cat", "unmasked": True, "mask_dilation": -1},
-            "--mask_dilation has no effect: leave out it or --unmasked",
+            "--mask_dilation has no effect: remove it or --unmasked",
         ),
         (
             {"instance_dir": "cat", "unmasked": True, "masked_prior_preservation_weight": 0.5},
-            "--masked_prior_preservation_weight has no effect: leave out it or --unmasked",
+            "--masked_prior_preservation_weight has no effect: remove it or --unmasked",
         ),
         (
             {"instance_dir": "cat", "unmasked": True, "replace_background": "noise"},
-            "--replace_background has no effect: leave out it or --unmasked",
+            "--replace_background has no effect: remove it or --unmasked",
         ),
         (
             {"instance_dir": "cat", "mask": "m.png", "replace_background": "color", "background_in_prompt": True},
@@ -388,7 +388,7 @@ def test_not_a_number_is_refused():
         ({"instance_dir": "cat", "mask": "m.png", "class_scenes": True}, "--class_scenes .* --with_prior_preservation"),
         (
             {"instance_dir": "cat", "mask": "m.png", "use_8bit_adam": True, "optimizer": "prodigy"},
-            "--use_8bit_adam has no effect: leave out it or --optimizer prodigy",
+            "--use_8bit_adam has no effect: remove it or --optimizer prodigy",
         ),
         (
             {"instance_dir": "cat", "mask": "m.png", "cache_latents": True, "replace_background": "color"},

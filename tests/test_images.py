@@ -1,27 +1,26 @@
-"""Photos are found, refused and read as a user expects, whatever the camera or the program that wrote them."""
+"""Pictures are read upright and in 8-bit RGB, or refused, whatever camera or program wrote them."""
 
 import logging
+import os
 import struct
+import sys
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile, PngImagePlugin, features
 
 from persam_dreambooth.errors import InputError, InputNotFoundError
-from persam_dreambooth.photos.folder import Photo, find_photos
-from persam_dreambooth.photos.images import read_image
+from persam_dreambooth.photos.folder import Photo
+from persam_dreambooth.photos.images import decode_image, open_image, read_image
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 SIZE = (6, 4)
 ORIENTATION = 0x112
-
-
-def photo(path: Path, color=(200, 30, 30), size=(96, 64), **options) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, color).save(path, **options)
-    return path
 
 
 def read(image: Image.Image, path: Path, **options) -> np.ndarray:
@@ -35,16 +34,20 @@ def read(image: Image.Image, path: Path, **options) -> np.ndarray:
 
 def png(path: Path, pixels: np.ndarray, color_type: int) -> Path:
     """Writes a 16-bit PNG, which Pillow cannot for color: (H, W, channels) uint16."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
     height, width = pixels.shape[:2]
-    header = struct.pack(">IIBBBBB", width, height, 16, color_type, 0, 0, 0)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
-    content = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return write_png(path, (width, height), 16, color_type, zlib.compress(rows))
+
+
+def write_png(path: Path, size: tuple[int, int], depth: int, color_type: int, rows: bytes, after: bytes = b"") -> Path:
+    header = struct.pack(">IIBBBBB", *size, depth, color_type, 0, 0, 0)
+    content = chunk(b"IHDR", header) + chunk(b"IDAT", rows) + after + chunk(b"IEND", b"")
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + content)
     return path
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
 @pytest.mark.parametrize("suffix", ["png", "bmp", "tif", "tiff"])
@@ -198,7 +201,6 @@ def test_a_truncated_file_is_refused(tmp_path, name, part):
         read_image(tmp_path / name)
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_damaged_files_are_read_or_refused_and_nothing_else(tmp_path):
     random = np.random.default_rng(0)
     picture = Image.fromarray(random.integers(0, 256, (12, 16, 3), dtype=np.uint8))
@@ -228,113 +230,336 @@ def test_a_missing_image_and_a_folder_are_told_apart(tmp_path):
         read_image(tmp_path)
 
 
-def test_photos_are_listed_in_the_order_of_their_names(tmp_path):
-    for name in ("b.jpg", "A.PNG", "c.webp", "a.Tiff", "a.b.jpeg"):
-        photo(tmp_path / name)
-    found = find_photos(tmp_path)
-    assert [item.name for item in found] == ["A.PNG", "a.Tiff", "a.b.jpeg", "b.jpg", "c.webp"]
-    assert [item.path.stem for item in found] == ["A", "a", "a.b", "b", "c"]
-    assert all(item.size == (96, 64) for item in found)
+# --- orientation
 
 
-def test_a_text_file_among_photos_is_ignored_and_logged(tmp_path, caplog):
-    caplog.set_level(logging.INFO)
-    photo(tmp_path / "a.jpg")
-    (tmp_path / "notes.txt").write_text("the cat is called Mimi")
-    (tmp_path / "IMG_1.HEIC").write_bytes(b"what phones write")
-    assert [item.name for item in find_photos(tmp_path)] == ["a.jpg"]
-    assert "not a photo: IMG_1.HEIC, notes.txt" in caplog.text
+def turned(orientation=6) -> tuple[Image.Image, Image.Exif]:
+    """A picture 12 x 8 whose left half is red, and EXIF that turns it."""
+    image, exif = Image.new("RGB", (12, 8), WHITE), Image.Exif()
+    image.paste(RED, (0, 0, 6, 8))
+    exif[ORIENTATION] = orientation
+    return image, exif
 
 
-def test_hidden_files_and_folders_are_ignored(tmp_path, caplog):
-    caplog.set_level(logging.INFO)
-    photo(tmp_path / "a.jpg")
-    photo(tmp_path / ".thumbnails" / "a.jpg")
-    (tmp_path / "._a.jpg").write_bytes(b"what macOS leaves on a stick")
-    (tmp_path / ".DS_Store").touch()
-    assert [item.name for item in find_photos(tmp_path)] == ["a.jpg"]
-    assert not caplog.records
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+def test_an_opened_image_is_turned_like_its_file(tmp_path, suffix):
+    image, exif = turned()
+    image.save(tmp_path / f"a.{suffix}", exif=exif)
+    with Image.open(tmp_path / f"a.{suffix}") as opened:
+        found = read_image(opened)
+    assert found.size == (8, 12)
+    assert found.getpixel((4, 1))[1] < 60 < 200 < found.getpixel((4, 10))[1], "red is at the top"
+    assert np.array_equal(found, read_image(tmp_path / f"a.{suffix}"))
 
 
-def test_mask_and_output_inside_the_photo_folder_are_left_out(tmp_path):
-    photo(tmp_path / "a.jpg")
-    photo(tmp_path / "a_mask.png")
-    photo(tmp_path / "run" / "samples" / "1.png")
-    found = find_photos(tmp_path, leave_out=(tmp_path / "a_mask.png", tmp_path / "run", tmp_path / "no such"))
-    assert [item.name for item in found] == ["a.jpg"]
+def test_what_was_read_is_not_turned_twice(tmp_path):
+    image, exif = turned()
+    image.save(tmp_path / "a.png", exif=exif)
+    read_image(tmp_path / "a.png").save(tmp_path / "again.png")
+    for again in (read_image(tmp_path / "again.png"), read_image(read_image(tmp_path / "a.png"))):
+        assert np.array_equal(again, read_image(tmp_path / "a.png"))
 
 
-def test_a_mask_that_is_a_link_inside_the_photo_folder_is_left_out(tmp_path):
-    photo(tmp_path / "cat" / "a.jpg")
-    elsewhere = photo(tmp_path / "mask.png")
-    (tmp_path / "cat" / "mask.png").symlink_to(elsewhere)
-    found = find_photos(tmp_path / "cat", leave_out=(tmp_path / "cat" / "mask.png",))
-    assert [item.name for item in found] == ["a.jpg"]
+@pytest.mark.parametrize("orientation", [0, 9, 65535])
+@pytest.mark.parametrize("suffix", ["jpg", "tif"])
+def test_an_orientation_that_is_none_means_upright(tmp_path, suffix, orientation):
+    image, exif = turned(orientation)
+    image.save(tmp_path / f"a.{suffix}", exif=exif)
+    assert read_image(tmp_path / f"a.{suffix}").size == (12, 8)
 
 
-@pytest.mark.parametrize("around", [".", "cat"])
-def test_a_folder_around_the_photos_does_not_leave_them_out(tmp_path, around):
-    photo(tmp_path / "cat" / "a.jpg")
-    assert [item.name for item in find_photos(tmp_path / "cat", leave_out=(tmp_path / around,))] == ["a.jpg"]
+def exif_bytes(*entries: tuple[int, int, int, bytes]) -> bytes:
+    """EXIF of entries (tag, type, count, value or offset)."""
+    written = b"".join(struct.pack(">HHI4s", *entry) for entry in entries)
+    return b"Exif\0\0MM\0*\0\0\0\x08" + struct.pack(">H", len(entries)) + written + b"\0\0\0\0"
 
 
-def test_subfolders_are_paired_by_relative_path(tmp_path):
-    photo(tmp_path / "sub" / "deep" / "a.jpg")
-    photo(tmp_path / "sub" / "a.jpg")
-    photo(tmp_path / "a.jpg")
-    found = find_photos(tmp_path)
-    assert [item.name for item in found] == ["a.jpg", "sub/a.jpg", "sub/deep/a.jpg"]
+@pytest.mark.parametrize(
+    "content, size",
+    [
+        (exif_bytes((0x10F, 2, 99999, b"\0\1\0\0"), (ORIENTATION, 3, 1, b"\0\6\0\0")), (8, 12)),
+        (exif_bytes((0x10F, 99, 1, b"\0\1\0\0"), (ORIENTATION, 3, 1, b"\0\6\0\0")), (8, 12)),
+        (exif_bytes((ORIENTATION, 3, 1, b"\0\6\0\0"), (0x8769, 4, 1, b"\xff\xff\xff\xf0")), (8, 12)),
+        (exif_bytes((ORIENTATION, 3, 1, b"\0\6\0\0"), (0x9286, 7, 4, b"\xff\xfe\0\x80"))[:-9], (8, 12)),
+        (exif_bytes((ORIENTATION, 4, 1, b"\0\0\0\6")), (8, 12)),
+        (exif_bytes((ORIENTATION, 2, 2, b"6\0\0\0")), (12, 8)),
+        (b"Exif\0\0MM\0*\xff\xff\xff\xff", (12, 8)),
+        (b"Exif\0\0", (12, 8)),
+        (b"no EXIF", (12, 8)),
+    ],
+    ids=["offset", "type", "sub-folder", "cut off", "long", "text", "directory", "empty", "none"],
+)
+@pytest.mark.parametrize("suffix", ["jpg", "webp"])
+def test_broken_metadata_neither_stop_a_photo_nor_turn_it(tmp_path, suffix, content, size):
+    turned()[0].save(tmp_path / f"a.{suffix}", exif=content, **({"xmp": b"\xff<tiff:"} if suffix == "webp" else {}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_image(tmp_path / f"a.{suffix}").size == size
 
 
-def test_linked_photos_are_found_and_a_broken_link_is_named(tmp_path):
-    original = photo(tmp_path / "original.jpg")
-    (tmp_path / "cat").mkdir()
-    (tmp_path / "cat" / "a.jpg").symlink_to(original)
-    assert [item.name for item in find_photos(tmp_path / "cat")] == ["a.jpg"]
-    (tmp_path / "cat" / "b.jpg").symlink_to(tmp_path / "gone.jpg")
-    with pytest.raises(InputNotFoundError, match=r"cat/b\.jpg does not exist"):
-        find_photos(tmp_path / "cat")
+# --- formats
 
 
-def test_a_phones_photo_that_pillow_does_not_read_is_warned_of(tmp_path, caplog):
-    photo(tmp_path / "a.jpg")
-    (tmp_path / "IMG_1.HEIC").write_bytes(b"ftypheic")
-    assert [item.name for item in find_photos(tmp_path)] == ["a.jpg"]
-    [warning] = [entry for entry in caplog.records if entry.levelname == "WARNING"]
-    assert warning.getMessage() == f"{tmp_path / 'IMG_1.HEIC'} is left out: convert it to JPEG or PNG"
+def test_heic_is_read_upright_whatever_its_name(tmp_path):
+    pillow_heif = pytest.importorskip("pillow_heif")
+    image, exif = turned()
+    image = image.resize((96, 64))
+    pillow_heif.from_pillow(image).save(tmp_path / "IMG_1.HEIC", exif=exif.tobytes())
+    (tmp_path / "IMG_1.jpg").write_bytes((tmp_path / "IMG_1.HEIC").read_bytes())
+    for name in ("IMG_1.HEIC", "IMG_1.jpg"):
+        found = read_image(tmp_path / name)
+        assert found.size == (64, 96)
+        assert np.abs(np.subtract(found.getpixel((32, 10)), RED)).max() < 20
+        assert np.abs(np.subtract(found.getpixel((32, 90)), WHITE)).max() < 20
+    assert "HEIF" not in Image.ID, "other code's Pillow is as before"
+    (tmp_path / "cut.heic").write_bytes((tmp_path / "IMG_1.HEIC").read_bytes()[:-40])
+    with pytest.raises(InputError, match=r"cut\.heic cannot be read"):
+        read_image(tmp_path / "cut.heic")
 
 
-def test_one_unreadable_photo_is_named(tmp_path):
-    photo(tmp_path / "a.jpg")
-    (tmp_path / "b.jpg").write_bytes(photo(tmp_path / "c.jpg").read_bytes()[:300])
-    with pytest.raises(InputError, match=r"b\.jpg"):
-        find_photos(tmp_path)
+def test_without_its_package_heic_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    (tmp_path / "a.jpg").write_bytes(b"\0\0\0\x1cftypheic\0\0\0\0mif1heic" + bytes(64))
+    with pytest.raises(InputError) as caught:
+        read_image(tmp_path / "a.jpg")
+    advice = "pip install 'persam-dreambooth[heic]', or convert it to JPEG"
+    assert str(caught.value) == f"{tmp_path / 'a.jpg'} is HEIC: {advice}"
 
 
-def test_a_missing_folder_is_refused(tmp_path):
-    with pytest.raises(InputNotFoundError, match="none does not exist: name the folder"):
-        find_photos(tmp_path / "none")
+@pytest.mark.skipif(not features.check("avif"), reason="Pillow before 11.3")
+def test_avif_is_read_upright(tmp_path):
+    image, exif = turned()
+    image.resize((96, 64)).save(tmp_path / "a.avif", exif=exif)
+    found = read_image(tmp_path / "a.avif")
+    assert found.size == (64, 96)
+    assert np.abs(np.subtract(found.getpixel((32, 10)), RED)).max() < 20
 
 
-def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
-    with pytest.raises(InputNotFoundError, match=r"a\.jpg is a file: name the folder"):
-        find_photos(photo(tmp_path / "a.jpg"))
+@pytest.mark.parametrize("suffix", ["dng", "CR2", "nef"])
+def test_a_raw_photo_is_refused_and_not_read_as_its_thumbnail(tmp_path, suffix):
+    Image.new("RGB", SIZE).save(tmp_path / f"a.{suffix}", format="TIFF")
+    with pytest.raises(InputError, match=rf"a\.{suffix} is a RAW photo: convert it to JPEG"):
+        read_image(tmp_path / f"a.{suffix}")
 
 
-def test_a_folder_without_photos_is_refused(tmp_path):
-    (tmp_path / "notes.txt").touch()
-    with pytest.raises(InputNotFoundError, match=r"holds no photos: put 3 to 6 there \(\.jpg"):
-        find_photos(tmp_path)
+@pytest.mark.parametrize("suffix", ["gif", "png", "webp", "tif"])
+def test_of_several_pictures_in_a_file_the_first_is_read(tmp_path, suffix):
+    options = {"lossless": True} if suffix == "webp" else {}
+    others = [Image.new("RGB", SIZE, color) for color in ((0, 255, 0), (0, 0, 255))]
+    Image.new("RGB", SIZE, RED).save(tmp_path / f"a.{suffix}", save_all=True, append_images=others, **options)
+    assert (np.asarray(read_image(tmp_path / f"a.{suffix}")) == RED).all()
 
 
-def test_odd_names_are_no_obstacle(tmp_path):
-    names = ["a b.jpg", 'it\'s "quoted".jpg', "kätzchen 猫.jpg", "%s {}.jpg", "no.dots.here.jpg"]
-    for name in names:
-        photo(tmp_path / "mein Kater" / name)
-    assert [item.name for item in find_photos(tmp_path / "mein Kater")] == sorted(names)
+@pytest.mark.parametrize(
+    "mode, color, expected",
+    [
+        ("La", (64, 128), (191, 191, 191)),
+        ("RGBa", (128, 0, 0, 128), (255, 127, 127)),
+        ("PA", (0, 0), WHITE),
+        ("HSV", (0, 255, 255), RED),
+        ("YCbCr", (255, 128, 128), WHITE),
+        ("LAB", (255, 128, 128), WHITE),
+        ("RGBX", (255, 0, 0, 9), RED),
+        ("I", 65535, WHITE),
+        ("I;16", 65535, WHITE),
+        ("I;16B", 65535, WHITE),
+    ],
+)
+def test_every_mode_becomes_rgb(mode, color, expected):
+    found = read_image(Image.new(mode, SIZE, color))
+    assert (found.mode, found.size) == ("RGB", SIZE)
+    assert np.abs(np.subtract(found.getpixel((0, 0)), expected)).max() <= 2
 
 
-def test_the_hash_follows_the_bytes_of_the_file(tmp_path):
-    first = Photo.open(photo(tmp_path / "a.jpg")).sha256
-    assert Photo.open(tmp_path / "a.jpg").sha256 == first
-    assert Photo.open(photo(tmp_path / "a.jpg", color=RED)).sha256 != first
+def test_a_transparent_16_bit_gray_becomes_white(tmp_path):
+    rows = zlib.compress(b"\0" + np.array([300, 30000], ">u2").tobytes())
+    write_png(tmp_path / "a.png", (2, 1), 16, 0, rows)
+    whole = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(whole[:33] + chunk(b"tRNS", struct.pack(">H", 300)) + whole[33:])
+    assert np.asarray(read_image(tmp_path / "a.png"))[0, :, 0].tolist() == [255, 116]
+
+
+@pytest.mark.parametrize("values", [[-1, 0], [0, 65536]])
+def test_integers_of_more_than_16_bits_are_refused(tmp_path, values):
+    Image.fromarray(np.array([values], np.int32)).save(tmp_path / "a.tif")
+    with pytest.raises(InputError, match=r"a\.tif holds integers from -?\d+ to \d+, more than 16 bits: convert it"):
+        read_image(tmp_path / "a.tif")
+
+
+# --- color profiles
+
+
+def display_p3() -> bytes:
+    """A color profile with the primaries of Display P3, which phones use, and the curve of sRGB."""
+
+    def numbers(kind: bytes, *values: float) -> bytes:
+        return kind + bytes(4) + struct.pack(f">{len(values)}i", *(round(value * 65536) for value in values))
+
+    curve = (
+        b"para"
+        + bytes(4)
+        + struct.pack(">HH", 3, 0)
+        + numbers(b"", 2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)[4:]
+    )
+    tags = {
+        b"rXYZ": numbers(b"XYZ ", 0.51512, 0.2412, -0.00105),
+        b"gXYZ": numbers(b"XYZ ", 0.29198, 0.69225, 0.04189),
+        b"bXYZ": numbers(b"XYZ ", 0.1571, 0.06657, 0.78407),
+        b"wtpt": numbers(b"XYZ ", 0.9642, 1.0, 0.8249),
+        **dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve),
+    }
+    table, data, start = struct.pack(">I", len(tags)), b"", 128 + 4 + 12 * len(tags)
+    for tag, content in tags.items():
+        table += struct.pack(">4sII", tag, start + len(data), len(content))
+        data += content
+    size = start + len(data)
+    head = struct.pack(">I4sI4s4s4s", size, b"    ", 0x04000000, b"mntr", b"RGB ", b"XYZ ") + bytes(12) + b"acsp"
+    head = head.ljust(68, b"\0") + struct.pack(">iii", 63190, 65536, 54061)
+    return head.ljust(128, b"\0") + table + data
+
+
+def test_a_phones_wide_colors_become_srgb(tmp_path):
+    """The red of sRGB is (234, 51, 35) in Display P3."""
+    for name in ("a.png", "a.tif", "a.webp"):
+        options = {"lossless": True} if name == "a.webp" else {}
+        Image.new("RGB", SIZE, (234, 51, 35)).save(tmp_path / name, icc_profile=display_p3(), **options)
+        found = read_image(tmp_path / name)
+        assert np.abs(np.subtract(found.getpixel((0, 0)), RED)).max() <= 3
+        assert np.array_equal(read_image(found), found), "once is enough"
+
+
+@pytest.mark.parametrize("profile", ["sRGB", "broken", "of a printer"])
+def test_other_profiles_leave_the_pixels_alone(tmp_path, profile):
+    from PIL import ImageCms
+
+    content = {
+        "sRGB": ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(),
+        "broken": b"not a profile" * 20,
+        "of a printer": display_p3().replace(b"RGB ", b"CMYK", 1),
+    }
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png", icc_profile=content[profile])
+    assert np.array_equal(read_image(tmp_path / "a.png"), pixels)
+
+
+# --- arrays
+
+
+@pytest.mark.parametrize(
+    "array, expected",
+    [
+        (np.full((4, 6, 3), RED, np.uint8), RED),
+        (np.full((4, 6), 77, np.uint8), (77, 77, 77)),
+        (np.full((4, 6, 4), (255, 0, 0, 51), np.uint8), (255, 204, 204)),
+        (np.full((4, 6, 3), (65535, 257, 0), np.uint16), (255, 1, 0)),
+        (np.full((4, 12, 3), RED, np.uint8)[:, ::-2], RED),
+    ],
+    ids=["RGB", "gray", "RGBA", "16 bits", "not contiguous"],
+)
+def test_arrays_are_read_like_files(array, expected):
+    found = read_image(array)
+    assert (found.mode, found.size, found.getpixel((5, 3))) == ("RGB", SIZE, expected)
+
+
+@pytest.mark.parametrize(
+    "array, said",
+    [
+        (np.zeros((4, 6, 3)), r"this is \(4, 6, 3\) float64: scale it to 0 to 255 and round it to uint8"),
+        (np.zeros((3, 4, 6), np.uint8), r"must be \(H, W, 3\) uint8 RGB, .*; this is \(3, 4, 6\) uint8"),
+        (np.zeros((4, 6), bool), r"this is \(4, 6\) bool"),
+        (np.zeros((1, 4, 6, 3), np.uint8), r"this is \(1, 4, 6, 3\) uint8"),
+        (np.zeros((0, 6, 3), np.uint8), "is 6 x 0: give a picture that has pixels"),
+        (Image.new("RGB", (6, 0)), "is 6 x 0: give a picture that has pixels"),
+        ([[0]], "a path, a PIL image or an array; this is a list"),
+    ],
+)
+def test_what_is_no_picture_is_refused(array, said):
+    with pytest.raises(InputError, match=said):
+        read_image(array)
+
+
+# --- limits
+
+
+def test_large_texts_in_a_png_do_not_stop_it(tmp_path):
+    texts = PngImagePlugin.PngInfo()
+    texts.add_text("workflow", "x" * 3_000_000, zip=True)
+    for name in ("exif", "transparency", "icc_profile"):
+        texts.add_text(name, "a text of this name")
+    Image.new("RGB", SIZE, RED).save(tmp_path / "a.png", pnginfo=texts)
+    after = chunk(b"zTXt", b"more\0\0" + zlib.compress(bytes(3_000_000)))
+    write_png(tmp_path / "b.png", (1, 1), 8, 2, zlib.compress(b"\0\xff\0\0"), after)
+    for name in ("a.png", "b.png"):
+        assert read_image(tmp_path / name).getpixel((0, 0)) == RED
+
+
+def large(path: Path, width: int, height: int) -> Path:
+    """A PNG of one bit a pixel, all black."""
+    packed = zlib.compressobj(1)
+    row = bytes(1 + (width + 7) // 8)
+    rows = b"".join(packed.compress(row * 100) for _ in range(height // 100))
+    return write_png(path, (width, height), 1, 0, rows + packed.compress(row * (height % 100)) + packed.flush())
+
+
+def test_more_than_a_phone_takes_is_refused(tmp_path):
+    large(tmp_path / "a.png", 30000, 20000)
+    said = r"a\.png is 30000 x 20000 \(600 megapixels\): make it smaller, up to 250 are read"
+    with pytest.raises(InputError, match=said):
+        read_image(tmp_path / "a.png")
+
+
+def test_a_phones_largest_photos_are_read_without_a_warning(tmp_path):
+    large(tmp_path / "a.png", 16320, 12240)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert open_image(tmp_path / "a.png").size == (16320, 12240)
+
+
+def test_pillows_settings_are_as_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1234)
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    limit, filters = PngImagePlugin.MAX_TEXT_CHUNK, list(warnings.filters)
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:9000])
+
+    def read(_: int) -> str:
+        assert read_image(tmp_path / "a.png").size == (96, 64)
+        with pytest.raises(InputError) as caught:
+            read_image(tmp_path / "cut.png")
+        return str(caught.value)
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all("cut.png cannot be read" in said for said in threads.map(read, range(80)))
+    assert (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES) == (1234, True)
+    assert limit == PngImagePlugin.MAX_TEXT_CHUNK
+    assert warnings.filters == filters
+
+
+def test_a_picture_of_one_pixel_is_read(tmp_path):
+    Image.new("RGB", (1, 1), RED).save(tmp_path / "a.png")
+    assert read_image(str(tmp_path / "a.png")).getpixel((0, 0)) == RED
+
+
+def test_names_that_no_file_can_have_do_not_exist(tmp_path):
+    for name in ("a" * 300 + ".jpg", "a\0b.jpg"):
+        with pytest.raises(InputNotFoundError, match="does not exist: name an image file"):
+            read_image(tmp_path / name)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows")
+def test_a_pipe_is_no_photo(tmp_path):
+    os.mkfifo(tmp_path / "a.jpg")
+    with pytest.raises(InputNotFoundError, match=r"a\.jpg is no file: name an image file"):
+        read_image(tmp_path / "a.jpg")
+
+
+def test_content_in_memory_is_read_and_named_like_a_file():
+    stored = BytesIO()
+    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(stored, format="JPEG", quality=95)
+    found = read_image(decode_image(BytesIO(stored.getvalue()), "picture 3 of cats"), "picture 3 of cats")
+    assert np.abs(np.subtract(found.getpixel((8, 8)), RED)).max() <= 8
+    with pytest.raises(InputError, match=r"picture 3 of cats cannot be read"):
+        decode_image(BytesIO(stored.getvalue()[:300]), "picture 3 of cats")
+    with pytest.raises(InputError, match=r"picture 3 of cats is empty"):
+        decode_image(BytesIO(), "picture 3 of cats")

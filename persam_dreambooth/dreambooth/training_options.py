@@ -75,7 +75,7 @@ class TrainingOptions(SubjectOptions):
         "also save the LoRA with kohya's key names, for ComfyUI and A1111",
         when=(
             *WHEN_LORA,
-            Condition(lambda options: not options.use_dora, "it does not carry DoRA, leave out --use_dora"),
+            Condition(lambda options: not options.use_dora, "it does not carry DoRA, remove --use_dora"),
         ),
     )
     train_text_encoder: bool = option(False, "also train CLIP's text encoders; T5 stays frozen")
@@ -135,9 +135,7 @@ class TrainingOptions(SubjectOptions):
     resolution: int | None = option(
         None,
         "side of training crops in pixels; default: the model's own",
-        when=(
-            Condition(lambda options: not options.bucket_list, "--aspect_ratio_buckets lists the sizes, leave it out"),
-        ),
+        when=(Condition(lambda options: not options.bucket_list, "--aspect_ratio_buckets lists the sizes, remove it"),),
     )
     aspect_ratio_buckets: str | None = option(
         None, "crop each photo to the nearest of several shapes: auto, or height,width;height,width and so on"
@@ -150,7 +148,7 @@ class TrainingOptions(SubjectOptions):
         when=(
             Condition(
                 lambda options: options.replace_background == "no",
-                "with --replace_background no crop repeats, leave it out",
+                "with --replace_background no crop repeats, remove it",
             ),
         ),
     )
@@ -166,7 +164,7 @@ class TrainingOptions(SubjectOptions):
     use_8bit_adam: bool = option(
         False,
         "the same as --optimizer adamw8bit",
-        when=(Condition(lambda options: options.optimizer != "prodigy", "leave out it or --optimizer prodigy"),),
+        when=(Condition(lambda options: options.optimizer != "prodigy", "remove it or --optimizer prodigy"),),
     )
     learning_rate: float | None = option(
         None, "default: 1e-4 for lora; for full 5e-6, and 1e-6 with XL; for prodigy 1, which multiplies what it finds"
@@ -179,7 +177,7 @@ class TrainingOptions(SubjectOptions):
         when=(
             Condition(
                 lambda options: options.lr_scheduler != "constant",
-                "add --lr_scheduler constant_with_warmup, or another but constant",
+                "add --lr_scheduler constant_with_warmup, or another one with a warm-up",
             ),
         ),
     )

@@ -3,17 +3,22 @@
 import hashlib
 import json
 import os
+from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
+
+from PIL import Image
 
 from persam_dreambooth.errors import InputError
+from persam_dreambooth.photos.images import decode_image, read_image
 
 
 def photo_folder(name: str, image_column: str, caption_column: str | None) -> Path:
     """Writes the pictures of a data set's `train` split as files, with their captions beside them, as a user would.
 
-    They are `0000.png`, `0001.png` and so on, upright, in the cache of the `datasets` library, once for every version
-    of the data set: a run resumed or repeated finds them there.
+    They are `0000.png`, `0001.png` and so on, read as `read_image` does, in the cache of the `datasets` library, once
+    for every version of the data set: a run resumed or repeated finds them there.
 
     Args:
         name: hub id, or a local folder that `datasets` reads.
@@ -21,7 +26,7 @@ def photo_folder(name: str, image_column: str, caption_column: str | None) -> Pa
         caption_column: the column of texts, `0000.txt` and so on; or None.
 
     Raises:
-        InputError: a data set that cannot be loaded, or without such columns.
+        InputError: a data set that cannot be loaded, without such columns, or with a picture that cannot be read.
     """
     import datasets
 
@@ -37,6 +42,7 @@ def photo_folder(name: str, image_column: str, caption_column: str | None) -> Pa
             raise InputError(f"--{option}: {name} has no {column}: choose among {', '.join(data.column_names)}")
     if not isinstance(data.features[image_column], datasets.Image):
         raise InputError(f"--image_column: {image_column} of {name} holds no pictures: name the column that does")
+    data = data.cast_column(image_column, datasets.Image(decode=False))  # decoded here, like any other picture
 
     key = json.dumps([name, data._fingerprint, image_column, caption_column])
     parent = Path(datasets.config.HF_DATASETS_CACHE) / "persam-dreambooth"
@@ -48,9 +54,18 @@ def photo_folder(name: str, image_column: str, caption_column: str | None) -> Pa
         aside = Path(temporary) / "photos"
         aside.mkdir()
         for number, row in enumerate(data):
-            row[image_column].save(aside / f"{number:04}.png")
+            _read(row[image_column], f"picture {number} of {name}").save(aside / f"{number:04}.png")
             if caption_column:
                 (aside / f"{number:04}.txt").write_text(str(row[caption_column] or ""), encoding="utf-8")
         if not folder.is_dir():  # another process of this run may have been faster
             os.replace(aside, folder)
     return folder
+
+
+def _read(stored: dict[str, Any] | None, name: str) -> Image.Image:
+    """A picture that `datasets` left undecoded, as its bytes or as the path of its file."""
+    if stored is None or (stored["bytes"] is None and stored["path"] is None):
+        raise InputError(f"{name} is missing: remove its row")
+    if stored["bytes"] is None:
+        return read_image(stored["path"])
+    return read_image(decode_image(BytesIO(stored["bytes"]), name), name)

@@ -1,77 +1,303 @@
-"""Photos: which files of a folder are photos, and their pixels as RGB, upright, eight bits a channel.
+"""Reads pictures of any kind as upright 8-bit RGB: files, PIL images and arrays follow one rule.
 
-Arrays are (H, W, 3) uint8 in RGB order; points and boxes elsewhere are xy in the pixels of the upright photo.
+Arrays are (H, W, 3) uint8 in RGB order; points and boxes elsewhere are xy in the pixels of the upright picture.
 """
 
 import logging
+import os
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import BytesIO
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageFile, PngImagePlugin, UnidentifiedImageError, features
 
 from persam_dreambooth.errors import InputError, InputNotFoundError
+from persam_dreambooth.extras import EXTRAS
 
 logger = logging.getLogger(__name__)
 
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+PHOTO_SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"),
+    *(".heic", ".heif", ".hif", ".avif", ".jfif", ".jpe"),
+)
+
+RAW_SUFFIXES = (".dng", ".raw", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".pef", ".srw")
+"""Undeveloped photos. Pillow reads some of them as TIFF and returns the thumbnail inside, so they are refused."""
+
+MOST_PIXELS = 250_000_000
+"""Phones take photos of up to 200 megapixels."""
+
+SRGB_TOLERANCE = 2
+"""A color profile that changes no 8-bit value by more than this is taken to be sRGB, and its pixels are kept."""
+
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes a picture upright, by its EXIF orientation; any other value means that it is upright."""
+
+PILLOW_SETTINGS: tuple[tuple[Any, str, Any], ...] = (
+    (Image, "MAX_IMAGE_PIXELS", None),  # `MOST_PIXELS` is the limit instead
+    (PngImagePlugin, "MAX_TEXT_CHUNK", 2**30),
+    (PngImagePlugin, "MAX_TEXT_MEMORY", 2**30),
+    (ImageFile, "LOAD_TRUNCATED_IMAGES", False),
+)
+"""Pillow's module-wide settings while a picture is decoded."""
+
+_settings_lock = threading.RLock()
 
 
-def open_image(path: Path) -> Image.Image:
-    """Opens and decodes an image file and turns it upright (EXIF); its mode is the file's own.
+def read_image(source: str | Path | Image.Image | np.ndarray, name: str | None = None) -> Image.Image:
+    """Reads a picture of any kind as upright 8-bit RGB.
+
+    The EXIF orientation is applied. Transparency is composited on white. 16-bit values are scaled to 8 bits. Palette,
+    gray, CMYK, LAB and other modes are converted. A color profile other than sRGB is converted to sRGB. Of an
+    animation or a file of several pages, the first picture is read.
+
+    Args:
+        source: an image file; a PIL image; or an array of 0 to 255 (uint8) or 0 to 65535 (uint16): RGB (H, W, 3), RGBA
+            (H, W, 4) or gray (H, W).
+        name: what to call the picture in messages; by default, its path.
+
+    Returns:
+        A new RGB image without metadata.
 
     Raises:
         InputNotFoundError: no such file.
-        InputError: an empty, truncated or otherwise unreadable file.
+        InputError: a file that cannot be read, more than `MOST_PIXELS`, no pixels, floating-point pixels, or an array
+            of another shape or type.
     """
-    if not path.is_file():
-        found = "is a folder" if path.is_dir() else "does not exist"
+    if isinstance(source, np.ndarray):
+        image = _from_array(source, name or "the image")
+    elif isinstance(source, Image.Image):
+        image = _decoded(source, name or "the image")
+    elif isinstance(source, (str, Path)):
+        name = name or str(source)
+        image = open_image(source)
+    else:
+        raise InputError(f"an image must be a path, a PIL image or an array; this is a {type(source).__name__}")
+    converted = _to_rgb(image, name)
+    converted.info = {}
+    return converted
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Opens and decodes an image file, upright; its mode and format are the file's own.
+
+    Raises:
+        InputNotFoundError: no such file.
+        InputError: an empty, truncated, too large or otherwise unreadable file.
+    """
+    path = Path(path)
+    if not os.path.isfile(path):  # `Path.is_file` raises for a name that is too long
+        found = "is a folder" if os.path.isdir(path) else "is no file" if os.path.exists(path) else "does not exist"
         raise InputNotFoundError(f"{path} {found}: name an image file")
-    if path.stat().st_size == 0:
-        raise InputError(f"{path} is empty (0 bytes): replace or remove it")
+    if path.suffix.lower() in RAW_SUFFIXES:
+        raise InputError(f"{path} is a RAW photo: convert it to JPEG")
     try:
-        with Image.open(path) as opened:
-            opened.load()
-            image: Image.Image = ImageOps.exif_transpose(opened)
-            image.format = opened.format
-            return image
-    except UnidentifiedImageError:
-        raise InputError(f"{path} is not an image that Pillow can read: convert it to JPEG or PNG") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} cannot be read ({error}): replace or remove it") from None
+        with path.open("rb") as stream:
+            return decode_image(stream, str(path))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror or error}): replace or remove it") from None
 
 
-def read_image(path: Path) -> Image.Image:
-    """Reads an image file as upright 8-bit RGB, whatever its mode.
+def decode_image(stream: BinaryIO, name: str) -> Image.Image:
+    """Decodes the content of an image file, upright; its mode and format are the file's own.
 
-    Transparency is laid over white; 16-bit gray is scaled to 8 bits; palette, gray and CMYK are converted.
+    Args:
+        stream: the content, seekable.
+        name: what to call it in messages.
 
     Raises:
-        InputNotFoundError, InputError: as `open_image`; a floating-point image is refused.
+        InputError: empty, truncated, too large or otherwise unreadable content.
     """
-    image = open_image(path)
-    if image.mode == "RGB" and not image.has_transparency_data:
-        return image
-    if image.mode == "F":
-        raise InputError(f"{path} holds floating-point pixels, whose range is unknown: convert it to 8 bits")
-    logger.info("%s is stored as %s: converted to RGB", path, image.mode)
-    if image.mode.startswith("I"):  # 16-bit gray, which Pillow would clip to 255 instead of scaling
-        return Image.fromarray((np.asarray(image).astype(np.uint32) // 257).clip(0, 255).astype(np.uint8)).convert(
-            "RGB"
+    if not stream.read(1):
+        raise InputError(f"{name} is empty (0 bytes): replace or remove it")
+    stream.seek(0)
+    with _pillow_settings():
+        try:
+            opened = _open(stream, name)
+        except InputError:
+            raise
+        except UnidentifiedImageError:
+            raise InputError(f"{name} is not an image that Pillow can read: convert it to JPEG or PNG") from None
+        except Exception as error:  # decoders raise errors of many kinds on damaged files
+            raise _unreadable(name, error) from None
+        return _decoded(opened, name)
+
+
+@contextmanager
+def _pillow_settings() -> Iterator[None]:
+    """Applies `PILLOW_SETTINGS`, silences warnings about metadata, and restores both; one thread at a time."""
+    with _settings_lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        before = [getattr(module, setting) for module, setting, _ in PILLOW_SETTINGS]
+        try:
+            for module, setting, value in PILLOW_SETTINGS:
+                setattr(module, setting, value)
+            yield
+        finally:
+            for (module, setting, _), value in zip(PILLOW_SETTINGS, before, strict=True):
+                setattr(module, setting, value)
+
+
+def _open(stream: BinaryIO, name: str) -> Image.Image:
+    """Opens what Pillow reads, and HEIC; raises `UnidentifiedImageError` for anything else."""
+    with suppress(UnidentifiedImageError):
+        return Image.open(stream)
+    stream.seek(0)
+    head = stream.read(64)
+    stream.seek(0)
+    if head[4:8] != b"ftyp":
+        raise UnidentifiedImageError
+    brands = head[8 : int.from_bytes(head[:4], "big")]
+    if b"avif" in brands or b"avis" in brands:
+        if features.check("avif"):
+            raise UnidentifiedImageError
+        raise InputError(f'{name} is AVIF: pip install -U "pillow>=11.3", which reads it, or convert it to JPEG')
+    if not any(brand in brands for brand in (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")):
+        raise UnidentifiedImageError
+    try:
+        from pillow_heif import HeifImageFile
+    except ImportError:
+        extra = EXTRAS["pillow_heif"]
+        raise InputError(f"{name} is HEIC: pip install 'persam-dreambooth[{extra}]', or convert it to JPEG") from None
+    opened: Image.Image = HeifImageFile(stream)
+    return opened
+
+
+def _decoded(image: Image.Image, name: str) -> Image.Image:
+    """The pixels of an opened image, upright, without metadata except what its colors depend on."""
+    width, height = image.size
+    if not width or not height:
+        raise InputError(f"{name} is {width} x {height}: give a picture that has pixels")
+    if width * height > MOST_PIXELS:
+        found, most = round(width * height / 1e6), MOST_PIXELS // 10**6
+        raise InputError(f"{name} is {width} x {height} ({found} megapixels): make it smaller, up to {most} are read")
+    with _pillow_settings():
+        try:
+            image.load()
+            turn = TURNS.get(_orientation(image))
+            upright = image.copy() if turn is None else image.transpose(turn)
+        except Exception as error:  # decoders raise errors of many kinds on damaged files
+            raise _unreadable(name, error) from None
+    # A PNG may also have texts by these names.
+    kinds: dict[str, tuple[type, ...]] = {"transparency": (bytes, int, tuple), "icc_profile": (bytes,)}
+    upright.info = {key: image.info[key] for key, kind in kinds.items() if isinstance(image.info.get(key), kind)}
+    upright.format = image.format
+    return upright
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation; 0 where there is none, or none that can be read."""
+    exif = image.info.get("exif")
+    if isinstance(exif, bytes) and (found := _orientation_in(exif)):
+        return found
+    try:  # TIFF and other places
+        value = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # metadata may be broken in any way; the pixels do not depend on it
+        return 0
+    return value if isinstance(value, int) else 0
+
+
+def _orientation_in(exif: bytes) -> int:
+    """The orientation tag of EXIF data, whatever is wrong with other tags, at which Pillow may stop; 0 if missing."""
+    tiff = exif.removeprefix(b"Exif\0\0")
+
+    def number(start: int, size: int) -> int:
+        return int.from_bytes(tiff[start : start + size], "little" if tiff[:2] == b"II" else "big")
+
+    directory, sizes = number(4, 4), {1: 1, 3: 2, 4: 4}  # bytes of the types byte, short and long
+    for entry in range(directory + 2, directory + 2 + 12 * number(directory, 2), 12):
+        if number(entry, 2) == ExifTags.Base.Orientation:
+            return number(entry + 8, sizes.get(number(entry + 2, 2), 0))
+    return 0
+
+
+def _unreadable(name: str, error: Exception) -> InputError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return InputError(f"{name} cannot be read ({reason}): replace or remove it")
+
+
+def _from_array(array: np.ndarray, name: str) -> Image.Image:
+    if array.dtype == np.uint16:
+        array = (array // 257).astype(np.uint8)
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
+        advice = ": scale it to 0 to 255 and round it to uint8" if array.dtype.kind == "f" else ""
+        raise InputError(
+            f"{name} must be (H, W, 3) uint8 RGB, (H, W, 4) RGBA or (H, W) gray; this is {array.shape} "
+            f"{array.dtype}{advice}"
         )
+    if not array.size:
+        raise InputError(f"{name} is {array.shape[1]} x {array.shape[0]}: give a picture that has pixels")
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _to_rgb(image: Image.Image, name: str | None) -> Image.Image:
+    """Converts a decoded image to 8-bit RGB; `name` is its file, for messages."""
+    if image.mode == "F":
+        raise InputError(
+            f"{name or 'the image'} holds floating-point pixels, whose range is unknown: convert it to 8 bits"
+        )
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return _to_srgb(image)
+    if name:
+        logger.info("%s is stored as %s: converted to RGB", name, image.mode)
+    if image.mode.startswith("I"):
+        return _scaled_to_8_bits(image, name)
+    if image.mode == "CMYK":
+        image = _to_srgb(image)
     if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")
+        rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        composited = Image.alpha_composite(white, rgba).convert("RGB")
+    else:
+        composited = image.convert("RGB")
+    composited.info = image.info
+    return _to_srgb(composited)
 
 
-def as_rgb(image: Image.Image | np.ndarray) -> Image.Image:
-    """A PIL image, or an (H, W, 3) uint8 RGB array, as an RGB PIL image.
+def _scaled_to_8_bits(image: Image.Image, name: str | None) -> Image.Image:
+    """16-bit gray, whose values Pillow would clip to 255, as RGB; a transparent value becomes white."""
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise InputError(
+            f"{name or 'the image'} holds integers from {values.min()} to {values.max()}, more than 16 bits: convert "
+            "it to 8 bits"
+        )
+    if isinstance(transparent := image.info.get("transparency"), int):
+        values[values == transparent] = 65535
+    return Image.fromarray((values // 257).astype(np.uint8)).convert("RGB")
 
-    Raises:
-        InputError: an array of another shape or type.
-    """
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise InputError(f"an image must be (H, W, 3) uint8 RGB; this is {image.shape} {image.dtype}")
-    return Image.fromarray(image)
+
+def _to_srgb(image: Image.Image) -> Image.Image:
+    """RGB or CMYK as sRGB, by the color profile in it; as it is where that is missing, broken or sRGB already."""
+    profile = image.info.get("icc_profile")
+    if not profile:
+        return image
+    try:
+        transform = ImageCms.buildTransform(
+            ImageCms.ImageCmsProfile(BytesIO(profile)), ImageCms.createProfile("sRGB"), image.mode, "RGB"
+        )
+        if image.mode == "RGB":
+            colors = np.stack(np.meshgrid(*[np.arange(0, 256, 51, dtype=np.uint8)] * 3), axis=-1).reshape(1, -1, 3)
+            changed = np.asarray(ImageCms.applyTransform(Image.fromarray(colors), transform))
+            if abs(changed.astype(int) - colors).max() <= SRGB_TOLERANCE:
+                return image
+        converted = ImageCms.applyTransform(image, transform)
+    except (ImageCms.PyCMSError, ImportError, OSError, ValueError, TypeError):
+        return image
+    if converted is None:  # only for transforms in place
+        return image
+    converted.info = {key: value for key, value in image.info.items() if key != "icc_profile"}
+    return converted

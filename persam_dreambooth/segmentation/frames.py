@@ -11,6 +11,8 @@ from typing import Any
 from PIL import Image
 
 from persam_dreambooth.errors import InputError, InputNotFoundError
+from persam_dreambooth.files import check_name
+from persam_dreambooth.photos.folder import is_hidden
 from persam_dreambooth.photos.images import PHOTO_SUFFIXES, read_image
 
 
@@ -48,7 +50,7 @@ def open_video(source: Path, leave_out: Path | None = None) -> Video:
 
     Raises:
         InputNotFoundError: no such folder or file, no picture in it, or no PyAV.
-        InputError: numbers that are missing, double or have gaps; a file that is no video.
+        InputError: numbers that are missing, double or have gaps; a name that is not UTF-8; a file that is no video.
     """
     if source.is_dir():
         frames = _list_folder(source, leave_out)
@@ -59,12 +61,14 @@ def open_video(source: Path, leave_out: Path | None = None) -> Video:
 
 
 def _list_folder(folder: Path, leave_out: Path | None) -> list[Frame]:
+    check_name(folder)
     numbered: dict[int, Path] = {}
     for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or path.suffix.lower() not in PHOTO_SUFFIXES:
+        if is_hidden(path) or path.is_dir() or path.suffix.lower() not in PHOTO_SUFFIXES:
             continue
         if leave_out and path.resolve() == leave_out.resolve():
             continue
+        check_name(path)
         digits = re.search(r"\d+$", path.stem)
         if not digits:
             raise InputError(f"{path} has no number: name frames 00000.jpg, 00001.jpg, and so on, or remove it")

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from persam_dreambooth.photos.images import as_rgb
+from persam_dreambooth.photos.images import read_image
 from persam_dreambooth.segmentation.sams.encoding_cache import EncodingCache
 from persam_dreambooth.segmentation.target_semantic_prompting import Guidance, GuidedTransformer
 
@@ -87,7 +87,7 @@ class Sam:
         Args:
             image: PIL image, or (H, W, 3) uint8 RGB.
         """
-        photo = as_rgb(image)
+        photo = read_image(image)
         width, height = photo.size
         resized = self.input_size(height, width)
         pixels = np.asarray(photo.resize(resized[::-1], Image.Resampling.BILINEAR))

@@ -1,0 +1,88 @@
+"""Captions are found beside photos and read as a user expects, whatever editor or program wrote them."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from persam_dreambooth.errors import InputError
+from persam_dreambooth.photos.captions import read_prompts
+from persam_dreambooth.photos.folder import find_photos
+
+
+def prompts(folder: Path, *names: str, default: str = "a thing") -> list[str]:
+    """The prompts of photos by these names."""
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(folder / name, format="PNG")
+    return read_prompts(find_photos(folder), default)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.TXT", "a.caption", "a.jpg.txt", "a.jpg.caption", "a.Caption"])
+def test_a_text_beside_a_photo_is_its_caption(tmp_path, name):
+    (tmp_path / name).write_text(" a cat\n")
+    assert prompts(tmp_path, "a.jpg", "b.jpg") == ["a cat", "a thing"]
+
+
+def test_photos_of_one_folder_and_another_keep_their_own_texts(tmp_path):
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.txt").write_text(f"a cat in {folder}")
+    assert prompts(tmp_path, "x/a.jpg", "y/a.jpg") == ["a cat in x", "a cat in y"]
+
+
+def test_the_text_file_is_taken_before_the_caption_file_unless_it_is_blank(tmp_path):
+    (tmp_path / "a.txt").write_text("from txt")
+    (tmp_path / "a.jpg.txt").write_text("from jpg.txt")
+    (tmp_path / "a.caption").write_text("from caption")
+    assert prompts(tmp_path, "a.jpg") == ["from txt"]
+    (tmp_path / "a.txt").write_text(" \n")
+    assert prompts(tmp_path, "a.jpg") == ["from jpg.txt"]
+    (tmp_path / "a.jpg.txt").unlink()
+    assert prompts(tmp_path, "a.jpg") == ["from caption"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+def test_every_encoding_of_notepad_is_read(tmp_path, encoding):
+    mark = "\ufeff" if encoding[-2:] in ("le", "be") else ""
+    line = json.dumps({"file_name": "b.jpg", "text": "ein Hündchen"}, ensure_ascii=False)
+    (tmp_path / "a.txt").write_bytes((mark + "ein Kätzchen, 猫\r\n").encode(encoding))
+    (tmp_path / "metadata.jsonl").write_bytes((mark + line + "\r\n").encode(encoding))
+    assert prompts(tmp_path, "a.jpg", "b.jpg") == ["ein Kätzchen, 猫", "ein Hündchen"]
+
+
+@pytest.mark.parametrize("content", [b"", b"\xef\xbb\xbf", b"\xff\xfe", b" \r\n\t", b"\xef\xbb\xbf\r\n"])
+def test_a_blank_text_is_no_caption(tmp_path, content):
+    (tmp_path / "a.txt").write_bytes(content)
+    assert prompts(tmp_path, "a.jpg") == ["a thing"]
+
+
+def test_lines_end_as_on_any_system(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"a cat,\r\non a sofa\r\n")
+    assert prompts(tmp_path, "a.jpg") == ["a cat,\non a sofa"]
+
+
+@pytest.mark.parametrize("content", ["ein Kätzchen".encode("latin-1"), b"\xff\xfea"])
+def test_another_encoding_is_refused(tmp_path, content):
+    (tmp_path / "a.caption").write_bytes(content)
+    with pytest.raises(InputError, match=r"a\.caption is not text in UTF-8: write what a\.jpg shows into it"):
+        prompts(tmp_path, "a.jpg")
+
+
+def test_a_folder_by_the_name_of_a_caption_is_none(tmp_path):
+    (tmp_path / "a.txt").mkdir()
+    assert prompts(tmp_path, "a.jpg") == ["a thing"]
+
+
+def test_texts_in_metadata_may_hold_any_character_and_none(tmp_path):
+    (tmp_path / "metadata.jsonl").write_text(
+        '{"file_name": "a.jpg", "text": "a cat\u2028on a sofa"}\n\n{"file_name": "b.jpg", "text": null}\n',
+        encoding="utf-8",
+    )
+    assert prompts(tmp_path, "a.jpg", "b.jpg") == ["a cat\u2028on a sofa", "a thing"]
+
+
+def test_the_longest_name_has_a_caption(tmp_path):
+    (tmp_path / f"{'a' * 251}.txt").write_text("a cat")
+    assert prompts(tmp_path, f"{'a' * 251}.jpg") == ["a cat"]
