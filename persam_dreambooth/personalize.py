@@ -77,7 +77,8 @@ def personalize(options: TrainOptions) -> Path:
     if accelerator.is_main_process:
         write_masks(options, albums)
     accelerator.wait_for_everyone()
-    masks = [[] if options.unmasked else load_masks(album.mask_dir, album.photos) for album in albums]
+    soft = options.soft_masks
+    masks = [[] if options.unmasked else load_masks(album.mask_dir, album.photos, soft=soft) for album in albums]
     made = zip(known, albums, masks, strict=True)
     photos = join_crops((crops or make_crops(options, album, own, cut) for crops, album, own in made), cut)
     all_masks = [mask for own in masks for mask in own]
@@ -112,4 +113,4 @@ def write_masks(options: TrainOptions, albums: list[Album]) -> None:
             segment_folder(album.photos, [reference], segmenter, album.mask_dir, absent=options.absent)
     for album in albums:
         for item in album.drawn:
-            save_mask(album.mask_dir, item.record, item.mask)
+            save_mask(album.mask_dir, item.record, item.mask, item.weights)

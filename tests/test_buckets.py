@@ -228,7 +228,10 @@ def test_auto_finds_buckets_of_the_resolution(runs, tmp_path, caplog):
         ({"aspect_ratio_buckets": "32,32;"}, "--aspect_ratio_buckets is 32,32;: give auto, or height,width"),
         ({"aspect_ratio_buckets": "32,33"}, "--aspect_ratio_buckets has a side of 33: this model needs multiples of"),
         ({"aspect_ratio_buckets": "0,32"}, "--aspect_ratio_buckets has a side of 0: this model needs multiples of"),
-        ({"aspect_ratio_buckets": "32,32", "resolution": 32}, "--resolution has no effect beside a list"),
+        (
+            {"aspect_ratio_buckets": "32,32", "resolution": 32},
+            "--resolution has no effect: --aspect_ratio_buckets lists",
+        ),
     ],
 )
 def test_buckets_that_cannot_be_used_are_refused_in_one_line(runs, tmp_path, capsys, options, said):

@@ -204,13 +204,20 @@ def test_the_options_of_train_are_these():
             "absent_threshold",
         ),
         *("instance_dir", "dataset_name", "image_column", "caption_column"),
-        *("mask", "reference_image", "mask_dir"),
+        *("mask", "reference_image", "mask_dir", "mask_from", "invert_mask"),
         *("class_name", "identifier", "instance_prompt", "class_prompt", "validation_prompt"),
         *("subjects", "unmasked"),
         *("pretrained_model_name_or_path", "revision", "variant"),
         *("method", "rank", "lora_alpha", "lora_targets", "lora_dropout", "lora_init", "use_dora", "export"),
         *("train_text_encoder",),
-        *("mask_normalization", "unmasked_weight", "unmasked_probability", "mask_dilation", "mask_feather"),
+        *(
+            "mask_normalization",
+            "unmasked_weight",
+            "unmasked_probability",
+            "mask_dilation",
+            "soft_masks",
+            "mask_feather",
+        ),
         *("masked_prior_preservation_weight",),
         *("snr_gamma", "noise_offset"),
         *("replace_background", "background_dir", "num_background_images"),
@@ -617,9 +624,9 @@ def test_the_program_trains_in_half_precision_and_its_configuration_is_taken_bac
         picture.save(tmp_path / "red ball" / name)
     mask = Image.new("L", (96, 96))
     ImageDraw.Draw(mask).ellipse((20, 20, 60, 60), fill=255)
-    mask.save(tmp_path / "mask.png")
+    mask.save(tmp_path / "00_mask.png")
     (tmp_path / "toy.yaml").write_text("pretrained_model_name_or_path: toy\nsam_model: toy\nlearning_rate: 1e-6\n")
-    flags = ["--config", "toy.yaml", "--instance_dir", "red ball", "--mask", "mask.png", "--segmenter", "persam"]
+    flags = ["--config", "toy.yaml", "--instance_dir", "red ball", "--mask", "00_mask.png", "--segmenter", "persam"]
     flags += ["--max_train_steps", "2", "--num_validation_images", "1", "--mixed_precision", "bf16"]
     done = python(str(ROOT / "train_dreambooth_masked.py"), *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

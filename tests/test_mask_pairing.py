@@ -106,7 +106,7 @@ def test_masks_beside_photos_are_not_photos_and_the_log_says_so(tmp_path, caplog
     for name in ("00-masklabel.png", "sub/00_mask.png"):
         mask(tmp_path / name)
     assert [photo.name for photo in find_photos(tmp_path)] == ["00.jpg", "cat_mask.jpg", "sub/00.jpg"]
-    assert "masks beside the photos: 00-masklabel.png, sub/00_mask.png" in caplog.text
+    assert "00-masklabel.png, sub/00_mask.png (mask of a photo)" in caplog.text
 
 
 # A folder of masks

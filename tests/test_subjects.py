@@ -29,7 +29,6 @@ from persam_dreambooth.personalize import TrainOptions
 SHARED = {
     "pretrained_model_name_or_path": "toy",
     "sam_model": "toy",
-    "segmenter": "persam",
     "resolution": 32,
     "max_train_steps": 2,
     "logging_steps": 1,
@@ -66,7 +65,7 @@ def train(home, tmp_path, monkeypatch):
 
     def trained(folder, *subjects, **options):
         config = tmp_path / "subjects.yaml"
-        config.write_text(yaml.safe_dump({"subjects": list(subjects)}), encoding="utf-8")
+        config.write_text(yaml.safe_dump({"subjects": list(subjects), "segmenter": "persam"}), encoding="utf-8")
         return command("train", "--config", config, *flags(output_dir=folder, **{**SHARED, **options}))
 
     return trained
@@ -240,9 +239,9 @@ def test_any_subject_of_a_run_can_be_evaluated(pair, home, tmp_path, monkeypatch
     ("subjects", "said"),
     [
         ([], "the list of subjects is empty"),
-        ([DUCK, "robot"], "--subjects is .*: give a list in YAML"),
-        ([DUCK, {**ROBOT, "maskdir": "x"}], "subject 2: unknown maskdir: choose among instance_dir, "),
-        ([DUCK, {**ROBOT, "identifier": 7}], "subject 2: identifier is 7: give text, in quotes"),
+        ([DUCK, "robot"], "subject 2 is 'robot': write lines such as instance_dir"),
+        ([DUCK, {**ROBOT, "maskdir": "x"}], "subject 2: unknown option maskdir: did you mean mask_dir"),
+        ([DUCK, {**ROBOT, "identifier": 7}], "subject 2: --identifier is 7: give text, in quotes"),
         ([DUCK, {"instance_dir": "robot", "identifier": "zwx"}], r"subject 2 \(zwx\): no mask: give --mask"),
         ([DUCK, {**ROBOT, "mask": "m.png"}], r"subject 2 \(zwx\): --mask and --mask_dir exclude one another"),
         ([DUCK, {"mask_dir": "robot-masks", "identifier": "zwx"}], r"subject 2 \(zwx\): --instance_dir is missing"),
@@ -252,7 +251,7 @@ def test_any_subject_of_a_run_can_be_evaluated(pair, home, tmp_path, monkeypatch
         ([DUCK, {**DUCK, "identifier": "zwx"}], "subjects 1 and 2 have the same photos and masks"),
         ([{**DUCK, "instance_dir": "."}, ROBOT], "subjects 1 and 2: .*robot lies inside .*, whose photos it would add"),
         ([DUCK, {**ROBOT, "instance_dir": "duck-masks"}], "duck-masks is the folder of the photos too"),
-        ([DUCK, {**ROBOT, "mask_dir": "robot"}], "robot is the folder of the photos too"),
+        ([DUCK, {**ROBOT, "mask_dir": "robot"}], "robot/00.png has no mask: robot/00_mask.png is missing"),
     ],
 )
 def test_subjects_that_cannot_be_used_are_refused_in_one_line(train, tmp_path, capsys, subjects, said):

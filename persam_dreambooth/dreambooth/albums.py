@@ -10,7 +10,7 @@ from persam_dreambooth.errors import InputError
 from persam_dreambooth.photos.captions import read_prompts
 from persam_dreambooth.photos.datasets import photo_folder
 from persam_dreambooth.photos.folder import Photo, check_shapes, find_photos
-from persam_dreambooth.photos.mask_folder import PhotoMask, check_names, load_masks
+from persam_dreambooth.photos.mask_folder import PhotoMask, check_names, cut_out, load_masks
 from persam_dreambooth.photos.references import Reference, find_reference
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,14 @@ def read_albums(options: TrainingOptions) -> list[Album]:
     apart += [("class pictures", options.class_dir), ("backgrounds", options.background_folder)]
     no_photos = (*(Path(subject.mask) for subject in subjects if subject.mask), run_dir)
     albums = [
-        read_album(subject, run_dir / folder, apart, no_photos, f"{subject.word}: " if len(subjects) > 1 else "")
+        read_album(
+            subject,
+            run_dir / folder,
+            apart,
+            no_photos,
+            label=f"{subject.word}: " if len(subjects) > 1 else "",
+            soft=options.soft_masks,
+        )
         for subject, folder in zip(subjects, mask_folders(subjects), strict=True)
     ]
     _check_captions(albums)
@@ -56,7 +63,12 @@ def read_albums(options: TrainingOptions) -> list[Album]:
 
 
 def read_album(
-    subject: SubjectOptions, mask_dir: Path, apart: list[tuple[str, Path]], no_photos: tuple[Path, ...], label: str
+    subject: SubjectOptions,
+    mask_dir: Path,
+    apart: list[tuple[str, Path]],
+    no_photos: tuple[Path, ...],
+    label: str,
+    soft: bool,
 ) -> Album:
     """Reads a subject's photos and masks.
 
@@ -66,19 +78,27 @@ def read_album(
         apart: other folders of the run, of any subject, and what they hold; none may be the photos' folder.
         no_photos: further files and folders that hold no photos.
         label: as in `Album`.
+        soft: whether gray levels of masks are weights.
     """
     folder = Path(str(subject.instance_dir))
     if subject.dataset_name:
         folder = photo_folder(subject.dataset_name, subject.image_column, subject.caption_column)
     for what, other in apart:
-        if other.resolve() == folder.resolve():
+        own_masks = bool(subject.mask_dir) and other == Path(str(subject.mask_dir))
+        if other.resolve() == folder.resolve() and not own_masks:
             raise InputError(f"{other} is the folder of the photos too: put the {what} into a folder of their own")
     photos = find_photos(folder, (*no_photos, *(other for _, other in apart)))
     check_names(photos)
     check_shapes(photos)
     read_prompts(photos, "")  # reports broken captions before anything is written
-    reference = find_reference(photos, folder, Path(subject.mask), subject.reference_image) if subject.mask else None
-    drawn = load_masks(Path(subject.mask_dir), photos) if subject.mask_dir else []
+    reference, drawn = None, list[PhotoMask]()
+    if subject.mask:
+        mask_path = Path(subject.mask)
+        reference = find_reference(photos, folder, mask_path, subject.reference_image, subject.invert_mask)
+    elif subject.mask_dir:
+        drawn = load_masks(Path(subject.mask_dir), photos, subject.invert_mask, soft)
+    elif subject.mask_from == "alpha":
+        drawn = [cut_out(photo, soft) for photo in photos]
     return Album(subject, photos, reference, drawn, mask_dir, label)
 
 

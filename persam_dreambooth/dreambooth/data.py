@@ -59,7 +59,7 @@ class Crops(Dataset):
 
     Args:
         photos: the photos to crop.
-        masks: (H, W) bool each, or None to train on whole photos.
+        masks: (H, W) each, bool, or weights from 0 to 1, or None to train on whole photos.
         resolution: side of a square crop in pixels.
         center_crop: crop the center instead of a random position.
         seed: the run's seed.
@@ -162,7 +162,7 @@ class Crops(Dataset):
             width, height = (side * wanted // now for side in photo.size)
             mask = Image.new("L", photo.size, 255)
             if self.masks is not None:
-                mask = Image.fromarray(self.masks[index].astype(np.uint8) * 255)
+                mask = Image.fromarray(np.round(self.masks[index] * 255.0).astype(np.uint8))
             bilinear = Image.Resampling.BILINEAR
             self._resized[index, size] = (
                 photo.resize((width, height), bilinear),

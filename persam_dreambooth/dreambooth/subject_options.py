@@ -44,7 +44,7 @@ class SubjectOptions(Options):
         None,
         "mask of one of the photos; masks for the others are made from it",
         path=True,
-        rivals=("mask_dir", "unmasked"),
+        rivals=("mask_dir", "mask_from", "unmasked"),
     )
     reference_image: str | None = option(
         None,
@@ -56,7 +56,13 @@ class SubjectOptions(Options):
         None,
         "folder with a mask for every photo (same names); then no SAM is loaded",
         path=True,
-        rivals=("mask", "unmasked"),
+        rivals=("mask", "mask_from", "unmasked"),
+    )
+    mask_from: Literal["alpha"] | None = option(
+        None, "the alpha channel of each photo is its mask, as in cut-outs", rivals=("mask", "mask_dir", "unmasked")
+    )
+    invert_mask: bool = option(
+        False, "black, or transparent, is the subject in the masks given", when=(with_flag("--mask", "--mask_dir"),)
     )
     class_name: str | None = option(None, "the subject's class; default: the name of --instance_dir")
     identifier: str | None = option(
@@ -72,15 +78,14 @@ class SubjectOptions(Options):
             require(self, "instance_dir")
         if self.identifier is not None and not self.identifier.strip():
             raise InputError("--identifier is empty: give a rare word, such as sks")
-        if not (self.mask or self.mask_dir or unmasked):
+        given = [name for name in ("mask", "mask_dir", "mask_from") if getattr(self, name)]
+        if not (given or unmasked):
             raise InputError(
-                "no mask: give --mask (one photo's mask), --mask_dir (a mask for every photo), "
-                "or --unmasked to train on whole photos"
+                "no mask: give --mask (one photo's mask), --mask_dir (a mask for every photo), --mask_from alpha "
+                "(cut-outs), or --unmasked to train on whole photos"
             )
-        if unmasked and (self.mask or self.mask_dir):
-            raise InputError(
-                f"--{'mask' if self.mask else 'mask_dir'} and --unmasked exclude one another: give one of them"
-            )
+        if given and unmasked:
+            raise InputError(f"--{given[0]} and --unmasked exclude one another: give one of them")
 
     @property
     def word(self) -> str:

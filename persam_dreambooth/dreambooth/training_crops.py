@@ -58,13 +58,13 @@ def make_crops(options: TrainingOptions, album: Album, masks: list[PhotoMask], c
             "%straining on %d whole photos, without masks: their backgrounds will be learned too",
             album.label, len(album.photos),
         )  # fmt: skip
-        return Crops(album.photos, None, prompts=captions_of(album, album.photos), **shared)
+        return Crops(album.photos, None, prompts=training_captions(album, album.photos), **shared)
     used = _used_masks(album, masks)
     photos = [item.photo for item in used]
     crops = Crops(
         photos,
-        [item.mask for item in used],
-        prompts=captions_of(album, photos),
+        [item.mask if item.weights is None else item.weights for item in used],
+        prompts=training_captions(album, photos),
         unmasked_probability=options.unmasked_probability,
         **shared,
     )
@@ -116,7 +116,7 @@ def _check_lost(options: TrainingOptions, album: Album, crops: Crops) -> None:
     raise InputError(f"{album.label}{where} the mask of {lost} vanishes: {more}{hint}")
 
 
-def captions_of(album: Album, photos: list[Photo]) -> list[str]:
+def training_captions(album: Album, photos: list[Photo]) -> list[str]:
     """The prompt of each photo: its own caption, with [V] replaced by the identifier, or the instance prompt."""
     subject, own = album.subject, read_prompts(photos, "")
     captions = [fill_identifier(text, subject.word) or subject.prompt("instance") for text in own]

@@ -47,7 +47,9 @@ class TrainingOptions(SubjectOptions):
         "several subjects, as a list in YAML with photos, mask, identifier and class of each (docs/training.md)",
         rivals=("instance_dir", "dataset_name"),
     )
-    unmasked: bool = option(False, "train on whole photos, including their backgrounds", rivals=("mask", "mask_dir"))
+    unmasked: bool = option(
+        False, "train on whole photos, including their backgrounds", rivals=("mask", "mask_dir", "mask_from")
+    )
 
     # The model
     pretrained_model_name_or_path: str = option(
@@ -87,6 +89,13 @@ class TrainingOptions(SubjectOptions):
     unmasked_weight: float = option(0.0, "minimum weight of the loss outside the mask, 0 to 1", when=WHEN_MASKED)
     unmasked_probability: float = option(0.0, "fraction of samples trained without a mask, 0 to 1", when=WHEN_MASKED)
     mask_dilation: int = option(0, "grow the mask by this many latent cells; negative: shrink it", when=WHEN_MASKED)
+    soft_masks: bool = option(
+        False,
+        "the gray levels of masks that are given weight the loss; default: a pixel is inside or outside",
+        when=(
+            Condition(lambda options: options.has_drawn_masks, "masks that a SAM makes are not soft, give --mask_dir"),
+        ),
+    )
     mask_feather: float = option(0.0, "blur the mask's edge; standard deviation in latent cells", when=WHEN_MASKED)
     masked_prior_preservation_weight: float = option(
         0.0, "weight of preserving the base model's prediction outside the mask", when=WHEN_MASKED
@@ -305,6 +314,11 @@ class TrainingOptions(SubjectOptions):
     def each_subject(self) -> Sequence[SubjectOptions]:
         """The subjects of the list, or the one that these options describe."""
         return [self] if self.subjects is None else read_subjects(self.subjects)
+
+    @property
+    def has_drawn_masks(self) -> bool:
+        """Whether masks of all photos of a subject are given."""
+        return any(subject.mask_dir or subject.mask_from for subject in self.each_subject)
 
     @property
     def class_dir(self) -> Path:

@@ -21,7 +21,7 @@ VOID = 255
 MOST_OBJECTS = 32
 """In a mask that a user gives; more are the gray levels of soft edges."""
 
-HUE = 48
+HUE_DISTANCE = 48
 """Levels, of 255, from which a color is no shade of another."""
 
 
@@ -75,7 +75,7 @@ def read_first_mask(path: Path) -> np.ndarray:
         labels = np.asarray(image)
         return _checked(np.where(labels == VOID, 0, labels), len(np.setdiff1d(labels, (0, VOID))), path)
     colors = np.asarray(image.convert("RGB")).astype(np.int32)
-    if image.mode.startswith(("I", "F")) or not holds_hues(colors, HUE):
+    if image.mode.startswith(("I", "F")) or not holds_hues(colors, HUE_DISTANCE):
         values = np.asarray(image) if image.mode.startswith(("I", "F")) else colors.max(axis=2)
         levels = np.setdiff1d(values, 0)
         if len(levels) and levels[-1] <= MOST_OBJECTS:

@@ -21,13 +21,13 @@ from PIL import Image
 from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.files import write_aside, write_json
 from persam_dreambooth.photos.folder import Photo
-from persam_dreambooth.photos.masks import read_told, warn_of_coverage
+from persam_dreambooth.photos.masks import own_mask, read_soft_mask, read_told, soft_mask_of, warn_of_coverage
 from persam_dreambooth.photos.pairing import find_masks, name_key
 
 logger = logging.getLogger(__name__)
 
 INDEX = "index.json"
-DRAWN = "drawn"
+DRAWN, OWN_ALPHA = "drawn", "alpha"
 SKIPPED = "skipped"
 
 OLD_DRAWN = "by hand"
@@ -43,7 +43,7 @@ class MaskRecord:
     Args:
         photo: the photo's path relative to its folder.
         photo_sha256: hash of the photo the mask was made for.
-        method: `persam`, `persam-f`, `given` (the user's reference mask) or `drawn`.
+        method: `persam`, `persam-f`, `given` (the user's reference mask), `drawn`, or `alpha` (the photo's own).
         model: the SAM that made it.
         score: predicted IoU, 0 to 1.
         presence: similarity of the found region to the target, 0 to 1.
@@ -67,11 +67,26 @@ class MaskRecord:
 
 @dataclass(frozen=True)
 class PhotoMask:
-    """A photo, its mask ((H, W) bool; empty for a skipped photo) and what is known about it."""
+    """A photo, its mask and what is known about it.
+
+    Args:
+        photo: the photo.
+        mask: (H, W) bool; empty for a skipped photo.
+        record: what is known.
+        weights: (H, W) float32 from 0 to 1, where the mask was read as a soft one.
+    """
 
     photo: Photo
     mask: np.ndarray
     record: MaskRecord
+    weights: np.ndarray | None = None
+
+
+def cut_out(photo: Photo, soft: bool = False) -> PhotoMask:
+    """A photo whose alpha channel is its mask; raises `InputError` for one without a transparent background."""
+    mask = own_mask(photo)
+    weights = read_soft_mask(photo.path) if soft else None
+    return PhotoMask(photo, mask, MaskRecord(photo.name, photo.sha256, OWN_ALPHA, float(mask.mean())), weights)
 
 
 def check_names(photos: list[Photo]) -> None:
@@ -84,17 +99,19 @@ def check_names(photos: list[Photo]) -> None:
             raise InputError(f"{other.path} and {photo.path} would share the mask {name}: rename one")
 
 
-def save_mask(folder: Path, record: MaskRecord, mask: np.ndarray) -> None:
+def save_mask(folder: Path, record: MaskRecord, mask: np.ndarray, weights: np.ndarray | None = None) -> None:
     """Writes one mask and its entry in the index, each aside and renamed; of a skipped photo the entry alone.
 
     Args:
         folder: the mask folder, made when missing.
         record: what is known about the mask; its `photo` names the file.
         mask: (H, W) bool.
+        weights: (H, W) from 0 to 1, which are written instead of the mask.
     """
     if SKIPPED not in record.flags:
         with write_aside(folder / _mask_name(record.photo)) as aside:
-            Image.fromarray(mask.astype(np.uint8) * 255).save(aside)
+            gray = mask if weights is None else weights
+            Image.fromarray(np.round(gray * 255.0).astype(np.uint8)).save(aside)
         record = replace(record, mask_sha256=_mask_hash(mask))
     index = {**_read_index(folder), record.photo: record}
     entries = {
@@ -121,22 +138,25 @@ def load_mask(folder: Path, photo: Photo, invert: bool = False) -> PhotoMask | N
     return _load(path if path.is_file() else None, photo, _read_index(folder).get(photo.name), invert)
 
 
-def load_masks(folder: Path, photos: list[Photo], invert: bool = False) -> list[PhotoMask]:
+def load_masks(folder: Path, photos: list[Photo], invert: bool = False, soft: bool = False) -> list[PhotoMask]:
     """Reads the masks of all photos, in their order; see `pairing.find_masks` for their names.
 
     Args:
         folder: the mask folder.
         photos: all photos.
         invert: black is the subject in drawn masks.
+        soft: whether gray levels are weights.
 
     Raises:
         InputNotFoundError: no such folder, or a photo without a mask.
         InputError: a mask without a photo, two masks of one photo, and what `load_mask` raises.
     """
-    loaded = _load_all(folder, photos, find_masks(_checked(folder), photos), invert)
+    loaded = _load_all(folder, photos, find_masks(_checked(folder), photos), invert, soft)
     for photo in photos:
         if photo.name not in loaded:
             path = folder / _mask_name(photo.name)
+            if folder.resolve() == photo.path.parent.resolve():  # beside the photos, a mask needs a name of its own
+                path = path.with_stem(f"{path.stem}_mask")
             raise InputNotFoundError(f"{photo.path} has no mask: {path} is missing; draw it or remove the photo")
     return list(loaded.values())
 
@@ -167,14 +187,18 @@ def _checked(folder: Path) -> Path:
     return folder
 
 
-def _load_all(folder: Path, photos: list[Photo], paths: dict[str, Path], invert: bool) -> dict[str, PhotoMask]:
+def _load_all(
+    folder: Path, photos: list[Photo], paths: dict[str, Path], invert: bool, soft: bool = False
+) -> dict[str, PhotoMask]:
     """The masks of a folder by their photos' names, those that are missing left out."""
     index = _read_index(folder)
-    masks = {photo.name: _load(paths.get(photo.name), photo, index.get(photo.name), invert) for photo in photos}
+    masks = {photo.name: _load(paths.get(photo.name), photo, index.get(photo.name), invert, soft) for photo in photos}
     return {name: item for name, item in masks.items() if item is not None}
 
 
-def _load(path: Path | None, photo: Photo, noted: MaskRecord | None, invert: bool) -> PhotoMask | None:
+def _load(
+    path: Path | None, photo: Photo, noted: MaskRecord | None, invert: bool, soft: bool = False
+) -> PhotoMask | None:
     """A photo's mask from its file and its entry in the index, either of which may be missing."""
     skipped = noted is not None and SKIPPED in noted.flags
     if path is None:
@@ -187,10 +211,12 @@ def _load(path: Path | None, photo: Photo, noted: MaskRecord | None, invert: boo
         logger.info("%s is a drawn mask: %s", path, how)
         if mask.any():
             warn_of_coverage(mask, path)
-        return PhotoMask(photo, mask, MaskRecord(photo.name, photo.sha256, DRAWN, float(mask.mean())))
+        weights = soft_mask_of(path, photo, invert) if soft else None
+        return PhotoMask(photo, mask, MaskRecord(photo.name, photo.sha256, DRAWN, float(mask.mean())), weights)
     if noted.photo_sha256 != photo.sha256:
         raise InputError(f"{path} is stale: {photo.path} changed after the mask was made; make the mask again")
-    return PhotoMask(photo, mask, replace(noted, coverage=float(mask.mean())))
+    weights = soft_mask_of(path, photo) if soft else None
+    return PhotoMask(photo, mask, replace(noted, coverage=float(mask.mean())), weights)
 
 
 def _mask_hash(mask: np.ndarray) -> str:

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.photos.images import open_image
-from persam_dreambooth.photos.painted import HUE, holds_hues, looks_like_photo, painted_mask
+from persam_dreambooth.photos.painted import HUE_LEVELS, holds_hues, looks_like_photo, painted_mask
 
 if TYPE_CHECKING:
     from persam_dreambooth.photos.folder import Photo
@@ -222,7 +222,7 @@ def _check_size(size: tuple[int, ...], photo: "Photo", mask_path: Path, advice: 
 def _threshold(image: Image.Image) -> tuple[np.ndarray, str]:
     """The mask that an upright image is, and by which rule."""
     values, what = _values(image)
-    colored = image.mode == "P" and what == "color" and holds_hues(np.asarray(image.convert("RGB")), HUE)
+    colored = image.mode == "P" and what == "color" and holds_hues(np.asarray(image.convert("RGB")), HUE_LEVELS)
     mask, levels = _above(values, image.format in LOSSY, colored)
     if not levels:
         return mask, "every color but black" if what == "color" else "what is not transparent"

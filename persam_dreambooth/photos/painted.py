@@ -12,10 +12,10 @@ from persam_dreambooth.errors import InputError
 MANY = 40
 """Colors, of 16 levels a channel, from which an image is a photo."""
 
-HUE = 28
+HUE_LEVELS = 28
 """Levels, of 255, by which a photo has colors beside its brightest color's shades; JPEG gives a mask's edges fewer."""
 
-TOLERANCE = 16
+NOISE_LEVELS = 16
 """Levels, of 255, by which the noise of JPEG changes most pixels at most."""
 
 ALIKE = 0.15
@@ -49,7 +49,7 @@ def looks_like_photo(image: Image.Image) -> bool:
     small = image.convert("RGB")
     small.thumbnail((256, 256), Image.Resampling.NEAREST)
     pixels = np.asarray(small)
-    return _colors(pixels.reshape(-1, 3), 1 / 8192) >= MANY and holds_hues(pixels, HUE)
+    return _colors(pixels.reshape(-1, 3), 1 / 8192) >= MANY and holds_hues(pixels, HUE_LEVELS)
 
 
 def holds_hues(colors: np.ndarray, least: int) -> bool:
@@ -85,7 +85,7 @@ def painted_mask(mask_image: Image.Image, photo_image: Image.Image, plain: bool 
         return None
     copy, photo = (np.asarray(image.convert("RGB")).astype(np.int16) for image in (mask_image, photo_image))
     difference = np.abs(copy - photo).max(axis=2)
-    alike = difference <= TOLERANCE
+    alike = difference <= NOISE_LEVELS
     if alike.mean() < ALIKE or not (plain or _colors(copy[alike], 1e-3) >= VARIED):
         return None
     noise = float(np.percentile(difference[difference < 40], 95))
@@ -101,7 +101,7 @@ def painted_mask(mask_image: Image.Image, photo_image: Image.Image, plain: bool 
         return None
     stroke = _with_its_color(stroke, copy, stroke & (difference > 60))
     shade = np.median(copy[stroke], axis=0)
-    if _border(stroke).mean() > 0.5 and (shade.max() < TOLERANCE or shade.min() > 255 - TOLERANCE):
+    if _border(stroke).mean() > 0.5 and (shade.max() < NOISE_LEVELS or shade.min() > 255 - NOISE_LEVELS):
         return _without_small_holes(~_without_small_holes(stroke))
     return _filled(stroke)
 

@@ -50,6 +50,7 @@ class SegmentOptions(MaskFolderOptions):
     mask_dir: str | None = option(
         None, "folder with masks of some of the photos: several references", path=True, rivals=("mask",)
     )
+    invert_mask: bool = option(False, "black, or transparent, is the subject in the masks given")
     output: str | None = option(None, "folder for the masks; must be new or empty", path=True)
     instances: int = option(1, "how often to look for the subject in a photo; its mask holds all finds")
     heatmaps: bool = option(False, "also pictures of where each photo that is searched is like the subject")
@@ -76,9 +77,9 @@ def segment_photos(options: SegmentOptions) -> list[PhotoMask]:
     photos = find_photos(folder, leave_out=(mask_path, output))
     check_names(photos)
     if options.mask:
-        references = [find_reference(photos, folder, mask_path, options.reference_image)]
+        references = [find_reference(photos, folder, mask_path, options.reference_image, options.invert_mask)]
     else:
-        references = find_references(photos, mask_path)
+        references = find_references(photos, mask_path, options.invert_mask)
     check_new(output, {CONFIG: "a training run", INDEX: "masks"})
     segmenter = open_segmenter(options)
     heatmaps = output / "heatmaps" if options.heatmaps else None
