@@ -147,4 +147,4 @@ def test_the_demo_ends_with_a_page_that_holds_its_pictures_and_figures(tmp_path,
     said = capsys.readouterr().out
     assert "mean IoU" in said and said.strip().endswith("report.html")
     assert main(["demo", "--output_dir", str(tmp_path / "demo")]) == 2
-    assert "is not empty" in capsys.readouterr().err
+    assert "already holds other files: remove it" in capsys.readouterr().err

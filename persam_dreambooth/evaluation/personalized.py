@@ -1,6 +1,6 @@
-"""What a personalized model of one's own learned: subject and background told apart by CLIP and DINO, without truth.
+"""What a personalized model learned of subject and background, measured by CLIP and DINO, without truth.
 
-The model paints "a [V] cat", "a cat" and "a [V] cat" in several scenes, and so does its base model. PerSAM-F finds the
+The model and its base model generate "a [V] cat", "a cat" and "a [V] cat" in several scenes. PerSAM-F finds the
 subject in these pictures from a photo and its mask; then features inside and outside of the masks are compared with
 those of the photos.
 """
@@ -117,7 +117,7 @@ def evaluate_model(options: EvaluateModelOptions) -> dict[str, dict[str, float]]
     base = str(config["pretrained_model_name_or_path"])
     figures = {}
     for name, model in {"trained": str(run_dir), "base": base}.items():
-        pictures = _paint(model, subject, options)
+        pictures = _generate(model, subject, options)
         figures[name] = _measure(pictures, masks, segmenter, clip, dino, subject, output / f"{name}.jpg", options)
     write_json(output / "figures.json", figures)
     trained, before = figures["trained"], figures["base"]
@@ -146,19 +146,19 @@ def model_prompts(kind: str, owner: SubjectOptions, options: EvaluateModelOption
     return [in_front_of(f"a [V] {subject}", scenes[number % len(scenes)]) for number in range(count)]
 
 
-def _paint(model: str, owner: SubjectOptions, options: EvaluateModelOptions) -> dict[str, list[Image.Image]]:
+def _generate(model: str, owner: SubjectOptions, options: EvaluateModelOptions) -> dict[str, list[Image.Image]]:
     from persam_dreambooth.dreambooth.pipelines import load_model, on_accelerator
     from persam_dreambooth.dreambooth.samples import sample
 
     pipeline = on_accelerator(load_model(model)[0])
     settings = (options.num_inference_steps, options.guidance_scale)
-    painted: dict[str, list[Image.Image]] = {}
+    sampled: dict[str, list[Image.Image]] = {}
     for kind in ("own", "class", "scenes"):
-        told = [fill_identifier(prompt, owner.word) for prompt in model_prompts(kind, owner, options)]
-        painted[kind] = [
-            sample(pipeline, prompt, 1, options.seed + number, *settings)[0] for number, prompt in enumerate(told)
+        prompts = [fill_identifier(prompt, owner.word) for prompt in model_prompts(kind, owner, options)]
+        sampled[kind] = [
+            sample(pipeline, prompt, 1, options.seed + number, *settings)[0] for number, prompt in enumerate(prompts)
         ]
-    return painted
+    return sampled
 
 
 def _measure(
@@ -173,15 +173,15 @@ def _measure(
 ) -> dict[str, float]:
     from persam_dreambooth.evaluation.features import agreement, feature_similarity, feature_variety
 
-    found = {kind: [segmenter.predict(picture).mask for picture in painted] for kind, painted in pictures.items()}
+    found = {kind: [segmenter.predict(picture).mask for picture in sampled] for kind, sampled in pictures.items()}
     tiles = [outlined(a, b) for kind in pictures for a, b in zip(pictures[kind], found[kind], strict=True)]
     captions = [[prompt] for kind in pictures for prompt in model_prompts(kind, owner, options)]
     save_picture(grid(tiles, captions, columns=options.num_images), sheet)
     album = [item.photo.read() for item in photos]
     own_photos = dino.see(album, [item.mask for item in photos])
-    seen = {kind: dino.see(painted, found[kind]) for kind, painted in pictures.items()}
+    seen = {kind: dino.see(sampled, found[kind]) for kind, sampled in pictures.items()}
     clip_scenes = clip.see(pictures["scenes"])
-    told = [prompt.replace("[V] ", "") for prompt in model_prompts("scenes", owner, options)]
+    prompts = [prompt.replace("[V] ", "") for prompt in model_prompts("scenes", owner, options)]
     return {
         "fidelity_own": feature_similarity(seen["own"].subject, own_photos.subject),
         "fidelity_scenes": feature_similarity(seen["scenes"].subject, own_photos.subject),
@@ -192,6 +192,6 @@ def _measure(
         "variety": feature_variety(seen["class"].whole),
         "dino": feature_similarity(seen["scenes"].whole, own_photos.whole),
         "clip_i": feature_similarity(clip_scenes, clip.see(album)),
-        "clip_t": agreement(clip_scenes, clip.read(told)),
+        "clip_t": agreement(clip_scenes, clip.read(prompts)),
         "found": float(np.mean([mask.any() for kind in ("own", "scenes") for mask in found[kind]])),
     }
