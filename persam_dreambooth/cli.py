@@ -46,22 +46,24 @@ def _trained(options: Any, run_dir: Any) -> str:
     return f"done: {run_dir}; look at {', '.join(map(str, [*pictures, run_dir / 'README.md']))}"
 
 
-def _scored(options: Any, means: Any) -> str:
+def _scored(options: Any, scores: Any) -> str:
     lines = [
-        f"{name}: {', '.join(f'{figure} {value:.2f}' for figure, value in row.items())}" for name, row in means.items()
+        f"{row.name}: {', '.join(f'{figure} {value:.2f}' for figure, value in row.means.items())}"
+        for row in scores.rows
     ]
     return "\n".join([*lines, f"done: {options.output}/results.md; look at report.html beside it"])
 
 
-def _separated(options: Any, figures: Any) -> str:
+def _separated(options: Any, scores: Any) -> str:
+    best = scores.used
     return (
-        f"AUC {figures.auc:.3f}; balanced error {figures.error:.3f} at --absent_threshold {figures.threshold:.3f}\n"
+        f"AUC {best.auc:.3f}; balanced error {best.error:.3f} at --absent_threshold {best.threshold:.3f}\n"
         f"done: {options.output}/results.md; the plot is beside it"
     )
 
 
-def _scored_videos(options: Any, figures: Any) -> str:
-    row = ", ".join(f"{name} {100 * value:.1f}" for name, value in figures.items())
+def _scored_videos(options: Any, scores: Any) -> str:
+    row = ", ".join(f"{name} {100 * value:.1f}" for name, value in scores.overall.items())
     return f"{row}\ndone: {options.output}/results.md"
 
 

@@ -16,8 +16,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 from persam_dreambooth import toy
 from persam_dreambooth.dreambooth.subject_options import MASKS
-from persam_dreambooth.evaluation import background as benchmark
-from persam_dreambooth.evaluation.benchmark_report import COLUMNS
+from persam_dreambooth.evaluation import benchmark_subjects
+from persam_dreambooth.evaluation.benchmark_cells import measure, sample_prompts
+from persam_dreambooth.evaluation.benchmark_data import PHOTO_SIDE
+from persam_dreambooth.evaluation.benchmark_results import COLUMNS
+from persam_dreambooth.evaluation.benchmark_subjects import Personal, benchmark_prompts, personal
 from persam_dreambooth.evaluation.recipes import BASE, RECIPES
 from persam_dreambooth.files import check_new, write_text
 from persam_dreambooth.options import Options, option
@@ -67,10 +70,10 @@ def run_demo(options: DemoOptions) -> tuple[Path, list[str]]:
     output = Path(options.output_dir)
     check_new(output, {}, "remove it, or choose another folder with --output_dir")
     started = time.monotonic()
-    owner = benchmark.personal(SUBJECT)
+    owner = personal(SUBJECT)
     photos, mask, truth = render_photos(owner, output)
     logger.info("1/4 five photos of one %s in %s, and a mask of the first: %s", owner.subject.kind, photos, mask)
-    models = [paint_and_measure("base model, before training", "toy", owner)]
+    models = [sample_and_measure("base model, before training", "toy", owner)]
     recipes = {"plain": RECIPES["plain"], "masked": RECIPES["masked-preserve"]}
     for number, (name, recipe) in enumerate(recipes.items(), start=2):
         logger.info("%d/4 %s: %d steps", number, recipe.name, STEPS)
@@ -82,7 +85,7 @@ def run_demo(options: DemoOptions) -> tuple[Path, list[str]]:
             **{**BASE, "max_train_steps": STEPS, **given},
         )
         personalize(training)
-        models.append(paint_and_measure(recipe.name, str(output / name), owner))
+        models.append(sample_and_measure(recipe.name, str(output / name), owner))
     logger.info("4/4 the report")
     path = output / "report.html"
     found = load_masks(output / "masked" / MASKS, find_photos(photos))
@@ -93,38 +96,38 @@ def run_demo(options: DemoOptions) -> tuple[Path, list[str]]:
     return path, findings(models, ious, owner)
 
 
-def render_photos(owner: benchmark.Personal, output: Path) -> tuple[Path, Path, list[np.ndarray]]:
+def render_photos(owner: Personal, output: Path) -> tuple[Path, Path, list[np.ndarray]]:
     """Writes the photos and the mask of the first; returns their folder, its path, and all true masks (H, W) bool."""
     folder, mask, truth = output / "photos", output / "mask.png", []
     for number, scene in enumerate(owner.scenes):
-        rendered = world.render(scene, benchmark.PHOTO_SIDE)
+        rendered = world.render(scene, PHOTO_SIDE)
         save_picture(rendered.image, folder / f"{number:02}.png")
         truth.append(rendered.mask)
     save_picture(Image.fromarray(truth[0].astype(np.uint8) * 255), mask)
     return folder, mask, truth
 
 
-def paint_and_measure(title: str, model: str, owner: benchmark.Personal) -> Model:
-    """Paints with a model, and measures its pictures as the benchmark does."""
+def sample_and_measure(title: str, model: str, owner: Personal) -> Model:
+    """Generates pictures with a model, and measures them as the benchmark does."""
     from persam_dreambooth.dreambooth.pipelines import load_model
     from persam_dreambooth.toy.evaluator import Evaluator
 
     pipeline, _, _ = load_model(model)
     pictures = {
-        kind: benchmark.paint(pipeline, benchmark.benchmark_prompts(kind, owner), 0, DENOISING_STEPS)
-        for kind in benchmark.PICTURES
+        kind: sample_prompts(pipeline, benchmark_prompts(kind, owner), 0, DENOISING_STEPS)
+        for kind in benchmark_subjects.PICTURES
     }
-    told = f"a sks {owner.subject.kind} {world.PHRASES[SCENE]}"
-    figures = benchmark.measure(pictures, owner, Evaluator.load(toy.path("evaluator")))
+    prompt = f"a sks {owner.subject.kind} {world.PHRASES[SCENE]}"
+    figures = measure(pictures, owner, Evaluator.load(toy.path("evaluator")))
     return Model(
         title,
         pictures["own"][:PICTURES_SHOWN],
-        benchmark.paint(pipeline, [told] * PICTURES_SHOWN, 1, DENOISING_STEPS),
+        sample_prompts(pipeline, [prompt] * PICTURES_SHOWN, 1, DENOISING_STEPS),
         figures,
     )
 
 
-def findings(models: list[Model], ious: list[float], owner: benchmark.Personal) -> list[str]:
+def findings(models: list[Model], ious: list[float], owner: Personal) -> list[str]:
     """What came out, in a few lines."""
     place = world.PLACES[owner.background]
     return [
@@ -137,8 +140,8 @@ def findings(models: list[Model], ious: list[float], owner: benchmark.Personal) 
     ]
 
 
-def summary(models: list[Model], photos: list[Image.Image], owner: benchmark.Personal) -> Image.Image:
-    """One picture of all: the photos with their masks, then what each model paints, side by side.
+def summary(models: list[Model], photos: list[Image.Image], owner: Personal) -> Image.Image:
+    """One picture of all: the photos with their masks, then the pictures of each model, side by side.
 
     Args:
         photos: each with the outline of its mask.
@@ -171,15 +174,13 @@ def summary(models: list[Model], photos: list[Image.Image], owner: benchmark.Per
     return page
 
 
-def report(
-    models: list[Model], picture: Image.Image, ious: list[float], owner: benchmark.Personal, seconds: float
-) -> str:
+def report(models: list[Model], picture: Image.Image, ious: list[float], owner: Personal, seconds: float) -> str:
     """The page (HTML, with its pictures inside)."""
     kind = owner.subject.kind
     rows: list[list[page.TableCell]] = [
         [COLUMNS[name][0], *(model.figures[name] for model in models), COLUMNS[name][2]] for name in DEMO_FIGURES
     ]
-    pictures = f"measured on {sum(benchmark.PICTURES.values())} pictures each"
+    pictures = f"measured on {sum(benchmark_subjects.PICTURES.values())} pictures each"
     return page.page(
         "One mask, and the background stays out",
         page.paragraph(
@@ -190,7 +191,7 @@ def report(
             "loss of DreamBooth on whole photos, and by the loss inside the masks, staying with the base model outside "
             "of them."
         ),
-        page.picture(picture, "The photos with their masks; below, what each model paints", kind="PNG"),
+        page.picture(picture, "The photos with their masks; below, the pictures of each model", kind="PNG"),
         page.html_table([pictures, *(model.title for model in models), "what it is"], rows),
         page.paragraph(
             "The world of these photos is drawn by a program, so that the truth is known; model and SAM are small ones "

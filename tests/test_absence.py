@@ -13,7 +13,14 @@ from persam_dreambooth.photos.folder import find_photos
 from persam_dreambooth.photos.mask_folder import INDEX, SKIPPED, load_masks
 from persam_dreambooth.photos.masks import read_mask
 from persam_dreambooth.segmentation import PerSAM, open_sam
-from persam_dreambooth.segmentation.evaluation.absence import MEASURES, USED, Pair, best_threshold, errors, separate
+from persam_dreambooth.segmentation.evaluation.absence_statistics import (
+    MEASURES,
+    USED,
+    Pair,
+    best_threshold,
+    errors,
+    separate,
+)
 from persam_dreambooth.segmentation.found import ABSENT
 from persam_dreambooth.toy import rendered_perseg as perseg
 
@@ -117,7 +124,7 @@ def test_a_run_with_every_photo_skipped_says_what_to_do(tmp_path, capsys, encodi
         (photos / name).write_bytes((DUCK / name).read_bytes())
     options = {"instance_dir": photos, "reference_image": DUCK / "00.jpg", "encoding_cache": encodings}
     assert train(tmp_path / "run", **options) == 2
-    assert "the subject was found in no photo: train with --absent warn" in capsys.readouterr().err
+    assert "the subject was not found in any photo: train with --absent warn" in capsys.readouterr().err
 
 
 # --- the measurement

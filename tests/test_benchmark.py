@@ -9,8 +9,8 @@ from PIL import Image
 
 from persam_dreambooth import demo
 from persam_dreambooth.cli import main
-from persam_dreambooth.evaluation import background as benchmark
-from persam_dreambooth.evaluation.benchmark_report import front
+from persam_dreambooth.evaluation import background, benchmark_subjects
+from persam_dreambooth.evaluation.benchmark_results import RecipeRow, Spread, front
 from persam_dreambooth.evaluation.recipes import RECIPES
 
 SMALL = ["--subjects", "1", "--seeds", "1", "--max_train_steps", "2", "--num_inference_steps", "2"]
@@ -53,19 +53,19 @@ def test_every_cell_has_all_figures_and_a_row_of_the_table(finished):
 
 
 def test_the_front_holds_what_no_other_recipe_beats():
-    def row(leak, fidelity, silhouette):
+    def row(recipe, leak, fidelity, silhouette):
         values = {"leak_own": leak, "fidelity_scenes": fidelity, "silhouette": silhouette}
-        return {name: {"mean": value, "std": 0.0, "cells": 1} for name, value in values.items()}
+        return RecipeRow(recipe, {name: Spread(value, 0.0, 1) for name, value in values.items()})
 
-    rows = {
-        "base": row(0.0, 0.9, 0.99),  # not trained, so no recipe
-        "plain": row(0.8, 0.6, 0.9),
-        "masked": row(0.1, 0.6, 0.8),
-        "masked-mean": row(0.1, 0.6, 0.8),  # as good: neither beats the other
-        "masked-floor": row(0.2, 0.5, 0.8),
-        "said": row(0.1, 0.7, 0.7),
-    }
-    assert front(rows) == ["plain", "masked", "masked-mean", "said"]
+    rows = [
+        row("base", 0.0, 0.9, 0.99),  # not trained, so no recipe
+        row("plain", 0.8, 0.6, 0.9),
+        row("masked", 0.1, 0.6, 0.8),
+        row("masked-mean", 0.1, 0.6, 0.8),  # as good: neither beats the other
+        row("masked-floor", 0.2, 0.5, 0.8),
+        row("said", 0.1, 0.7, 0.7),
+    ]
+    assert [each.recipe for each in front(rows)] == ["plain", "masked", "masked-mean", "said"]
 
 
 def test_training_changes_the_figures(finished):
@@ -78,13 +78,13 @@ def test_an_interrupted_benchmark_does_only_what_is_left(finished, tmp_path, mon
     [lost] = folder.glob("cells/masked.*.json")
     lost.unlink()
     done = []
-    whole = benchmark.run_cell
+    whole = background.run_cell
 
     def noted(cell, *arguments):
         done.append(cell.recipe)
         return whole(cell, *arguments)
 
-    monkeypatch.setattr(benchmark, "run_cell", noted)
+    monkeypatch.setattr(background, "run_cell", noted)
     again = run(folder, "--recipes", "base,masked,masked-persam-f")
     assert done == ["masked"]
     assert figures(again) == figures(result)
@@ -138,7 +138,7 @@ def test_bad_options_are_one_line_and_write_nothing(arguments, message, tmp_path
 def test_the_demo_ends_with_a_page_that_holds_its_pictures_and_figures(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "STEPS", 2)
     monkeypatch.setattr(demo, "DENOISING_STEPS", 2)
-    monkeypatch.setattr(benchmark, "PICTURES", {"own": 6, "class": 2, "scenes": 7})
+    monkeypatch.setattr(benchmark_subjects, "PICTURES", {"own": 6, "class": 2, "scenes": 7})
     assert main(["demo", "--output_dir", str(tmp_path / "demo")]) == 0
     page = (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")
     assert len(re.findall(r'src="data:image/png;base64,', page)) == 1

@@ -213,8 +213,8 @@ def test_a_run_in_buckets_preserves_the_prior(runs, tmp_path):
 def test_auto_finds_buckets_of_the_resolution(runs, tmp_path, caplog):
     caplog.set_level("INFO")
     assert runs.train(tmp_path / "run", aspect_ratio_buckets="auto", max_train_steps=1) == 0
-    said = [line for line in caplog.messages if line.startswith("crops of so many photos")]
-    assert said == ["crops of so many photos, width x height: 32 x 32 (4)"]
+    said = [line for line in caplog.messages if line.startswith("crops, width x height")]
+    assert said == ["crops, width x height (number of photos): 32 x 32 (4)"]
 
 
 # --- refusals

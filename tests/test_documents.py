@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState
 from tiny_families import tiny_for
 
 from persam_dreambooth import cli, toy
+from persam_dreambooth.options import find_config
 from persam_dreambooth.personalize import TrainOptions
 from persam_dreambooth.segmentation.evaluation.perseg import PAPER_MIOU
 from persam_dreambooth.toy import rendered_davis as davis
@@ -21,9 +22,17 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 NOT_RUN = ("pip install", "make ")
 """Installing, and the make targets, which call the tests themselves."""
 
-SMALL = "--segmenter persam --resolution 64 --mixed_precision no"
-SHORT = f"{SMALL} --max_train_steps 2 --num_class_images 2 --num_validation_images 1".split()
-PROGRAMS = {"accelerate launch train_dreambooth_masked.py": ["train"], "persam-dreambooth": []}
+SHORT = {
+    "segmenter": "persam",
+    "resolution": 64,
+    "mixed_precision": "no",
+    "max_train_steps": 2,
+    "num_class_images": 2,
+    "num_validation_images": 1,
+}
+"""A file of options that keep a training short; what has no effect beside a command's own is left out."""
+
+PROGRAMS = {"python train_dreambooth_masked.py": ["train"], "persam-dreambooth": []}
 """What `cli.main` is given before the rest of a command; the programs themselves are run in `test_cli.py`."""
 
 
@@ -36,7 +45,7 @@ def small_model(words: list[str], folder: Path) -> str:
     """What stands for the model that a command's YAML names: a tiny one of its family, or the toy."""
     if "--config" not in words:
         return "toy"
-    options = yaml.safe_load((ROOT / words[words.index("--config") + 1]).read_text(encoding="utf-8"))
+    options = yaml.safe_load(find_config(words[words.index("--config") + 1]).read_text(encoding="utf-8"))
     return str(tiny_for(options["pretrained_model_name_or_path"], folder / "checkpoints"))
 
 
@@ -46,7 +55,9 @@ def run(command: str, folder: Path, sam: list[str]) -> None:
     assert program, f"no test knows how to run: {command}"
     words = PROGRAMS[program] + shlex.split(command.removeprefix(program))
     if words[0] == "train":
-        words += [*SHORT, *sam, "--pretrained_model_name_or_path", small_model(words, folder)]
+        model = small_model(words, folder)
+        (folder / "short.yaml").write_text(yaml.safe_dump(SHORT), encoding="utf-8")
+        words += ["--config", "short.yaml", *sam, "--pretrained_model_name_or_path", model]
     elif words[0] == "generate":
         words += ["--num_inference_steps", "2"]
     elif words[0] in ("segment", "video"):
@@ -61,7 +72,7 @@ def run(command: str, folder: Path, sam: list[str]) -> None:
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working folder, with the photos, the mask and the configurations that the documents speak of."""
     shutil.copytree(toy.path("photos") / "duck", tmp_path / "cat")
-    shutil.copy(toy.path("photos") / "duck_mask" / "00.png", tmp_path / "ref_mask.png")
+    shutil.copy(toy.path("photos") / "duck_mask" / "00.png", tmp_path / "00_mask.png")
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     monkeypatch.chdir(tmp_path)
     return tmp_path

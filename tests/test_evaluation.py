@@ -8,17 +8,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy import ndimage
+from small_sams import SMALL_SAM, save_sam2
 from tiny_sam import tiny_model
 from training_runs import in_two_processes
 
 from persam_dreambooth.cli import main
 from persam_dreambooth.photos.masks import read_mask
 from persam_dreambooth.report.pictures import TILE
+from persam_dreambooth.segmentation import PerSAM, open_sam
 from persam_dreambooth.segmentation.evaluation import metrics
 from persam_dreambooth.segmentation.evaluation import one_shot_report as report
 from persam_dreambooth.segmentation.evaluation.fss1000 import read_truth
 from persam_dreambooth.segmentation.evaluation.one_shot import disturbed
+from persam_dreambooth.segmentation.evaluation.trace import read_trace, save_trace
 from persam_dreambooth.toy import rendered_davis as rendered_videos
 from persam_dreambooth.toy import rendered_perseg as perseg
 
@@ -63,11 +65,24 @@ def test_decay_is_the_first_quarter_minus_the_last_and_quarters_share_their_ends
     assert decay == pytest.approx(np.mean([1, 1, 1]) - np.mean([0.5, 0, 0]))
 
 
-def test_disturbed_masks_are_those_of_a_square_kernel():
-    mask = ndimage.binary_dilation(np.random.default_rng(0).random((60, 60)) > 0.995, np.ones((9, 9)))
-    kernel = np.ones((5, 5), bool)
-    assert (disturbed(mask, 5) == ndimage.binary_dilation(mask, kernel)).all()
-    assert (disturbed(mask, -5) == ndimage.binary_erosion(mask, kernel)).all()
+@pytest.mark.parametrize(
+    "left, growth, pixels",
+    [
+        (200, -95, 106 * 106),
+        (0, -95, 16_218),  # OpenCV's erosion does not count what lies outside of the picture: that side stays
+        (0, 95, 294 * 247),
+        (200, 95, 294 * 294),
+        (0, -75, 126 * 163),
+    ],
+)
+def test_disturbed_masks_are_those_of_opencv_with_a_square_kernel(left, growth, pixels):
+    mask = square(200, left, 200, (600, 600))
+    assert disturbed(mask, growth).sum() == pixels
+
+
+def test_a_mask_that_fills_the_picture_stays_whole():
+    assert disturbed(np.ones((300, 200), bool), -95).all()
+    mask = square(3, 3, 9)
     assert disturbed(mask, 0) is mask
 
 
@@ -113,8 +128,15 @@ def test_all_rows_are_scored_and_shown(evaluated, data):
     ]  # fmt: skip
     assert results["rows"]["ablation-persam-f"]["mIoU"] == results["mIoU"] > 40
     assert results["mIoU"] == pytest.approx(np.mean([each["IoU"] for each in results["objects"].values()]))
-    text = (evaluated / "results.md").read_text(encoding="utf-8")
-    assert "| ablation-negative |" in text and "95.33" in text and "paper" in text
+    table = (evaluated / "results.md").read_text(encoding="utf-8").splitlines()
+    cells = {name: rest for line in table for name, *rest in [line.strip("| ").split(" | ")]}
+    figures = ("mIoU", "mAcc", "mBIoU", "FB-IoU")
+    for name, row, published in [  # what the paper's Tables 1 and 3 print
+        ("persam-f", results, "95.33"), ("ablation-negative", results["rows"]["ablation-negative"], "72.47")
+    ]:  # fmt: skip
+        assert cells[name] == [*(f"{row[figure]:.2f}" for figure in figures), published]
+    worst = min(results["objects"], key=lambda name: results["objects"][name]["IoU"])
+    assert cells[worst] == [f"{results['objects'][worst][figure]:.2f}" for figure in ("IoU", "Acc", "BIoU")]
     assert len(list((evaluated / "overlays").glob("*.jpg"))) == 2
     sheet = Image.open(next((evaluated / "overlays").iterdir()))
     assert sheet.width > 900 and sheet.height > 3 * TILE  # three photos, with their heat maps and masks
@@ -144,6 +166,28 @@ def test_a_broken_trace_is_named(evaluated, data, tmp_path, capsys):
     path.write_bytes(path.read_bytes()[:100])
     assert evaluate("--data", data, "--output", tmp_path / "out", "--predictions", predictions) == 2
     assert f"{path} is not what a method saw" in capsys.readouterr().err
+
+
+def test_predictions_with_a_trace_of_version_0_1_are_scored_without_its_heat_map(evaluated, data, tmp_path):
+    predictions = Path(shutil.copytree(evaluated / "predictions" / "persam-f", tmp_path / "predictions"))
+    for path in predictions.glob("*/*.npz"):
+        with np.load(path) as arrays:
+            kept = {name: arrays[name] for name in ("similarity", "points", "box")}
+        np.savez_compressed(path, **kept)
+    assert evaluate("--data", data, "--output", tmp_path / "out", "--predictions", predictions) == 0
+    assert "photo, mask" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("kind, cells", [("sam", (43, 64)), ("sam-2", (64, 64))])
+def test_a_trace_holds_the_cells_that_the_photo_covers(kind, cells, tmp_path):
+    """SAM pads a photo of 300 x 200 to a square, below; SAM 2 stretches it."""
+    model = SMALL_SAM if kind == "sam" else str(save_sam2(tmp_path / "sam2"))
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8))
+    found = PerSAM(open_sam(model, device="cpu")).fit(photo, square(50, 80, 100, (200, 300))).predict(photo)
+    save_trace(tmp_path / "00.npz", found)
+    trace = read_trace(tmp_path / "00.npz")
+    assert trace is not None and trace.in_photo.shape == cells
+    assert (trace.in_photo == found.similarity[: cells[0]].astype(np.float16)).all()
 
 
 def test_parts_make_a_difference_and_the_last_is_persam_itself(evaluated, data, tmp_path, toy_sam):

@@ -51,7 +51,7 @@ def test_a_run_asked_to_stop_saves_says_how_to_go_on_and_goes_on(runs, tmp_path,
         said = process.communicate(timeout=600)[1]
     assert process.returncode == 128 + asked
     step = int(
-        re.search(r"stopped after step (\d+), which is saved: go on with --resume_from_checkpoint latest", said)[1]
+        re.search(r"stopped after step (\d+), which is saved: resume with --resume_from_checkpoint latest", said)[1]
     )
     assert [path.name for path in list_checkpoints(folder)] == [f"checkpoint-{step}"]
     assert "Traceback" not in said

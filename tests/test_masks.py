@@ -1,29 +1,39 @@
 """The mask folder is read back as it was written; a mask that cannot belong to its photo is refused."""
 
 import json
+import logging
 import resource
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 
 from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.files import write_aside, write_json
 from persam_dreambooth.photos.folder import Photo, find_photos
 from persam_dreambooth.photos.mask_folder import (
-    BY_HAND,
+    DRAWN,
     INDEX,
     SKIPPED,
     MaskRecord,
-    check_mask,
     check_names,
     load_mask,
     load_masks,
+    load_references,
     save_mask,
 )
-from persam_dreambooth.photos.masks import read_mask
+from persam_dreambooth.photos.masks import (
+    alpha_mask,
+    as_mask,
+    check_mask,
+    mask_of,
+    own_mask,
+    read_mask,
+    read_soft_mask,
+    soft_mask_of,
+)
 
 WIDTH, HEIGHT = 96, 64
 
@@ -107,7 +117,10 @@ def test_the_index_says_what_is_known_about_each_mask(tmp_path, photos, mask):
     facts = {"model": "toy", "score": 0.9, "presence": 0.7, "absent_threshold": 0.95, "flags": ("absent",)}
     save_mask(tmp_path, record(first, mask, **facts), mask)
     save_mask(tmp_path, MaskRecord(last.name, last.sha256, "given", 0.25), mask)
-    assert json.loads((tmp_path / INDEX).read_text(encoding="utf-8")) == {
+    written = json.loads((tmp_path / INDEX).read_text(encoding="utf-8"))
+    hashes = {entry.pop("mask_sha256") for entry in written["masks"].values()}
+    assert len(hashes) == 1 and len(hashes.pop()) == 64, "both have the same pixels"
+    assert written == {
         "masks": {
             first.name: {
                 "photo_sha256": first.sha256,
@@ -145,7 +158,7 @@ def test_a_skipped_photo_has_an_entry_and_no_mask_until_one_is_drawn(tmp_path, m
     assert load_mask(folder, changed) is None  # what was decided of another photo does not count
     shape().save(folder / "00.png")
     drawn = load_mask(folder, item)
-    assert drawn.record.method == BY_HAND and drawn.record.flags == () and np.array_equal(drawn.mask, mask)
+    assert drawn.record.method == DRAWN and drawn.record.flags == () and np.array_equal(drawn.mask, mask)
 
 
 def test_saving_again_replaces_the_mask_and_its_entry(tmp_path, photos, mask):
@@ -160,14 +173,67 @@ def test_a_hand_drawn_mask_needs_no_entry(tmp_path, photos, mask):
     shape().save(tmp_path / "00.png")
     found = load_mask(tmp_path, photos[0])
     assert np.array_equal(found.mask, mask)
-    assert found.record == MaskRecord("00.jpg", photos[0].sha256, BY_HAND, float(mask.mean()))
-    assert BY_HAND == "by hand"
+    assert found.record == MaskRecord("00.jpg", photos[0].sha256, DRAWN, float(mask.mean()))
+    assert found.record.method == "drawn"
 
 
-def test_the_coverage_of_a_mask_that_was_painted_over_is_its_new_one(tmp_path, photos, mask):
+def test_a_mask_that_was_mended_is_drawn_and_keeps_nothing_of_the_one_before(tmp_path, photos, mask):
+    save_mask(tmp_path, record(photos[0], mask, model="toy", score=0.9, presence=0.2, flags=("absent",)), mask)
+    Image.fromarray(np.roll(mask, 3, axis=1)).save(tmp_path / "00.png")
+    found = load_mask(tmp_path, photos[0])
+    assert found.record == MaskRecord("00.jpg", photos[0].sha256, "drawn", float(mask.mean()))
+    assert np.array_equal(found.mask, np.roll(mask, 3, axis=1))
+
+
+def test_a_mask_saved_anew_with_the_same_pixels_is_not_drawn(tmp_path, photos, mask):
+    save_mask(tmp_path, record(photos[0], mask, score=0.9), mask)
+    shape("RGB", (128, 0, 0), (0, 0, 0)).save(tmp_path / "00.png")
+    assert load_mask(tmp_path, photos[0]).record == record(photos[0], mask, score=0.9)
+
+
+def test_a_mask_drawn_after_its_photo_changed_is_not_stale(tmp_path, mask):
+    old = photo(tmp_path / "photos" / "a.jpg")
+    save_mask(tmp_path / "masks", record(old, mask), mask)
+    new = photo(tmp_path / "photos" / "a.jpg", color=(0, 0, 200))
+    shape(ink=0, paper=255).save(tmp_path / "masks" / "a.png")
+    found = load_mask(tmp_path / "masks", new)
+    assert found.record.method == "drawn" and np.array_equal(found.mask, ~mask)
+
+
+def test_an_index_of_version_0_1_is_read(tmp_path, photos, mask):
+    for name in ("00.png", "no.dots.here.png"):
+        shape().save(tmp_path / name)
+    first, last = photos[0], photos[1]
+    entries = {
+        first.name: {"photo_sha256": first.sha256, "method": "persam", "coverage": 0.1, "score": 0.9, "flags": []},
+        last.name: {"photo_sha256": last.sha256, "method": "by hand", "coverage": 0.1, "flags": []},
+    }
+    write_json(tmp_path / INDEX, {"masks": entries})
+    made, drawn = load_mask(tmp_path, first), load_mask(tmp_path, last)
+    assert (made.record.method, made.record.score, drawn.record.method) == ("persam", 0.9, "drawn")
+    assert made.record.coverage == float(mask.mean())
+
+
+def test_inverted_masks_are_inverted_unless_a_program_made_them(tmp_path, photos, mask):
     save_mask(tmp_path, record(photos[0], mask), mask)
-    Image.new("L", (WIDTH, HEIGHT), 255).save(tmp_path / "00.png")
-    assert load_mask(tmp_path, photos[0]).record.coverage == 1
+    (tmp_path / "sub").mkdir()
+    for name in ("no.dots.here.png", "sub/00.png"):
+        shape(ink=0, paper=255).save(tmp_path / name)
+    loaded = load_masks(tmp_path, photos, invert=True)
+    assert [item.record.method for item in loaded] == ["persam-f", "drawn", "drawn"]
+    assert all(np.array_equal(item.mask, mask) for item in loaded)
+
+
+def test_references_are_those_photos_of_which_the_folder_has_a_mask(tmp_path, photos, mask):
+    folder = tmp_path / "masks"
+    folder.mkdir()
+    shape().save(folder / "00_mask.png")
+    shape().save(folder / "of another photo.png")
+    shape(ink=0).save(folder / "no.dots.here.png")
+    assert [item.photo.name for item in load_references(folder, photos)] == ["00.jpg"]
+    (folder / "00_mask.png").unlink()
+    with pytest.raises(InputError, match="masks holds no mask of these photos"):
+        load_references(folder, photos)
 
 
 def test_an_empty_mask_in_the_folder_is_loaded_with_coverage_0(tmp_path, photos):
@@ -248,6 +314,180 @@ def test_black_is_background_where_it_is_not_stored_as_0(tmp_path, mask, mode):
     assert np.array_equal(saved(image, tmp_path / "mask.tif"), mask)
 
 
+@pytest.mark.parametrize("name", ["mask.png", "mask.tif", "mask.gif", "mask.jpg", "mask.avif"])
+@pytest.mark.parametrize("tint", [(255, 255, 255), (180, 0, 0)], ids=["white", "red"])
+def test_of_a_soft_edge_the_brighter_half_is_the_subject(tmp_path, mask, name, tint):
+    soft = shape().filter(ImageFilter.GaussianBlur(3))
+    image = Image.composite(Image.new("RGB", soft.size, tint), Image.new("RGB", soft.size), soft)
+    found = saved(image, tmp_path / name)
+    assert (found & mask).sum() / (found | mask).sum() > 0.93
+
+
+def test_a_soft_edge_of_16_bits_is_read_as_one_of_8_bits(tmp_path):
+    soft = shape().filter(ImageFilter.GaussianBlur(3))
+    deep = Image.fromarray(np.asarray(soft).astype(np.uint16) * 257)
+    assert np.array_equal(saved(deep, tmp_path / "deep.png"), saved(soft, tmp_path / "soft.png"))
+
+
+def test_labels_are_all_foreground(tmp_path, mask):
+    labels = np.where(mask, 1 + np.arange(WIDTH) // 16, 0).astype(np.uint8)
+    assert np.array_equal(saved(Image.fromarray(labels), tmp_path / "gray.png"), mask)
+    many = Image.fromarray(np.where(mask, 1 + np.arange(WIDTH), 0).astype(np.uint8))
+    many.putpalette([0, 0, 0, *np.random.default_rng(0).integers(1, 255, 3 * 255).tolist()])
+    assert np.array_equal(saved(many, tmp_path / "colored.png"), mask)
+
+
+@pytest.mark.parametrize("name", ["mask.png", "mask.webp", "mask.avif"])
+def test_a_cut_out_with_a_soft_edge_is_the_mask_where_it_is_half_opaque(tmp_path, mask, name):
+    image = Image.new("RGB", (WIDTH, HEIGHT), (90, 20, 20))
+    image.putalpha(shape().filter(ImageFilter.GaussianBlur(2)))
+    found = saved(image, tmp_path / name)
+    assert (found & mask).sum() / (found | mask).sum() > 0.97
+    assert np.array_equal(found, alpha_mask(tmp_path / name))
+
+
+@pytest.mark.parametrize("alpha", [255, 254, 0])
+def test_an_alpha_channel_that_is_the_same_everywhere_tells_nothing(tmp_path, mask, alpha):
+    image = shape("RGB", (255, 255, 255), (0, 0, 0))
+    image.putalpha(alpha)
+    assert np.array_equal(saved(image, tmp_path / "00.png"), mask)
+    assert alpha_mask(tmp_path / "00.png") is None
+    with pytest.raises(InputError, match=r"00\.png has no transparent background: cut its subject out"):
+        own_mask(Photo.open(tmp_path / "00.png"))
+
+
+def test_an_inverted_mask_has_a_black_subject(tmp_path, mask):
+    shape(ink=0, paper=255).save(tmp_path / "mask.png")
+    assert np.array_equal(read_mask(tmp_path / "mask.png", invert=True), mask)
+
+
+# Masks in memory
+
+
+def colored(mask: np.ndarray, *color: float) -> np.ndarray:
+    return mask[..., None] * np.array(color)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        pytest.param(lambda mask: mask, id="bool"),
+        pytest.param(lambda mask: mask.astype(np.int64), id="0 and 1"),
+        pytest.param(lambda mask: mask.astype(np.uint8) * 255, id="0 and 255"),
+        pytest.param(lambda mask: mask.astype(np.float32), id="floats"),
+        pytest.param(lambda mask: mask * 0.2, id="faint floats"),
+        pytest.param(lambda mask: mask[..., None], id="one channel"),
+        pytest.param(lambda mask: colored(mask, 128, 0, 0).astype(np.uint8), id="RGB"),
+        pytest.param(lambda mask: (colored(mask, 0, 0, 0, 255) + np.array([9, 9, 9, 0])).astype(np.uint8), id="alpha"),
+        pytest.param(
+            lambda mask: (colored(mask, 9, 9, 9, 0) + np.array([0, 0, 0, 255])).astype(np.uint8), id="opaque RGBA"
+        ),
+        pytest.param(lambda mask: np.where(mask, 0.9, 0.1) + np.linspace(0, 0.05, WIDTH), id="probabilities"),
+        pytest.param(lambda mask: Image.fromarray(mask), id="PIL, one bit"),
+        pytest.param(lambda mask: Image.fromarray(colored(mask, 0, 7, 0).astype(np.uint8)), id="PIL, RGB"),
+    ],
+)
+def test_a_mask_in_memory_is_read_by_the_same_rule(mask, made):
+    found = as_mask(made(mask))
+    assert found.dtype == bool and np.array_equal(found, mask)
+    assert np.array_equal(as_mask(made(mask), invert=True), ~mask)
+
+
+@pytest.mark.parametrize(
+    "given, told",
+    [
+        ("mask.png", "this mask is a str: a mask is"),
+        ([[0, 1]], "this mask is a list: a mask is"),
+        (np.zeros(4), r"this mask is \(4,\): a mask is"),
+        (np.zeros((3, 4, 5)), r"this mask is \(3, 4, 5\): a mask is"),
+        (np.zeros((0, 4)), r"this mask is \(0, 4\): a mask is"),
+        (np.eye(3) * 1j, "this mask is of complex128: a mask is"),
+        (np.full((2, 2), np.nan), "numbers that are not finite"),
+        (np.eye(3) - 1, r"negative numbers: of logits, give logits > 0"),
+    ],
+)
+def test_what_is_no_mask_in_memory_is_refused_in_one_line(given, told):
+    with pytest.raises(InputError, match=told) as raised:
+        as_mask(given)
+    assert "\n" not in str(raised.value)
+
+
+# Weights
+
+
+def test_a_mask_of_one_color_has_weights_of_exactly_0_and_1(tmp_path, mask):
+    for number, image in enumerate((shape(ink=1), shape("RGB", (128, 0, 0), (0, 0, 0)), shape("I;16", 900))):
+        image.save(tmp_path / f"{number}.png")
+        weights = read_soft_mask(tmp_path / f"{number}.png")
+        assert weights.dtype == np.float32 and np.array_equal(weights, mask.astype(np.float32))
+        assert np.array_equal(read_soft_mask(tmp_path / f"{number}.png", invert=True), (~mask).astype(np.float32))
+
+
+def test_gray_and_alpha_are_weights(tmp_path):
+    ramp = np.tile(np.linspace(0, 255, WIDTH).astype(np.uint8), (HEIGHT, 1))
+    Image.fromarray(ramp).save(tmp_path / "gray.png")
+    cut = Image.new("RGB", (WIDTH, HEIGHT), "navy")
+    cut.putalpha(Image.fromarray(ramp))
+    cut.save(tmp_path / "alpha.png")
+    for name in ("gray.png", "alpha.png"):
+        assert np.allclose(read_soft_mask(tmp_path / name), ramp / 255)
+
+
+# The mask of a photo
+
+
+def scene(path: Path) -> Photo:
+    """A photo of many colors."""
+    noise = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC).save(path)
+    return Photo.open(path)
+
+
+def test_the_log_says_by_which_rule_a_mask_was_read(tmp_path, mask, caplog):
+    caplog.set_level(logging.INFO)
+    item = scene(tmp_path / "00.png")
+    shape().save(tmp_path / "mask.png")
+    assert np.array_equal(mask_of(tmp_path / "mask.png", item), mask)
+    [line] = caplog.messages
+    assert line.endswith("every color but black; it covers 16 %")
+    shape().filter(ImageFilter.GaussianBlur(3)).save(tmp_path / "mask.png")
+    mask_of(tmp_path / "mask.png", item)
+    assert "190 levels of color, so what is above half of the greatest" in caplog.messages[-1]
+
+
+def test_a_mask_that_covers_nearly_all_is_warned_of(tmp_path, mask, caplog):
+    item = scene(tmp_path / "00.png")
+    shape(ink=0, paper=255).save(tmp_path / "mask.png")
+    mask_of(tmp_path / "mask.png", item)
+    assert "covers 84 % of its photo: white is the subject; if black is, use --invert_mask" in caplog.text
+    caplog.clear()
+    assert np.array_equal(mask_of(tmp_path / "mask.png", item, invert=True), mask) and not caplog.text
+    Image.new("L", (WIDTH, HEIGHT), 255).save(tmp_path / "mask.png")
+    assert mask_of(tmp_path / "mask.png", item).all()
+    assert "covers the whole photo: it does not tell the subject" in caplog.text
+
+
+def test_a_photo_for_a_mask_is_refused(tmp_path):
+    item, other = scene(tmp_path / "00.png"), tmp_path / "other.png"
+    item.read().transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(other)
+    with pytest.raises(InputError, match=r"other\.png looks like a photo, not a mask: paint the subject white"):
+        mask_of(other, item)
+    with pytest.raises(InputError, match=r"00\.png is the photo itself, and nothing is painted on it"):
+        mask_of(item.path, item)
+
+
+def test_a_painted_copy_is_read_in_a_mask_folder_too_and_has_hard_weights(tmp_path, mask):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "masks").mkdir()
+    item = scene(tmp_path / "photos" / "00.png")
+    painted = np.array(item.read())
+    painted[mask] = (237, 28, 36)
+    Image.fromarray(painted).save(tmp_path / "masks" / "00 - Copy.png")
+    [found] = load_masks(tmp_path / "masks", [item])
+    assert np.array_equal(found.mask, mask)
+    assert np.array_equal(soft_mask_of(tmp_path / "masks" / "00 - Copy.png", item), mask.astype(np.float32))
+
+
 def test_an_unreadable_mask_is_refused(tmp_path):
     (tmp_path / "mask.png").write_text("drawn in words")
     with pytest.raises(InputError, match=r"mask\.png is not an image"):
@@ -297,7 +537,7 @@ def test_an_entry_for_a_photo_that_is_gone_does_no_harm(tmp_path, mask):
     old.path.rename(tmp_path / "photos" / "b.jpg")
     (tmp_path / "masks" / "a.png").rename(tmp_path / "masks" / "b.png")
     [found] = load_masks(tmp_path / "masks", find_photos(tmp_path / "photos"))
-    assert found.record.method == BY_HAND
+    assert found.record.method == DRAWN
 
 
 def test_a_mask_without_a_photo_is_refused(tmp_path, photos, mask):
@@ -406,6 +646,15 @@ def test_a_file_that_cannot_be_made_leaves_the_old_one(tmp_path):
         write_json(tmp_path / "a.json", {"a": object()})
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
     assert files(tmp_path) == {"a.json"}
+
+
+@pytest.mark.parametrize(
+    "first, second", [("A.jpg", "a.png"), ("caf\u00e9.jpg", "cafe\u0301.png"), ("\u00c9.jpg", "\u00e9.png")]
+)
+def test_names_that_differ_in_case_or_normal_form_clash_on_every_system(tmp_path, first, second):
+    made = [photo(tmp_path / name) for name in (first, second)]
+    with pytest.raises(InputError, match="would share the mask"):
+        check_names(made)
 
 
 def test_two_photos_that_would_share_a_mask_are_refused(tmp_path):

@@ -1,17 +1,21 @@
 """The benchmark's measures, on pictures whose truth is known: renders, and renders with planted faults."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from persam_dreambooth.evaluation import background as benchmark
-from persam_dreambooth.evaluation import benchmark_report as report
-from persam_dreambooth.evaluation import measures
+from persam_dreambooth.evaluation import benchmark_cells, benchmark_data, measures
+from persam_dreambooth.evaluation import benchmark_subjects as subjects
+from persam_dreambooth.evaluation.background import BenchmarkOptions
+from persam_dreambooth.evaluation.benchmark_report import benchmark_table
+from persam_dreambooth.evaluation.benchmark_results import COLUMNS, CellResult, RecipeRow, Spread
 from persam_dreambooth.evaluation.recipes import BASE, RECIPES
 from persam_dreambooth.toy import world
 
-OWNER = benchmark.personal(0)
+OWNER = subjects.personal(0)
 
 
 def pictures(scenes):
@@ -73,7 +77,7 @@ def test_background_similarity_is_high_in_the_same_place_and_low_in_others():
         dataclasses.replace(drawn, background=photo.background, background_seed=photo.background_seed)
         for drawn in (world.random_scene(rng, distractors=0) for _ in range(5))
     ]
-    elsewhere = [world.random_scene(rng, background=name, distractors=0) for name in benchmark.other_backgrounds(OWNER)]
+    elsewhere = [world.random_scene(rng, background=name, distractors=0) for name in subjects.other_backgrounds(OWNER)]
     same, other = (
         measures.background_similarity(pictures(scenes)[0], truth(scenes), album, masks)
         for scenes in (same_place, elsewhere)
@@ -93,13 +97,15 @@ def test_background_similarity_does_not_see_the_subject():
 
 @pytest.mark.parametrize("number", range(4))
 def test_true_silhouettes_score_high_and_swollen_ones_low(number):
-    owner = benchmark.personal(number)
+    owner = subjects.personal(number)
     bank = measures.true_outlines(owner.subject)
     rng = np.random.default_rng(9)
     _, masks = pictures([world.random_scene(rng, owner.subject, distractors=0) for _ in range(12)])
     true = measures.silhouette_iou(masks, bank)
-    swollen = measures.silhouette_iou(np.stack([benchmark.grown(mask, 1 / benchmark.GROWTH) for mask in masks]), bank)
-    other_kind = benchmark.personal((number + 1) % 4).subject
+    swollen = measures.silhouette_iou(
+        np.stack([benchmark_data.grown(mask, 1 / benchmark_data.GROWTH) for mask in masks]), bank
+    )
+    other_kind = subjects.personal((number + 1) % 4).subject
     _, others = pictures([world.random_scene(rng, other_kind, distractors=0) for _ in range(12)])
     assert true > 0.85
     assert swollen < true - 0.03
@@ -118,7 +124,7 @@ def test_place_and_size_do_not_change_an_outline():
 def test_masks_grow_and_shrink_by_latent_cells(cells, pixels):
     mask = np.zeros((256, 256), bool)
     mask[100:180, 90:190] = True
-    changed = benchmark.grown(mask, cells)
+    changed = benchmark_data.grown(mask, cells)
     rows, columns = np.nonzero(changed)
     sign = 1 if cells > 0 else -1
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (
@@ -128,9 +134,9 @@ def test_masks_grow_and_shrink_by_latent_cells(cells, pixels):
 
 def test_a_perfect_model_and_a_leaking_one_get_the_figures_that_they_deserve():
     rng = np.random.default_rng(3)
-    others = benchmark.other_backgrounds(OWNER)
+    others = subjects.other_backgrounds(OWNER)
     subject = OWNER.subject
-    places = [str(rng.choice(others)) for _ in range(benchmark.PICTURES["own"])]
+    places = [str(rng.choice(others)) for _ in range(subjects.PICTURES["own"])]
     perfect = {
         "own": [world.random_scene(rng, subject, place, 0) for place in places],
         "class": [world.random_scene(rng, world.random_subject(rng, subject.kind), distractors=0) for _ in range(16)],
@@ -139,7 +145,9 @@ def test_a_perfect_model_and_a_leaking_one_get_the_figures_that_they_deserve():
     photo = OWNER.scenes[0]
     leaking = {kind: [photo] * len(scenes) for kind, scenes in perfect.items()}
     good, bad = (
-        benchmark.measure({kind: pictures(scenes)[0] for kind, scenes in given.items()}, OWNER, Faultless(**given))
+        benchmark_cells.measure(
+            {kind: pictures(scenes)[0] for kind, scenes in given.items()}, OWNER, Faultless(**given)
+        )
         for given in (perfect, leaking)
     )
     assert (
@@ -151,25 +159,25 @@ def test_a_perfect_model_and_a_leaking_one_get_the_figures_that_they_deserve():
     assert bad["class_fidelity"] == 1 and good["class_fidelity"] < 0.6
     assert bad["class_variety"] == 0 and good["class_variety"] > 0.6
     assert bad["similarity_own"] > good["similarity_own"] + 0.3
-    assert set(good) <= set(report.COLUMNS)
+    assert set(good) <= set(COLUMNS)
 
 
 def test_personal_subjects_are_held_out_from_their_captions_and_differ():
-    owners = [benchmark.personal(number) for number in range(6)]
+    owners = [subjects.personal(number) for number in range(6)]
     assert len({owner.subject for owner in owners}) == len({owner.background for owner in owners}) == 6
     for owner in owners:
         assert owner.subject.pattern != "plain" and owner.subject.accessory != "none"
-        assert owner == benchmark.personal(owner.number)
-        assert benchmark.benchmark_prompts("own", owner)[0] == f"a sks {owner.subject.kind}"
+        assert owner == subjects.personal(owner.number)
+        assert subjects.benchmark_prompts("own", owner)[0] == f"a sks {owner.subject.kind}"
         assert not any(
-            world.PHRASES[owner.background] in prompt for prompt in benchmark.benchmark_prompts("scenes", owner)
+            world.PHRASES[owner.background] in prompt for prompt in subjects.benchmark_prompts("scenes", owner)
         )
 
 
 @pytest.mark.parametrize("name", [name for name, recipe in RECIPES.items() if recipe.options is not None])
 def test_every_recipe_is_a_training_that_can_be(name, tmp_path):
-    options = benchmark.train_options(
-        benchmark.BenchmarkCell(name, OWNER, 1), tmp_path, tmp_path / "run", {**BASE, "max_train_steps": 10}
+    options = benchmark_cells.train_options(
+        benchmark_cells.BenchmarkCell(name, OWNER, 1), tmp_path, tmp_path / "run", {**BASE, "max_train_steps": 10}
     )
     options.check()
     assert options.seed == 1 and options.max_train_steps == 10
@@ -177,11 +185,28 @@ def test_every_recipe_is_a_training_that_can_be(name, tmp_path):
 
 
 def test_the_table_shows_every_recipe_with_mean_and_spread():
-    from persam_dreambooth.evaluation.background import BenchmarkOptions
-
-    cells = [{"leak_own": 0.0, "seconds": 10.0, "memory": None}, {"leak_own": 0.5, "seconds": 20.0, "memory": None}]
-    rows = {"plain": report.summarize(cells)}
-    assert rows["plain"]["leak_own"] == {"mean": 0.25, "std": 0.25, "cells": 2}
-    text = report.benchmark_table(rows, BenchmarkOptions())
+    figures = [{"leak_own": 0.0, "seconds": 10.0, "memory": None}, {"leak_own": 0.5, "seconds": 20.0, "memory": None}]
+    row = RecipeRow.of("plain", [CellResult("plain", "0-cat", seed, each) for seed, each in enumerate(figures)])
+    assert row.figures["leak_own"] == Spread(0.25, 0.25, 2)
+    text = benchmark_table([row], BenchmarkOptions())
     assert "| plain loss | 0.25 ± 0.25 |" in text and "| plain loss | 15 ± 5 |" in text
     assert "memory" not in text
+
+
+def test_the_stored_table_follows_from_the_stored_cells():
+    folder = Path(__file__).parents[1] / "benchmarks" / "results" / "background"
+    stored = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    results = [CellResult(**cell) for cell in stored["cells"]]
+    rows = [RecipeRow.of(name, results) for name in stored["recipes"]]
+    for row in rows:
+        assert row.figures.keys() == stored["recipes"][row.recipe].keys()
+        for name, spread in stored["recipes"][row.recipe].items():
+            assert dataclasses.asdict(row.figures[name]) == pytest.approx(spread)
+    options = BenchmarkOptions(**stored["options"])
+    assert benchmark_table(rows, options) == (folder / "table.md").read_text(encoding="utf-8")
+
+
+def test_base_options_are_training_options():
+    from persam_dreambooth.personalize import TrainOptions
+
+    assert set(BASE) <= {field.name for field in dataclasses.fields(TrainOptions)}

@@ -1,6 +1,7 @@
 """The pictures for people show what they claim to show."""
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from persam_dreambooth.photos.folder import Photo
@@ -38,9 +39,27 @@ def test_the_outline_follows_the_edge_and_the_rest_is_dimmed():
     photo, mask = halves()
     tile = np.asarray(outlined(photo, mask)).astype(int)
     columns = np.flatnonzero((tile == OUTLINE_COLOR).all(axis=2).any(axis=0))
-    assert len(columns) > 0 and abs(columns - TILE // 2).max() <= 3
-    assert (tile[:, : TILE // 2 - 4] == 60).all()
-    assert (tile[:, TILE // 2 + 4 :] > 100).all()
+    assert columns.tolist() == [TILE // 2], "one pixel, outside the mask"
+    assert (tile[:, : TILE // 2] == 60).all()
+    assert (tile[:, TILE // 2 + 2 :] > 100).all()
+
+
+@pytest.mark.parametrize("side", [1, 2, 4])
+@pytest.mark.parametrize("scale", [1, 3, 8])
+def test_specks_and_holes_of_a_few_pixels_are_seen_whatever_the_size_of_the_photo(side, scale):
+    """The photo is `scale` tiles wide, the speck and the hole `side` pixels of the photo."""
+    photo = Image.new("RGB", (scale * TILE, scale * TILE), (60, 60, 60))
+    mask = np.zeros((scale * TILE, scale * TILE), bool)
+    mask[:, : scale * TILE // 2] = True
+    whole = np.asarray(outlined(photo, mask))
+    mask[scale * 200 : scale * 200 + side, scale * 250 : scale * 250 + side] = True
+    mask[scale * 100 : scale * 100 + side, scale * 50 : scale * 50 + side] = False
+    tile = np.asarray(outlined(photo, mask))
+    speck, hole = (slice(190, 215), slice(240, 265)), (slice(90, 115), slice(40, 65))
+    for place in (speck, hole):
+        assert not (whole[place] == OUTLINE_COLOR).all(axis=2).any()
+        assert (tile[place] == OUTLINE_COLOR).all(axis=2).any()
+    assert (tile[speck] == 60).all(axis=2).any(), "the photo shows in the speck"
 
 
 def test_prompts_are_marked_where_they_lie_whatever_the_size_of_the_photo():
@@ -58,20 +77,22 @@ def test_prompts_are_marked_where_they_lie_whatever_the_size_of_the_photo():
     assert (columns.min(), rows.min(), columns.max(), rows.max()) == (20, 30, 300, 310)
 
 
-def test_a_heat_map_is_brightest_where_the_prior_is_and_leaves_the_padding_out():
+@pytest.mark.parametrize("rows, y_of_cell", [(32, 10.5 * TILE / 64), (64, 10.5 * TILE / 128)], ids=["padded", "square"])
+def test_a_heat_map_is_brightest_where_the_prior_is_and_leaves_the_padding_out(rows, y_of_cell):
+    """A photo twice as wide as high: SAM pads it, so that it covers 32 rows; SAM 2 stretches it over all 64."""
     prior = np.zeros((64, 64))
-    prior[10, 20] = 1  # of a photo twice as wide as high, rows from 32 on are padding
-    prior[40] = 2
-    heat = heat_map(Image.new("RGB", (640, 320)), prior, (0.0, 1.0))
+    prior[10, 20] = 1
+    prior[rows:] = 2
+    heat = heat_map(Image.new("RGB", (640, 320)), prior, (rows, 64), (0.0, 1.0))
     assert heat.size == (TILE, TILE // 2)
     light = np.asarray(heat.convert("L"))[:-SCALE].astype(int)
     y, x = np.unravel_index(light.argmax(), light.shape)
-    assert abs(x - 20.5 * TILE / 64) <= 3 and abs(y - 10.5 * TILE / 64) <= 3
+    assert abs(x - 20.5 * TILE / 64) <= 3 and abs(y - y_of_cell) <= 3
     assert light[y, x] > 2 * light[-1].max()
 
 
 def test_a_heat_map_of_one_value_is_a_picture_too():
-    assert heat_map(Image.new("RGB", (64, 48)), np.full((64, 64), 0.5)).size == (64, 48)
+    assert heat_map(Image.new("RGB", (64, 48)), np.full((64, 64), 0.5), (48, 64)).size == (64, 48)
 
 
 def test_the_overview_names_every_photo_and_flags_in_red(tmp_path):
@@ -86,6 +107,20 @@ def test_the_overview_names_every_photo_and_flags_in_red(tmp_path):
     captions = red(page)[GAP + TILE :]
     assert not captions[:, : TILE + GAP].any()
     assert captions[:, TILE + GAP :].any()
+
+
+def test_the_overview_says_predicted_iou_and_presence_side_by_side(tmp_path):
+    photo, mask = halves()
+    photo.save(tmp_path / "0.png")
+    item = Photo.open(tmp_path / "0.png")
+
+    def facts(**known) -> np.ndarray:
+        page = overview([PhotoMask(item, mask, MaskRecord(item.name, item.sha256, "persam", 0.5, **known))])
+        return np.asarray(page.convert("L"))[GAP + TILE + LINE : GAP + TILE + 2 * LINE] < 128
+
+    both, presence, score = facts(score=0.88, presence=0.91), facts(presence=0.91), facts(score=0.88)
+    ends = [int(np.flatnonzero(shown.any(axis=0)).max()) for shown in (facts(), presence, score, both)]
+    assert ends == sorted(set(ends)) and ends[-1] < GAP + TILE, "both are there, and the line is not cut"
 
 
 def test_small_pictures_grow_by_whole_pixels():

@@ -65,7 +65,7 @@ def test_model_card_says_what_the_model_is(complete):
     assert "LoRA (rank 4) on 4 photos" in text
     assert "`robot duck`" in text
     assert f"| final loss | {column(complete)[-1]:.4f} |" in text
-    assert "the loss counts inside masks only (masks: by hand)" in text
+    assert "the loss counts inside masks only (masks: drawn)" in text
 
 
 def test_model_card_of_an_unmasked_full_run(runs):

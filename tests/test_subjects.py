@@ -306,7 +306,7 @@ def test_other_subjects_do_not_go_on_with_a_run(train, pair, tmp_path, capsys):
     run = shutil.copytree(pair, tmp_path / "run")
     for subjects in ([DUCK], [DUCK, {**ROBOT, "identifier": "xyz"}]):
         assert train(run, *subjects, resume_from_checkpoint="latest") == 2
-        assert "was trained on other subjects (sks and zwx): go on with these" in capsys.readouterr().err
+        assert "was trained on other subjects (sks and zwx): use these subjects" in capsys.readouterr().err
 
 
 def test_the_run_is_named_after_the_folders_of_its_subjects():

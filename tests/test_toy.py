@@ -11,8 +11,7 @@ from safetensors.torch import load_file
 
 from persam_dreambooth import toy
 from persam_dreambooth.photos.folder import find_photos
-from persam_dreambooth.photos.mask_folder import check_mask
-from persam_dreambooth.photos.masks import read_mask
+from persam_dreambooth.photos.masks import check_mask, read_mask
 from tools.toy import build
 
 BUILDERS = {"sam": build.build_sam, "stable-diffusion": build.build_stable_diffusion}

@@ -384,7 +384,7 @@ def test_subject_that_vanishes_at_the_resolution_is_an_error_that_names_the_phot
     mask.save(tmp_path / "masks" / "speck.png")
     assert Runs(tmp_path / "photos", tmp_path).train(tmp_path / "run") == 2
     said = capsys.readouterr().err
-    assert "at 32 pixels nothing is left of the mask of speck.png: raise --resolution" in said
+    assert "at 32 pixels the mask of speck.png vanishes: raise --resolution" in said
     assert not (tmp_path / "run").exists()
 
 
@@ -598,7 +598,7 @@ def test_captions_of_the_photos_are_what_they_are_trained_with(runs, tmp_path, c
     caplog.clear()
     assert runs.train(tmp_path / "other", **options) == 0
     assert not same_weights(tmp_path / "other", runs())
-    assert f"not named sks in the captions of {names[0]}: write [V] there" in caplog.text
+    assert f"the identifier sks is not in the captions of {names[0]}: add [V] to them" in caplog.text
 
 
 @pytest.mark.parametrize("logging_steps", [1, 50])

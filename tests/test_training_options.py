@@ -641,7 +641,7 @@ def test_a_finished_run_is_uploaded_without_photos_and_masks(runs, tmp_path, hub
 def test_a_user_that_the_hub_does_not_know_is_told_before_training(runs, tmp_path, capsys, hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_unknown")
     said = refused(runs, capsys, tmp_path / "run", push_to_hub=True)
-    assert said.startswith("error: --push_to_hub: the hub knows no user here (")
+    assert said.startswith("error: --push_to_hub: no user is logged in to the hub (")
     assert said.endswith("): run `hf auth login`")
     assert not hub["repositories"]
 

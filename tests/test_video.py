@@ -13,7 +13,7 @@ from tiny_sam import tiny_model
 
 from persam_dreambooth.cli import main
 from persam_dreambooth.errors import InputError
-from persam_dreambooth.photos.labels import davis_palette, read_labels, read_objects, save_labels
+from persam_dreambooth.photos.labels import davis_palette, read_first_mask, read_labels, save_labels
 from persam_dreambooth.segmentation import Sam, open_sam
 from persam_dreambooth.segmentation.evaluation.metrics import jaccard
 from persam_dreambooth.segmentation.frames import Frame, Video, open_video
@@ -221,8 +221,53 @@ def test_one_color_on_black_is_object_one(mode, color, tmp_path):
     image = Image.new(mode, (8, 8))
     image.paste(color, (2, 2, 5, 5))
     image.save(tmp_path / "mask.png")
-    labels = read_objects(tmp_path / "mask.png")
+    labels = read_first_mask(tmp_path / "mask.png")
     assert labels.sum() == 9 and labels[2, 2] == 1 and labels.dtype == np.uint8
+
+
+@pytest.mark.parametrize("tint", [(255, 255, 255), (255, 0, 0)], ids=["white", "red"])
+@pytest.mark.parametrize("name", ["mask.png", "mask.jpg"])
+def test_a_soft_edge_is_no_object(tmp_path, name, tint):
+    image = Image.new("RGB", (24, 24))
+    image.paste(tint, (6, 6, 18, 18))
+    image.resize((96, 96), Image.Resampling.BILINEAR).save(tmp_path / name)
+    labels = read_first_mask(tmp_path / name)
+    assert np.unique(labels).tolist() == [0, 1] and labels.sum() == pytest.approx(48 * 48, rel=0.1)
+
+
+def test_white_is_an_object_where_it_is_not_void(tmp_path):
+    numbers = np.zeros((12, 12), np.uint8)
+    numbers[:4], numbers[8:] = 1, 255
+    Image.fromarray(numbers).save(tmp_path / "gray.png")
+    assert np.unique(read_first_mask(tmp_path / "gray.png")).tolist() == [0, 1, 2]
+    with pytest.raises(InputError, match="gray and has 255 beside other numbers: save it as a palette PNG"):
+        read_labels(tmp_path / "gray.png")
+    save_labels(tmp_path / "palette.png", numbers)
+    assert np.unique(read_first_mask(tmp_path / "palette.png")).tolist() == [0, 1]
+    Image.fromarray(np.where(numbers == 255, numbers, 0).astype(np.uint8)).save(tmp_path / "white.png")
+    assert np.array_equal(read_labels(tmp_path / "white.png"), numbers == 255)
+
+
+def test_flat_colors_on_black_are_objects_in_the_order_in_which_they_are_met_or_of_davis(tmp_path):
+    def read(*colors) -> list[int]:
+        image = Image.new("RGB", (12, 30))
+        for place, color in enumerate(colors):
+            image.paste(color, (2, 10 * place + 2, 9, 10 * place + 9))
+        image.save(tmp_path / "mask.png")
+        return read_first_mask(tmp_path / "mask.png")[5::10, 5].tolist()
+
+    assert read((10, 200, 30), (250, 0, 0), (0, 0, 250)) == [1, 2, 3]
+    assert read((0, 128, 0), (128, 0, 0), (0, 0, 128)) == [2, 1, 4]
+    assert read((240, 240, 240), (90, 90, 90), (150, 150, 150)) == [3, 1, 2]
+
+
+def test_objects_in_a_lossy_format_are_refused(tmp_path):
+    image = Image.new("RGB", (48, 48))
+    image.paste((255, 0, 0), (4, 4, 20, 40))
+    image.paste((0, 255, 0), (28, 4, 44, 40))
+    image.save(tmp_path / "mask.jpg")
+    with pytest.raises(InputError, match=r"mask\.jpg has several colors in a lossy format: save it as PNG"):
+        read_first_mask(tmp_path / "mask.jpg")
 
 
 # --- the command
@@ -276,7 +321,8 @@ def damaged(clip, damage):
         save_labels(clip / "first.png", np.zeros((96, 96), np.uint8))
         return "first.png marks no object", 0
     if damage == "soft edges":
-        Image.fromarray(np.arange(96 * 96, dtype=np.uint32).reshape(96, 96).astype(np.uint8)).save(clip / "first.png")
+        both = Image.open(clip / "first.png").convert("RGB")
+        both.resize((48, 48)).resize((96, 96), Image.Resampling.BILINEAR).save(clip / "first.png")
         return "paint without soft edges", 0
     if damage == "no mask":
         (clip / "first.png").unlink()

@@ -1,4 +1,4 @@
-"""Devices, precision and processes, by accelerate."""
+"""Devices, precision and processes, managed by accelerate."""
 
 import gc
 import os
@@ -18,14 +18,14 @@ SHARDING = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
 }
-"""Ways to divide one model among processes, by the variables that `accelerate launch` asks for them with.
+"""Ways to shard one model among processes, by the environment variables that `accelerate launch` sets for them.
 
-They are looked at rather than what accelerate makes of them: on CPUs it trains whole copies without a word.
+We check the variables and not the `Accelerator`, because on CPUs accelerate silently trains full copies.
 """
 
 
 def open_accelerator(options: TrainingOptions) -> Accelerator:
-    """Devices, precision and processes; raises `InputError` for what this machine or this trainer does not do."""
+    """Opens the accelerator; raises `InputError` for what this machine or this trainer does not support."""
     for variable, name in SHARDING.items():
         if os.environ.get(variable, "false").lower() == "true":
             raise InputError(
@@ -38,27 +38,28 @@ def open_accelerator(options: TrainingOptions) -> Accelerator:
             gradient_accumulation_steps=options.gradient_accumulation_steps,
             log_with=options.report_to,
             project_dir=options.run_dir / LOGS,
-            # The others wait while the main process makes masks and class images.
+            # The other processes wait while the main process makes masks and class images.
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
         )
     except ValueError as error:
-        raise InputError(f"--mixed_precision {options.mixed_precision} is not possible here: {error}") from error
+        raise InputError(f"--mixed_precision {options.mixed_precision} is not supported here: {error}") from error
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise InputError("--mixed_precision fp16 needs an accelerator: use bf16 or no on a CPU")
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched > accelerator.num_processes:
         raise InputError(
             f"{launched} processes were launched, and each would train alone: launch one, or as many as there are "
-            "accelerators, or set ACCELERATE_USE_CPU=1 to train together on CPUs"
+            "GPUs, or set ACCELERATE_USE_CPU=1 to train together on CPUs"
         )
     return accelerator
 
 
 def end_processes(accelerator: Accelerator, family: Family) -> None:
-    """Takes leave of the other processes, after what wraps the models for them is gone.
+    """Ends the process group after the DDP wrappers are freed.
 
-    A wrapper that outlives the process group is the last to hold it. Freed, it then ends the group's threads while it
-    keeps Python's lock, which these threads may be waiting for: one process in a dozen runs never ended.
+    A wrapper that outlives the process group holds its last reference. When Python frees the wrapper, it joins the
+    group's threads while it holds the GIL, and these threads may be waiting for the GIL: one process in a dozen runs
+    never ended.
     """
     family.trained = {name: getattr(family.pipeline, name) for name in family.trained}
     accelerator.free_memory()

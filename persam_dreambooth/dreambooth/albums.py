@@ -1,4 +1,4 @@
-"""What a run is given of each subject: photos, and what is known of their masks; read before anything is written."""
+"""The input of a run for each subject, photos and their masks, read before anything is written."""
 
 import logging
 from dataclasses import dataclass
@@ -18,15 +18,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Album:
-    """One subject's photos, and what is known of their masks.
+    """One subject's photos and the masks given for them.
 
     Args:
-        subject: as given.
+        subject: its options.
         photos: all photos.
-        reference: the photo whose mask was given, where masks are to be made.
-        drawn: the masks of all photos, where a folder of them was given.
-        mask_dir: where its masks are in the run's folder.
-        label: what messages about it begin with; nothing where it is the only one.
+        reference: the photo with the given mask, if the other masks will be made from it.
+        drawn: the masks of all photos, if a mask folder was given.
+        mask_dir: the folder of its masks in the run's folder.
+        label: prefix of messages about this subject; empty if it is the only one.
     """
 
     subject: SubjectOptions
@@ -58,14 +58,14 @@ def read_albums(options: TrainingOptions) -> list[Album]:
 def read_album(
     subject: SubjectOptions, mask_dir: Path, apart: list[tuple[str, Path]], no_photos: tuple[Path, ...], label: str
 ) -> Album:
-    """Looks at a subject's photos and masks.
+    """Reads a subject's photos and masks.
 
     Args:
-        subject: as given.
-        mask_dir: as of `Album`.
-        apart: what else lies in which folder, of any subject; none of these may be the photos' own.
-        no_photos: files and folders beside them that hold no photos either.
-        label: as of `Album`.
+        subject: its options.
+        mask_dir: as in `Album`.
+        apart: other folders of the run, of any subject, and what they hold; none may be the photos' folder.
+        no_photos: further files and folders that hold no photos.
+        label: as in `Album`.
     """
     folder = Path(str(subject.instance_dir))
     if subject.dataset_name:
@@ -76,14 +76,14 @@ def read_album(
     photos = find_photos(folder, (*no_photos, *(other for _, other in apart)))
     check_names(photos)
     check_shapes(photos)
-    read_prompts(photos, "")  # broken captions are told of before anything is written
+    read_prompts(photos, "")  # reports broken captions before anything is written
     reference = find_reference(photos, folder, Path(subject.mask), subject.reference_image) if subject.mask else None
     drawn = load_masks(Path(subject.mask_dir), photos) if subject.mask_dir else []
     return Album(subject, photos, reference, drawn, mask_dir, label)
 
 
 def _check_captions(albums: list[Album]) -> None:
-    """Raises `InputError` for a caption of several subjects' photo that says [V], since it would name each of them."""
+    """Raises `InputError` for [V] in the caption of a photo of several subjects, where [V] is ambiguous."""
     for album in albums:
         named = [other.subject.word for other in albums if other.subject.folder == album.subject.folder]
         for photo, text in zip(album.photos, read_prompts(album.photos, ""), strict=True):

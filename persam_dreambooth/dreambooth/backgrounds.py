@@ -1,4 +1,4 @@
-"""Other backgrounds for the masked subject: the strongest use of a mask is to replace what lies outside of it.
+"""Replaces the background of the masked subject.
 
 Shapes: H W training crop.
 """
@@ -13,16 +13,16 @@ from persam_dreambooth.dreambooth.prompts import in_front_of
 from persam_dreambooth.photos.folder import Photo
 
 NOISE_CELLS = 6
-"""Smooth noise is this many random colors a side, blown up."""
+"""Smooth noise is a grid of random colors with this many cells a side, upsampled."""
 
 
 class Backgrounds:
-    """Draws backgrounds at the size of the training crop.
+    """Samples backgrounds at the size of the training crop.
 
     Args:
-        kind: `color` (one flat color), `noise` (smooth, colored), or `generated` (crops of pictures).
-        pictures: the pictures of `generated`.
-        places: what each picture shows, such as "a beach", where prompts shall tell it; else None.
+        kind: `color` (one flat color), `noise` (smooth, colored), or `generated` (crops of images).
+        pictures: the images of `generated`.
+        places: what each image shows, such as "a beach", to add to prompts; or None.
     """
 
     def __init__(
@@ -37,10 +37,10 @@ class Backgrounds:
         self._resized: dict[tuple[int, tuple[int, int]], Image.Image] = {}
 
     def draw(self, random: np.random.Generator, prompt: str, size: tuple[int, int]) -> tuple[np.ndarray, str]:
-        """Draws one of (width, height) in pixels.
+        """Samples a background of (width, height) in pixels.
 
         Returns:
-            The background (H, W, 3) uint8, and the prompt of a picture whose subject stands in front of it.
+            The background (H, W, 3) uint8, and the prompt for a subject in front of it.
         """
         width, height = size
         if self.kind == "color":
@@ -56,11 +56,11 @@ class Backgrounds:
         return crop, in_front_of(prompt, self.places[index]) if self.places else prompt
 
     def all_prompts(self, prompt: str) -> list[str]:
-        """Every prompt that `draw` may make of one."""
+        """All prompts that `draw` can return for a prompt."""
         return [in_front_of(prompt, place) for place in dict.fromkeys(self.places)] if self.places else [prompt]
 
     def _picture(self, index: int, size: tuple[int, int]) -> Image.Image:
-        """A picture, as small as it can be to cover a size."""
+        """An image, resized to just cover a size."""
         if (index, size) not in self._resized:
             picture = self.pictures[index].read()
             now, wanted = covering_side(picture.size, size)

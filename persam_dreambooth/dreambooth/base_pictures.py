@@ -1,4 +1,4 @@
-"""Pictures that the base model generates before training: of the class, for prior preservation, or of backgrounds."""
+"""Images that the base model generates before training: class images for prior preservation, and backgrounds."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_base_pictures(options: TrainingOptions) -> None:
-    """Raises `InputError` for folders of class images or backgrounds that cannot be used, or cannot be made."""
+    """Raises `InputError` for folders of class images or backgrounds that cannot be used or created."""
     if options.with_prior_preservation:
         _check_folder(options.class_dir, described=len(class_prompts(options)) > 1)
     if options.replace_background == "generated":
@@ -37,11 +37,11 @@ def check_base_pictures(options: TrainingOptions) -> None:
 
 
 def _check_folder(folder: Path, described: bool = False) -> None:
-    """Raises `InputError` for a folder whose pictures cannot be used, or that cannot be made.
+    """Raises `InputError` for a folder whose images cannot be used, or that cannot be created.
 
     Args:
-        folder: where the base model's pictures go, or the user's own lie.
-        described: whether each of these must have a text file that says what it shows.
+        folder: the folder of the base model's images or of the user's own.
+        described: whether each image must have a caption file.
     """
     if not folder.is_dir():
         check_writable(folder)
@@ -54,7 +54,7 @@ def _check_folder(folder: Path, described: bool = False) -> None:
 
 
 def find_pictures(folder: Path) -> list[Photo]:
-    """The pictures in a folder that the base model fills up; text files beside them say what they show."""
+    """The images in a folder that the base model fills; text files beside them are their captions."""
     pictures = find_photos(folder, tuple(folder.rglob("*.txt")), may_be_empty=True)
     check_shapes(pictures)
     return pictures
@@ -66,16 +66,16 @@ def class_prompts(options: TrainingOptions) -> list[str]:
 
 
 def class_crops(options: TrainingOptions, family: Family, accelerator: Accelerator, photos: Crops) -> Crops | None:
-    """The class images for prior preservation, generated where they are missing; None without it.
+    """The class images for prior preservation; missing ones are generated. None without prior preservation.
 
-    They are cut as `photos`, to whose crops theirs are paired.
+    They are cropped to the shape of the crop of `photos` with the same sample number.
     """
     if not options.with_prior_preservation:
         return None
     from persam_dreambooth.dreambooth.data import CLASS_SEED, Crops
 
     prompts = class_prompts(options)
-    default = prompts[0] if len(prompts) == 1 else None  # of several, a text beside each picture says which
+    default = prompts[0] if len(prompts) == 1 else None  # with several classes, a caption beside each image says which
     if options.class_scenes:
         prompts = [in_front_of(prompt, scene) for scene in options.scenes for prompt in prompts]
     pictures = _base_pictures(
@@ -88,7 +88,7 @@ def class_crops(options: TrainingOptions, family: Family, accelerator: Accelerat
 
 
 def open_backgrounds(options: TrainingOptions, family: Family, accelerator: Accelerator) -> Backgrounds | None:
-    """What replaces the photos' backgrounds, if anything; pictures of scenes are generated where they are missing."""
+    """The backgrounds that replace those of the photos, or None; missing images of scenes are generated."""
     if options.replace_background == "no":
         return None
     from persam_dreambooth.dreambooth.backgrounds import Backgrounds
@@ -113,7 +113,7 @@ def _base_pictures(
     kind: str,
     default: str | None = None,
 ) -> list[Photo]:
-    """A folder's pictures, filled up to `count` by the base model; arguments as of `generate_pictures`."""
+    """The images of a folder, filled up to `count` by the base model; arguments as in `generate_pictures`."""
     if accelerator.is_main_process:
         pipeline = family.pipeline.to(accelerator.device)
         with accelerator.autocast():
@@ -132,19 +132,19 @@ def generate_pictures(
     kind: str = "class",
     default: str | None = None,
 ) -> None:
-    """Fills a folder up to `count` pictures; pictures that are there, the user's own too, count.
+    """Generates images until a folder holds `count`; existing images, including the user's own, count.
 
-    A picture's prompt stands beside it in a text file, unless it is the default.
+    The prompt of each image is saved beside it in a text file, unless it is the default.
 
     Args:
         pipeline: the base model of any family, before training.
-        prompts: such as "a cat"; they take turns.
-        folder: made when missing.
-        count: pictures wanted.
-        batch_size: pictures generated at a time.
-        seed: picture i of the folder follows from it and i alone, whatever the batch.
-        kind: the files' names are this and a number.
-        default: what `read_prompts` will take a picture without a text file for.
+        prompts: such as "a cat"; images use them in turn.
+        folder: created if missing.
+        count: number of images in the folder.
+        batch_size: images per batch.
+        seed: image i of the folder depends only on the seed and i, not on the batch size.
+        kind: prefix of the file names, before the number.
+        default: the prompt that `read_prompts` returns for an image without a text file.
     """
     import torch
 
@@ -159,7 +159,7 @@ def generate_pictures(
     logger.info('generating %d %s images ("%s") in %s', len(missing), kind, '", "'.join(prompts), folder)
     sampler = fast_sampler(pipeline)
     sampler.set_progress_bar_config(disable=True)
-    sampler.vae.enable_slicing()  # one picture at a time through the VAE, for its memory
+    sampler.vae.enable_slicing()  # one image at a time through the VAE, to save memory
     for start in tqdm(range(0, len(missing), batch_size), desc=f"{kind} images", unit="batch"):
         numbers = missing[start : start + batch_size]
         told = [prompts[number % len(prompts)] for number in numbers]
@@ -168,6 +168,6 @@ def generate_pictures(
         for number, image, prompt in zip(numbers, images, told, strict=True):
             path = folder / f"{kind}-{number:04}.png"
             beside = path.with_suffix(".txt")
-            if prompt != default or beside.exists():  # one may be left from a picture that was deleted
+            if prompt != default or beside.exists():  # a deleted image may have left its text file
                 write_text(beside, prompt + "\n")
             save_picture(image, path)

@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: a few shapes of the training crop, so that photos need not be cut to squares.
+"""Aspect-ratio buckets: several shapes of training crops, instead of squares only.
 
 Sizes are (width, height) in pixels.
 """
@@ -10,14 +10,14 @@ from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.errors import InputError
 
 STEP, FINE = 64, 512
-"""Sides are multiples of 64 pixels, from a resolution of 512 on."""
+"""Sides are multiples of 64 pixels at resolutions of 512 and above."""
 
 MOST_LONG = 2
-"""The longest side, in resolutions: pictures up to 4 : 1."""
+"""The longest side as a multiple of the resolution, for aspect ratios up to 4 : 1."""
 
 
 def open_buckets(options: TrainingOptions, family: Family, resolution: int) -> list[tuple[int, int]] | None:
-    """The buckets of a run, or None where all crops are squares.
+    """The buckets of a run, or None if all crops are squares.
 
     Raises:
         InputError: a side that the model's latent grid cannot hold.
@@ -36,11 +36,13 @@ def open_buckets(options: TrainingOptions, family: Family, resolution: int) -> l
 
 
 def buckets_of_area(resolution: int, step: int) -> list[tuple[int, int]]:
-    """The square, and with every other side up to twice its own the longest other side of no larger area, both ways.
+    """The square, and for each side up to twice its own, the bucket with the longest other side of no larger area.
+
+    Each bucket comes in both orientations.
 
     Args:
         resolution: side of the square.
-        step: sides are multiples of this, but those of the square.
+        step: sides are multiples of this, except those of the square.
     """
     sizes = [(resolution, resolution)]
     for side in range(step, MOST_LONG * resolution + 1, step):
@@ -51,13 +53,13 @@ def buckets_of_area(resolution: int, step: int) -> list[tuple[int, int]]:
 
 
 def covering_side(picture: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
-    """The side of a picture, now and wanted, that must agree with a size for the picture just to cover it."""
+    """The side of an image, now and after resizing, that makes the image just cover a size."""
     wide = picture[0] * size[1] >= picture[1] * size[0]
     return (picture[1], size[1]) if wide else (picture[0], size[0])
 
 
 def nearest_bucket(size: tuple[int, int], buckets: list[tuple[int, int]]) -> tuple[int, int]:
-    """The bucket whose aspect ratio is nearest, by its logarithm; of several such the largest."""
+    """The bucket with the nearest aspect ratio on a log scale; the largest of equals."""
 
     def distance(bucket: tuple[int, int]) -> tuple[float, int]:
         return abs(math.log(bucket[0] * size[1] / (bucket[1] * size[0]))), -bucket[0] * bucket[1]

@@ -1,4 +1,4 @@
-"""The model card: what a run's folder holds and how to use it."""
+"""The model card of a run: what its folder holds and how to use it."""
 
 import json
 from collections.abc import Sequence
@@ -52,15 +52,15 @@ def model_card(
     tags: list[str],
     notice: str | None,
 ) -> str:
-    """The model card as Markdown with its YAML head.
+    """The model card as Markdown with YAML metadata.
 
     Args:
-        options: of the run, resolved.
+        options: the resolved options of the run.
         masks: the masks of all photos; empty for a run on whole photos.
-        crops: what was trained on.
-        final_loss: of the last line of metrics.
-        tags: what the model's family is called.
-        notice: what readers must know of the base model, such as that it is a toy.
+        crops: the training crops.
+        final_loss: the loss in the last line of `metrics.jsonl`.
+        tags: the tags of the model family.
+        notice: a notice about the base model, for example that it is a toy; or None.
     """
     how, coverage, where = "on whole photos, without masks", "none", ""
     if masks:
@@ -100,19 +100,19 @@ def _sizes(crops: Crops) -> str:
 
 
 def _words(subjects: Sequence[SubjectOptions]) -> str:
-    """What the subjects are called in prompts."""
+    """How to name the subjects in prompts."""
     told = [f'`{each.identifier} {each.subject}`; it was trained on "{each.prompt("instance")}".' for each in subjects]
     if len(told) == 1:
-        return f"In prompts the subject is {told[0]}"
-    return "\n- ".join(["In prompts the subjects are these; `[V]` stands for the first:\n", *told])
+        return f"The subject in prompts is {told[0]}"
+    return "\n- ".join(["The subjects in prompts; `[V]` is the first:\n", *told])
 
 
 def _use_of_masks(options: TrainingOptions) -> str:
-    """What the masks did in a run, in words."""
+    """A description of how the run used masks."""
     pasted = {
         "color": "flat colors",
         "noise": "smooth noise",
-        "generated": "scenes that the base model painted",
+        "generated": "scenes that the base model generated",
     }
     told = []
     if options.replace_background != "no":
@@ -120,10 +120,10 @@ def _use_of_masks(options: TrainingOptions) -> str:
     weight = options.unmasked_weight
     if weight < 1:
         told.append(
-            f"the loss counts outside masks by {weight:g} only" if weight else "the loss counts inside masks only"
+            f"the loss counts outside masks with weight {weight:g}" if weight else "the loss counts inside masks only"
         )
     elif options.replace_background == "no":
-        told.append("the loss counts inside and outside of masks alike")
+        told.append("the loss counts inside and outside masks equally")
     if options.masked_prior_preservation_weight:
-        told.append("outside of them the model stays with its base")
+        told.append("outside masks the prediction of the base model is preserved")
     return "; ".join(told)

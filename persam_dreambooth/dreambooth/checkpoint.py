@@ -1,6 +1,6 @@
-"""Checkpoints to resume from: `checkpoint-N/` with weights, optimizer and step, whole or not there.
+"""Checkpoints to resume from: `checkpoint-N/` with weights, optimizer and step, complete or absent.
 
-Nothing random needs saving: it follows from the seed and the step (see `data`), and so does the learning rate.
+No random state is saved: it follows from the seed and the step (see `data`), and so does the learning rate.
 """
 
 import logging
@@ -27,13 +27,13 @@ def find_checkpoint(run_dir: Path, name: str) -> Path | None:
 
     Args:
         run_dir: the run's folder.
-        name: `latest`, or a folder `checkpoint-N` by name or path.
+        name: `latest`, or the name or path of a folder `checkpoint-N`.
 
     Returns:
-        None where `latest` finds none: a fresh start, which is logged.
+        The folder, or None if `latest` finds no checkpoint: training then starts from the beginning.
 
     Raises:
-        InputNotFoundError: a named checkpoint that is not there.
+        InputNotFoundError: the named checkpoint does not exist.
     """
     if name == "latest":
         present = list_checkpoints(run_dir)
@@ -68,43 +68,43 @@ def remove_old_checkpoints(run_dir: Path, limit: int | None) -> None:
 
 
 def remove_later_checkpoints(run_dir: Path, step: int) -> None:
-    """Removes the checkpoints after a step: a run that goes on from there leaves them behind."""
+    """Removes the checkpoints after a step, because a run that resumes there replaces them."""
     for path in list_checkpoints(run_dir):
         if int(path.name.removeprefix("checkpoint-")) > step:
-            logger.info("removing %s, which this run does not lead to", path)
+            logger.info("removing %s, which is later than the resumed step", path)
             remove_whole(path)
 
 
 @contextmanager
 def new_checkpoint(run_dir: Path, step: int) -> Iterator[Path]:
-    """Yields an empty folder that becomes `checkpoint-<step>` when the block ends well.
+    """Yields an empty folder that becomes `checkpoint-<step>` if the block succeeds.
 
     Raises:
-        SaveError: it cannot be written; the checkpoints before it stay as they are.
+        SaveError: the checkpoint cannot be written; earlier checkpoints are unchanged.
     """
     path = run_dir / f"checkpoint-{step}"
     try:
         with write_aside(path) as folder:
             folder.mkdir()
             yield folder
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' words for a full disk
+    except (OSError, RuntimeError, SafetensorError) as error:  # what torch and safetensors raise for a full disk
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         last = ([folder.name for folder in list_checkpoints(run_dir)] or ["none"])[-1]
-        message = f"{path} cannot be saved ({reason}); the last checkpoint is {last}: free some space and go on with"
+        message = f"{path} cannot be saved ({reason}); the last checkpoint is {last}: free some space and resume with"
         raise SaveError(f"{message} --resume_from_checkpoint latest") from error
 
 
 def save_state(folder: Path, step: int, **parts: Any) -> None:
-    """Saves the step and the state of whatever has a `state_dict`, such as the optimizer; a part may be None."""
+    """Saves the step and the `state_dict` of each part, such as the optimizer; a part may be None."""
     states = {name: part.state_dict() for name, part in parts.items() if part is not None}
     torch.save({"step": step, **states}, folder / STATE)
 
 
 def load_state(folder: Path, **parts: Any) -> int:
-    """Loads what `save_state` saved; returns the step; raises `InputError` where it cannot be loaded."""
+    """Loads what `save_state` saved and returns the step; raises `InputError` if it cannot be loaded."""
     with models.loading(str(folder)):
         states = torch.load(folder / STATE, map_location="cpu", weights_only=True)
         for name, part in parts.items():
-            if part is not None and name in states:  # a run may go on in another precision, which needs no scaler
+            if part is not None and name in states:  # a run may resume in a precision that needs no scaler
                 part.load_state_dict(states[name])
         return int(states["step"])

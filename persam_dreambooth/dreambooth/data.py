@@ -1,8 +1,8 @@
 """Training samples: a crop of a photo, and the same crop of its mask.
 
-Everything random about a sample follows from the run's seed and the sample's number, counted from the start of the
-run over all processes. So batches, accumulation, processes and resuming do not change what is trained on; only in
-buckets, where a batch has one shape, its size decides too which photo a sample is of.
+Everything random about a sample depends only on the run's seed and the sample's number, counted from the start of the
+run over all processes. Batch size, accumulation, number of processes and resuming therefore do not change the samples.
+With buckets, a batch has one shape, so the photo of a sample also depends on the batch size.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,18 +18,18 @@ from persam_dreambooth.dreambooth.buckets import covering_side, nearest_bucket
 from persam_dreambooth.photos.folder import Photo
 
 ORDER, CROP, NOISE, DROPOUT, BACKGROUND, UNMASKED, FLIP = range(7)
-"""Streams of randomness of one run."""
+"""The random streams of a run."""
 
 CLASS_SEED = 1
-"""Added to the run's seed for class images, so that they are shuffled and noised unlike the photos."""
+"""Added to the run's seed for class images, so that their order and noise differ from those of the photos."""
 
 
 class Sample(TypedDict):
     """One training sample; H W are its height and width.
 
-    pixels (3, H, W) in -1..1, mask (1, H, W) in 0..1, the prompt, the photo's name, the sample's number, and where the
-    crop comes from, (4,) in pixels: height and width of the photo, top and left of the crop in the resized photo (and
-    flipped, where it was).
+    pixels (3, H, W) in -1..1, mask (1, H, W) in 0..1, the prompt, the photo's name, the sample's number, and the
+    position of the crop, (4,) in pixels: height and width of the photo, top and left of the crop in the resized photo
+    (after the flip, if any).
     """
 
     pixels: torch.Tensor
@@ -46,29 +46,29 @@ def derived_seed(*key: int) -> int:
 
 
 class Crops(Dataset):
-    """Crops of photos, indexed by sample number: an endless series that goes through all photos, shuffled, each round.
+    """Crops of photos, indexed by sample number: an endless series that visits all photos, shuffled, in each epoch.
 
-    Several subjects take turns, each going through its own photos: all weigh alike, however many photos they have.
+    Several subjects alternate, each with its own photos. All have the same weight, however many photos they have.
 
-    As diffusers does: the short side is resized to the resolution (bilinear), then a square is cropped; with buckets, a
-    photo is resized to cover its own bucket, and that is cropped. A random crop keeps in view as much of the subject as
+    As in diffusers, the short side is resized to the resolution (bilinear), then a square is cropped. With buckets, a
+    photo is resized to cover its bucket, then cropped to it. A random crop keeps as much of the subject in view as
     fits, and never misses all of it.
 
-    Samples come in groups of `alike` that have one shape, the first of them 0 to `alike` - 1, so that a batch of this
-    size can be stacked. A group is of one subject and one bucket; over a round of groups every photo comes as often.
+    Groups of `alike` consecutive samples have one shape, starting with samples 0 to `alike` - 1, so a batch of this
+    size can be stacked. A group has one subject and one bucket. Each photo appears equally often in an epoch of groups.
 
     Args:
-        photos: what to cut from.
-        masks: (H, W) bool each, or None for photos that count whole.
+        photos: the photos to crop.
+        masks: (H, W) bool each, or None to train on whole photos.
         resolution: side of a square crop in pixels.
-        center_crop: the middle instead of a random place.
-        seed: the run's.
-        prompts: what each photo shows; or one for all of them.
-        backgrounds: what replaces the photos' own backgrounds, if anything.
-        unmasked_probability: of a sample whose mask is all ones, 0 to 1.
-        random_flip: whether every other crop, at random, is flipped left to right with its mask.
-        buckets: (width, height) of the crops in place of squares; each photo is cut to the nearest.
-        alike: samples that follow one another in one bucket.
+        center_crop: crop the center instead of a random position.
+        seed: the run's seed.
+        prompts: the prompt of each photo, or one for all of them.
+        backgrounds: replacements of the photos' backgrounds, or None.
+        unmasked_probability: probability that a sample's mask is replaced by ones, 0 to 1.
+        random_flip: flip half of the crops left to right, with their masks.
+        buckets: (width, height) of crops instead of squares; each photo is cropped to the nearest.
+        alike: number of consecutive samples in one bucket.
     """
 
     def __init__(
@@ -98,11 +98,11 @@ class Crops(Dataset):
         self.sizes = [nearest_bucket(photo.size, buckets or [(resolution, resolution)]) for photo in photos]
         self.alike = alike
         self.shaped_like: Crops | None = None
-        """Other crops, to the shape of whose sample of the same number each of these is cut."""
+        """Other crops; each sample gets the shape of their sample with the same number."""
         self._resized: dict[tuple[int, tuple[int, int]], tuple[Image.Image, Image.Image]] = {}
 
     def add(self, other: "Crops") -> None:
-        """Adds the photos of another subject, cut in the same way."""
+        """Adds the photos of another subject, cropped with the same settings."""
         first = len(self.photos)
         self.photos = [*self.photos, *other.photos]
         self.masks = None if self.masks is None or other.masks is None else [*self.masks, *other.masks]
@@ -134,7 +134,7 @@ class Crops(Dataset):
         return Sample(pixels=pixels, mask=weights, crop=crop, prompt=prompt, name=name, number=number)
 
     def fixed_crops(self) -> Iterator[torch.Tensor]:
-        """The pixels (3, H, W) of all samples there can be, for center crops on the photos' own backgrounds."""
+        """Yields the pixels (3, H, W) of all possible samples, for center crops without replaced backgrounds."""
         shapes = set(self.shaped_like.sizes) if self.shaped_like else None
         for index, size in [(index, size) for index, own in enumerate(self.sizes) for size in shapes or [own]]:
             photo, mask = self.resized(index, size)
@@ -143,7 +143,7 @@ class Crops(Dataset):
                 yield _pixels(photo, window, flipped)
 
     def all_prompts(self) -> list[str]:
-        """Every prompt that a sample may have, each once."""
+        """All prompts that samples can have, without duplicates."""
         prompts = dict.fromkeys(self.prompts)
         if self.backgrounds:
             prompts = {told: None for prompt in prompts for told in self.backgrounds.all_prompts(prompt)}
@@ -154,7 +154,7 @@ class Crops(Dataset):
         return self.shaped_like.size(number) if self.shaped_like else self.sizes[self._index(number)]
 
     def resized(self, index: int, size: tuple[int, int] | None = None) -> tuple[Image.Image, Image.Image]:
-        """Photo (RGB) and mask (L), by the same filter, as small as they can be to cover a size, or their own one."""
+        """Photo (RGB) and mask (L), resized with the same filter to just cover `size`; default: the photo's bucket."""
         size = size or self.sizes[index]
         if (index, size) not in self._resized:
             photo = self.photos[index].read()
@@ -171,20 +171,20 @@ class Crops(Dataset):
         return self._resized[index, size]
 
     def _index(self, number: int) -> int:
-        """Which photo a sample is of."""
+        """The index of a sample's photo."""
         group, place = divmod(number, self.alike)
         turn, subject = divmod(group, len(self.counts))
         first, count = sum(self.counts[:subject]), self.counts[subject]
         epoch, position = divmod(turn, count)
-        key = [self.seed, ORDER, epoch, *([subject] if subject else [])]  # of a lone subject, without it
+        key = [self.seed, ORDER, epoch, *([subject] if subject else [])]  # none for the first subject
         order = [first + int(index) for index in np.random.default_rng(key).permutation(count)]
         bucket = [index for index in order if self.sizes[index] == self.sizes[order[position]]]
         return bucket[(bucket.index(order[position]) * self.alike + place) % len(bucket)]
 
     def lost_subjects(self) -> list[str]:
-        """Names of the photos of whose subject no crop shows anything.
+        """Names of the photos whose crop does not show the subject.
 
-        It lies outside the center crop, or it is so small that nothing is left of its mask at this resolution.
+        The subject lies outside the center crop, or its mask vanishes at this resolution.
         """
         any_random = np.random.default_rng(0)
         masks = [self.resized(index)[1] for index in range(len(self.photos))]
@@ -221,8 +221,8 @@ def _pixels(photo: Image.Image, window: tuple[int, int, int, int], flipped: bool
 def _offset(random: np.random.Generator, side: int, size: int, first: int, last: int, pixel: int) -> int:
     """A random offset of a window of `size` in 0..side.
 
-    The window holds first..last, or where that is longer lies inside it and holds `pixel`, so that a subject in several
-    pieces is never missed.
+    The window contains first..last. If that range is longer than the window, the window lies inside it and contains
+    `pixel`, so a subject in several pieces is never missed.
     """
     low, high = sorted((max(0, last - size), min(first, side - size)))
     return int(random.integers(max(low, pixel - size + 1), min(high, pixel), endpoint=True))
@@ -235,15 +235,15 @@ def sample_noise(
     draw_timestep: Callable[[torch.Generator, tuple[int, int, int]], torch.Tensor],
     offset: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What is random about the diffusion of each sample, drawn on the CPU so that devices agree.
+    """Samples noise and timesteps on the CPU, so that all devices get the same values.
 
     Args:
-        seed: the run's.
+        seed: the run's seed.
         numbers: sample numbers.
         shape: (C, h, w) of a latent.
-        draw_timestep: as of a `Family`.
-        offset: deviation of what is added to each channel of the noise as a whole, so that a model learns to make
-            pictures darker and lighter than the mean (Guttenberg 2023, "Diffusion with offset noise"); drawn last.
+        draw_timestep: as in `Family`.
+        offset: standard deviation of a constant that is added to each channel of the noise, so that the model learns
+            images darker and lighter than the mean (Guttenberg 2023, "Diffusion with offset noise"); sampled last.
 
     Returns:
         Noise for the VAE's sampling (B, C, h, w), noise to add (B, C, h, w), timesteps (B,).

@@ -1,4 +1,4 @@
-"""The exponential moving average of what is trained: it is what a run saves and paints with, once it is asked for."""
+"""The exponential moving average (EMA) of the trained weights, used for saving and sampling with `--use_ema`."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,17 +9,18 @@ from diffusers.training_utils import EMAModel
 
 
 class AveragedWeights:
-    """Weights under training, and beside them their average over the steps.
+    """The trained weights and their average over the steps.
 
-    With w the weights after step n and a their average, which is w at the first step:
+    With w the weights after step n and a their average, which is w after the first step:
 
         a <- d a + (1 - d) w,   d = min(decay, n / (9 + n))
 
-    The bound that grows lets short runs average too: over about a tenth of the steps so far (`EMAModel` of diffusers).
+    The growing bound makes the average useful in short runs: it covers about a tenth of the steps so far (diffusers'
+    `EMAModel`).
 
     Args:
-        weights: under training, on their device.
-        decay: its final value, 0 to 1.
+        weights: the trained weights, on their device.
+        decay: the final decay, 0 to 1.
     """
 
     def __init__(self, weights: list[torch.nn.Parameter], decay: float) -> None:
@@ -27,12 +28,12 @@ class AveragedWeights:
         self.average: Any = EMAModel(weights, decay=decay)
 
     def step(self) -> None:
-        """Averages what the optimizer's step has made of the weights."""
+        """Updates the average after an optimizer step."""
         self.average.step(self.weights)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Puts the averages in the weights' place for the block, such as to save or to paint."""
+        """Replaces the weights by their averages inside the block, for saving or sampling."""
         self.average.store(self.weights)
         self.average.copy_to(self.weights)
         try:
@@ -41,16 +42,16 @@ class AveragedWeights:
             self.average.restore(self.weights)
 
     def keep(self) -> None:
-        """Puts the averages in the weights' place for good."""
+        """Replaces the weights by their averages permanently."""
         self.average.copy_to(self.weights)
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint, whose own weight files hold the averages: the weights, the averages and their age."""
+        """The weights, the averages and their step. The weight files of a checkpoint hold the averages."""
         weights = [weight.detach() for weight in self.weights]
         return {"weights": weights, "average": self.average.shadow_params, "step": self.average.optimization_step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where `state_dict` was taken; the decay is this object's own."""
+        """Restores what `state_dict` returned; the decay stays this object's own."""
         with torch.no_grad():
             for weight, saved in zip(self.weights, state["weights"], strict=True):
                 weight.copy_(saved)

@@ -1,4 +1,4 @@
-"""`persam-dreambooth generate`: pictures from a trained model."""
+"""`persam-dreambooth generate`: images from a trained model."""
 
 import math
 from dataclasses import dataclass
@@ -12,16 +12,16 @@ from persam_dreambooth.options import LAST_SEED, Options, option, require, withi
 
 @dataclass(frozen=True)
 class GenerateOptions(Options):
-    """Pictures from a trained model."""
+    """Generates images with a trained model."""
 
-    prompt: str | None = option(None, "what to show; [V] stands for the subject's identifier")
+    prompt: str | None = option(None, "the prompt; [V] is replaced by the subject's identifier")
     model: str | None = option(None, "a training run's folder, a pipeline folder, a hub id, or toy", path=True)
-    num_images: int = option(4, "how many pictures")
-    seed: int = option(0, "seed of the first picture; the next ones count up")
-    output: str = option("generated", "folder for the pictures", path=True)
+    num_images: int = option(4, "number of images")
+    seed: int = option(0, "seed of the first image; each next image adds 1")
+    output: str = option("generated", "folder for the images", path=True)
     num_inference_steps: int = option(30, "denoising steps")
-    guidance_scale: float | None = option(None, "guidance; default: the pipeline's own, such as 7.5")
-    identifier: str | None = option(None, "the word [V] stands for; default: the run's own, else sks")
+    guidance_scale: float | None = option(None, "guidance scale; default: the pipeline's own, such as 7.5")
+    identifier: str | None = option(None, "the token that replaces [V]; default: the run's own, else sks")
 
     def check(self) -> None:
         """Raises `InputError` for options that are missing or out of range."""
@@ -33,7 +33,7 @@ class GenerateOptions(Options):
 
 
 def generate(options: GenerateOptions) -> list[Path]:
-    """Generates pictures, named by prompt and seed, and a grid of them; returns their paths, the grid last.
+    """Generates images, named by prompt and seed, and a grid of them; returns their paths, the grid last.
 
     Raises:
         InputError, InputNotFoundError: a model or an output folder that cannot be used.

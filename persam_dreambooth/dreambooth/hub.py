@@ -1,4 +1,4 @@
-"""A finished run on the Hugging Face hub: weights, samples and model card, but nothing that shows the photos."""
+"""Uploads a finished run to the Hugging Face Hub: weights, samples and model card, but no photos."""
 
 from typing import Any
 
@@ -12,20 +12,20 @@ from persam_dreambooth.errors import InputError
 from persam_dreambooth.options import CONFIG
 
 PUBLISHED = ["README.md", CONFIG, LORA_WEIGHTS, "model_index.json", "samples/*"]
-"""Beside the parts of a pipeline. A star stands for folders too, so none may stand first."""
+"""File patterns to upload, besides the parts of a pipeline. A star matches folders too, so none may come first."""
 
 
 def check_login() -> None:
-    """Raises `InputError` where the hub does not know who is asking: told before hours of training."""
+    """Raises `InputError` if no user is logged in to the hub; called before training, which takes hours."""
     try:
         HfApi().whoami()
     except (LocalTokenNotFoundError, HfHubHTTPError, httpx.HTTPError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"--push_to_hub: the hub knows no user here ({reason}): run `hf auth login`") from None
+        raise InputError(f"--push_to_hub: no user is logged in to the hub ({reason}): run `hf auth login`") from None
 
 
 def push(options: TrainingOptions, pipeline: Any) -> str:
-    """Uploads a finished run into a private repository, which is made where it is missing; returns its address."""
+    """Uploads a finished run to a private repository, created if missing; returns its URL."""
     api = HfApi()
     name = options.hub_model_id or options.run_dir.resolve().name
     repository = api.create_repo(name, private=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM during training: the step is finished, a checkpoint saved, and the way to go on said."""
+"""SIGINT and SIGTERM during training: finishes the step, saves a checkpoint and says how to resume."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(KeyboardInterrupt):
-    """A run that was asked to stop has stopped.
+    """Raised when a run has stopped after a signal.
 
     Args:
-        number: of the signal.
-        message: what was saved, and how to go on.
+        number: the signal's number.
+        message: what was saved, and how to resume.
     """
 
     def __init__(self, number: int, message: str) -> None:
@@ -30,10 +30,10 @@ class Stopped(KeyboardInterrupt):
 
 
 class Interruption:
-    """Notes the signals while a block runs; the second one stops the process at once, as ever.
+    """Records the first signal while a block runs; the second one stops the process at once, as usual.
 
     Args:
-        accelerator: all processes stop at the same step, whichever of them was asked.
+        accelerator: all processes stop at the same step, whichever of them received the signal.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -42,7 +42,7 @@ class Interruption:
         self._former: dict[int, Any] = {}
 
     def __enter__(self) -> Interruption:
-        if threading.current_thread() is threading.main_thread():  # Python lets no other thread set handlers
+        if threading.current_thread() is threading.main_thread():  # only the main thread may set handlers
             self._former = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
@@ -52,7 +52,7 @@ class Interruption:
         self._former = {}
 
     def asked(self) -> bool:
-        """Whether any process was asked to stop; all processes call it at the same step."""
+        """Whether any process received a signal; all processes must call it at the same step."""
         asked = self.number is not None
         if self.accelerator.num_processes > 1:
             flag = torch.tensor([float(asked)], device=self.accelerator.device)
@@ -60,11 +60,11 @@ class Interruption:
         return asked
 
     def stopped(self, step: int) -> Stopped:
-        """What to raise after the checkpoint of a step."""
-        message = f"stopped after step {step}, which is saved: go on with --resume_from_checkpoint latest"
+        """The exception to raise after the checkpoint of a step is saved."""
+        message = f"stopped after step {step}, which is saved: resume with --resume_from_checkpoint latest"
         return Stopped(self.number or signal.SIGTERM, message)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.__exit__()
         self.number = number
-        logger.warning("stopping after this step; once more stops at once")
+        logger.warning("stopping after this step; a second signal stops at once")

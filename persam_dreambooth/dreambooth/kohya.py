@@ -1,7 +1,7 @@
-"""LoRA under the names of kohya's sd-scripts, which ComfyUI and AUTOMATIC1111 load.
+"""Exports LoRA with the key names of kohya's sd-scripts, which ComfyUI and AUTOMATIC1111 load.
 
-A layer's matrices are `<part>_<layer>.lora_down.weight` (rank, in) and `.lora_up.weight` (out, rank), with the layer's
-name in diffusers' words, dots as underscores; `.alpha` divided by the rank scales their product.
+A layer's matrices are `<part>_<layer>.lora_down.weight` (rank, in) and `.lora_up.weight` (out, rank). The layer has its
+name in diffusers, with underscores for dots. `.alpha` divided by the rank scales their product.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from persam_dreambooth.files import write_aside
 
 FILE = "lora-kohya.safetensors"
 MATRICES = {"lora_A": "lora_down", "lora_B": "lora_up"}
-"""peft's names and kohya's."""
+"""The names of peft and of kohya."""
 
 
 def export(family: Family, folder: Path) -> None:
@@ -28,7 +28,7 @@ def export(family: Family, folder: Path) -> None:
 
 
 def weights(family: Family) -> dict[str, torch.Tensor]:
-    """The trained LoRA under kohya's names."""
+    """The trained LoRA with kohya's key names."""
     one_encoder = getattr(family.pipeline, "text_encoder_2", None) is None
     prefixes = {
         "unet": "lora_unet",

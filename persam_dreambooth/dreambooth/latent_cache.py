@@ -1,4 +1,4 @@
-"""What the VAE says of crops that it has seen before, so that it need not look again.
+"""A cache of the VAE's outputs, so that each crop is encoded only once.
 
 Shapes: B samples, C latent channels, h w latent size, H W training crop.
 """
@@ -10,19 +10,18 @@ from collections.abc import Callable
 import torch
 
 LIMIT = 2 * 2**30
-"""Bytes of main memory that are kept at most."""
+"""The maximum size in bytes of main memory."""
 
 
 class PosteriorCache:
-    """Posteriors of crops by their very pixels, in main memory; those not asked for the longest give way.
+    """Posteriors of crops in main memory, keyed by their exact pixels; the least recently used are evicted first.
 
-    Since the key is what the VAE would see, whatever changes a crop (photo, window, flip, the background that a mask
-    lets through) finds no old answer. A crop is encoded alone, whatever its batch: a run that is resumed starts with an
-    empty cache and gets the same bits.
+    The key is the VAE's input, so any change of a crop (photo, window, flip, replaced background) misses the cache.
+    Each crop is encoded alone, whatever its batch, so a resumed run with an empty cache gets the same bits.
 
     Args:
-        encode: pixels (1, 3, H, W) to mean and deviation (2, 1, C, h, w).
-        limit: bytes to keep at most.
+        encode: pixels (1, 3, H, W) to mean and standard deviation (2, 1, C, h, w).
+        limit: maximum size in bytes.
     """
 
     def __init__(self, encode: Callable[[torch.Tensor], torch.Tensor], limit: int = LIMIT) -> None:
@@ -35,7 +34,7 @@ class PosteriorCache:
         return len(self._kept)
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels (B, 3, H, W) on the CPU to mean and deviation (2, B, C, h, w) there."""
+        """Pixels (B, 3, H, W) on the CPU to mean and standard deviation (2, B, C, h, w) on the CPU."""
         return torch.stack([self._posterior(one) for one in pixels], dim=1)
 
     def _posterior(self, pixels: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The masked latent loss: what DreamBooth's L2 loss becomes when only the subject may teach.
+"""The masked latent loss: DreamBooth's L2 loss inside the subject's mask.
 
 Shapes: B samples, C latent channels, h w latent size, H W training crop.
 """
@@ -11,13 +11,13 @@ import torch.nn.functional as F
 
 
 def latent_mask(mask: torch.Tensor, size: tuple[int, int], dilation: int = 0, feather: float = 0.0) -> torch.Tensor:
-    """Area-downsamples a mask to the latent grid, soft at the edge; then grows or shrinks it, then feathers it.
+    """Area-downsamples a mask to the latent grid, with soft edges; then dilates or erodes it, then blurs it.
 
     With d = dilation and N_d a cell's neighbors up to d rows and columns away:
 
         d > 0    m'(x) = max of m over N_d(x)
-        d < 0    m'(x) = min of m over N_-d(x), but m where that is 0 everywhere: no subject vanishes
-        feather  m'' = G * m', G a Gaussian with this standard deviation, cut at 3 of them; edges repeat
+        d < 0    m'(x) = min of m over N_-d(x), or m if that is 0 everywhere, so that no subject vanishes
+        feather  m'' = G * m', G a Gaussian with this standard deviation, cut at 3 of them; edges replicate
 
     Args:
         mask: (B, 1, H, W), 0 to 1.
@@ -38,7 +38,7 @@ def latent_mask(mask: torch.Tensor, size: tuple[int, int], dilation: int = 0, fe
 
 
 def _most(mask: torch.Tensor, cells: int) -> torch.Tensor:
-    """The largest value within so many rows and columns, of (B, 1, h, w)."""
+    """The maximum of (B, 1, h, w) over a neighborhood of `cells` rows and columns."""
     return F.max_pool2d(mask, 2 * cells + 1, stride=1, padding=cells)
 
 
@@ -62,17 +62,17 @@ def masked_loss(
 
     With l = (prediction - target)^2 and m = max(mask, unmasked_weight), per sample:
 
-        area:  sum(m l) / (C sum(m))      a small subject counts as much as a large one
+        area:  sum(m l) / (C sum(m))      a small subject has the same weight as a large one
         none:  sum(m l) / (C h w)         the plain mean of PerSAM, section 3.4
 
-    No sample's loss depends on another's, so batches, accumulation and processes do not change it. A mask of ones
-    gives the unmasked loss exactly; a mask of zeros gives 0.
+    The loss of a sample does not depend on other samples, so batch size, accumulation and processes do not change it. A
+    mask of ones gives the unmasked loss exactly; a mask of zeros gives 0.
 
     Args:
         prediction, target: (B, C, h, w); compared in float32.
         mask: (B, 1, h, w), 0 to 1; None for the unmasked loss.
         normalization: as above.
-        unmasked_weight: least weight outside the mask, 0 to 1.
+        unmasked_weight: minimum weight outside the mask, 0 to 1.
 
     Returns:
         (B,) losses.
@@ -84,5 +84,5 @@ def masked_loss(
     weighted = (mask * error).flatten(1).sum(dim=1)
     if normalization == "none":
         return weighted / error[0].numel()
-    # The bound is far below one pixel's share of a latent cell; it only keeps an empty mask from dividing by zero.
+    # The bound only avoids a division by zero for an empty mask: one pixel's share of a latent cell is far larger.
     return weighted / (error.shape[1] * mask.flatten(1).sum(dim=1)).clamp(min=1e-6)

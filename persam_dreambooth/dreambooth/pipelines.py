@@ -1,4 +1,4 @@
-"""Pipelines to generate with: a base model, a pipeline folder, or a training run."""
+"""Loads pipelines for inference: a base model, a pipeline folder, or a training run."""
 
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,14 @@ from persam_dreambooth.options import CONFIG, read_config
 
 
 def load_model(name: str) -> tuple[Any, str, str | None]:
-    """Loads a model to generate with.
+    """Loads a model for inference.
 
     Args:
         name: a run's folder or one of its checkpoints, a pipeline folder, a hub id, or `toy`.
 
     Returns:
-        The pipeline, the identifier of its first subject (`sks` where it tells none), and what must be said of its
-        pictures, if anything.
+        The pipeline, the identifier of its first subject (`sks` if it has none), and a notice to show with its
+        images, or None.
     """
     folder = Path(name)
     run_dir = folder.parent if folder.name.startswith("checkpoint-") else folder
@@ -49,18 +49,18 @@ def load_model(name: str) -> tuple[Any, str, str | None]:
 
 
 def on_accelerator(pipeline: Any) -> Any:
-    """The pipeline in its family's half precision on the accelerator, or as it is where there is none."""
+    """Moves the pipeline to the accelerator in its family's half precision; unchanged if there is no accelerator."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return pipeline.to(accelerator, FAMILIES[type(pipeline).__name__].paint_dtype) if accelerator else pipeline
 
 
 def _load(source: str, revision: str | None = None, variant: str | None = None) -> Any:
-    """A pipeline in float32; a large one that an accelerator waits for, in half precision at once."""
+    """Loads a pipeline in float32, or a large one in half precision if there is an accelerator."""
     family = family_of(source, revision)
     dtype = family.paint_dtype if family.large and torch.accelerator.is_available() else torch.float32
     return load_pipeline(source, revision, variant, dtype)
 
 
 def notice_of(base: str) -> str | None:
-    """What must be said of pictures made with a base model, if anything."""
+    """The notice to show with images of a base model, or None."""
     return toy.NOTICES["stable-diffusion"] if base == "toy" else None

@@ -1,4 +1,4 @@
-"""What a finished run leaves: weights, samples, a model card, and where it is asked for an upload."""
+"""The results of a finished run: weights, samples, a model card, and an optional upload to the hub."""
 
 import logging
 
@@ -28,18 +28,18 @@ def save_results(
     crops: Crops,
     base: str,
 ) -> None:
-    """Writes the weights, the samples and the model card."""
+    """Saves the weights, samples and model card, and uploads them if asked."""
     run_dir, pipeline = options.run_dir, family.pipeline
     trained = {name: getattr(pipeline, name) for name in family.trained}
     for part in trained.values():
-        # Under mixed precision accelerate's wrapper returns float32, which the other parts would not take.
+        # With mixed precision, accelerate's wrapper returns float32, which the other parts do not accept.
         accelerator.unwrap_model(part, keep_fp32_wrapper=False).eval()
     with filled_aside(run_dir) as folder:
         if options.method == "lora":
             family.save_weights(folder)
             if options.export == "kohya":
                 kohya.export(family, folder)
-        else:  # what was not trained may be in half precision here, so it comes from the base
+        else:  # frozen parts may be in half precision here, so they are loaded from the base model
             load_pipeline(base, options.revision, options.variant, **trained).save_pretrained(folder)
     notice = notice_of(options.pretrained_model_name_or_path)
     if options.num_validation_images:

@@ -1,4 +1,4 @@
-"""A run's folder: whether it can be used, and the options that it holds."""
+"""A run's folder: checks that it can be used, and saves the options."""
 
 import logging
 import shutil
@@ -24,7 +24,7 @@ OwnOptions = TypeVar("OwnOptions", bound=TrainingOptions)
 
 
 def beside_own_masks(options: OwnOptions) -> OwnOptions:
-    """The options with a new folder for a run that retrains another one from that one's masks, else unchanged.
+    """The options with a new output folder if the run retrains an earlier run from its own masks, else unchanged.
 
     `--config outputs/cat/config.yaml --mask_dir outputs/cat/masks` names the folder of the earlier run; the new run
     goes to `outputs/cat-2`.
@@ -36,12 +36,12 @@ def beside_own_masks(options: OwnOptions) -> OwnOptions:
     number = 2
     while (folder := run_dir.with_name(f"{run_dir.name}-{number}")).exists():
         number += 1
-    logger.info("%s holds the run of these masks: this run goes to %s", run_dir, folder)
+    logger.info("%s holds the run of these masks: this run is saved to %s", run_dir, folder)
     return replace(options, output_dir=str(folder))
 
 
 def check_run_folder(options: TrainingOptions) -> None:
-    """Raises `InputError` for a run's folder that cannot be written to or is in use."""
+    """Raises `InputError` if the run's folder cannot be written or holds another run."""
     folder = options.run_dir
     if options.resume_from_checkpoint and (folder / CONFIG).is_file():
         check_writable(folder)
@@ -54,7 +54,7 @@ def check_run_folder(options: TrainingOptions) -> None:
 
 
 def check_same_model(options: TrainingOptions) -> None:
-    """Raises `InputError` for options under which a run's checkpoints would not fit the model."""
+    """Raises `InputError` if options make a run's checkpoints incompatible with the model."""
     run_dir = options.run_dir
     before = read_config(run_dir / CONFIG)
     shapes = ("method", "rank", "lora_alpha", "lora_targets", "use_dora", "train_text_encoder")
@@ -63,7 +63,7 @@ def check_same_model(options: TrainingOptions) -> None:
         names = " and ".join(subject.word for subject in saved_subjects(before))
         raise InputError(
             f"{run_dir} was trained on other subjects ({names}): "
-            "go on with these, or choose another folder with --output_dir"
+            "use these subjects, or choose another folder with --output_dir"
         )
     for name in (*shapes, *states, "pretrained_model_name_or_path", "revision"):
         now = getattr(options, name)
@@ -75,13 +75,13 @@ def check_same_model(options: TrainingOptions) -> None:
 
 
 def write_config(options: TrainingOptions) -> None:
-    """Writes `config.yaml`: the resolved options, which `--config` takes back, under a head with versions."""
+    """Writes `config.yaml`: a comment with versions, then the resolved options, which `--config` can load."""
     path, resolved = options.run_dir / CONFIG, asdict(options)
     if path.is_file():
         before = read_config(path)
         changed = [f"{key} {before.get(key)} -> {value}" for key, value in resolved.items() if before.get(key) != value]
         if changed:
-            logger.info("options that differ from the run's start: %s", ", ".join(changed))
+            logger.info("options that changed since the run's start: %s", ", ".join(changed))
     packages = ("torch", "diffusers", "transformers", "accelerate", "peft")
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
     head = f"# persam-dreambooth {persam_dreambooth.__version__}{_commit()}; {versions}\n"
@@ -89,7 +89,7 @@ def write_config(options: TrainingOptions) -> None:
 
 
 def _commit() -> str:
-    """The commit of a source checkout, as ` (commit abc)`; nothing for an installed package."""
+    """The commit of a source checkout, as ` (commit abc)`; empty for an installed package."""
     root = Path(persam_dreambooth.__file__).parents[1]
     if not (root / ".git").exists() or shutil.which("git") is None:
         return ""

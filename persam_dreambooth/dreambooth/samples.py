@@ -1,4 +1,4 @@
-"""Pictures that a model generates: with `generate`, and during training, where they show what it has learned so far."""
+"""Sample images, for `generate` and for validation during training."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def sample(
     num_inference_steps: int = 30,
     guidance_scale: float | None = None,
 ) -> list[Image.Image]:
-    """Samples pictures one at a time, so that picture i follows from seed + i alone; guidance is the pipeline's own."""
+    """Generates images one at a time; image i depends only on seed + i. None is the pipeline's own guidance scale."""
     import torch
 
     from persam_dreambooth.dreambooth.families.registry import fast_sampler
@@ -52,14 +52,14 @@ def sample(
 def save_samples(
     images: list[Image.Image], prompt: str, seed: int, folder: Path, notice: str | None = None
 ) -> list[Path]:
-    """Writes pictures as `<prompt>-<seed>.png`, and a grid of them as JPEG; returns the paths, the grid last.
+    """Saves images as `<prompt>-<seed>.png` and a grid of them as JPEG; returns the paths, the grid last.
 
     Args:
-        images: the pictures.
-        prompt: that they were made with.
-        seed: of the first.
-        folder: to write to.
-        notice: a line to show above them.
+        images: the images.
+        prompt: their prompt.
+        seed: seed of the first image.
+        folder: the output folder.
+        notice: a line to show above the grid.
     """
     name = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:60]
     seeds = range(seed, seed + len(images))
@@ -77,10 +77,10 @@ def save_samples(
 
 
 def paint_samples(options: TrainingOptions, family: Family, accelerator: Accelerator, step: int) -> None:
-    """Paints the validation prompts amid training, into `samples/step-N`, and hands the pictures to trackers.
+    """Generates images for the validation prompts during training, saves them to `samples/step-N` and logs them.
 
-    Training is as if nothing had been painted: the pictures have generators of their own, and whatever is random about
-    the next step is seeded at its start.
+    Validation does not change training: the images have their own generators, and the randomness of each training
+    step is seeded at its start.
     """
     from persam_dreambooth.dreambooth.pipelines import notice_of
 

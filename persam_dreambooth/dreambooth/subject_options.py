@@ -1,4 +1,4 @@
-"""One subject: its photos, their masks and the words for it."""
+"""The options of one subject: its photos, masks and prompts."""
 
 from __future__ import annotations
 
@@ -13,29 +13,32 @@ from persam_dreambooth.errors import InputError
 from persam_dreambooth.options import Options, option, require, typed_options, with_flag
 
 MASKS = "masks"
-"""The folder in a run's folder that holds its masks; see `mask_folders`."""
+"""The mask folder in a run's folder; see `mask_folders`."""
 
 IDENTIFIER = "sks"
-"""The rare word by default."""
+"""The default identifier token."""
 
 
 @dataclass(frozen=True)
 class SubjectOptions(Options):
-    """One subject: its photos, their masks and the words for it; also an entry of `subjects`."""
+    """One subject: its photos, masks and prompts; also an entry of `subjects`."""
 
     instance_dir: str | None = option(
         None, "folder with 3 to 6 photos of the subject", alias="instance_data_dir", path=True, rivals=("dataset_name",)
     )
     dataset_name: str | None = option(
-        None, "photos of a data set instead: hub id, or folder that datasets reads", path=True, rivals=("instance_dir",)
+        None,
+        "data set of photos, instead of a folder: hub id, or folder that datasets reads",
+        path=True,
+        rivals=("instance_dir",),
     )
     image_column: str = option(
         "image",
-        "the data set's column of photos, which are called 0000.png and so on",
+        "image column of the data set; the photos are named 0000.png and so on",
         when=(with_flag("--dataset_name"),),
     )
     caption_column: str | None = option(
-        None, "the data set's column of captions, if any", when=(with_flag("--dataset_name"),)
+        None, "caption column of the data set, if any", when=(with_flag("--dataset_name"),)
     )
     mask: str | None = option(
         None,
@@ -45,7 +48,7 @@ class SubjectOptions(Options):
     )
     reference_image: str | None = option(
         None,
-        "the photo that --mask belongs to; default: the photo that has its name",
+        "the photo that --mask belongs to; default: the photo with the mask's name",
         path=True,
         when=(with_flag("--mask"),),
     )
@@ -57,14 +60,14 @@ class SubjectOptions(Options):
     )
     class_name: str | None = option(None, "the subject's class; default: the name of --instance_dir")
     identifier: str | None = option(
-        None, "the rare word that names the subject, [V] in prompts; default: sks, or as in a folder 5_sks cat"
+        None, "token for the subject, [V] in prompts; default: sks, or from a folder name such as 5_sks cat"
     )
-    instance_prompt: str | None = option(None, "default: a [V] <class_name>")
-    class_prompt: str | None = option(None, "for prior preservation; default: a <class_name>")
+    instance_prompt: str | None = option(None, "training prompt; default: a [V] <class_name>")
+    class_prompt: str | None = option(None, "prompt of class images; default: a <class_name>")
     validation_prompt: str | None = option(None, "prompt of the samples; default: a [V] <class_name> on a beach")
 
     def check_subject(self, unmasked: bool) -> None:
-        """Raises `InputError` for photos, masks or words that are missing; `unmasked` needs no masks."""
+        """Raises `InputError` for missing photos, masks or an empty identifier; `unmasked` needs no masks."""
         if not self.dataset_name:
             require(self, "instance_dir")
         if self.identifier is not None and not self.identifier.strip():
@@ -81,13 +84,13 @@ class SubjectOptions(Options):
 
     @property
     def word(self) -> str:
-        """The identifier, from a folder's name such as `5_sks cat` or the default where none was given."""
+        """The identifier: the given one, else from a folder name such as `5_sks cat`, else the default."""
         repeats = self._folder_words
         return self.identifier or (repeats[0] if repeats else IDENTIFIER)
 
     @property
     def subject(self) -> str:
-        """The class name, from the name of the folder or the data set where none was given."""
+        """The class name: the given one, else from the name of the folder or data set."""
         words = self._folder_words
         return self.class_name or (words[1] if words else self.source.replace("_", " ").replace("-", " "))
 
@@ -104,12 +107,12 @@ class SubjectOptions(Options):
 
     @property
     def folder(self) -> Path:
-        """Where the photos are, or what stands for it of a data set."""
+        """The folder of the photos, or a path made from the name of a data set."""
         return Path(self.instance_dir or str(self.dataset_name)).resolve()
 
     @property
     def words(self) -> dict[str, Any]:
-        """Class name, identifier and prompts with their defaults filled in, still with [V]."""
+        """Class name, identifier and prompts with defaults filled in; [V] is not replaced."""
         return {
             "class_name": self.subject,
             "identifier": self.word,
@@ -124,10 +127,10 @@ class SubjectOptions(Options):
 
 
 def read_subjects(entries: Any) -> list[SubjectOptions]:
-    """The subjects of a list as in YAML; null stands for a default.
+    """Reads the subjects of a YAML list; null means the default.
 
     Raises:
-        InputError: what is no list of entries, an unknown name, a value that is no text.
+        InputError: an entry that is not a mapping, an unknown name, or a value that is not text.
     """
     subjects = []
     for number, entry in enumerate(entries, start=1):
@@ -148,12 +151,12 @@ def saved_subjects(config: dict[str, Any]) -> list[SubjectOptions]:
 
 
 def mask_folders(subjects: Sequence[SubjectOptions]) -> list[Path]:
-    """Where in a run's folder the masks of each subject lie: `masks`, or of several `masks/<identifier>`."""
+    """The mask folder of each subject in a run's folder: `masks`, or `masks/<identifier>` for several subjects."""
     if len(subjects) == 1:
         return [Path(MASKS)]
     return [Path(MASKS) / folder_name(subject.word) for subject in subjects]
 
 
 def folder_name(identifier: str) -> str:
-    """An identifier as the name of a folder; two with the same are one word to a tokenizer, or nearly."""
+    """An identifier as a folder name; a tokenizer can hardly distinguish two identifiers with the same one."""
     return re.sub(r"[\W_]+", "-", identifier.casefold()).strip("-")

@@ -50,7 +50,7 @@ def train(
     accelerator: Accelerator,
     resume_from: Path | None = None,
 ) -> None:
-    """Trains on photos, and on class images where prior preservation is wanted; leaves the weights in `family`.
+    """Trains on photos, and on class images for prior preservation; the trained weights are in `family`.
 
     Writes `metrics.jsonl`, `loss.png` and checkpoints to the run's folder.
 
@@ -58,19 +58,19 @@ def train(
         options: of the run, resolved.
         family: the model.
         photos: the subject's photos and masks.
-        class_images: pictures of the class, which have no masks; or None.
+        class_images: images of the class, without masks; or None.
         run_dir: the run's folder.
         accelerator: devices, precision, processes.
-        resume_from: a checkpoint to go on from.
+        resume_from: a checkpoint to resume from.
 
     Raises:
-        FloatingPointError: a loss that is not finite; the message names the step and the photos.
+        FloatingPointError: the loss is not finite; the message names the step and the photos.
         SaveError: a checkpoint cannot be written.
-        Stopped: SIGINT or SIGTERM came; a checkpoint of the last step is there.
+        Stopped: the process received SIGINT or SIGTERM; a checkpoint of the last step is saved.
     """
     if options.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
-    torch.manual_seed(options.seed)  # LoRA's matrices start at random
+    torch.manual_seed(options.seed)  # LoRA's matrices are initialized at random
     trained = family.make_trainable(options, accelerator.device, frozen_dtype(accelerator))
     prompts = [*photos.all_prompts(), *(class_images.all_prompts() if class_images else [])]
     with torch.no_grad():
@@ -89,7 +89,7 @@ def train(
         family.load_weights(resume_from)
         first_step = load_state(resume_from, optimizer=optimizer, scaler=accelerator.scaler, average=average)
         logger.info("resuming from %s at step %d", resume_from, first_step)
-    for group in optimizer.param_groups:  # the options count, also where they differ from the run's start
+    for group in optimizer.param_groups:  # options override the checkpoint if they changed
         group.update(settings, initial_lr=rate)
     schedule = get_scheduler(
         options.lr_scheduler,
@@ -176,18 +176,19 @@ def batch_losses(
 ) -> dict[str, torch.Tensor]:
     """The losses of a batch, not yet weighted, all from one pass of the denoiser.
 
-    - `loss`: of the photos, masked.
-    - `prior_loss`: of the class images, where there are any; never masked.
-    - `preservation_loss`: outside the masks, how far the prediction is from the base model's on the same noisy latents
-      and prompt, where `masked_prior_preservation_weight` is not 0.
+    - `loss`: the masked loss of the photos.
+    - `prior_loss`: the loss of the class images, if any; never masked.
+    - `preservation_loss`: the distance outside the masks from the base model's prediction on the same noisy latents and
+      prompt, if `masked_prior_preservation_weight` is not 0.
 
-    `snr_gamma` weights each sample of all three by its timestep. Of the last one too: what an error of a prediction
-    means for the picture depends on the timestep outside the mask as it does inside, and the losses keep their shares.
+    `snr_gamma` weights each sample of all three losses by its timestep. It applies to the last one too, because the
+    effect of an error on the image depends on the timestep in the same way outside the mask as inside, and because the
+    proportions of the losses stay the same.
 
     Args:
         batch: `Sample`s stacked: pixels (B, 3, H, W), mask (B, 1, H, W), crop (B, 4), prompt, name, number (B,).
-        class_batch: the same for class images, or None.
-        base_embeddings: of each prompt, before training; on the device of training.
+        class_batch: the same for class images; or None.
+        base_embeddings: the embeddings of each prompt before training, on the training device.
     """
     halves = [(batch, options.seed)]
     if class_batch is not None:
@@ -227,7 +228,7 @@ def batch_losses(
 
 
 def encode_together(family: Family, prompts: list[str]) -> Embeddings:
-    """Embeddings of prompts, each different one encoded once."""
+    """Embeddings of prompts; equal prompts are encoded once."""
     different = list(dict.fromkeys(prompts))
     return family.encode_prompts(different)[[different.index(prompt) for prompt in prompts]]
 
@@ -235,7 +236,7 @@ def encode_together(family: Family, prompts: list[str]) -> Embeddings:
 def numbered_batches(
     options: TrainingOptions, crops: Crops, first_step: int, accelerator: Accelerator
 ) -> Iterator[dict[str, Any]]:
-    """This process's batches from a step on; see `data` for how samples are numbered."""
+    """The batches of this process, starting at a step; `data` explains how samples are numbered."""
     size, accumulation = options.train_batch_size, options.gradient_accumulation_steps
     processes, rank = accelerator.num_processes, accelerator.process_index
     first, last = first_step * accumulation, options.max_train_steps * accumulation
@@ -246,12 +247,12 @@ def numbered_batches(
 
 
 def frozen_dtype(accelerator: Accelerator) -> torch.dtype:
-    """The precision of the weights that are not trained."""
+    """The dtype of the frozen weights."""
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
 
 def learning_rate(options: TrainingOptions, processes: int) -> float:
-    """The learning rate, scaled where asked."""
+    """The learning rate, scaled if `scale_lr` is set."""
     rate = options.learning_rate
     assert rate is not None
     if options.scale_lr:
@@ -260,12 +261,12 @@ def learning_rate(options: TrainingOptions, processes: int) -> float:
 
 
 class Meter:
-    """Losses between two lines of `metrics.jsonl`; they stay on the device until a line is due.
+    """Collects losses for the lines of `metrics.jsonl`; they stay on the device until a line is written.
 
     Args:
-        run_dir: the run's folder; on resuming, lines after `first_step` are dropped.
+        run_dir: the run's folder; when a run resumes, lines after `first_step` are removed.
         accelerator: averages over processes.
-        first_step: the last step already done.
+        first_step: the last completed step.
     """
 
     def __init__(self, run_dir: Path, accelerator: Accelerator, first_step: int) -> None:
@@ -276,17 +277,17 @@ class Meter:
         if accelerator.is_main_process:
             if first_step and self.path.is_file():
                 lines = self.path.read_text(encoding="utf-8").splitlines()
-                # Killed while writing, a run may leave half a line; it came after the checkpoint.
+                # A killed run may leave an incomplete line, always after the last checkpoint.
                 whole = [line for line in lines if line.endswith("}")]
                 self.rows = [row for row in map(json.loads, whole) if row["step"] <= first_step]
             write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def add(self, step: int, losses: dict[str, torch.Tensor], names: list[str]) -> None:
-        """Notes one batch's losses by name, and the photos they came from."""
+        """Adds the losses of a batch by name, and the names of its photos."""
         self.pending.append((step, {name: loss.detach() for name, loss in losses.items()}, names))
 
     def write(self, step: int, rate: float) -> dict[str, float]:
-        """Writes the mean losses since the last line; raises `FloatingPointError` where one is not finite."""
+        """Writes the mean losses since the last line; raises `FloatingPointError` if one is not finite."""
         stacked = {name: torch.stack([losses[name] for _, losses, _ in self.pending]) for name in self.pending[0][1]}
         finite = torch.stack([torch.isfinite(losses) for losses in stacked.values()]).all(dim=0)
         if not finite.all():
@@ -306,7 +307,7 @@ class Meter:
         return row
 
     def draw(self, path: Path) -> None:
-        """Draws the loss curve."""
+        """Plots the loss curve."""
         loss_curve([int(row["step"]) for row in self.rows], [row["loss"] for row in self.rows], path)
 
     def _mean(self, losses: torch.Tensor) -> float:
@@ -314,7 +315,7 @@ class Meter:
 
 
 def check_resolution(options: TrainingOptions, family: Family) -> int:
-    """The training resolution; raises `InputError` for one that the model's latent grid cannot hold."""
+    """The training resolution; raises `InputError` if it is not a multiple of what the model needs."""
     resolution = options.resolution or family.native_resolution
     factor = family.granularity
     if resolution % factor or resolution < factor:

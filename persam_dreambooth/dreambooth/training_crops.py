@@ -1,4 +1,4 @@
-"""From albums and masks to what is trained on."""
+"""From albums and masks to training crops."""
 
 import logging
 from collections import Counter
@@ -29,21 +29,21 @@ class Cut:
 
 
 def join_crops(each: Iterable[Crops], cut: Cut) -> Crops:
-    """The crops of all subjects, which take turns."""
+    """The crops of all subjects, which alternate."""
     whole, *others = each
     for other in others:
         whole.add(other)
     if cut.buckets:
         counts = [f"{width} x {height} ({count})" for (width, height), count in Counter(whole.sizes).items()]
-        logger.info("crops of so many photos, width x height: %s", ", ".join(counts))
+        logger.info("crops, width x height (number of photos): %s", ", ".join(counts))
     return whole
 
 
 def make_crops(options: TrainingOptions, album: Album, masks: list[PhotoMask], cut: Cut) -> Crops:
-    """What to train a subject on; photos that were skipped, and photos with an empty mask, are left out.
+    """The training crops of a subject; skipped photos and photos with an empty mask are not used.
 
     Raises:
-        InputError: no mask marks anything, or nothing is left of one at the size of training.
+        InputError: every mask is empty, or a mask vanishes at the training resolution.
     """
     shared: dict[str, Any] = {
         "resolution": cut.resolution,
@@ -77,7 +77,7 @@ def _used_masks(album: Album, masks: list[PhotoMask]) -> list[PhotoMask]:
     label, used = album.label, [item for item in masks if item.mask.any()]
     if not used and any(SKIPPED in item.record.flags for item in masks):
         raise InputError(
-            f"{label}the subject was found in no photo: train with --absent warn into another folder, or draw the "
+            f"{label}the subject was not found in any photo: train with --absent warn into another folder, or draw the "
             "masks and give their folder as --mask_dir"
         )
     if not used:
@@ -103,7 +103,7 @@ def _used_masks(album: Album, masks: list[PhotoMask]) -> list[PhotoMask]:
 
 
 def _check_lost(options: TrainingOptions, album: Album, crops: Crops) -> None:
-    """Raises `InputError` for photos of whose subject no crop shows anything."""
+    """Raises `InputError` for photos whose crop does not show the subject."""
     lost = ", ".join(crops.lost_subjects())
     if not lost:
         return
@@ -113,16 +113,18 @@ def _check_lost(options: TrainingOptions, album: Album, crops: Crops) -> None:
     where, more = f"at {crops.resolution} pixels", "raise --resolution"
     if options.bucket_list:
         where, more = "in its bucket", "give larger --aspect_ratio_buckets"
-    raise InputError(f"{album.label}{where} nothing is left of the mask of {lost}: {more}{hint}")
+    raise InputError(f"{album.label}{where} the mask of {lost} vanishes: {more}{hint}")
 
 
 def captions_of(album: Album, photos: list[Photo]) -> list[str]:
-    """What each photo is trained with: its own caption, with [V] filled in, or the instance prompt."""
+    """The prompt of each photo: its own caption, with [V] replaced by the identifier, or the instance prompt."""
     subject, own = album.subject, read_prompts(photos, "")
     captions = [fill_identifier(text, subject.word) or subject.prompt("instance") for text in own]
     if any(own):
         logger.info("%s%d of %d photos have captions of their own", album.label, sum(map(bool, own)), len(photos))
     nameless = [photo.name for photo, text in zip(photos, captions, strict=True) if subject.word not in text]
     if nameless:
-        logger.warning("not named %s in the captions of %s: write [V] there", subject.word, ", ".join(nameless))
+        logger.warning(
+            "the identifier %s is not in the captions of %s: add [V] to them", subject.word, ", ".join(nameless)
+        )
     return captions

@@ -1,4 +1,4 @@
-"""The options of training; names are those of diffusers' `train_dreambooth.py` where it has them."""
+"""The training options, with the names of diffusers' `train_dreambooth.py` where it has the same option."""
 
 import math
 import re
@@ -25,7 +25,7 @@ from persam_dreambooth.options import (
 Own = TypeVar("Own", bound="TrainingOptions")
 
 POLYNOMIAL_END = 1e-7
-"""Where diffusers' polynomial schedule ends."""
+"""The final learning rate of diffusers' polynomial schedule."""
 
 SCHEDULES = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 
@@ -34,20 +34,20 @@ WHEN_MASKED = (without_flag("--unmasked"),)
 WHEN_LORA = (with_flag("--method lora"),)
 WHEN_PRIOR = (with_flag("--with_prior_preservation"),)
 WHEN_GENERATED = (with_flag("--replace_background generated"),)
-"""When options count."""
+"""Conditions under which options have an effect."""
 
 
 @dataclass(frozen=True)
 class TrainingOptions(SubjectOptions):
-    """How a model learns one subject or several from photos and masks."""
+    """How to train a model on one or several subjects."""
 
-    # Several subjects, or the one that the options above describe
+    # Several subjects, or the one that SubjectOptions describe
     subjects: list[dict[str, Any]] | None = option(
         None,
-        "several subjects, as a list in YAML: of each, photos, mask, identifier and class (docs/training.md)",
+        "several subjects, as a list in YAML with photos, mask, identifier and class of each (docs/training.md)",
         rivals=("instance_dir", "dataset_name"),
     )
-    unmasked: bool = option(False, "train on whole photos, background and all", rivals=("mask", "mask_dir"))
+    unmasked: bool = option(False, "train on whole photos, including their backgrounds", rivals=("mask", "mask_dir"))
 
     # The model
     pretrained_model_name_or_path: str = option(
@@ -59,107 +59,104 @@ class TrainingOptions(SubjectOptions):
     variant: str | None = option(None, "variant of the weight files, such as fp16")
     method: Literal["lora", "full"] = option("lora", "train LoRA matrices, or the whole UNet of Stable Diffusion")
     rank: int = option(4, "rank of the LoRA matrices", when=WHEN_LORA)
-    lora_alpha: float | None = option(None, "LoRA's matrices count by alpha / rank; default: the rank", when=WHEN_LORA)
+    lora_alpha: float | None = option(None, "LoRA is scaled by alpha / rank; default: the rank", when=WHEN_LORA)
     lora_targets: str | None = option(
         None,
-        "attention, attention+feedforward, all, or endings of layers such as to_q,to_v; default: the family's",
+        "attention, attention+feedforward, all, or name endings such as to_q,to_v; default: the family's",
         when=WHEN_LORA,
     )
     lora_dropout: float = option(0.0, "dropout inside LoRA, 0 to 1", when=WHEN_LORA)
     lora_init: Literal["gaussian", "kaiming"] = option(
-        "gaussian", "how LoRA's first matrix starts; the second is zero", when=WHEN_LORA
+        "gaussian", "initialization of LoRA's first matrix; the second starts at zero", when=WHEN_LORA
     )
-    use_dora: bool = option(
-        False, "DoRA: LoRA for the direction of weights, and their length beside it", when=WHEN_LORA
-    )
+    use_dora: bool = option(False, "DoRA: LoRA for the direction of weights, and a separate magnitude", when=WHEN_LORA)
     export: Literal["no", "kohya"] = option(
         "no",
-        "LoRA for ComfyUI and A1111 too, under kohya's names",
+        "also save the LoRA with kohya's key names, for ComfyUI and A1111",
         when=(
             *WHEN_LORA,
             Condition(lambda options: not options.use_dora, "it does not carry DoRA, remove --use_dora"),
         ),
     )
-    train_text_encoder: bool = option(False, "train CLIP's text encoders too; T5 stays as it is")
+    train_text_encoder: bool = option(False, "also train CLIP's text encoders; T5 stays frozen")
 
     # The masked loss
     mask_normalization: Literal["area", "none"] = option(
-        "area", "divide by the mask's area, or take the plain mean as the paper does", when=WHEN_MASKED
+        "area", "divide the loss by the mask's area, or use the plain mean as in the paper", when=WHEN_MASKED
     )
-    unmasked_weight: float = option(0.0, "least weight of the loss outside the mask, 0 to 1", when=WHEN_MASKED)
-    unmasked_probability: float = option(
-        0.0, "part of the samples whose loss counts everywhere, 0 to 1", when=WHEN_MASKED
-    )
-    mask_dilation: int = option(0, "grow the mask by so many latent cells; negative: shrink it", when=WHEN_MASKED)
+    unmasked_weight: float = option(0.0, "minimum weight of the loss outside the mask, 0 to 1", when=WHEN_MASKED)
+    unmasked_probability: float = option(0.0, "fraction of samples trained without a mask, 0 to 1", when=WHEN_MASKED)
+    mask_dilation: int = option(0, "grow the mask by this many latent cells; negative: shrink it", when=WHEN_MASKED)
     mask_feather: float = option(0.0, "blur the mask's edge; standard deviation in latent cells", when=WHEN_MASKED)
     masked_prior_preservation_weight: float = option(
-        0.0, "outside the mask, weight of staying with what the base model predicts", when=WHEN_MASKED
+        0.0, "weight of preserving the base model's prediction outside the mask", when=WHEN_MASKED
     )
 
     # The noise
-    snr_gamma: float | None = option(None, "min-SNR weights of the loss: the bound, such as 5; not for flow matching")
-    noise_offset: float = option(0.0, "shift each channel of the noise at random by so much, such as 0.05")
+    snr_gamma: float | None = option(None, "min-SNR loss weighting: gamma, such as 5; not for flow matching")
+    noise_offset: float = option(0.0, "strength of a random offset of each noise channel, such as 0.05")
 
     # Other backgrounds
     replace_background: Literal["no", "color", "noise", "generated"] = option(
         "no",
-        "paste the masked subject on flat colors, smooth noise, or scenes that the base model paints",
+        "paste the masked subject on flat colors, smooth noise, or scenes that the base model generates",
         when=WHEN_MASKED,
     )
     background_dir: str | None = option(
-        None, "folder of background pictures; missing ones are generated", when=WHEN_GENERATED, path=True
+        None, "folder of background images; missing ones are generated", when=WHEN_GENERATED, path=True
     )
-    num_background_images: int = option(32, "how many background pictures", when=WHEN_GENERATED)
+    num_background_images: int = option(32, "number of background images", when=WHEN_GENERATED)
     background_scenes: str = option(
         SCENES,
-        "what they show: scenes, separated by commas",
+        "scenes of background images, separated by commas",
         when=(with_flag("--replace_background generated", "--class_scenes"),),
     )
     background_in_prompt: bool = option(
-        False, 'say the scene in the prompt: "a [V] cat in front of a beach"', when=WHEN_GENERATED
+        False, 'add the scene to the prompt: "a [V] cat in front of a beach"', when=WHEN_GENERATED
     )
 
     # Prior preservation
-    with_prior_preservation: bool = option(False, "also train on pictures of the class, so that it stays various")
-    prior_loss_weight: float = option(1.0, "weight of their loss, which is never masked", when=WHEN_PRIOR)
+    with_prior_preservation: bool = option(False, "also train on images of the class, so that the class stays diverse")
+    prior_loss_weight: float = option(1.0, "weight of the class images' loss, which is never masked", when=WHEN_PRIOR)
     class_data_dir: str | None = option(
-        None, "folder of class pictures; missing ones are generated", when=WHEN_PRIOR, path=True
+        None, "folder of class images; missing ones are generated", when=WHEN_PRIOR, path=True
     )
     class_scenes: bool = option(
         False, 'class images in front of --background_scenes: "a cat in front of a beach"', when=WHEN_PRIOR
     )
-    num_class_images: int = option(100, "how many class pictures", when=WHEN_PRIOR)
+    num_class_images: int = option(100, "number of class images", when=WHEN_PRIOR)
     sample_batch_size: int = option(
         4,
-        "pictures generated at a time",
+        "batch size for generating class images and backgrounds",
         when=(with_flag("--replace_background generated", "--with_prior_preservation"),),
     )
 
-    # Pictures to tensors
+    # Images to tensors
     resolution: int | None = option(
         None,
-        "side of the training crop in pixels; default: the model's own",
+        "side of training crops in pixels; default: the model's own",
         when=(Condition(lambda options: not options.bucket_list, "--aspect_ratio_buckets lists the sizes, remove it"),),
     )
     aspect_ratio_buckets: str | None = option(
-        None, "crops of several shapes, each photo's nearest: auto, or height,width;height,width and so on"
+        None, "crop each photo to the nearest of several shapes: auto, or height,width;height,width and so on"
     )
-    center_crop: bool = option(False, "crop the center instead of a random place that keeps the subject in view")
-    random_flip: bool = option(False, "flip half of the crops left to right, at random; not for what is lettered")
+    center_crop: bool = option(False, "crop the center instead of a random position that keeps the subject in view")
+    random_flip: bool = option(False, "flip half of the crops left to right, at random; not for subjects with text")
     cache_latents: bool = option(
         False,
-        "keep the VAE's answers in memory; with --center_crop all are made at once and the VAE leaves the GPU",
+        "cache latents in memory; with --center_crop all are computed first and the VAE moves to the CPU",
         when=(
             Condition(
-                lambda options: options.replace_background == "no", "with --replace_background no sample comes twice"
+                lambda options: options.replace_background == "no",
+                "with --replace_background no crop repeats, remove it",
             ),
         ),
     )
 
     # Optimization
-    seed: int = option(0, "same seed, same machine: same masks and same weights")
-    max_train_steps: int = option(500, "optimizer steps")
-    train_batch_size: int = option(1, "photos per step and process")
+    seed: int = option(0, "random seed; the same seed on the same machine gives the same masks and weights")
+    max_train_steps: int = option(500, "number of optimizer steps")
+    train_batch_size: int = option(1, "batch size per process")
     gradient_accumulation_steps: int = option(1, "batches per optimizer step")
     optimizer: Literal["adamw", "adamw8bit", "prodigy"] = option(
         "adamw", "adamw8bit (bitsandbytes) needs less memory; prodigy (prodigyopt) finds its own learning rate"
@@ -173,10 +170,10 @@ class TrainingOptions(SubjectOptions):
         None, "default: 1e-4 for lora; for full 5e-6, and 1e-6 with XL; for prodigy 1, which multiplies what it finds"
     )
     scale_lr: bool = option(False, "multiply the learning rate by batch, accumulation and processes")
-    lr_scheduler: SCHEDULES = option("constant", "schedule of the learning rate")
+    lr_scheduler: SCHEDULES = option("constant", "learning rate schedule")
     lr_warmup_steps: int = option(
         0,
-        "steps of warm-up",
+        "warm-up steps",
         when=(
             Condition(
                 lambda options: options.lr_scheduler != "constant",
@@ -185,44 +182,52 @@ class TrainingOptions(SubjectOptions):
         ),
     )
     lr_num_cycles: int = option(
-        1, "restarts of cosine_with_restarts", when=(with_flag("--lr_scheduler cosine_with_restarts"),)
+        1, "number of restarts of cosine_with_restarts", when=(with_flag("--lr_scheduler cosine_with_restarts"),)
     )
-    lr_power: float = option(1.0, "power of polynomial", when=(with_flag("--lr_scheduler polynomial"),))
-    adam_beta1: float = option(0.9, "of any optimizer: decay of the gradients' mean")
-    adam_beta2: float = option(0.999, "of any optimizer: decay of the gradients' squares")
-    adam_weight_decay: float = option(1e-2, "of any optimizer, decoupled")
-    adam_epsilon: float = option(1e-8, "of any optimizer: added to the denominator")
-    max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
-    use_ema: bool = option(False, "average the weights over the steps; the average is what is saved and painted with")
+    lr_power: float = option(1.0, "exponent of polynomial", when=(with_flag("--lr_scheduler polynomial"),))
+    adam_beta1: float = option(0.9, "beta1 of any optimizer")
+    adam_beta2: float = option(0.999, "beta2 of any optimizer")
+    adam_weight_decay: float = option(1e-2, "decoupled weight decay of any optimizer")
+    adam_epsilon: float = option(1e-8, "epsilon of any optimizer")
+    max_grad_norm: float = option(1.0, "maximum gradient norm for clipping")
+    use_ema: bool = option(False, "average the weights over the steps (EMA); the average is saved and used for samples")
     ema_decay: float = option(
         0.9999,
-        "the part of the average that stays at every step, 0 to 1; less at first",
+        "EMA decay, 0 to 1; smaller in the first steps",
         when=(with_flag("--use_ema"),),
     )
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None, "default: what accelerate was set up with")
-    gradient_checkpointing: bool = option(False, "less memory, slower steps")
-    allow_tf32: bool = option(False, "TF32 matrix products on Ampere and later")
-    dataloader_num_workers: int = option(0, "processes that load photos; 0 loads in the main one")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
+        None, "precision; default: that of the accelerate configuration"
+    )
+    gradient_checkpointing: bool = option(False, "save memory at the cost of slower steps")
+    allow_tf32: bool = option(False, "allow TF32 matrix products on Ampere GPUs and later")
+    dataloader_num_workers: int = option(0, "data loading processes; 0 loads in the main process")
 
     # The run
     output_dir: str | None = option(
-        None, "the run's folder; default: outputs/ and the name of --instance_dir", path=True
+        None, "folder of the run; default: outputs/ and the name of --instance_dir", path=True
     )
     checkpointing_steps: int = option(500, "steps between checkpoints to resume from")
-    checkpoints_total_limit: int | None = option(None, "keep this many of them; default: all")
-    resume_from_checkpoint: str | None = option(None, "latest, or a checkpoint-N folder of this run", path=True)
+    checkpoints_total_limit: int | None = option(None, "maximum number of checkpoints to keep; default: all")
+    resume_from_checkpoint: str | None = option(
+        None, "checkpoint to resume from: latest, or a checkpoint-N folder of this run", path=True
+    )
     logging_steps: int = option(5, "steps between lines of metrics.jsonl")
-    num_validation_images: int = option(4, "how many samples; 0 for none")
+    num_validation_images: int = option(4, "number of samples per validation prompt; 0 for none")
     validation_steps: int | None = option(
         None,
-        "steps between samples during training; default: at its end only",
+        "steps between validation samples; default: only at the end",
         when=(with_flag("--num_validation_images"),),
     )
-    report_to: Literal["tensorboard", "wandb"] | None = option(None, "also log there: losses, learning rate, samples")
-    push_to_hub: bool = option(False, "upload weights, samples and card, no photos or masks, to a private repository")
+    report_to: Literal["tensorboard", "wandb"] | None = option(
+        None, "also log losses, learning rate and samples to a tracker"
+    )
+    push_to_hub: bool = option(
+        False, "upload weights, samples and model card, but no photos or masks, to a private repository"
+    )
     hub_model_id: str | None = option(
         None,
-        "the repository, such as me/cat; default: the name of the run's folder",
+        "repository for --push_to_hub, such as me/cat; default: the name of the run's folder",
         when=(with_flag("--push_to_hub"),),
     )
 
@@ -265,9 +270,11 @@ class TrainingOptions(SubjectOptions):
             above_zero(self, "learning_rate", "adam_epsilon")
 
     def _check_subjects(self) -> None:
-        """Raises `InputError` for a list of subjects that cannot be told apart, or one of which cannot be used."""
+        """Raises `InputError` for subjects that cannot be used, or that cannot be distinguished."""
         for name in [entry.name for entry in fields(SubjectOptions) if self.given(entry.name)]:
-            raise InputError(f"--{name} is of one subject: write it into the list of subjects, beside its other lines")
+            raise InputError(
+                f"--{name} is of one subject: write it into the list of subjects, in the entry of that subject"
+            )
         subjects = self.each_subject
         if not subjects:
             raise InputError("the list of subjects is empty: leave it out, or write an entry for each")
@@ -296,7 +303,7 @@ class TrainingOptions(SubjectOptions):
 
     @property
     def each_subject(self) -> Sequence[SubjectOptions]:
-        """The subjects: those of the list, or the one that the options themselves describe."""
+        """The subjects of the list, or the one that these options describe."""
         return [self] if self.subjects is None else read_subjects(self.subjects)
 
     @property
@@ -306,28 +313,28 @@ class TrainingOptions(SubjectOptions):
 
     @property
     def background_folder(self) -> Path:
-        """The folder of background pictures."""
+        """The folder of background images."""
         return Path(self.background_dir) if self.background_dir else self.run_dir / "backgrounds"
 
     @property
     def validation_prompts(self) -> list[str]:
-        """The prompts of the samples, each once."""
+        """The validation prompts, without duplicates."""
         return list(dict.fromkeys(subject.prompt("validation") for subject in self.each_subject))
 
     @property
     def scenes(self) -> list[str]:
-        """The scenes of background pictures and class images."""
+        """The scenes of background images and class images."""
         return split_scenes(self.background_scenes)
 
     @property
     def bucket_list(self) -> list[tuple[int, int]]:
-        """Width and height of each bucket that is listed, in pixels; none for auto."""
+        """Width and height of each listed bucket, in pixels; empty for auto."""
         sizes = re.findall(r"(\d+),(\d+)", self.aspect_ratio_buckets or "")
         return [(int(width), int(height)) for height, width in sizes]
 
     @property
     def optimizer_name(self) -> str:
-        """The optimizer, by either of the two options that choose it."""
+        """The optimizer, from `optimizer` or `use_8bit_adam`."""
         return "adamw8bit" if self.use_8bit_adam else self.optimizer
 
     @property
@@ -337,12 +344,12 @@ class TrainingOptions(SubjectOptions):
         return Path(self.output_dir or f"outputs/{'-'.join(names)}")
 
     def resolved(self: Own, resolution: int, mixed_precision: Any, learning_rate: float) -> Own:
-        """The same options with every default that depends on something filled in.
+        """The same options with every dynamic default filled in.
 
         Args:
-            resolution: the model's own, where none was given; of no account where buckets are listed.
-            mixed_precision: what accelerate was set up with, where none was given.
-            learning_rate: the model family's, which counts where none was given and the optimizer does not find it.
+            resolution: the training resolution; ignored if buckets are listed.
+            mixed_precision: the precision of the accelerator.
+            learning_rate: the model family's default, used if none was given and the optimizer does not find its own.
         """
         if self.optimizer == "prodigy":
             learning_rate = 1.0

@@ -16,8 +16,6 @@ BASE: dict[str, Any] = {
     "num_validation_images": 0,
     "logging_steps": 50,
     "checkpointing_steps": 100_000,
-    "num_class_images": 64,
-    "sample_batch_size": 16,
 }
 """What all recipes share."""
 
@@ -43,7 +41,10 @@ class Recipe:
 
 PRESERVE = {"masked_prior_preservation_weight": 1.0}
 WHOLE = {"unmasked_weight": 1.0}
-CLASS = {"with_prior_preservation": True}
+CLASS_IMAGES = 64
+"""Class images of the recipes with prior preservation."""
+
+CLASS = {"with_prior_preservation": True, "num_class_images": CLASS_IMAGES}
 CLASS_IN_SCENES = {**CLASS, "class_scenes": True}
 COLOR, ON_NOISE = {"replace_background": "color"}, {"replace_background": "noise"}
 ON_SCENES = {"replace_background": "generated"}

@@ -1,21 +1,28 @@
 """Label maps: which object every pixel belongs to, as PNGs in the colors of DAVIS.
 
-A map is (H, W) uint8: 0 is background, 1 and up are objects' numbers. A file's 255 is void and read as background.
+A map is (H, W) uint8: 0 is background, 1 and up are objects' numbers. A palette file's 255 is void and read as
+background; in a gray or colored file, white is an object.
 """
 
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from scipy import ndimage
 
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.files import write_aside
 from persam_dreambooth.photos.images import open_image
+from persam_dreambooth.photos.masks import FEW, LOSSY, read_mask
+from persam_dreambooth.photos.painted import holds_hues
 
 VOID = 255
 
 MOST_OBJECTS = 32
 """In a mask that a user gives; more are the gray levels of soft edges."""
+
+HUE = 48
+"""Levels, of 255, from which a color is no shade of another."""
 
 
 def davis_palette() -> list[int]:
@@ -29,33 +36,95 @@ def davis_palette() -> list[int]:
 
 
 def read_labels(path: Path) -> np.ndarray:
-    """Reads a palette or gray PNG of objects' numbers: uint8 (H, W).
+    """Reads a palette or gray PNG of objects' numbers: uint8 (H, W). A gray one of 0 and 255 alone holds object 1.
 
     Raises:
-        InputError, InputNotFoundError: as `images.open_image`; an image of another mode.
+        InputError, InputNotFoundError: as `images.open_image`; an image of another mode, or a gray one that has 255
+            beside other numbers.
     """
     image = open_image(path)
     if image.mode not in ("P", "L"):
         raise InputError(f"{path} is stored as {image.mode}: give a palette or gray PNG of objects' numbers")
     labels = np.array(image)
-    labels[labels == VOID] = 0
+    white = labels == VOID
+    if image.mode == "L" and white.any():
+        if not np.isin(labels, (0, VOID)).all():
+            raise InputError(f"{path} is gray and has 255 beside other numbers: save it as a palette PNG for void")
+        return white.astype(np.uint8)
+    labels[white] = 0
     return labels
 
 
-def read_objects(path: Path) -> np.ndarray:
-    """Reads the mask that a user gives for a video's first frame: as `read_labels`, or one color on black, object 1.
+def read_first_mask(path: Path) -> np.ndarray:
+    """Reads the mask that a user gives for a video's first frame, uint8 (H, W), 0 for background.
+
+    A palette file whose color 0 is black, and gray levels up to `MOST_OBJECTS`, are objects' numbers. Otherwise each
+    flat color on black is an object. One is object 1. Several have the numbers of DAVIS's palette if all are among its
+    first; else grays are numbered from the darkest on, colors in the order in which rows from above meet them.
+
+    One color with soft edges, in a lossy format, or cut out on a transparent background is object 1, by the rule of
+    `masks`.
 
     Raises:
-        InputError, InputNotFoundError: as `read_labels`; more than `MOST_OBJECTS`.
+        InputError, InputNotFoundError: as `images.open_image`; more than `MOST_OBJECTS`, or several with soft edges.
     """
     image = open_image(path)
-    colors = image.convert("RGB").getcolors(2) or []
-    if len(colors) == 2 and image.mode != "P" and min(color for _, color in colors) == (0, 0, 0):
-        return (np.array(image.convert("RGB")).max(axis=2) > 0).astype(np.uint8)
-    labels = read_labels(path)
-    found = len(np.unique(labels[labels > 0]))
-    if found > MOST_OBJECTS:
-        raise InputError(f"{path} marks {found} objects, up to {MOST_OBJECTS} are followed: paint without soft edges")
+    if image.has_transparency_data:
+        return read_mask(path).astype(np.uint8)
+    if _is_numbered(image):
+        labels = np.asarray(image)
+        return _checked(np.where(labels == VOID, 0, labels), len(np.setdiff1d(labels, (0, VOID))), path)
+    colors = np.asarray(image.convert("RGB")).astype(np.int32)
+    if image.mode.startswith(("I", "F")) or not holds_hues(colors, HUE):
+        values = np.asarray(image) if image.mode.startswith(("I", "F")) else colors.max(axis=2)
+        levels = np.setdiff1d(values, 0)
+        if len(levels) and levels[-1] <= MOST_OBJECTS:
+            return values.astype(np.uint8)
+        if len(levels) < 2 or len(levels) > FEW or image.format in LOSSY or not _are_flat(values, levels):
+            return read_mask(path).astype(np.uint8)
+    if image.format in LOSSY:
+        raise InputError(f"{path} has several colors in a lossy format: save it as PNG, a flat color for each object")
+    codes = colors @ np.array([1 << 16, 1 << 8, 1])
+    found, first = np.unique(codes, return_index=True)
+    first = first[found > 0]
+    found = found[found > 0]
+    _checked(codes, len(found), path)
+    if not _are_flat(codes, found):
+        raise InputError(f"{path} has several objects with soft edges: paint each in a flat color, without soft edges")
+    davis = (np.reshape(davis_palette(), (256, 3)) @ np.array([1 << 16, 1 << 8, 1]))[: MOST_OBJECTS + 1]
+    labels = np.zeros(codes.shape, np.uint8)
+    in_davis = bool(np.isin(found, davis).all())
+    gray = bool((colors == colors[..., :1]).all())
+    for number, code in enumerate(found if gray else found[first.argsort()], start=1):
+        labels[codes == code] = np.flatnonzero(davis == code)[0] if in_davis and not gray else number
+    return labels
+
+
+def _is_numbered(image: Image.Image) -> bool:
+    """Whether a palette's indices are objects' numbers: color 0 is black, the others have hues or are their indices."""
+    if image.mode != "P":
+        return False
+    used = np.unique(np.asarray(image))
+    palette = np.reshape(image.getpalette("RGB") or [], (-1, 3))
+    if used[-1] >= len(palette):  # a palette without colors for them
+        return True
+    if palette[0].any():
+        return False
+    if (palette[used] != palette[used][:, :1]).any():
+        return True
+    numbers = np.setdiff1d(used, (0, VOID))
+    return bool(len(numbers) and numbers[-1] <= MOST_OBJECTS and (palette[numbers, 0] == numbers).all())
+
+
+def _are_flat(values: np.ndarray, levels: np.ndarray) -> bool:
+    """Whether each level has a place of 3 x 3 pixels in values (H, W): an edge's levels have none."""
+    return all(ndimage.binary_erosion(values == level, np.ones((3, 3))).any() for level in levels)
+
+
+def _checked(labels: np.ndarray, count: int, path: Path) -> np.ndarray:
+    """The labels; raises `InputError` for more objects than are followed."""
+    if count > MOST_OBJECTS:
+        raise InputError(f"{path} marks {count} objects, up to {MOST_OBJECTS} are followed: paint without soft edges")
     return labels
 
 

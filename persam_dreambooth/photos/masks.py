@@ -1,37 +1,270 @@
-"""Masks: any file that a person gives, as (H, W) bool."""
+"""Masks: any file or array that a person gives, as (H, W) bool. One rule holds everywhere:
 
+1. An alpha channel with transparent and opaque parts is the mask, whatever the colors are. A constant one is ignored.
+2. Otherwise a pixel's gray is its brightest channel; palettes are read by their colors, not by their indices.
+3. Of up to `FEW` gray levels, or in a palette of several hues, every color but black is the subject: PerSeg stores
+   (128, 0, 0), others 1 or 255.
+4. Of more levels (soft edges, mattes), and in lossy formats, whose black is noisy, the subject is what is brighter than
+   half of the brightest pixel.
+
+Rules 3 and 4 hold for the alpha channel too. Where the photo is known, a copy of it that was painted on is recognized
+before rule 2 (see `painted`), and any other photo is refused.
+"""
+
+import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL import Image, ImageOps
 
+from persam_dreambooth.errors import InputError
 from persam_dreambooth.photos.images import open_image
+from persam_dreambooth.photos.painted import HUE, holds_hues, looks_like_photo, painted_mask
 
-LOSSY = ("JPEG", "MPO", "WEBP")
+if TYPE_CHECKING:
+    from persam_dreambooth.photos.folder import Photo
+
+logger = logging.getLogger(__name__)
+
+LOSSY = ("JPEG", "MPO", "WEBP", "AVIF")
+
+FEW = 16
+"""Gray levels: of more, the edges are soft."""
+
+MOST_COVERED = 0.8
+"""Fraction of a photo: a mask above it may have black and white the wrong way round."""
+
+NEARLY_ALL = 0.95
+"""Fraction of a photo: a mask of several colors above it may be a copy of the photo instead."""
+
+PAINTED = "what was painted on a copy of it"
+
+NO_MASK = "a mask is (H, W) or (H, W, 1 to 4), of bool, integers or floats from 0, or a PIL image"
+
+REFERENCE_ADVICE = "give the mask of this photo, at its size, or name its photo with --reference_image"
 
 
-PLAIN = ("1", "L", "I;16", "I;16B", "I;16L", "I", "F", "RGB")
-"""Modes in which black is 0 in every channel."""
+def read_mask(path: Path, invert: bool = False) -> np.ndarray:
+    """Reads any mask file as (H, W) bool, upright, by the rule above.
+
+    Args:
+        path: the file.
+        invert: black, or transparent, is the subject.
+
+    Raises:
+        InputNotFoundError, InputError: as `images.open_image`.
+    """
+    mask, _ = _threshold(open_image(path))
+    return mask ^ invert
 
 
-def read_mask(path: Path) -> np.ndarray:
-    """Reads any mask file as (H, W) bool, upright.
+def as_mask(mask: np.ndarray | Image.Image, invert: bool = False) -> np.ndarray:
+    """A mask in memory as (H, W) bool, by the rule above; a PIL image is turned upright.
 
-    An alpha channel with transparent pixels is the mask; otherwise every pixel that is not black is foreground (PerSeg
-    stores dark red, others 1 or 255). In a lossy format, whose black is noisy, foreground is brighter than half the
-    maximum.
+    Args:
+        mask: bool, 0 and 1, 0 to 255, labels, or floats such as probabilities; (H, W), (H, W, 1), gray and alpha
+            (H, W, 2), RGB (H, W, 3), RGBA (H, W, 4); or a PIL image.
+        invert: 0, black or transparent is the subject.
+
+    Raises:
+        InputError: another shape or type, negative numbers, or numbers that are not finite.
+    """
+    if isinstance(mask, Image.Image):
+        upright = ImageOps.exif_transpose(mask)
+        upright.format = mask.format
+        return _threshold(upright)[0] ^ invert
+    if not isinstance(mask, np.ndarray) and not hasattr(mask, "__array__"):
+        raise InputError(f"this mask is a {type(mask).__name__}: {NO_MASK}")
+    values = np.asarray(mask)
+    if values.ndim not in (2, 3) or values.size == 0 or (values.ndim == 3 and values.shape[2] > 4):
+        raise InputError(f"this mask is {values.shape}: {NO_MASK}")
+    if values.dtype.kind not in "buif":
+        raise InputError(f"this mask is of {values.dtype}: {NO_MASK}")
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise InputError("this mask holds numbers that are not finite: give 0 for background and 1 for the subject")
+    if values.dtype.kind in "if" and (values < 0).any():
+        raise InputError("this mask holds negative numbers: of logits, give logits > 0")
+    if values.ndim == 3 and values.shape[2] in (2, 4):
+        inside, _ = _above(values[..., -1])
+        values = values[..., :-1] if inside.all() or not inside.any() else values[..., -1]
+    if values.ndim == 3:
+        values = values.max(axis=2)
+    return _above(values)[0] ^ invert
+
+
+def read_soft_mask(path: Path, invert: bool = False) -> np.ndarray:
+    """Reads any mask file as weights, (H, W) float32 from 0 to 1, upright: gray, or alpha, divided by its maximum.
+
+    A mask of one color on black gives exactly 0 and 1. In a lossy format the noise next to black and white, up to 1/16
+    of the maximum, is 0 and 1 too.
+
+    Args:
+        path: the file.
+        invert: black, or transparent, is the subject.
 
     Raises:
         InputNotFoundError, InputError: as `images.open_image`.
     """
     image = open_image(path)
-    lossy = image.format in LOSSY
-    if image.has_transparency_data:
-        alpha = np.asarray(image.convert("RGBA"))[..., 3]
-        if alpha.min() < 255:
-            return alpha > 0
-    if image.mode not in PLAIN:
-        image = image.convert("RGB")
-    values = np.asarray(image)
-    if values.ndim == 3:
-        values = values.max(axis=2)
-    return values > values.max() / 2 if lossy else values != 0
+    values, _ = _values(image)
+    weights = values.astype(np.float32) / np.float32(values.max() or 1)
+    if image.format in LOSSY:
+        weights[weights < 1 / 16] = 0
+        weights[weights > 15 / 16] = 1
+    return 1 - weights if invert else weights
+
+
+def alpha_mask(path: Path) -> np.ndarray | None:
+    """The mask that a photo's own alpha channel is, (H, W) bool, such as of a cut-out; None where it tells nothing.
+
+    Raises:
+        InputNotFoundError, InputError: as `images.open_image`.
+    """
+    image = open_image(path)
+    alpha = _alpha(image)
+    return None if alpha is None else _above(alpha, image.format in LOSSY)[0]
+
+
+def own_mask(photo: "Photo") -> np.ndarray:
+    """The mask that a photo's alpha channel is; raises `InputError` for a photo without transparent background."""
+    mask = alpha_mask(photo.path)
+    if mask is None:
+        raise InputError(f"{photo.path} has no transparent background: cut its subject out, or give its mask")
+    return mask
+
+
+def mask_of(path: Path, photo: "Photo", invert: bool = False) -> np.ndarray:
+    """Reads the mask of a photo, (H, W) bool, upright; the log says by which rule, and how much it covers.
+
+    Args:
+        path: the mask file, or a copy of the photo that was painted on.
+        photo: its photo.
+        invert: black, or transparent, is the subject.
+
+    Raises:
+        InputNotFoundError, InputError: as `images.open_image`; a mask of another size, an empty one, or a photo.
+    """
+    mask, how = read_told(path, photo, invert)
+    check_mask(mask, photo, path)
+    logger.info("%s is the mask of %s: %s; it covers %.0f %%", path, photo.path, how, 100 * mask.mean())
+    warn_of_coverage(mask, path)
+    return mask
+
+
+def soft_mask_of(path: Path, photo: "Photo", invert: bool = False) -> np.ndarray:
+    """The weights of a photo's mask, (H, W) float32 from 0 to 1: as `read_soft_mask`; of a painted copy 0 and 1.
+
+    Args:
+        path, photo, invert: as for `mask_of`.
+
+    Raises:
+        InputNotFoundError, InputError: as `mask_of`, but empty masks are allowed.
+    """
+    mask, how = read_told(path, photo, invert)
+    return mask.astype(np.float32) if how.startswith(PAINTED) else read_soft_mask(path, invert)
+
+
+def read_told(path: Path, photo: "Photo", invert: bool, advice: str = REFERENCE_ADVICE) -> tuple[np.ndarray, str]:
+    """As `mask_of`, without a word in the log and empty masks allowed; also by which rule, in words.
+
+    Args:
+        path, photo, invert: as for `mask_of`.
+        advice: what to do about a mask of another size.
+    """
+    image = open_image(path)
+    _check_size(image.size, photo, path, advice)
+    mask, how = _threshold(image)
+    few = image.convert("RGB").getcolors(FEW)
+    plain = bool(mask.mean() > NEARLY_ALL) and not _is_gray(image)
+    if _alpha(image) is None and (not few or (len(few) > 1 and plain)):
+        try:
+            painted = painted_mask(image, photo.read(), plain)
+        except InputError as error:
+            raise InputError(f"{path} {error}") from None
+        if painted is not None:
+            mask, how = painted, PAINTED
+        elif looks_like_photo(image):
+            raise InputError(
+                f"{path} looks like a photo, not a mask: paint the subject white on black, paint it red on a copy of "
+                f"{photo.path}, or cut it out on a transparent background"
+            )
+    return mask ^ invert, f"{how}, inverted" if invert else how
+
+
+def check_mask(mask: np.ndarray, photo: "Photo", mask_path: Path, advice: str = REFERENCE_ADVICE) -> None:
+    """Raises `InputError` when a mask does not fit its photo or marks nothing; `advice` is for one of another size."""
+    _check_size(mask.shape[::-1], photo, mask_path, advice)
+    if not mask.any():
+        raise InputError(f"{mask_path} is empty (all black): paint the subject white")
+
+
+def warn_of_coverage(mask: np.ndarray, path: Path) -> None:
+    """Warns of a mask that covers its whole photo, or nearly."""
+    if mask.all():
+        logger.warning("%s covers the whole photo: it does not tell the subject from its background", path)
+    elif mask.mean() > MOST_COVERED:
+        logger.warning(
+            "%s covers %.0f %% of its photo: white is the subject; if black is, use --invert_mask",
+            path,
+            100 * mask.mean(),
+        )
+
+
+def _check_size(size: tuple[int, ...], photo: "Photo", mask_path: Path, advice: str) -> None:
+    if tuple(size) != photo.size:
+        width, height = photo.size
+        raise InputError(
+            f"{mask_path} is {size[0]} x {size[1]} but {photo.path} is {width} x {height} (upright): {advice}"
+        )
+
+
+def _threshold(image: Image.Image) -> tuple[np.ndarray, str]:
+    """The mask that an upright image is, and by which rule."""
+    values, what = _values(image)
+    colored = image.mode == "P" and what == "color" and holds_hues(np.asarray(image.convert("RGB")), HUE)
+    mask, levels = _above(values, image.format in LOSSY, colored)
+    if not levels:
+        return mask, "every color but black" if what == "color" else "what is not transparent"
+    return mask, f"{levels} levels of {what}, so what is above half of the greatest"
+
+
+def _above(values: np.ndarray, lossy: bool = False, colored: bool = False) -> tuple[np.ndarray, int]:
+    """The mask that gray values (H, W) are; the number of levels where half of the greatest decided, else 0."""
+    if values.dtype == np.bool_:
+        return values, 0
+    levels = int((np.bincount(values.ravel()) > 0).sum()) if values.dtype == np.uint8 else len(np.unique(values))
+    if levels <= 2 or (levels <= FEW and not lossy) or colored:
+        lowest = values.max() / 2 if lossy else 0  # black may be 4 in a JPEG of two levels
+        return values > lowest, 0
+    return values > values.max() / 2, levels
+
+
+def _values(image: Image.Image) -> tuple[np.ndarray, str]:
+    """Gray values (H, W) from 0, by which `alpha` or `color` is the mask."""
+    alpha = _alpha(image)
+    if alpha is not None:
+        return alpha, "alpha"
+    if image.mode == "1" or image.mode == "L" or image.mode.startswith(("I", "F")):
+        values = np.asarray(image)
+        if values.dtype.kind in "if":
+            values = np.nan_to_num(values, posinf=0).clip(min=0)
+        return values, "color"
+    values = np.asarray(image.convert("RGB")).max(axis=2)
+    if image.mode == "P" and not values.any():  # a palette without colors
+        values = np.asarray(image)
+    return values, "color"
+
+
+def _alpha(image: Image.Image) -> np.ndarray | None:
+    """The alpha channel, (H, W) uint8, where it tells a subject from its background, else None."""
+    if not image.has_transparency_data or image.mode.startswith(("I", "F")):
+        return None
+    alpha = np.asarray(image.convert("RGBA"))[..., 3]
+    inside, _ = _above(alpha, image.format in LOSSY)
+    return None if inside.all() or not inside.any() else alpha
+
+
+def _is_gray(image: Image.Image) -> bool:
+    colors = np.asarray(image.convert("RGB"))
+    return bool((colors == colors[..., :1]).all())

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.photos.folder import Photo
-from persam_dreambooth.photos.mask_folder import check_mask, load_mask
-from persam_dreambooth.photos.masks import read_mask
+from persam_dreambooth.photos.mask_folder import load_references
+from persam_dreambooth.photos.masks import mask_of
+from persam_dreambooth.photos.pairing import photo_of_mask
 
 logger = logging.getLogger(__name__)
 
@@ -16,30 +16,32 @@ Reference = tuple[Photo, np.ndarray]
 """A photo and its mask, (H, W) bool."""
 
 
-def find_reference(photos: list[Photo], folder: Path, mask_path: Path, image: str | None) -> Reference:
-    """Finds the photo that a mask belongs to, and reads the mask."""
-    mask = read_mask(mask_path)
+def find_reference(
+    photos: list[Photo], folder: Path, mask_path: Path, image: str | None, invert: bool = False
+) -> Reference:
+    """Finds the photo that a mask belongs to, and reads the mask.
+
+    Args:
+        photos: the photos of a folder.
+        folder: that folder.
+        mask_path: the mask.
+        image: the photo, as a path or a name inside the folder; None to find it by the mask's name.
+        invert: whether black is the subject.
+
+    Raises:
+        InputError, InputNotFoundError: as `photo_of_mask` and `mask_of`.
+    """
     if image:
         named = (Path(image).resolve(), (folder / image).resolve())
         inside = [item for item in photos if item.path.resolve() in named]
         photo = inside[0] if inside else Photo.open(Path(image))
     else:
-        same_stem = [item for item in photos if Path(item.name).stem == mask_path.stem]
-        photo = same_stem[0] if same_stem else photos[0]
-        why = "same name" if same_stem else "no photo has its name, so the first; --reference_image names another"
-        logger.info("%s is taken as the mask of %s (%s)", mask_path, photo.path, why)
-    check_mask(mask, photo, mask_path)
-    if mask.all():
-        logger.warning("%s covers the whole photo: it does not tell the subject from its background", mask_path)
-    return photo, mask
+        photo = photo_of_mask(mask_path, photos)
+    return photo, mask_of(mask_path, photo, invert)
 
 
-def find_references(photos: list[Photo], folder: Path) -> list[Reference]:
-    """The photos that have a mask in a folder, with their masks."""
-    if not folder.is_dir():
-        raise InputNotFoundError(f"{folder} does not exist: name a folder with masks of some of the photos")
-    known = [item for item in (load_mask(folder, photo) for photo in photos) if item and item.mask.any()]
-    if not known:
-        raise InputError(f"{folder} holds no mask of these photos: a mask has its photo's name, with .png")
+def find_references(photos: list[Photo], folder: Path, invert: bool = False) -> list[Reference]:
+    """The photos that have a mask in a folder, with their masks; raises as `load_references`."""
+    known = load_references(folder, photos, invert)
     logger.info("references: %s", ", ".join(item.photo.name for item in known))
     return [(item.photo, item.mask) for item in known]

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
 from persam_dreambooth.files import write_aside
 from persam_dreambooth.photos.labels import davis_palette
@@ -13,7 +13,7 @@ TILE = 320
 """Width and height of the box a picture is fitted into, in pixels."""
 LINE = 20
 GAP = 12
-OUTLINE_COLOR = (255, 0, 200)
+OUTLINE_COLOR, HALO = (255, 0, 200), (255, 255, 255)
 INK = (30, 30, 30)
 ALARM = (200, 0, 0)
 PAPER = (255, 255, 255)
@@ -26,19 +26,22 @@ SCALE = 18
 
 
 def overview(photo_masks: list[PhotoMask], subjects: list[str] | None = None) -> Image.Image:
-    """Every photo with its mask's outline, the rest dimmed; below it coverage, presence, and what made the mask.
+    """Every photo with its mask's outline, the rest dimmed; below it coverage, predicted IoU, presence, and the maker.
+
+    Presence alone says little of a mask: it may be high where the mask is a part of the subject.
 
     Where there are several subjects, `subjects` says whose mask each is.
     """
     tiles, captions, alarms = [], [], []
     for number, item in enumerate(photo_masks):
         record = item.record
-        facts = f"{record.coverage:.0%} covered"
-        if record.presence is not None:
-            facts += f", presence {record.presence:.2f}"
+        facts = [f"{record.coverage:.0%} covered"]
+        facts += [] if record.score is None else [f"IoU {record.score:.2f} predicted"]
+        facts += [] if record.presence is None else [f"presence {record.presence:.2f}"]
+        name = f"{subjects[number]}: {record.photo}" if subjects else record.photo
         maker = f"{record.method}, SAM: {record.model}" if record.model else record.method
         tiles.append(outlined(item.photo.read(), item.mask))
-        captions.append([f"{subjects[number]}: {record.photo}" if subjects else record.photo, facts, maker])
+        captions.append([name, ", ".join(facts), maker])
         alarms.append(", ".join(record.flags))
     return grid(tiles, captions, alarms)
 
@@ -48,6 +51,9 @@ def outlined(
 ) -> Image.Image:
     """The photo fitted into a tile, with the outline of its mask and the rest dimmed.
 
+    The outline is a pixel wide and lies outside the mask, with a white one around it, so that the smallest specks of a
+    mask are seen as well as the smallest holes in it.
+
     Args:
         photo: RGB.
         mask: (H, W) bool.
@@ -55,12 +61,13 @@ def outlined(
         box: (4,) prompt to mark: x0, y0, x1, y1.
     """
     tile = _tile(photo)
-    inside = Image.fromarray(mask.astype(np.uint8) * 255).resize(tile.size, Image.Resampling.BOX)
-    inside = inside.point(lambda value: 255 if value > 127 else 0)
+    covered = Image.fromarray(mask.astype(np.uint8) * 255).resize(tile.size, Image.Resampling.BOX)
+    inside = _with_specks(covered)
     dimmed = Image.blend(tile, Image.new("RGB", tile.size, PAPER), 0.55)
     tile = Image.composite(tile, dimmed, inside)
-    edge = np.asarray(inside.filter(ImageFilter.MaxFilter(5))) != np.asarray(inside.filter(ImageFilter.MinFilter(3)))
-    tile.paste(OUTLINE_COLOR, mask=Image.fromarray(edge.astype(np.uint8) * 255))
+    near, nearer = inside.filter(ImageFilter.MaxFilter(5)), inside.filter(ImageFilter.MaxFilter(3))
+    tile.paste(HALO, mask=ImageChops.subtract(near, nearer))
+    tile.paste(OUTLINE_COLOR, mask=ImageChops.subtract(nearer, inside))
     draw, scale = ImageDraw.Draw(tile), np.array(tile.size) / photo.size
     if box is not None:
         x0, y0, x1, y1 = np.asarray(box) * np.tile(scale, 2)
@@ -73,18 +80,25 @@ def outlined(
     return tile
 
 
-def heat_map(photo: Image.Image, similarity: np.ndarray, span: tuple[float, float] | None = None) -> Image.Image:
+def heat_map(
+    photo: Image.Image,
+    similarity: np.ndarray,
+    photo_cells: tuple[float, float],
+    span: tuple[float, float] | None = None,
+) -> Image.Image:
     """A location prior over its photo, fitted into a tile: dark blue is the least similar, yellow the most.
 
     Args:
         photo: RGB.
-        similarity: (64, 64) cells of the photo padded to a square, to the right or below, as SAM sees it.
+        similarity: (64, 64) cells of SAM's input.
+        photo_cells: rows and columns of these that the photo covers, from the upper left corner; SAM pads the rest,
+            SAM 2 stretches the photo over all of them.
         span: the values at the ends of the colors, which stand below; default: the least and the greatest shown.
     """
     from matplotlib import colormaps
 
     tile = _tile(photo)
-    across, down = (len(similarity) * side / max(photo.size) for side in photo.size)
+    down, across = photo_cells
     cells = Image.fromarray(similarity.astype(np.float32))
     values = np.asarray(cells.resize(tile.size, Image.Resampling.BILINEAR, box=(0, 0, across, down)))
     low, high = span or (float(values.min()), float(values.max()))
@@ -180,6 +194,18 @@ def _tile(photo: Image.Image) -> Image.Image:
     tile = photo.copy()
     tile.thumbnail((TILE, TILE), Image.Resampling.LANCZOS)
     return tile
+
+
+def _with_specks(covered: Image.Image) -> Image.Image:
+    """Black and white of how much of each pixel a mask covers (0 to 255).
+
+    White is half or more, and what touches nothing of that kind, however small; black likewise.
+    """
+    halves = covered.point(lambda value: 255 if value > 127 else 0)
+    somewhat, wholly = covered.point(lambda value: 255 if value else 0), covered.point(lambda value: value // 255 * 255)
+    specks = ImageChops.subtract(somewhat, halves.filter(ImageFilter.MaxFilter(5)))
+    holes = ImageChops.subtract(halves.filter(ImageFilter.MinFilter(5)), wholly)
+    return ImageChops.subtract(ImageChops.lighter(halves, specks), holes)
 
 
 def _fitted(line: str) -> str:

@@ -48,6 +48,8 @@ class Found:
         points: (n, 2) prompts: the positive point, then for PerSAM the negative one.
         box: (4,) the box of the last pass (x0, y0, x1, y1, inclusive); None where every mask before it was empty.
         similarity: (64, 64) float32 location prior, padding included.
+        photo_cells: rows and columns of the location prior that the photo covers, from the upper left corner; the rest
+            is padding.
         steps: the decoder passes, in order.
         flags: `absent` (the mask is empty, or presence is below the segmenter's threshold), `empty intermediate mask`,
             `target smaller than a cell`; empty when all went well.
@@ -59,5 +61,6 @@ class Found:
     points: np.ndarray
     box: np.ndarray | None
     similarity: np.ndarray
+    photo_cells: tuple[float, float]
     steps: tuple[Step, ...]
     flags: tuple[str, ...] = ()

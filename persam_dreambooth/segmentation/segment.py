@@ -154,7 +154,8 @@ def _predict(
     found = finds[0] if finds else segmenter.predict(encoding)
     mask = np.any([found.mask, *(each.mask for each in finds)], axis=0)
     if heatmaps:
-        save_picture(heat_map(picture, found.similarity), (heatmaps / photo.name).with_suffix(".jpg"))
+        heat = heat_map(picture, found.similarity, found.photo_cells)
+        save_picture(heat, (heatmaps / photo.name).with_suffix(".jpg"))
     flags = found.flags
     if ABSENT in flags and absent == "skip":
         logger.warning("%s: the subject is not there (presence %.2f); it is skipped", photo.name, found.presence)

@@ -131,7 +131,17 @@ class Segmenter:
             flags = [ABSENT, *flags]
         if self.target.small:
             flags = [*flags, SMALL_TARGET]
-        return Found(mask, score, similar, points, steps[-1].box, prior.cpu().numpy(), steps, tuple(flags))
+        return Found(
+            mask=mask,
+            score=score,
+            presence=similar,
+            points=points,
+            box=steps[-1].box,
+            similarity=prior.cpu().numpy(),
+            photo_cells=encoding.photo_cells,
+            steps=steps,
+            flags=tuple(flags),
+        )
 
 
 def find_instances(segmenter: Segmenter, photo: ImageLike, most: int = 10) -> list[Found]:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.files import check_writable, note_settings
 from persam_dreambooth.options import option, require
-from persam_dreambooth.photos.labels import read_labels, read_objects, save_labels
+from persam_dreambooth.photos.labels import read_first_mask, read_labels, save_labels
 from persam_dreambooth.report.pictures import painted, save_picture
 from persam_dreambooth.segmentation.frames import Frame, Video, open_video
 from persam_dreambooth.segmentation.segmenters import SegmenterOptions, make_video_segmenter, open_sam_of
@@ -60,7 +60,7 @@ def segment_video(options: VideoOptions) -> int:
     options.check()
     source, mask, output = (Path(str(path)) for path in (options.frames, options.mask, options.output))
     check_writable(output)
-    labels, video = read_objects(mask), open_video(source, leave_out=mask)
+    labels, video = read_first_mask(mask), open_video(source, leave_out=mask)
     check_first_mask(labels, mask, video)
     segmenter = make_video_segmenter(options, open_sam_of(options))
     settings = {

@@ -1,4 +1,4 @@
-"""The backgrounds of the toy world: each is a vertical gradient and colored outlines, drawn anew from every seed.
+"""The backgrounds of the toy world: each is a vertical gradient and colored outlines, with variations by seed.
 
 Coordinates run from 0 to 1, x to the right, y downward. Colors are RGB, 0 to 255.
 """
@@ -17,17 +17,17 @@ Color = tuple[float, float, float]
 
 @dataclass
 class Backdrop:
-    """A background: colors of the gradient at heights, then shapes from back to front."""
+    """A background: gradient colors by height, then shapes from back to front."""
 
     gradient: list[tuple[float, Color]]
     shapes: list[tuple[Color, Points]] = field(default_factory=list)
 
 
 def backdrop(name: str, seed: int) -> Backdrop:
-    """The background of a name, in the variation of a seed.
+    """The background with a name, in the variation of a seed.
 
     Raises:
-        KeyError: another name.
+        KeyError: an unknown name.
     """
     return BACKDROPS[name](np.random.default_rng(seed))
 
@@ -188,7 +188,7 @@ BACKDROPS: dict[str, Callable[[np.random.Generator], Backdrop]] = {
 
 
 def _vary(rng: np.random.Generator, color: tuple[float, float, float]) -> Color:
-    """A color, up to 14 levels lighter or darker and 7 levels off in each channel."""
+    """A random variation of a color: up to 14 levels in brightness and 7 levels in each channel."""
     red, green, blue = np.clip(np.array(color) + rng.uniform(-14, 14) + rng.uniform(-7, 7, 3), 0, 255)
     return (red, green, blue)
 
@@ -200,7 +200,7 @@ def _under(x: np.ndarray, y: np.ndarray) -> Points:
 
 
 def _below(heights: np.ndarray | list[float]) -> Points:
-    """Everything below a smooth line through heights that are spread evenly from left to right."""
+    """Everything below a smooth line through heights that are evenly spaced from left to right."""
     x = np.linspace(0, 1, 40)
     mixed = (1 - np.cos(np.pi * (x * (len(heights) - 1) % 1))) / 2
     index = np.minimum((x * (len(heights) - 1)).astype(int), len(heights) - 2)

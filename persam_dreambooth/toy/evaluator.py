@@ -1,6 +1,6 @@
-"""A small network that reads pictures of the small world: what the subject is, what it wears, where it stands.
+"""A small network that predicts the attributes and the mask of the subject in images of the toy world.
 
-Shapes: B pictures, S pixels a side (`world.SIZE`), A attributes (`CLASSES`, in order), F features of each.
+Shapes: B images, S pixels per side (`world.SIZE`), A attributes (`CLASSES`, in order), F features of each.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ CLASSES = {
     "accessory": world.ACCESSORIES,
     "accessory_color": _COLORS,
 }
-"""What is read off a picture, and the names it can take. A color that does not show is guessed all the same."""
+"""The predicted attributes and their classes. Colors that are not visible are predicted too, without meaning."""
 
-# Channels at 64, 32, 16, 8 and 4 cells a side.
+# Channels at 64, 32, 16, 8 and 4 cells per side.
 WIDTHS = (16, 32, 64, 96, 112)
 FEATURES = 64
 WEIGHTS = "model.safetensors"
 
 
 class Evaluator(nn.Module):
-    """Reads attributes and the subject's mask off pictures of 64 x 64 pixels.
+    """Predicts attributes and the subject's mask from images of 64 x 64 pixels.
 
-    A convolutional network goes down to 4 x 4 cells and back up. Each attribute looks where it learned to look: its
-    own attention over the 16 x 16 cells sums them to one vector, of which two layers make its logits.
+    A convolutional network goes down to 4 x 4 cells and back up. Each attribute has its own attention over the 16 x 16
+    cells, which pools them to one vector; two layers map the vector to logits.
     """
 
     def __init__(self, widths: Sequence[int] = WIDTHS, features: int = FEATURES) -> None:
@@ -59,7 +59,7 @@ class Evaluator(nn.Module):
                 nn.Sequential(_convolution(fourth, fifth, stride=2), _convolution(fifth, fifth)),
             ]
         )
-        # From coarse to fine: what comes up, what is added from the way down at that size, and their mixing.
+        # From coarse to fine: channels of the upsampled features, of the skip connection, and of the result.
         ways = [(fifth, fourth, third), (third, third, third), (third, second, second), (second, first, first)]
         self.rise = nn.ModuleList([nn.Conv2d(coarse, width, 1) for coarse, _, width in ways])
         self.bridge = nn.ModuleList([nn.Conv2d(fine, width, 1) for _, fine, width in ways])
@@ -71,7 +71,7 @@ class Evaluator(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(features, len(classes)) for name, classes in CLASSES.items()})
 
     def forward(self, pictures: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
-        """Reads pictures (B, 3, S, S) in [-1, 1].
+        """Predicts from images (B, 3, S, S) in [-1, 1].
 
         Returns:
             Logits (B, classes) of each attribute, mask logits (B, S, S) and features (B, A, F).
@@ -92,7 +92,7 @@ class Evaluator(nn.Module):
 
     @torch.no_grad()
     def read(self, batches: Iterable[torch.Tensor]) -> dict[str, np.ndarray]:
-        """Reads batches of pictures (B, 3, S, S) in [-1, 1]: see `judge`."""
+        """Predicts from batches of images (B, 3, S, S) in [-1, 1]; returns the same as `judge`."""
         device = next(self.parameters()).device
         labels: dict[str, list[np.ndarray]] = {name: [] for name in CLASSES}
         masks, features = [np.empty((0, world.SIZE, world.SIZE), bool)], [self._no_features()]
@@ -113,19 +113,19 @@ class Evaluator(nn.Module):
         }
 
     def judge(self, images: Sequence[Image.Image], batch: int = 64) -> dict[str, np.ndarray]:
-        """Reads pictures of any size; they are seen at 64 x 64.
+        """Predicts from images of any size, resized to 64 x 64.
 
         Returns:
-            For each attribute of `CLASSES` the names read (B,), "mask", bool (B, S, S), and "features", float32
-            (B, A, F): what the last layers see of each attribute, in the order of `CLASSES`, and
-            "background_confidence", float32 (B,): the probability of the background that was read.
+            For each attribute of `CLASSES` the predicted classes (B,); "mask", bool (B, S, S); "features", float32
+            (B, A, F): the inputs of the last layer of each attribute, in the order of `CLASSES`; and
+            "background_confidence", float32 (B,): the probability of the predicted background.
         """
         size = (world.SIZE, world.SIZE)
         arrays = [np.asarray(image.convert("RGB").resize(size, Image.Resampling.BOX)) for image in images]
         return self.read(scenes.batches(np.stack(arrays), batch))
 
     def save(self, folder: Path) -> None:
-        """Writes the weights in half precision and `config.json` into `folder`, made when missing."""
+        """Saves the weights in half precision and `config.json` to `folder`, created if missing."""
         folder.mkdir(parents=True, exist_ok=True)
         weights = {
             name: (value.half() if value.is_floating_point() else value).cpu().contiguous()
@@ -138,7 +138,7 @@ class Evaluator(nn.Module):
 
     @classmethod
     def load(cls, folder: Path | str) -> Evaluator:
-        """Loads what `save` wrote, in single precision and evaluation mode.
+        """Loads what `save` saved, in float32 and evaluation mode.
 
         Raises:
             InputNotFoundError: `folder` holds no evaluator.
@@ -159,7 +159,7 @@ class Evaluator(nn.Module):
 
 
 class _Residual(nn.Module):
-    """Two convolutions beside an identity."""
+    """Two convolutions with a skip connection."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ class _Residual(nn.Module):
 
 
 def _convolution(inner: int, outer: int, stride: int = 1) -> nn.Sequential:
-    """A 3 x 3 convolution, normalized over the batch and rectified."""
+    """A 3 x 3 convolution with batch normalization and ReLU."""
     return nn.Sequential(
         nn.Conv2d(inner, outer, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(outer), nn.ReLU()
     )

@@ -1,9 +1,9 @@
-"""Videos in the layout of DAVIS 2017, rendered, with exact masks.
+"""Rendered videos in the layout of DAVIS 2017, with exact masks.
 
     persam-dreambooth toy davis --output_dir FOLDER
 
 writes FOLDER/JPEGImages/480p/<sequence>/NNNNN.jpg, FOLDER/Annotations/480p/<sequence>/NNNNN.png and
-FOLDER/ImageSets/2017/val.txt. In every sequence object 1 walks about, and object 2 leaves the picture to the side for
+FOLDER/ImageSets/2017/val.txt. In every sequence, object 1 walks around, and object 2 leaves the image at the side for
 the middle of the video and returns.
 """
 
@@ -24,19 +24,19 @@ from persam_dreambooth.toy import world
 
 FRAME_SIDE = 480
 VIDEO_SEED = 4_000_000
-"""Seeds of the subjects and their scenes; no training draws from them."""
+"""Seed of the subjects and their scenes; training never uses it."""
 
 LEAVES, RETURNS = 0.3, 0.7
-"""When object 2 begins to go and is back, as parts of the video."""
+"""When object 2 starts to leave and when it is back, as fractions of the video."""
 
 
 @dataclass(frozen=True)
 class ToyDavisOptions(Options):
-    """Rendered videos in the layout of DAVIS 2017, with exact masks; one object of each leaves and returns."""
+    """Renders videos in the layout of DAVIS 2017, with exact masks; one object of each leaves and returns."""
 
     output_dir: str = option("outputs/toy-davis", "folder for JPEGImages, Annotations and ImageSets", path=True)
-    sequences: int = option(2, "how many videos")
-    frames: int = option(60, "frames of each")
+    sequences: int = option(2, "number of videos")
+    frames: int = option(60, "frames per video")
 
     def check(self) -> None:
         """Raises `InputError` for options that are out of range."""
@@ -45,7 +45,7 @@ class ToyDavisOptions(Options):
 
 
 def sequences(count: int, frames: int) -> Iterator[tuple[str, Iterator[world.Scene]]]:
-    """The videos in order: name, and the scene of every frame. The two subjects differ in kind and color."""
+    """Yields the videos in order: name, and the scene of every frame. The two subjects differ in kind and color."""
     for number in range(count):
         rng = np.random.default_rng([VIDEO_SEED, number])
         kind, other_kind = rng.permutation(world.KINDS)[:2]
@@ -75,13 +75,13 @@ def _move(rng: np.random.Generator, scene: world.Scene, other: world.Subject, fr
 
 
 def _moved(pose: world.Pose, right: float, turn: float) -> world.Pose:
-    """A pose farther to the right, its limbs and tilt at an angle of their cycle."""
+    """The pose moved to the right, with limbs and tilt at an angle of the walking cycle."""
     gait = (0.5 + 0.4 * math.sin(2 * turn), 0.5 + 0.4 * math.cos(2 * turn))
     return replace(pose, x=pose.x + right, tilt=0.06 * math.sin(turn), gait=gait)
 
 
 def label_map(rendered: world.Render) -> np.ndarray:
-    """The objects' numbers, uint8 (size, size), of a render's visible masks; a pixel in two is the front object's."""
+    """The objects' numbers, uint8 (size, size), from a render's visible masks; the front object wins."""
     labels = np.zeros(rendered.mask.shape, np.uint8)
     for number in range(len(rendered.objects), 0, -1):
         labels[rendered.objects[number - 1]] = number
@@ -92,7 +92,7 @@ def write_davis(options: ToyDavisOptions) -> None:
     """Renders the videos into a folder.
 
     Raises:
-        InputError: `JPEGImages`, `Annotations` or `ImageSets` is in the folder already.
+        InputError: the folder already contains `JPEGImages`, `Annotations` or `ImageSets`.
     """
     options.check()
     folder = Path(options.output_dir)

@@ -1,4 +1,4 @@
-"""A data set in the layout of PerSeg, rendered: subjects in several places each, with exact masks.
+"""A rendered data set in the layout of PerSeg: each subject in several places, with exact masks.
 
     persam-dreambooth toy perseg --output_dir FOLDER
 
@@ -22,7 +22,7 @@ from persam_dreambooth.toy import world
 OBJECTS = 40
 IMAGE_SIDE = 512
 OBJECT_SEED = 3_000_000
-"""Seeds of the subjects and their scenes; no training draws from them."""
+"""Seed of the subjects and their scenes; training never uses it."""
 
 FOREGROUND = (128, 0, 0)
 """PerSeg's color of the subject in annotations."""
@@ -30,10 +30,10 @@ FOREGROUND = (128, 0, 0)
 
 @dataclass(frozen=True)
 class ToyPersegOptions(Options):
-    """A rendered data set in the layout of PerSeg, with exact masks."""
+    """Renders a data set in the layout of PerSeg, with exact masks."""
 
     output_dir: str = option("outputs/toy-perseg", "folder for Images and Annotations", path=True)
-    objects: int = option(40, "how many objects, of 5 to 7 images each")
+    objects: int = option(40, "number of objects, with 5 to 7 images each")
 
     def check(self) -> None:
         """Raises `InputError` for options that are out of range."""
@@ -42,14 +42,14 @@ class ToyPersegOptions(Options):
 
 @dataclass(frozen=True)
 class Object:
-    """A subject of the set and the scenes of its images: 5 to 7, the first without other objects around."""
+    """A subject of the data set and the scenes of its 5 to 7 images; the first has no other objects."""
 
     name: str
     scenes: tuple[world.Scene, ...]
 
 
 def objects(count: int = OBJECTS) -> Iterator[Object]:
-    """The subjects in order, each kind in turn; half of the images show other objects too."""
+    """Yields the subjects, with the kinds in turn; half of the images also show other objects."""
     for number in range(count):
         rng = np.random.default_rng([OBJECT_SEED, number])
         subject = world.random_subject(rng, world.KINDS[number % len(world.KINDS)])
@@ -62,10 +62,10 @@ def objects(count: int = OBJECTS) -> Iterator[Object]:
 
 
 def write_perseg(options: ToyPersegOptions) -> None:
-    """Renders the set into a folder.
+    """Renders the data set into a folder.
 
     Raises:
-        InputError: `Images` or `Annotations` is in the folder already.
+        InputError: the folder already contains `Images` or `Annotations`.
     """
     options.check()
     folder = Path(options.output_dir)

@@ -1,7 +1,7 @@
 """The subjects of the toy world, as flat parts: a cat, a dog, a duck, a robot, a teapot, a car, with hat or scarf.
 
-Coordinates are local: x to the right, y downward, the subject faces right, stands on y = 1 and fits -1 to 1. A part is
-a role, which the subject's colors are looked up by, and a closed outline (points, 2).
+Coordinates are local: x to the right, y downward; the subject faces right, stands on y = 1 and fits into -1 to 1. A
+part is a role, which selects one of the subject's colors, and a closed outline (points, 2).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BodyPart = tuple[int, Points]
 
 @dataclass(frozen=True)
 class Figure:
-    """A subject's parts from back to front, and where a hat (x, y, width) and a scarf (x, y, width) belong."""
+    """A subject's parts from back to front, and the places of a hat (x, y, width) and a scarf (x, y, width)."""
 
     parts: list[BodyPart]
     hat: tuple[float, float, float]
@@ -36,13 +36,13 @@ def figure(kind: str, gait: tuple[float, float]) -> Figure:
         gait: two numbers from 0 to 1 that move tail, head, legs or arms.
 
     Raises:
-        KeyError: another kind.
+        KeyError: an unknown kind.
     """
     return FIGURES[kind](*gait)
 
 
 def accessory(name: str, worn_by: Figure) -> list[BodyPart]:
-    """The parts of a `hat` or a `scarf` where a figure wears it; none for `none`."""
+    """The parts of a `hat` or a `scarf` at its place on a figure; empty for `none`."""
     if name == "hat":
         x, y, width = worn_by.hat
         brim = ellipse(x, y, 0.66 * width, 0.13 * width)
@@ -58,7 +58,7 @@ def accessory(name: str, worn_by: Figure) -> list[BodyPart]:
 
 
 def pattern(name: str) -> list[Points]:
-    """Stripes or spots over the whole local square, to be seen on the body only; none for `plain`."""
+    """Stripes or spots over the whole local square, visible on the body only; empty for `plain`."""
     if name == "striped":
         heights = np.linspace(-1.1, 1.1, 9)
         return [
@@ -277,7 +277,7 @@ def box(left: float, top: float, right: float, bottom: float, radius: float = 0.
 
 
 def smooth(points: list[tuple[float, float]]) -> Points:
-    """The closed Catmull-Rom curve through the points."""
+    """A closed Catmull-Rom curve through the points."""
     p1 = np.asarray(points, dtype=float)
     p0, p2, p3 = (np.roll(p1, shift, axis=0) for shift in (1, -1, -2))
     return _catmull_rom(p0, p1, p2, p3)

@@ -1,8 +1,8 @@
-"""A small world whose truth is known: subjects on backgrounds, with captions and exact masks, drawn from seeds.
+"""The toy world, whose truth is known: subjects on backgrounds, with captions and exact masks, generated from seeds.
 
-A subject has a kind, colors, a pattern and an accessory. A caption may tell its kind, its color, its pattern and that
-it wears something, never the second color, the pattern's color or the accessory's: so a subject of one's own cannot be
-named by a caption and must be learned. The same scene can be rendered at any size.
+A subject has a kind, colors, a pattern and an accessory. A caption may contain its kind, color, pattern and accessory,
+but never the second color, the pattern's color or the accessory's color. A caption can therefore not identify a
+personal subject; the model must learn it. The same scene can be rendered at any size.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from persam_dreambooth.toy import subjects
 from persam_dreambooth.toy.backgrounds import BACKDROPS, backdrop
 
 SIZE = 64
-"""The side in pixels at which the diffusion model sees the world."""
+"""The side in pixels of images for the diffusion model."""
 
 KINDS = tuple(subjects.FIGURES)
 BACKGROUNDS = tuple(BACKDROPS)
@@ -30,7 +30,7 @@ PHRASES = {
     "grass": "on the grass",
     "water": "in the water",
 }
-"""How a caption says where the subject is."""
+"""The phrase of a caption for each background."""
 
 PLACES = {
     "beach": "a beach",
@@ -42,7 +42,7 @@ PLACES = {
     "grass": "grass",
     "water": "water",
 }
-"""The background itself: the whole caption of an empty scene; "in front of" it is another way to say where."""
+"""The name of each background: the whole caption of an empty scene, also used after "in front of"."""
 
 COLORS = {
     "red": (206, 52, 48),
@@ -57,7 +57,7 @@ COLORS = {
 PATTERNS = ("plain", "striped", "spotted")
 ACCESSORIES = ("none", "hat", "scarf")
 SPARE_WORDS = ("sks", "zwx", "ohwx", "vqj")
-"""Identifiers to be: the captions hold them now and then without meaning, so they are known and neutral."""
+"""Identifier tokens: captions sometimes contain them without meaning, so the model knows them, and they are neutral."""
 
 SPARE_RATE = 0.12
 FIXED_COLORS = {
@@ -67,15 +67,15 @@ FIXED_COLORS = {
     subjects.GLASS: (176, 214, 232),
 }
 OUTLINE = 0.62
-"""Brightness of a part's outline against its inside."""
+"""Brightness of a part's outline relative to its inside."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What stays the same from photo to photo. Colors are names of `COLORS`.
+    """The attributes that are the same in all photos of a subject. Colors are names of `COLORS`.
 
-    `pattern_color` differs from `color` even where the pattern is plain, and does not show then; the same holds for
-    `accessory_color` without accessory.
+    `pattern_color` differs from `color` even if the pattern is plain and the color is not visible; the same holds for
+    `accessory_color` without an accessory.
     """
 
     kind: str
@@ -89,9 +89,9 @@ class Subject:
 
 @dataclass(frozen=True)
 class Pose:
-    """Where and how a subject stands, in units of the picture's side.
+    """The position and pose of a subject, in units of the image's side.
 
-    `x`, `y` is the middle of its square, `size` the square's side; `tilt` is in radians; `gait` moves its limbs.
+    `x`, `y` is the center of its square, `size` the square's side; `tilt` is in radians; `gait` moves its limbs.
     """
 
     x: float
@@ -104,7 +104,7 @@ class Pose:
 
 @dataclass(frozen=True)
 class Scene:
-    """All that a picture shows; of an `empty` scene, the background alone."""
+    """The content of an image; an `empty` scene shows only the background."""
 
     subject: Subject
     pose: Pose
@@ -116,7 +116,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Render:
-    """A picture (size x size, RGB), the subject's mask and every object's visible mask, the subject's first.
+    """An image (size x size, RGB), the subject's mask, and every object's visible mask, the subject's first.
 
     Masks are (size, size) bool: a pixel belongs to an object that covers at least half of it.
     """
@@ -127,7 +127,7 @@ class Render:
 
 
 def random_subject(rng: np.random.Generator, kind: str | None = None) -> Subject:
-    """Draws a subject; its second, pattern and accessory colors differ from the colors that they touch."""
+    """Samples a subject; its second, pattern and accessory colors differ from the colors that they touch."""
     kind = kind or str(rng.choice(KINDS))
     color, second, pattern_color = (str(name) for name in rng.choice(list(COLORS), 3, replace=False))
     pattern = str(rng.choice(PATTERNS, p=(0.4, 0.3, 0.3)))
@@ -142,13 +142,13 @@ def random_scene(
     background: str | None = None,
     distractors: int | None = None,
 ) -> Scene:
-    """Draws a scene.
+    """Samples a scene.
 
     Args:
-        subject: drawn when not given.
-        background: one of `BACKGROUNDS`; drawn when not given.
-        distractors: how many other objects stand around, smaller and farther back, two in three of the subject's own
-            kind; when not given, none in six of ten scenes, else one or two.
+        subject: sampled by default.
+        background: one of `BACKGROUNDS`; sampled by default.
+        distractors: number of other objects, smaller and farther back, two thirds of them of the subject's own kind; by
+            default none in six of ten scenes, else one or two.
     """
     subject = subject or random_subject(rng)
     pose = random_pose(rng)
@@ -160,7 +160,7 @@ def random_scene(
 
 
 def random_pose(rng: np.random.Generator) -> Pose:
-    """Draws where and how a photo's main subject stands."""
+    """Samples the position and pose of a photo's main subject."""
     size = rng.uniform(0.5, 0.82)
     room = (1.04 - size) / 2
     return Pose(
@@ -176,7 +176,7 @@ def random_pose(rng: np.random.Generator) -> Pose:
 def random_distractors(
     rng: np.random.Generator, subject: Subject, count: int, pose: Pose | None = None
 ) -> tuple[tuple[Subject, Pose], ...]:
-    """Draws other objects for the sides of a picture; none looks like the subject. Without a pose, on any side."""
+    """Samples other objects for the sides of an image; none looks like the subject. Without a pose, on any side."""
     others = []
     for number in range(count):
         other = random_subject(rng, subject.kind if rng.random() < 0.67 else None)
@@ -193,7 +193,7 @@ def random_distractors(
 
 
 def personal_scenes(rng: np.random.Generator, subject: Subject, background: str, count: int) -> list[Scene]:
-    """Draws the few photos that a person takes of one subject: the same place, one distractor, other poses."""
+    """Samples the few photos that a person takes of one subject: the same place, one distractor, other poses."""
     first = random_scene(rng, subject, background, distractors=0)
     others = random_distractors(rng, subject, 1)
     return [
@@ -203,7 +203,7 @@ def personal_scenes(rng: np.random.Generator, subject: Subject, background: str,
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """Describes a scene, such as "a red striped cat with a hat on a beach"; every attribute is left out at times."""
+    """The caption of a scene: "a red striped cat with a hat on a beach"; every attribute is sometimes left out."""
     if scene.empty:
         return PLACES[scene.background]
     subject = scene.subject
@@ -224,7 +224,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def describe(kind: str, color: str, background: str) -> str:
-    """The caption of a subject of that kind and color on that background, with nothing left out."""
+    """The caption of a subject with a kind and color on a background, with nothing left out."""
     return _with_article([color, kind, PHRASES[background]])
 
 
@@ -247,7 +247,7 @@ def render(scene: Scene, size: int) -> Render:
 
 
 def silhouette(kind: str, pose: Pose, size: int, accessory: str = "none") -> np.ndarray:
-    """The mask (size, size) of a kind in a pose, alone: its true shape."""
+    """The mask (size, size) of a kind in a pose without other objects: its true shape."""
     plain = Subject(kind, "white", "white", "plain", "black", accessory, "white")
     side = 4 * size
     cover = _draw_object(np.zeros((side, side, 3), np.uint8), plain, pose)
@@ -259,7 +259,7 @@ def _with_article(words: list[str]) -> str:
 
 
 def _background(scene: Scene, side: int) -> np.ndarray:
-    """Draws the background (side, side, 3) uint8, with a light, smooth unevenness."""
+    """Draws the background (side, side, 3) uint8, with slight, smooth brightness variations."""
     drawn = backdrop(scene.background, scene.background_seed)
     heights, colors = zip(*drawn.gradient, strict=True)
     rows = (np.arange(side) + 0.5) / side
@@ -277,7 +277,7 @@ def _background(scene: Scene, side: int) -> np.ndarray:
 
 
 def _draw_object(canvas: np.ndarray, subject: Subject, pose: Pose) -> np.ndarray:
-    """Draws an object with its shadow onto the canvas (side, side, 3); returns where it is, (side, side) bool."""
+    """Draws an object with its shadow on the canvas (side, side, 3); returns its mask, (side, side) bool."""
     side = canvas.shape[0]
     figure = subjects.figure(subject.kind, pose.gait)
     parts = [*figure.parts, *subjects.accessory(subject.accessory, figure)]
@@ -310,7 +310,7 @@ def _draw_object(canvas: np.ndarray, subject: Subject, pose: Pose) -> np.ndarray
     palette[8] = COLORS[subject.pattern_color]
     covered = index > 0
     _draw_shadow(canvas, pose)
-    # Light falls from above: the top of the subject is a tenth brighter, its foot a tenth darker.
+    # Light from above: the top of the subject is a tenth brighter, its bottom a tenth darker.
     rows = (np.arange(side) / side - pose.y) / half
     light = (1 - 0.1 * rows.clip(-1, 1)).astype(np.float32)
     where = np.nonzero(covered)

@@ -1,1 +1,1 @@
-"""The model families: each in one file; `registry` finds the family of a checkpoint."""
+"""The model families, one file each; `registry` finds the family of a checkpoint."""

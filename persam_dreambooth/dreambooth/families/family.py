@@ -1,4 +1,4 @@
-"""What the trainer asks of a model family; `registry` finds the family of a checkpoint.
+"""The interface between the trainer and a model family; `registry` finds the family of a checkpoint.
 
 Shapes: B samples, C latent channels, h w latent size, H W training crop, T tokens, D their width, P width of a pooled
 prompt.
@@ -17,11 +17,11 @@ from persam_dreambooth.dreambooth.training_options import TrainingOptions
 
 @dataclass(frozen=True)
 class Embeddings:
-    """What a denoiser reads of prompts; indexed and stacked along them like a tensor.
+    """Prompt embeddings for a denoiser; indexed and stacked along prompts like a tensor.
 
     Args:
-        states: a vector per token, (B, T, D).
-        pooled: a vector per prompt, (B, P), where the family has one.
+        states: hidden states, one vector per token, (B, T, D).
+        pooled: pooled embeddings, one vector per prompt, (B, P), if the family has them.
     """
 
     states: torch.Tensor
@@ -38,84 +38,84 @@ class Embeddings:
 
     @staticmethod
     def stack(each: list["Embeddings"]) -> "Embeddings":
-        """Embeddings of single prompts, states (T, D) and pooled (P,), as those of all of them."""
+        """Stacks embeddings of single prompts, states (T, D) and pooled (P,)."""
         pooled = [one.pooled for one in each if one.pooled is not None]
         return Embeddings(torch.stack([one.states for one in each]), torch.stack(pooled) if pooled else None)
 
     def to(self, dtype: torch.dtype) -> "Embeddings":
-        """The same in another precision."""
+        """Converts to another dtype."""
         return Embeddings(self.states.to(dtype), None if self.pooled is None else self.pooled.to(dtype))
 
 
 class Family(Protocol):
-    """One model under training."""
+    """A model in training."""
 
     pipeline: Any
-    """The diffusers pipeline whose parts are trained and which paints."""
+    """The diffusers pipeline whose parts are trained; it also generates samples."""
 
     trained: dict[str, Any]
-    """The parts under training by their names in the pipeline, the denoiser first; accelerate may wrap them."""
+    """The trained parts by their names in the pipeline, the denoiser first; accelerate may wrap them."""
 
     learning_rates: ClassVar[dict[str, float]]
-    """Default learning rate of each method the family has, `lora` and `full`."""
+    """The default learning rate of each supported method, `lora` and `full`."""
 
     tags: ClassVar[list[str]]
-    """What a model card calls the family."""
+    """The tags of the family in a model card."""
 
     without: ClassVar[dict[str, str]]
-    """Options that the family has no use for, and why in half a sentence; they are refused."""
+    """Options that the family does not support, with the reason as half a sentence; they are refused."""
 
     @property
     def native_resolution(self) -> int:
-        """Side in pixels of the pictures the model was made for: the default of the training crop."""
+        """Side in pixels of the images the model was trained for: the default training resolution."""
 
     @property
     def granularity(self) -> int:
-        """The sides of a training crop are multiples of this, in pixels."""
+        """Sides of training crops must be multiples of this, in pixels."""
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The model's device."""
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(C, h, w) of the latents of a crop of this size in pixels; masks are brought to (h, w)."""
+        """(C, h, w) of the latents of a crop of this size in pixels; masks are resized to (h, w)."""
 
     def make_trainable(
         self, options: TrainingOptions, device: torch.device, frozen_dtype: torch.dtype
     ) -> list[torch.nn.Parameter]:
-        """Adds LoRA matrices (`lora`), or frees all weights (`full`); returns what is trained, in float32.
+        """Adds LoRA matrices (`lora`), or unfreezes all weights (`full`); returns the trained parameters, in float32.
 
         Args:
             options: method, rank, dropout, text encoder, gradient checkpointing.
-            device: where all parts go.
-            frozen_dtype: precision of the weights that are not trained.
+            device: the device of all parts.
+            frozen_dtype: dtype of the frozen weights.
         """
 
     def encode_images(self, pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """Pixels (B, 3, H, W) in -1..1 to scaled latents (B, C, h, w), sampled with the given noise (B, C, h, w)."""
 
     def cache_latents(self, crops: Iterable[torch.Tensor] | None) -> None:
-        """Lets `encode_images` keep what the VAE says of a crop.
+        """Lets `encode_images` cache the latents of crops.
 
         Args:
-            crops: all there will be, (3, H, W) each, where they are known: they are encoded at once, and the VAE leaves
-                the accelerator; or None.
+            crops: all crops of the run, (3, H, W) each, if they are known: they are encoded now, and the VAE moves to
+                the CPU; or None.
         """
 
     def encode_prompts(self, prompts: list[str]) -> Embeddings:
-        """Prompts to their embeddings; those of encoders under training carry gradients."""
+        """Encodes prompts; the embeddings have gradients if the text encoders are trained."""
 
     def set_encoders_aside(self) -> None:
-        """Moves text encoders that are not trained off the accelerator; every prompt has been encoded once by then."""
+        """Moves frozen text encoders to the CPU, after every prompt has been encoded once."""
 
     def painting(self) -> AbstractContextManager[Any]:
-        """The pipeline, for a block of painting amid training: all parts on the accelerator, without dropout."""
+        """Yields the pipeline for inference during training: all parts on the accelerator, in evaluation mode."""
 
     def draw_timestep(self, generator: torch.Generator, shape: tuple[int, int, int]) -> torch.Tensor:
-        """One timestep (1,) from the family's density, for a latent of shape (C, h, w); on the CPU."""
+        """Samples one timestep (1,) from the family's density, for a latent of shape (C, h, w); on the CPU."""
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """Noisy latents (B, C, h, w) of latents and noise (B, C, h, w) at timesteps (B,)."""
+        """Adds noise (B, C, h, w) to latents (B, C, h, w) at timesteps (B,)."""
 
     def predict(
         self, noisy: torch.Tensor, timesteps: torch.Tensor, embeddings: Embeddings, crops: torch.Tensor
@@ -124,24 +124,24 @@ class Family(Protocol):
 
         Args:
             noisy: latents (B, C, h, w).
-            timesteps: (B,), as `draw_timestep` gives them.
-            embeddings: of the B prompts.
+            timesteps: (B,), from `draw_timestep`.
+            embeddings: the embeddings of the B prompts.
             crops: (B, 4) pixels: height and width of the photo, top and left of the crop in the resized photo.
         """
 
     def predict_base(
         self, noisy: torch.Tensor, timesteps: torch.Tensor, embeddings: Embeddings, crops: torch.Tensor
     ) -> torch.Tensor:
-        """What the denoiser would have predicted before training; arguments and result as of `predict`."""
+        """The prediction of the base model, before training; arguments and result as in `predict`."""
 
     def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """What `predict` should give, (B, C, h, w); arguments as of `add_noise`."""
+        """The target of `predict`, (B, C, h, w); arguments as in `add_noise`."""
 
     def min_snr_weights(self, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
-        """Weights (B,) of the loss at timesteps (B,), unless `without` names `snr_gamma`."""
+        """Loss weights (B,) at timesteps (B,); not called if `without` contains `snr_gamma`."""
 
     def save_weights(self, folder: Path) -> None:
-        """Saves what was trained to an existing folder: LoRA as diffusers loads it, or each part in its own folder."""
+        """Saves the trained weights to an existing folder: LoRA in diffusers' format, or a folder for each part."""
 
     def load_weights(self, folder: Path) -> None:
-        """Loads what `save_weights` saved into the parts made trainable before."""
+        """Loads what `save_weights` saved, after `make_trainable`."""

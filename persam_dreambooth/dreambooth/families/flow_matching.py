@@ -1,7 +1,7 @@
-"""Rectified flow, as Stable Diffusion 3 and FLUX.1 are trained (Esser et al. 2024, arXiv 2403.03206).
+"""Rectified flow, the training objective of Stable Diffusion 3 and FLUX.1 (Esser et al. 2024, arXiv 2403.03206).
 
-A transformer over 2 x 2 patches of the latents predicts the way from latents to noise. Shapes as in `family`; timesteps
-are 1000 times the part of noise, from 0 to 1000.
+A transformer over 2 x 2 patches of the latents predicts noise minus latents. Shapes as in `family`; timesteps are 1000
+times the fraction of noise, from 0 to 1000.
 """
 
 import math
@@ -15,10 +15,10 @@ PATCH = 2
 
 
 class FlowMatching(LatentDiffusion):
-    """What the two families of rectified flow do alike: timesteps, noise, target, and a T5 that is never trained.
+    """The code that the two families of rectified flow share: timesteps, noise, target, and a frozen T5.
 
     Args:
-        pipeline: where its parts come from.
+        pipeline: the loaded pipeline.
     """
 
     denoiser_name = "transformer"
@@ -40,10 +40,10 @@ class FlowMatching(LatentDiffusion):
         return self.latent_factor * PATCH
 
     def shift(self, shape: tuple[int, int, int]) -> float:
-        """How far timesteps move to more noise for a latent of shape (C, h, w), as when the pipeline samples.
+        """The shift of timesteps toward more noise for a latent of shape (C, h, w), as in the pipeline's inference.
 
-        The scheduler's configuration has one number, or two between which its logarithm is linear in the number of
-        patches: the more pixels, the more noise hides as much (section 5.3.2).
+        The scheduler's configuration has one value, or two values between which the logarithm of the shift is linear in
+        the number of patches: larger images need more noise for the same loss of information (section 5.3.2).
         """
         if not self.flow.use_dynamic_shifting:
             return self.flow.shift
@@ -54,7 +54,7 @@ class FlowMatching(LatentDiffusion):
         return math.exp(mu) if self.flow.time_shift_type == "exponential" else mu
 
     def draw_timestep(self, generator: torch.Generator, shape: tuple[int, int, int]) -> torch.Tensor:
-        """See `Family`: logit-normal with mean 0 and deviation 1 (section 3.1), then shifted (eq. 23)."""
+        """See `Family`: logit-normal with mean 0 and standard deviation 1 (section 3.1), then shifted (eq. 23)."""
         part = torch.sigmoid(torch.randn((1,), generator=generator))
         shift = self.shift(shape)
         return self.flow.num_train_timesteps * shift * part / (1 + (shift - 1) * part)
@@ -65,11 +65,11 @@ class FlowMatching(LatentDiffusion):
         return (1 - part) * latents + part * noise
 
     def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """See `Family`: noise - latents, the derivative of `add_noise` by t."""
+        """See `Family`: noise - latents, the derivative of `add_noise` with respect to t."""
         return noise - latents
 
     def t5_states(self, encoder: Any, tokenizer: Any, prompts: list[str], length: int) -> torch.Tensor:
-        """T5's states (B, length, D) of prompts; each is encoded once, since T5 is never trained."""
+        """The hidden states of T5 (B, length, D); each prompt is encoded once, because T5 is frozen."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._t5_states]
         if new:
             with torch.no_grad():

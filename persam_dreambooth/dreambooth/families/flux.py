@@ -1,4 +1,4 @@
-"""FLUX.1 dev and schnell (Black Forest Labs 2024): rectified flow on packed latents, CLIP's pooled prompt and T5.
+"""FLUX.1 dev and schnell (Black Forest Labs 2024): rectified flow on packed latents, CLIP (pooled) and T5.
 
 C 16, T 512, D 4096, P 768; other shapes as in `family`.
 """
@@ -13,11 +13,11 @@ from persam_dreambooth.dreambooth.families.flow_matching import PATCH, FlowMatch
 
 
 class Flux(FlowMatching):
-    """FLUX.1 under training.
+    """FLUX.1 in training.
 
-    The learning rate, LoRA's layers, and the guidance of 1 that dev is told during training, are those of diffusers'
-    `train_dreambooth_lora_flux.py` and its README; the length of T5's prompts that of `FluxPipeline`. Timesteps are
-    drawn as for Stable Diffusion 3, shifted as dev is when it paints; diffusers' script draws them uniformly.
+    The learning rate, LoRA's layers, and the guidance of 1 for dev during training are those of diffusers'
+    `train_dreambooth_lora_flux.py` and its README. The length of T5's prompts is that of `FluxPipeline`. Timesteps are
+    sampled as for Stable Diffusion 3, with the shift of dev's inference; diffusers' script samples them uniformly.
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = FluxPipeline
@@ -34,7 +34,7 @@ class Flux(FlowMatching):
 
     @classmethod
     def load_pipeline(cls, *arguments: Any, **settings: Any) -> Any:
-        """See `LatentDiffusion`; pictures have the size that the VAE was made for, which the pipeline does not read."""
+        """See `LatentDiffusion`; takes the default image size from the VAE's configuration."""
         pipeline = super().load_pipeline(*arguments, **settings)
         pipeline.default_sample_size = pipeline.vae.config.sample_size // pipeline.vae_scale_factor
         return pipeline
@@ -45,7 +45,7 @@ class Flux(FlowMatching):
         return self.vae.config.sample_size
 
     def encode_prompts(self, prompts: list[str]) -> Embeddings:
-        """See `Family`: T5's states, CLIP's pooled vector."""
+        """See `Family`: the hidden states of T5 and the pooled embedding of CLIP."""
         pipeline = self.pipeline
         pooled = self.part("text_encoder")(self.tokens(pipeline.tokenizer, prompts)).pooler_output
         states = self.t5_states(pipeline.text_encoder_2, pipeline.tokenizer_2, prompts, self.t5_length)
@@ -54,7 +54,7 @@ class Flux(FlowMatching):
     def denoise(
         self, denoiser: Any, noisy: torch.Tensor, timesteps: torch.Tensor, embeddings: Embeddings, crops: torch.Tensor
     ) -> torch.Tensor:
-        """See `LatentDiffusion`; latents are packed for the transformer alone."""
+        """See `LatentDiffusion`; latents are packed only for the transformer."""
         height, width = noisy.shape[-2:]
         has_guidance = self.pipeline.transformer.config.guidance_embeds
         packed = denoiser(
@@ -70,7 +70,7 @@ class Flux(FlowMatching):
 
 
 def pack(latents: torch.Tensor) -> torch.Tensor:
-    """Latents (B, C, h, w) to a row of 2 x 2 patches, (B, h w / 4, 4 C)."""
+    """Packs latents (B, C, h, w) into a sequence of 2 x 2 patches, (B, h w / 4, 4 C)."""
     rows = latents.unflatten(3, (-1, PATCH)).unflatten(2, (-1, PATCH))  # B, C, h / 2, 2, w / 2, 2
     return rows.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 

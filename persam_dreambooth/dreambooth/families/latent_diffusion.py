@@ -1,6 +1,6 @@
-"""What the model families do alike: load a pipeline, add LoRA to its parts, encode photos, stay with the base, save.
+"""The code that the model families share: load a pipeline, add LoRA, encode photos, predict with the base model, save.
 
-A family states its parts and defaults and adds what is its own: prompts, noise, the call of its denoiser. Shapes as in
+A family declares its parts and defaults and implements the rest: prompts, noise, the call of its denoiser. Shapes as in
 `family`.
 """
 
@@ -32,39 +32,39 @@ TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 TEXT_FEEDFORWARD = ["fc1", "fc2"]
 DORA_LENGTH = "lora_magnitude_vector"
 INITS: dict[str, Any] = {"gaussian": "gaussian", "kaiming": True}
-"""How peft calls them. Those that change the base weights too (PiSSA, OLoRA) would not survive a saved LoRA."""
+"""The names in peft. Initializations that change the base weights (PiSSA, OLoRA) would be lost in a saved LoRA."""
 
 
 class LatentDiffusion(Family):
-    """One model under training; see `family.Family` for what is not told here.
+    """A model in training; `family.Family` documents the methods that say "See `Family`".
 
     Args:
-        pipeline: where its parts come from.
+        pipeline: the loaded pipeline.
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]]
-    """The pipeline by whose name in `model_index.json` a checkpoint is known."""
+    """The pipeline class; its name in `model_index.json` identifies the family."""
 
     load_settings: ClassVar[dict[str, Any]] = {}
-    """Given to `from_pretrained`."""
+    """Arguments of `from_pretrained`."""
 
     denoiser_name: ClassVar[str]
     """The denoiser's name in the pipeline: `unet` or `transformer`."""
 
     denoiser_targets: ClassVar[list[str]]
-    """Endings of the names of the denoiser's layers that LoRA adapts unless `--lora_targets` says otherwise."""
+    """Name endings of the denoiser's layers that LoRA adapts by default, without `--lora_targets`."""
 
     feedforward_targets: ClassVar[list[str]] = ["ff.net.0.proj", "ff.net.2"]
-    """Endings of the names of the layers between those of attention."""
+    """Name endings of the feed-forward layers."""
 
     trainable_encoders: ClassVar[list[str]] = ["text_encoder"]
     """The text encoders that `--train_text_encoder` trains: those of CLIP."""
 
     large: ClassVar[bool] = False
-    """Whether what is not trained is loaded in half precision at once, because float32 would need too much memory."""
+    """Whether frozen weights are loaded in half precision, because float32 would need too much memory."""
 
     paint_dtype: ClassVar[torch.dtype] = torch.float16
-    """The half precision that it paints in on an accelerator."""
+    """The half precision for inference on an accelerator."""
 
     without: ClassVar[dict[str, str]] = {}
 
@@ -88,27 +88,27 @@ class LatentDiffusion(Family):
         dtype: torch.dtype = torch.float32,
         **parts: Any,
     ) -> Any:
-        """Loads a pipeline of this family; arguments as of `registry.load_pipeline`."""
+        """Loads a pipeline of this family; arguments as in `registry.load_pipeline`."""
         settings = {"revision": revision, "variant": variant, "dtype": dtype, **cls.load_settings, **parts}
         return cls.pipeline_class.from_pretrained(source, **settings)
 
     @staticmethod
     def fast_sampler(pipeline: Any) -> Any:
-        """Gives a pipeline a sampler that is good from 20 to 30 steps on."""
+        """Sets a sampler that needs only 20 to 30 denoising steps."""
         return pipeline
 
     def part(self, name: str) -> Any:
-        """A part of the pipeline by its name; one under training as accelerate wrapped it."""
+        """A part of the pipeline by its name; a trained part comes with accelerate's wrapper."""
         return self.trained.get(name, getattr(self.pipeline, name))
 
     @property
     def latent_factor(self) -> int:
-        """Pixels along one side of a latent cell, 8 for all published models."""
+        """Pixels per side of a latent cell, 8 for all published models."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
     def device(self) -> torch.device:
-        """See `Family`; the VAE and the encoders may be set aside."""
+        """See `Family`: the denoiser's device; the VAE and the text encoders may be on the CPU."""
         return getattr(self.pipeline, self.denoiser_name).device
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
@@ -116,7 +116,7 @@ class LatentDiffusion(Family):
         return self.vae.config.latent_channels, height // self.latent_factor, width // self.latent_factor
 
     def vae_dtype(self, frozen_dtype: torch.dtype) -> torch.dtype:
-        """The VAE's precision during training."""
+        """The VAE's dtype during training."""
         return frozen_dtype
 
     def make_trainable(
@@ -136,7 +136,7 @@ class LatentDiffusion(Family):
         return [weight for part in self.trained.values() for weight in part.parameters() if weight.requires_grad]
 
     def check(self, options: TrainingOptions) -> None:
-        """Raises `InputError` for options that this model has no use for."""
+        """Raises `InputError` for options that this model does not support."""
         layers = adaptable_layers(getattr(self.pipeline, self.denoiser_name))
         for ending in self.lora_targets(options):
             if not any(f".{layer}".endswith(f".{ending}") for layer in layers):
@@ -144,7 +144,7 @@ class LatentDiffusion(Family):
                 raise InputError(f"--lora_targets: no layer of the {self.denoiser_name} ends in {ending}: try {known}")
 
     def lora_targets(self, options: TrainingOptions) -> list[str]:
-        """Endings of the names of the denoiser's layers that LoRA adapts; not to be asked once it does."""
+        """Name endings of the denoiser's layers that LoRA adapts; call it only before LoRA is added."""
         attention = [ending for ending in self.denoiser_targets if ending not in self.feedforward_targets]
         match options.lora_targets:
             case None:
@@ -159,7 +159,7 @@ class LatentDiffusion(Family):
                 return [ending.strip() for ending in endings.split(",")]
 
     def free(self, name: str, options: TrainingOptions) -> None:
-        """Makes one part trainable."""
+        """Unfreezes one part, or adds LoRA to it."""
         part, is_denoiser = self.trained[name], name == self.denoiser_name
         if options.method == "lora":
             part.add_adapter(
@@ -184,7 +184,7 @@ class LatentDiffusion(Family):
                 (enable or part.gradient_checkpointing_enable)()
 
     def encode_images(self, pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """See `Family`; latents are shifted where the VAE's configuration has a shift, and scaled."""
+        """See `Family`; latents are shifted, if the VAE's configuration has a shift, and scaled."""
         posterior = self.posterior(pixels) if self.cache is None else self.cache(pixels)
         mean, deviation = posterior.to(self.device)
         latents = mean + deviation * noise.to(mean)
@@ -194,7 +194,7 @@ class LatentDiffusion(Family):
 
     @torch.no_grad()
     def posterior(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels (B, 3, H, W) to mean and deviation of the VAE's latents, (2, B, C, h, w)."""
+        """Pixels (B, 3, H, W) to mean and standard deviation of the VAE's latents, (2, B, C, h, w)."""
         answer = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
         return torch.stack([answer.mean, answer.std])
 
@@ -207,7 +207,7 @@ class LatentDiffusion(Family):
             self.set_aside("vae")
 
     def tokens(self, tokenizer: Any, prompts: list[str], length: int | None = None) -> torch.Tensor:
-        """Prompts to token ids (B, T), cut or padded to a length: the tokenizer's own where none is given."""
+        """Prompts to token ids (B, T), truncated or padded to `length`; default: the tokenizer's maximum length."""
         settings = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
         return tokenizer(prompts, max_length=length or tokenizer.model_max_length, **settings).input_ids.to(self.device)
 
@@ -216,7 +216,7 @@ class LatentDiffusion(Family):
         self.set_aside(*(name for name in self.encoders if name not in self.trained))
 
     def set_aside(self, *names: str) -> None:
-        """Moves parts that training does without off the accelerator."""
+        """Moves unused parts to the CPU."""
         self.aside += names
         for name in names:
             getattr(self.pipeline, name).to("cpu")
@@ -244,7 +244,7 @@ class LatentDiffusion(Family):
         embeddings: Embeddings,
         crops: torch.Tensor,
     ) -> torch.Tensor:
-        """A denoiser's answer (B, C, h, w); the other arguments are those of `predict`."""
+        """The output (B, C, h, w) of a denoiser; other arguments as in `predict`."""
         raise NotImplementedError
 
     def predict(
@@ -259,8 +259,8 @@ class LatentDiffusion(Family):
     ) -> torch.Tensor:
         """See `Family`.
 
-        With LoRA that is the denoiser without its matrices; else a copy, which `make_trainable` keeps where it is
-        needed.
+        With LoRA, the base model is the denoiser with its adapters disabled; else it is a copy, which `make_trainable`
+        makes if it is needed.
         """
         if self.base_denoiser is not None:
             dtype = self.base_denoiser.dtype
@@ -274,7 +274,7 @@ class LatentDiffusion(Family):
 
     @staticmethod
     def published_lora_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The denoiser's LoRA by the names that other programs know; peft's, unless a family says otherwise."""
+        """The denoiser's LoRA with the key names that other programs read; by default those of peft."""
         return state
 
     def save_weights(self, folder: Path) -> None:
@@ -289,8 +289,8 @@ class LatentDiffusion(Family):
             if name == self.denoiser_name:
                 layers[f"{name}_lora_layers"] = self.published_lora_names(get_peft_model_state_dict(part))
             else:
-                # With the level that other programs know; transformers dropped it from CLIPTextModel in 5.6. And with
-                # the name of DoRA's lengths inside peft, by which alone transformers finds them.
+                # Other programs need the prefix `text_model.`, which transformers 5.6 dropped from CLIPTextModel. DoRA
+                # magnitudes need their name in peft, the only one that transformers finds.
                 state = convert_state_dict_to_diffusers(get_peft_model_state_dict(part))
                 layers[f"{name}_lora_layers"] = {
                     TEXT_LEVEL + key.removeprefix(TEXT_LEVEL) + (".weight" if key.endswith(DORA_LENGTH) else ""): weight
@@ -318,18 +318,18 @@ class LatentDiffusion(Family):
 
 
 def adaptable_layers(part: torch.nn.Module) -> list[str]:
-    """The names of all layers that LoRA can adapt."""
+    """The names of all linear and convolutional layers, which LoRA can adapt."""
     return [name for name, layer in part.named_modules() if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))]
 
 
 def text_targets(options: TrainingOptions) -> list[str]:
-    """Endings of the names of the layers of a text encoder that LoRA adapts: attention, unless it shall be more."""
+    """Name endings of a text encoder's layers that LoRA adapts: attention, and feed-forward layers if asked."""
     more = options.lora_targets in ("attention+feedforward", "all")
     return [*TEXT_TARGETS, *(TEXT_FEEDFORWARD if more else [])]
 
 
 def adapter_settings(part: Any) -> dict[str, Any]:
-    """What a saved LoRA tells of itself: diffusers takes alpha and DoRA from it when it loads the file."""
+    """The metadata of a saved LoRA; diffusers reads alpha and DoRA from it."""
     settings = part.peft_config["default"]
     return {
         "r": settings.r,
@@ -340,7 +340,7 @@ def adapter_settings(part: Any) -> dict[str, Any]:
 
 
 def load_trained_parts(pipeline: Any, folder: Path) -> None:
-    """Loads fully trained parts, such as `unet/`, into a pipeline's own."""
+    """Loads fully trained parts, such as `unet/`, into a pipeline."""
     for name, part in pipeline.components.items():
         if (folder / name).is_dir():
             part.load_state_dict(type(part).from_pretrained(folder / name).state_dict())

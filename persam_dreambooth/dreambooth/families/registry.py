@@ -1,4 +1,4 @@
-"""The model families, each in one file, and which of them a checkpoint belongs to."""
+"""The registry of model families; it finds the family of a checkpoint."""
 
 from typing import Any
 
@@ -18,18 +18,18 @@ from persam_dreambooth.errors import InputError
 FAMILIES: dict[str, type[LatentDiffusion]] = {
     family.pipeline_class.__name__: family for family in (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux)
 }
-"""By the name of the pipeline that `model_index.json` gives."""
+"""The families by the pipeline class in `model_index.json`."""
 
 
 def family_of(source: str, revision: str | None = None) -> type[LatentDiffusion]:
     """The family of a checkpoint.
 
     Args:
-        source: hub id or folder, as `models.resolve` gives it.
+        source: hub id or folder, from `models.resolve`.
         revision: branch, tag or commit on the hub.
 
     Raises:
-        InputError: a pipeline of no family, or a broken checkpoint.
+        InputError: an unsupported pipeline, or a broken checkpoint.
     """
     with models.loading(source):
         kind = DiffusionPipeline.load_config(source, revision=revision).get("_class_name")
@@ -45,17 +45,17 @@ def load_pipeline(
     dtype: torch.dtype = torch.float32,
     **parts: Any,
 ) -> Any:
-    """Loads a pipeline of any family, without a safety checker, which has no part in training.
+    """Loads a pipeline of any family, without a safety checker, which training does not use.
 
     Args:
-        source: hub id or folder, as `models.resolve` gives it.
+        source: hub id or folder, from `models.resolve`.
         revision: branch, tag or commit on the hub.
-        variant: of the weight files, such as fp16.
-        dtype: precision of the weights.
-        parts: parts at hand already, such as a trained `unet`, which are not loaded then.
+        variant: variant of the weight files, such as fp16.
+        dtype: dtype of the weights.
+        parts: loaded parts, such as a trained `unet`, to use instead of the checkpoint's.
 
     Raises:
-        InputError: a pipeline of no family, or a broken checkpoint.
+        InputError: an unsupported pipeline, or a broken checkpoint.
     """
     disable_progress_bar()
     family = family_of(source, revision)
@@ -66,15 +66,15 @@ def load_pipeline(
 
 
 def open_family(options: TrainingOptions, source: str, frozen_dtype: torch.dtype) -> LatentDiffusion:
-    """Loads a model to train.
+    """Loads a model for training.
 
     Args:
         options: method, revision, variant.
-        source: hub id or folder, as `models.resolve` gives it.
-        frozen_dtype: precision of the weights that will not be trained.
+        source: hub id or folder, from `models.resolve`.
+        frozen_dtype: dtype of the frozen weights.
 
     Raises:
-        InputError: as `load_pipeline`; or a method or an option that the family does not have.
+        InputError: as in `load_pipeline`; or a method or an option that the family does not support.
     """
     family = family_of(source, options.revision)
     kind = family.pipeline_class.__name__
@@ -91,5 +91,5 @@ def open_family(options: TrainingOptions, source: str, frozen_dtype: torch.dtype
 
 
 def fast_sampler(pipeline: Any) -> Any:
-    """Gives a pipeline a sampler of its family that is good from 20 to 30 steps on."""
+    """Sets a sampler of the pipeline's family that needs only 20 to 30 denoising steps."""
     return FAMILIES[type(pipeline).__name__].fast_sampler(pipeline)

@@ -14,15 +14,15 @@ from persam_dreambooth.errors import InputError
 
 
 class StableDiffusion(LatentDiffusion):
-    """Stable Diffusion 1.x or 2.x under training.
+    """Stable Diffusion 1.x or 2.x in training.
 
     Learning rates are the defaults of diffusers' `train_dreambooth_lora.py` and `train_dreambooth.py`.
 
     Args:
-        pipeline: where its parts come from.
+        pipeline: the loaded pipeline.
 
     Raises:
-        InputError: a model that predicts something else than the noise or v, or that scales its input (EDM).
+        InputError: a model that predicts neither the noise nor v, or that scales its input (EDM).
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusionPipeline
@@ -42,7 +42,7 @@ class StableDiffusion(LatentDiffusion):
 
     @staticmethod
     def fast_sampler(pipeline: Any) -> Any:
-        """Gives a pipeline the DPM-Solver++ sampler, good from 20 to 30 steps on."""
+        """Sets the DPM-Solver++ sampler, which needs only 20 to 30 denoising steps."""
         pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
         return pipeline
 
@@ -58,7 +58,7 @@ class StableDiffusion(LatentDiffusion):
 
     @property
     def granularity(self) -> int:
-        """See `Family`: the UNet halves its grid at every level but the last."""
+        """See `Family`: the UNet halves its grid at every level except the last."""
         return self.latent_factor * 2 ** (len(self.pipeline.unet.config.block_out_channels) - 1)
 
     @property
@@ -67,11 +67,11 @@ class StableDiffusion(LatentDiffusion):
         return self.noise_schedule.config.num_train_timesteps
 
     def encode_prompts(self, prompts: list[str]) -> Embeddings:
-        """See `Family`: the last states of CLIP."""
+        """See `Family`: the last hidden states of CLIP."""
         return Embeddings(self.part("text_encoder")(self.tokens(self.pipeline.tokenizer, prompts))[0])
 
     def draw_timestep(self, generator: torch.Generator, shape: tuple[int, int, int]) -> torch.Tensor:
-        """See `Family`: uniform among 0 to 999."""
+        """See `Family`: uniform from 0 to 999."""
         return torch.randint(0, self.timesteps, (1,), generator=generator)
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
@@ -85,16 +85,16 @@ class StableDiffusion(LatentDiffusion):
         return self.noise_schedule.get_velocity(latents, noise, timesteps)
 
     def min_snr_weights(self, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
-        """See `Family`: min-SNR (Hang et al. 2023, arXiv 2303.09556), for the squared error of what is predicted.
+        """See `Family`: min-SNR (Hang et al. 2023, arXiv 2303.09556), for the squared error of the prediction.
 
-        With the signal-to-noise ratio s = a / (1 - a), all latents' errors are weighted by min(s, gamma):
+        With the signal-to-noise ratio s = a / (1 - a), the error of the latents has the weight min(s, gamma):
 
             noise   min(s, gamma) / s          v   min(s, gamma) / (s + 1)
         """
         kept = self.noise_schedule.alphas_cumprod.to(timesteps.device)[timesteps]
         ratio = kept / (1 - kept)
         if self.prediction_type == "epsilon":
-            return (gamma / ratio).clamp(max=1)  # 1 where there is no signal at all
+            return (gamma / ratio).clamp(max=1)  # 1 if there is no signal
         return ratio.clamp(max=gamma) / (ratio + 1)
 
     def denoise(
@@ -105,11 +105,11 @@ class StableDiffusion(LatentDiffusion):
 
     @staticmethod
     def published_lora_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """See `LatentDiffusion`; diffusers reads these names of all layers or of none."""
+        """See `LatentDiffusion`; diffusers needs these names for all layers or for none."""
         renamed = {"lora_A": "lora.down", "lora_B": "lora.up"}
         return {_replaced(key, renamed): weight for key, weight in state.items()}
 
 
 def _replaced(name: str, parts: dict[str, str]) -> str:
-    """A dotted name with some of its parts called otherwise."""
+    """A dotted name with some of its parts replaced."""
     return ".".join(parts.get(part, part) for part in name.split("."))

@@ -14,11 +14,11 @@ from persam_dreambooth.dreambooth.families.flow_matching import FlowMatching
 
 
 class StableDiffusion3(FlowMatching):
-    """Stable Diffusion 3 or 3.5 under training.
+    """Stable Diffusion 3 or 3.5 in training.
 
-    The learning rate and LoRA's layers are those of diffusers' `train_dreambooth_lora_sd3.py`, the length of T5's
-    prompts that of `StableDiffusion3Pipeline`. T5 may be left out of a checkpoint; zeros stand for its states then, as
-    in the pipeline.
+    The learning rate and LoRA's layers are those of diffusers' `train_dreambooth_lora_sd3.py`. The length of T5's
+    prompts is that of `StableDiffusion3Pipeline`. A checkpoint may have no T5; its hidden states are then zeros, as in
+    the pipeline.
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusion3Pipeline
@@ -34,7 +34,7 @@ class StableDiffusion3(FlowMatching):
 
     @classmethod
     def load_pipeline(cls, source: str, revision: str | None = None, *arguments: Any, **settings: Any) -> Any:
-        """See `LatentDiffusion`; parts that the checkpoint left out are named to diffusers, which insists on it."""
+        """See `LatentDiffusion`; passes None for the parts that the checkpoint does not have, as diffusers requires."""
         index = cls.pipeline_class.load_config(source, revision=revision)
         left_out = {name: None for name, kind in index.items() if kind == [None, None]}
         return super().load_pipeline(source, revision, *arguments, **{**left_out, **settings})
@@ -45,7 +45,7 @@ class StableDiffusion3(FlowMatching):
         return self.pipeline.transformer.config.sample_size * self.latent_factor
 
     def encode_prompts(self, prompts: list[str]) -> Embeddings:
-        """See `Family`: CLIP's states side by side, padded to the width of T5's, then T5's; CLIP's pooled vectors."""
+        """See `Family`: CLIP's states, concatenated and padded to T5's width, then T5's; CLIP's pooled embeddings."""
         states, pooled = [], []
         for name, tokenizer in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
             ids = self.tokens(getattr(self.pipeline, tokenizer), prompts)

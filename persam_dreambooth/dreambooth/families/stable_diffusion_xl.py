@@ -15,14 +15,14 @@ from persam_dreambooth.dreambooth.training_options import TrainingOptions
 
 
 class StableDiffusionXL(StableDiffusion):
-    """Stable Diffusion XL under training; noise, targets and LoRA are those of Stable Diffusion.
+    """Stable Diffusion XL in training; noise, targets and LoRA are those of Stable Diffusion.
 
     Learning rates are those of diffusers' `train_dreambooth_lora_sdxl.py` (default) and, for all weights, of its
     `train_text_to_image_sdxl.py` (README).
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusionXLPipeline
-    # A watermark would be learned from class images.
+    # A watermark on class images would be learned.
     load_settings: ClassVar = {"add_watermarker": False}
     trainable_encoders: ClassVar = ["text_encoder", "text_encoder_2"]
     learning_rates: ClassVar = {"lora": 1e-4, "full": 1e-6}
@@ -32,15 +32,15 @@ class StableDiffusionXL(StableDiffusion):
         super().__init__(pipeline)
         if self.vae.config.force_upcast:
             decode = self.vae.decode
-            # Class images are painted under autocast, which would not ask the VAE.
+            # Class images are generated under autocast, which would ignore the VAE's dtype.
             self.vae.decode = lambda latents, **settings: in_own_precision(self.vae, decode, latents, **settings)
 
     def vae_dtype(self, frozen_dtype: torch.dtype) -> torch.dtype:
-        """Float32 where the VAE's configuration asks for it: the published one overflows in half precision."""
+        """Float32 if the VAE's configuration asks for it: the published VAE overflows in half precision."""
         return torch.float32 if self.vae.config.force_upcast else frozen_dtype
 
     def free(self, name: str, options: TrainingOptions) -> None:
-        """See `LatentDiffusion`; the first encoder's states are read before its last layer, which learns nothing."""
+        """See `LatentDiffusion`; the last layer of the first encoder stays frozen, because its output is not used."""
         super().free(name, options)
         if name == "text_encoder":
             encoder = getattr(self.trained[name], "text_model", self.trained[name])
@@ -48,7 +48,7 @@ class StableDiffusionXL(StableDiffusion):
                 unread.requires_grad_(False)
 
     def encode_prompts(self, prompts: list[str]) -> Embeddings:
-        """See `Family`: the last states but one of CLIP-L and OpenCLIP-G side by side; the latter's pooled vector."""
+        """See `Family`: concatenated second-to-last states of CLIP-L and OpenCLIP-G; the latter's pooled embedding."""
         first = self.part("text_encoder")(self.tokens(self.pipeline.tokenizer, prompts), output_hidden_states=True)
         second = self.part("text_encoder_2")(self.tokens(self.pipeline.tokenizer_2, prompts), output_hidden_states=True)
         return Embeddings(torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second.text_embeds)
@@ -56,7 +56,7 @@ class StableDiffusionXL(StableDiffusion):
     def denoise(
         self, denoiser: Any, noisy: torch.Tensor, timesteps: torch.Tensor, embeddings: Embeddings, crops: torch.Tensor
     ) -> torch.Tensor:
-        """See `LatentDiffusion`; size, crop and target size enter as six numbers (section 2.2)."""
+        """See `LatentDiffusion`; photo size, crop and target size are six conditions (section 2.2)."""
         target_size = torch.tensor([side * self.latent_factor for side in noisy.shape[-2:]], device=crops.device)
         time_ids = torch.cat([crops, target_size.expand(len(crops), 2)], dim=1)
         conditions = {"text_embeds": embeddings.pooled, "time_ids": time_ids.float()}
@@ -64,6 +64,6 @@ class StableDiffusionXL(StableDiffusion):
 
 
 def in_own_precision(vae: Any, decode: Callable[..., Any], latents: torch.Tensor, **settings: Any) -> Any:
-    """Decodes latents (B, C, h, w) in the precision of the VAE's weights, whatever autocast says."""
+    """Decodes latents (B, C, h, w) in the dtype of the VAE's weights, also under autocast."""
     with torch.autocast(latents.device.type, enabled=False):
         return decode(latents.to(vae.dtype), **settings)

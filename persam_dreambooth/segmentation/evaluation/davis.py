@@ -9,20 +9,25 @@ The first and the last frame of a sequence are not scored; objects are those of 
 objects, not sequences.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from accelerate import PartialState
 from tqdm import tqdm
 
 from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.files import check_writable, note_settings, write_json, write_text
 from persam_dreambooth.options import option, require
 from persam_dreambooth.photos.labels import read_labels
-from persam_dreambooth.segmentation.evaluation.metrics import boundary_f, jaccard, statistics
+from persam_dreambooth.segmentation.evaluation.metrics import Statistics, boundary_f, jaccard, statistics
+from persam_dreambooth.segmentation.evaluation.processes import open_processes, own_part
 from persam_dreambooth.segmentation.segmenters import SegmenterOptions, make_video_segmenter, open_sam_of
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 PAPER_DAVIS = {
     "persam": {"J&F-Mean": 0.603, "J-Mean": 0.566, "F-Mean": 0.639},
@@ -36,7 +41,9 @@ class EvaluateDavisOptions(SegmenterOptions):
     """DAVIS 2017: a method's masks, or masks made by anything, and their J, F and J&F."""
 
     data: str | None = option(None, "folder with JPEGImages/480p, Annotations/480p and ImageSets/2017", path=True)
-    output: str | None = option(None, "folder for results and predictions; an evaluation in it goes on", path=True)
+    output: str | None = option(
+        None, "folder for results and predictions; an interrupted evaluation resumes there", path=True
+    )
     predictions: str | None = option(
         None, "score this folder of <sequence>/00000.png, palette or gray, instead of running a method", path=True
     )
@@ -47,49 +54,95 @@ class EvaluateDavisOptions(SegmenterOptions):
         super().check()
 
 
-def evaluate_davis(options: EvaluateDavisOptions) -> dict[str, float]:
+@dataclass(frozen=True)
+class ObjectScores:
+    """J and F of one object of a sequence.
+
+    Args:
+        name: <sequence>_<number>.
+        j, f: over the frames.
+    """
+
+    name: str
+    j: Statistics
+    f: Statistics
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """By their names in the official evaluation, 0 to 1."""
+        return {
+            "J-Mean": self.j.mean, "J-Recall": self.j.recall, "J-Decay": self.j.decay,
+            "F-Mean": self.f.mean, "F-Recall": self.f.recall, "F-Decay": self.f.decay,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DavisScores:
+    """The scores of an evaluation.
+
+    Args:
+        objects: of all sequences.
+        made_by: the method and its SAM, or `predictions`.
+        method: the method that was run; None for predictions.
+    """
+
+    objects: tuple[ObjectScores, ...]
+    made_by: str
+    method: str | None = None
+
+    @property
+    def overall(self) -> dict[str, float]:
+        """Means over objects, 0 to 1; J&F-Mean is the mean of J-Mean and F-Mean."""
+        figures = [each.figures for each in self.objects]
+        means = {name: float(np.mean([each[name] for each in figures])) for name in figures[0]}
+        return {"J&F-Mean": (means["J-Mean"] + means["F-Mean"]) / 2, **means}
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """The content of `results.json`."""
+        per_object = {each.name: each.figures for each in self.objects}
+        return {"global": self.overall, "per_object": per_object, "made_by": self.made_by}
+
+
+def evaluate_davis(options: EvaluateDavisOptions) -> DavisScores | None:
     """Runs a method unless predictions are given, and scores; writes `results.json` and `results.md`.
 
     Returns:
-        The global figures; nothing in processes other than the main one.
+        The scores; None in processes other than the main one.
 
     Raises:
         InputError, InputNotFoundError: a missing or broken file, frames of other sizes, a prediction with an object
-            that the first frame has not. What a method has predicted stays, and the next evaluation goes on from it.
+            that the first frame does not have. Predictions of a method are kept, and the next evaluation resumes from
+            them.
     """
     options.check()
     data, output = Path(str(options.data)), Path(str(options.output))
     check_writable(output)
     sequences = read_sequences(data)
-    state = PartialState(cpu=not torch.accelerator.is_available())  # else processes on a CPU would not know each other
+    state = open_processes()
     if not options.predictions:
         predict_videos(sequences, data, output, options, state)
     state.wait_for_everyone()
     if not state.is_main_process:
-        return {}
-    predictions = Path(options.predictions) if options.predictions else output / "predictions"
-    per_object: dict[str, dict[str, float]] = {}
+        return None
+    if options.predictions:
+        predictions, method, made_by = Path(options.predictions), None, "predictions"
+    else:
+        predictions, method = output / "predictions", options.segmenter
+        made_by = f"{method}, SAM: {options.sam_model}"
+    objects: list[ObjectScores] = []
     for sequence in tqdm(sequences, desc="scoring", unit="sequence"):
-        for number, series in enumerate(score_sequence(data, predictions, sequence), start=1):
-            (j, j_recall, j_decay), (f, f_recall, f_decay) = (statistics(values) for values in series)
-            per_object[f"{sequence}_{number}"] = {
-                "J-Mean": j, "J-Recall": j_recall, "J-Decay": j_decay,
-                "F-Mean": f, "F-Recall": f_recall, "F-Decay": f_decay,
-            }  # fmt: skip
-    names = next(iter(per_object.values()))
-    means = {name: float(np.mean([figures[name] for figures in per_object.values()])) for name in names}
-    overall = {"J&F-Mean": (means["J-Mean"] + means["F-Mean"]) / 2, **means}
-    method = None if options.predictions else options.segmenter
-    made_by = f"{method}, SAM: {options.sam_model}" if method else "predictions"
-    write_json(output / "results.json", {"global": overall, "per_object": per_object, "made_by": made_by})
-    write_text(output / "results.md", davis_table(overall, per_object, made_by, method))
-    return overall
+        objects += score_sequence(data, predictions, sequence)
+    scores = DavisScores(tuple(objects), made_by, method)
+    write_json(output / "results.json", scores.results)
+    write_text(output / "results.md", davis_table(scores))
+    return scores
 
 
 def predict_videos(
     sequences: list[str], data: Path, output: Path, options: EvaluateDavisOptions, state: PartialState
 ) -> None:
-    """Writes the predictions that are missing; under `accelerate launch`, each process takes a share of the sequences.
+    """Writes the predictions that are missing; under `accelerate launch`, each process takes a part of the sequences.
 
     Raises:
         InputError, InputNotFoundError: a sequence whose frames or annotations cannot be used.
@@ -107,7 +160,7 @@ def predict_videos(
     if state.is_main_process:  # several would write over one another
         note_settings(output, settings, "an evaluation", "--output")
     state.wait_for_everyone()
-    own = sequences[state.process_index :: state.num_processes]
+    own = own_part(sequences, state)
     folders = {sequence: output / "predictions" / sequence for sequence in own}
     left = [sequence for sequence in own if len(list(folders[sequence].glob("[!.]*.png"))) != videos[sequence].count]
     if not left:
@@ -147,8 +200,13 @@ def list_annotations(data: Path, sequence: str) -> list[Path]:
     return paths
 
 
-def score_sequence(data: Path, predictions: Path, sequence: str) -> np.ndarray:
-    """J and F of each object in each frame but the first and the last: (objects, 2, frames - 2)."""
+def score_sequence(data: Path, predictions: Path, sequence: str) -> list[ObjectScores]:
+    """J and F of each object over all frames except the first and the last.
+
+    Raises:
+        InputError, InputNotFoundError: a missing or broken file, a prediction of another size, or with an object that
+            the first frame does not have.
+    """
     annotations = list_annotations(data, sequence)
     objects = int(read_labels(annotations[0]).max())
     if not objects:
@@ -164,19 +222,21 @@ def score_sequence(data: Path, predictions: Path, sequence: str) -> np.ndarray:
         for number in range(objects):
             one, other = found == number + 1, truth == number + 1
             scores[number, :, place] = jaccard(one, other), boundary_f(one, other)
-    return scores
+    return [
+        ObjectScores(f"{sequence}_{number}", statistics(j), statistics(f))
+        for number, (j, f) in enumerate(scores, start=1)
+    ]
 
 
-def davis_table(
-    overall: dict[str, float], per_object: dict[str, dict[str, float]], made_by: str, method: str | None
-) -> str:
+def davis_table(scores: DavisScores) -> str:
     """The figures in Markdown, in percent; below those of a method, what the paper prints for it."""
-    names = list(overall)
+    overall = scores.overall
     rows = {"**all objects**": overall}
-    if method:
-        rows[f"the paper's {method}, SAM ViT-H, all of DAVIS 2017 val"] = PAPER_DAVIS[method]
-    lines = [f"Made by {made_by}. Percent.", "", f"| | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
-    for title, figures in {**rows, **per_object}.items():
-        cells = [f"{100 * figures[name]:.1f}" if name in figures else "" for name in names]
+    if scores.method:
+        rows[f"the paper's {scores.method}, SAM ViT-H, all of DAVIS 2017 val"] = PAPER_DAVIS[scores.method]
+    rows.update({each.name: each.figures for each in scores.objects})
+    lines = [f"Made by {scores.made_by}. Percent.", "", f"| | {' | '.join(overall)} |", f"|---|{'---|' * len(overall)}"]
+    for title, figures in rows.items():
+        cells = [f"{100 * figures[name]:.1f}" if name in figures else "" for name in overall]
         lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])

@@ -18,6 +18,7 @@ from persam_dreambooth.options import option
 from persam_dreambooth.photos.images import open_image
 from persam_dreambooth.segmentation.evaluation import one_shot
 from persam_dreambooth.segmentation.evaluation.data_set import DataSet, Item
+from persam_dreambooth.segmentation.evaluation.one_shot_scores import OneShotScores
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg")
 WHITE = 128
@@ -32,12 +33,12 @@ class EvaluateFss1000Options(one_shot.OneShotOptions):
     classes: str | None = option(None, "text file with the classes to score, one a line; default: all", path=True)
 
 
-def evaluate_fss1000(options: EvaluateFss1000Options) -> dict[str, dict[str, float]]:
+def evaluate_fss1000(options: EvaluateFss1000Options) -> OneShotScores | None:
     """Runs a method, or takes predictions, and scores; see `one_shot.evaluate_one_shot`.
 
     Raises:
-        InputError, InputNotFoundError: a data set, a prediction or a model that cannot be used; predictions that are
-            finished stay, and the next evaluation goes on from them.
+        InputError, InputNotFoundError: a data set, a prediction or a model that cannot be used. Finished predictions
+            are kept, and the next evaluation resumes from them.
     """
     options.check()
     items = read_classes(Path(str(options.data)), Path(options.classes) if options.classes else None)

@@ -4,9 +4,9 @@ Masks are (H, W) bool.
 """
 
 import math
+from typing import NamedTuple
 
 import numpy as np
-from scipy import ndimage
 
 SQUARE = np.ones((3, 3), bool)
 BAND = 0.02
@@ -47,19 +47,31 @@ def boundary_f(found: np.ndarray, truth: np.ndarray) -> float:
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
-def statistics(values: np.ndarray) -> tuple[float, float, float]:
-    """DAVIS's mean, recall and decay of an object's J or F, frame by frame.
+class Statistics(NamedTuple):
+    """DAVIS's statistics of an object's J or F over the frames.
 
-    Recall is the part of the frames above 0.5; decay is the mean of the first quarter minus that of the last. Quarters
-    share the frames that they meet at, as in the official evaluation.
+    Args:
+        mean: over the frames.
+        recall: part of the frames above 0.5.
+        decay: mean of the first quarter of the frames minus that of the last.
     """
+
+    mean: float
+    recall: float
+    decay: float
+
+
+def statistics(values: np.ndarray) -> Statistics:
+    """DAVIS's statistics of J or F (frames,); quarters share their end frames, as in the official evaluation."""
     ends = np.round(np.linspace(1, len(values), 5) + 1e-10).astype(int) - 1
     first, last = values[ends[0] : ends[1] + 1], values[ends[3] : ends[4] + 1]
-    return float(values.mean()), float((values > 0.5).mean()), float(first.mean() - last.mean())
+    return Statistics(float(values.mean()), float((values > 0.5).mean()), float(first.mean() - last.mean()))
 
 
 def _band(mask: np.ndarray, width: int) -> np.ndarray:
     """The pixels of a mask that are no farther than `width` from its outside; so is the picture's border."""
+    from scipy import ndimage
+
     return mask & ~ndimage.binary_erosion(mask, SQUARE, iterations=width)
 
 
@@ -72,4 +84,6 @@ def _boundary(mask: np.ndarray) -> np.ndarray:
 
 def _near(edge: np.ndarray, reach: int) -> np.ndarray:
     """The pixels that are no farther than `reach` from any of `edge`: its dilation by a disk."""
+    from scipy import ndimage
+
     return ndimage.distance_transform_edt(~edge) <= reach

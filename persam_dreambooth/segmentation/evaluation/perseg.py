@@ -15,6 +15,8 @@ from persam_dreambooth.photos.images import PHOTO_SUFFIXES
 from persam_dreambooth.segmentation.evaluation import one_shot
 from persam_dreambooth.segmentation.evaluation.data_set import DataSet, Item
 from persam_dreambooth.segmentation.evaluation.one_shot import Row
+from persam_dreambooth.segmentation.evaluation.one_shot_scores import OneShotScores
+from persam_dreambooth.segmentation.segmenters import METHODS, make_segmenter
 
 PAPER_MIOU = {
     "persam": 89.32,
@@ -52,12 +54,12 @@ class EvaluatePersegOptions(one_shot.OneShotOptions):
             raise InputError(f"--{name} runs methods: leave it out, or --predictions")
 
 
-def evaluate_perseg(options: EvaluatePersegOptions) -> dict[str, dict[str, float]]:
-    """Runs methods where asked and scores; see `one_shot.evaluate_one_shot`.
+def evaluate_perseg(options: EvaluatePersegOptions) -> OneShotScores | None:
+    """Runs methods where asked, and scores; see `one_shot.evaluate_one_shot`.
 
     Raises:
-        InputError, InputNotFoundError: a data set, a prediction or a model that cannot be used; predictions that are
-            finished stay, and the next evaluation goes on from them.
+        InputError, InputNotFoundError: a data set, a prediction or a model that cannot be used. Finished predictions
+            are kept, and the next evaluation resumes from them.
     """
     options.check()
     items = read_perseg(Path(str(options.data)))
@@ -71,16 +73,17 @@ def chosen_rows(options: EvaluatePersegOptions, items: list[Item]) -> list[Row]:
     from persam_dreambooth.segmentation.persam import PARTS, PerSAM
 
     rows = one_shot.plain_rows(options, items)
-    makers, first = one_shot.segmenters(options), rows[0].reference
+    reference = rows[0].reference
     if options.ablation:
         persam = partial(PerSAM, guidance=options.guidance, target_coverage=options.target_coverage)
-        rows += [one_shot.row(f"ablation-{part}", partial(persam, up_to=part), first) for part in PARTS]
-        rows.append(one_shot.row("ablation-persam-f", makers["persam-f"], first))
+        rows += [Row(f"ablation-{part}", partial(persam, up_to=part), reference) for part in PARTS]
+        rows.append(Row("ablation-persam-f", partial(make_segmenter, options, method="persam-f"), reference))
     if options.robustness:
-        for method, maker in makers.items():
+        for method in METHODS:
+            maker = partial(make_segmenter, options, method=method)
             for growth in (-95, -75, 75, 95):
                 kind = "grown" if growth > 0 else "shrunk"
-                rows.append(one_shot.row(f"{method}-{kind}-{abs(growth)}", maker, first, growth))
+                rows.append(Row(f"{method}-{kind}-{abs(growth)}", maker, reference, growth))
     return rows
 
 

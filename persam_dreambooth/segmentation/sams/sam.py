@@ -45,6 +45,12 @@ class Encoding:
         """Cells along one side of the embedding, 64."""
         return self.embedding.shape[-1]
 
+    @property
+    def photo_cells(self) -> tuple[float, float]:
+        """Rows and columns of the embedding that the photo covers; the rest is padding."""
+        height, width = self.resized
+        return height * self.grid / self.padded, width * self.grid / self.padded
+
 
 class Sam:
     """A frozen `SamModel` from transformers whose decoder can be guided.

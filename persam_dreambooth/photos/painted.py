@@ -1,0 +1,212 @@
+"""A copy of a photo that was painted on, as its mask: in any color, filled, or only an outline.
+
+What differs from the photo is the mask; what an outline encloses belongs to it.
+"""
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage
+
+from persam_dreambooth.errors import InputError
+
+MANY = 40
+"""Colors, of 16 levels a channel, from which an image is a photo."""
+
+HUE = 28
+"""Levels, of 255, by which a photo has colors beside its brightest color's shades; JPEG gives a mask's edges fewer."""
+
+TOLERANCE = 16
+"""Levels, of 255, by which the noise of JPEG changes most pixels at most."""
+
+ALIKE = 0.15
+"""Least fraction of a painted copy that is still the photo."""
+
+VARIED = 8
+"""Colors, of 16 levels a channel, from which what is still the photo does not agree with it by chance."""
+
+UNEVEN = 0.35
+"""By how much the paint may vary, of its difference from the photo (medians): thin lines in a JPEG do by 0.28, another
+photo of the same place by 0.47."""
+
+SMALLEST = 2e-4
+"""Fraction of the photo: a painted spot below it is noise of JPEG."""
+
+GAPS = (0.004, 0.01, 0.02, 0.04)
+"""Widths of gaps in an outline that are closed, in longer sides of the photo; the first that closes it counts."""
+
+FILLED = 0.5
+"""An outline encloses at least so much, in areas of its stroke. Less is a hole in what was filled."""
+
+HOLE = 0.01
+"""Fraction of the photo: a smaller hole in what was filled is of the photo's own color, and filled too."""
+
+
+def looks_like_photo(image: Image.Image) -> bool:
+    """Whether an image has many colors of several hues, as no mask has, whatever its soft edges or noise of JPEG.
+
+    A photo in black and white does not look so.
+    """
+    small = image.convert("RGB")
+    small.thumbnail((256, 256), Image.Resampling.NEAREST)
+    pixels = np.asarray(small)
+    return _colors(pixels.reshape(-1, 3), 1 / 8192) >= MANY and holds_hues(pixels, HUE)
+
+
+def holds_hues(colors: np.ndarray, least: int) -> bool:
+    """Whether an RGB image, (H, W, 3), has more than shades of its brightest color, in places wider than an edge.
+
+    Args:
+        least: levels, of 255, by which a color differs from the nearest shade.
+    """
+    colors = colors.astype(np.int32)
+    values = colors.max(axis=2)
+    brightest = colors.reshape(-1, 3)[values.argmax()]
+    shades = values[..., None] * brightest / max(brightest.max(), 1)
+    return bool((ndimage.minimum_filter(np.abs(colors - shades).max(axis=2), 3) > least).any())
+
+
+def painted_mask(mask_image: Image.Image, photo_image: Image.Image, plain: bool = False) -> np.ndarray | None:
+    """The mask that was painted on a copy of a photo, (H, W) bool; None where `mask_image` is no copy of it.
+
+    The copy may have been saved as JPEG, of quality 75 and more. An outline may end at the border of the photo: the
+    subject is then on the side with less of the border. Where black or white covers most of the border, the background
+    was painted, and the rest is the subject.
+
+    Args:
+        mask_image: the copy, upright.
+        photo_image: the photo, upright.
+        plain: the unpainted part may be of few colors, as on a white background. A mask of black and white could be
+            taken for such a copy.
+
+    Raises:
+        InputError: nothing is painted, or an outline with a gap; the message lacks the file's name in front.
+    """
+    if mask_image.size != photo_image.size:
+        return None
+    copy, photo = (np.asarray(image.convert("RGB")).astype(np.int16) for image in (mask_image, photo_image))
+    difference = np.abs(copy - photo).max(axis=2)
+    alike = difference <= TOLERANCE
+    if alike.mean() < ALIKE or not (plain or _colors(copy[alike], 1e-3) >= VARIED):
+        return None
+    noise = float(np.percentile(difference[difference < 40], 95))
+    if noise > 2:  # the noise of JPEG is as often above as below: the mean of neighbors is nearer to the photo
+        blurred = ndimage.uniform_filter((copy - photo).astype(np.float32), (3, 3, 1))
+        difference = np.minimum(difference, np.abs(blurred).max(axis=2) * 1.5).astype(np.int16)
+    stroke = difference > np.clip(3 * noise, 12, 45)
+    stroke = _without_specks(stroke)
+    if not stroke.any():
+        raise InputError("is the photo itself, and nothing is painted on it: paint the subject, or its outline")
+    core = stroke & (difference >= np.median(difference[stroke]))  # JPEG blurs the edges of a line
+    if not _is_paint(copy[core], photo[core]):
+        return None
+    stroke = _with_its_color(stroke, copy, stroke & (difference > 60))
+    shade = np.median(copy[stroke], axis=0)
+    if _border(stroke).mean() > 0.5 and (shade.max() < TOLERANCE or shade.min() > 255 - TOLERANCE):
+        return _without_small_holes(~_without_small_holes(stroke))
+    return _filled(stroke)
+
+
+def _colors(pixels: np.ndarray, share: float) -> int:
+    """How many colors, of 16 levels a channel, are each of at least this share of all pixels (n, 3)."""
+    counts = np.bincount((pixels.astype(np.int32) >> 4) @ np.array([256, 16, 1]), minlength=4096)
+    return int((counts >= max(2, share * counts.sum())).sum())
+
+
+def _is_paint(copy: np.ndarray, photo: np.ndarray) -> bool:
+    """Whether what differs, (n, 3) in the copy and in the photo, is one color, opaque or not, rather than a scene."""
+    was, now = (pixels.astype(np.float32) - pixels.mean(axis=0) for pixels in (photo, copy))
+    seen_through = float(np.clip((was * now).sum() / max((was * was).sum(), 1), 0, 0.9))
+    uneven = np.median(np.abs(now - seen_through * was).max(axis=1))
+    return bool(uneven <= UNEVEN * np.median(np.abs(copy - photo).max(axis=1)))
+
+
+def _with_its_color(stroke: np.ndarray, copy: np.ndarray, sure: np.ndarray) -> np.ndarray:
+    """The stroke with what adjoins it and has its color: paint hardly differs from a part of the photo of its color.
+
+    Args:
+        stroke: (H, W) bool.
+        copy: (H, W, 3).
+        sure: (H, W) bool, where there is paint for sure; without a single color the stroke stays as it is.
+    """
+    colors = copy[sure] if sure.any() else copy[stroke]
+    middle = np.median(colors, axis=0)
+    if (np.abs(colors - middle).max(axis=1) < 24).mean() < 0.6:
+        return stroke
+    parts, count = ndimage.label(stroke | (np.abs(copy - middle).max(axis=2) < 12))
+    adjoining = np.zeros(count + 1, bool)
+    adjoining[parts[stroke]] = True
+    return adjoining[parts]
+
+
+def _without_specks(stroke: np.ndarray) -> np.ndarray:
+    spots, _ = ndimage.label(stroke, np.ones((3, 3)))
+    sizes = np.bincount(spots.ravel())
+    sizes[0] = 0
+    return (sizes >= max(4, SMALLEST * stroke.size))[spots]
+
+
+def _filled(stroke: np.ndarray) -> np.ndarray:
+    """A stroke with what it encloses; raises `InputError` for an outline with a wide gap."""
+    shrunk = _shrunk(stroke, -(-max(stroke.shape) // 1024))
+    thin = _is_thin(shrunk)
+    for gap in (0, *(max(1, round(share * max(shrunk.shape))) for share in GAPS if thin)):
+        closed = _closed(shrunk, gap)
+        for enclosed in (ndimage.binary_fill_holes, _enclosed_by_border)[: 1 + thin]:
+            if enclosed(closed).sum() >= (1 + FILLED) * closed.sum():
+                bridged = Image.fromarray(closed & ~shrunk).resize(stroke.shape[::-1], Image.Resampling.NEAREST)
+                return enclosed(stroke | np.asarray(bridged))
+    if thin:
+        raise InputError("has an outline with a gap: close it, or fill the subject")
+    return _without_small_holes(stroke)
+
+
+def _shrunk(stroke: np.ndarray, factor: int) -> np.ndarray:
+    """A stroke at a fraction of its size; a cell of `factor` x `factor` pixels belongs to it if one of them does."""
+    height, width = (-(-side // factor) for side in stroke.shape)
+    padded = np.zeros((height * factor, width * factor), bool)
+    padded[: stroke.shape[0], : stroke.shape[1]] = stroke
+    return np.asarray(padded.reshape(height, factor, width, factor).any(axis=(1, 3)))
+
+
+def _without_small_holes(stroke: np.ndarray) -> np.ndarray:
+    holes, _ = ndimage.label(~stroke)
+    small = np.bincount(holes.ravel()) < HOLE * stroke.size
+    return stroke | small[holes]
+
+
+def _border(image: np.ndarray) -> np.ndarray:
+    """The values of an image (H, W) along its border."""
+    return np.concatenate([image[0], image[-1], image[1:-1, 0], image[1:-1, -1]])
+
+
+def _closed(stroke: np.ndarray, gap: int) -> np.ndarray:
+    """The stroke with gaps up to about `gap` pixels closed."""
+    if not gap:
+        return stroke
+    radius = (gap + 1) // 2
+    padded = np.pad(stroke, radius + 1)
+    near = ndimage.distance_transform_edt(~padded) <= radius
+    closed = ndimage.distance_transform_edt(near) > radius
+    return closed[radius + 1 : -radius - 1, radius + 1 : -radius - 1] | stroke
+
+
+def _enclosed_by_border(stroke: np.ndarray) -> np.ndarray:
+    """The stroke with what it and the border enclose: every part without a corner, or but the one with most border."""
+    parts, _ = ndimage.label(~stroke)
+    border = _border(parts)
+    counts = np.bincount(border[border > 0], minlength=1)
+    if not counts.any():
+        return np.ones_like(stroke)
+    for outside in (parts[[0, 0, -1, -1], [0, -1, 0, -1]], counts.argmax()):
+        enclosed = ~np.isin(parts, outside) | stroke
+        if enclosed.sum() >= (1 + FILLED) * stroke.sum():
+            break
+    return enclosed
+
+
+def _is_thin(stroke: np.ndarray) -> bool:
+    """Whether a stroke is a line: its area is small for how far it reaches."""
+    rows, columns = np.nonzero(stroke)
+    reach = max(np.ptp(rows), np.ptp(columns)) + 1
+    thickness = 2 * ndimage.distance_transform_edt(np.pad(stroke, 1)).max()
+    return bool(thickness < reach / 5 and stroke.sum() < 0.35 * (np.ptp(rows) + 1) * (np.ptp(columns) + 1))

@@ -1,0 +1,196 @@
+"""Which mask belongs to which photo, by their names.
+
+A mask has its photo's name, without regard to case and to the normal form of accents, in any image format, in the
+photo's subfolder or beside the photo. It may have the photo's whole file name (`00.jpg.png`), and a word that says what
+it is (`WORDS`), as in `00_mask.png`, `00-masklabel.png`, `mask_00.png`, `00-removebg-preview.png`.
+"""
+
+import logging
+import re
+import unicodedata
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from persam_dreambooth.errors import InputError
+from persam_dreambooth.photos.images import open_image
+
+if TYPE_CHECKING:
+    from persam_dreambooth.photos.folder import Photo
+
+logger = logging.getLogger(__name__)
+
+MASK_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
+"""Of files that may be masks."""
+
+PHOTO_ENDINGS = (*MASK_SUFFIXES, ".heic", ".heif", ".jfif")
+"""Suffixes of a photo that its mask may have within its name."""
+
+WORDS = ("masklabel", "masks", "mask", "segmentation", "seg", "matte", "alpha", "rgba", "cutout", "removebg-preview")
+"""What a mask's name may say after its photo's, with `_`, `-`, `.` or a space between; `FIRST` before it too."""
+
+FIRST = ("mask", "seg", "matte")
+
+AFTER = re.compile(rf"(?:[ _.-]+|(?<=\d))\(?(?:{'|'.join(WORDS)})\)?$")
+BEFORE = re.compile(rf"^(?:{'|'.join(FIRST)})(?:[ _.-]+|(?=\d))")
+COPY = re.compile(r"(?: - copy| copy|[ _-]painted)$")
+"""What a copy of a photo that was painted on may be called; such a copy beside its photo is none of its masks yet."""
+
+NO_MASKS = ("@eadir", "__macosx", "heatmaps")
+"""Subfolders of a mask folder that hold none."""
+
+OVERVIEW = "overview"
+"""The picture that `segment` writes into its mask folder."""
+
+MOST_LISTED = 10
+
+
+def name_key(name: str) -> str:
+    """A name by which files are the same on every system: without regard to case and to the normal form of accents."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).lower())
+
+
+def photo_of_mask(mask_path: Path, photos: "list[Photo]") -> "Photo":
+    """The photo that a mask belongs to: the only one, else by name, else the only one of the mask's size.
+
+    Args:
+        mask_path: the mask file; its folder counts where photos in several subfolders have its name.
+        photos: at least one.
+
+    Raises:
+        InputError: several photos could be meant, or none has its name; the message lists them.
+        InputNotFoundError: as `images.open_image`.
+    """
+    if len(photos) == 1:
+        logger.info("%s is taken as the mask of %s (the only photo)", mask_path, photos[0].path)
+        return photos[0]
+    meant = _nearest(mask_path, _named(mask_path, photos))
+    if len(meant) == 1:
+        logger.info("%s is taken as the mask of %s (by its name)", mask_path, meant[0].path)
+        return meant[0]
+    size = open_image(mask_path).size
+    fitting = [photo for photo in meant or photos if photo.size == size]
+    if len(fitting) == 1:
+        logger.info("%s is taken as the mask of %s (no other has its size)", mask_path, fitting[0].path)
+        return fitting[0]
+    names, advice = listed(photo.name for photo in meant or photos), "name its photo with --reference_image"
+    if meant:
+        raise InputError(f"{mask_path} could be the mask of {names}: {advice}")
+    example = f"{Path(photos[0].name).stem}_mask.png"
+    raise InputError(f"{mask_path} has the name of no photo ({names}): {advice}, or rename it, such as {example}")
+
+
+def masks_beside(names: Iterable[str]) -> dict[str, str]:
+    """Among the file names of one folder, those that are masks of others, with the photo of each.
+
+    `00_mask.png` is one beside `00.jpg`; `cat_mask.jpg` is a photo where there is no other `cat`.
+    """
+    known = sorted(name for name in names if name.lower().endswith(PHOTO_ENDINGS) and not name.startswith("."))
+    by_stem: dict[str, str] = {}
+    for name in known:
+        by_stem.setdefault(name_key(Path(name).stem), name)
+    masks: dict[str, str] = {}
+    for name in known:
+        meant = [by_stem[stem] for stem in _stems(Path(name).stem, copies=False)[1:] if stem in by_stem]
+        if meant and name.lower().endswith(MASK_SUFFIXES):
+            masks[name] = meant[-1]  # what says least is no mask itself
+    return masks
+
+
+def find_masks(folder: Path, photos: "list[Photo]", others_may_be: bool = False) -> dict[str, Path]:
+    """Which file of a mask folder is whose, by the photo's name; a photo without a mask is left out.
+
+    Hidden files, other kinds of files, the photos themselves, and what `segment` and other systems leave there (an
+    overview, heat maps, thumbnails) are no masks.
+
+    Args:
+        folder: the mask folder; its subfolders are those of the photos.
+        photos: no two with the same name, see `mask_folder.check_names`.
+        others_may_be: masks of other photos are left out rather than refused.
+
+    Raises:
+        InputError: two masks of one photo, or a mask that belongs to no photo.
+    """
+    by_name: dict[str, str] = {}
+    for photo in photos:
+        by_name.setdefault(name_key(photo.name), photo.name)
+        by_name.setdefault(name_key(PurePosixPath(photo.name).with_suffix("").as_posix()), photo.name)
+    themselves = {photo.path.resolve() for photo in photos}
+    found: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in name.parts)
+        if hidden or path.suffix.lower() not in MASK_SUFFIXES or not path.is_file() or path.resolve() in themselves:
+            continue
+        parent = "" if name.parent == Path() else name.parent.as_posix() + "/"
+        matching = (by_name.get(name_key(parent + stem)) for stem in _stems(path.stem))
+        photo_name = next((each for each in matching if each), None)
+        if photo_name is None:
+            if others_may_be or _is_no_mask(name):
+                continue
+            raise InputError(
+                f"{path} belongs to no photo: a mask has its photo's name, such as {Path(photos[0].name).stem}.png; "
+                "rename or remove it"
+            )
+        if photo_name in found:
+            raise InputError(f"{found[photo_name]} and {path} are both masks of {photo_name}: remove one")
+        found[photo_name] = path
+    return found
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names with commas, at most ten."""
+    every = list(names)
+    more = f" and {len(every) - MOST_LISTED} more" if len(every) > MOST_LISTED else ""
+    return ", ".join(every[:MOST_LISTED]) + more
+
+
+def _named(mask_path: Path, photos: "list[Photo]") -> "list[Photo]":
+    """The photos that a mask's name may mean: those that it fits exactly, else those that it fits most nearly."""
+    exact = [photo for photo in photos if mask_path.stem in (Path(photo.name).stem, Path(photo.name).name)]
+    if exact:
+        return exact
+    for stem in _stems(mask_path.stem):
+        loose = [
+            photo for photo in photos if stem in (name_key(Path(photo.name).stem), name_key(Path(photo.name).name))
+        ]
+        if loose:
+            return loose
+    return []
+
+
+def _nearest(mask_path: Path, photos: "list[Photo]") -> "list[Photo]":
+    """Of photos of one name in several subfolders, the one beside the mask, or in the subfolder of the mask's name."""
+    if len(photos) < 2:
+        return photos
+    folder = mask_path.resolve().parent
+    beside = [photo for photo in photos if photo.path.resolve().parent == folder]
+    if len(beside) == 1:
+        return beside
+    parts = [name_key(part) for part in folder.parts]
+
+    def mirrored(photo: "Photo") -> bool:
+        parents = [name_key(part) for part in PurePosixPath(photo.name).parent.parts]
+        return bool(parents) and parts[-len(parents) :] == parents
+
+    inside = [photo for photo in photos if mirrored(photo)]
+    return inside if len(inside) == 1 else photos
+
+
+def _stems(stem: str, copies: bool = True) -> list[str]:
+    """The keys that a mask's stem may mean, from its own on, each with less of what a mask's name says."""
+    stems = [name_key(stem)]
+    while True:
+        last = stems[-1]
+        shorter = [AFTER.sub("", last), BEFORE.sub("", last), COPY.sub("", last) if copies else last]
+        shorter += [last[: -len(ending)] for ending in PHOTO_ENDINGS if last.endswith(ending)]
+        following = next((each for each in shorter if each and each != last), None)
+        if following is None:
+            return stems
+        stems.append(following)
+
+
+def _is_no_mask(name: Path) -> bool:
+    """Whether a file of a mask folder, by its path in it, is something else."""
+    inside = any(name_key(part) in NO_MASKS for part in name.parts[:-1])
+    return inside or (len(name.parts) == 1 and name_key(name.stem) == OVERVIEW)

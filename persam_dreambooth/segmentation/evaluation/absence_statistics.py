@@ -1,0 +1,145 @@
+"""How well a score separates photos with the subject from photos without it.
+
+A threshold is as good as its balanced error: the mean of the part of the present subjects that is missed and the part
+of the absent ones that is taken for present.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+USED = "presence"
+"""The score that segmentation thresholds."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An object that was looked for in an image.
+
+    Args:
+        asked: the object.
+        image: path of the image.
+        present: whether it shows the object.
+        presence: of what was found, 0 to 1.
+        background: similarity of the reference's own background to the target, 0 to 1.
+        own: presence of what is found in the reference itself, 0 to 1.
+    """
+
+    asked: str
+    image: str
+    present: bool
+    presence: float
+    background: float
+    own: float
+
+
+MEASURES: dict[str, Callable[[Pair], float]] = {
+    USED: lambda pair: pair.presence,
+    "presence - the reference's background": lambda pair: pair.presence - pair.background,
+    "presence / the reference's own": lambda pair: pair.presence / max(pair.own, 1e-6),
+    "both: 0 for the background, 1 for its own": lambda pair: (
+        (pair.presence - pair.background) / max(pair.own - pair.background, 1e-6)
+    ),
+}
+"""Candidate scores to threshold. Segmentation uses the first; the others show what it gives away."""
+
+
+@dataclass(frozen=True)
+class Separation:
+    """How well a measure separates photos with the subject from photos without.
+
+    Args:
+        auc: area under the ROC curve: how often a present subject has more of it than an absent one, 0.5 to 1.
+        threshold: at the least balanced error.
+        error: that balanced error, 0 to 0.5.
+        held_out_error: balanced error on one half of the objects at the threshold from the other half, mean of both
+            ways; None for fewer than four objects.
+    """
+
+    auc: float
+    threshold: float
+    error: float
+    held_out_error: float | None
+
+
+@dataclass(frozen=True)
+class AbsenceScores:
+    """What an evaluation of absence found.
+
+    Args:
+        pairs: all of them.
+        separations: of each of `MEASURES`.
+        absent_threshold: the threshold whose errors are reported, 0 to 1.
+        made_by: the method and its SAM.
+    """
+
+    pairs: tuple[Pair, ...]
+    separations: dict[str, Separation]
+    absent_threshold: float
+    made_by: str
+
+    @classmethod
+    def of(cls, pairs: Sequence[Pair], absent_threshold: float, made_by: str) -> "AbsenceScores":
+        """The scores of pairs."""
+        separations = {name: separate(pairs, measure) for name, measure in MEASURES.items()}
+        return cls(tuple(pairs), separations, absent_threshold, made_by)
+
+    @property
+    def used(self) -> Separation:
+        """The separation by the score that segmentation thresholds."""
+        return self.separations[USED]
+
+    @property
+    def errors_at_threshold(self) -> tuple[float, float]:
+        """The part of the present that is missed, and of the absent that is taken for present, 0 to 1."""
+        return errors(self.pairs, MEASURES[USED], self.absent_threshold)
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """The content of `results.json`."""
+        missed, taken = self.errors_at_threshold
+        return {
+            **asdict(self.used),
+            "at_absent_threshold": {"threshold": self.absent_threshold, "missed": missed, "taken_for_present": taken},
+            "measures": {name: asdict(each) for name, each in self.separations.items()},
+            "made_by": self.made_by,
+            "pairs": [asdict(pair) for pair in self.pairs],
+        }
+
+
+def separate(pairs: Sequence[Pair], measure: Callable[[Pair], float]) -> Separation:
+    """How well a measure separates the pairs."""
+    threshold, error = best_threshold(pairs, measure)
+    present, absent = values(pairs, measure)
+    auc = np.mean((present[:, None] > absent) + 0.5 * (present[:, None] == absent))
+    objects = sorted({pair.asked for pair in pairs})
+    halves = [[pair for pair in pairs if pair.asked in objects[start::2]] for start in (0, 1)]
+    held_out = None
+    if len(objects) >= 4:
+        both_ways = (halves, halves[::-1])
+        held_out = float(np.mean([errors(other, measure, best_threshold(one, measure)[0]) for one, other in both_ways]))
+    return Separation(float(auc), threshold, error, held_out)
+
+
+def best_threshold(pairs: Sequence[Pair], measure: Callable[[Pair], float]) -> tuple[float, float]:
+    """The threshold with the least balanced error, midway between two values, and that error."""
+    present, absent = values(pairs, measure)
+    seen = np.unique([*present, *absent])
+    thresholds = [seen[0], *(seen[1:] + seen[:-1]) / 2]
+    balanced = [float(np.mean(errors(pairs, measure, threshold))) for threshold in thresholds]
+    best = int(np.argmin(balanced))
+    return float(thresholds[best]), balanced[best]
+
+
+def errors(pairs: Sequence[Pair], measure: Callable[[Pair], float], threshold: float) -> tuple[float, float]:
+    """The part of the present pairs that lies below a threshold, and of the absent pairs that does not, 0 to 1."""
+    present, absent = values(pairs, measure)
+    return float((present < threshold).mean()), float((absent >= threshold).mean())
+
+
+def values(pairs: Sequence[Pair], measure: Callable[[Pair], float]) -> tuple[np.ndarray, np.ndarray]:
+    """The measure of the present pairs and of the absent ones."""
+    present = np.array([measure(pair) for pair in pairs if pair.present])
+    return present, np.array([measure(pair) for pair in pairs if not pair.present])
