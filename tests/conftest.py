@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from training_runs import Runs, draw_photos
 
+from persam_dreambooth.dreambooth import base_pictures
+
 
 def pytest_collection_finish():
     """Half a million imported objects stay as they are, so no collection of garbage has to look at them again.
@@ -15,6 +17,14 @@ def pytest_collection_finish():
     """
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_denoising_steps():
+    """Class images and backgrounds in four steps: no test looks at how well they are made."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base_pictures, "DENOISING_STEPS", 4)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -88,6 +88,7 @@ def test_the_commands_of_the_readme_run_in_their_order(home, toy_sam):
     assert len(list((home / "generated").glob("a-sks-cat-on-a-beach-*.png"))) == 4
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_evaluation_run_in_their_order(home, toy_sam):
     first, *others = [command for command in commands(ROOT / "docs" / "evaluation.md") if "davis" not in command]
     assert len(others) == 7

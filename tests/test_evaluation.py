@@ -572,6 +572,7 @@ def test_two_processes_share_the_sequences(rendered, tmp_path):
     assert read(tmp_path / "two") == read(tmp_path / "one")
 
 
+@pytest.mark.slow
 @no_accelerator
 def test_two_processes_share_the_objects(data, rendered, tmp_path):
     options = ("--data", data, "--sam_model", rendered / "sam", "--segmenter", "persam")

@@ -192,7 +192,9 @@ def test_what_is_trained_is_single_precision_whatever_the_rest(frozen):
 
 
 @every_version
-@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"method": "full"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, pytest.param({"gradient_checkpointing": True}, marks=pytest.mark.slow), {"method": "full"}], ids=str
+)
 def test_a_training_step_reaches_every_trained_weight(version, options):
     model = family(version)
     options = TrainOptions(train_text_encoder=True, masked_prior_preservation_weight=1.0, **options)

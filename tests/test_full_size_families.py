@@ -141,6 +141,7 @@ PARAMETERS = {
     "sd3.5-medium": {"transformer": 2_243_171_520, "text_encoder_3": 4_762_310_656},
     "flux.1-dev": {"transformer": 11_901_408_320, "text_encoder_2": 4_762_310_656},
 }
+SLOW = {"sdxl": pytest.mark.slow, "sd3.5-medium": pytest.mark.slow}
 every_model = pytest.mark.parametrize("name", PIPELINES)
 
 
@@ -199,7 +200,7 @@ def test_lora_has_as_many_parameters_as_its_layers_ask_for(name):
     assert count(model.make_trainable(TrainOptions(), META, torch.bfloat16)) == expected == LORA[name]
 
 
-@every_model
+@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW.get(name, ())) for name in PIPELINES])
 def test_a_training_step_reaches_every_trained_weight(name):
     model = family(name)
     options = TrainOptions(train_text_encoder=True, masked_prior_preservation_weight=1.0)

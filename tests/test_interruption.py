@@ -24,7 +24,7 @@ def program(runs, folder, **options):
     return [sys.executable, str(ROOT / "train_dreambooth_masked.py"), *given]
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_run_killed_at_random_moments_ends_as_one_left_alone(kills, runs, tmp_path):
     options = flags(**runs.options(**OPTIONS))
     script = Path(__file__).with_name("killed_runs.py")

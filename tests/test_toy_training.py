@@ -263,6 +263,7 @@ def F_normal(seed):
 # --- all of them, one after the other
 
 
+@pytest.mark.slow
 def test_the_programs_follow_one_another_from_nothing_to_a_pipeline_that_paints(tmp_path, monkeypatch, photos):
     from diffusers import StableDiffusionPipeline
     from transformers import SamModel
