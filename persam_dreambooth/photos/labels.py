@@ -62,8 +62,8 @@ def read_first_mask(path: Path) -> np.ndarray:
     flat color on black is an object. One is object 1. Several have the numbers of DAVIS's palette if all are among its
     first; else grays are numbered from the darkest on, colors in the order in which rows from above meet them.
 
-    One color with soft edges, in a lossy format, or cut out on a transparent background is object 1, by the rule of
-    `masks`.
+    One color in a lossy format, or cut out on a transparent background, is object 1, by the rule of `masks`; with soft
+    edges it is where it is brighter than half.
 
     Raises:
         InputError, InputNotFoundError: as `images.open_image`; more than `MOST_OBJECTS`, or several with soft edges.
@@ -80,8 +80,10 @@ def read_first_mask(path: Path) -> np.ndarray:
         levels = np.setdiff1d(values, 0)
         if len(levels) and levels[-1] <= MOST_OBJECTS:
             return values.astype(np.uint8)
-        if len(levels) < 2 or len(levels) > FEW or image.format in LOSSY or not _are_flat(values, levels):
+        if len(levels) < 2 or len(levels) > FEW or image.format in LOSSY:
             return read_mask(path).astype(np.uint8)
+        if not _are_flat(values, levels):
+            return (values > levels[-1] / 2).astype(np.uint8)
     if image.format in LOSSY:
         raise InputError(f"{path} has several colors in a lossy format: save it as PNG, a flat color for each object")
     codes = colors @ np.array([1 << 16, 1 << 8, 1])
