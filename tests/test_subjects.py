@@ -201,13 +201,14 @@ def test_the_example_of_the_documents_trains_on_masks_made_from_one_of_each(home
     monkeypatch.chdir(tmp_path)
     for name in ("cat", "duck"):
         shutil.copytree(home / "robot", name)
-        shutil.copy(home / ("robot-masks" if name == "cat" else "robot-others") / "00.png", f"{name}_mask.png")
+        Path(f"{name}_mask").mkdir()
+        shutil.copy(home / ("robot-masks" if name == "cat" else "robot-others") / "00.png", f"{name}_mask")
     Path("subjects.yaml").write_text(example, encoding="utf-8")
     config = ("--config", ROOT / "configs" / "toy.yaml", "--config", "subjects.yaml")
     assert command("train", *config, *flags(**SHARED)) == 0
     for identifier, own, other in (("sks", "cat", "duck"), ("zwx", "duck", "cat")):
         kept = [np.asarray(Image.open(f"outputs/cat-duck/masks/{identifier}/{name}.png")) for name in ("00", "01")]
-        given = {name: np.asarray(Image.open(f"{name}_mask.png")) for name in (own, other)}
+        given = {name: np.asarray(Image.open(f"{name}_mask/00.png")) for name in (own, other)}
         assert np.array_equal(kept[0], given[own]) and not np.array_equal(kept[0], given[other])
         assert kept[1].any()
 

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from persam_dreambooth.errors import InputError
+from persam_dreambooth.photos.masks import as_mask
 from persam_dreambooth.segmentation.found import ABSENT, ABSENT_THRESHOLD, SMALL_TARGET, Found, Step
 from persam_dreambooth.segmentation.location_prior import Target, embed_target, pool_targets, presence
 from persam_dreambooth.segmentation.sams.sam import Encoding, Sam
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 Learned = TypeVar("Learned")
 OwnSegmenter = TypeVar("OwnSegmenter", bound="Segmenter")
 ImageLike = Image.Image | np.ndarray | Encoding
+MaskLike = Image.Image | np.ndarray
 
 
 class Segmenter:
@@ -57,13 +59,13 @@ class Segmenter:
         return fitted(self._target)
 
     def fit(
-        self: OwnSegmenter, image: ImageLike | list[ImageLike], mask: np.ndarray | list[np.ndarray]
+        self: OwnSegmenter, image: ImageLike | list[ImageLike], mask: MaskLike | list[MaskLike]
     ) -> OwnSegmenter:
         """Learns the subject from a photo and its mask, or from several.
 
         Args:
-            image: PIL image, (H, W, 3) uint8 RGB, or what `Sam.encode` made of one; a list for several references.
-            mask: (H, W) bool, the subject; a list of as many.
+            image: PIL image, array as for `read_image`, or an `Encoding` of one; a list for several references.
+            mask: the subject: (H, W) bool, or what `as_mask` reads; a list of as many.
 
         Raises:
             InputError: a mask of another size, or an empty one; another number of masks than of photos.
@@ -92,7 +94,7 @@ class Segmenter:
         return photo if isinstance(photo, Encoding) else self.sam.encode(photo)
 
     def _references(
-        self, image: ImageLike | list[ImageLike], mask: np.ndarray | list[np.ndarray]
+        self, image: ImageLike | list[ImageLike], mask: MaskLike | list[MaskLike]
     ) -> list[tuple[np.ndarray, Encoding]]:
         """Each reference's mask and encoding."""
         images = image if isinstance(image, list) else [image]
@@ -179,10 +181,10 @@ def fitted(value: Learned | None) -> Learned:
     return value
 
 
-def _checked_mask(mask: np.ndarray, encoding: Encoding) -> np.ndarray:
-    mask = np.asarray(mask)
+def _checked_mask(mask: MaskLike, encoding: Encoding) -> np.ndarray:
+    mask = as_mask(mask)
     if mask.shape != encoding.size:
         raise InputError(f"the mask is {mask.shape}, the image {encoding.size} (H, W): give one mask of this size")
     if not mask.any():
         raise InputError("the mask is empty: mark the subject")
-    return mask.astype(bool)
+    return mask
