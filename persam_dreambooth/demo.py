@@ -77,7 +77,11 @@ def run_demo(options: DemoOptions) -> tuple[Path, list[str]]:
     recipes = {"plain": RECIPES["plain"], "masked": RECIPES["masked-preserve"]}
     for number, (name, recipe) in enumerate(recipes.items(), start=2):
         logger.info("%d/4 %s: %d steps", number, recipe.name, STEPS)
-        given = {"unmasked": True} if name == "plain" else {"mask": str(mask), **(recipe.options or {})}
+        given = (
+            {"unmasked": True}
+            if name == "plain"
+            else {"mask": str(mask), "reference_image": "00.png", **(recipe.options or {})}
+        )
         training = TrainOptions(
             instance_dir=str(photos),
             class_name=owner.subject.kind,

@@ -166,3 +166,12 @@ def test_photos_whose_names_differ_are_no_clash(tmp_path):
     names = ("Masse.jpg", "Ma\u00dfe.jpg", "a.jpg", "sub/a.jpg", "e.jpg", f"{E_ACUTE}.jpg")
     check_names(photos(tmp_path, *names))
     assert np.unique([photo.name for photo in find_photos(tmp_path)]).size == len(names)
+
+
+def test_a_subfolder_of_masks_holds_no_photos(tmp_path, caplog):
+    caplog.set_level("INFO")
+    for name in ("00.jpg", "sub/01.jpg", "masks/00.png", "sub/Mask/01.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), "white").save(tmp_path / name)
+    assert [photo.name for photo in find_photos(tmp_path)] == ["00.jpg", "sub/01.jpg"]
+    assert "masks, sub/Mask (masks)" in caplog.text

@@ -44,6 +44,9 @@ LEFTOVERS = {
 }
 """Files and folders, by name in lower case, that programs leave among photos, and what they are."""
 
+MASK_FOLDERS = ("mask", "masks")
+"""Subfolders, by name in lower case, that hold masks rather than photos."""
+
 OUTPUT = "output of an earlier run"
 
 CONFIG_HEAD = b"# persam-dreambooth"
@@ -215,7 +218,7 @@ def _why_not(path: Path) -> str:
             return ""
         if _is_run(path / CONFIG) or _is_mask_index(path / MASK_INDEX):
             return OUTPUT
-        return LEFTOVERS.get(path.name.lower(), "")
+        return "masks" if path.name.lower() in MASK_FOLDERS else LEFTOVERS.get(path.name.lower(), "")
     if is_hidden(path) or suffix in PHOTO_SUFFIXES:
         return ""
     return f"{OTHER_PICTURES[suffix]}: convert to JPEG" if suffix in OTHER_PICTURES else "not a photo"

@@ -58,9 +58,7 @@ class Segmenter:
         """The fitted target; its `mean` is the target embedding of PerSAM."""
         return fitted(self._target)
 
-    def fit(
-        self: OwnSegmenter, image: ImageLike | list[ImageLike], mask: MaskLike | list[MaskLike]
-    ) -> OwnSegmenter:
+    def fit(self: OwnSegmenter, image: ImageLike | list[ImageLike], mask: MaskLike | list[MaskLike]) -> OwnSegmenter:
         """Learns the subject from a photo and its mask, or from several.
 
         Args:
