@@ -77,6 +77,7 @@ def option(
     choices: Sequence[str] = (),
     rivals: Sequence[str] = (),
     when: Sequence[Condition] = (),
+    elsewhere: Sequence[str] = (),
 ) -> Any:
     """A field with what is known about it.
 
@@ -88,9 +89,10 @@ def option(
         choices: the words that it takes.
         rivals: options that say the same in another way; only one of them can be given.
         when: the conditions under which another value than the default counts.
+        elsewhere: what other trainers call it.
     """
     known = {"help": help, "alias": alias, "path": path, "choices": choices, "rivals": rivals, "when": when}
-    return field(default=default, metadata=known)
+    return field(default=default, metadata={**known, "elsewhere": elsewhere})
 
 
 @dataclass(frozen=True)
@@ -202,7 +204,11 @@ def parse(kind: type[Kind], arguments: list[str], program: str, positional: str 
     for file in typed.pop("config"):
         filed.update(read_options(kind, find_config(file)))
     if others:
-        check_known(others[0].split("=")[0], flags, "option")
+        word = others[0].split("=")[0]
+        for entry in fields(kind):
+            if word.removeprefix("--") in entry.metadata["elsewhere"]:
+                raise InputError(f"unknown option {word}: it is --{entry.name} here")
+        check_known(word, flags, "option")
     values = {name: _from_text(name, value, kind, hints) for name, value in typed.items()}
     return _merged(kind, values, {name: value for name, value in filed.items() if value is not None})
 
@@ -277,7 +283,7 @@ def check_known(word: str, known: Sequence[str], what: str) -> str:
     if word in known:
         return word
     begun = sorted((name for name in known if name.startswith(word)), key=len) if word.strip("- ") else []
-    nearest = begun or difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    nearest = begun or difflib.get_close_matches(word, known, n=1, cutoff=0.75)
     hint = f"did you mean {nearest[0]}?" if nearest else "--help lists all"
     raise InputError(f"unknown {what} {word}: {hint}")
 

@@ -474,6 +474,28 @@ def test_an_unknown_flag_names_the_nearest(capsys, slip, nearest):
     assert refused(capsys, "train", f"{slip}=1") == f"error: unknown option {slip}: did you mean {nearest}?"
 
 
+@pytest.mark.parametrize(
+    "word, ours",
+    [
+        *(("network_dim", "rank"), ("network_alpha", "lora_alpha"), ("train_data_dir", "instance_dir")),
+        *(("min_snr_gamma", "snr_gamma"), ("batch_size", "train_batch_size"), ("resume", "resume_from_checkpoint")),
+    ],
+)
+def test_an_option_of_another_trainer_names_ours(capsys, word, ours):
+    assert refused(capsys, "train", f"--{word}", "8") == f"error: unknown option --{word}: it is --{ours} here"
+
+
+@pytest.mark.parametrize("word", ["--clip_skip", "--xformers", "--width"])
+def test_an_option_that_does_nothing_of_ours_names_none(capsys, word):
+    assert refused(capsys, "train", word, "8") == f"error: unknown option {word}: --help lists all"
+
+
+def test_names_of_other_trainers_are_no_options_of_ours_and_mean_one_thing():
+    words = [word for entry in fields(TrainOptions) for word in entry.metadata["elsewhere"]]
+    assert len(words) == len(set(words))
+    assert not {entry.name for entry in fields(TrainOptions)} & set(words)
+
+
 def test_flags_are_not_abbreviated(capsys):
     assert "unknown option --max_train: did you mean --max_train_steps?" in refused(capsys, "train", "--max_train", "1")
 

@@ -15,12 +15,19 @@ class GenerateOptions(Options):
     """Generates images with a trained model."""
 
     prompt: str | None = option(None, "the prompt; [V] is replaced by the subject's identifier")
-    model: str | None = option(None, "a training run's folder, a pipeline folder, a hub id, or toy", path=True)
-    num_images: int = option(4, "number of images")
+    model: str | None = option(
+        None,
+        "a training run's folder, a pipeline folder, a hub id, or toy",
+        path=True,
+        elsewhere=("pretrained_model_name_or_path",),
+    )
+    num_images: int = option(4, "number of images", elsewhere=("num_images_per_prompt",))
     seed: int = option(0, "seed of the first image; each next image adds 1")
-    output: str = option("generated", "folder for the images", path=True)
-    num_inference_steps: int = option(30, "denoising steps")
-    guidance_scale: float | None = option(None, "guidance scale; default: the pipeline's own, such as 7.5")
+    output: str = option("generated", "folder for the images", path=True, elsewhere=("output_dir", "outdir"))
+    num_inference_steps: int = option(30, "denoising steps", elsewhere=("steps",))
+    guidance_scale: float | None = option(
+        None, "guidance scale; default: the pipeline's own, such as 7.5", elsewhere=("cfg_scale", "scale")
+    )
     identifier: str | None = option(None, "the token that replaces [V]; default: the run's own, else sks")
 
     def check(self) -> None:

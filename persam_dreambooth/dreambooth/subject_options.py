@@ -24,7 +24,12 @@ class SubjectOptions(Options):
     """One subject: its photos, masks and prompts; also an entry of `subjects`."""
 
     instance_dir: str | None = option(
-        None, "folder with 3 to 6 photos of the subject", alias="instance_data_dir", path=True, rivals=("dataset_name",)
+        None,
+        "folder with 3 to 6 photos of the subject",
+        alias="instance_data_dir",
+        path=True,
+        rivals=("dataset_name",),
+        elsewhere=("train_data_dir", "images"),
     )
     dataset_name: str | None = option(
         None,
@@ -57,20 +62,30 @@ class SubjectOptions(Options):
         "folder with a mask for every photo (same names); then no SAM is loaded",
         path=True,
         rivals=("mask", "mask_from", "unmasked"),
+        elsewhere=("conditioning_data_dir",),
     )
     mask_from: Literal["alpha"] | None = option(
-        None, "the alpha channel of each photo is its mask, as in cut-outs", rivals=("mask", "mask_dir", "unmasked")
+        None,
+        "the alpha channel of each photo is its mask, as in cut-outs",
+        rivals=("mask", "mask_dir", "unmasked"),
+        elsewhere=("alpha_mask",),
     )
     invert_mask: bool = option(
         False, "black, or transparent, is the subject in the masks given", when=(with_flag("--mask", "--mask_dir"),)
     )
-    class_name: str | None = option(None, "the subject's class; default: the name of --instance_dir")
+    class_name: str | None = option(
+        None, "the subject's class; default: the name of --instance_dir", elsewhere=("class_tokens",)
+    )
     identifier: str | None = option(
-        None, "token for the subject, [V] in prompts; default: sks, or from a folder name such as 5_sks cat"
+        None,
+        "token for the subject, [V] in prompts; default: sks, or from a folder name such as 5_sks cat",
+        elsewhere=("instance_token", "placeholder_token"),
     )
     instance_prompt: str | None = option(None, "training prompt; default: a [V] <class_name>")
     class_prompt: str | None = option(None, "prompt of class images; default: a <class_name>")
-    validation_prompt: str | None = option(None, "prompt of the samples; default: a [V] <class_name> on a beach")
+    validation_prompt: str | None = option(
+        None, "prompt of the samples; default: a [V] <class_name> on a beach", elsewhere=("sample_prompts",)
+    )
 
     def check_subject(self, unmasked: bool) -> None:
         """Raises `InputError` for missing photos, masks or an empty identifier; `unmasked` needs no masks."""

@@ -56,16 +56,20 @@ class TrainingOptions(SubjectOptions):
         "stable-diffusion-v1-5/stable-diffusion-v1-5",
         "Stable Diffusion 1.x, 2.x, XL, 3, 3.5 or FLUX.1: hub id, local folder, or toy",
         path=True,
+        elsewhere=("model", "base_model", "base_model_name"),
     )
     revision: str | None = option(None, "branch, tag or commit of the model on the hub")
     variant: str | None = option(None, "variant of the weight files, such as fp16")
     method: Literal["lora", "full"] = option("lora", "train LoRA matrices, or the whole UNet of Stable Diffusion")
-    rank: int = option(4, "rank of the LoRA matrices", when=WHEN_LORA)
-    lora_alpha: float | None = option(None, "LoRA is scaled by alpha / rank; default: the rank", when=WHEN_LORA)
+    rank: int = option(4, "rank of the LoRA matrices", when=WHEN_LORA, elsewhere=("network_dim", "lora_rank"))
+    lora_alpha: float | None = option(
+        None, "LoRA is scaled by alpha / rank; default: the rank", when=WHEN_LORA, elsewhere=("network_alpha",)
+    )
     lora_targets: str | None = option(
         None,
         "attention, attention+feedforward, all, or name endings such as to_q,to_v; default: the family's",
         when=WHEN_LORA,
+        elsewhere=("lora_layers", "target_modules"),
     )
     lora_dropout: float = option(0.0, "dropout inside LoRA, 0 to 1", when=WHEN_LORA)
     lora_init: Literal["gaussian", "kaiming"] = option(
@@ -86,7 +90,9 @@ class TrainingOptions(SubjectOptions):
     mask_normalization: Literal["area", "none"] = option(
         "area", "divide the loss by the mask's area, or use the plain mean as in the paper", when=WHEN_MASKED
     )
-    unmasked_weight: float = option(0.0, "minimum weight of the loss outside the mask, 0 to 1", when=WHEN_MASKED)
+    unmasked_weight: float = option(
+        0.0, "minimum weight of the loss outside the mask, 0 to 1", when=WHEN_MASKED, elsewhere=("mask_min_value",)
+    )
     unmasked_probability: float = option(0.0, "fraction of samples trained without a mask, 0 to 1", when=WHEN_MASKED)
     mask_dilation: int = option(0, "grow the mask by this many latent cells; negative: shrink it", when=WHEN_MASKED)
     soft_masks: bool = option(
@@ -102,8 +108,12 @@ class TrainingOptions(SubjectOptions):
     )
 
     # The noise
-    snr_gamma: float | None = option(None, "min-SNR loss weighting: gamma, such as 5; not for flow matching")
-    noise_offset: float = option(0.0, "strength of a random offset of each noise channel, such as 0.05")
+    snr_gamma: float | None = option(
+        None, "min-SNR loss weighting: gamma, such as 5; not for flow matching", elsewhere=("min_snr_gamma",)
+    )
+    noise_offset: float = option(
+        0.0, "strength of a random offset of each noise channel, such as 0.05", elsewhere=("offset_noise",)
+    )
 
     # Other backgrounds
     replace_background: Literal["no", "color", "noise", "generated"] = option(
@@ -128,7 +138,11 @@ class TrainingOptions(SubjectOptions):
     with_prior_preservation: bool = option(False, "also train on images of the class, so that the class stays diverse")
     prior_loss_weight: float = option(1.0, "weight of the class images' loss, which is never masked", when=WHEN_PRIOR)
     class_data_dir: str | None = option(
-        None, "folder of class images; missing ones are generated", when=WHEN_PRIOR, path=True
+        None,
+        "folder of class images; missing ones are generated",
+        when=WHEN_PRIOR,
+        path=True,
+        elsewhere=("reg_data_dir",),
     )
     class_scenes: bool = option(
         False, 'class images in front of --background_scenes: "a cat in front of a beach"', when=WHEN_PRIOR
@@ -147,10 +161,14 @@ class TrainingOptions(SubjectOptions):
         when=(Condition(lambda options: not options.bucket_list, "--aspect_ratio_buckets lists the sizes, remove it"),),
     )
     aspect_ratio_buckets: str | None = option(
-        None, "crop each photo to the nearest of several shapes: auto, or height,width;height,width and so on"
+        None,
+        "crop each photo to the nearest of several shapes: auto, or height,width;height,width and so on",
+        elsewhere=("enable_bucket",),
     )
     center_crop: bool = option(False, "crop the center instead of a random position that keeps the subject in view")
-    random_flip: bool = option(False, "flip half of the crops left to right, at random; not for subjects with text")
+    random_flip: bool = option(
+        False, "flip half of the crops left to right, at random; not for subjects with text", elsewhere=("flip_aug",)
+    )
     cache_latents: bool = option(
         False,
         "cache latents in memory; with --center_crop all are computed first and the VAE moves to the CPU",
@@ -164,11 +182,13 @@ class TrainingOptions(SubjectOptions):
 
     # Optimization
     seed: int = option(0, "random seed; the same seed on the same machine gives the same masks and weights")
-    max_train_steps: int = option(500, "number of optimizer steps")
-    train_batch_size: int = option(1, "batch size per process")
+    max_train_steps: int = option(500, "number of optimizer steps", elsewhere=("steps",))
+    train_batch_size: int = option(1, "batch size per process", elsewhere=("batch_size",))
     gradient_accumulation_steps: int = option(1, "batches per optimizer step")
     optimizer: Literal["adamw", "adamw8bit", "prodigy"] = option(
-        "adamw", "adamw8bit (bitsandbytes) needs less memory; prodigy (prodigyopt) finds its own learning rate"
+        "adamw",
+        "adamw8bit (bitsandbytes) needs less memory; prodigy (prodigyopt) finds its own learning rate",
+        elsewhere=("optimizer_type",),
     )
     use_8bit_adam: bool = option(
         False,
@@ -176,7 +196,9 @@ class TrainingOptions(SubjectOptions):
         when=(Condition(lambda options: options.optimizer != "prodigy", "remove it or --optimizer prodigy"),),
     )
     learning_rate: float | None = option(
-        None, "default: 1e-4 for lora; for full 5e-6, and 1e-6 with XL; for prodigy 1, which multiplies what it finds"
+        None,
+        "default: 1e-4 for lora; for full 5e-6, and 1e-6 with XL; for prodigy 1, which multiplies what it finds",
+        elsewhere=("lr", "unet_lr"),
     )
     scale_lr: bool = option(False, "multiply the learning rate by batch, accumulation and processes")
     lr_scheduler: SCHEDULES = option("constant", "learning rate schedule")
@@ -210,16 +232,21 @@ class TrainingOptions(SubjectOptions):
     )
     gradient_checkpointing: bool = option(False, "save memory at the cost of slower steps")
     allow_tf32: bool = option(False, "allow TF32 matrix products on Ampere GPUs and later")
-    dataloader_num_workers: int = option(0, "data loading processes; 0 loads in the main process")
+    dataloader_num_workers: int = option(
+        0, "data loading processes; 0 loads in the main process", elsewhere=("max_data_loader_n_workers",)
+    )
 
     # The run
     output_dir: str | None = option(
-        None, "folder of the run; default: outputs/ and the name of --instance_dir", path=True
+        None, "folder of the run; default: outputs/ and the name of --instance_dir", path=True, elsewhere=("output",)
     )
     checkpointing_steps: int = option(500, "steps between checkpoints to resume from")
     checkpoints_total_limit: int | None = option(None, "maximum number of checkpoints to keep; default: all")
     resume_from_checkpoint: str | None = option(
-        None, "checkpoint to resume from: latest, or a checkpoint-N folder of this run", path=True
+        None,
+        "checkpoint to resume from: latest, or a checkpoint-N folder of this run",
+        path=True,
+        elsewhere=("resume",),
     )
     logging_steps: int = option(5, "steps between lines of metrics.jsonl")
     num_validation_images: int = option(4, "number of samples per validation prompt; 0 for none")
@@ -227,9 +254,10 @@ class TrainingOptions(SubjectOptions):
         None,
         "steps between validation samples; default: only at the end",
         when=(with_flag("--num_validation_images"),),
+        elsewhere=("validation_epochs",),
     )
     report_to: Literal["tensorboard", "wandb"] | None = option(
-        None, "also log losses, learning rate and samples to a tracker"
+        None, "also log losses, learning rate and samples to a tracker", elsewhere=("log_with",)
     )
     push_to_hub: bool = option(
         False, "upload weights, samples and model card, but no photos or masks, to a private repository"

@@ -39,7 +39,7 @@ GIVEN = "given"
 class SegmentOptions(MaskFolderOptions):
     """From one photo and its mask, or a few, to a mask for every photo of a folder."""
 
-    images: str | None = option(None, "folder of photos", path=True)
+    images: str | None = option(None, "folder of photos", path=True, elsewhere=("instance_dir", "input"))
     reference_image: str | None = option(
         None,
         "the photo that --mask belongs to: a path, or a name inside --images; default: the photo that has its name",
@@ -51,7 +51,9 @@ class SegmentOptions(MaskFolderOptions):
         None, "folder with masks of some of the photos: several references", path=True, rivals=("mask",)
     )
     invert_mask: bool = option(False, "black, or transparent, is the subject in the masks given")
-    output: str | None = option(None, "folder for the masks; must be new or empty", path=True)
+    output: str | None = option(
+        None, "folder for the masks; must be new or empty", path=True, elsewhere=("output_dir",)
+    )
     instances: int = option(1, "how often to look for the subject in a photo; its mask holds all finds")
     heatmaps: bool = option(False, "also pictures of where each photo that is searched is like the subject")
 
