@@ -69,6 +69,12 @@ def test_every_module_imports_without_extras(held, programs, tmp_path):
     assert str(ROOT) not in output(tmp_path, programs / "python", "-c", importing, *modules)
 
 
+def test_recipes_open_by_name_where_no_source_is_in_sight(programs, tmp_path):
+    finding = "from persam_dreambooth.options import find_config; print(find_config('sd15-lora').read_text())"
+    recipe = (ROOT / "configs" / "sd15-lora.yaml").read_text(encoding="utf-8")
+    assert output(tmp_path, programs / "python", "-c", finding).strip() == recipe.strip()
+
+
 def test_the_program_runs_without_extras(programs, tmp_path):
     assert __version__ in output(tmp_path, programs / "persam-dreambooth", "--version")
     assert "--instance_dir" in output(tmp_path, programs / "persam-dreambooth", "train", "--help")
