@@ -25,8 +25,17 @@ from persam_dreambooth.segmentation.video import VideoOptions
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "persam_dreambooth"
-COMMANDS = ("segment", "video", "train", "generate", "demo")
-HEAVY = {"torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "matplotlib", "huggingface_hub"}
+COMMANDS = tuple(cli.COMMANDS)
+HEAVY = {
+    "torch",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "peft",
+    "datasets",
+    "matplotlib",
+    "huggingface_hub",
+}
 
 MODULES = sorted(module.name for module in pkgutil.walk_packages([str(PACKAGE)], "persam_dreambooth."))
 
@@ -603,7 +612,7 @@ for command in {COMMANDS}:
     for flag in ("--help", "-h"):
         text, started = io.StringIO(), time.process_time()
         with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
-            cli.main([command, flag])
+            cli.main([*command.split(), flag])
         assert "usage" in text.getvalue(), command
         assert time.process_time() - started < 1, command
 heavy = {HEAVY} & set(sys.modules)
@@ -722,6 +731,18 @@ def test_imports_run_one_way(row):
         for path in files(name):
             wrong = {found for found in imports(path) if found.split(".")[0] in later | {APART.get(name)}}
             assert not wrong, f"{path.relative_to(ROOT)} imports {', '.join(sorted(wrong))}"
+
+
+POSIX_ONLY = {"resource", "fcntl", "pwd", "grp", "termios", "tty", "pty", "posix", "syslog", "crypt"}
+
+
+@pytest.mark.parametrize("folder", ["persam_dreambooth", "benchmarks", "tools"])
+def test_no_module_imports_what_windows_lacks(folder):
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+            assert not POSIX_ONLY & {name.split(".")[0] for name in names}, path
 
 
 def test_no_folder_is_deeper_than_two_levels():
