@@ -23,7 +23,7 @@ def pytest_collection_finish():
 def few_denoising_steps():
     """Class images and backgrounds in four steps: no test looks at how well they are made."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(base_pictures, "DENOISING_STEPS", 4)
+        patch.setattr(base_pictures, "BASE_PICTURE_STEPS", 4)
         yield
 
 

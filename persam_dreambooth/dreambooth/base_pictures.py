@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from persam_dreambooth.dreambooth.data import Crops
     from persam_dreambooth.dreambooth.families.family import Family
 
-DENOISING_STEPS = 30
+BASE_PICTURE_STEPS = 30
 logger = logging.getLogger(__name__)
 
 
@@ -164,7 +164,7 @@ def generate_pictures(
         numbers = missing[start : start + batch_size]
         told = [prompts[number % len(prompts)] for number in numbers]
         generators = [torch.Generator().manual_seed(seed + number) for number in numbers]
-        images = sampler(told, num_inference_steps=DENOISING_STEPS, generator=generators).images
+        images = sampler(told, num_inference_steps=BASE_PICTURE_STEPS, generator=generators).images
         for number, image, prompt in zip(numbers, images, told, strict=True):
             path = folder / f"{kind}-{number:04}.png"
             beside = path.with_suffix(".txt")
