@@ -9,8 +9,8 @@ from PIL import Image
 from training_runs import SHORT, column, command, flags
 
 from persam_dreambooth import toy
-from persam_dreambooth.photos.folder import find_photos
-from persam_dreambooth.photos.mask_folder import INDEX, SKIPPED, load_masks
+from persam_dreambooth.photos.folder import MASK_INDEX, find_photos
+from persam_dreambooth.photos.mask_folder import SKIPPED, load_masks
 from persam_dreambooth.photos.masks import read_mask
 from persam_dreambooth.segmentation import PerSAM, open_sam
 from persam_dreambooth.segmentation.evaluation.absence_statistics import (
@@ -32,7 +32,7 @@ NEVER = 1.0
 
 
 def notes(folder):
-    return json.loads((folder / INDEX).read_text(encoding="utf-8"))["masks"]
+    return json.loads((folder / MASK_INDEX).read_text(encoding="utf-8"))["masks"]
 
 
 def pictures(folder):

@@ -12,10 +12,9 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.files import write_aside, write_json
-from persam_dreambooth.photos.folder import Photo, find_photos
+from persam_dreambooth.photos.folder import MASK_INDEX, Photo, find_photos
 from persam_dreambooth.photos.mask_folder import (
     DRAWN,
-    INDEX,
     SKIPPED,
     MaskRecord,
     check_names,
@@ -102,7 +101,7 @@ def test_masks_are_read_back_as_they_were_saved(tmp_path, photos):
 def test_the_folder_holds_a_png_for_each_photo_and_the_index(tmp_path, photos, mask):
     for item in photos:
         save_mask(tmp_path / "masks", record(item, mask), mask)
-    assert files(tmp_path / "masks") == {"00.png", "sub/00.png", "no.dots.here.png", INDEX}
+    assert files(tmp_path / "masks") == {"00.png", "sub/00.png", "no.dots.here.png", MASK_INDEX}
 
 
 def test_a_saved_png_is_0_or_255_in_gray_at_the_size_of_the_photo(tmp_path, photos, mask):
@@ -117,7 +116,7 @@ def test_the_index_says_what_is_known_about_each_mask(tmp_path, photos, mask):
     facts = {"model": "toy", "score": 0.9, "presence": 0.7, "absent_threshold": 0.95, "flags": ("absent",)}
     save_mask(tmp_path, record(first, mask, **facts), mask)
     save_mask(tmp_path, MaskRecord(last.name, last.sha256, "given", 0.25), mask)
-    written = json.loads((tmp_path / INDEX).read_text(encoding="utf-8"))
+    written = json.loads((tmp_path / MASK_INDEX).read_text(encoding="utf-8"))
     hashes = {entry.pop("mask_sha256") for entry in written["masks"].values()}
     assert len(hashes) == 1 and len(hashes.pop()) == 64, "both have the same pixels"
     assert written == {
@@ -151,7 +150,7 @@ def test_a_skipped_photo_has_an_entry_and_no_mask_until_one_is_drawn(tmp_path, m
     nothing, folder = np.zeros_like(mask), tmp_path / "masks"
     left_out = record(item, nothing, presence=0.3, flags=("absent", SKIPPED))
     save_mask(folder, left_out, nothing)
-    assert files(folder) == {INDEX}
+    assert files(folder) == {MASK_INDEX}
     [loaded] = load_masks(folder, [item])
     assert loaded.record == left_out and not loaded.mask.any() and loaded.mask.shape == (HEIGHT, WIDTH)
     changed = photo(item.path, color=(0, 0, 0))
@@ -208,7 +207,7 @@ def test_an_index_of_version_0_1_is_read(tmp_path, photos, mask):
         first.name: {"photo_sha256": first.sha256, "method": "persam", "coverage": 0.1, "score": 0.9, "flags": []},
         last.name: {"photo_sha256": last.sha256, "method": "by hand", "coverage": 0.1, "flags": []},
     }
-    write_json(tmp_path / INDEX, {"masks": entries})
+    write_json(tmp_path / MASK_INDEX, {"masks": entries})
     made, drawn = load_mask(tmp_path, first), load_mask(tmp_path, last)
     assert (made.record.method, made.record.score, drawn.record.method) == ("persam", 0.9, "drawn")
     assert made.record.coverage == float(mask.mean())
@@ -580,12 +579,12 @@ def test_a_mask_folder_that_is_none_is_refused(tmp_path, photos, name, found):
 )
 def test_a_broken_index_is_refused_and_left_as_it_is(tmp_path, photos, mask, content):
     shape().save(tmp_path / "00.png")
-    (tmp_path / INDEX).write_bytes(content)
+    (tmp_path / MASK_INDEX).write_bytes(content)
     with pytest.raises(InputError, match=r"index\.json is not an index of masks: remove it"):
         load_mask(tmp_path, photos[0])
     with pytest.raises(InputError, match=r"index\.json is not an index of masks: remove it"):
         save_mask(tmp_path, record(photos[0], mask), mask)
-    assert (tmp_path / INDEX).read_bytes() == content
+    assert (tmp_path / MASK_INDEX).read_bytes() == content
 
 
 # Whole or not at all
@@ -609,10 +608,10 @@ def test_the_mask_before_stays_when_a_new_one_cannot_be_written_to_its_end(tmp_p
 
 def test_the_index_before_stays_when_a_new_one_cannot_be_written_to_its_end(tmp_path, photos, mask):
     save_mask(tmp_path / "masks", record(photos[0], mask), mask)
-    before = (tmp_path / "masks" / INDEX).read_bytes()
+    before = (tmp_path / "masks" / MASK_INDEX).read_bytes()
     with at_most(len(before)), pytest.raises(OSError):
         save_mask(tmp_path / "masks", record(photos[1], mask), mask)
-    assert (tmp_path / "masks" / INDEX).read_bytes() == before
+    assert (tmp_path / "masks" / MASK_INDEX).read_bytes() == before
     assert not [name for name in files(tmp_path / "masks") if ".partial" in name]
 
 
@@ -623,7 +622,7 @@ def test_what_a_killed_program_left_is_no_mask_and_is_cleared_away(tmp_path, pho
     shape().save(folder / "00.png")
     assert len(load_masks(folder, photos[:1])) == 1
     save_mask(folder, record(photos[0], mask), mask)
-    assert files(folder) == {"00.png", INDEX}
+    assert files(folder) == {"00.png", MASK_INDEX}
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):

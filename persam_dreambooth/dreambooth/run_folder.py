@@ -16,7 +16,7 @@ from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.files import check_new, check_writable, write_text
 from persam_dreambooth.options import CONFIG, read_config
-from persam_dreambooth.photos.mask_folder import INDEX
+from persam_dreambooth.photos.folder import MASK_INDEX
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def check_run_folder(options: TrainingOptions) -> None:
     if options.resume_from_checkpoint and (folder / CONFIG).is_file():
         check_writable(folder)
         return
-    known = {CONFIG: "another run", INDEX: "masks"}
+    known = {CONFIG: "another run", MASK_INDEX: "masks"}
     advice = "choose another folder with --output_dir"
     if (folder / CONFIG).is_file():
         advice += ", or resume with --resume_from_checkpoint latest"

@@ -52,6 +52,7 @@ OUTPUT = "output of an earlier run"
 CONFIG_HEAD = b"# persam-dreambooth"
 
 MASK_INDEX = "index.json"
+"""The file in a mask folder that says how its masks were made; see `mask_folder`."""
 
 RUN_PARTS = re.compile(
     r"overview\.(png|jpg)|loss\.png|samples|masks|class_images|backgrounds|heatmaps|logs|checkpoint-\d+"

@@ -20,13 +20,12 @@ from PIL import Image
 
 from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.files import write_aside, write_json
-from persam_dreambooth.photos.folder import Photo
+from persam_dreambooth.photos.folder import MASK_INDEX, Photo
 from persam_dreambooth.photos.masks import own_mask, read_soft_mask, read_told, soft_mask_of, warn_of_coverage
 from persam_dreambooth.photos.pairing import find_masks, name_key
 
 logger = logging.getLogger(__name__)
 
-INDEX = "index.json"
 DRAWN, OWN_ALPHA = "drawn", "alpha"
 SKIPPED = "skipped"
 
@@ -117,7 +116,7 @@ def save_mask(folder: Path, record: MaskRecord, mask: np.ndarray, weights: np.nd
     entries = {
         photo: {key: value for key, value in asdict(entry).items() if key != "photo"} for photo, entry in index.items()
     }
-    write_json(folder / INDEX, {"masks": entries})
+    write_json(folder / MASK_INDEX, {"masks": entries})
 
 
 def load_mask(folder: Path, photo: Photo, invert: bool = False) -> PhotoMask | None:
@@ -229,7 +228,7 @@ def _mask_name(photo_name: str) -> str:
 
 
 def _read_index(folder: Path) -> dict[str, MaskRecord]:
-    path = folder / INDEX
+    path = folder / MASK_INDEX
     if not path.is_file():
         return {}
     try:

@@ -12,9 +12,8 @@ from tqdm import tqdm
 
 from persam_dreambooth.files import check_new
 from persam_dreambooth.options import CONFIG, option, require, with_flag, within
-from persam_dreambooth.photos.folder import Photo, find_photos
+from persam_dreambooth.photos.folder import MASK_INDEX, Photo, find_photos
 from persam_dreambooth.photos.mask_folder import (
-    INDEX,
     SKIPPED,
     MaskRecord,
     PhotoMask,
@@ -82,7 +81,7 @@ def segment_photos(options: SegmentOptions) -> list[PhotoMask]:
         references = [find_reference(photos, folder, mask_path, options.reference_image, options.invert_mask)]
     else:
         references = find_references(photos, mask_path, options.invert_mask)
-    check_new(output, {CONFIG: "a training run", INDEX: "masks"})
+    check_new(output, {CONFIG: "a training run", MASK_INDEX: "masks"})
     segmenter = open_segmenter(options)
     heatmaps = output / "heatmaps" if options.heatmaps else None
     masks = segment_folder(photos, references, segmenter, output, options.instances, options.absent, heatmaps)
