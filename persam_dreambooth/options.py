@@ -11,7 +11,6 @@ import difflib
 import logging
 import math
 import os
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -31,6 +30,9 @@ LAST_SEED = 2**32 - 1
 
 WANTED = {int: "a whole number", float: "a number", str: "text, in quotes", bool: "true or false"}
 """What an option of a type takes, in words."""
+
+METAVARS = {int: "INT", float: "FLOAT", str: "TEXT"}
+"""What help shows in place of a value."""
 
 Kind = TypeVar("Kind", bound="Options")
 
@@ -180,9 +182,11 @@ def parse(kind: type[Kind], arguments: list[str], program: str, positional: str 
             wrong type, a file that cannot be read.
     """
     hints = _types(kind)
-    parser = _Parser(prog=program, description=(kind.__doc__ or "").splitlines()[0], allow_abbrev=False)
+    usage = f"{program} {f'{positional.upper()} ' if positional else ''}[--OPTION VALUE ...]"
+    about = (kind.__doc__ or "").splitlines()[0]
+    parser = _Parser(prog=program, usage=usage, description=about, allow_abbrev=False)
     files = "YAML file of options, or a recipe by name, such as sd15-lora; flags win over it"
-    parser.add_argument("--config", action="append", default=[], help=files)
+    parser.add_argument("--config", action="append", default=[], metavar="FILE", help=files)
     flags = ["--config", "--help"]
     for entry in fields(kind):
         alias = entry.metadata["alias"]
@@ -384,4 +388,4 @@ def _metavar(entry: Any, hints: dict[str, Any]) -> str:
     words = get_args(hints[entry.name]) if get_origin(hints[entry.name]) is Literal else entry.metadata["choices"]
     if words:
         return "{" + ",".join(words) + "}"
-    return re.sub(r"\W", "", str(getattr(hints[entry.name], "__name__", "list"))).upper()
+    return "PATH" if entry.metadata["path"] else METAVARS.get(hints[entry.name], "LIST")

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class TrainOptions(TrainingOptions, MaskFolderOptions):
+class TrainOptions(MaskFolderOptions, TrainingOptions):
     """One mask in, a personalized Stable Diffusion out."""
 
     @property

@@ -202,16 +202,6 @@ def test_a_saved_configuration_gives_the_same_options_again(config, text):
 def test_the_options_of_train_are_these():
     """Adding, renaming or removing an option is a conscious act: the documents and old YAML files know these."""
     assert [entry.name for entry in fields(TrainOptions)] == [
-        *(
-            "segmenter",
-            "sam_model",
-            "sam_dtype",
-            "encoding_cache",
-            "target_coverage",
-            "guidance",
-            "absent",
-            "absent_threshold",
-        ),
         *("instance_dir", "dataset_name", "image_column", "caption_column"),
         *("mask", "reference_image", "mask_dir", "mask_from", "invert_mask"),
         *("class_name", "identifier", "instance_prompt", "class_prompt", "validation_prompt"),
@@ -243,6 +233,16 @@ def test_the_options_of_train_are_these():
         *("output_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "logging_steps"),
         *("num_validation_images", "validation_steps"),
         *("report_to", "push_to_hub", "hub_model_id"),
+        *(
+            "segmenter",
+            "sam_model",
+            "sam_dtype",
+            "encoding_cache",
+            "target_coverage",
+            "guidance",
+            "absent",
+            "absent_threshold",
+        ),
     ]
 
 
