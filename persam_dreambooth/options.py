@@ -131,10 +131,10 @@ def require(options: Any, *names: str) -> None:
 
 
 def within(options: Any, least: float, most: float, *names: str) -> None:
-    """Raises `InputError` for an option that is given and not from `least` to `most`."""
+    """Raises `InputError` for an option that is given and not from `least` to `most`, or infinite."""
     for name in names:
         value = getattr(options, name)
-        if value is not None and not least <= value <= most:
+        if value is not None and (not least <= value <= most or value == math.inf):
             wanted = f"{least} or more" if most == math.inf else f"a number from {least} to {most}"
             raise InputError(f"--{name} is {value}: give {wanted}")
 

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import math
 import os
 import pkgutil
 import subprocess
@@ -351,6 +352,11 @@ def test_not_a_number_is_refused():
             parse("--instance_dir", "cat", "--mask", "mask.png", f"--{name}=nan").check()
 
 
+def test_infinity_is_no_amount():
+    with pytest.raises(InputError, match="--learning_rate is inf: give 0 or more"):
+        parse("--instance_dir", "cat", "--mask", "mask.png", "--learning_rate", "inf").check()
+
+
 @pytest.mark.parametrize(
     "options, said",
     [
@@ -448,6 +454,7 @@ def test_segment_checks_what_train_checks():
         ({"prompt": "a cat"}, "--model is missing"),
         ({"prompt": "a cat", "model": "toy", "num_images": 0}, "--num_images is 0: give 1 or more"),
         ({"prompt": "a cat", "model": "toy", "num_inference_steps": 0}, "--num_inference_steps is 0"),
+        ({"prompt": "a cat", "model": "toy", "guidance_scale": math.nan}, "--guidance_scale is nan"),
         ({"prompt": "a cat", "model": "toy", "seed": -1}, "--seed is -1: give a number from 0 to 4294967295"),
     ],
 )
