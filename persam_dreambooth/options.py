@@ -202,7 +202,10 @@ def parse(kind: type[Kind], arguments: list[str], program: str, positional: str 
     for file in typed.pop("config"):
         filed.update(read_options(kind, find_config(file)))
     if others:
-        check_known(others[0].split("=")[0], flags, "option")
+        word = others[0].split("=")[0]
+        if not word.startswith("-") and f"--{word}" not in flags:
+            raise InputError(f"unexpected {word!r}: an option takes one value (in quotes if it has spaces) or none")
+        check_known(word, flags, "option")
     values = {name: _from_text(name, value, kind, hints) for name, value in typed.items()}
     return _merged(kind, values, {name: value for name, value in filed.items() if value is not None})
 

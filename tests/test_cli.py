@@ -552,6 +552,22 @@ def test_stray_words_are_refused(capsys, arguments):
     refused(capsys, "train", *arguments)
 
 
+@pytest.mark.parametrize(
+    "arguments, word",
+    [
+        (["train", "--instance_dir", "cat/00.jpg", "cat/01.jpg"], "cat/01.jpg"),  # the shell expanded cat/*.jpg
+        (["train", "--unmasked", "true"], "true"),
+        (["generate", "a", "[V]", "cat"], "[V]"),
+    ],
+)
+def test_a_second_value_is_not_called_an_unknown_option(capsys, arguments, word):
+    assert refused(capsys, *arguments).startswith(f"error: unexpected {word!r}: an option takes one value ")
+
+
+def test_an_option_without_its_dashes_is_named(capsys):
+    assert refused(capsys, "train", "rank=4") == "error: unknown option rank: did you mean --rank?"
+
+
 @pytest.mark.parametrize("arguments", [["x"], ["--output_dir"], ["--steps", "3"]])
 def test_demo_takes_an_output_folder_and_nothing_else(capsys, arguments):
     refused(capsys, "demo", *arguments)
