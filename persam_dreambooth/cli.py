@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -234,6 +235,11 @@ def guarded(command: Callable[[], None]) -> int:
         return 1
     except PermissionError as error:
         print(f"error: {error.filename} cannot be read or written: correct its permissions", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        print(f"error: {error.filename} is longer than a name may be: choose a shorter one", file=sys.stderr)
         return 2
     return 0
 

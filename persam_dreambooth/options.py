@@ -135,10 +135,10 @@ def require(options: Any, *names: str) -> None:
 
 
 def within(options: Any, least: float, most: float, *names: str) -> None:
-    """Raises `InputError` for an option that is given and not from `least` to `most`."""
+    """Raises `InputError` for an option that is given and not from `least` to `most`, or infinite."""
     for name in names:
         value = getattr(options, name)
-        if value is not None and not least <= value <= most:
+        if value is not None and (not least <= value <= most or value == math.inf):
             wanted = f"{least} or more" if most == math.inf else f"a number from {least} to {most}"
             raise InputError(f"--{name} is {value}: give {wanted}")
 
@@ -212,6 +212,8 @@ def parse(kind: type[Kind], arguments: list[str], program: str, positional: str 
         for entry in fields(kind):
             if word.removeprefix("--") in entry.metadata["elsewhere"]:
                 raise InputError(f"unknown option {word}: it is --{entry.name} here")
+        if not word.startswith("-") and f"--{word}" not in flags:
+            raise InputError(f"unexpected {word!r}: an option takes one value (in quotes if it has spaces) or none")
         check_known(word, flags, "option")
     values = {name: _from_text(name, value, kind, hints) for name, value in typed.items()}
     return _merged(kind, values, {name: value for name, value in filed.items() if value is not None})

@@ -377,6 +377,15 @@ def test_an_output_folder_that_is_a_broken_link(home, capsys):
         assert refused(capsys, *command).startswith("out is no folder, so out cannot be one: choose another folder")
 
 
+@pytest.mark.parametrize(
+    "option", ["--config", "--output_dir", "--mask_dir", "--pretrained_model_name_or_path", "--sam_model"]
+)
+def test_a_name_that_is_too_long(home, capsys, option):
+    name = "n" * 256
+    given = MASKS if option in ("--mask_dir", "--pretrained_model_name_or_path") else MASK
+    assert refused(capsys, *train(*given, option, name)).startswith(f"{name}")
+
+
 @pytest.mark.parametrize("command", [train(*MASK), train(*MASKS), train("--unmasked"), segment()])
 def test_an_output_folder_with_other_files(home, capsys, command):
     Path("out").mkdir()

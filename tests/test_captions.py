@@ -63,7 +63,10 @@ def test_lines_end_as_on_any_system(tmp_path):
     assert prompts(tmp_path, "a.jpg") == ["a cat,\non a sofa"]
 
 
-@pytest.mark.parametrize("content", ["ein Kätzchen".encode("latin-1"), b"\xff\xfea"])
+@pytest.mark.parametrize(
+    "content",
+    ["ein Kätzchen".encode("latin-1"), b"\xff\xfea", "a cat".encode("utf-16-le"), "a cat".encode("utf-32")],
+)
 def test_another_encoding_is_refused(tmp_path, content):
     (tmp_path / "a.caption").write_bytes(content)
     with pytest.raises(InputError, match=r"a\.caption is not text in UTF-8: write what a\.jpg shows into it"):
@@ -81,6 +84,12 @@ def test_texts_in_metadata_may_hold_any_character_and_none(tmp_path):
         encoding="utf-8",
     )
     assert prompts(tmp_path, "a.jpg", "b.jpg") == ["a cat\u2028on a sofa", "a thing"]
+
+
+def test_half_a_character_in_metadata_is_refused(tmp_path):
+    (tmp_path / "metadata.jsonl").write_text(r'{"file_name": "a.jpg", "text": "a cat \ud83d"}')
+    with pytest.raises(InputError, match=r"metadata\.jsonl, line 1, names no file and text: write lines such as"):
+        prompts(tmp_path, "a.jpg")
 
 
 def test_the_longest_name_has_a_caption(tmp_path):

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import math
 import os
 import pkgutil
 import subprocess
@@ -360,6 +361,11 @@ def test_not_a_number_is_refused():
             parse("--instance_dir", "cat", "--mask", "mask.png", f"--{name}=nan").check()
 
 
+def test_infinity_is_no_amount():
+    with pytest.raises(InputError, match="--learning_rate is inf: give 0 or more"):
+        parse("--instance_dir", "cat", "--mask", "mask.png", "--learning_rate", "inf").check()
+
+
 @pytest.mark.parametrize(
     "options, said",
     [
@@ -457,6 +463,7 @@ def test_segment_checks_what_train_checks():
         ({"prompt": "a cat"}, "--model is missing"),
         ({"prompt": "a cat", "model": "toy", "num_images": 0}, "--num_images is 0: give 1 or more"),
         ({"prompt": "a cat", "model": "toy", "num_inference_steps": 0}, "--num_inference_steps is 0"),
+        ({"prompt": "a cat", "model": "toy", "guidance_scale": math.nan}, "--guidance_scale is nan"),
         ({"prompt": "a cat", "model": "toy", "seed": -1}, "--seed is -1: give a number from 0 to 4294967295"),
     ],
 )
@@ -574,6 +581,22 @@ def test_a_config_file_that_is_not_there_is_named(capsys, tmp_path):
 @pytest.mark.parametrize("arguments", [[""], [" "], ["'x'"], ["x y"], ["--"], ["-x"], ["--mask"], ["--unmasked=maybe"]])
 def test_stray_words_are_refused(capsys, arguments):
     refused(capsys, "train", *arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments, word",
+    [
+        (["train", "--instance_dir", "cat/00.jpg", "cat/01.jpg"], "cat/01.jpg"),  # the shell expanded cat/*.jpg
+        (["train", "--unmasked", "true"], "true"),
+        (["generate", "a", "[V]", "cat"], "[V]"),
+    ],
+)
+def test_a_second_value_is_not_called_an_unknown_option(capsys, arguments, word):
+    assert refused(capsys, *arguments).startswith(f"error: unexpected {word!r}: an option takes one value ")
+
+
+def test_an_option_without_its_dashes_is_named(capsys):
+    assert refused(capsys, "train", "rank=4") == "error: unknown option rank: did you mean --rank?"
 
 
 @pytest.mark.parametrize("arguments", [["x"], ["--output_dir"], ["--steps", "3"]])

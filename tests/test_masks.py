@@ -507,6 +507,18 @@ def test_an_empty_mask_is_refused_where_one_is_needed(tmp_path, photos):
         check_mask(np.zeros((HEIGHT, WIDTH), dtype=bool), photos[0], tmp_path / "mask.png")
 
 
+def test_an_inverted_mask_without_black_is_not_called_black(tmp_path, photos):
+    Image.new("L", (WIDTH, HEIGHT), 255).save(tmp_path / "mask.png")
+    with pytest.raises(InputError, match=r"mask\.png has no black, the subject with --invert_mask: leave that out"):
+        mask_of(tmp_path / "mask.png", photos[0], invert=True)
+
+
+def test_the_folder_of_a_run_is_not_taken_for_its_masks(tmp_path, photos, mask):
+    save_mask(tmp_path / "run" / "masks", record(photos[0], mask), mask)
+    with pytest.raises(InputError, match=r"the masks of .*run are in .*run/masks: name that folder"):
+        load_masks(tmp_path / "run", photos)
+
+
 def test_a_photo_turned_by_exif_pairs_with_the_upright_mask(tmp_path, mask):
     exif = Image.Exif()
     exif[0x112] = 6

@@ -280,6 +280,14 @@ def test_masks_inside_the_photo_folder_are_no_photos(tmp_path):
     assert names(tmp_path) == ["a.jpg"]
 
 
+@pytest.mark.parametrize("name", ["mask", "Masks", "segmentations", "Annotations"])
+def test_a_subfolder_that_is_named_after_masks_holds_no_photos(tmp_path, name):
+    photo(tmp_path / "a.jpg")
+    photo(tmp_path / name / "b.png")
+    assert names(tmp_path) == ["a.jpg"]
+    assert names(tmp_path / name) == ["b.png"]
+
+
 def test_photos_beside_a_run_are_told_from_its_parts(tmp_path):
     photo(run(tmp_path) / "a.jpg")
     photo(tmp_path / "more" / "samples" / "b.jpg")

@@ -228,6 +228,12 @@ def test_resuming_without_a_checkpoint_is_a_fresh_start_that_is_told(runs, tmp_p
     assert same_metrics(tmp_path / "new", runs())
 
 
+def test_the_saved_options_of_a_resumed_run_do_not_resume_it_again(runs, tmp_path, capsys):
+    assert runs.train(tmp_path / "run", resume_from_checkpoint="latest") == 0
+    assert command("train", "--config", str(tmp_path / "run/config.yaml")) == 2
+    assert "already holds another run" in capsys.readouterr().err
+
+
 def test_missing_checkpoint_is_an_error_that_lists_those_there_are(runs, tmp_path, capsys):
     assert runs.train(tmp_path / "run", checkpointing_steps=2) == 0
     assert runs.train(tmp_path / "run", resume_from_checkpoint="checkpoint-3") == 2

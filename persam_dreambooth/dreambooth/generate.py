@@ -36,6 +36,7 @@ class GenerateOptions(Options):
         require(self, "prompt", "model")
         within(self, 1, math.inf, "num_images")
         within(self, 1, 1000, "num_inference_steps")
+        within(self, 0, math.inf, "guidance_scale")
         within(self, 0, LAST_SEED, "seed")
 
 

@@ -75,8 +75,11 @@ def check_same_model(options: TrainingOptions) -> None:
 
 
 def write_config(options: TrainingOptions) -> None:
-    """Writes `config.yaml`: a comment with versions, then the resolved options, which `--config` can load."""
-    path, resolved = options.run_dir / CONFIG, asdict(options)
+    """Writes `config.yaml`: a comment with versions, then the resolved options, which `--config` can load.
+
+    They do not say that the run was resumed: what loads them starts a run of its own.
+    """
+    path, resolved = options.run_dir / CONFIG, asdict(replace(options, resume_from_checkpoint=None))
     if path.is_file():
         before = read_config(path)
         changed = [f"{key} {before.get(key)} -> {value}" for key, value in resolved.items() if before.get(key) != value]

@@ -75,6 +75,7 @@ class EvaluateModelOptions(Options):
         require(self, "model")
         within(self, 2, math.inf, "num_images")
         within(self, 1, 1000, "num_inference_steps")
+        within(self, 0, math.inf, "guidance_scale")
         within(self, 0, LAST_SEED, "seed")
         if not self.scenes:
             raise InputError("--background_scenes is empty: give scenes, such as: a beach, a sofa")

@@ -74,7 +74,8 @@ def _read_metadata(path: Path) -> dict[str, str]:
         try:
             entry = json.loads(line)
             name, text = entry["file_name"], entry["text"]
-        except (json.JSONDecodeError, KeyError, TypeError):
+            str(text).encode()  # half a character, such as "\\ud83d", is no text
+        except (json.JSONDecodeError, KeyError, TypeError, UnicodeEncodeError):
             raise InputError(f"{path}, line {number}, names no file and text: {wanted}") from None
         texts[str(name)] = "" if text is None else str(text).strip()
     return texts
@@ -85,8 +86,11 @@ def _read_text(path: Path, advice: str) -> str:
     try:
         with path.open("rb") as stream:
             encoding = "utf-16" if stream.read(2) in UTF_16 else "utf-8-sig"
-        return path.read_text(encoding=encoding).strip()
-    except UnicodeDecodeError:
+        text = path.read_text(encoding=encoding).strip()
+        if "\0" in text:  # UTF-16 without a byte order mark, or UTF-32
+            raise UnicodeError
+        return text
+    except UnicodeError:
         raise InputError(f"{path} is not text in UTF-8: {advice}") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}): {advice}") from None

@@ -44,7 +44,7 @@ LEFTOVERS = {
 }
 """Files and folders, by name in lower case, that programs leave among photos, and what they are."""
 
-MASK_FOLDERS = ("mask", "masks")
+MASK_FOLDERS = ("mask", "masks", "masklabels", "segmentation", "segmentations", "annotations", "mattes")
 """Subfolders, by name in lower case, that hold masks rather than photos."""
 
 OUTPUT = "output of an earlier run"

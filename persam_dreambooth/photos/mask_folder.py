@@ -150,6 +150,8 @@ def load_masks(folder: Path, photos: list[Photo], invert: bool = False, soft: bo
         InputNotFoundError: no such folder, or a photo without a mask.
         InputError: a mask without a photo, two masks of one photo, and what `load_mask` raises.
     """
+    if (folder / "masks" / INDEX).is_file():  # the folder of a run
+        raise InputError(f"the masks of {folder} are in {folder / 'masks'}: name that folder, or remove it")
     loaded = _load_all(folder, photos, find_masks(_checked(folder), photos), invert, soft)
     for photo in photos:
         if photo.name not in loaded:

@@ -146,6 +146,8 @@ def mask_of(path: Path, photo: "Photo", invert: bool = False) -> np.ndarray:
         InputNotFoundError, InputError: as `images.open_image`; a mask of another size, an empty one, or a photo.
     """
     mask, how = read_told(path, photo, invert)
+    if invert and not mask.any():
+        raise InputError(f"{path} has no black, the subject with --invert_mask: leave that out if white is the subject")
     check_mask(mask, photo, path)
     logger.info("%s is the mask of %s: %s; it covers %.0f %%", path, photo.path, how, 100 * mask.mean())
     warn_of_coverage(mask, path)
