@@ -201,7 +201,7 @@ def test_a_mask_that_is_named_after_no_photo_lists_the_photos(home, capsys):
     mask().save("ball_mask.png")
     line = refused(capsys, *train("--mask", "ball_mask.png"))
     assert line == (
-        "ball_mask.png has the name of no photo (00.jpg, 01.jpg, 02.jpg): name its photo with --reference_image, "
+        "ball_mask.png matches the name of no photo (00.jpg, 01.jpg, 02.jpg): name its photo with --reference_image, "
         "or rename it, such as 00_mask.png"
     )
 
@@ -246,7 +246,7 @@ def test_a_mask_of_another_size_in_the_mask_folder(home, capsys):
 
 def test_a_mask_of_no_photo_in_the_mask_folder(home, capsys):
     mask().save("masks/09.png")
-    assert refused(capsys, *train(*MASKS)).startswith("masks/09.png belongs to no photo: a mask has its photo's name")
+    assert refused(capsys, *train(*MASKS)).startswith("masks/09.png matches no photo: a mask has its photo's name")
 
 
 def test_a_photo_without_a_mask_in_the_mask_folder(home, capsys):
@@ -598,7 +598,7 @@ def test_photos_of_every_kind_get_upright_masks(home, capsys, caplog, tmp_path_f
     shutil.copy("mask.png", ball / "ball_mask.png")
     out = done(capsys, *segment("--mask", "ball/ball_mask.png", "--output", "ball/masks", "--sam_model", sam))
     assert out == "12 masks in ball/masks; look at ball/masks/overview.jpg\n"
-    assert "left out of ball: link.jpg (link to another of the photos), notes.txt (not a photo)" in caplog.text
+    assert "left out of ball: link.jpg (link to another photo), notes.txt (not a photo)" in caplog.text
     sizes = {}
     for path in sorted(Path("ball/masks").rglob("*.png")):
         with Image.open(path) as image:
@@ -673,7 +673,7 @@ def test_a_broken_stable_diffusion(home, capsys, damage):
     for command in (train(*MASKS, "--pretrained_model_name_or_path", model), generate("--model", model)):
         said = refused(capsys, *command)
         assert said.startswith(f"{model} cannot be loaded (") and said.endswith(
-            "): get it again, or name another model"
+            "): download it again, or name another model"
         )
 
 

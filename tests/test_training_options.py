@@ -695,4 +695,4 @@ def test_a_data_set_that_is_not_there_is_refused(runs, tmp_path, capsys):
     options = {"instance_dir": None, "dataset_name": tmp_path / "nowhere"}
     said = refused(runs, capsys, tmp_path / "run", **options)
     assert said.startswith(f"error: --dataset_name {tmp_path / 'nowhere'} cannot be loaded (")
-    assert said.endswith("): name another, or --instance_dir")
+    assert said.endswith("): name another data set, or use --instance_dir")

@@ -59,7 +59,7 @@ class SegmenterOptions(Options):
         return True
 
     def check(self) -> None:
-        """Raises `InputError` for options that are out of range or at odds with one another."""
+        """Raises `InputError` for options that are out of range or in conflict."""
         super().check()
         below_one(self, "target_coverage")
 
@@ -91,7 +91,7 @@ class MaskFolderOptions(SegmentationOptions):
     )
 
     def check(self) -> None:
-        """Raises `InputError` for options that are out of range or at odds with one another."""
+        """Raises `InputError` for options that are out of range or in conflict."""
         super().check()
         within(self, 0, 1, "absent_threshold")
 
