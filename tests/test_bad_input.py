@@ -368,13 +368,15 @@ def test_another_kind_of_model(home, capsys):
 @pytest.mark.parametrize("output", ["mask.png", "mask.png/a/b"])
 def test_an_output_folder_under_a_file(home, capsys, command, output):
     line = refused(capsys, *(output if word == "out" else word for word in command))
-    assert line == f"mask.png is no folder, so {output} cannot be one: choose another folder"
+    assert line == f"mask.png is not a folder, so {output} cannot be created: choose another folder"
 
 
 def test_an_output_folder_that_is_a_broken_link(home, capsys):
     Path("out").symlink_to("/no/such/disk")
     for command in (train(*MASK), segment(), generate("--model", "toy")):
-        assert refused(capsys, *command).startswith("out is no folder, so out cannot be one: choose another folder")
+        assert refused(capsys, *command).startswith(
+            "out is not a folder, so out cannot be created: choose another folder"
+        )
 
 
 @pytest.mark.parametrize("command", [train(*MASK), train(*MASKS), train("--unmasked"), segment()])
@@ -494,7 +496,7 @@ def test_a_picture_too_narrow_to_cut_a_square_from(home, capsys, kind):
 @every_kind_of_pictures
 def test_a_file_for_the_folder_of_pictures(home, capsys, kind):
     line = refused(capsys, *train(*MASK, *PICTURES[kind], "mask.png"))
-    assert line == "mask.png is no folder, so mask.png cannot be one: choose another folder"
+    assert line == "mask.png is not a folder, so mask.png cannot be created: choose another folder"
 
 
 @every_kind_of_pictures
@@ -597,7 +599,7 @@ def test_photos_of_every_kind_get_upright_masks(home, capsys, caplog, tmp_path_f
     (ball / "notes.txt").write_text("not a photo")
     shutil.copy("mask.png", ball / "ball_mask.png")
     out = done(capsys, *segment("--mask", "ball/ball_mask.png", "--output", "ball/masks", "--sam_model", sam))
-    assert out == "12 masks in ball/masks; look at ball/masks/overview.jpg\n"
+    assert out == "12 masks in ball/masks; see ball/masks/overview.jpg\n"
     assert "left out of ball: link.jpg (link to another photo), notes.txt (not a photo)" in caplog.text
     sizes = {}
     for path in sorted(Path("ball/masks").rglob("*.png")):

@@ -378,7 +378,7 @@ def test_an_optimizer_whose_package_is_missing_names_the_extra(runs, tmp_path, c
     name = options.get("optimizer", "adamw8bit")
     package = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}[name]
     assert refused(runs, capsys, tmp_path / "run", **options) == (
-        f"error: --optimizer {name} needs {package}, which is missing: pip install 'persam-dreambooth[optimizers]'"
+        f"error: --optimizer {name} needs {package}, which is not installed: pip install 'persam-dreambooth[optimizers]'"
     )
 
 
@@ -574,7 +574,7 @@ def test_tensorboard_is_told_losses_and_samples(runs):
 def test_a_tracker_that_is_missing_names_the_extra(runs, tmp_path, capsys, monkeypatch, name):
     monkeypatch.setattr(extras, "find_spec", lambda name: None)  # as where it is not installed
     assert refused(runs, capsys, tmp_path / "run", report_to=name) == (
-        f"error: --report_to {name} needs {name}, which is missing: pip install 'persam-dreambooth[tracking]'"
+        f"error: --report_to {name} needs {name}, which is not installed: pip install 'persam-dreambooth[tracking]'"
     )
 
 
