@@ -378,7 +378,8 @@ def test_an_optimizer_whose_package_is_missing_names_the_extra(runs, tmp_path, c
     name = options.get("optimizer", "adamw8bit")
     package = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}[name]
     assert refused(runs, capsys, tmp_path / "run", **options) == (
-        f"error: --optimizer {name} needs {package}, which is not installed: pip install 'persam-dreambooth[optimizers]'"
+        f"error: --optimizer {name} needs {package}, which is not installed: "
+        "pip install 'persam-dreambooth[optimizers]'"
     )
 
 

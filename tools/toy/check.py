@@ -1,18 +1,18 @@
-"""Measures the checkpoints that ship on what no training saw, in a minute on two cores.
+"""Measures the toy checkpoints on held-out data, in a minute on two cores.
 
     python -m tools.toy.check [--json] [--stable_diffusion FOLDER] [--sam FOLDER] [--images N]
 
-- `background`, `color`, `class`: parts of pictures that show what their prompt says, by the evaluator that ships, over
-  combinations of color, class and background that no training scene has. `evaluator_*` is the evaluator's own accuracy
-  on held-out renders through the VAE.
-- `vae_psnr`: dB between held-out renders and what the VAE makes of them, from the mean squared error of all.
-- `sam_point_iou`: IoU of the mask that SAM's predicted IoU chooses from one random point of the subject, on the images
-  of the rendered PerSeg-shaped set (`toy perseg`).
-- `persam_f_miou`: PerSAM-F on that set: the IoU pooled over an object's images but the reference, then the mean over 40
-  objects. Every other image of an object shows other objects too; with one image each, so do those of every other
-  object.
+- `background`, `color`, `class`: fractions of generated pictures that show what their prompt says, by the toy
+  evaluator, over combinations of color, class and background that no training scene has. `evaluator_*` is the
+  evaluator's own accuracy on held-out renders through the VAE.
+- `vae_psnr`: PSNR in dB of the VAE's reconstructions of held-out renders, from the mean squared error of all.
+- `sam_point_iou`: IoU of the mask with the highest predicted IoU, prompted with one random point of the subject, on the
+  images of the rendered data set in PerSeg's layout (`toy perseg`).
+- `persam_f_miou`: PerSAM-F on that data set: IoU pooled over an object's images except the reference, then the mean
+  over 40 objects. Every second image of an object shows other objects too; with one image for each object, so do the
+  images of every second object.
 
-Processors that multiply in bfloat16 run the UNet and SAM's image encoder so, in half the time.
+On processors that multiply in bfloat16, the UNet and SAM's image encoder run in bfloat16, which halves the time.
 """
 
 from __future__ import annotations
