@@ -73,7 +73,7 @@ def run_demo(options: DemoOptions) -> tuple[Path, list[str]]:
     owner = personal(SUBJECT)
     photos, mask, truth = render_photos(owner, output)
     logger.info("1/4 five photos of one %s in %s, and a mask of the first: %s", owner.subject.kind, photos, mask)
-    models = [sample_and_measure("base model, before training", "toy", owner)]
+    models = [generate_and_measure("base model, before training", "toy", owner)]
     recipes = {"plain": RECIPES["plain"], "masked": RECIPES["masked-preserve"]}
     for number, (name, recipe) in enumerate(recipes.items(), start=2):
         logger.info("%d/4 %s: %d steps", number, recipe.name, STEPS)
@@ -89,7 +89,7 @@ def run_demo(options: DemoOptions) -> tuple[Path, list[str]]:
             **{**BASE, "max_train_steps": STEPS, **given},
         )
         personalize(training)
-        models.append(sample_and_measure(recipe.name, str(output / name), owner))
+        models.append(generate_and_measure(recipe.name, str(output / name), owner))
     logger.info("4/4 the report")
     path = output / "report.html"
     found = load_masks(output / "masked" / MASKS, find_photos(photos))
@@ -111,7 +111,7 @@ def render_photos(owner: Personal, output: Path) -> tuple[Path, Path, list[np.nd
     return folder, mask, truth
 
 
-def sample_and_measure(title: str, model: str, owner: Personal) -> Model:
+def generate_and_measure(title: str, model: str, owner: Personal) -> Model:
     """Generates pictures with a model, and measures them as in the benchmark."""
     from persam_dreambooth.dreambooth.pipelines import load_model
     from persam_dreambooth.toy.evaluator import Evaluator

@@ -326,7 +326,7 @@ def test_the_decay_grows_with_the_steps_up_to_its_bound():
         average.step()
         decay = 0 if step == 1 else min(0.5, step / (9 + step))
         expected = decay * expected + (1 - decay) * step
-        with average.in_place():
+        with average.swapped_in():
             assert weight.item() == pytest.approx(expected, rel=1e-5)
         assert weight.item() == step
 

@@ -147,10 +147,10 @@ def model_prompts(kind: str, owner: SubjectOptions, options: EvaluateModelOption
 
 
 def _generate(model: str, owner: SubjectOptions, options: EvaluateModelOptions) -> dict[str, list[Image.Image]]:
-    from persam_dreambooth.dreambooth.pipelines import load_model, on_accelerator
+    from persam_dreambooth.dreambooth.pipelines import load_model, to_accelerator
     from persam_dreambooth.dreambooth.samples import sample
 
-    pipeline = on_accelerator(load_model(model)[0])
+    pipeline = to_accelerator(load_model(model)[0])
     settings = (options.num_inference_steps, options.guidance_scale)
     sampled: dict[str, list[Image.Image]] = {}
     for kind in ("own", "class", "scenes"):

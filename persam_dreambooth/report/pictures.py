@@ -119,7 +119,7 @@ def heat_map(
     return tile
 
 
-def painted(photo: Image.Image, labels: np.ndarray) -> Image.Image:
+def overlay_labels(photo: Image.Image, labels: np.ndarray) -> Image.Image:
     """The photo (RGB) with the objects of its label map ((H, W) uint8) blended over it in their colors."""
     colors = Image.fromarray(labels)
     colors.putpalette(davis_palette())

@@ -21,7 +21,7 @@ from persam_dreambooth.errors import InputError
 from persam_dreambooth.files import check_writable, note_settings
 from persam_dreambooth.options import option, require
 from persam_dreambooth.photos.labels import read_first_mask, read_labels, save_labels
-from persam_dreambooth.report.pictures import painted, save_picture
+from persam_dreambooth.report.pictures import overlay_labels, save_picture
 from persam_dreambooth.segmentation.frames import Frame, Video, open_video
 from persam_dreambooth.segmentation.segmenters import SegmenterOptions, make_video_segmenter, open_sam_of
 
@@ -120,7 +120,7 @@ def follow(
             save_labels(path, labels)
         _tell_changes(frame, before, labels)
         if overlay and not (overlay / f"{frame.number:05}.jpg").is_file():
-            save_picture(painted(_read(frame, reference), labels), overlay / f"{frame.number:05}.jpg")
+            save_picture(overlay_labels(_read(frame, reference), labels), overlay / f"{frame.number:05}.jpg")
         yield labels
         before = labels
 

@@ -63,9 +63,9 @@ def check(stable_diffusion: Path, sam: Path, images: int = PERSEG_IMAGES) -> dic
     workers = min(os.cpu_count() or 1, 2 * PARTS + 1)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
         segmenting = [pool.submit(segmented, sam, images, part) for part in range(PARTS)]
-        painting = [pool.submit(prompted, stable_diffusion, part) for part in range(PARTS)]
+        generating = [pool.submit(prompted, stable_diffusion, part) for part in range(PARTS)]
         reconstructing = pool.submit(vae, stable_diffusion)
-        right = np.concatenate([future.result() for future in painting]).mean(axis=0)
+        right = np.concatenate([future.result() for future in generating]).mean(axis=0)
         point, persam_f = np.concatenate([future.result() for future in segmenting]).mean(axis=0)
         psnr = reconstructing.result()
     scores = json.loads((toy.path("evaluator") / "scores.json").read_text(encoding="utf-8"))["through_vae"]
@@ -103,8 +103,8 @@ def prompted(folder: Path, part: int) -> np.ndarray:
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(scenes.HELD_OUT_SEED + number) for number in numbers]
     with _bfloat16():
-        painted = pipeline([world.describe(*one) for one in chosen], generator=generators, **SAMPLING).images
-    seen = Evaluator.load(toy.path("evaluator")).judge(painted)
+        generated = pipeline([world.describe(*one) for one in chosen], generator=generators, **SAMPLING).images
+    seen = Evaluator.load(toy.path("evaluator")).judge(generated)
     kinds, colors, backgrounds = (np.array(column) for column in zip(*chosen, strict=True))
     return np.stack([seen["background"] == backgrounds, seen["color"] == colors, seen["kind"] == kinds], axis=1)
 
