@@ -458,13 +458,13 @@ def test_own_backgrounds_that_prompts_shall_say_but_no_text_describes(home, caps
     if text is not None:
         Path("own/1.txt").write_text(text)
     line = refused(capsys, *train(*source, *PICTURES["backgrounds"], "own", "--background_in_prompt"))
-    assert line == "own/1.png has no text that says what it shows: write 1.txt beside it"
+    assert line == "own/1.png has no caption: write 1.txt beside it"
 
 
 def test_own_backgrounds_are_described_before_missing_ones_are_generated(home, capsys):
     own_pictures(1)
     line = refused(capsys, *train(*MASKS, *PICTURES["backgrounds"], "own", "--background_in_prompt"))
-    assert line == "own/0.png has no text that says what it shows: write 0.txt beside it"
+    assert line == "own/0.png has no caption: write 0.txt beside it"
 
 
 @every_kind_of_pictures
@@ -520,7 +520,7 @@ def test_options_that_the_weights_of_a_run_do_not_fit(home, capsys):
     changes = {"rank": ("8", "4"), "method": ("full", "lora"), "train_text_encoder": ("True", "False")}
     for name, (now, before) in changes.items():
         line = refused(capsys, *resume, *([f"--{name}"] if now == "True" else [f"--{name}", now]))
-        assert line.startswith(f"--{name} is {now} but out was trained with {before}: go on with that, or choose")
+        assert line.startswith(f"--{name} is {now} but out was trained with {before}: use that value, or choose")
     Path("out/config.yaml").write_text("- a list")
     assert refused(capsys, *resume) == "out/config.yaml holds no options: write lines such as rank: 4"
 
@@ -575,7 +575,7 @@ def test_odd_names_and_empty_text_train(home, capsys, caplog):
     done(capsys, *train(*MASKS, "--instance_dir", str(folder), *prompts))
     assert Path("out", WEIGHTS).is_file()
     assert f"left out of {folder}: notes.txt (not a photo)" in caplog.text
-    assert "01.jpg: its mask is empty, so it is not trained on" in caplog.text
+    assert "01.jpg: its mask is empty, so it is not used for training" in caplog.text
 
 
 def test_photos_of_every_kind_get_upright_masks(home, capsys, caplog, tmp_path_factory):
@@ -652,7 +652,7 @@ def test_outputs_inside_the_photo_folder_are_not_trained_on_by_the_next_run(home
 def test_resuming_the_latest_where_there_is_none_starts_afresh(home, capsys, caplog):
     caplog.set_level(logging.INFO)
     done(capsys, *train(*MASKS, "--resume_from_checkpoint", "latest"))
-    assert "no checkpoint in out yet: a fresh start" in caplog.text
+    assert "no checkpoint in out yet: training starts from the beginning" in caplog.text
     assert Path("out", WEIGHTS).is_file()
 
 
