@@ -156,7 +156,7 @@ def test_the_page_shows_no_more_objects_than_it_can_hold(evaluated, data, monkey
     monkeypatch.setattr(report, "SHOWN", 1)
     assert evaluate("--data", data, "--output", evaluated, *toy_sam, "--ablation") == 0
     page = (evaluated / "report.html").read_text(encoding="utf-8")
-    assert page.count("<section") == 1 and "1 of 2 are shown" in page
+    assert page.count("<section") == 1 and "1 of 2 objects are shown" in page
     assert len(list((evaluated / "overlays").glob("*.jpg"))) == 2
 
 
@@ -475,7 +475,7 @@ def test_davis_scores_objects_in_the_frames_between(video, tmp_path):
         ("object", "has an object 3, the sequence has 2"),
         ("size", "give it this size"),
         ("missing", "does not exist"),
-        ("gap", "where 00003.png belongs"),
+        ("gap", "instead of 00003.png"),
     ],
 )
 def test_davis_names_what_cannot_be_scored(damage, told, video, tmp_path, capsys):
