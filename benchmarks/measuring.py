@@ -1,4 +1,4 @@
-"""What measurements share: parts timed in turn, and results with the machine they are from."""
+"""Shared by all measurements: timing of functions in turn, and results with the machine's description."""
 
 import platform
 import statistics

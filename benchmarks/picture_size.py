@@ -1,9 +1,9 @@
-"""What the size of the toy world's pictures costs and keeps, which is why they have 64 pixels a side.
+"""Measures speed and detail at several sizes of the toy world's pictures, to justify 64 pixels a side.
 
     python -m benchmarks.picture_size [--repeats 5]
 
-For 64, 96 and 128 pixels: the time of a training step of the UNet that ships (median, in turn, in one run, relative to
-64), and what a render at that size keeps of the same scene at 512 pixels (PSNR after bicubic enlargement). Goes to
+For 64, 96 and 128 pixels, it measures the time of a training step of the toy UNet (median of runs in turn, relative to
+64 pixels) and the PSNR of a render, after bicubic enlargement, to the same scene at 512 pixels. It writes
 `benchmarks/results/picture_size.json`.
 """
 

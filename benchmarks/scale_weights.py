@@ -1,10 +1,10 @@
-"""PerSAM-F's fit in three ways: as published, with the decoder's answer kept, and with the gradient in closed form too.
+"""Compares three versions of PerSAM-F's fit: as published, with cached logits, and also with closed-form gradients.
 
     python -m benchmarks.scale_weights [--steps 50] [--repeats 3]
 
-All do the same steps on the same photo with the small SAM that ships, in one run, in turn; the medians, their ratios
-and how far the weights differ go to `benchmarks/results/scale_weights.json`. A real SAM has a larger decoder, so there
-the first step saves more.
+All versions do the same steps on the same photo with the toy SAM, in turn. It writes the medians, their ratios and the
+differences of the weights to `benchmarks/results/scale_weights.json`. A real SAM has a larger decoder, so cached logits
+save more time there.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""What PerSAM and PerSAM-F cost beside SAM's image encoder, and whether PerSAM-F's fit is the published one.
+"""Measures the cost of PerSAM and PerSAM-F beside SAM's image encoder, and compares PerSAM-F's fit to the published.
 
     python -m benchmarks.segmentation [--repeats 3]
 
-Times are of a SAM ViT-B with random weights on a photo of 1024 x 1024, the parts in turn in one run; their medians and
-their share of the encoder's time go to `benchmarks/results/segmentation.json`. The masks of the fit are compared with
-those of the published 1000 steps (autograd, AdamW) with the small SAM that ships, on the photos of the duck.
+The parts of a SAM ViT-B with random weights are timed in turn on a photo of 1024 x 1024. It writes their medians and
+their share of the encoder's time to `benchmarks/results/segmentation.json`. The masks of the fit are compared with
+those of the published 1000 steps (autograd, AdamW) with the toy SAM, on the photos of the duck.
 """
 
 import argparse

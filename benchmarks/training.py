@@ -1,12 +1,12 @@
-"""What masks and cached latents cost and save: the time of a training step with and without them.
+"""Measures the time of a training step with and without masks and cached latents.
 
     python -m benchmarks.training [--repeats 15]
 
-LoRA on a random model of Stable Diffusion's architecture, so narrow that the VAE's share of a step's time is about its
-share of the floating-point operations of Stable Diffusion 1.5 (the result tells both). The four setups take turns step
-by step in one run, the trainer's own loader and losses included; medians, also of the ratios within a round, and the
-peak of memory in a step go to `benchmarks/results/training.json`. On a CPU the processor's time counts, so that what
-else runs there counts little.
+It trains a LoRA on a random model with Stable Diffusion's architecture. The model is so narrow that the VAE's share of
+a step's time is about its share of the floating-point operations of Stable Diffusion 1.5 (the result has both). The
+four setups take turns step by step in one run, with the trainer's own loader and losses. It writes medians, also of the
+ratios within a round, and the peak memory of a step to `benchmarks/results/training.json`. On a CPU, the processor time
+is measured, so that other processes have little effect.
 """
 
 import argparse

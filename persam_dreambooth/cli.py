@@ -22,10 +22,10 @@ class Command:
     """A command.
 
     Args:
-        about: one line.
-        options: its options, as module:class.
-        run: what runs it, as module:function of the options.
-        closing: what the command says at its end, from its options and result; nothing in processes but the first.
+        about: one line for the usage.
+        options: the class of its options, as module:class.
+        run: the function that runs it with the options, as module:function.
+        closing: makes the final message from the options and the result; only the main process prints it.
         positional: an option that can be given without its name.
     """
 
@@ -39,12 +39,12 @@ class Command:
 def _segmented(options: Any, masks: Any) -> str:
     skipped = sum("skipped" in item.record.flags for item in masks)
     left_out = f", {skipped} of {len(masks)} photos skipped" if skipped else ""
-    return f"{len(masks) - skipped} masks in {options.output}{left_out}; look at {options.output}/overview.jpg"
+    return f"{len(masks) - skipped} masks in {options.output}{left_out}; see {options.output}/overview.jpg"
 
 
 def _trained(options: Any, run_dir: Any) -> str:
     pictures = [path for path in (run_dir / "overview.png", run_dir / "samples") if path.exists()]
-    return f"done: {run_dir}; look at {', '.join(map(str, [*pictures, run_dir / 'README.md']))}"
+    return f"done: {run_dir}; see {', '.join(map(str, [*pictures, run_dir / 'README.md']))}"
 
 
 def _scored(options: Any, scores: Any) -> str:
@@ -52,7 +52,7 @@ def _scored(options: Any, scores: Any) -> str:
         f"{row.name}: {', '.join(f'{figure} {value:.2f}' for figure, value in row.means.items())}"
         for row in scores.rows
     ]
-    return "\n".join([*lines, f"done: {options.output}/results.md; look at report.html beside it"])
+    return "\n".join([*lines, f"done: {options.output}/results.md; see report.html beside it"])
 
 
 def _separated(options: Any, scores: Any) -> str:
@@ -76,7 +76,7 @@ COMMANDS = {
         _segmented,
     ),
     "video": Command(
-        "masks of the first frame's objects for all frames of a video",
+        "masks for all frames of a video, from the mask of its first frame",
         "segmentation.video:VideoOptions",
         "segmentation.video:segment_video",
         lambda options, count: (
@@ -84,7 +84,7 @@ COMMANDS = {
         ),
     ),
     "train": Command(
-        "the whole job (the same as train_dreambooth_masked.py)",
+        "masks and training in one run (the same as train_dreambooth_masked.py)",
         "personalize:TrainOptions",
         "personalize:personalize",
         _trained,
@@ -93,11 +93,11 @@ COMMANDS = {
         'pictures of the subject: "a [V] cat on a beach"',
         "dreambooth.generate:GenerateOptions",
         "dreambooth.generate:generate",
-        lambda options, paths: f"{options.num_images} pictures in {options.output}; all at a glance in {paths[-1]}",
+        lambda options, paths: f"{options.num_images} pictures in {options.output}; a grid of all in {paths[-1]}",
         positional="prompt",
     ),
     "evaluate perseg": Command(
-        "a method's masks, or any masks, on PerSeg: mIoU, accuracy, boundary IoU",
+        "scores of a method's masks, or of any masks, on PerSeg: mIoU, accuracy, boundary IoU",
         "segmentation.evaluation.perseg:EvaluatePersegOptions",
         "segmentation.evaluation.perseg:evaluate_perseg",
         _scored,
@@ -109,13 +109,13 @@ COMMANDS = {
         _scored,
     ),
     "evaluate absence": Command(
-        "how well photos without the subject are told from those with it",
+        "how well presence separates photos with the subject from photos without it",
         "segmentation.evaluation.absence:EvaluateAbsenceOptions",
         "segmentation.evaluation.absence:evaluate_absence",
         _separated,
     ),
     "evaluate davis": Command(
-        "a method's masks, or any masks, on DAVIS 2017: J, F and J&F",
+        "scores of a method's masks, or of any masks, on DAVIS 2017: J, F and J&F",
         "segmentation.evaluation.davis:EvaluateDavisOptions",
         "segmentation.evaluation.davis:evaluate_davis",
         _scored_videos,
@@ -128,7 +128,7 @@ COMMANDS = {
         positional="model",
     ),
     "benchmark background": Command(
-        "training recipes compared where the truth is known",
+        "compares training recipes with known truth",
         "evaluation.background:BenchmarkOptions",
         "evaluation.background:benchmark_background",
         lambda _, folder: f"done: {folder / 'table.md'}; pictures in {folder / 'grids'}",
@@ -156,11 +156,11 @@ COMMANDS = {
         lambda _, found: "\n".join(["", *found[1], f"The page with all pictures: {found[0]}"]),
     ),
 }
-"""The commands by their words."""
+"""The commands by name."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; returns the exit code: 0, 2 for input that cannot be used, 1 for training that diverged."""
+    """Runs a command; returns the exit code: 0, 2 for a user's mistake, 1 for training that diverged."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
@@ -177,7 +177,7 @@ def train_main() -> int:
 
 
 def usage(group: str = "") -> str:
-    """The commands, a line each; of a group, such as `evaluate`, its own."""
+    """The list of commands, one a line; for a group such as `evaluate`, only its commands."""
     listed = {words: command for words, command in COMMANDS.items() if f"{words} ".startswith(f"{group} ".lstrip())}
     lines = [f"  persam-dreambooth {words:22} {command.about}" for words, command in listed.items()]
     head = f"persam-dreambooth {__version__}: from one mask to a personalized Stable Diffusion"
@@ -185,7 +185,7 @@ def usage(group: str = "") -> str:
 
 
 def find_command(arguments: list[str]) -> tuple[str, list[str]]:
-    """The words of the command and the arguments after it; raises `InputError` for an unknown one."""
+    """The name of the command and the arguments after it; raises `InputError` for an unknown command."""
     first, second = arguments[0], " ".join(arguments[:2])
     if first in COMMANDS:
         return first, arguments[1:]
@@ -209,14 +209,14 @@ def run_command(words: str, arguments: list[str], program: str | None = None) ->
 
 
 def find(place: str) -> Any:
-    """What `module:name` names in this package."""
+    """The object that `module:name` names in this package."""
     module, name = place.split(":")
     return getattr(import_module(f"persam_dreambooth.{module}"), name)
 
 
 def guarded(command: Callable[[], None]) -> int:
     """Runs a command with logging to the terminal; a user's mistake is one line and exit code 2."""
-    # Read by these libraries when they are imported; what they would say here is not for users.
+    # These libraries read the variables at import; their messages are not useful to users.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     logging.basicConfig(level=logging.INFO if is_main_process() else logging.ERROR, format="%(message)s")
@@ -245,5 +245,5 @@ def guarded(command: Callable[[], None]) -> int:
 
 
 def is_main_process() -> bool:
-    """Whether this is the first of the processes that a launcher started."""
+    """Whether this is the main one of the processes that a launcher started."""
     return os.environ.get("RANK", "0") == "0"

@@ -1,7 +1,7 @@
-"""The demo: photos of a subject nobody has seen, one mask, and what plain and masked training make of them.
+"""The demo: compares plain and masked training on photos of an unseen subject, from one mask.
 
-Everything comes from the toy world, so the figures beside the pictures are measured against the truth. It ends with one
-page, `report.html`, which holds all pictures.
+Everything comes from the toy world, so the figures beside the pictures are measured against the truth. The result is
+one page, `report.html`, which contains all pictures.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from persam_dreambooth.toy import world
 logger = logging.getLogger(__name__)
 
 SUBJECT = 0
-"""Which of the benchmark's subjects is shown."""
+"""Number of the benchmark's subject that the demo uses."""
 
 STEPS = 100
 DENOISING_STEPS = 12
@@ -46,14 +46,14 @@ DEMO_FIGURES = ("leak_own", "leak_scenes", "prompted", "fidelity_own", "fidelity
 
 @dataclass(frozen=True)
 class DemoOptions(Options):
-    """One mask, five photos, and what plain and masked training make of them; everything ships."""
+    """Compares plain and masked training on five photos with one mask; needs no download."""
 
     output_dir: str = option("outputs/demo", "folder for the demo; must be new or empty", path=True)
 
 
 @dataclass(frozen=True)
 class Model:
-    """A column of the report: pictures by prompt, uint8 (N, S, S, 3), and figures."""
+    """A column of the report: pictures by kind of prompt, uint8 (N, S, S, 3), and figures."""
 
     title: str
     own: np.ndarray
@@ -62,10 +62,10 @@ class Model:
 
 
 def run_demo(options: DemoOptions) -> tuple[Path, list[str]]:
-    """Runs the demo; returns the page, and lines that say what was found.
+    """Runs the demo; returns the path of the page, and lines that summarize the results.
 
     Raises:
-        InputError: the folder cannot be written to, or is in use.
+        InputError: the folder cannot be written to, or is not empty.
     """
     output = Path(options.output_dir)
     check_new(output, {}, "remove it, or choose another folder with --output_dir")
@@ -73,7 +73,7 @@ def run_demo(options: DemoOptions) -> tuple[Path, list[str]]:
     owner = personal(SUBJECT)
     photos, mask, truth = render_photos(owner, output)
     logger.info("1/4 five photos of one %s in %s, and a mask of the first: %s", owner.subject.kind, photos, mask)
-    models = [sample_and_measure("base model, before training", "toy", owner)]
+    models = [generate_and_measure("base model, before training", "toy", owner)]
     recipes = {"plain": RECIPES["plain"], "masked": RECIPES["masked-preserve"]}
     for number, (name, recipe) in enumerate(recipes.items(), start=2):
         logger.info("%d/4 %s: %d steps", number, recipe.name, STEPS)
@@ -89,7 +89,7 @@ def run_demo(options: DemoOptions) -> tuple[Path, list[str]]:
             **{**BASE, "max_train_steps": STEPS, **given},
         )
         personalize(training)
-        models.append(sample_and_measure(recipe.name, str(output / name), owner))
+        models.append(generate_and_measure(recipe.name, str(output / name), owner))
     logger.info("4/4 the report")
     path = output / "report.html"
     found = load_masks(output / "masked" / MASKS, find_photos(photos))
@@ -101,7 +101,7 @@ def run_demo(options: DemoOptions) -> tuple[Path, list[str]]:
 
 
 def render_photos(owner: Personal, output: Path) -> tuple[Path, Path, list[np.ndarray]]:
-    """Writes the photos and the mask of the first; returns their folder, its path, and all true masks (H, W) bool."""
+    """Writes the photos and the first photo's mask; returns their paths and all true masks, (H, W) bool."""
     folder, mask, truth = output / "photos", output / "mask.png", []
     for number, scene in enumerate(owner.scenes):
         rendered = world.render(scene, PHOTO_SIDE)
@@ -111,8 +111,8 @@ def render_photos(owner: Personal, output: Path) -> tuple[Path, Path, list[np.nd
     return folder, mask, truth
 
 
-def sample_and_measure(title: str, model: str, owner: Personal) -> Model:
-    """Generates pictures with a model, and measures them as the benchmark does."""
+def generate_and_measure(title: str, model: str, owner: Personal) -> Model:
+    """Generates pictures with a model, and measures them as in the benchmark."""
     from persam_dreambooth.dreambooth.pipelines import load_model
     from persam_dreambooth.toy.evaluator import Evaluator
 
@@ -132,23 +132,26 @@ def sample_and_measure(title: str, model: str, owner: Personal) -> Model:
 
 
 def findings(models: list[Model], ious: list[float], owner: Personal) -> list[str]:
-    """What came out, in a few lines."""
+    """The results in a few lines."""
     place = world.PLACES[owner.background]
     return [
         f"PerSAM-F made {len(ious)} masks from one; mean IoU with the truth {np.mean(ious):.2f}.",
         *(
             f"{model.title}: {model.figures['leak_own']:.0%} of its pictures have the photos' background ({place}) "
-            f"unasked; {model.figures['fidelity_scenes']:.0%} of the subject's attributes show in other scenes."
+            f"without being asked to; {model.figures['fidelity_scenes']:.0%} of the subject's attributes show in other "
+            "scenes."
             for model in models
         ),
     ]
 
 
 def summary(models: list[Model], photos: list[Image.Image], owner: Personal) -> Image.Image:
-    """One picture of all: the photos with their masks, then the pictures of each model, side by side.
+    """One picture with the photos and their masks, then the pictures of each model side by side.
 
     Args:
-        photos: each with the outline of its mask.
+        models: the columns of the report.
+        photos: the photos with the outlines of their masks.
+        owner: the subject.
     """
     kind, factor, line, gap = owner.subject.kind, 2, 26, 14
     side = world.SIZE * factor
@@ -179,27 +182,27 @@ def summary(models: list[Model], photos: list[Image.Image], owner: Personal) -> 
 
 
 def report(models: list[Model], picture: Image.Image, ious: list[float], owner: Personal, seconds: float) -> str:
-    """The page (HTML, with its pictures inside)."""
+    """The page as HTML with embedded pictures."""
     kind = owner.subject.kind
     rows: list[list[page.TableCell]] = [
         [COLUMNS[name][0], *(model.figures[name] for model in models), COLUMNS[name][2]] for name in DEMO_FIGURES
     ]
     pictures = f"measured on {sum(benchmark_subjects.PICTURES.values())} pictures each"
     return page.page(
-        "One mask, and the background stays out",
+        "Learning the subject without its background, from one mask",
         page.paragraph(
-            f"Five photos of a {kind} that no model has seen, all taken in one place "
+            f"The five photos show a {kind} that no model was trained on, all in one place "
             f"({world.PLACES[owner.background]}), with another {kind} in the background. One mask was given, for the "
             f"first photo. PerSAM-F made the other {len(ious)}; their mean IoU with the truth is {np.mean(ious):.2f}. "
-            f"Then the small Stable Diffusion that ships learned the {kind} twice, {STEPS} steps each: by the plain "
-            "loss of DreamBooth on whole photos, and by the loss inside the masks, staying with the base model outside "
-            "of them."
+            f"Then the toy Stable Diffusion was trained on the {kind} twice, {STEPS} steps each: with DreamBooth's "
+            "plain loss on whole photos, and with the loss inside the masks, which keeps the base model's prediction "
+            "outside of them."
         ),
-        page.picture(picture, "The photos with their masks; below, the pictures of each model", kind="PNG"),
+        page.picture(picture, "The photos with their masks, and below them the pictures of each model", kind="PNG"),
         page.html_table([pictures, *(model.title for model in models), "what it is"], rows),
         page.paragraph(
-            "The world of these photos is drawn by a program, so that the truth is known; model and SAM are small ones "
-            "trained on it. What is measured here shows how the method works, not how good it is with real models. "
+            "These photos are rendered by a program, so the truth is known. The model and the SAM are small and were "
+            "trained on such pictures. The figures show how the method works, not how good it is with real models. "
             f"Made in {seconds:.0f} s."
         ),
     )

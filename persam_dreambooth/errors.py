@@ -1,4 +1,4 @@
-"""What a user can mend: one line that says what was found and what to do (exit code 2 on the terminal)."""
+"""Errors that a user can fix: one line with what was found and what to do (exit code 2 on the terminal)."""
 
 
 class InputError(ValueError):
@@ -6,11 +6,11 @@ class InputError(ValueError):
 
 
 class InputNotFoundError(InputError, FileNotFoundError):
-    """A file, folder or model that is not there."""
+    """A file, folder or model that does not exist or is not available."""
 
     def __str__(self) -> str:
         return str(self.args[0])
 
 
 class SaveError(Exception):
-    """A result that cannot be written, such as on a full disk; the message says what is kept and how to go on."""
+    """A result cannot be written, for example on a full disk; the message says what is kept and how to resume."""

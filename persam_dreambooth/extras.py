@@ -1,4 +1,4 @@
-"""Packages that only some options need: they are imported where they are used, and asked for before anything starts."""
+"""Optional packages, which only some options need; a missing package is an error before anything starts."""
 
 from importlib.util import find_spec
 
@@ -11,11 +11,11 @@ EXTRAS = {
     "tensorboard": "tracking",
     "wandb": "tracking",
 }
-"""The extra of this package that brings a package."""
+"""The extra of this package that installs each package."""
 
 
 def check_installed(package: str, option: str) -> None:
-    """Raises `InputError` where the package that an option, such as "--optimizer prodigy", needs is missing."""
+    """Raises `InputError` if the package that an option such as "--optimizer prodigy" needs is not installed."""
     if find_spec(package) is None:
         extra = EXTRAS[package]
-        raise InputError(f"{option} needs {package}, which is missing: pip install 'persam-dreambooth[{extra}]'")
+        raise InputError(f"{option} needs {package}, which is not installed: pip install 'persam-dreambooth[{extra}]'")

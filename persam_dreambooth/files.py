@@ -1,4 +1,4 @@
-"""Files and folders appear whole or not at all: they are written aside and renamed."""
+"""Writes files and folders atomically: under a temporary name, then renamed."""
 
 import hashlib
 import json
@@ -14,16 +14,16 @@ from persam_dreambooth.errors import InputError
 PARTIAL = ".partial"
 
 LONGEST_NAME = 255
-"""Bytes that file systems allow in the name of a file."""
+"""Maximum length of a file name on common file systems, in bytes."""
 
 AnyPath = TypeVar("AnyPath", bound=PurePath)
 
 
 @contextmanager
 def write_aside(path: Path) -> Iterator[Path]:
-    """Yields a path beside `path` to write a file or a folder at; renames it to `path` when the block ends well.
+    """Yields a temporary path beside `path` for a file or a folder, and renames it to `path` after the block.
 
-    A folder already at `path` is replaced. When the block raises, what it wrote is removed and `path` is untouched.
+    A folder already at `path` is replaced. If the block raises, its output is removed and `path` is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = _aside(path)
@@ -40,9 +40,9 @@ def write_aside(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def filled_aside(folder: Path) -> Iterator[Path]:
-    """Yields an empty folder to write into; moves what it then holds into `folder`, subfolders first.
+    """Yields an empty folder, and moves its content to `folder` after the block, subfolders first.
 
-    What `folder` holds by the same name is replaced. When the block raises, `folder` is as it was.
+    Entries of `folder` with the same names are replaced. If the block raises, `folder` is unchanged.
     """
     aside = folder / PARTIAL
     _remove(aside)
@@ -57,7 +57,7 @@ def filled_aside(folder: Path) -> Iterator[Path]:
 
 
 def remove_whole(folder: Path) -> None:
-    """Removes a folder; killed on the way, it leaves nothing under the folder's name."""
+    """Removes a folder; an interrupted removal leaves nothing under the folder's name."""
     aside = _aside(folder)
     _remove(aside)
     os.replace(folder, aside)
@@ -65,25 +65,27 @@ def remove_whole(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes `text` (UTF-8) to `path`, whole or not at all."""
+    """Writes `text` (UTF-8) to `path` atomically."""
     with write_aside(path) as aside:
         aside.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes `content` to `path` as indented JSON, whole or not at all."""
+    """Writes `content` to `path` atomically as indented JSON."""
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def note_settings(folder: Path, settings: dict[str, Any], what: str, flag: str) -> None:
-    """Writes `settings.json` of work that may be gone on with in `folder`.
+    """Writes `settings.json` of resumable work to `folder`.
 
     Args:
+        folder: the folder of the work.
+        settings: settings that must be equal to resume.
         what: the work, for the message.
         flag: the option that names the folder, for the message.
 
     Raises:
-        InputError: the folder holds such work with other settings.
+        InputError: the folder contains such work with other settings.
     """
     path, described = folder / "settings.json", json.loads(json.dumps(settings))
     if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != described:
@@ -92,23 +94,24 @@ def note_settings(folder: Path, settings: dict[str, Any], what: str, flag: str) 
 
 
 def check_writable(folder: Path) -> None:
-    """Raises `InputError` when `folder` can neither be written into nor made; creates nothing."""
+    """Raises `InputError` if `folder` can neither be written to nor created; creates nothing."""
     check_name(folder)
     existing = first_existing(folder, os.path.lexists)
     if existing is None:
         raise InputError(f"{folder.anchor or folder} does not exist: choose a folder on another drive")
     if not existing.is_dir():
-        raise InputError(f"{existing} is no folder, so {folder} cannot be one: choose another folder")
+        raise InputError(f"{existing} is not a folder, so {folder} cannot be created: choose another folder")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(f"{existing} is not writable: choose another folder or fix its permissions")
 
 
 def check_new(folder: Path, known: dict[str, str], advice: str = "choose a new or an empty folder") -> None:
-    """Raises `InputError` when `folder` cannot be written into or is not empty; creates nothing.
+    """Raises `InputError` if `folder` cannot be written to or is not empty; creates nothing.
 
     Args:
-        known: what a folder is that holds a file of this name, in words.
-        advice: for the message.
+        folder: the folder.
+        known: for file names, what a folder with this file contains, in words.
+        advice: what to do, for the message.
     """
     check_writable(folder)
     if folder.is_dir() and any(folder.iterdir()):
@@ -117,12 +120,12 @@ def check_new(folder: Path, known: dict[str, str], advice: str = "choose a new o
 
 
 def first_existing(path: AnyPath, exists: Callable[[AnyPath], bool]) -> AnyPath | None:
-    """The path itself or the closest parent that exists; None if there is none, as on a drive that is missing."""
+    """The path itself or its closest existing parent; None if there is none, for example on a missing drive."""
     return next((candidate for candidate in (path, *path.parents) if exists(candidate)), None)
 
 
 def check_name(path: Path) -> None:
-    """Raises `InputError` for a path that is not UTF-8: it cannot be written into JSON, YAML or a log."""
+    """Raises `InputError` for a path that is not UTF-8, which cannot be written to JSON, YAML or a log."""
     try:
         str(path).encode("utf-8")
     except UnicodeEncodeError:
@@ -135,8 +138,8 @@ def readable_name(path: Path) -> str:
 
 
 def _aside(path: Path) -> Path:
-    """A hidden name beside `path`, no longer than file systems allow."""
-    # The suffix stays last, since writers choose their format by it.
+    """A hidden temporary path beside `path`, no longer than file systems allow."""
+    # The suffix stays last, since it determines the format that writers use.
     name = f".{path.stem}{PARTIAL}{path.suffix}"
     if len(os.fsencode(name)) > LONGEST_NAME:
         name = f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}{PARTIAL}{path.suffix[:16]}"

@@ -1,4 +1,4 @@
-"""Names of models: a hub id, a local folder, or the word `toy` for the small checkpoints that ship."""
+"""Model names: a hub id, a local folder, or `toy` for the small checkpoints in this package."""
 
 import logging
 from collections.abc import Iterator
@@ -12,19 +12,19 @@ from persam_dreambooth.errors import InputError, InputNotFoundError
 logger = logging.getLogger(__name__)
 
 ORIGINAL_SAM = (".pth", ".pt")
-"""Suffixes of SAM checkpoints in one file, as published; see `segmentation.original`."""
+"""Suffixes of SAM's published checkpoint files; see `segmentation.sams.original`."""
 
 
 def resolve(name: str, kind: str, revision: str | None = None) -> str:
-    """Turns a model's name into what `from_pretrained` takes, after making sure that it can be had.
+    """Checks that a model is available; returns its name or path for `from_pretrained`.
 
     Args:
-        name: hub id, local folder, `toy`, or for a SAM a file as published.
+        name: hub id, local folder, `toy`, or for a SAM a published checkpoint file.
         kind: `sam` or `stable-diffusion`.
         revision: branch, tag or commit on the hub.
 
     Raises:
-        InputNotFoundError: neither a folder with a model of this kind, nor a model that the hub gives.
+        InputNotFoundError: the name is neither a folder with a model of this kind nor an available model on the hub.
     """
     if name == "toy":
         _notice(kind)
@@ -38,16 +38,16 @@ def resolve(name: str, kind: str, revision: str | None = None) -> str:
             raise InputNotFoundError(f"{folder} holds no {marker}: name a folder with a {kind} model, or toy")
         return str(folder)
     if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise InputNotFoundError(f"{name} is no model folder: name a hub id (owner/model), a local folder, or toy")
+        raise InputNotFoundError(f"{name} is not a model folder: name a hub id (owner/model), a local folder, or toy")
     _check_hub(name, marker, revision)
     return name
 
 
 @contextmanager
 def loading(name: str) -> Iterator[None]:
-    """Turns what a broken checkpoint raises inside the block into one `InputError` line.
+    """Converts errors of a broken checkpoint inside the block to an `InputError` of one line.
 
-    The libraries' progress bars of reading files from disk stay away; those of downloads do not.
+    The libraries' progress bars are hidden for loading from disk, and shown for downloads.
     """
     from safetensors import SafetensorError
     from transformers.utils.logging import disable_progress_bar
@@ -59,17 +59,17 @@ def loading(name: str) -> Iterator[None]:
         raise
     except (OSError, ValueError, KeyError, EOFError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{name} cannot be loaded ({reason}): get it again, or name another model") from error
+        raise InputError(f"{name} cannot be loaded ({reason}): download it again, or name another model") from error
 
 
 @cache
 def _notice(kind: str) -> None:
-    """Says, once a process, what a toy checkpoint is."""
+    """Logs, once a process, what a toy checkpoint is."""
     logger.warning(toy.NOTICES[kind])
 
 
 def _check_hub(name: str, marker: str, revision: str | None) -> None:
-    """Asks the hub for the model's smallest file, unless it is cached: tells early whether the model can be had."""
+    """Requests the model's smallest file from the hub, unless it is cached, to check early that it is available."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -94,7 +94,7 @@ def _check_hub(name: str, marker: str, revision: str | None) -> None:
         what = "revision" if isinstance(error, RevisionNotFoundError) else "model"
         raise InputNotFoundError(f"the hub has no such {what} for {name}: check the name, {ways_out}") from None
     except EntryNotFoundError:
-        raise InputError(f"{name} has no {marker}, so it is no such model: check the name, {ways_out}") from None
+        raise InputError(f"{name} has no {marker}, so it is not such a model: check the name, {ways_out}") from None
     except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
         reason = str(error).splitlines()[0]
         message = f"{name} is not on this machine and the hub cannot be reached ({reason}): connect, {ways_out}"

@@ -1,7 +1,7 @@
-"""What an option is: a field of a frozen dataclass with its default, its line of help, and when it counts.
+"""Options: fields of frozen dataclasses, each with its default, its help line, and the conditions for its effect.
 
 A command's options are a dataclass beside the command. Values come from defaults, then YAML files, then flags. A flag
-replaces its rivals in a file, and what has no effect in a file is left out; only flags can be at odds.
+replaces its rivals in a file, and a file's options without effect are ignored; only flags can be in conflict.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from persam_dreambooth.errors import InputError, InputNotFoundError
 logger = logging.getLogger(__name__)
 
 CONFIG = "config.yaml"
-"""The file in a run's folder that holds its resolved options."""
+"""The file in a run's folder with its resolved options."""
 
 LAST_SEED = 2**32 - 1
-"""Any generator takes it, and the seeds that are counted up from it."""
+"""Maximum seed; every random generator accepts it, and the consecutive seeds after it."""
 
 WANTED = {int: "a whole number", float: "a number", str: "text, in quotes", bool: "true or false"}
-"""What an option of a type takes, in words."""
+"""The values that an option of each type takes, in words."""
 
 METAVARS = {int: "INT", float: "FLOAT", str: "TEXT"}
 """What help shows in place of a value."""
@@ -39,11 +39,11 @@ Kind = TypeVar("Kind", bound="Options")
 
 @dataclass(frozen=True)
 class Condition:
-    """When an option counts.
+    """A condition for an option to have an effect.
 
     Args:
-        holds: whether it counts beside the other options.
-        advice: what to do where it does not.
+        holds: whether the option has an effect, given all options.
+        advice: what to do if it has none.
     """
 
     holds: Callable[[Any], bool]
@@ -51,7 +51,7 @@ class Condition:
 
 
 def with_flag(*flags: str) -> Condition:
-    """An option counts only beside one of these, such as `--use_ema` or `--method lora`."""
+    """The option has an effect only with one of these flags, such as `--use_ema` or `--method lora`."""
 
     def holds(options: Any) -> bool:
         return any(_says(options, flag) for flag in flags)
@@ -60,12 +60,12 @@ def with_flag(*flags: str) -> Condition:
 
 
 def without_flag(flag: str) -> Condition:
-    """An option counts only without another one, such as `--unmasked`."""
+    """The option has an effect only without another flag, such as `--unmasked`."""
     return Condition(lambda options: not _says(options, flag), f"remove it or {flag}")
 
 
 def _says(options: Any, flag: str) -> bool:
-    """Whether options say what a flag such as `--use_ema` or `--method lora` would."""
+    """Whether options have the value of a flag such as `--use_ema` or `--method lora`."""
     name, _, value = flag.removeprefix("--").partition(" ")
     return str(getattr(options, name)) == value if value else bool(getattr(options, name))
 
@@ -81,17 +81,17 @@ def option(
     when: Sequence[Condition] = (),
     elsewhere: Sequence[str] = (),
 ) -> Any:
-    """A field with what is known about it.
+    """A dataclass field with an option's metadata.
 
     Args:
-        default: where neither a file nor a flag says anything; it always counts.
-        help: one line.
-        alias: another name that users know it by.
-        path: it names a file or a folder, or may: `~` is expanded.
-        choices: the words that it takes.
-        rivals: options that say the same in another way; only one of them can be given.
-        when: the conditions under which another value than the default counts.
-        elsewhere: what other trainers call it.
+        default: the value if neither a file nor a flag sets the option.
+        help: one line of help.
+        alias: another name that users know.
+        path: whether the value is or can be a path; `~` is expanded then.
+        choices: the allowed words.
+        rivals: options that set the same thing in another way; only one of them can be given.
+        when: the conditions for a value other than the default to have an effect.
+        elsewhere: other trainers' names for it.
     """
     known = {"help": help, "alias": alias, "path": path, "choices": choices, "rivals": rivals, "when": when}
     return field(default=default, metadata={**known, "elsewhere": elsewhere})
@@ -99,7 +99,7 @@ def option(
 
 @dataclass(frozen=True)
 class Options:
-    """What all commands' options can do."""
+    """The base class of all commands' options."""
 
     def __post_init__(self) -> None:
         for entry in fields(self):
@@ -110,7 +110,7 @@ class Options:
     def given(self, name: str) -> bool:
         """Whether an option differs from its default."""
         value = getattr(self, name)
-        return bool(value != getattr(type(self), name) and value != "")  # empty as from a variable of a shell
+        return bool(value != getattr(type(self), name) and value != "")  # empty, for example from a shell variable
 
     def check(self) -> None:
         """Raises `InputError` for options that exclude one another or have no effect."""
@@ -135,7 +135,7 @@ def require(options: Any, *names: str) -> None:
 
 
 def within(options: Any, least: float, most: float, *names: str) -> None:
-    """Raises `InputError` for an option that is given and not from `least` to `most`, or infinite."""
+    """Raises `InputError` for a given option that is not from `least` to `most`, or is infinite."""
     for name in names:
         value = getattr(options, name)
         if value is not None and (not least <= value <= most or value == math.inf):
@@ -144,7 +144,7 @@ def within(options: Any, least: float, most: float, *names: str) -> None:
 
 
 def above_zero(options: Any, *names: str) -> None:
-    """Raises `InputError` for an option that is given and not more than 0."""
+    """Raises `InputError` for a given option that is not above 0."""
     for name in names:
         value = getattr(options, name)
         if value is not None and not value > 0:
@@ -178,14 +178,14 @@ def parse(kind: type[Kind], arguments: list[str], program: str, positional: str 
         positional: an option that can be given without its name.
 
     Raises:
-        InputError, InputNotFoundError: an unknown option (the message names the nearest known one), a value of the
-            wrong type, a file that cannot be read.
+        InputError, InputNotFoundError: an option is unknown (the message names the nearest known one), a value has the
+            wrong type, or a file cannot be read.
     """
     hints = _types(kind)
     usage = f"{program} {f'{positional.upper()} ' if positional else ''}[--OPTION VALUE ...]"
     about = (kind.__doc__ or "").splitlines()[0]
     parser = _Parser(prog=program, usage=usage, description=about, allow_abbrev=False)
-    files = "YAML file of options, or a recipe by name, such as sd15-lora; flags win over it"
+    files = "YAML file of options, or a recipe by name, such as sd15-lora; flags override it"
     parser.add_argument("--config", action="append", default=[], metavar="FILE", help=files)
     flags = ["--config", "--help"]
     for entry in fields(kind):
@@ -220,7 +220,7 @@ def parse(kind: type[Kind], arguments: list[str], program: str, positional: str 
 
 
 def read_options(kind: type[Options], path: Path) -> dict[str, Any]:
-    """The options in a YAML file; raises as `read_config` and `typed_options`."""
+    """The options in a YAML file; see `read_config` and `typed_options` for the errors."""
     content = read_config(path)
     try:
         return typed_options(kind, content)
@@ -229,10 +229,10 @@ def read_options(kind: type[Options], path: Path) -> dict[str, Any]:
 
 
 def typed_options(kind: type[Options], content: dict[str, Any]) -> dict[str, Any]:
-    """Options by name from what YAML makes of them, of the right types; None stands for the default.
+    """Converts values from YAML to the types of the options, by name; None means the default.
 
     Raises:
-        InputError: an unknown option (the message names the nearest known one), or a value of the wrong type.
+        InputError: an option is unknown (the message names the nearest known one), or a value has the wrong type.
     """
     hints, names = _types(kind), [entry.name for entry in fields(kind)]
     aliases = {entry.metadata["alias"]: entry.name for entry in fields(kind) if entry.metadata["alias"]}
@@ -247,8 +247,8 @@ def read_config(path: Path) -> dict[str, Any]:
     """The content of a YAML file of options.
 
     Raises:
-        InputNotFoundError: no such file.
-        InputError: it is not YAML, or holds no options.
+        InputNotFoundError: there is no such file.
+        InputError: the file is not YAML, or has no options.
     """
     if not path.is_file():
         found = "is a folder" if path.is_dir() else "does not exist"
@@ -263,10 +263,10 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def find_config(name: str) -> Path:
-    """The file that `--config` names: a path, or a recipe that ships, such as `sd15-lora`.
+    """The file for a value of `--config`: a path, or a recipe in this package, such as `sd15-lora`.
 
     Raises:
-        InputNotFoundError: neither; the message lists the recipes.
+        InputNotFoundError: the value is neither; the message lists the recipes.
     """
     path = Path(os.path.expanduser(name))
     if path.exists():
@@ -278,14 +278,14 @@ def find_config(name: str) -> Path:
 
 
 def list_recipes() -> dict[str, Path]:
-    """The recipes that ship, by name: beside the modules in an installed package, beside the package in a checkout."""
+    """The recipes by name: from the package's folder if installed, or beside it in a checkout."""
     package = Path(__file__).parent
     folders = (package / "configs", package.parent / "configs")
     return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
 
 
 def check_known(word: str, known: Sequence[str], what: str) -> str:
-    """Returns the word if it is known; raises `InputError` that names the nearest known one if not."""
+    """Returns the word if it is known; else raises `InputError` with the nearest known word."""
     if word in known:
         return word
     begun = sorted((name for name in known if name.startswith(word)), key=len) if word.strip("- ") else []
@@ -295,7 +295,7 @@ def check_known(word: str, known: Sequence[str], what: str) -> str:
 
 
 def _merged(kind: type[Kind], typed: dict[str, Any], filed: dict[str, Any]) -> Kind:
-    """Options from flags and files; what a file says is left out where a flag replaces it or it has no effect."""
+    """Merges options from flags and files; a file's option is ignored if a flag replaces it or it has no effect."""
     known = {entry.name: entry.metadata for entry in fields(kind)}
     left: dict[str, str] = {}
     for name, value in typed.items():
@@ -317,7 +317,7 @@ def _merged(kind: type[Kind], typed: dict[str, Any], filed: dict[str, Any]) -> K
         filed = {name: value for name, value in filed.items() if name not in idle}
         left.update({name: f"no effect: {advice}" for name, advice in idle.items()})
     for name, why in left.items():
-        logger.info("%s of the file is left out (%s)", name, why)
+        logger.info("%s from the file is ignored (%s)", name, why)
     return merged
 
 
@@ -328,14 +328,14 @@ def _types(kind: type[Options]) -> dict[str, Any]:
 
 
 def _choices(name: str, kind: type[Options], hints: dict[str, Any]) -> tuple[str, ...]:
-    """The words that an option takes; none where it takes any."""
+    """The allowed words of an option; empty if any value is allowed."""
     if get_origin(hints[name]) is Literal:
         return get_args(hints[name])
     return tuple(kind.__dataclass_fields__[name].metadata["choices"])
 
 
 def _from_text(name: str, text: Any, kind: type[Options], hints: dict[str, Any]) -> Any:
-    """The value of a flag; `null` stands for the default."""
+    """The value of a flag; `null` means the default."""
     if text == "null" or isinstance(text, bool):
         return None if text == "null" else text
     if get_origin(hints[name]) is list:
@@ -349,7 +349,7 @@ def _from_text(name: str, text: Any, kind: type[Options], hints: dict[str, Any])
 
 
 def _from_yaml(name: str, value: Any, kind: type[Options], hints: dict[str, Any]) -> Any:
-    """A value in YAML, of the right type; None stands for the default."""
+    """Converts a YAML value to the option's type; None means the default."""
     hint = hints[name]
     if value is None:
         return None
@@ -357,7 +357,7 @@ def _from_yaml(name: str, value: Any, kind: type[Options], hints: dict[str, Any]
         if not isinstance(value, list):
             raise InputError(f"--{name} is {value}: give a list, of entries such as instance_dir: cat/")
         return value
-    if hint is float and not isinstance(value, bool):  # YAML takes 1e-6 for text
+    if hint is float and not isinstance(value, bool):  # YAML reads 1e-6 as text
         try:
             return float(value)
         except (TypeError, ValueError):
@@ -381,7 +381,7 @@ def _one_of(words: Sequence[str]) -> str:
 
 
 def _help(entry: Any, hints: dict[str, Any]) -> str:
-    """The line of help, with the default where it says something."""
+    """The help line, with the default unless it is empty."""
     shown = entry.default not in (None, False, "") and "default" not in entry.metadata["help"]
     return (entry.metadata["help"] + (f" (default: {entry.default})" if shown else "")).replace("%", "%%")
 

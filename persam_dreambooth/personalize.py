@@ -1,7 +1,7 @@
-"""The main job: photos and one mask in, masks for all photos and a personalized Stable Diffusion out.
+"""The main job: makes masks for all photos from one mask, and personalizes Stable Diffusion on them.
 
-The run's folder holds `masks/`, `overview.png`, `loss.png`, `samples/`, the weights, `config.yaml`, `metrics.jsonl`
-and a model card. Heavy imports wait inside the functions until the input is checked: a mistyped path answers at once.
+The run's folder contains `masks/`, `overview.png`, `loss.png`, `samples/`, the weights, `config.yaml`, `metrics.jsonl`
+and a model card. Heavy imports are inside the functions, after the input checks, so that a mistyped path fails at once.
 """
 
 import logging
@@ -24,11 +24,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainOptions(MaskFolderOptions, TrainingOptions):
-    """One mask in, a personalized Stable Diffusion out."""
+    """Personalizes Stable Diffusion on photos of a subject, from one mask."""
 
     @property
     def makes_masks(self) -> bool:
-        """Whether masks are made from one that is given."""
+        """Whether masks are made from a given mask."""
         return any(subject.mask for subject in self.each_subject)
 
 
@@ -73,7 +73,7 @@ def personalize(options: TrainOptions) -> Path:
 
     cut = Cut(resolution, buckets)
     known = [None if album.reference else make_crops(options, album, album.drawn, cut) for album in albums]
-    accelerator.wait_for_everyone()  # all have looked at the folders before one writes
+    accelerator.wait_for_everyone()  # all processes check the folders before one writes
     if accelerator.is_main_process:
         write_masks(options, albums)
     accelerator.wait_for_everyone()
@@ -99,7 +99,7 @@ def personalize(options: TrainOptions) -> Path:
 
 
 def write_masks(options: TrainOptions, albums: list[Album]) -> None:
-    """Writes the run's options and its mask folders; a resumed run keeps the masks it has."""
+    """Writes the run's options and its mask folders; a resumed run keeps its masks."""
     missing = [
         (album, album.reference)
         for album in albums
@@ -109,7 +109,7 @@ def write_masks(options: TrainOptions, albums: list[Album]) -> None:
     write_config(options)
     if segmenter:
         for album, reference in missing:
-            logger.info("%smasks are made from that of %s", album.label, reference[0].name)
+            logger.info("%smasks are made from the mask of %s", album.label, reference[0].name)
             segment_folder(album.photos, [reference], segmenter, album.mask_dir, absent=options.absent)
     for album in albums:
         for item in album.drawn:

@@ -222,7 +222,7 @@ def test_a_text_beside_a_picture_says_what_it_shows(tmp_path):
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
     assert read_prompts(find_photos(tmp_path), "a place") == ["ein Strand, 海滩", "a wall", "a place"]
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "b.png"}')
-    with pytest.raises(InputError, match=r"metadata\.jsonl, line 1, names no file and text: write lines such as"):
+    with pytest.raises(InputError, match=r"metadata\.jsonl, line 1, has no file name and text: write lines such as"):
         read_prompts(find_photos(tmp_path), "")
     (tmp_path / "metadata.jsonl").unlink()
     (tmp_path / "c.txt").write_bytes(b"\xff\xfe\x00")

@@ -201,7 +201,7 @@ def test_a_mask_that_is_named_after_no_photo_lists_the_photos(home, capsys):
     mask().save("ball_mask.png")
     line = refused(capsys, *train("--mask", "ball_mask.png"))
     assert line == (
-        "ball_mask.png has the name of no photo (00.jpg, 01.jpg, 02.jpg): name its photo with --reference_image, "
+        "ball_mask.png matches the name of no photo (00.jpg, 01.jpg, 02.jpg): name its photo with --reference_image, "
         "or rename it, such as 00_mask.png"
     )
 
@@ -246,7 +246,7 @@ def test_a_mask_of_another_size_in_the_mask_folder(home, capsys):
 
 def test_a_mask_of_no_photo_in_the_mask_folder(home, capsys):
     mask().save("masks/09.png")
-    assert refused(capsys, *train(*MASKS)).startswith("masks/09.png belongs to no photo: a mask has its photo's name")
+    assert refused(capsys, *train(*MASKS)).startswith("masks/09.png matches no photo: a mask has its photo's name")
 
 
 def test_a_photo_without_a_mask_in_the_mask_folder(home, capsys):
@@ -368,13 +368,15 @@ def test_another_kind_of_model(home, capsys):
 @pytest.mark.parametrize("output", ["mask.png", "mask.png/a/b"])
 def test_an_output_folder_under_a_file(home, capsys, command, output):
     line = refused(capsys, *(output if word == "out" else word for word in command))
-    assert line == f"mask.png is no folder, so {output} cannot be one: choose another folder"
+    assert line == f"mask.png is not a folder, so {output} cannot be created: choose another folder"
 
 
 def test_an_output_folder_that_is_a_broken_link(home, capsys):
     Path("out").symlink_to("/no/such/disk")
     for command in (train(*MASK), segment(), generate("--model", "toy")):
-        assert refused(capsys, *command).startswith("out is no folder, so out cannot be one: choose another folder")
+        assert refused(capsys, *command).startswith(
+            "out is not a folder, so out cannot be created: choose another folder"
+        )
 
 
 @pytest.mark.parametrize(
@@ -465,13 +467,13 @@ def test_own_backgrounds_that_prompts_shall_say_but_no_text_describes(home, caps
     if text is not None:
         Path("own/1.txt").write_text(text)
     line = refused(capsys, *train(*source, *PICTURES["backgrounds"], "own", "--background_in_prompt"))
-    assert line == "own/1.png has no text that says what it shows: write 1.txt beside it"
+    assert line == "own/1.png has no caption: write 1.txt beside it"
 
 
 def test_own_backgrounds_are_described_before_missing_ones_are_generated(home, capsys):
     own_pictures(1)
     line = refused(capsys, *train(*MASKS, *PICTURES["backgrounds"], "own", "--background_in_prompt"))
-    assert line == "own/0.png has no text that says what it shows: write 0.txt beside it"
+    assert line == "own/0.png has no caption: write 0.txt beside it"
 
 
 @every_kind_of_pictures
@@ -503,7 +505,7 @@ def test_a_picture_too_narrow_to_cut_a_square_from(home, capsys, kind):
 @every_kind_of_pictures
 def test_a_file_for_the_folder_of_pictures(home, capsys, kind):
     line = refused(capsys, *train(*MASK, *PICTURES[kind], "mask.png"))
-    assert line == "mask.png is no folder, so mask.png cannot be one: choose another folder"
+    assert line == "mask.png is not a folder, so mask.png cannot be created: choose another folder"
 
 
 @every_kind_of_pictures
@@ -527,7 +529,7 @@ def test_options_that_the_weights_of_a_run_do_not_fit(home, capsys):
     changes = {"rank": ("8", "4"), "method": ("full", "lora"), "train_text_encoder": ("True", "False")}
     for name, (now, before) in changes.items():
         line = refused(capsys, *resume, *([f"--{name}"] if now == "True" else [f"--{name}", now]))
-        assert line.startswith(f"--{name} is {now} but out was trained with {before}: go on with that, or choose")
+        assert line.startswith(f"--{name} is {now} but out was trained with {before}: use that value, or choose")
     Path("out/config.yaml").write_text("- a list")
     assert refused(capsys, *resume) == "out/config.yaml holds no options: write lines such as rank: 4"
 
@@ -582,7 +584,7 @@ def test_odd_names_and_empty_text_train(home, capsys, caplog):
     done(capsys, *train(*MASKS, "--instance_dir", str(folder), *prompts))
     assert Path("out", WEIGHTS).is_file()
     assert f"left out of {folder}: notes.txt (not a photo)" in caplog.text
-    assert "01.jpg: its mask is empty, so it is not trained on" in caplog.text
+    assert "01.jpg: its mask is empty, so it is not used for training" in caplog.text
 
 
 def test_photos_of_every_kind_get_upright_masks(home, capsys, caplog, tmp_path_factory):
@@ -606,8 +608,8 @@ def test_photos_of_every_kind_get_upright_masks(home, capsys, caplog, tmp_path_f
     (ball / "notes.txt").write_text("not a photo")
     shutil.copy("mask.png", ball / "ball_mask.png")
     out = done(capsys, *segment("--mask", "ball/ball_mask.png", "--output", "ball/masks", "--sam_model", sam))
-    assert out == "12 masks in ball/masks; look at ball/masks/overview.jpg\n"
-    assert "left out of ball: link.jpg (link to another of the photos), notes.txt (not a photo)" in caplog.text
+    assert out == "12 masks in ball/masks; see ball/masks/overview.jpg\n"
+    assert "left out of ball: link.jpg (link to another photo), notes.txt (not a photo)" in caplog.text
     sizes = {}
     for path in sorted(Path("ball/masks").rglob("*.png")):
         with Image.open(path) as image:
@@ -659,7 +661,7 @@ def test_outputs_inside_the_photo_folder_are_not_trained_on_by_the_next_run(home
 def test_resuming_the_latest_where_there_is_none_starts_afresh(home, capsys, caplog):
     caplog.set_level(logging.INFO)
     done(capsys, *train(*MASKS, "--resume_from_checkpoint", "latest"))
-    assert "no checkpoint in out yet: a fresh start" in caplog.text
+    assert "no checkpoint in out yet: training starts from the beginning" in caplog.text
     assert Path("out", WEIGHTS).is_file()
 
 
@@ -682,7 +684,7 @@ def test_a_broken_stable_diffusion(home, capsys, damage):
     for command in (train(*MASKS, "--pretrained_model_name_or_path", model), generate("--model", model)):
         said = refused(capsys, *command)
         assert said.startswith(f"{model} cannot be loaded (") and said.endswith(
-            "): get it again, or name another model"
+            "): download it again, or name another model"
         )
 
 

@@ -88,7 +88,7 @@ def test_texts_in_metadata_may_hold_any_character_and_none(tmp_path):
 
 def test_half_a_character_in_metadata_is_refused(tmp_path):
     (tmp_path / "metadata.jsonl").write_text(r'{"file_name": "a.jpg", "text": "a cat \ud83d"}')
-    with pytest.raises(InputError, match=r"metadata\.jsonl, line 1, names no file and text: write lines such as"):
+    with pytest.raises(InputError, match=r"metadata\.jsonl, line 1, has no file name and text: write lines such as"):
         prompts(tmp_path, "a.jpg")
 
 

@@ -684,7 +684,7 @@ def test_the_program_trains_in_half_precision_and_its_configuration_is_taken_bac
     flags += ["--max_train_steps", "2", "--num_validation_images", "1", "--mixed_precision", "bf16"]
     done = python(str(ROOT / "train_dreambooth_masked.py"), *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("done: outputs/red ball; look at ")
+    assert done.stdout.startswith("done: outputs/red ball; see ")
     run = tmp_path / "outputs" / "red ball"
     for made in ("config.yaml", "masks/00.png", "overview.png", "metrics.jsonl", "README.md", "samples"):
         assert (run / made).exists(), made

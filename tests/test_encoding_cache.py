@@ -81,7 +81,7 @@ def test_a_broken_file_is_named(names, photo, tmp_path):
 
 def test_a_file_in_the_place_of_the_folder_is_refused(names, tmp_path):
     (tmp_path / "cache").write_text("not a folder")
-    with pytest.raises(InputError, match="cache is no folder"):
+    with pytest.raises(InputError, match="cache is not a folder"):
         open_sam(names["sam"], device="cpu", encoding_cache=tmp_path / "cache")
 
 

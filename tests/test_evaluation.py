@@ -156,7 +156,7 @@ def test_the_page_shows_no_more_objects_than_it_can_hold(evaluated, data, monkey
     monkeypatch.setattr(report, "SHOWN", 1)
     assert evaluate("--data", data, "--output", evaluated, *toy_sam, "--ablation") == 0
     page = (evaluated / "report.html").read_text(encoding="utf-8")
-    assert page.count("<section") == 1 and "1 of 2 are shown" in page
+    assert page.count("<section") == 1 and "1 of 2 objects are shown" in page
     assert len(list((evaluated / "overlays").glob("*.jpg"))) == 2
 
 
@@ -165,7 +165,7 @@ def test_a_broken_trace_is_named(evaluated, data, tmp_path, capsys):
     path = sorted(predictions.glob("*/01.npz"))[0]
     path.write_bytes(path.read_bytes()[:100])
     assert evaluate("--data", data, "--output", tmp_path / "out", "--predictions", predictions) == 2
-    assert f"{path} is not what a method saw" in capsys.readouterr().err
+    assert f"{path} is not a trace of a method" in capsys.readouterr().err
 
 
 def test_predictions_with_a_trace_of_version_0_1_are_scored_without_its_heat_map(evaluated, data, tmp_path):
@@ -286,7 +286,7 @@ def test_a_broken_annotation_is_named_and_finished_objects_stay(broken, tmp_path
 def test_predictions_that_do_not_fit_are_named(data, truth, tmp_path, capsys):
     (truth / "teddy").mkdir()
     assert evaluate("--data", data, "--output", tmp_path / "out", "--predictions", truth) == 2
-    assert f"{truth / 'teddy'} belongs to no object" in capsys.readouterr().err
+    assert f"{truth / 'teddy'} matches no object" in capsys.readouterr().err
     (truth / "teddy").rmdir()
     path = sorted(truth.glob("*/01.png"))[0]
     Image.open(path).resize((100, 100)).save(path)
@@ -395,7 +395,7 @@ def test_fss_scores_the_classes_that_a_file_names(classes, tmp_path, capsys):
     [
         ("image", "dog holds 1 images"),
         ("mask", "dog/2.jpg has no mask: "),
-        ("orphan", "dog/11.png belongs to no image: "),
+        ("orphan", "dog/11.png has no image: "),
         ("empty", "holds no classes"),
     ],
 )
@@ -475,7 +475,7 @@ def test_davis_scores_objects_in_the_frames_between(video, tmp_path):
         ("object", "has an object 3, the sequence has 2"),
         ("size", "give it this size"),
         ("missing", "does not exist"),
-        ("gap", "where 00003.png belongs"),
+        ("gap", "instead of 00003.png"),
     ],
 )
 def test_davis_names_what_cannot_be_scored(damage, told, video, tmp_path, capsys):

@@ -66,7 +66,7 @@ def plain_pipeline(model):
     return pipeline
 
 
-def paint(pipeline):
+def generate_image(pipeline):
     settings = {"num_inference_steps": 2, "height": SIDE, "width": SIDE, "generator": torch.Generator().manual_seed(0)}
     return np.asarray(pipeline("a sks duck", **settings).images[0], dtype=np.int16)
 
@@ -253,7 +253,7 @@ def test_the_crop_matters_to_a_model_that_is_told_of_it(photos, model):
 
 
 @pytest.mark.parametrize(("name", "shift"), [("sd3", 3.0), ("flux", None), ("flux-schnell", 1.0)])
-def test_timesteps_are_logit_normal_and_shifted_as_when_painting(model, shift):
+def test_timesteps_are_logit_normal_and_shifted_as_at_inference(model, shift):
     family = registry.open_family(TrainOptions(), str(model), torch.float32)
     for shape, patches in (((4, 128, 128), 4096), ((4, 16, 64), 256)):
         generators = [torch.Generator().manual_seed(number) for number in range(2000)]
@@ -405,7 +405,7 @@ def test_loaded_lora_answers_as_the_model_under_training_and_changes_the_picture
         for component in part.components.values():
             if isinstance(component, torch.nn.Module):
                 component.eval()
-    before, after, trained = paint(base), paint(loaded), paint(family.pipeline)
+    before, after, trained = generate_image(base), generate_image(loaded), generate_image(family.pipeline)
     assert np.abs(after - trained).max() == 0
     assert np.abs(after - before).max() > 3
 
@@ -437,7 +437,7 @@ def test_full_run_saves_a_pipeline(runs, model, text_encoder):
         one, two = getattr(trained, part).state_dict(), getattr(base, part).state_dict()
         changes = part == "unet" or (text_encoder and part != "vae")
         assert same_state(dict(one), dict(two)) != bool(changes), part
-    assert np.abs(paint(trained) - paint(base)).max() > 0
+    assert np.abs(generate_image(trained) - generate_image(base)).max() > 0
 
 
 @every_family
@@ -466,10 +466,10 @@ def test_the_vae_trains_in_single_precision_where_its_configuration_asks(model, 
     pipeline.save_pretrained(other)
     family = registry.open_family(TrainOptions(), str(other), torch.bfloat16)
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    with torch.autocast("cpu", torch.bfloat16):  # as class images are painted
-        painted = family.pipeline.vae.decode(latents, return_dict=False)[0]
+    with torch.autocast("cpu", torch.bfloat16):  # as class images are generated
+        decoded = family.pipeline.vae.decode(latents, return_dict=False)[0]
     exact = pipeline.vae.decode(latents, return_dict=False)[0]
-    assert torch.equal(painted, exact) == asked
+    assert torch.equal(decoded, exact) == asked
     family.make_trainable(TrainOptions(), torch.device("cpu"), torch.bfloat16)
     assert family.vae.dtype == (torch.float32 if asked else torch.bfloat16)
     assert family.pipeline.text_encoder_2.dtype == torch.bfloat16

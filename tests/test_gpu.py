@@ -46,7 +46,7 @@ def test_a_run_in_half_precision_resumes_and_generates(runs, tmp_path, precision
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_parts_set_aside_come_back_to_paint_during_training(runs, tmp_path, precision):
+def test_offloaded_parts_return_for_inference_during_training(runs, tmp_path, precision):
     fixed = {"cache_latents": True, "center_crop": True, "use_ema": True, "mixed_precision": precision}
     told = {"validation_steps": 2, "num_validation_images": 1}
     assert runs.train(tmp_path / "watched", **fixed, **told) == 0

@@ -1,4 +1,4 @@
-"""Runs that are killed, asked to stop, or find the disk full go on to the weights of a run left alone."""
+"""Runs that are killed, told to stop, or fill the disk resume to the weights of an uninterrupted run."""
 
 import os
 import re

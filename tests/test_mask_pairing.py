@@ -74,7 +74,9 @@ def test_a_mask_of_no_photos_name_goes_to_the_only_one_of_its_size_but_never_to_
     with pytest.raises(InputError) as raised:
         photo_of_mask(mask(tmp_path / "ref_mask.png"), known)
     told = str(raised.value)
-    assert "has the name of no photo (00.jpg, 01.jpg" in told and "09.jpg and 2 more)" in told and "10.jpg" not in told
+    assert (
+        "matches the name of no photo (00.jpg, 01.jpg" in told and "09.jpg and 2 more)" in told and "10.jpg" not in told
+    )
     assert "name its photo with --reference_image" in told and "\n" not in told
     picture(tmp_path / "cat" / "04.jpg", (30, 20))
     known = find_photos(tmp_path / "cat")
@@ -149,7 +151,7 @@ def test_two_masks_of_one_photo_are_refused(tmp_path):
 def test_a_mask_of_no_photo_is_refused_unless_others_may_be_there(tmp_path):
     known = photos(tmp_path / "cat", "00.jpg")
     mask(tmp_path / "masks" / "07_mask.png")
-    with pytest.raises(InputError, match=r"07_mask\.png belongs to no photo: a mask has its photo's name, such as 00"):
+    with pytest.raises(InputError, match=r"07_mask\.png matches no photo: a mask has its photo's name, such as 00"):
         find_masks(tmp_path / "masks", known)
     assert find_masks(tmp_path / "masks", known, others_may_be=True) == {}
 

@@ -402,7 +402,7 @@ def test_a_mask_in_memory_is_read_by_the_same_rule(mask, made):
         (np.zeros((0, 4)), r"this mask is \(0, 4\): a mask is"),
         (np.eye(3) * 1j, "this mask is of complex128: a mask is"),
         (np.full((2, 2), np.nan), "numbers that are not finite"),
-        (np.eye(3) - 1, r"negative numbers: of logits, give logits > 0"),
+        (np.eye(3) - 1, r"negative numbers: for logits, use logits > 0"),
     ],
 )
 def test_what_is_no_mask_in_memory_is_refused_in_one_line(given, told):
@@ -451,19 +451,19 @@ def test_the_log_says_by_which_rule_a_mask_was_read(tmp_path, mask, caplog):
     assert line.endswith("every color but black; it covers 16 %")
     shape().filter(ImageFilter.GaussianBlur(3)).save(tmp_path / "mask.png")
     mask_of(tmp_path / "mask.png", item)
-    assert "190 levels of color, so what is above half of the greatest" in caplog.messages[-1]
+    assert "190 levels of color, so every pixel above half of the maximum" in caplog.messages[-1]
 
 
 def test_a_mask_that_covers_nearly_all_is_warned_of(tmp_path, mask, caplog):
     item = scene(tmp_path / "00.png")
     shape(ink=0, paper=255).save(tmp_path / "mask.png")
     mask_of(tmp_path / "mask.png", item)
-    assert "covers 84 % of its photo: white is the subject; if black is, use --invert_mask" in caplog.text
+    assert "covers 84 % of its photo: white is the subject; use --invert_mask if the subject is black" in caplog.text
     caplog.clear()
     assert np.array_equal(mask_of(tmp_path / "mask.png", item, invert=True), mask) and not caplog.text
     Image.new("L", (WIDTH, HEIGHT), 255).save(tmp_path / "mask.png")
     assert mask_of(tmp_path / "mask.png", item).all()
-    assert "covers the whole photo: it does not tell the subject" in caplog.text
+    assert "covers the whole photo: it does not separate the subject" in caplog.text
 
 
 def test_a_photo_for_a_mask_is_refused(tmp_path):
@@ -555,7 +555,7 @@ def test_a_mask_without_a_photo_is_refused(tmp_path, photos, mask):
     for item in photos:
         save_mask(tmp_path / "masks", record(item, mask), mask)
     shape().save(tmp_path / "masks" / "dog.png")
-    with pytest.raises(InputError, match=r"dog\.png belongs to no photo: .*rename or remove it"):
+    with pytest.raises(InputError, match=r"dog\.png matches no photo: .*rename or remove it"):
         load_masks(tmp_path / "masks", photos)
 
 

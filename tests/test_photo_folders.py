@@ -219,7 +219,7 @@ def test_linked_folders_are_read_once(tmp_path, caplog):
     for name in ("b", "c"):
         (tmp_path / "cat" / name).symlink_to(tmp_path / "album")
     assert names(tmp_path / "cat") == ["b/deep/a.jpg"]
-    assert "c (link to a folder that is read already)" in left_out(tmp_path / "cat", caplog)[0]
+    assert "c (link to a folder that was already read)" in left_out(tmp_path / "cat", caplog)[0]
 
 
 @pytest.mark.parametrize("target", [".", "..", "sub", "sub/.."])
@@ -250,7 +250,7 @@ def test_a_link_to_another_of_the_photos_does_not_count_twice(tmp_path, caplog):
     for name, target in {"a.jpg": "b.jpg", "c.jpg": outside, "d.jpg": outside}.items():
         (tmp_path / name).symlink_to(target)
     assert names(tmp_path) == ["b.jpg", "c.jpg"]
-    said = f"left out of {tmp_path}: a.jpg, d.jpg (link to another of the photos)"
+    said = f"left out of {tmp_path}: a.jpg, d.jpg (link to another photo)"
     assert left_out(tmp_path, caplog)[0] == said
 
 
@@ -456,7 +456,7 @@ def test_pictures_of_a_data_set_are_read_like_files(data_set):
 @pytest.mark.parametrize(
     "content, said",
     [
-        (huge(), r"picture 1 of .*cats is 30000 x 20000 \(600 megapixels\): make it smaller, up to 250 are read"),
+        (huge(), r"picture 1 of .*cats is 30000 x 20000 \(600 megapixels\): reduce it to at most 250"),
         (None, "picture 1 of .*cats is missing: remove its row"),
         (b"no picture", "picture 1 of .*cats is not an image that Pillow can read"),
         (stored(Image.new("F", (6, 4)), "TIFF"), "picture 1 of .*cats holds floating-point pixels"),

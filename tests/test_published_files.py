@@ -97,7 +97,7 @@ def test_a_sam_2_of_another_size_is_one_line(tmp_path):
     golden = read_golden("sam2.1_hiera_tiny")
     kept = [index for index, name in enumerate(golden["names"]) if ".blocks.11." not in str(name)]
     path = write_file(tmp_path / "sam2_own.pt", golden["names"][kept], golden["shapes"][kept])
-    with pytest.raises(InputError, match=r"no published size of SAM 2 \(11 blocks from 96 channels\)"):
+    with pytest.raises(InputError, match=r"not a published size of SAM 2 \(11 blocks from 96 channels\)"):
         open_sam(str(path))
     torch.save({"model": {"a": torch.zeros(1)}}, path)
     with pytest.raises(InputError, match="holds no weights of a SAM 2"):

@@ -299,7 +299,7 @@ def test_an_empty_subject_is_named(train, home, tmp_path, capsys):
 def test_own_class_pictures_of_several_classes_must_say_what_they_show(train, home, tmp_path, capsys):
     options = {**PRIOR, "class_data_dir": home / "robot-others"}
     assert train(tmp_path / "run", DUCK, OTHER, **options) == 2
-    assert "has no text that says what it shows: write 00.txt beside it" in capsys.readouterr().err
+    assert "has no caption: write 00.txt beside it" in capsys.readouterr().err
 
 
 def test_other_subjects_do_not_go_on_with_a_run(train, pair, tmp_path, capsys):

@@ -155,15 +155,15 @@ def test_shipped_tokenizer_is_what_the_builder_writes(built):
 def test_shipped_stable_diffusion_paints_what_prompt_and_seed_decide(pipeline):
     prompts = ["a photo of sks duck", "a cat on the beach", "a photo of sks duck"]
 
-    def paint():
+    def generate():
         generators = [torch.Generator().manual_seed(seed) for seed in (0, 0, 1)]
         return pipeline(prompts, num_inference_steps=2, generator=generators, output_type="np").images
 
-    pictures = paint()
+    pictures = generate()
     assert pictures.shape == (3, 64, 64, 3)
     assert np.isfinite(pictures).all()
     assert (pictures.std(axis=(1, 2, 3)) > 0.05).all()
-    assert np.array_equal(pictures, paint())
+    assert np.array_equal(pictures, generate())
     first, other_prompt, other_seed = pictures
     assert np.abs(first - other_prompt).max() > 1 / 255
     assert np.abs(first - other_seed).max() > 0.1

@@ -221,7 +221,7 @@ def test_named_checkpoint_is_resumed_from(runs, tmp_path, caplog):
 def test_resuming_without_a_checkpoint_is_a_fresh_start_that_is_told(runs, tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         assert runs.train(tmp_path / "new", resume_from_checkpoint="latest") == 0
-    assert "a fresh start" in caplog.text
+    assert "training starts from the beginning" in caplog.text
     assert same_weights(tmp_path / "new", runs())
     assert same_metrics(tmp_path / "new", runs())
     assert runs.train(tmp_path / "new", resume_from_checkpoint="latest") == 0  # it left metrics but no checkpoint
@@ -267,7 +267,7 @@ def test_another_base_model_is_not_resumed_with(runs, tmp_path, capsys):
     shutil.copytree(toy.path("stable-diffusion"), tmp_path / "other")
     other = {"pretrained_model_name_or_path": tmp_path / "other", "resume_from_checkpoint": "latest"}
     assert runs.train(tmp_path / "run", **other) == 2
-    assert "was trained with toy: go on with that" in capsys.readouterr().err
+    assert "was trained with toy: use that value" in capsys.readouterr().err
 
 
 def test_half_precision_of_accelerators_is_refused_on_a_cpu(runs, tmp_path, capsys):
@@ -355,7 +355,7 @@ def test_photos_with_an_empty_mask_are_left_out_with_a_warning(runs, photos, tmp
     shutil.copytree(photos.parent / "masks", tmp_path / "masks")
     Image.new("L", SIZES[2]).save(tmp_path / "masks" / "02.png")
     assert runs.train(tmp_path / "run", mask_dir=tmp_path / "masks") == 0
-    assert "02.png: its mask is empty, so it is not trained on" in caplog.text
+    assert "02.png: its mask is empty, so it is not used for training" in caplog.text
     assert "on 3 photos" in (tmp_path / "run" / "README.md").read_text()
 
     shutil.copytree(photos, tmp_path / "photos")

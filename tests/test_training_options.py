@@ -326,7 +326,7 @@ def test_the_decay_grows_with_the_steps_up_to_its_bound():
         average.step()
         decay = 0 if step == 1 else min(0.5, step / (9 + step))
         expected = decay * expected + (1 - decay) * step
-        with average.in_place():
+        with average.swapped_in():
             assert weight.item() == pytest.approx(expected, rel=1e-5)
         assert weight.item() == step
 
@@ -378,7 +378,8 @@ def test_an_optimizer_whose_package_is_missing_names_the_extra(runs, tmp_path, c
     name = options.get("optimizer", "adamw8bit")
     package = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}[name]
     assert refused(runs, capsys, tmp_path / "run", **options) == (
-        f"error: --optimizer {name} needs {package}, which is missing: pip install 'persam-dreambooth[optimizers]'"
+        f"error: --optimizer {name} needs {package}, which is not installed: "
+        "pip install 'persam-dreambooth[optimizers]'"
     )
 
 
@@ -574,7 +575,7 @@ def test_tensorboard_is_told_losses_and_samples(runs):
 def test_a_tracker_that_is_missing_names_the_extra(runs, tmp_path, capsys, monkeypatch, name):
     monkeypatch.setattr(extras, "find_spec", lambda name: None)  # as where it is not installed
     assert refused(runs, capsys, tmp_path / "run", report_to=name) == (
-        f"error: --report_to {name} needs {name}, which is missing: pip install 'persam-dreambooth[tracking]'"
+        f"error: --report_to {name} needs {name}, which is not installed: pip install 'persam-dreambooth[tracking]'"
     )
 
 
@@ -695,4 +696,4 @@ def test_a_data_set_that_is_not_there_is_refused(runs, tmp_path, capsys):
     options = {"instance_dir": None, "dataset_name": tmp_path / "nowhere"}
     said = refused(runs, capsys, tmp_path / "run", **options)
     assert said.startswith(f"error: --dataset_name {tmp_path / 'nowhere'} cannot be loaded (")
-    assert said.endswith("): name another, or --instance_dir")
+    assert said.endswith("): name another data set, or use --instance_dir")

@@ -321,7 +321,7 @@ def damaged(clip, damage):
     frames = clip / "frames"
     if damage == "mask of another size":
         save_labels(clip / "first.png", np.ones((50, 40), np.uint8))
-        return f"first.png is 40 x 50, {frames / '00000.png'} 96 x 96: give the mask of this frame", 0
+        return f"first.png is 40 x 50, {frames / '00000.png'} is 96 x 96: give this frame's mask", 0
     if damage == "mask without objects":
         save_labels(clip / "first.png", np.zeros((96, 96), np.uint8))
         return "first.png marks no object", 0
@@ -350,7 +350,7 @@ def damaged(clip, damage):
         return f"{frames / '00003.png'} cannot be read", 3
     assert damage == "frame of another size"
     Image.new("RGB", (90, 96)).save(frames / "00002.png")
-    return f"{frames / '00002.png'} is 90 x 96, the first frame 96 x 96", 2
+    return f"{frames / '00002.png'} is 90 x 96, the first frame is 96 x 96", 2
 
 
 @pytest.mark.parametrize(
@@ -413,7 +413,7 @@ def test_a_video_file_goes_on_where_it_was_interrupted(clip, movie, tiny):
 def test_a_file_that_is_no_video_is_named(clip, movie, tiny, capsys):
     (clip / "notes.mp4").write_bytes(b"these are notes, not a video\n" * 100)
     assert video(clip, tiny, frames="notes.mp4") == 2
-    assert f"{clip / 'notes.mp4'} is no video" in capsys.readouterr().err
+    assert f"{clip / 'notes.mp4'} is not a video" in capsys.readouterr().err
     assert not (clip / "out").exists()
 
 
@@ -423,7 +423,7 @@ def test_a_video_file_that_breaks_keeps_the_masks_before(clip, movie, tiny, caps
     content[starts[3] + 20 : starts[4] - 20] = bytes(starts[4] - starts[3] - 40)
     movie.write_bytes(content)
     assert video(clip, tiny, frames="movie.avi") == 2
-    assert f"{movie} breaks off after 3 frames" in capsys.readouterr().err
+    assert f"{movie} cannot be decoded after 3 frames" in capsys.readouterr().err
     assert len(written(clip / "out")) == 3
 
 

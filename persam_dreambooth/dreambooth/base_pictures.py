@@ -50,7 +50,7 @@ def _check_folder(folder: Path, described: bool = False) -> None:
     for picture, prompt in zip(pictures, read_prompts(pictures, ""), strict=True):
         if described and not prompt:
             path = picture.path
-            raise InputError(f"{path} has no text that says what it shows: write {path.stem}.txt beside it")
+            raise InputError(f"{path} has no caption: write {path.stem}.txt beside it")
 
 
 def find_pictures(folder: Path) -> list[Photo]:

@@ -38,7 +38,7 @@ def find_checkpoint(run_dir: Path, name: str) -> Path | None:
     if name == "latest":
         present = list_checkpoints(run_dir)
         if not present:
-            logger.info("no checkpoint in %s yet: a fresh start", run_dir)
+            logger.info("no checkpoint in %s yet: training starts from the beginning", run_dir)
             return None
         return present[-1]
     folder = run_dir / Path(name).name

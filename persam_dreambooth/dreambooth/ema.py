@@ -32,7 +32,7 @@ class AveragedWeights:
         self.average.step(self.weights)
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
+    def swapped_in(self) -> Iterator[None]:
         """Replaces the weights by their averages inside the block, for saving or sampling."""
         self.average.store(self.weights)
         self.average.copy_to(self.weights)
@@ -41,7 +41,7 @@ class AveragedWeights:
         finally:
             self.average.restore(self.weights)
 
-    def keep(self) -> None:
+    def copy_to_weights(self) -> None:
         """Replaces the weights by their averages permanently."""
         self.average.copy_to(self.weights)
 

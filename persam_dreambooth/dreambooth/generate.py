@@ -47,14 +47,14 @@ def generate(options: GenerateOptions) -> list[Path]:
         InputError, InputNotFoundError: a model or an output folder that cannot be used.
     """
     options.check()
-    from persam_dreambooth.dreambooth.pipelines import load_model, on_accelerator
+    from persam_dreambooth.dreambooth.pipelines import load_model, to_accelerator
 
     folder = Path(options.output)
     check_writable(folder)
     pipeline, identifier, notice = load_model(str(options.model))
     prompt = fill_identifier(str(options.prompt), options.identifier or identifier)
     images = sample(
-        on_accelerator(pipeline),
+        to_accelerator(pipeline),
         prompt,
         options.num_images,
         options.seed,

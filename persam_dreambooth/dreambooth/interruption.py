@@ -51,13 +51,13 @@ class Interruption:
             signal.signal(number, handler)
         self._former = {}
 
-    def asked(self) -> bool:
+    def requested(self) -> bool:
         """Whether any process received a signal; all processes must call it at the same step."""
-        asked = self.number is not None
+        requested = self.number is not None
         if self.accelerator.num_processes > 1:
-            flag = torch.tensor([float(asked)], device=self.accelerator.device)
-            asked = bool(self.accelerator.reduce(flag, reduction="sum").item())
-        return asked
+            flag = torch.tensor([float(requested)], device=self.accelerator.device)
+            requested = bool(self.accelerator.reduce(flag, reduction="sum").item())
+        return requested
 
     def stopped(self, step: int) -> Stopped:
         """The exception to raise after the checkpoint of a step is saved."""

@@ -27,7 +27,7 @@ def load_model(name: str) -> tuple[Any, str, str | None]:
     run_dir = folder.parent if folder.name.startswith("checkpoint-") else folder
     config = read_config(run_dir / CONFIG) if (run_dir / CONFIG).is_file() else {}
     identifier = saved_subjects(config)[0].word
-    notice = notice_of(config.get("pretrained_model_name_or_path", name))
+    notice = model_notice(config.get("pretrained_model_name_or_path", name))
     has_lora = (folder / LORA_WEIGHTS).is_file()
     if (folder / "model_index.json").is_file() or not (has_lora or config):
         return _load(models.resolve(name, "stable-diffusion")), identifier, notice
@@ -48,19 +48,19 @@ def load_model(name: str) -> tuple[Any, str, str | None]:
     return pipeline, identifier, notice
 
 
-def on_accelerator(pipeline: Any) -> Any:
+def to_accelerator(pipeline: Any) -> Any:
     """Moves the pipeline to the accelerator in its family's half precision; unchanged if there is no accelerator."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return pipeline.to(accelerator, FAMILIES[type(pipeline).__name__].paint_dtype) if accelerator else pipeline
+    return pipeline.to(accelerator, FAMILIES[type(pipeline).__name__].inference_dtype) if accelerator else pipeline
 
 
 def _load(source: str, revision: str | None = None, variant: str | None = None) -> Any:
     """Loads a pipeline in float32, or a large one in half precision if there is an accelerator."""
     family = family_of(source, revision)
-    dtype = family.paint_dtype if family.large and torch.accelerator.is_available() else torch.float32
+    dtype = family.inference_dtype if family.large and torch.accelerator.is_available() else torch.float32
     return load_pipeline(source, revision, variant, dtype)
 
 
-def notice_of(base: str) -> str | None:
+def model_notice(base: str) -> str | None:
     """The notice to show with images of a base model, or None."""
     return toy.NOTICES["stable-diffusion"] if base == "toy" else None

@@ -10,7 +10,7 @@ from persam_dreambooth.dreambooth.data import Crops
 from persam_dreambooth.dreambooth.families.family import Family
 from persam_dreambooth.dreambooth.families.registry import load_pipeline
 from persam_dreambooth.dreambooth.hub import push
-from persam_dreambooth.dreambooth.pipelines import notice_of
+from persam_dreambooth.dreambooth.pipelines import model_notice
 from persam_dreambooth.dreambooth.samples import SAMPLES, sample, save_samples
 from persam_dreambooth.dreambooth.trainer import final_loss, frozen_dtype
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
@@ -41,11 +41,11 @@ def save_results(
                 kohya.export(family, folder)
         else:  # frozen parts may be in half precision here, so they are loaded from the base model
             load_pipeline(base, options.revision, options.variant, **trained).save_pretrained(folder)
-    notice = notice_of(options.pretrained_model_name_or_path)
+    notice = model_notice(options.pretrained_model_name_or_path)
     if options.num_validation_images:
-        painter = pipeline.to(accelerator.device, frozen_dtype(accelerator))
+        pipeline = pipeline.to(accelerator.device, frozen_dtype(accelerator))
         for prompt in options.validation_prompts:
-            images = sample(painter, prompt, options.num_validation_images, options.seed)
+            images = sample(pipeline, prompt, options.num_validation_images, options.seed)
             save_samples(images, prompt, options.seed, run_dir / SAMPLES, notice)
     write_text(run_dir / "README.md", model_card(options, masks, crops, final_loss(run_dir), family.tags, notice))
     if options.push_to_hub:

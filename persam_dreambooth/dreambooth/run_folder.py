@@ -70,7 +70,7 @@ def check_same_model(options: TrainingOptions) -> None:
         if name in before and before[name] != now:
             raise InputError(
                 f"--{name} is {now} but {run_dir} was trained with {before[name]}: "
-                "go on with that, or choose another folder with --output_dir"
+                "use that value, or choose another folder with --output_dir"
             )
 
 

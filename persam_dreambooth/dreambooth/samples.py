@@ -76,19 +76,19 @@ def save_samples(
     return [*paths, sheet]
 
 
-def paint_samples(options: TrainingOptions, family: Family, accelerator: Accelerator, step: int) -> None:
+def save_validation_samples(options: TrainingOptions, family: Family, accelerator: Accelerator, step: int) -> None:
     """Generates images for the validation prompts during training, saves them to `samples/step-N` and logs them.
 
     Validation does not change training: the images have their own generators, and the randomness of each training
     step is seeded at its start.
     """
-    from persam_dreambooth.dreambooth.pipelines import notice_of
+    from persam_dreambooth.dreambooth.pipelines import model_notice
 
     count, seed = options.num_validation_images, options.seed
-    with family.painting() as pipeline, accelerator.autocast():
-        painted = {prompt: sample(pipeline, prompt, count, seed) for prompt in options.validation_prompts}
-    notice = notice_of(options.pretrained_model_name_or_path)
-    for prompt, images in painted.items():
+    with family.for_inference() as pipeline, accelerator.autocast():
+        images_of = {prompt: sample(pipeline, prompt, count, seed) for prompt in options.validation_prompts}
+    notice = model_notice(options.pretrained_model_name_or_path)
+    for prompt, images in images_of.items():
         save_samples(images, prompt, options.seed, options.run_dir / SAMPLES / f"step-{step}", notice)
         pictures = np.stack([np.asarray(image) for image in images])
         for tracker in accelerator.trackers:

@@ -30,7 +30,7 @@ from persam_dreambooth.dreambooth.families.family import Embeddings, Family
 from persam_dreambooth.dreambooth.interruption import Interruption
 from persam_dreambooth.dreambooth.loss import latent_mask, masked_loss
 from persam_dreambooth.dreambooth.optimizers import effective_rate, make_optimizer
-from persam_dreambooth.dreambooth.samples import paint_samples
+from persam_dreambooth.dreambooth.samples import save_validation_samples
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.files import write_text
@@ -75,7 +75,7 @@ def train(
     prompts = [*photos.all_prompts(), *(class_images.all_prompts() if class_images else [])]
     with torch.no_grad():
         base_embeddings = dict(zip(prompts, family.encode_prompts(prompts), strict=True))
-    family.set_encoders_aside()
+    family.offload_text_encoders()
     if options.cache_latents:
         fixed = [source.fixed_crops() for source in (photos, class_images) if source]
         family.cache_latents(chain.from_iterable(fixed) if options.center_crop else None)
@@ -83,7 +83,7 @@ def train(
     rate = learning_rate(options, accelerator.num_processes)
     optimizer, settings = make_optimizer(options, trained, rate)
     average = AveragedWeights(trained, options.ema_decay) if options.use_ema else None
-    as_saved = average.in_place if average else nullcontext
+    as_saved = average.swapped_in if average else nullcontext
     first_step = 0
     if resume_from:
         family.load_weights(resume_from)
@@ -142,7 +142,7 @@ def train(
                 average.step()
 
             last = step == options.max_train_steps
-            stopping = interruption.asked()
+            stopping = interruption.requested()
             checkpoint_due = stopping or step % options.checkpointing_steps == 0
             if step % options.logging_steps == 0 or last or checkpoint_due:
                 row = meter.write(step, rate)
@@ -158,10 +158,10 @@ def train(
             if options.validation_steps and step % options.validation_steps == 0 and not last:
                 if accelerator.is_main_process:
                     with as_saved():
-                        paint_samples(options, family, accelerator, step)
+                        save_validation_samples(options, family, accelerator, step)
                 accelerator.wait_for_everyone()
     if average:
-        average.keep()
+        average.copy_to_weights()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         meter.draw(run_dir / "loss.png")

@@ -89,9 +89,9 @@ def _used_masks(album: Album, masks: list[PhotoMask]) -> list[PhotoMask]:
     for item in masks:
         name = f"{label}{item.photo.name}"
         if SKIPPED in item.record.flags:
-            logger.warning("%s: the subject was not found there, so it is not trained on", name)
+            logger.warning("%s: the subject was not found there, so it is not used for training", name)
         elif not item.mask.any():
-            logger.warning("%s: its mask is empty, so it is not trained on", name)
+            logger.warning("%s: its mask is empty, so it is not used for training", name)
         elif item.mask.all():
             logger.warning("%s: its mask covers the whole photo, so its background will be learned", name)
     covered = [100 * item.record.coverage for item in used]

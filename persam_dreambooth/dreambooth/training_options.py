@@ -269,7 +269,7 @@ class TrainingOptions(SubjectOptions):
     )
 
     def check(self) -> None:
-        """Raises `InputError` for options that are missing, out of range or at odds with one another."""
+        """Raises `InputError` for options that are missing, out of range or in conflict."""
         if self.subjects is None:
             self.check_subject(self.unmasked)
         else:

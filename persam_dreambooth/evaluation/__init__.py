@@ -1,1 +1,1 @@
-"""Figures for what personalization is meant to do: the subject learned, its background not."""
+"""Evaluates personalization: whether a model learns the subject and not its background."""

@@ -1,9 +1,9 @@
-"""The background benchmark: what every training recipe does to the subject, its background and its class.
+"""The background benchmark: how each training recipe affects the subject, its background and its class.
 
-The truth is known, since photos, masks and scenes come from the toy world: several personal subjects, each with a few
-photos that share one place with another object of its kind, are learned by every recipe with several seeds. One cell
-of the table (a recipe, a subject, a seed) is a training and 38 pictures. It has a file of its own, so that an
-interrupted benchmark resumes where it stopped.
+Photos, masks and scenes are rendered from the toy world, so the truth is known. There are several personal subjects,
+each with a few photos in one place beside another object of its kind. Every recipe trains on each subject with several
+seeds. One cell of the benchmark (a recipe, a subject, a seed) is one training run and 38 pictures. Each cell has its
+own file, so that an interrupted benchmark resumes.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BenchmarkOptions(Options):
-    """What every training recipe does to the subject, its background and its class, where the truth is known."""
+    """Compares how training recipes affect the subject, its background and its class, with known truth."""
 
     output_dir: str = option(
         "outputs/benchmark", "the benchmark's folder; an interrupted benchmark resumes there", path=True
     )
     recipes: str = option("all", "recipes, separated by commas")
-    subjects: int = option(4, "how many personal subjects, 1 to 6")
-    seeds: int = option(3, "trainings of each subject by each recipe")
-    max_train_steps: int = option(50, "optimizer steps of a training")
+    subjects: int = option(4, "number of personal subjects, 1 to 6")
+    seeds: int = option(3, "training runs for each subject and recipe")
+    max_train_steps: int = option(50, "optimizer steps of a training run")
     num_inference_steps: int = option(12, "denoising steps of the pictures")
-    processes: int = option(1, "trainings at a time")
-    mixed_precision: Literal["no", "bf16"] = option("no", "bf16 is faster where the processor knows it")
+    processes: int = option(1, "parallel training runs")
+    mixed_precision: Literal["no", "bf16"] = option("no", "bf16 is faster on processors that support it")
 
     def check(self) -> None:
         """Raises `InputError` for options that are out of range."""
@@ -55,7 +55,7 @@ class BenchmarkOptions(Options):
         within(self, 1, 6, "subjects")
 
     def chosen_recipes(self, known: Iterable[str]) -> list[str]:
-        """The recipes that are asked for; raises `InputError` for an unknown one."""
+        """The recipes that the options name; raises `InputError` for an unknown one."""
         known = list(known)
         chosen = known if self.recipes == "all" else [name.strip() for name in self.recipes.split(",")]
         unknown = [name for name in chosen if name not in known]
@@ -65,10 +65,10 @@ class BenchmarkOptions(Options):
 
 
 def benchmark_background(options: BenchmarkOptions) -> Path:
-    """Runs what is left of the benchmark; writes `results.json`, `table.md` and `grids/`; returns the folder.
+    """Runs the missing cells of the benchmark; writes `results.json`, `table.md` and `grids/`; returns the folder.
 
     Raises:
-        InputError: options out of range, a folder that holds a benchmark with other options.
+        InputError: options are out of range, or the folder contains a benchmark with other options.
     """
     options.check()
     names = options.chosen_recipes(RECIPES)
@@ -88,7 +88,7 @@ def benchmark_background(options: BenchmarkOptions) -> Path:
 
 
 def _finished(cells: list[BenchmarkCell], folder: Path, options: BenchmarkOptions) -> Iterable[str]:
-    """Runs cells, in several processes where asked, and yields their names as they end."""
+    """Runs cells, in parallel if `options.processes` is above 1, and yields their names as they finish."""
     if options.processes == 1 or len(cells) < 2:
         for cell in cells:
             run_cell(cell, folder, options)

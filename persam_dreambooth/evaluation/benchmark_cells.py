@@ -1,4 +1,4 @@
-"""A cell of the benchmark: one training, the pictures that it leads to, and their figures."""
+"""A cell of the benchmark: one training run, its pictures and their figures."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ GUIDANCE_SCALE = 5.0
 
 @dataclass(frozen=True)
 class BenchmarkCell:
-    """One training and what is measured after it."""
+    """One training run and its measurements."""
 
     recipe: str
     personal: Personal
@@ -41,7 +41,7 @@ class BenchmarkCell:
 
     @property
     def name(self) -> str:
-        """Of its file."""
+        """The name of its file."""
         return f"{self.recipe}.{self.personal.name}.{self.seed}"
 
     def path(self, folder: Path) -> Path:
@@ -50,12 +50,12 @@ class BenchmarkCell:
 
 
 def training_settings(options: BenchmarkOptions) -> dict[str, Any]:
-    """What all trainings share."""
+    """The options that all training runs share."""
     return {**BASE, "max_train_steps": options.max_train_steps, "mixed_precision": options.mixed_precision}
 
 
 def run_cell(cell: BenchmarkCell, folder: Path, options: BenchmarkOptions) -> None:
-    """Trains one cell, generates its pictures and measures them; writes its file and a strip of the pictures."""
+    """Trains one cell, generates and measures its pictures, and writes its file and a strip of pictures."""
     import torch
 
     from persam_dreambooth.dreambooth.pipelines import load_model
@@ -88,7 +88,7 @@ def run_cell(cell: BenchmarkCell, folder: Path, options: BenchmarkOptions) -> No
 
 
 def train_options(cell: BenchmarkCell, folder: Path, run_dir: Path, shared: dict[str, Any]) -> TrainOptions:
-    """The options of a cell's training: what all share, and its recipe's own."""
+    """The options of a cell's training run: the shared options and those of its recipe."""
     recipe, kind = RECIPES[cell.recipe], cell.personal.subject.kind
     given: dict[str, Any] = {**shared, **(recipe.options or {})}
     if recipe.masks != NONE:
@@ -107,12 +107,12 @@ def train_options(cell: BenchmarkCell, folder: Path, run_dir: Path, shared: dict
 
 
 def sample_prompts(pipeline: StableDiffusionPipeline, prompts: list[str], seed: int, steps: int) -> np.ndarray:
-    """Generates a picture of each prompt.
+    """Generates a picture for each prompt.
 
     Args:
         pipeline: the model.
-        prompts: N of them.
-        seed: picture i follows from it, i and the prompt.
+        prompts: N prompts.
+        seed: picture i depends only on the seed, i and its prompt.
         steps: denoising steps.
 
     Returns:
@@ -130,7 +130,7 @@ def sample_prompts(pipeline: StableDiffusionPipeline, prompts: list[str], seed: 
 
 
 def measure(pictures: dict[str, np.ndarray], owner: Personal, evaluator: Evaluator) -> dict[str, float]:
-    """The figures of one cell, see `benchmark_results.COLUMNS`."""
+    """The figures of one cell; see `benchmark_results.COLUMNS`."""
     from persam_dreambooth.evaluation import measures
 
     seen = {kind: evaluator.judge([Image.fromarray(one) for one in sampled]) for kind, sampled in pictures.items()}

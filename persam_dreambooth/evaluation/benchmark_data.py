@@ -1,6 +1,6 @@
-"""What the trainings of the benchmark share: photos, masks of every kind, class images and backgrounds.
+"""The shared data of the benchmark's training runs: photos, masks, class images and backgrounds.
 
-Each is made once, where it is missing.
+Each is made once, if it is missing.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from persam_dreambooth.toy import world
 
 PHOTO_SIDE = 512
 GROWTH = 8
-"""Pixels of a photo that are one pixel at the size of training."""
+"""Pixels of a photo for one pixel at the training resolution."""
 
 CELL = 4
-"""Pixels of a latent cell at the size of training."""
+"""Pixels of a latent cell at the training resolution."""
 
 
 def prepare_data(folder: Path, personals: list[Personal], recipes: list[Recipe]) -> None:
-    """Renders the photos and makes what the recipes need besides, into the benchmark's folder."""
+    """Renders the photos and makes the recipes' masks and base pictures, in the benchmark's folder."""
     for owner in personals:
         render_subject(folder, owner)
         for recipe in recipes:
@@ -52,7 +52,7 @@ def render_subject(folder: Path, owner: Personal) -> None:
 
 
 def make_masks(folder: Path, owner: Personal, recipe: Recipe) -> None:
-    """Makes the masks that a recipe trains with: by PerSAM-F from the first one, or grown or shrunk exact ones."""
+    """Makes the masks of a recipe: by PerSAM-F from the first exact mask, or by growing or shrinking exact masks."""
     exact, masks = exact_folder(folder, owner), mask_folder_of(folder, owner, recipe)
     if recipe.masks == NONE or masks.is_dir():
         return
@@ -70,7 +70,7 @@ def make_masks(folder: Path, owner: Personal, recipe: Recipe) -> None:
 
 
 def generate_base_pictures(folder: Path, kinds: list[str], recipes: list[Recipe]) -> None:
-    """Generates backgrounds and class images of the kinds by the base model, where a recipe trains with them."""
+    """Generates backgrounds and class images with the base model, if a recipe uses them."""
     from persam_dreambooth.dreambooth.base_pictures import generate_pictures
     from persam_dreambooth.dreambooth.families.registry import load_pipeline
 
@@ -88,7 +88,7 @@ def generate_base_pictures(folder: Path, kinds: list[str], recipes: list[Recipe]
 
 
 def grown(mask: np.ndarray, cells: float) -> np.ndarray:
-    """A photo's mask (H, W) bool grown by latent cells with a square, or shrunk where negative."""
+    """A photo's mask (H, W) bool, dilated by latent cells with a square; negative erodes."""
     import torch
     import torch.nn.functional as F
 
@@ -111,11 +111,11 @@ def exact_folder(folder: Path, owner: Personal) -> Path:
 
 
 def mask_folder_of(folder: Path, owner: Personal, recipe: Recipe) -> Path:
-    """The folder of the masks of a subject that a recipe trains with."""
+    """The folder of a subject's masks for a recipe."""
     suffix = f"{recipe.grown:+g}" if recipe.grown else ""
     return folder / "masks" / f"{owner.name}-{recipe.masks}{suffix}"
 
 
 def class_folder(folder: Path, kind: str, scenes: bool) -> Path:
-    """The folder of a kind's class images, in scenes or not."""
+    """The folder of a kind's class images, with or without scenes."""
     return folder / "class_images" / f"{kind}{'-scenes' * scenes}"

@@ -27,12 +27,13 @@ GROUPS = {
 
 
 def write_benchmark(folder: Path, results: list[CellResult], names: list[str], options: BenchmarkOptions) -> None:
-    """Writes `results.json`, `table.md` and `grids/` of finished cells into the folder.
+    """Writes `results.json`, `table.md` and `grids/` of finished cells to the folder.
 
     Args:
-        results: of each cell.
-        names: of the recipes, in the order of the table.
-        options: of the benchmark.
+        folder: the benchmark's folder.
+        results: the result of each cell.
+        names: keys of the recipes, in the order of the table.
+        options: the benchmark's options.
     """
     rows = [RecipeRow.of(name, results) for name in names]
     recipes = {row.recipe: {name: asdict(spread) for name, spread in row.figures.items()} for row in rows}
@@ -47,7 +48,7 @@ def write_benchmark(folder: Path, results: list[CellResult], names: list[str], o
 
 
 def draw_front(rows: Sequence[RecipeRow], path: Path) -> None:
-    """Draws leak against fidelity and against silhouette, a point for each recipe with its standard error, as a PNG."""
+    """Draws leak against fidelity and against silhouette as a PNG; each recipe is a point with its standard error."""
     from matplotlib.figure import Figure
 
     best = front(rows)
@@ -66,7 +67,7 @@ def draw_front(rows: Sequence[RecipeRow], path: Path) -> None:
 
 
 def benchmark_table(rows: Sequence[RecipeRow], options: BenchmarkOptions) -> str:
-    """The tables in Markdown, each with what its columns are."""
+    """The tables in Markdown, each with a description of its columns."""
     lines = [
         f"{options.subjects} subjects x {options.seeds} seeds of {options.max_train_steps} steps; "
         "mean ± standard deviation over these."
@@ -82,12 +83,12 @@ def benchmark_table(rows: Sequence[RecipeRow], options: BenchmarkOptions) -> str
     beaten_by_none = ", ".join(f"*{row.title}*" for row in front(rows))
     if beaten_by_none:
         goals = ", ".join(COLUMNS[name][0] for name in GOALS)
-        lines += ["", f"In {goals} together, no other recipe beats: {beaten_by_none}."]
+        lines += ["", f"Recipes that no other recipe beats in all of {goals}: {beaten_by_none}."]
     return "\n".join([*lines, ""])
 
 
 def sheet(rows: Sequence[tuple[str, Image.Image]], factor: int = 2) -> Image.Image:
-    """Strips of pictures below one another, each under its title."""
+    """A column of strips of pictures, each below its title."""
     line = 18
     width = max(strip.width for _, strip in rows) * factor
     height = sum(strip.height * factor + line for _, strip in rows)

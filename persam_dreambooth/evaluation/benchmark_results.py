@@ -1,4 +1,4 @@
-"""The results of the benchmark: figures of every cell, their spread for every recipe, and the recipes none beats."""
+"""Results of the benchmark: figures of every cell, their spread for every recipe, and the Pareto front of recipes."""
 
 import json
 from collections.abc import Sequence
@@ -10,10 +10,10 @@ import numpy as np
 from persam_dreambooth.evaluation.recipes import RECIPES
 
 COLUMNS = {
-    "leak_own": ("leak: a [V] X", 2, 'part of the pictures of "a [V] X" whose background is that of the photos'),
+    "leak_own": ("leak: a [V] X", 2, 'fraction of the pictures of "a [V] X" with the background of the photos'),
     "leak_class": ("leak: a X", 2, 'the same for "a X"'),
     "leak_scenes": ("leak: prompted", 2, 'the same for "a [V] X on a beach" and other backgrounds'),
-    "prompted": ("background as prompted", 2, "part of the latter whose background is the one in the prompt"),
+    "prompted": ("background as prompted", 2, "fraction of these pictures with the background of the prompt"),
     "similarity_own": (
         "similarity: a [V] X",
         2,
@@ -21,31 +21,31 @@ COLUMNS = {
     ),
     "similarity_scenes": ("similarity: prompted", 2, "the same where a background is prompted"),
     "clarity": ("clarity", 2, 'how sure the evaluator is of the background of "a [V] X"; low for a collage'),
-    "fidelity_own": ("fidelity: a [V] X", 2, "part of the subject's attributes (colors, pattern, accessory) that show"),
+    "fidelity_own": ("fidelity: a [V] X", 2, "fraction of the subject's attributes (colors, pattern, accessory) shown"),
     "fidelity_scenes": ("fidelity: prompted", 2, "the same where a background is prompted"),
-    "kind": ("kind", 2, "part of the pictures of [V] that show its kind"),
-    "silhouette": ("silhouette", 3, "IoU of the subject's outline with the most alike of its kind's true ones"),
-    "area": ("area", 2, "part of the picture that the subject covers"),
-    "class_fidelity": ("drift", 2, 'part of the subject\'s attributes that "a X" shows'),
-    "class_variety": ("variety", 2, 'entropy of the colors of "a X", 1 for all equally often'),
-    "seconds": ("time (s)", 0, "of the training, with loading"),
-    "memory": ("memory (MB)", 0, "peak of the process"),
+    "kind": ("kind", 2, "fraction of the pictures of [V] that show its kind"),
+    "silhouette": ("silhouette", 3, "IoU of the subject's outline with the most similar true outline of its kind"),
+    "area": ("area", 2, "fraction of the picture that the subject covers"),
+    "class_fidelity": ("drift", 2, 'fraction of the subject\'s attributes that "a X" shows'),
+    "class_variety": ("variety", 2, 'entropy of the colors of "a X", 1 if all are equally frequent'),
+    "seconds": ("time (s)", 0, "duration of the training run, with loading"),
+    "memory": ("memory (MB)", 0, "peak memory of the process"),
 }
-"""Figures: heading, decimals, what it is."""
+"""Heading, decimals and description of each figure."""
 
 GOALS = {"leak_own": -1, "fidelity_scenes": 1, "silhouette": 1}
-"""The figures that recipes trade for one another: 1 where more is better, -1 where less is."""
+"""The figures that recipes trade off: 1 if higher is better, -1 if lower is better."""
 
 
 @dataclass(frozen=True)
 class CellResult:
-    """What was measured in one cell.
+    """The measurements of one cell.
 
     Args:
         recipe: its key in `RECIPES`.
         subject: name of the personal subject.
-        seed: of the training.
-        figures: by the keys of `COLUMNS`; None where a figure is unknown.
+        seed: seed of the training run.
+        figures: figures by the keys of `COLUMNS`; None for an unknown figure.
     """
 
     recipe: str
@@ -56,7 +56,7 @@ class CellResult:
 
 @dataclass(frozen=True)
 class Spread:
-    """A figure over cells: mean, standard deviation, and how many cells know it."""
+    """A figure over cells: mean, standard deviation, and number of cells that have it."""
 
     mean: float
     std: float
@@ -74,7 +74,7 @@ class RecipeRow:
 
     Args:
         recipe: its key in `RECIPES`.
-        figures: by the keys of `COLUMNS`; figures that no cell knows are left out.
+        figures: spreads by the keys of `COLUMNS`; a figure that no cell has is left out.
     """
 
     recipe: str
@@ -99,7 +99,7 @@ class RecipeRow:
 
     @property
     def trained(self) -> bool:
-        """Whether the recipe trains; the base model's row does not."""
+        """Whether the recipe trains; False for the base model's row."""
         return RECIPES[self.recipe].options is not None
 
 
@@ -109,7 +109,7 @@ def read_cell(path: Path) -> CellResult:
 
 
 def front(rows: Sequence[RecipeRow]) -> list[RecipeRow]:
-    """The trained recipes that no other beats: none is as good in all of `GOALS` and better in one (Pareto)."""
+    """The Pareto front of trained recipes: no other recipe is as good in all of `GOALS` and better in one."""
     values = {
         row.recipe: np.array([sign * row.figures[goal].mean for goal, sign in GOALS.items()])
         for row in rows

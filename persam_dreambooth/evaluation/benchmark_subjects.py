@@ -1,4 +1,4 @@
-"""The personal subjects of the benchmark: what their photos show, and the prompts of the pictures of each."""
+"""The personal subjects of the benchmark: their photos' scenes, and the prompts of their pictures."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ SUBJECTS = (
     ("duck", "desert"),
     ("car", "snow"),
 )
-"""Kinds of the personal subjects, and the place of their photos."""
+"""Kind and photo background of each personal subject."""
 
 SUBJECT_SEED = 2_000_000
-"""Seeds of the personal subjects; the checkpoints that ship never saw them."""
+"""Seeds of the personal subjects, which are not in the training data of the toy checkpoints."""
 
 PHOTOS = 5
 PICTURES = {"own": 12, "class": 12, "scenes": 14}
-"""How many pictures of "a [V] cat", of "a cat", and of "a [V] cat" in each other background in turn."""
+"""Number of pictures of "a [V] cat", of "a cat", and of "a [V] cat" in each other background in turn."""
 
 
 @dataclass(frozen=True)
@@ -36,22 +36,22 @@ class Personal:
 
     @property
     def subject(self) -> world.Subject:
-        """What its photos show."""
+        """The subject that its photos show."""
         return self.scenes[0].subject
 
     @property
     def background(self) -> str:
-        """Where its photos were taken."""
+        """The background of its photos."""
         return self.scenes[0].background
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """The name of its folder."""
         return f"{self.number}-{self.subject.kind}"
 
 
 def personal(number: int) -> Personal:
-    """A personal subject: held out, with a pattern and an accessory, so that a caption cannot name it."""
+    """A personal subject: held out, with a pattern and an accessory, so that no caption can describe it."""
     kind, background = SUBJECTS[number % len(SUBJECTS)]
     rng = np.random.default_rng([SUBJECT_SEED, number])
     subject = world.random_subject(rng, kind)
@@ -61,7 +61,7 @@ def personal(number: int) -> Personal:
 
 
 def benchmark_prompts(kind: str, owner: Personal) -> list[str]:
-    """The prompts of the pictures of one kind, see `PICTURES`."""
+    """The prompts of one kind of pictures; see `PICTURES`."""
     count, name = PICTURES[kind], owner.subject.kind
     if kind == "class":
         return [f"a {name}"] * count
@@ -73,5 +73,5 @@ def benchmark_prompts(kind: str, owner: Personal) -> list[str]:
 
 
 def other_backgrounds(owner: Personal) -> list[str]:
-    """All backgrounds but that of the photos."""
+    """All backgrounds except that of the photos."""
     return [name for name in world.BACKGROUNDS if name != owner.background]

@@ -1,8 +1,8 @@
-"""Measures that need no truth: features of CLIP and DINO, inside and outside of found masks.
+"""Measures without ground truth: features of CLIP and DINO, inside and outside of found masks.
 
 DreamBooth (Ruiz et al. 2022, section 4.1) compares whole pictures: CLIP-I and DINO (cosine between pictures and photos)
-and CLIP-T (between pictures and prompt). A copied background raises these. So here the features of DINO's patches are
-also compared inside the subject's masks alone, which is fidelity, and outside of them alone, which is leak.
+and CLIP-T (cosine between pictures and prompts). A copied background raises CLIP-I and DINO. So this module also
+compares DINO's patch features only inside the subject's masks (fidelity) and only outside of them (leak).
 
 Shapes: N pictures, M photos, g patches a side, D feature width.
 """
@@ -21,10 +21,10 @@ from PIL import Image
 from persam_dreambooth import models
 
 FEATURE_SIDE = 224
-"""Side in pixels at which CLIP and DINO see pictures: the short side is resized to it, then the center is cut."""
+"""Input side of CLIP and DINO in pixels: the short side is resized to it, then the center is cropped."""
 
 COVERED = 0.5
-"""A patch belongs to the subject when the mask covers more of it than this, and to the background when none of it."""
+"""A patch belongs to the subject if the mask covers more of it than this, and to the background if it covers none."""
 
 CLIP_COLORS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 IMAGENET_COLORS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -36,8 +36,8 @@ class FeaturesSeen:
     """Features of pictures, each of length 1.
 
     Args:
-        whole: (N, D) of each picture.
-        subject, background: (N, D) means of the patches inside and outside of the mask; NaN where there are none.
+        whole: (N, D) features of the whole pictures.
+        subject, background: (N, D) means of the patches inside and outside of the mask; NaN if there are none.
     """
 
     whole: torch.Tensor
@@ -46,11 +46,11 @@ class FeaturesSeen:
 
 
 class Dino:
-    """DINO or DINOv2 (Caron et al. 2021, Oquab et al. 2023) by its features of whole pictures and of patches.
+    """DINO or DINOv2 (Caron et al. 2021, Oquab et al. 2023): features of whole pictures and of patches.
 
     Args:
         name: hub id or folder, such as `facebook/dino-vits16` or `facebook/dinov2-small`.
-        device: where it runs.
+        device: the device that it runs on.
     """
 
     def __init__(self, name: str, device: str = "cpu") -> None:
@@ -61,7 +61,7 @@ class Dino:
 
     @torch.no_grad()
     def see(self, pictures: Sequence[Image.Image], masks: Sequence[np.ndarray], batch: int = 16) -> FeaturesSeen:
-        """Looks at pictures with a mask (H, W) bool each."""
+        """Features of pictures, each with a mask (H, W) bool."""
         states = []
         for start in range(0, len(pictures), batch):
             pixels = to_pixels(pictures[start : start + batch], *IMAGENET_COLORS).to(self.model.device)
@@ -78,11 +78,11 @@ class Dino:
 
 
 class Clip:
-    """CLIP (Radford et al. 2021) by its joint features of pictures and texts.
+    """CLIP (Radford et al. 2021): joint features of pictures and texts.
 
     Args:
         name: hub id or folder, such as `openai/clip-vit-base-patch32`.
-        device: where it runs.
+        device: the device that it runs on.
     """
 
     def __init__(self, name: str, device: str = "cpu") -> None:
@@ -111,17 +111,17 @@ class Clip:
 
 
 def feature_similarity(pictures: torch.Tensor, photos: torch.Tensor) -> float:
-    """The mean cosine between features (N, D) of pictures and (M, D) of photos; NaN rows do not count."""
+    """The mean cosine between features (N, D) of pictures and (M, D) of photos; NaN rows are ignored."""
     return float((pictures @ photos.T).nanmean())
 
 
 def agreement(pictures: torch.Tensor, texts: torch.Tensor) -> float:
-    """The mean cosine between features (N, D) of pictures and those of the text of each."""
+    """The mean cosine between features (N, D) of pictures and (N, D) of their texts."""
     return float((pictures * texts).sum(dim=1).mean())
 
 
 def feature_variety(pictures: torch.Tensor) -> float:
-    """One minus the mean cosine between different ones of pictures (N, D): how various a class still is."""
+    """Variety of a class: one minus the mean cosine between the features (N, D) of different pictures."""
     count = len(pictures)
     cosines = pictures @ pictures.T
     return float(1 - (cosines.sum() - cosines.diagonal().sum()) / (count * (count - 1)))
@@ -137,7 +137,7 @@ def to_pixels(
 
 
 def patch_coverage(mask: np.ndarray, side: int) -> torch.Tensor:
-    """The part (side, side) of each patch that a mask (H, W) bool covers, cut as its picture is."""
+    """The fraction (side, side) of each patch that a mask (H, W) bool covers; the mask is cropped like its picture."""
     image = _central(Image.fromarray(mask.astype(np.uint8) * 255))
     return F.adaptive_avg_pool2d(torch.from_numpy(np.array(image)).float()[None] / 255, side)[0]
 
@@ -150,7 +150,7 @@ def _central(image: Image.Image) -> Image.Image:
 
 
 def _mean_of(patches: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """Mean (N, D) of the chosen ones (N, g * g) of normalized patches (N, g * g, D); NaN where none is."""
+    """Mean (N, D) of the chosen (N, g * g) normalized patches (N, g * g, D); NaN if none is chosen."""
     weights = chosen.float()
     total = torch.einsum("np,npd->nd", weights, F.normalize(patches, dim=-1))
     mean = F.normalize(total, dim=-1)

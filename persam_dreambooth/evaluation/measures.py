@@ -1,6 +1,6 @@
-"""What a personalized model does with subject and background, measured on its pictures where the truth is known.
+"""Measures subject and background in the pictures of a personalized model, with known truth.
 
-What is seen in pictures is what `Evaluator.judge` returns. All figures are fractions from 0 to 1.
+`Seen` is the result of `Evaluator.judge`. All figures are fractions from 0 to 1.
 
 Shapes: N pictures, S pixels a side (64).
 """
@@ -22,17 +22,17 @@ SILHOUETTES = 160
 
 
 def share(labels: np.ndarray, wanted: str) -> float:
-    """The part of labels that are the wanted one."""
+    """The fraction of labels that equal the wanted label."""
     return float(np.mean(labels == wanted))
 
 
 def fidelity(seen: Seen, subject: world.Subject) -> float:
-    """The mean part of a subject's visible attributes that pictures show: colors, pattern, accessory."""
+    """The mean fraction of a subject's visible attributes (colors, pattern, accessory) that the pictures show."""
     return float(np.mean([share(seen[name], value) for name, value in visible(subject)]))
 
 
 def visible(subject: world.Subject) -> list[tuple[str, str]]:
-    """The attributes of a subject that a picture shows, with their values; its kind is not among them."""
+    """The visible attributes of a subject with their values, without its kind."""
     names = ["color", "second", "pattern", "accessory"]
     if subject.pattern != "plain":
         names.append("pattern_color")
@@ -42,18 +42,20 @@ def visible(subject: world.Subject) -> list[tuple[str, str]]:
 
 
 def variety(seen: Seen) -> float:
-    """How various the colors of the pictures' subjects are: their entropy, 1 for all colors equally often."""
+    """The entropy of the subjects' colors in the pictures, 1 if all colors are equally frequent."""
     counts = np.array([(seen["color"] == color).sum() for color in world.COLORS], float)
     parts = counts[counts > 0] / counts.sum()
     return float(-(parts * np.log(parts)).sum() / np.log(len(world.COLORS)))
 
 
 def background_similarity(pictures: np.ndarray, seen: Seen, photos: np.ndarray, masks: np.ndarray) -> float:
-    """How much the colors around the subject are those of the training photos: mean intersection of histograms.
+    """Mean intersection of the color histograms around the subject in the pictures and in the training photos.
 
     Args:
-        pictures: (N, S, S, 3) uint8, with what was seen in them.
-        photos: (M, S, S, 3) uint8, and their masks (M, S, S) bool.
+        pictures: (N, S, S, 3) uint8.
+        seen: the evaluator's result for the pictures.
+        photos: (M, S, S, 3) uint8.
+        masks: (M, S, S) bool, the photos' masks.
     """
     trained = histogram(photos[~masks])
     return float(
@@ -75,10 +77,10 @@ def histogram(colors: np.ndarray) -> np.ndarray:
 
 
 def silhouette_iou(masks: np.ndarray, bank: np.ndarray) -> float:
-    """Mean over masks (N, S, S) of the IoU with the most alike of true outlines (K, OUTLINE_SIDE, OUTLINE_SIDE).
+    """Mean over masks (N, S, S) of the IoU with the most similar true outline (K, OUTLINE_SIDE, OUTLINE_SIDE).
 
-    Masks are brought to the square of their bounding box first, so place and size do not matter but the shape does: a
-    swollen body or merged legs cost.
+    Masks are first cropped to the square around their bounding box, so that only their shape matters, not their place
+    and size: a swollen body or merged legs lower the figure.
     """
     outlines = np.stack([outline(mask) for mask in masks]).reshape(len(masks), -1).astype(np.float32)
     truth = bank.reshape(len(bank), -1).astype(np.float32)
@@ -99,7 +101,7 @@ def true_outlines(subject: world.Subject, seed: int = 0) -> np.ndarray:
 
 
 def outline(mask: np.ndarray) -> np.ndarray:
-    """A mask (S, S) brought to a square: its bounding box, padded to equal sides, at OUTLINE_SIDE pixels."""
+    """A mask (S, S) cropped to its bounding box, padded to a square, and resized to OUTLINE_SIDE pixels."""
     rows, columns = np.nonzero(mask)
     if not len(rows):
         return np.zeros((OUTLINE_SIDE, OUTLINE_SIDE), bool)

@@ -1,10 +1,10 @@
-"""The peak of the memory that a training takes, in MB."""
+"""Peak memory of a training run, in MB."""
 
 from pathlib import Path
 
 
 def reset_peak_memory() -> None:
-    """Starts a new measurement, where the system has one."""
+    """Starts a new measurement, if the system supports it."""
     import torch
 
     if torch.cuda.is_available():
@@ -14,7 +14,7 @@ def reset_peak_memory() -> None:
 
 
 def read_peak_memory() -> float | None:
-    """The peak of the accelerator, else of this process; None where neither is known."""
+    """Peak memory in MB of the accelerator, else of this process; None if neither is known."""
     import torch
 
     if torch.cuda.is_available():

@@ -1,7 +1,7 @@
-"""What a personalized model learned of subject and background, measured by CLIP and DINO, without truth.
+"""Evaluates what a personalized model learned of subject and background, with CLIP and DINO, without ground truth.
 
 The model and its base model generate "a [V] cat", "a cat" and "a [V] cat" in several scenes. PerSAM-F finds the
-subject in these pictures from a photo and its mask; then features inside and outside of the masks are compared with
+subject in these pictures from a photo and its mask. The features inside and outside of the masks are then compared with
 those of the photos.
 """
 
@@ -44,29 +44,29 @@ MODEL_FIGURES = {
     "dino": "DreamBooth's DINO: whole pictures in scenes with whole photos; a copied background raises it",
     "clip_i": "DreamBooth's CLIP-I, the same by CLIP",
     "clip_t": "DreamBooth's CLIP-T: pictures in scenes with their prompts, without the identifier",
-    "found": "part of all pictures of the subject in which PerSAM-F found it",
+    "found": "fraction of all pictures of the subject in which PerSAM-F found it",
 }
-"""Cosines from -1 to 1, but for `found`."""
+"""Figures and their descriptions: cosines from -1 to 1, except `found`."""
 
 
 @dataclass(frozen=True)
 class EvaluateModelOptions(Options):
-    """What a training run's model learned, beside its base model, by CLIP and DINO inside and outside of masks."""
+    """Compares a training run's model with its base model, by CLIP and DINO inside and outside of masks."""
 
     model: str | None = option(None, "the folder of a training run", path=True)
     output: str = option("evaluation", "folder for figures and pictures", path=True)
-    identifier: str | None = option(None, "which subject of a run of several; default: its first")
+    identifier: str | None = option(None, "the subject, for a run with several; default: the first")
     instance_dir: str | None = option(None, "the photos; default: those of the run", path=True)
     mask_dir: str | None = option(None, "their masks; default: those of the run", path=True)
-    sam_model: str = option("facebook/sam-vit-huge", "finds the subject in pictures; as for segment", path=True)
+    sam_model: str = option("facebook/sam-vit-huge", "SAM that finds the subject in pictures; see segment", path=True)
     sam_dtype: Literal["float32", "float16", "bfloat16", "auto"] = option(
-        "float32", "precision of its image encoder; as for segment"
+        "float32", "precision of its image encoder; see segment"
     )
     clip_model: str = option("openai/clip-vit-base-patch32", "CLIP: hub id or local folder", path=True)
     dino_model: str = option("facebook/dinov2-small", "DINO or DINOv2: hub id or local folder", path=True)
-    num_images: int = option(8, "pictures of each prompt")
+    num_images: int = option(8, "pictures for each kind of prompt")
     background_scenes: str = option(SCENES, "scenes of the prompts, separated by commas")
-    seed: int = option(0, "seed of the first picture; the next ones count up")
+    seed: int = option(0, "seed of the first picture; picture i has seed + i")
     num_inference_steps: int = option(30, "denoising steps")
     guidance_scale: float | None = option(None, "guidance; default: the pipeline's own, such as 7.5")
 
@@ -87,13 +87,13 @@ class EvaluateModelOptions(Options):
 
 
 def evaluate_model(options: EvaluateModelOptions) -> dict[str, dict[str, float]]:
-    """Measures a run's model beside its base; writes `figures.json`, `figures.md` and pictures of both with masks.
+    """Compares a run's model with its base; writes `figures.json`, `figures.md` and pictures of both with masks.
 
     Returns:
-        Figures of `trained` and `base`.
+        The figures of `trained` and `base`.
 
     Raises:
-        InputError, InputNotFoundError: a run, a model or a folder that cannot be used.
+        InputError, InputNotFoundError: the run, a model or a folder cannot be used.
     """
     options.check()
     run_dir, output = Path(str(options.model)), Path(options.output)
@@ -128,7 +128,7 @@ def evaluate_model(options: EvaluateModelOptions) -> dict[str, dict[str, float]]
 
 
 def _find_subject(subjects: list[SubjectOptions], identifier: str | None) -> tuple[SubjectOptions, Path]:
-    """The subject that is asked for, and where in the run's folder its masks are."""
+    """The subject with this identifier, and the path of its masks in the run's folder."""
     for subject, place in zip(subjects, mask_folders(subjects), strict=True):
         if identifier in (None, subject.word):
             return subject, place
@@ -137,7 +137,7 @@ def _find_subject(subjects: list[SubjectOptions], identifier: str | None) -> tup
 
 
 def model_prompts(kind: str, owner: SubjectOptions, options: EvaluateModelOptions) -> list[str]:
-    """The prompts of the pictures of one kind: `own`, `class` or `scenes`, each with [V] for the identifier."""
+    """The prompts of one kind of pictures (`own`, `class` or `scenes`), with [V] as the identifier."""
     subject, count = owner.subject, options.num_images
     if kind == "class":
         return [f"a {subject}"] * count
@@ -148,10 +148,10 @@ def model_prompts(kind: str, owner: SubjectOptions, options: EvaluateModelOption
 
 
 def _generate(model: str, owner: SubjectOptions, options: EvaluateModelOptions) -> dict[str, list[Image.Image]]:
-    from persam_dreambooth.dreambooth.pipelines import load_model, on_accelerator
+    from persam_dreambooth.dreambooth.pipelines import load_model, to_accelerator
     from persam_dreambooth.dreambooth.samples import sample
 
-    pipeline = on_accelerator(load_model(model)[0])
+    pipeline = to_accelerator(load_model(model)[0])
     settings = (options.num_inference_steps, options.guidance_scale)
     sampled: dict[str, list[Image.Image]] = {}
     for kind in ("own", "class", "scenes"):

@@ -1,4 +1,4 @@
-"""The training recipes that the benchmark compares: the options that differ from `BASE`, and where masks come from."""
+"""The training recipes that the benchmark compares: options that differ from `BASE`, and the source of the masks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BASE: dict[str, Any] = {
     "logging_steps": 50,
     "checkpointing_steps": 100_000,
 }
-"""What all recipes share."""
+"""The options that all recipes share."""
 
 EXACT, PERSAM_F, NONE = "exact", "persam-f", "none"
 
@@ -27,9 +27,9 @@ class Recipe:
     """A row of the table.
 
     Args:
-        name: in words.
-        masks: `exact`, `persam-f` (made by the toy SAM from the first photo's), or `none`.
-        grown: the exact masks grown by this many latent cells (4 pixels at 64), or shrunk where negative.
+        name: the recipe in words.
+        masks: `exact`, `persam-f` (made by the toy SAM from the first photo's mask), or `none`.
+        grown: dilation of the exact masks in latent cells (4 pixels at 64); negative erodes.
         options: training options that differ from `BASE`; None for the base model, untrained.
     """
 

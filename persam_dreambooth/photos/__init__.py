@@ -1,1 +1,1 @@
-"""What a person brings: photos, masks, captions, label maps and data sets, each read by one rule."""
+"""The user's input: photos, masks, captions, label maps and data sets, each read by one rule."""

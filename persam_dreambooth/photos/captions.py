@@ -1,4 +1,4 @@
-"""What photos show, in words: text files beside them, or a `metadata.jsonl`."""
+"""Captions of photos: text files beside them, or a `metadata.jsonl`."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -13,24 +13,24 @@ if TYPE_CHECKING:
 METADATA = "metadata.jsonl"
 
 CAPTION_SUFFIXES = (".txt", ".caption")
-"""In any case; the first that says something counts."""
+"""Suffixes of caption files, in upper or lower case; the first file that is not blank is used."""
 
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
-"""How a text in UTF-16 begins, as Notepad's "Unicode" writes it."""
+"""Byte order marks of UTF-16, which Notepad's "Unicode" writes."""
 
 TextFiles = Mapping[tuple[str, str], Path]
-"""The text files of a folder, by name without suffix and by suffix in lower case."""
+"""The text files of a folder by (name without suffix, suffix in lower case)."""
 
 
 def read_prompts(photos: list["Photo"], default: str) -> list[str]:
-    """What each photo shows: its text file, or its line of `metadata.jsonl`, or where these say nothing the default.
+    """The caption of each photo: its text file, else its line of `metadata.jsonl`, else the default.
 
-    The text file of 00.jpg is 00.txt, 00.jpg.txt, 00.caption or 00.jpg.caption; of several, the first in this order
-    that is not blank. It is UTF-8 or UTF-16. A `metadata.jsonl` is that of Hugging Face's image folders, in the
-    photo's own folder: lines such as {"file_name": "00.jpg", "text": "a cat"}.
+    The text file of 00.jpg is 00.txt, 00.jpg.txt, 00.caption or 00.jpg.caption: the first in this order that is not
+    blank. It is UTF-8 or UTF-16. A `metadata.jsonl` is in the photo's folder and has the format of Hugging Face's image
+    folders: lines such as {"file_name": "00.jpg", "text": "a cat"}.
 
     Raises:
-        InputError: a file that is no text, or a line that is not as above.
+        InputError: a file is not text, or a line does not have this format.
     """
     folders = {photo.path.parent for photo in photos}
     texts = {folder: list_texts(folder.iterdir()) for folder in folders}
@@ -47,13 +47,13 @@ def read_prompts(photos: list["Photo"], default: str) -> list[str]:
 
 
 def list_texts(entries: Iterable[Path]) -> TextFiles:
-    """Those of the files in a folder that may be captions."""
+    """The files of a folder that may be captions."""
     paths = sorted(path for path in entries if path.suffix.lower() in CAPTION_SUFFIXES and path.is_file())
     return {(path.stem, path.suffix.lower()): path for path in paths}
 
 
 def captions_of(photo: Path, texts: TextFiles) -> list[Path]:
-    """The text files of a photo, the first one first.
+    """The text files of a photo, in the order of precedence.
 
     Args:
         photo: the photo's file.
@@ -64,25 +64,25 @@ def captions_of(photo: Path, texts: TextFiles) -> list[Path]:
 
 
 def _read_metadata(path: Path) -> dict[str, str]:
-    """The texts of a `metadata.jsonl` by file name; none where there is no such file."""
+    """The captions of a `metadata.jsonl` by file name; empty if there is no such file."""
     wanted = 'write lines such as {"file_name": "00.jpg", "text": "a cat"}'
     texts = {}
-    # Not `splitlines`: a JSON text may hold other separators of lines.
+    # Not `splitlines`: a JSON text may contain other line separators.
     for number, line in enumerate(_read_text(path, wanted).split("\n") if path.is_file() else [], start=1):
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
             name, text = entry["file_name"], entry["text"]
-            str(text).encode()  # half a character, such as "\\ud83d", is no text
+            str(text).encode()  # half a character, such as "\\ud83d", is not text
         except (json.JSONDecodeError, KeyError, TypeError, UnicodeEncodeError):
-            raise InputError(f"{path}, line {number}, names no file and text: {wanted}") from None
+            raise InputError(f"{path}, line {number}, has no file name and text: {wanted}") from None
         texts[str(name)] = "" if text is None else str(text).strip()
     return texts
 
 
 def _read_text(path: Path, advice: str) -> str:
-    """A text in UTF-8 or UTF-16, with or without a byte order mark, stripped."""
+    """Reads text in UTF-8 or UTF-16, with or without a byte order mark, and strips it."""
     try:
         with path.open("rb") as stream:
             encoding = "utf-16" if stream.read(2) in UTF_16 else "utf-8-sig"

@@ -1,4 +1,4 @@
-"""Photos that come as a data set, of the Hugging Face hub or of a folder in one of its layouts."""
+"""Photos from a data set: on the Hugging Face hub, or a local folder in one of its layouts."""
 
 import hashlib
 import json
@@ -15,18 +15,19 @@ from persam_dreambooth.photos.images import decode_image, read_image
 
 
 def photo_folder(name: str, image_column: str, caption_column: str | None) -> Path:
-    """Writes the pictures of a data set's `train` split as files, with their captions beside them, as a user would.
+    """Writes the pictures of a data set's `train` split as files, with captions beside them; returns their folder.
 
-    They are `0000.png`, `0001.png` and so on, read as `read_image` does, in the cache of the `datasets` library, once
-    for every version of the data set: a run resumed or repeated finds them there.
+    The pictures are converted as by `read_image` and saved as `0000.png`, `0001.png` and so on in the cache of the
+    `datasets` library. They are written once for every version of the data set, so a resumed or repeated run reuses
+    them.
 
     Args:
         name: hub id, or a local folder that `datasets` reads.
         image_column: the column of pictures.
-        caption_column: the column of texts, `0000.txt` and so on; or None.
+        caption_column: the column of captions, saved as `0000.txt` and so on; None for no captions.
 
     Raises:
-        InputError: a data set that cannot be loaded, without such columns, or with a picture that cannot be read.
+        InputError: the data set cannot be loaded, a column is missing, or a picture cannot be read.
     """
     import datasets
 
@@ -35,14 +36,14 @@ def photo_folder(name: str, image_column: str, caption_column: str | None) -> Pa
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"--dataset_name {name} cannot be loaded ({reason}): name another, or --instance_dir"
+            f"--dataset_name {name} cannot be loaded ({reason}): name another data set, or use --instance_dir"
         ) from None
     for option, column in (("image_column", image_column), ("caption_column", caption_column)):
         if column and column not in data.column_names:
             raise InputError(f"--{option}: {name} has no {column}: choose among {', '.join(data.column_names)}")
     if not isinstance(data.features[image_column], datasets.Image):
         raise InputError(f"--image_column: {image_column} of {name} holds no pictures: name the column that does")
-    data = data.cast_column(image_column, datasets.Image(decode=False))  # decoded here, like any other picture
+    data = data.cast_column(image_column, datasets.Image(decode=False))  # `decode_image` decodes it
 
     key = json.dumps([name, data._fingerprint, image_column, caption_column])
     parent = Path(datasets.config.HF_DATASETS_CACHE) / "persam-dreambooth"
@@ -57,13 +58,13 @@ def photo_folder(name: str, image_column: str, caption_column: str | None) -> Pa
             _read(row[image_column], f"picture {number} of {name}").save(aside / f"{number:04}.png")
             if caption_column:
                 (aside / f"{number:04}.txt").write_text(str(row[caption_column] or ""), encoding="utf-8")
-        if not folder.is_dir():  # another process of this run may have been faster
+        if not folder.is_dir():  # another process of this run may have written it
             os.replace(aside, folder)
     return folder
 
 
 def _read(stored: dict[str, Any] | None, name: str) -> Image.Image:
-    """A picture that `datasets` left undecoded, as its bytes or as the path of its file."""
+    """Reads a picture that `datasets` did not decode, from its bytes or the path of its file."""
     if stored is None or (stored["bytes"] is None and stored["path"] is None):
         raise InputError(f"{name} is missing: remove its row")
     if stored["bytes"] is None:

@@ -1,6 +1,6 @@
-"""Reads pictures of any kind as upright 8-bit RGB: files, PIL images and arrays follow one rule.
+"""Reads any picture as upright 8-bit RGB, by one rule for files, PIL images and arrays.
 
-Arrays are (H, W, 3) uint8 in RGB order; points and boxes elsewhere are xy in the pixels of the upright picture.
+Arrays are (H, W, 3) uint8 in RGB order. In other modules, points and boxes are xy in pixels of the upright picture.
 """
 
 import logging
@@ -27,13 +27,13 @@ PHOTO_SUFFIXES = (
 )
 
 RAW_SUFFIXES = (".dng", ".raw", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".pef", ".srw")
-"""Undeveloped photos. Pillow reads some of them as TIFF and returns the thumbnail inside, so they are refused."""
+"""Suffixes of RAW photos. Pillow reads some as TIFF and returns the embedded thumbnail, so they are an error."""
 
 MOST_PIXELS = 250_000_000
-"""Phones take photos of up to 200 megapixels."""
+"""Maximum number of pixels; phones take photos of up to 200 megapixels."""
 
 SRGB_TOLERANCE = 2
-"""A color profile that changes no 8-bit value by more than this is taken to be sRGB, and its pixels are kept."""
+"""A color profile that changes no 8-bit value by more than this is treated as sRGB: pixels are unchanged."""
 
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -44,7 +44,7 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What makes a picture upright, by its EXIF orientation; any other value means that it is upright."""
+"""The operation that makes a picture upright, by its EXIF orientation; for any other value, it is upright."""
 
 PILLOW_SETTINGS: tuple[tuple[Any, str, Any], ...] = (
     (Image, "MAX_IMAGE_PIXELS", None),  # `MOST_PIXELS` is the limit instead
@@ -52,30 +52,30 @@ PILLOW_SETTINGS: tuple[tuple[Any, str, Any], ...] = (
     (PngImagePlugin, "MAX_TEXT_MEMORY", 2**30),
     (ImageFile, "LOAD_TRUNCATED_IMAGES", False),
 )
-"""Pillow's module-wide settings while a picture is decoded."""
+"""Pillow's global settings while a picture is decoded."""
 
 _settings_lock = threading.RLock()
 
 
 def read_image(source: str | Path | Image.Image | np.ndarray, name: str | None = None) -> Image.Image:
-    """Reads a picture of any kind as upright 8-bit RGB.
+    """Reads any picture as upright 8-bit RGB.
 
     The EXIF orientation is applied. Transparency is composited on white. 16-bit values are scaled to 8 bits. Palette,
-    gray, CMYK, LAB and other modes are converted. A color profile other than sRGB is converted to sRGB. Of an
-    animation or a file of several pages, the first picture is read.
+    gray, CMYK, LAB and other modes are converted. Colors with another color profile are converted to sRGB. For an
+    animation or a file with several pages, the first picture is read.
 
     Args:
         source: an image file; a PIL image; or an array of 0 to 255 (uint8) or 0 to 65535 (uint16): RGB (H, W, 3), RGBA
             (H, W, 4) or gray (H, W).
-        name: what to call the picture in messages; by default, its path.
+        name: the picture's name in messages; by default, its path.
 
     Returns:
         A new RGB image without metadata.
 
     Raises:
-        InputNotFoundError: no such file.
-        InputError: a file that cannot be read, more than `MOST_PIXELS`, no pixels, floating-point pixels, or an array
-            of another shape or type.
+        InputNotFoundError: there is no such file.
+        InputError: a file cannot be read; a picture has more than `MOST_PIXELS`, no pixels or floating-point pixels; an
+            array has another shape or type.
     """
     if isinstance(source, np.ndarray):
         image = _from_array(source, name or "the image")
@@ -92,15 +92,15 @@ def read_image(source: str | Path | Image.Image | np.ndarray, name: str | None =
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """Opens and decodes an image file, upright; its mode and format are the file's own.
+    """Opens and decodes an image file, upright, in the file's own mode and format.
 
     Raises:
-        InputNotFoundError: no such file.
-        InputError: an empty, truncated, too large or otherwise unreadable file.
+        InputNotFoundError: there is no such file.
+        InputError: the file is empty, truncated, too large or otherwise unreadable.
     """
     path = Path(path)
     if not os.path.isfile(path):  # `Path.is_file` raises for a name that is too long
-        found = "is a folder" if os.path.isdir(path) else "is no file" if os.path.exists(path) else "does not exist"
+        found = "is a folder" if os.path.isdir(path) else "is not a file" if os.path.exists(path) else "does not exist"
         raise InputNotFoundError(f"{path} {found}: name an image file")
     if path.suffix.lower() in RAW_SUFFIXES:
         raise InputError(f"{path} is a RAW photo: convert it to JPEG")
@@ -112,14 +112,14 @@ def open_image(path: str | Path) -> Image.Image:
 
 
 def decode_image(stream: BinaryIO, name: str) -> Image.Image:
-    """Decodes the content of an image file, upright; its mode and format are the file's own.
+    """Decodes the content of an image file, upright, in the file's own mode and format.
 
     Args:
         stream: the content, seekable.
-        name: what to call it in messages.
+        name: its name in messages.
 
     Raises:
-        InputError: empty, truncated, too large or otherwise unreadable content.
+        InputError: the content is empty, truncated, too large or otherwise unreadable.
     """
     if not stream.read(1):
         raise InputError(f"{name} is empty (0 bytes): replace or remove it")
@@ -138,7 +138,7 @@ def decode_image(stream: BinaryIO, name: str) -> Image.Image:
 
 @contextmanager
 def _pillow_settings() -> Iterator[None]:
-    """Applies `PILLOW_SETTINGS`, silences warnings about metadata, and restores both; one thread at a time."""
+    """Applies `PILLOW_SETTINGS` and silences metadata warnings inside the block; one thread at a time."""
     with _settings_lock, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         before = [getattr(module, setting) for module, setting, _ in PILLOW_SETTINGS]
@@ -152,7 +152,7 @@ def _pillow_settings() -> Iterator[None]:
 
 
 def _open(stream: BinaryIO, name: str) -> Image.Image:
-    """Opens what Pillow reads, and HEIC; raises `UnidentifiedImageError` for anything else."""
+    """Opens an image that Pillow reads, or HEIC; raises `UnidentifiedImageError` for anything else."""
     with suppress(UnidentifiedImageError):
         return Image.open(stream)
     stream.seek(0)
@@ -164,7 +164,7 @@ def _open(stream: BinaryIO, name: str) -> Image.Image:
     if b"avif" in brands or b"avis" in brands:
         if features.check("avif"):
             raise UnidentifiedImageError
-        raise InputError(f'{name} is AVIF: pip install -U "pillow>=11.3", which reads it, or convert it to JPEG')
+        raise InputError(f'{name} is AVIF: pip install -U "pillow>=11.3", or convert it to JPEG')
     if not any(brand in brands for brand in (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")):
         raise UnidentifiedImageError
     try:
@@ -177,13 +177,13 @@ def _open(stream: BinaryIO, name: str) -> Image.Image:
 
 
 def _decoded(image: Image.Image, name: str) -> Image.Image:
-    """The pixels of an opened image, upright, without metadata except what its colors depend on."""
+    """The pixels of an opened image, upright, without metadata except what affects its colors."""
     width, height = image.size
     if not width or not height:
         raise InputError(f"{name} is {width} x {height}: give a picture that has pixels")
     if width * height > MOST_PIXELS:
         found, most = round(width * height / 1e6), MOST_PIXELS // 10**6
-        raise InputError(f"{name} is {width} x {height} ({found} megapixels): make it smaller, up to {most} are read")
+        raise InputError(f"{name} is {width} x {height} ({found} megapixels): reduce it to at most {most}")
     with _pillow_settings():
         try:
             image.load()
@@ -191,7 +191,7 @@ def _decoded(image: Image.Image, name: str) -> Image.Image:
             upright = image.copy() if turn is None else image.transpose(turn)
         except Exception as error:  # decoders raise errors of many kinds on damaged files
             raise _unreadable(name, error) from None
-    # A PNG may also have texts by these names.
+    # A PNG may also have text chunks with these names.
     kinds: dict[str, tuple[type, ...]] = {"transparency": (bytes, int, tuple), "icc_profile": (bytes,)}
     upright.info = {key: image.info[key] for key, kind in kinds.items() if isinstance(image.info.get(key), kind)}
     upright.format = image.format
@@ -199,7 +199,7 @@ def _decoded(image: Image.Image, name: str) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation; 0 where there is none, or none that can be read."""
+    """The EXIF orientation; 0 if it is missing or unreadable."""
     exif = image.info.get("exif")
     if isinstance(exif, bytes) and (found := _orientation_in(exif)):
         return found
@@ -211,7 +211,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _orientation_in(exif: bytes) -> int:
-    """The orientation tag of EXIF data, whatever is wrong with other tags, at which Pillow may stop; 0 if missing."""
+    """The orientation tag of EXIF data, also if other tags are broken and Pillow fails; 0 if missing."""
     tiff = exif.removeprefix(b"Exif\0\0")
 
     def number(start: int, size: int) -> int:
@@ -268,7 +268,7 @@ def _to_rgb(image: Image.Image, name: str | None) -> Image.Image:
 
 
 def _scaled_to_8_bits(image: Image.Image, name: str | None) -> Image.Image:
-    """16-bit gray, whose values Pillow would clip to 255, as RGB; a transparent value becomes white."""
+    """Converts 16-bit gray to RGB (Pillow would clip values to 255); a transparent value becomes white."""
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
         raise InputError(
@@ -281,7 +281,7 @@ def _scaled_to_8_bits(image: Image.Image, name: str | None) -> Image.Image:
 
 
 def _to_srgb(image: Image.Image) -> Image.Image:
-    """RGB or CMYK as sRGB, by the color profile in it; as it is where that is missing, broken or sRGB already."""
+    """Converts RGB or CMYK to sRGB by its color profile; no change if that is missing, broken or already sRGB."""
     profile = image.info.get("icc_profile")
     if not profile:
         return image

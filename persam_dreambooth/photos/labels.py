@@ -1,7 +1,7 @@
-"""Label maps: which object every pixel belongs to, as PNGs in the colors of DAVIS.
+"""Label maps: the object number of every pixel, as PNGs in the colors of DAVIS.
 
-A map is (H, W) uint8: 0 is background, 1 and up are objects' numbers. A palette file's 255 is void and read as
-background; in a gray or colored file, white is an object.
+A map is (H, W) uint8: 0 is background, 1 and up are object numbers. In a palette file, 255 is void and is read as
+background; in a gray or color file, white is an object.
 """
 
 from pathlib import Path
@@ -19,16 +19,16 @@ from persam_dreambooth.photos.painted import holds_hues
 VOID = 255
 
 MOST_OBJECTS = 32
-"""In a mask that a user gives; more are the gray levels of soft edges."""
+"""Maximum number of objects in a given mask; more levels are those of soft edges."""
 
 HUE_DISTANCE = 48
-"""Levels, of 255, from which a color is no shade of another."""
+"""Minimum difference, of 255 levels, between a color and the shades of another color."""
 
 
 def davis_palette() -> list[int]:
-    """Red, green and blue of the numbers 0 to 255, which DAVIS has from PASCAL VOC.
+    """Red, green and blue of the numbers 0 to 255: DAVIS's palette, from PASCAL VOC.
 
-    A number's bits are dealt out to red, green and blue in turn, from the lowest bit and the highest place on.
+    A number's bits go to red, green and blue in turn, the lowest bits to the highest bits of the colors.
     """
     numbers = np.arange(256)[:, None] >> np.arange(3)
     bits = [(numbers >> 3 * turn & 1) << 7 - turn for turn in range(8)]
@@ -36,15 +36,15 @@ def davis_palette() -> list[int]:
 
 
 def read_labels(path: Path) -> np.ndarray:
-    """Reads a palette or gray PNG of objects' numbers: uint8 (H, W). A gray one of 0 and 255 alone holds object 1.
+    """Reads a palette or gray PNG of object numbers: uint8 (H, W). In a gray PNG of only 0 and 255, 255 is object 1.
 
     Raises:
-        InputError, InputNotFoundError: as `images.open_image`; an image of another mode, or a gray one that has 255
-            beside other numbers.
+        InputError, InputNotFoundError: see `images.open_image`; also for an image of another mode, and for a gray image
+            with 255 beside other numbers.
     """
     image = open_image(path)
     if image.mode not in ("P", "L"):
-        raise InputError(f"{path} is stored as {image.mode}: give a palette or gray PNG of objects' numbers")
+        raise InputError(f"{path} is stored as {image.mode}: give a palette or gray PNG of object numbers")
     labels = np.array(image)
     white = labels == VOID
     if image.mode == "L" and white.any():
@@ -56,17 +56,19 @@ def read_labels(path: Path) -> np.ndarray:
 
 
 def read_first_mask(path: Path) -> np.ndarray:
-    """Reads the mask that a user gives for a video's first frame, uint8 (H, W), 0 for background.
+    """Reads the given mask of a video's first frame, uint8 (H, W), 0 for background.
 
-    A palette file whose color 0 is black, and gray levels up to `MOST_OBJECTS`, are objects' numbers. Otherwise each
-    flat color on black is an object. One is object 1. Several have the numbers of DAVIS's palette if all are among its
-    first; else grays are numbered from the darkest on, colors in the order in which rows from above meet them.
+    The values of a palette file whose color 0 is black, and gray levels up to `MOST_OBJECTS`, are object numbers.
+    Otherwise, each flat color on black is an object. A single color is object 1. Several colors have their numbers in
+    DAVIS's palette if all are among its first; else grays are numbered from dark to light, and colors in the order of
+    their first pixel, row by row from the top.
 
-    One color in a lossy format, or cut out on a transparent background, is object 1, by the rule of `masks`; with soft
-    edges it is where it is brighter than half.
+    A single color in a lossy format, or a cut-out on a transparent background, is object 1, by the rule of `masks`.
+    With soft edges, the object is where the color is brighter than half.
 
     Raises:
-        InputError, InputNotFoundError: as `images.open_image`; more than `MOST_OBJECTS`, or several with soft edges.
+        InputError, InputNotFoundError: see `images.open_image`; also for more than `MOST_OBJECTS` objects, and for
+            several objects with soft edges.
     """
     image = open_image(path)
     if image.has_transparency_data:
@@ -85,14 +87,14 @@ def read_first_mask(path: Path) -> np.ndarray:
         if not _are_flat(values, levels):
             return (values > levels[-1] / 2).astype(np.uint8)
     if image.format in LOSSY:
-        raise InputError(f"{path} has several colors in a lossy format: save it as PNG, a flat color for each object")
+        raise InputError(f"{path} has several colors in a lossy format: save it as PNG, one flat color for each object")
     codes = colors @ np.array([1 << 16, 1 << 8, 1])
     found, first = np.unique(codes, return_index=True)
     first = first[found > 0]
     found = found[found > 0]
     _checked(codes, len(found), path)
     if not _are_flat(codes, found):
-        raise InputError(f"{path} has several objects with soft edges: paint each in a flat color, without soft edges")
+        raise InputError(f"{path} has several objects with soft edges: paint each in a flat color, with hard edges")
     davis = (np.reshape(davis_palette(), (256, 3)) @ np.array([1 << 16, 1 << 8, 1]))[: MOST_OBJECTS + 1]
     labels = np.zeros(codes.shape, np.uint8)
     in_davis = bool(np.isin(found, davis).all())
@@ -103,12 +105,12 @@ def read_first_mask(path: Path) -> np.ndarray:
 
 
 def _is_numbered(image: Image.Image) -> bool:
-    """Whether a palette's indices are objects' numbers: color 0 is black, the others have hues or are their indices."""
+    """Whether a palette's indices are object numbers: color 0 is black, the others have hues or equal their indices."""
     if image.mode != "P":
         return False
     used = np.unique(np.asarray(image))
     palette = np.reshape(image.getpalette("RGB") or [], (-1, 3))
-    if used[-1] >= len(palette):  # a palette without colors for them
+    if used[-1] >= len(palette):  # the palette has no colors for these indices
         return True
     if palette[0].any():
         return False
@@ -119,14 +121,14 @@ def _is_numbered(image: Image.Image) -> bool:
 
 
 def _are_flat(values: np.ndarray, levels: np.ndarray) -> bool:
-    """Whether each level has a place of 3 x 3 pixels in values (H, W): an edge's levels have none."""
+    """Whether each level fills 3 x 3 pixels somewhere in values (H, W); the levels of an edge do not."""
     return all(ndimage.binary_erosion(values == level, np.ones((3, 3))).any() for level in levels)
 
 
 def _checked(labels: np.ndarray, count: int, path: Path) -> np.ndarray:
-    """The labels; raises `InputError` for more objects than are followed."""
+    """The labels; raises `InputError` for more than `MOST_OBJECTS` objects."""
     if count > MOST_OBJECTS:
-        raise InputError(f"{path} marks {count} objects, up to {MOST_OBJECTS} are followed: paint without soft edges")
+        raise InputError(f"{path} marks {count} objects, more than {MOST_OBJECTS}: paint without soft edges")
     return labels
 
 

@@ -1,12 +1,13 @@
-"""The mask folder: the contract between segmentation and training.
+"""The mask folder: the interface between segmentation and training.
 
     masks/
         00.png          0 or 255, at the size of the upright photo 00.jpg; a photo sub/01.jpg has sub/01.png
         index.json      for each mask that a program made: the photo's hash, method, model, score, presence, coverage
 
-A drawn mask needs no entry in the index, and may have any format and name that `pairing` and `masks` know. White is the
-subject. A mask that was mended after a program made it is a drawn one: the index holds a hash of what was made. A photo
-in which the subject was not found may be skipped: it has an entry with the flag `skipped` and no mask.
+A drawn mask needs no entry in the index, and can have any name that `pairing` and any format that `masks` accepts.
+White is the subject. The index contains a hash of each mask that a program made; if the user corrected the mask, it
+counts as drawn. A photo in which the subject was not found can be skipped: it has an entry with the flag `skipped` and
+no mask.
 """
 
 import hashlib
@@ -30,14 +31,14 @@ DRAWN, OWN_ALPHA = "drawn", "alpha"
 SKIPPED = "skipped"
 
 OLD_DRAWN = "by hand"
-"""What indices of version 0.1 call `DRAWN`."""
+"""The name of `DRAWN` in indices of version 0.1."""
 
 SIZE_ADVICE = "save it at the size of its photo"
 
 
 @dataclass(frozen=True)
 class MaskRecord:
-    """What is known about one mask.
+    """The metadata of one mask.
 
     Args:
         photo: the photo's path relative to its folder.
@@ -46,10 +47,10 @@ class MaskRecord:
         model: the SAM that made it.
         score: predicted IoU, 0 to 1.
         presence: similarity of the found region to the target, 0 to 1.
-        absent_threshold: presence below which the subject was taken to be absent, 0 to 1.
+        absent_threshold: presence below which the subject counted as absent, 0 to 1.
         coverage: fraction of the photo inside the mask, 0 to 1.
-        flags: what to be careful about, such as `absent`; `skipped` for a photo that is left out.
-        mask_sha256: hash of the mask that was made; None before it is saved, and in indices of version 0.1.
+        flags: warnings such as `absent`; `skipped` for a photo that is left out.
+        mask_sha256: hash of the mask that the program made; None before it is saved, and in indices of version 0.1.
     """
 
     photo: str
@@ -66,13 +67,13 @@ class MaskRecord:
 
 @dataclass(frozen=True)
 class PhotoMask:
-    """A photo, its mask and what is known about it.
+    """A photo, its mask and the mask's metadata.
 
     Args:
         photo: the photo.
         mask: (H, W) bool; empty for a skipped photo.
-        record: what is known.
-        weights: (H, W) float32 from 0 to 1, where the mask was read as a soft one.
+        record: metadata of the mask.
+        weights: (H, W) float32 from 0 to 1, if the mask was read as a soft mask.
     """
 
     photo: Photo
@@ -82,14 +83,14 @@ class PhotoMask:
 
 
 def cut_out(photo: Photo, soft: bool = False) -> PhotoMask:
-    """A photo whose alpha channel is its mask; raises `InputError` for one without a transparent background."""
+    """A photo with its alpha channel as the mask; raises `InputError` for a photo without a transparent background."""
     mask = own_mask(photo)
     weights = read_soft_mask(photo.path) if soft else None
     return PhotoMask(photo, mask, MaskRecord(photo.name, photo.sha256, OWN_ALPHA, float(mask.mean())), weights)
 
 
 def check_names(photos: list[Photo]) -> None:
-    """Raises `InputError` when two photos would share one mask, here or where case does not count in file names."""
+    """Raises `InputError` if two photos would share one mask, also on systems that ignore case in file names."""
     taken: dict[str, Photo] = {}
     for photo in photos:
         name = _mask_name(photo.name)
@@ -99,11 +100,11 @@ def check_names(photos: list[Photo]) -> None:
 
 
 def save_mask(folder: Path, record: MaskRecord, mask: np.ndarray, weights: np.ndarray | None = None) -> None:
-    """Writes one mask and its entry in the index, each aside and renamed; of a skipped photo the entry alone.
+    """Writes one mask and its entry in the index, each atomically; for a skipped photo, only the entry.
 
     Args:
-        folder: the mask folder, made when missing.
-        record: what is known about the mask; its `photo` names the file.
+        folder: the mask folder, created if missing.
+        record: metadata of the mask; its `photo` determines the file name.
         mask: (H, W) bool.
         weights: (H, W) from 0 to 1, which are written instead of the mask.
     """
@@ -120,59 +121,59 @@ def save_mask(folder: Path, record: MaskRecord, mask: np.ndarray, weights: np.nd
 
 
 def load_mask(folder: Path, photo: Photo, invert: bool = False) -> PhotoMask | None:
-    """Reads one photo's mask of the name that `save_mask` gives; None where the folder has none.
+    """Reads one photo's mask under the name that `save_mask` gives; None if the folder has none.
 
-    An empty mask is allowed here: see its coverage. A photo that was skipped as it is now has an empty mask with its
-    record, unless a mask was drawn since.
+    An empty mask is allowed; its coverage is 0. A skipped photo has an empty mask and its record, unless the photo
+    changed or a mask was drawn since.
 
     Args:
         folder: the mask folder.
         photo: the photo.
-        invert: black is the subject in drawn masks.
+        invert: the subject is black in drawn masks.
 
     Raises:
-        InputError: a mask of another size, or one made for an earlier version of the photo (stale).
+        InputError: the mask has another size, or was made for an earlier version of the photo (stale).
     """
     path = folder / _mask_name(photo.name)
     return _load(path if path.is_file() else None, photo, _read_index(folder).get(photo.name), invert)
 
 
 def load_masks(folder: Path, photos: list[Photo], invert: bool = False, soft: bool = False) -> list[PhotoMask]:
-    """Reads the masks of all photos, in their order; see `pairing.find_masks` for their names.
+    """Reads the masks of all photos, in their order; see `pairing.find_masks` for the masks' names.
 
     Args:
         folder: the mask folder.
         photos: all photos.
-        invert: black is the subject in drawn masks.
+        invert: the subject is black in drawn masks.
         soft: whether gray levels are weights.
 
     Raises:
-        InputNotFoundError: no such folder, or a photo without a mask.
-        InputError: a mask without a photo, two masks of one photo, and what `load_mask` raises.
+        InputNotFoundError: there is no such folder, or a photo has no mask.
+        InputError: a mask has no photo, or a photo has two masks; see also `load_mask`.
     """
-    if (folder / "masks" / INDEX).is_file():  # the folder of a run
+    if (folder / "masks" / MASK_INDEX).is_file():  # the folder of a run
         raise InputError(f"the masks of {folder} are in {folder / 'masks'}: name that folder, or remove it")
     loaded = _load_all(folder, photos, find_masks(_checked(folder), photos), invert, soft)
     for photo in photos:
         if photo.name not in loaded:
             path = folder / _mask_name(photo.name)
-            if folder.resolve() == photo.path.parent.resolve():  # beside the photos, a mask needs a name of its own
+            if folder.resolve() == photo.path.parent.resolve():  # beside the photo, a mask needs another name
                 path = path.with_stem(f"{path.stem}_mask")
             raise InputNotFoundError(f"{photo.path} has no mask: {path} is missing; draw it or remove the photo")
     return list(loaded.values())
 
 
 def load_references(folder: Path, photos: list[Photo], invert: bool = False) -> list[PhotoMask]:
-    """Reads the masks that are there of some photos, in their order; empty ones are left out.
+    """Reads the masks of those photos that have one, in their order; empty masks are left out.
 
     Args:
-        folder: the mask folder; it may hold masks of other photos too.
+        folder: the mask folder, which may also contain masks of other photos.
         photos: all photos.
-        invert: black is the subject in drawn masks.
+        invert: the subject is black in drawn masks.
 
     Raises:
-        InputNotFoundError: no such folder.
-        InputError: no mask of these photos, two masks of one photo, and what `load_mask` raises.
+        InputNotFoundError: there is no such folder.
+        InputError: none of the photos has a mask, or a photo has two masks; see also `load_mask`.
     """
     found = find_masks(_checked(folder), photos, others_may_be=True)
     known = [item for item in _load_all(folder, photos, found, invert).values() if item.mask.any()]
@@ -191,7 +192,7 @@ def _checked(folder: Path) -> Path:
 def _load_all(
     folder: Path, photos: list[Photo], paths: dict[str, Path], invert: bool, soft: bool = False
 ) -> dict[str, PhotoMask]:
-    """The masks of a folder by their photos' names, those that are missing left out."""
+    """The masks of a folder by their photos' names, without missing masks."""
     index = _read_index(folder)
     masks = {photo.name: _load(paths.get(photo.name), photo, index.get(photo.name), invert, soft) for photo in photos}
     return {name: item for name, item in masks.items() if item is not None}
@@ -200,7 +201,7 @@ def _load_all(
 def _load(
     path: Path | None, photo: Photo, noted: MaskRecord | None, invert: bool, soft: bool = False
 ) -> PhotoMask | None:
-    """A photo's mask from its file and its entry in the index, either of which may be missing."""
+    """A photo's mask from its file and its index entry, either of which may be missing."""
     skipped = noted is not None and SKIPPED in noted.flags
     if path is None:
         if noted is None or not skipped or noted.photo_sha256 != photo.sha256:
@@ -221,7 +222,7 @@ def _load(
 
 
 def _mask_hash(mask: np.ndarray) -> str:
-    """Hash of a mask's pixels, (H, W) bool: the same whatever file format and gray it is saved in."""
+    """Hash of a mask's pixels, (H, W) bool, which does not depend on the file format or on the gray value."""
     return hashlib.sha256(repr(mask.shape).encode() + np.packbits(mask).tobytes()).hexdigest()
 
 
@@ -242,5 +243,5 @@ def _read_index(folder: Path) -> dict[str, MaskRecord]:
         return {
             record.photo: replace(record, method=DRAWN) if record.method == OLD_DRAWN else record for record in records
         }
-    except (ValueError, KeyError, TypeError, AttributeError):  # not UTF-8, not JSON, or not what `save_mask` writes
+    except (ValueError, KeyError, TypeError, AttributeError):  # not UTF-8, not JSON, or not written by `save_mask`
         raise InputError(f"{path} is not an index of masks: remove it, or make the masks again") from None

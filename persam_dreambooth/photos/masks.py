@@ -1,14 +1,15 @@
-"""Masks: any file or array that a person gives, as (H, W) bool. One rule holds everywhere:
+"""Reads masks from any file or array as (H, W) bool, by one rule:
 
-1. An alpha channel with transparent and opaque parts is the mask, whatever the colors are. A constant one is ignored.
-2. Otherwise a pixel's gray is its brightest channel; palettes are read by their colors, not by their indices.
-3. Of up to `FEW` gray levels, or in a palette of several hues, every color but black is the subject: PerSeg stores
-   (128, 0, 0), others 1 or 255.
-4. Of more levels (soft edges, mattes), and in lossy formats, whose black is noisy, the subject is what is brighter than
-   half of the brightest pixel.
+1. An alpha channel with transparent and opaque parts is the mask; colors are ignored. A constant alpha channel is
+   ignored.
+2. Otherwise, a pixel's gray level is its brightest channel; palettes are read by their colors, not by their indices.
+3. With up to `FEW` gray levels, or in a palette of several hues, every color but black is the subject: PerSeg stores
+   (128, 0, 0), other data sets 1 or 255.
+4. With more levels (soft edges, mattes), and in lossy formats, whose black is noisy, the subject is every pixel above
+   half of the brightest pixel's level.
 
-Rules 3 and 4 hold for the alpha channel too. Where the photo is known, a copy of it that was painted on is recognized
-before rule 2 (see `painted`), and any other photo is refused.
+Rules 3 and 4 also apply to the alpha channel. If the photo is known, a painted copy of it is recognized before rule 2
+(see `painted`), and any other photo is an error.
 """
 
 import logging
@@ -30,15 +31,15 @@ logger = logging.getLogger(__name__)
 LOSSY = ("JPEG", "MPO", "WEBP", "AVIF")
 
 FEW = 16
-"""Gray levels: of more, the edges are soft."""
+"""Maximum number of gray levels of a mask without soft edges."""
 
 MOST_COVERED = 0.8
-"""Fraction of a photo: a mask above it may have black and white the wrong way round."""
+"""Fraction of a photo above which a mask may be inverted."""
 
 NEARLY_ALL = 0.95
-"""Fraction of a photo: a mask of several colors above it may be a copy of the photo instead."""
+"""Fraction of a photo above which a mask of several colors may be a copy of the photo."""
 
-PAINTED = "what was painted on a copy of it"
+PAINTED = "the paint on a copy of it"
 
 NO_MASK = "a mask is (H, W) or (H, W, 1 to 4), of bool, integers or floats from 0, or a PIL image"
 
@@ -50,25 +51,25 @@ def read_mask(path: Path, invert: bool = False) -> np.ndarray:
 
     Args:
         path: the file.
-        invert: black, or transparent, is the subject.
+        invert: the subject is black, or transparent.
 
     Raises:
-        InputNotFoundError, InputError: as `images.open_image`.
+        InputNotFoundError, InputError: see `images.open_image`.
     """
     mask, _ = _threshold(open_image(path))
     return mask ^ invert
 
 
 def as_mask(mask: np.ndarray | Image.Image, invert: bool = False) -> np.ndarray:
-    """A mask in memory as (H, W) bool, by the rule above; a PIL image is turned upright.
+    """Converts a mask in memory to (H, W) bool, by the rule above; a PIL image is turned upright.
 
     Args:
         mask: bool, 0 and 1, 0 to 255, labels, or floats such as probabilities; (H, W), (H, W, 1), gray and alpha
             (H, W, 2), RGB (H, W, 3), RGBA (H, W, 4); or a PIL image.
-        invert: 0, black or transparent is the subject.
+        invert: the subject is 0, black or transparent.
 
     Raises:
-        InputError: another shape or type, negative numbers, or numbers that are not finite.
+        InputError: the mask has another shape or type, negative numbers, or numbers that are not finite.
     """
     if isinstance(mask, Image.Image):
         upright = ImageOps.exif_transpose(mask)
@@ -82,9 +83,9 @@ def as_mask(mask: np.ndarray | Image.Image, invert: bool = False) -> np.ndarray:
     if values.dtype.kind not in "buif":
         raise InputError(f"this mask is of {values.dtype}: {NO_MASK}")
     if values.dtype.kind == "f" and not np.isfinite(values).all():
-        raise InputError("this mask holds numbers that are not finite: give 0 for background and 1 for the subject")
+        raise InputError("this mask has numbers that are not finite: use 0 for background and 1 for the subject")
     if values.dtype.kind in "if" and (values < 0).any():
-        raise InputError("this mask holds negative numbers: of logits, give logits > 0")
+        raise InputError("this mask has negative numbers: for logits, use logits > 0")
     if values.ndim == 3 and values.shape[2] in (2, 4):
         inside, _ = _above(values[..., -1])
         values = values[..., :-1] if inside.all() or not inside.any() else values[..., -1]
@@ -96,15 +97,15 @@ def as_mask(mask: np.ndarray | Image.Image, invert: bool = False) -> np.ndarray:
 def read_soft_mask(path: Path, invert: bool = False) -> np.ndarray:
     """Reads any mask file as weights, (H, W) float32 from 0 to 1, upright: gray, or alpha, divided by its maximum.
 
-    A mask of one color on black gives exactly 0 and 1. In a lossy format the noise next to black and white, up to 1/16
-    of the maximum, is 0 and 1 too.
+    A mask of one color on black gives exactly 0 and 1. In a lossy format, values within 1/16 (of the maximum) of black
+    or white are noise and become 0 or 1.
 
     Args:
         path: the file.
-        invert: black, or transparent, is the subject.
+        invert: the subject is black, or transparent.
 
     Raises:
-        InputNotFoundError, InputError: as `images.open_image`.
+        InputNotFoundError, InputError: see `images.open_image`.
     """
     image = open_image(path)
     values, _ = _values(image)
@@ -116,10 +117,10 @@ def read_soft_mask(path: Path, invert: bool = False) -> np.ndarray:
 
 
 def alpha_mask(path: Path) -> np.ndarray | None:
-    """The mask that a photo's own alpha channel is, (H, W) bool, such as of a cut-out; None where it tells nothing.
+    """The mask in an image's alpha channel, (H, W) bool, such as of a cut-out; None if alpha is missing or constant.
 
     Raises:
-        InputNotFoundError, InputError: as `images.open_image`.
+        InputNotFoundError, InputError: see `images.open_image`.
     """
     image = open_image(path)
     alpha = _alpha(image)
@@ -127,7 +128,7 @@ def alpha_mask(path: Path) -> np.ndarray | None:
 
 
 def own_mask(photo: "Photo") -> np.ndarray:
-    """The mask that a photo's alpha channel is; raises `InputError` for a photo without transparent background."""
+    """The mask in a photo's alpha channel; raises `InputError` for a photo without a transparent background."""
     mask = alpha_mask(photo.path)
     if mask is None:
         raise InputError(f"{photo.path} has no transparent background: cut its subject out, or give its mask")
@@ -135,15 +136,16 @@ def own_mask(photo: "Photo") -> np.ndarray:
 
 
 def mask_of(path: Path, photo: "Photo", invert: bool = False) -> np.ndarray:
-    """Reads the mask of a photo, (H, W) bool, upright; the log says by which rule, and how much it covers.
+    """Reads the mask of a photo, (H, W) bool, upright; logs the rule and the coverage.
 
     Args:
-        path: the mask file, or a copy of the photo that was painted on.
+        path: the mask file, or a painted copy of the photo.
         photo: its photo.
-        invert: black, or transparent, is the subject.
+        invert: the subject is black, or transparent.
 
     Raises:
-        InputNotFoundError, InputError: as `images.open_image`; a mask of another size, an empty one, or a photo.
+        InputNotFoundError, InputError: see `images.open_image`; also for a mask of another size, an empty mask, and a
+            file that is a photo.
     """
     mask, how = read_told(path, photo, invert)
     if invert and not mask.any():
@@ -155,20 +157,20 @@ def mask_of(path: Path, photo: "Photo", invert: bool = False) -> np.ndarray:
 
 
 def soft_mask_of(path: Path, photo: "Photo", invert: bool = False) -> np.ndarray:
-    """The weights of a photo's mask, (H, W) float32 from 0 to 1: as `read_soft_mask`; of a painted copy 0 and 1.
+    """The weights of a photo's mask, (H, W) float32 from 0 to 1, as in `read_soft_mask`; 0 and 1 for a painted copy.
 
     Args:
         path, photo, invert: as for `mask_of`.
 
     Raises:
-        InputNotFoundError, InputError: as `mask_of`, but empty masks are allowed.
+        InputNotFoundError, InputError: see `mask_of`; empty masks are allowed.
     """
     mask, how = read_told(path, photo, invert)
     return mask.astype(np.float32) if how.startswith(PAINTED) else read_soft_mask(path, invert)
 
 
 def read_told(path: Path, photo: "Photo", invert: bool, advice: str = REFERENCE_ADVICE) -> tuple[np.ndarray, str]:
-    """As `mask_of`, without a word in the log and empty masks allowed; also by which rule, in words.
+    """Like `mask_of`, but does not log, allows empty masks, and also returns the rule in words.
 
     Args:
         path, photo, invert: as for `mask_of`.
@@ -195,19 +197,19 @@ def read_told(path: Path, photo: "Photo", invert: bool, advice: str = REFERENCE_
 
 
 def check_mask(mask: np.ndarray, photo: "Photo", mask_path: Path, advice: str = REFERENCE_ADVICE) -> None:
-    """Raises `InputError` when a mask does not fit its photo or marks nothing; `advice` is for one of another size."""
+    """Raises `InputError` if a mask is empty or its size is not the photo's; `advice` is for the size."""
     _check_size(mask.shape[::-1], photo, mask_path, advice)
     if not mask.any():
         raise InputError(f"{mask_path} is empty (all black): paint the subject white")
 
 
 def warn_of_coverage(mask: np.ndarray, path: Path) -> None:
-    """Warns of a mask that covers its whole photo, or nearly."""
+    """Logs a warning for a mask that covers its whole photo, or nearly."""
     if mask.all():
-        logger.warning("%s covers the whole photo: it does not tell the subject from its background", path)
+        logger.warning("%s covers the whole photo: it does not separate the subject from the background", path)
     elif mask.mean() > MOST_COVERED:
         logger.warning(
-            "%s covers %.0f %% of its photo: white is the subject; if black is, use --invert_mask",
+            "%s covers %.0f %% of its photo: white is the subject; use --invert_mask if the subject is black",
             path,
             100 * mask.mean(),
         )
@@ -222,17 +224,17 @@ def _check_size(size: tuple[int, ...], photo: "Photo", mask_path: Path, advice: 
 
 
 def _threshold(image: Image.Image) -> tuple[np.ndarray, str]:
-    """The mask that an upright image is, and by which rule."""
+    """The mask of an upright image, and the rule in words."""
     values, what = _values(image)
     colored = image.mode == "P" and what == "color" and holds_hues(np.asarray(image.convert("RGB")), HUE_LEVELS)
     mask, levels = _above(values, image.format in LOSSY, colored)
     if not levels:
-        return mask, "every color but black" if what == "color" else "what is not transparent"
-    return mask, f"{levels} levels of {what}, so what is above half of the greatest"
+        return mask, "every color but black" if what == "color" else "every pixel that is not transparent"
+    return mask, f"{levels} levels of {what}, so every pixel above half of the maximum"
 
 
 def _above(values: np.ndarray, lossy: bool = False, colored: bool = False) -> tuple[np.ndarray, int]:
-    """The mask that gray values (H, W) are; the number of levels where half of the greatest decided, else 0."""
+    """The mask of gray values (H, W), and the number of levels if half of the maximum is the threshold, else 0."""
     if values.dtype == np.bool_:
         return values, 0
     levels = int((np.bincount(values.ravel()) > 0).sum()) if values.dtype == np.uint8 else len(np.unique(values))
@@ -243,7 +245,7 @@ def _above(values: np.ndarray, lossy: bool = False, colored: bool = False) -> tu
 
 
 def _values(image: Image.Image) -> tuple[np.ndarray, str]:
-    """Gray values (H, W) from 0, by which `alpha` or `color` is the mask."""
+    """Gray values (H, W) from 0, and their source: `alpha` or `color`."""
     alpha = _alpha(image)
     if alpha is not None:
         return alpha, "alpha"
@@ -253,13 +255,13 @@ def _values(image: Image.Image) -> tuple[np.ndarray, str]:
             values = np.nan_to_num(values, posinf=0).clip(min=0)
         return values, "color"
     values = np.asarray(image.convert("RGB")).max(axis=2)
-    if image.mode == "P" and not values.any():  # a palette without colors
+    if image.mode == "P" and not values.any():  # the palette has no colors
         values = np.asarray(image)
     return values, "color"
 
 
 def _alpha(image: Image.Image) -> np.ndarray | None:
-    """The alpha channel, (H, W) uint8, where it tells a subject from its background, else None."""
+    """The alpha channel, (H, W) uint8, if it has transparent and opaque parts, else None."""
     if not image.has_transparency_data or image.mode.startswith(("I", "F")):
         return None
     alpha = np.asarray(image.convert("RGBA"))[..., 3]

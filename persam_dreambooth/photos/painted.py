@@ -1,6 +1,6 @@
-"""A copy of a photo that was painted on, as its mask: in any color, filled, or only an outline.
+"""Reads a painted copy of a photo as its mask; the paint can be any color, filled or only an outline.
 
-What differs from the photo is the mask; what an outline encloses belongs to it.
+The mask is every pixel that differs from the photo, and the inside of an outline.
 """
 
 import numpy as np
@@ -10,41 +10,42 @@ from scipy import ndimage
 from persam_dreambooth.errors import InputError
 
 MANY = 40
-"""Colors, of 16 levels a channel, from which an image is a photo."""
+"""Minimum number of colors, at 16 levels a channel, of a photo."""
 
 HUE_LEVELS = 28
-"""Levels, of 255, by which a photo has colors beside its brightest color's shades; JPEG gives a mask's edges fewer."""
+"""Minimum difference, of 255 levels, between a photo's colors and the shades of its brightest color. JPEG noise at a
+mask's edges is smaller."""
 
 NOISE_LEVELS = 16
-"""Levels, of 255, by which the noise of JPEG changes most pixels at most."""
+"""Maximum change of most pixels by JPEG noise, of 255 levels."""
 
 ALIKE = 0.15
-"""Least fraction of a painted copy that is still the photo."""
+"""Minimum fraction of a painted copy that is unchanged."""
 
 VARIED = 8
-"""Colors, of 16 levels a channel, from which what is still the photo does not agree with it by chance."""
+"""Minimum number of colors, at 16 levels a channel, in the unchanged part; fewer could match the photo by chance."""
 
 UNEVEN = 0.35
-"""By how much the paint may vary, of its difference from the photo (medians): thin lines in a JPEG do by 0.28, another
-photo of the same place by 0.47."""
+"""Maximum variation of the paint, relative to its difference from the photo (medians). Thin lines in a JPEG have 0.28,
+another photo of the same place has 0.47."""
 
 SMALLEST = 2e-4
-"""Fraction of the photo: a painted spot below it is noise of JPEG."""
+"""Fraction of the photo below which a painted spot is JPEG noise."""
 
 GAPS = (0.004, 0.01, 0.02, 0.04)
-"""Widths of gaps in an outline that are closed, in longer sides of the photo; the first that closes it counts."""
+"""Widths of gaps in an outline to close, relative to the photo's longer side; the first that closes it is used."""
 
 FILLED = 0.5
-"""An outline encloses at least so much, in areas of its stroke. Less is a hole in what was filled."""
+"""Minimum area that an outline encloses, relative to the stroke's area. A smaller area is a hole in filled paint."""
 
 HOLE = 0.01
-"""Fraction of the photo: a smaller hole in what was filled is of the photo's own color, and filled too."""
+"""Fraction of the photo below which a hole in filled paint is filled: there, the photo has the paint's color."""
 
 
 def looks_like_photo(image: Image.Image) -> bool:
-    """Whether an image has many colors of several hues, as no mask has, whatever its soft edges or noise of JPEG.
+    """Whether an image has many colors of several hues, unlike any mask, even one with soft edges or JPEG noise.
 
-    A photo in black and white does not look so.
+    The result is False for a black-and-white photo.
     """
     small = image.convert("RGB")
     small.thumbnail((256, 256), Image.Resampling.NEAREST)
@@ -53,10 +54,11 @@ def looks_like_photo(image: Image.Image) -> bool:
 
 
 def holds_hues(colors: np.ndarray, least: int) -> bool:
-    """Whether an RGB image, (H, W, 3), has more than shades of its brightest color, in places wider than an edge.
+    """Whether an image has other colors than shades of its brightest color, in areas wider than an edge.
 
     Args:
-        least: levels, of 255, by which a color differs from the nearest shade.
+        colors: (H, W, 3) RGB.
+        least: minimum difference between a color and the nearest shade, of 255 levels.
     """
     colors = colors.astype(np.int32)
     values = colors.max(axis=2)
@@ -66,20 +68,20 @@ def holds_hues(colors: np.ndarray, least: int) -> bool:
 
 
 def painted_mask(mask_image: Image.Image, photo_image: Image.Image, plain: bool = False) -> np.ndarray | None:
-    """The mask that was painted on a copy of a photo, (H, W) bool; None where `mask_image` is no copy of it.
+    """The mask painted on a copy of a photo, (H, W) bool; None if `mask_image` is not a copy of the photo.
 
-    The copy may have been saved as JPEG, of quality 75 and more. An outline may end at the border of the photo: the
-    subject is then on the side with less of the border. Where black or white covers most of the border, the background
-    was painted, and the rest is the subject.
+    The copy can be a JPEG of quality 75 or more. An outline can end at the border of the photo; the subject is then on
+    the side with less of the border. If black or white paint covers most of the border, the background is painted, and
+    the rest is the subject.
 
     Args:
         mask_image: the copy, upright.
         photo_image: the photo, upright.
-        plain: the unpainted part may be of few colors, as on a white background. A mask of black and white could be
-            taken for such a copy.
+        plain: the unpainted part may have few colors, such as a white background. A black and white mask could then
+            pass as a copy.
 
     Raises:
-        InputError: nothing is painted, or an outline with a gap; the message lacks the file's name in front.
+        InputError: nothing is painted, or an outline has a gap. The caller adds the file's name before the message.
     """
     if mask_image.size != photo_image.size:
         return None
@@ -89,7 +91,7 @@ def painted_mask(mask_image: Image.Image, photo_image: Image.Image, plain: bool 
     if alike.mean() < ALIKE or not (plain or _colors(copy[alike], 1e-3) >= VARIED):
         return None
     noise = float(np.percentile(difference[difference < 40], 95))
-    if noise > 2:  # the noise of JPEG is as often above as below: the mean of neighbors is nearer to the photo
+    if noise > 2:  # JPEG noise has mean zero, so the mean of neighbors is closer to the photo
         blurred = ndimage.uniform_filter((copy - photo).astype(np.float32), (3, 3, 1))
         difference = np.minimum(difference, np.abs(blurred).max(axis=2) * 1.5).astype(np.int16)
     stroke = difference > np.clip(3 * noise, 12, 45)
@@ -107,13 +109,13 @@ def painted_mask(mask_image: Image.Image, photo_image: Image.Image, plain: bool 
 
 
 def _colors(pixels: np.ndarray, share: float) -> int:
-    """How many colors, of 16 levels a channel, are each of at least this share of all pixels (n, 3)."""
+    """The number of colors, at 16 levels a channel, that each have at least this share of all pixels (n, 3)."""
     counts = np.bincount((pixels.astype(np.int32) >> 4) @ np.array([256, 16, 1]), minlength=4096)
     return int((counts >= max(2, share * counts.sum())).sum())
 
 
 def _is_paint(copy: np.ndarray, photo: np.ndarray) -> bool:
-    """Whether what differs, (n, 3) in the copy and in the photo, is one color, opaque or not, rather than a scene."""
+    """Whether the changed pixels, (n, 3) in the copy and in the photo, are paint of one color, opaque or not."""
     was, now = (pixels.astype(np.float32) - pixels.mean(axis=0) for pixels in (photo, copy))
     seen_through = float(np.clip((was * now).sum() / max((was * was).sum(), 1), 0, 0.9))
     uneven = np.median(np.abs(now - seen_through * was).max(axis=1))
@@ -121,12 +123,12 @@ def _is_paint(copy: np.ndarray, photo: np.ndarray) -> bool:
 
 
 def _with_its_color(stroke: np.ndarray, copy: np.ndarray, sure: np.ndarray) -> np.ndarray:
-    """The stroke with what adjoins it and has its color: paint hardly differs from a part of the photo of its color.
+    """The stroke with adjacent pixels of its color, which differ little from the photo where it has that color too.
 
     Args:
         stroke: (H, W) bool.
         copy: (H, W, 3).
-        sure: (H, W) bool, where there is paint for sure; without a single color the stroke stays as it is.
+        sure: (H, W) bool, pixels that are certainly paint; if they have several colors, the stroke is unchanged.
     """
     colors = copy[sure] if sure.any() else copy[stroke]
     middle = np.median(colors, axis=0)
@@ -146,7 +148,7 @@ def _without_specks(stroke: np.ndarray) -> np.ndarray:
 
 
 def _filled(stroke: np.ndarray) -> np.ndarray:
-    """A stroke with what it encloses; raises `InputError` for an outline with a wide gap."""
+    """A stroke with its inside filled; raises `InputError` for an outline with a wide gap."""
     shrunk = _shrunk(stroke, -(-max(stroke.shape) // 1024))
     thin = _is_thin(shrunk)
     for gap in (0, *(max(1, round(share * max(shrunk.shape))) for share in GAPS if thin)):
@@ -161,7 +163,7 @@ def _filled(stroke: np.ndarray) -> np.ndarray:
 
 
 def _shrunk(stroke: np.ndarray, factor: int) -> np.ndarray:
-    """A stroke at a fraction of its size; a cell of `factor` x `factor` pixels belongs to it if one of them does."""
+    """A stroke downsampled by `factor`; a cell of `factor` x `factor` pixels is True if one of its pixels is."""
     height, width = (-(-side // factor) for side in stroke.shape)
     padded = np.zeros((height * factor, width * factor), bool)
     padded[: stroke.shape[0], : stroke.shape[1]] = stroke
@@ -191,7 +193,8 @@ def _closed(stroke: np.ndarray, gap: int) -> np.ndarray:
 
 
 def _enclosed_by_border(stroke: np.ndarray) -> np.ndarray:
-    """The stroke with what it and the border enclose: every part without a corner, or but the one with most border."""
+    """The stroke with the parts that it and the border enclose: those without a corner, or all but the one with most
+    border."""
     parts, _ = ndimage.label(~stroke)
     border = _border(parts)
     counts = np.bincount(border[border > 0], minlength=1)

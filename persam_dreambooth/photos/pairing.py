@@ -1,8 +1,8 @@
-"""Which mask belongs to which photo, by their names.
+"""Pairs masks with photos by their names.
 
-A mask has its photo's name, without regard to case and to the normal form of accents, in any image format, in the
-photo's subfolder or beside the photo. It may have the photo's whole file name (`00.jpg.png`), and a word that says what
-it is (`WORDS`), as in `00_mask.png`, `00-masklabel.png`, `mask_00.png`, `00-removebg-preview.png`.
+A mask has its photo's name, in any image format, in the photo's subfolder or beside the photo. Case and the Unicode
+normal form of accents are ignored. The name can contain the photo's whole file name (`00.jpg.png`) and a word from
+`WORDS`, as in `00_mask.png`, `00-masklabel.png`, `mask_00.png`, `00-removebg-preview.png`.
 """
 
 import logging
@@ -21,23 +21,24 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MASK_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
-"""Of files that may be masks."""
+"""Suffixes of files that may be masks."""
 
 PHOTO_ENDINGS = (*MASK_SUFFIXES, ".heic", ".heif", ".jfif")
-"""Suffixes of a photo that its mask may have within its name."""
+"""Suffixes of photos that a mask's name may contain."""
 
 WORDS = ("masklabel", "masks", "mask", "segmentation", "seg", "matte", "alpha", "rgba", "cutout", "removebg-preview")
-"""What a mask's name may say after its photo's, with `_`, `-`, `.` or a space between; `FIRST` before it too."""
+"""Words that may follow the photo's name in a mask's name, after `_`, `-`, `.` or a space; `FIRST` may also precede
+it."""
 
 FIRST = ("mask", "seg", "matte")
 
 AFTER = re.compile(rf"(?:[ _.-]+|(?<=\d))\(?(?:{'|'.join(WORDS)})\)?$")
 BEFORE = re.compile(rf"^(?:{'|'.join(FIRST)})(?:[ _.-]+|(?=\d))")
 COPY = re.compile(r"(?: - copy| copy|[ _-]painted)$")
-"""What a copy of a photo that was painted on may be called; such a copy beside its photo is none of its masks yet."""
+"""Endings of the name of a painted copy of a photo. Such a copy beside its photo is not yet one of its masks."""
 
 NO_MASKS = ("@eadir", "__macosx", "heatmaps")
-"""Subfolders of a mask folder that hold none."""
+"""Subfolders of a mask folder that contain no masks."""
 
 OVERVIEW = "overview"
 """The picture that `segment` writes into its mask folder."""
@@ -46,20 +47,20 @@ MOST_LISTED = 10
 
 
 def name_key(name: str) -> str:
-    """A name by which files are the same on every system: without regard to case and to the normal form of accents."""
+    """A key that is equal for names that differ only in case or in the Unicode normal form of accents."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).lower())
 
 
 def photo_of_mask(mask_path: Path, photos: "list[Photo]") -> "Photo":
-    """The photo that a mask belongs to: the only one, else by name, else the only one of the mask's size.
+    """The photo of a mask: the only photo, else the photo with its name, else the only photo of its size.
 
     Args:
-        mask_path: the mask file; its folder counts where photos in several subfolders have its name.
-        photos: at least one.
+        mask_path: the mask file. If photos in several subfolders have its name, its folder decides.
+        photos: at least one photo.
 
     Raises:
-        InputError: several photos could be meant, or none has its name; the message lists them.
-        InputNotFoundError: as `images.open_image`.
+        InputError: several photos match, or none; the message lists them.
+        InputNotFoundError: see `images.open_image`.
     """
     if len(photos) == 1:
         logger.info("%s is taken as the mask of %s (the only photo)", mask_path, photos[0].path)
@@ -77,13 +78,13 @@ def photo_of_mask(mask_path: Path, photos: "list[Photo]") -> "Photo":
     if meant:
         raise InputError(f"{mask_path} could be the mask of {names}: {advice}")
     example = f"{Path(photos[0].name).stem}_mask.png"
-    raise InputError(f"{mask_path} has the name of no photo ({names}): {advice}, or rename it, such as {example}")
+    raise InputError(f"{mask_path} matches the name of no photo ({names}): {advice}, or rename it, such as {example}")
 
 
 def masks_beside(names: Iterable[str]) -> dict[str, str]:
-    """Among the file names of one folder, those that are masks of others, with the photo of each.
+    """The file names of one folder that are masks of other files there, with the photo of each.
 
-    `00_mask.png` is one beside `00.jpg`; `cat_mask.jpg` is a photo where there is no other `cat`.
+    `00_mask.png` beside `00.jpg` is a mask; `cat_mask.jpg` is a photo if there is no other `cat`.
     """
     known = sorted(name for name in names if name.lower().endswith(PHOTO_ENDINGS) and not name.startswith("."))
     by_stem: dict[str, str] = {}
@@ -93,23 +94,23 @@ def masks_beside(names: Iterable[str]) -> dict[str, str]:
     for name in known:
         meant = [by_stem[stem] for stem in _stems(Path(name).stem, copies=False)[1:] if stem in by_stem]
         if meant and name.lower().endswith(MASK_SUFFIXES):
-            masks[name] = meant[-1]  # what says least is no mask itself
+            masks[name] = meant[-1]  # the name with the fewest words is a photo
     return masks
 
 
 def find_masks(folder: Path, photos: "list[Photo]", others_may_be: bool = False) -> dict[str, Path]:
-    """Which file of a mask folder is whose, by the photo's name; a photo without a mask is left out.
+    """The mask files of a folder by their photos' names; a photo without a mask is left out.
 
-    Hidden files, other kinds of files, the photos themselves, and what `segment` and other systems leave there (an
-    overview, heat maps, thumbnails) are no masks.
+    Hidden files, files that are not images, the photos themselves, and files from `segment` and other programs (an
+    overview, heat maps, thumbnails) are not masks.
 
     Args:
-        folder: the mask folder; its subfolders are those of the photos.
-        photos: no two with the same name, see `mask_folder.check_names`.
-        others_may_be: masks of other photos are left out rather than refused.
+        folder: the mask folder, with the same subfolders as the photos.
+        photos: photos with distinct names, see `mask_folder.check_names`.
+        others_may_be: masks of other photos are left out instead of raising an error.
 
     Raises:
-        InputError: two masks of one photo, or a mask that belongs to no photo.
+        InputError: a photo has two masks, or a mask has no photo.
     """
     by_name: dict[str, str] = {}
     for photo in photos:
@@ -129,7 +130,7 @@ def find_masks(folder: Path, photos: "list[Photo]", others_may_be: bool = False)
             if others_may_be or _is_no_mask(name):
                 continue
             raise InputError(
-                f"{path} belongs to no photo: a mask has its photo's name, such as {Path(photos[0].name).stem}.png; "
+                f"{path} matches no photo: a mask has its photo's name, such as {Path(photos[0].name).stem}.png; "
                 "rename or remove it"
             )
         if photo_name in found:
@@ -139,14 +140,14 @@ def find_masks(folder: Path, photos: "list[Photo]", others_may_be: bool = False)
 
 
 def listed(names: Iterable[str]) -> str:
-    """Names with commas, at most ten."""
+    """The names separated by commas, at most `MOST_LISTED` of them."""
     every = list(names)
     more = f" and {len(every) - MOST_LISTED} more" if len(every) > MOST_LISTED else ""
     return ", ".join(every[:MOST_LISTED]) + more
 
 
 def _named(mask_path: Path, photos: "list[Photo]") -> "list[Photo]":
-    """The photos that a mask's name may mean: those that it fits exactly, else those that it fits most nearly."""
+    """The photos that match a mask's name: exactly, else most closely."""
     exact = [photo for photo in photos if mask_path.stem in (Path(photo.name).stem, Path(photo.name).name)]
     if exact:
         return exact
@@ -160,7 +161,7 @@ def _named(mask_path: Path, photos: "list[Photo]") -> "list[Photo]":
 
 
 def _nearest(mask_path: Path, photos: "list[Photo]") -> "list[Photo]":
-    """Of photos of one name in several subfolders, the one beside the mask, or in the subfolder of the mask's name."""
+    """Among photos with one name, the photo beside the mask, or in a subfolder with the mask's subfolder's name."""
     if len(photos) < 2:
         return photos
     folder = mask_path.resolve().parent
@@ -178,7 +179,7 @@ def _nearest(mask_path: Path, photos: "list[Photo]") -> "list[Photo]":
 
 
 def _stems(stem: str, copies: bool = True) -> list[str]:
-    """The keys that a mask's stem may mean, from its own on, each with less of what a mask's name says."""
+    """The keys for a mask's stem: first its own, then with fewer and fewer mask words."""
     stems = [name_key(stem)]
     while True:
         last = stems[-1]
@@ -191,6 +192,6 @@ def _stems(stem: str, copies: bool = True) -> list[str]:
 
 
 def _is_no_mask(name: Path) -> bool:
-    """Whether a file of a mask folder, by its path in it, is something else."""
+    """Whether a file of a mask folder, given by its relative path, is not a mask."""
     inside = any(name_key(part) in NO_MASKS for part in name.parts[:-1])
     return inside or (len(name.parts) == 1 and name_key(name.stem) == OVERVIEW)

@@ -1,4 +1,4 @@
-"""References: photos whose masks a person gives."""
+"""References: photos with masks from the user."""
 
 import logging
 from pathlib import Path
@@ -19,17 +19,17 @@ Reference = tuple[Photo, np.ndarray]
 def find_reference(
     photos: list[Photo], folder: Path, mask_path: Path, image: str | None, invert: bool = False
 ) -> Reference:
-    """Finds the photo that a mask belongs to, and reads the mask.
+    """Finds the photo of a mask, and reads the mask.
 
     Args:
         photos: the photos of a folder.
         folder: that folder.
         mask_path: the mask.
         image: the photo, as a path or a name inside the folder; None to find it by the mask's name.
-        invert: whether black is the subject.
+        invert: whether the subject is black.
 
     Raises:
-        InputError, InputNotFoundError: as `photo_of_mask` and `mask_of`.
+        InputError, InputNotFoundError: see `photo_of_mask` and `mask_of`.
     """
     if image:
         named = (Path(image).resolve(), (folder / image).resolve())
@@ -41,7 +41,7 @@ def find_reference(
 
 
 def find_references(photos: list[Photo], folder: Path, invert: bool = False) -> list[Reference]:
-    """The photos that have a mask in a folder, with their masks; raises as `load_references`."""
+    """The photos that have a mask in a folder, with their masks; see `load_references` for the errors."""
     known = load_references(folder, photos, invert)
     logger.info("references: %s", ", ".join(item.photo.name for item in known))
     return [(item.photo, item.mask) for item in known]

@@ -1,1 +1,1 @@
-"""Pictures and HTML pages for people to look at."""
+"""Pictures and HTML pages for the user."""

@@ -1,6 +1,6 @@
-"""HTML pages that open without network: one file, its pictures and its style inside; light or dark as the reader likes.
+"""HTML pages in one file, with embedded pictures and style, for offline use; light or dark by the browser's setting.
 
-A page is made of blocks of HTML. Text from outside goes through `text`.
+A page consists of blocks of HTML. External text must be escaped with `text`.
 """
 
 import base64
@@ -15,12 +15,12 @@ _NUMBER = ' class="number"'
 
 
 def page(title: str, *blocks: str) -> str:
-    """A whole page: its title as the heading, then the blocks."""
+    """A whole page: the title as its heading, then the blocks."""
     return PAGE.format(title=text(title), style=STYLE, body="\n".join(blocks), script=SCRIPT)
 
 
 def text(words: str) -> str:
-    """Words as HTML shows them, whatever signs they hold."""
+    """Escapes text for HTML."""
     return html.escape(words)
 
 
@@ -30,13 +30,13 @@ def paragraph(words: str) -> str:
 
 
 def picture(image: Image.Image, says: str, caption: Sequence[str] = (), kind: str = "JPEG") -> str:
-    """A picture inside the page.
+    """A picture embedded in the page.
 
     Args:
         image: RGB.
-        says: what it shows, for those who cannot see it.
-        caption: lines below it.
-        kind: `JPEG` for photos, `PNG` for what has sharp edges.
+        says: alternative text.
+        caption: lines below the picture.
+        kind: `JPEG` for photos, `PNG` for pictures with sharp edges.
     """
     buffer = io.BytesIO()
     image.save(buffer, kind, quality=80, optimize=True)
@@ -46,17 +46,17 @@ def picture(image: Image.Image, says: str, caption: Sequence[str] = (), kind: st
 
 
 def section(name: str, heading: str, pictures: Sequence[str]) -> str:
-    """A row of pictures under a heading; a table's links and the address bar find it by its name."""
+    """A row of pictures under a heading; `name` is its anchor for links."""
     return f'<section id="{text(name)}"><h2>{text(heading)}</h2><div class="row">{"".join(pictures)}</div></section>'
 
 
 def html_table(headings: Sequence[str], rows: Sequence[Sequence[TableCell]], links: Sequence[str] = ()) -> str:
-    """A table that sorts by the column whose heading is clicked.
+    """A table that sorts by a column when its heading is clicked.
 
     Args:
-        headings: of the columns.
-        rows: cells: text, numbers (shown with two decimals), or None for nothing.
-        links: names of the sections that the first cells of the rows lead to; an empty one leads nowhere.
+        headings: headings of the columns.
+        rows: cells of each row: text, a number (shown with two decimals), or None for an empty cell.
+        links: for each row, the name of the section that the first cell links to; empty for no link.
     """
     numeric = [isinstance(value, float) for value in rows[0]]
     head = "".join(

@@ -1,4 +1,4 @@
-"""Pictures for people: photos with their masks and heat maps, the overview, grids of samples, the loss curve."""
+"""Pictures for the user: photos with masks and heat maps, the overview, grids of samples, the loss curve."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from persam_dreambooth.photos.labels import davis_palette
 from persam_dreambooth.photos.mask_folder import PhotoMask
 
 TILE = 320
-"""Width and height of the box a picture is fitted into, in pixels."""
+"""Width and height, in pixels, of the box into which a picture is scaled."""
 LINE = 20
 GAP = 12
 OUTLINE_COLOR, HALO = (255, 0, 200), (255, 255, 255)
@@ -26,11 +26,14 @@ SCALE = 18
 
 
 def overview(photo_masks: list[PhotoMask], subjects: list[str] | None = None) -> Image.Image:
-    """Every photo with its mask's outline, the rest dimmed; below it coverage, predicted IoU, presence, and the maker.
+    """Draws every photo with its mask's outline and the background dimmed.
 
-    Presence alone says little of a mask: it may be high where the mask is a part of the subject.
+    Coverage, predicted IoU, presence and the method are below each photo. Presence alone says little about a mask: it
+    can be high for a mask of only a part of the subject.
 
-    Where there are several subjects, `subjects` says whose mask each is.
+    Args:
+        photo_masks: photos with masks.
+        subjects: the subject of each mask, if there are several subjects.
     """
     tiles, captions, alarms = [], [], []
     for number, item in enumerate(photo_masks):
@@ -49,10 +52,10 @@ def overview(photo_masks: list[PhotoMask], subjects: list[str] | None = None) ->
 def outlined(
     photo: Image.Image, mask: np.ndarray, points: np.ndarray | None = None, box: np.ndarray | None = None
 ) -> Image.Image:
-    """The photo fitted into a tile, with the outline of its mask and the rest dimmed.
+    """The photo scaled into a tile, with the outline of its mask and the background dimmed.
 
-    The outline is a pixel wide and lies outside the mask, with a white one around it, so that the smallest specks of a
-    mask are seen as well as the smallest holes in it.
+    The outline is one pixel wide and outside the mask, with a white outline around it, so that the smallest specks and
+    holes of a mask are visible.
 
     Args:
         photo: RGB.
@@ -86,14 +89,14 @@ def heat_map(
     photo_cells: tuple[float, float],
     span: tuple[float, float] | None = None,
 ) -> Image.Image:
-    """A location prior over its photo, fitted into a tile: dark blue is the least similar, yellow the most.
+    """A location prior over its photo, scaled into a tile: dark blue is the lowest similarity, yellow the highest.
 
     Args:
         photo: RGB.
         similarity: (64, 64) cells of SAM's input.
-        photo_cells: rows and columns of these that the photo covers, from the upper left corner; SAM pads the rest,
-            SAM 2 stretches the photo over all of them.
-        span: the values at the ends of the colors, which stand below; default: the least and the greatest shown.
+        photo_cells: rows and columns of cells that the photo covers, from the upper left corner. SAM pads the rest; SAM
+            2 stretches the photo over all cells.
+        span: the lowest and the highest value of the color scale, drawn below; by default those of this photo.
     """
     from matplotlib import colormaps
 
@@ -116,8 +119,8 @@ def heat_map(
     return tile
 
 
-def painted(photo: Image.Image, labels: np.ndarray) -> Image.Image:
-    """The photo (RGB) with its label map's ((H, W) uint8) objects painted over it, half and half, in their colors."""
+def overlay_labels(photo: Image.Image, labels: np.ndarray) -> Image.Image:
+    """The photo (RGB) with the objects of its label map ((H, W) uint8) blended over it in their colors."""
     colors = Image.fromarray(labels)
     colors.putpalette(davis_palette())
     inside = Image.fromarray((labels > 0).astype(np.uint8) * 255)
@@ -131,14 +134,14 @@ def grid(
     columns: int = 5,
     title: str | None = None,
 ) -> Image.Image:
-    """Pictures in rows, each in a tile.
+    """A grid of pictures, each in a tile.
 
     Args:
         tiles: the pictures.
-        captions: lines of text below each.
-        alarms: a further line below each, in red; an empty one is left out.
+        captions: lines of text below each picture.
+        alarms: one more line below each picture, in red; an empty one is left out.
         columns: pictures in a row.
-        title: lines above all.
+        title: lines above the grid.
     """
     alarms = alarms or [""] * len(tiles)
     columns = min(columns, len(tiles))
@@ -153,7 +156,7 @@ def grid(
     for index, (tile, caption, alarm) in enumerate(zip(tiles, captions, alarms, strict=True)):
         left = GAP + index % columns * cell_width
         top = GAP + head + index // columns * cell_height
-        if max(tile.size) < TILE:  # small samples grow by whole pixels, so that they stay what they are
+        if max(tile.size) < TILE:  # small samples are enlarged by whole pixels, without blur
             factor = TILE // max(tile.size)
             tile = tile.resize((tile.width * factor, tile.height * factor), Image.Resampling.NEAREST)
         elif max(tile.size) > TILE:
@@ -184,22 +187,23 @@ def loss_curve(steps: list[int], losses: list[float], path: Path) -> None:
 
 
 def save_picture(image: Image.Image, path: Path) -> None:
-    """Writes a picture in the format of its suffix, whole or not at all."""
+    """Writes a picture atomically, in the format of the suffix."""
     with write_aside(path) as aside:
         image.save(aside, quality=92)
 
 
 def _tile(photo: Image.Image) -> Image.Image:
-    """A copy of the photo that fits into a tile."""
+    """A copy of the photo scaled into a tile."""
     tile = photo.copy()
     tile.thumbnail((TILE, TILE), Image.Resampling.LANCZOS)
     return tile
 
 
 def _with_specks(covered: Image.Image) -> Image.Image:
-    """Black and white of how much of each pixel a mask covers (0 to 255).
+    """Thresholds the coverage of each pixel by a mask (0 to 255) to black and white.
 
-    White is half or more, and what touches nothing of that kind, however small; black likewise.
+    A pixel is white if half or more is covered. Specks smaller than that stay white if they touch no other white pixel,
+    and small holes stay black likewise.
     """
     halves = covered.point(lambda value: 255 if value > 127 else 0)
     somewhat, wholly = covered.point(lambda value: 255 if value else 0), covered.point(lambda value: value // 255 * 255)
@@ -209,7 +213,7 @@ def _with_specks(covered: Image.Image) -> Image.Image:
 
 
 def _fitted(line: str) -> str:
-    """The line, cut so that it stays below its tile."""
+    """The line, shortened to the width of its tile."""
     font = ImageFont.load_default(LINE - 6)
     if font.getlength(line) <= TILE:
         return line

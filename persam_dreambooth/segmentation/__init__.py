@@ -14,7 +14,7 @@ PUBLIC = {
     "find_instances": "segmenter",
     "open_sam": "sams.checkpoints",
 }
-"""Public names and their modules, which are imported when a name is first used."""
+"""Public names and their modules; a module is imported when one of its names is first used."""
 
 __all__ = list(PUBLIC)
 

@@ -1,4 +1,4 @@
-"""What a segmenter finds in a photo.
+"""The result of a segmenter for one photo.
 
 Shapes: H W photo; 64 x 64 cells; 256 x 256 low-resolution logits. Points and boxes are xy in pixels of the photo.
 """
@@ -8,23 +8,23 @@ from dataclasses import dataclass
 import numpy as np
 
 ABSENT_THRESHOLD = 0.85
-"""Presence below which the subject is not in a photo: a compromise, since it depends on the SAM and on the photos
-(docs/evaluation.md); `evaluate absence` measures it."""
+"""Presence below which the subject is taken as absent. It is a compromise: the best threshold depends on the SAM and on
+the photos (docs/evaluation.md). `evaluate absence` measures it."""
 
 ABSENT = "absent"
 EMPTY_INTERMEDIATE = "empty intermediate mask"
 SMALL_TARGET = "target smaller than a cell"
-"""Flags of what is found."""
+"""Values of `Found.flags`."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One pass of the decoder.
+    """The result of one decoder pass.
 
     Args:
         low_res_logits: (masks, 256, 256) float32.
         scores: (masks,) predicted IoU.
-        box: (4,) the box this pass was prompted with, or None.
+        box: (4,) the box prompt of this pass, or None.
     """
 
     low_res_logits: np.ndarray
@@ -44,15 +44,15 @@ class Found:
     Args:
         mask: (H, W) bool.
         score: predicted IoU of the mask, about 0 to 1.
-        presence: cosine similarity of the found region to the target, cut to 0..1; 0 for an empty mask.
-        points: (n, 2) prompts: the positive point, then for PerSAM the negative one.
-        box: (4,) the box of the last pass (x0, y0, x1, y1, inclusive); None where every mask before it was empty.
+        presence: cosine similarity of the found region to the target, clipped to 0..1; 0 for an empty mask.
+        points: (n, 2) prompts: the positive point, then for PerSAM the negative point.
+        box: (4,) the box of the last pass (x0, y0, x1, y1, inclusive); None if every earlier mask was empty.
         similarity: (64, 64) float32 location prior, padding included.
         photo_cells: rows and columns of the location prior that the photo covers, from the upper left corner; the rest
             is padding.
         steps: the decoder passes, in order.
         flags: `absent` (the mask is empty, or presence is below the segmenter's threshold), `empty intermediate mask`,
-            `target smaller than a cell`; empty when all went well.
+            `target smaller than a cell`; empty if nothing is wrong.
     """
 
     mask: np.ndarray

@@ -18,12 +18,12 @@ from persam_dreambooth.photos.images import PHOTO_SUFFIXES, read_image
 
 @dataclass(frozen=True)
 class Frame:
-    """A frame that is decoded when it is asked for.
+    """A frame, which `read` decodes.
 
     Args:
-        number: its place in the video; the first one may have any.
-        name: for messages.
-        read: the upright RGB picture; raises `InputError` where it cannot be decoded.
+        number: its number in the video; the first frame may have any number.
+        name: its name in messages.
+        read: returns the upright RGB picture; raises `InputError` if it cannot be decoded.
     """
 
     number: int
@@ -33,7 +33,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class Video:
-    """The first frame, the others in order (to be gone through once), and how many there are, where that is known."""
+    """The first frame, an iterator over the others in order, and the number of frames, or None if it is unknown."""
 
     first: Frame
     others: Iterator[Frame]
@@ -41,16 +41,16 @@ class Video:
 
 
 def open_video(source: Path, leave_out: Path | None = None) -> Video:
-    """Opens a video; of its frames, only a file's first one is decoded.
+    """Opens a video. Frames are decoded later, except the first frame of a video file.
 
     Args:
-        source: a folder of pictures whose names end in their numbers, without a gap, such as 00000.jpg; or a video
-            file, which PyAV decodes (the extra `video`).
-        leave_out: a picture in the folder that is no frame.
+        source: a folder of pictures whose names end in consecutive numbers, such as 00000.jpg; or a video file, which
+            PyAV decodes (the extra `video`).
+        leave_out: a picture in the folder that is not a frame.
 
     Raises:
-        InputNotFoundError: no such folder or file, no picture in it, or no PyAV.
-        InputError: numbers that are missing, double or have gaps; a name that is not UTF-8; a file that is no video.
+        InputNotFoundError: no such folder or file, no picture in it, or PyAV is not installed.
+        InputError: missing or duplicate numbers; a name that is not UTF-8; a file that is not a video.
     """
     if source.is_dir():
         frames = _list_folder(source, leave_out)
@@ -95,7 +95,7 @@ def _open_file(path: Path) -> Video:
     try:
         container = av.open(str(path))
     except av.error.FFmpegError as error:
-        raise InputError(f"{path} is no video ({error.strerror}): give a video file or a folder of frames") from None
+        raise InputError(f"{path} is not a video ({error.strerror}): give a video file or a folder of frames") from None
     frames = _decode(container, path)
     first = next(frames, None) if container.streams.video else None
     if first is None:
@@ -113,11 +113,11 @@ def _decode(container: Any, path: Path) -> Iterator[Frame]:
                 yield Frame(number, f"frame {number} of {path}", partial(_upright, picture))
     except av.error.FFmpegError as error:
         raise InputError(
-            f"{path} breaks off after {number + 1} frames ({error.strerror}): replace it or cut the rest off"
+            f"{path} cannot be decoded after {number + 1} frames ({error.strerror}): replace it or cut the rest off"
         ) from None
 
 
 def _upright(picture: Any) -> Image.Image:
-    """A decoded picture as RGB, turned as the file says (counterclockwise, in degrees)."""
+    """A decoded picture as RGB, rotated by the file's rotation (counterclockwise, in degrees)."""
     image: Image.Image = picture.to_image()
     return image.rotate(picture.rotation, expand=True) if picture.rotation else image

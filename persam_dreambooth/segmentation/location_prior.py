@@ -1,4 +1,4 @@
-"""The location prior: which cells are the target, how similar every cell is to it, and the points that follow.
+"""The location prior: the target's cells, the similarity of every cell to the target, and the point prompts.
 
 PerSAM, section 3.2, Eq. 3 to 6. Shapes: 64 x 64 cells with C channels; H W photo.
 """
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Target:
-    """The subject as SAM sees it in the reference photo.
+    """The subject's embedding in the reference photo.
 
     Args:
         mean: (C,) mean embedding of the target cells, not normalized (Eq. 4).
-        peak: (C,) their channel-wise maximum.
-        background_similarity: cosine similarity of the reference photo's background to the mean, 0 to 1: how much alike
-            all things look to this SAM. 0 for a mask that leaves no background.
-        small: no cell reached the asked coverage, so cells count by the share of the mask that lies in them.
+        peak: (C,) channel-wise maximum of the target cells' embeddings.
+        background_similarity: cosine similarity of the reference photo's background to the mean, 0 to 1. It is high for
+            a SAM whose embeddings are all alike, and 0 for a mask that leaves no background.
+        small: no cell reached the target coverage, so each cell is weighted by its share of the mask.
     """
 
     mean: torch.Tensor
@@ -37,19 +37,19 @@ class Target:
 
 
 def cell_weights(mask: np.ndarray, encoding: Encoding, target_coverage: float) -> tuple[torch.Tensor, bool]:
-    """Which cells belong to a mask.
+    """The weight of each cell in a mask.
 
-    As in the published code, coverage is read at the center of each cell, from the mask resized like a photo. Where
-    no cell is covered enough, a cell's weight is instead its share of the mask's pixels, so that a mask smaller than
-    one cell still has a place.
+    As in the published code, coverage is read at the center of each cell, from the mask resized like a photo. If no
+    cell is covered enough, a cell's weight is its share of the mask's pixels, so that a mask smaller than one cell
+    still has a target.
 
     Args:
         mask: (H, W) bool with at least one pixel.
         encoding: the photo.
-        target_coverage: a cell belongs to the mask when more of its center than this is covered, 0 to 1.
+        target_coverage: a cell belongs to the mask if more of its center than this is covered, 0 to 1.
 
     Returns:
-        (64, 64) float weights that sum to 1, and whether the fallback was needed.
+        (64, 64) float weights that sum to 1, and whether the fallback was used.
     """
     grid, padded, (height, width) = encoding.grid, encoding.padded, encoding.resized
     resized = Image.fromarray(mask.astype(np.uint8) * 255).resize((width, height), Image.Resampling.BILINEAR)
@@ -82,7 +82,7 @@ def embed_target(mask: np.ndarray, encoding: Encoding, target_coverage: float) -
 
 
 def pool_targets(targets: Sequence[Target]) -> Target:
-    """One target from several references, which weigh the same: the mean of the means, the maximum of the maxima."""
+    """One target from several references with equal weights: the mean of the means, the maximum of the maxima."""
     return Target(
         torch.stack([target.mean for target in targets]).mean(dim=0),
         torch.stack([target.peak for target in targets]).amax(dim=0),
@@ -92,18 +92,18 @@ def pool_targets(targets: Sequence[Target]) -> Target:
 
 
 def mean_embedding(weights: torch.Tensor, encoding: Encoding) -> torch.Tensor:
-    """The embedding averaged with weights (64, 64) that sum to 1: (C,)."""
+    """The average of the embedding with weights (64, 64) that sum to 1: (C,)."""
     chosen = weights > 0
     return (encoding.embedding[0, :, chosen] * weights[chosen]).sum(dim=1)
 
 
 def similarity(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Cosine similarity of two embeddings (C,), cut to 0..1."""
+    """Cosine similarity of two embeddings (C,), clipped to 0..1."""
     return float(F.cosine_similarity(one, other, dim=0).clamp(0, 1))
 
 
 def presence(mask: np.ndarray, encoding: Encoding, target: Target, target_coverage: float) -> float:
-    """Cosine similarity of what a mask, (H, W) bool, holds to the target's mean, cut to 0..1; 0 for an empty mask."""
+    """Cosine similarity of a mask's (H, W) bool content to the target's mean, clipped to 0..1; 0 for an empty mask."""
     if not mask.any():
         return 0.0
     weights, _ = cell_weights(mask, encoding, target_coverage)
@@ -117,7 +117,7 @@ def location_prior(target: torch.Tensor, encoding: Encoding) -> torch.Tensor:
 
 
 def suppressed(prior: torch.Tensor, places: np.ndarray, encoding: Encoding, target_coverage: float) -> torch.Tensor:
-    """The prior (64, 64) with the cells of places, (H, W) bool, as unlike the target as any."""
+    """The prior (64, 64) with its minimum in the cells of `places`, (H, W) bool."""
     if not places.any():
         return prior
     weights, _ = cell_weights(places, encoding, target_coverage)

@@ -32,11 +32,11 @@ class PerSAM(Segmenter):
     Args:
         sam: see `open_sam`.
         guidance: `persam`: the published computation, its attention bias aligned to the padded features;
-            `published`: as the published code computes it, with the stretch on photos that are not square;
-            `paper`: Eq. 7 and 8 as printed; `none`: location prior and refinement alone.
+            `published`: the published code's bias, which is stretched on photos that are not square;
+            `paper`: Eq. 7 and 8 as printed; `none`: only the location prior and refinement.
         target_coverage, absent_threshold: as for `Segmenter`.
         alpha: balance factor of Eq. 7, for `paper`.
-        up_to: the last of `PARTS` that is used, for ablations.
+        up_to: the last of `PARTS` to use, for ablations.
     """
 
     method = "persam"
@@ -59,7 +59,7 @@ class PerSAM(Segmenter):
 
     @classmethod
     def from_options(cls, sam: Sam, options: SegmentationOptions) -> PerSAM:
-        """As of `Segmenter`."""
+        """See `Segmenter.from_options`."""
         return cls(sam, options.guidance, options.target_coverage)
 
     @property
@@ -68,7 +68,7 @@ class PerSAM(Segmenter):
         return self.target.mean
 
     def predict(self, photo: ImageLike, without: np.ndarray | None = None) -> Found:
-        """As of `Segmenter`."""
+        """See `Segmenter.predict`."""
         target, encoding = self.target, self._encoded(photo)
         prior = location_prior(target.mean, encoding)
         if without is not None:

@@ -37,7 +37,7 @@ class PerSAMF(Segmenter):
 
     @property
     def target_embedding(self) -> torch.Tensor:
-        """(C,) mean of the target cells' mean and maximum, as the published PerSAM-F pools them."""
+        """(C,) mean of the target cells' mean and maximum, as in the published PerSAM-F."""
         return (self.target.peak + self.target.mean) / 2
 
     @property
@@ -48,7 +48,7 @@ class PerSAMF(Segmenter):
     def _learn(self, references: list[tuple[np.ndarray, Encoding]]) -> None:
         """Fits the two scale weights.
 
-        SAM is frozen, so one decoder pass of each photo serves all steps of the fit; losses are means over photos.
+        SAM is frozen, so each photo needs one decoder pass for all steps of the fit. Losses are means over photos.
         """
         problems = []
         for shown, encoding in references:
@@ -58,7 +58,7 @@ class PerSAMF(Segmenter):
         self._weights, _ = fit_scale_weights(problems, self.fit_steps)
 
     def predict(self, photo: ImageLike, without: np.ndarray | None = None) -> Found:
-        """As of `Segmenter`."""
+        """See `Segmenter.predict`."""
         weights, encoding = self.weights, self._encoded(photo)
         prior, points, labels = self._locate(encoding, without)
         logits, scores = self.sam.decode(encoding, points, labels)
@@ -66,7 +66,7 @@ class PerSAMF(Segmenter):
         combined = torch.tensordot(torch.from_numpy(weights.astype(np.float32)).to(logits.device), logits, dims=1)
         flags: list[str] = []
         box = self.sam.mask_box(combined, encoding)
-        if box is None:  # the video code's way out of an empty combination
+        if box is None:  # an empty combination is handled as in the video code
             flags.append(EMPTY_INTERMEDIATE)
             combined = logits[first.best]
             box = self.sam.mask_box(combined, encoding)
@@ -80,7 +80,7 @@ class PerSAMF(Segmenter):
     def _locate(
         self, encoding: Encoding, without: np.ndarray | None = None
     ) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
-        """Location prior (64, 64), the positive point (1, 2), its label."""
+        """The location prior (64, 64), the positive point (1, 2) and its label."""
         prior = location_prior(self.target_embedding, encoding)
         if without is not None:
             prior = suppressed(prior, without, encoding, self.target_coverage)

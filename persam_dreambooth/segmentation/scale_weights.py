@@ -1,13 +1,13 @@
 """PerSAM-F's two scale weights (section 3.3, Eq. 9), fitted on cached logits.
 
-SAM is frozen, so its masks of three scales never change during the fit and only two numbers are learned, in a thousand
-steps of at most a thousandth each. So the losses are computed from the pixels, with their first and second derivatives
-in closed form, only where the weights have moved by `REACH` since; between, their Taylor polynomial stands in. The
-optimizer takes all its steps, and takes the published ones (`benchmarks/scale_weights.py` measures both).
+SAM is frozen, so its three masks do not change during the fit. Only two numbers are learned, in a thousand steps of at
+most a thousandth each. The losses and their first and second derivatives are computed from the pixels, in closed form,
+only after the weights have moved by `REACH`; between these points, a Taylor polynomial approximates them. The optimizer
+takes all steps of the published fit (`benchmarks/scale_weights.py` compares both).
 
 With the combined logit z = (1 - a - b) l0 + a l1 + b l2 of a pixel and its truth t, let u = (2 t - 1) z be the signed
-logit, q = sigmoid(-u) the probability of the wrong answer, r = 1 - q and s = softplus(-u). Then the losses are made of
-sums over pixels of two functions of u:
+logit, q = sigmoid(-u) the probability of the wrong class, r = 1 - q and s = softplus(-u). The losses are computed from
+the sums over pixels of two functions of u:
 
     focal:  q^2 s, times alpha_t,  with derivatives  -q^2 (2 r s + q)  and  q^2 r (4 r s - 2 q s + 5 q)
     dice:   q,                     with derivatives  -q r              and  q r (r - q)
@@ -22,16 +22,16 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 ALPHA = 0.25
-"""Weight of the subject's pixels in the focal loss; the others have 1 - ALPHA."""
+"""Weight of the subject's pixels in the focal loss; other pixels have 1 - ALPHA."""
 PIXELS_AT_ONCE = 1 << 17
-"""Pixels at a time on a CPU: few enough for its cache, enough for several threads."""
+"""Pixels in a block on a CPU: few enough for its cache, enough for several threads."""
 REACH = 0.005
-"""The farthest, in either weight, that a Taylor polynomial is used from where it was computed."""
+"""Maximum change of either weight for which a Taylor polynomial is used."""
 
 
 @dataclass(frozen=True)
 class PixelBlock:
-    """Pixels of one truth value: signed logits of mask 0 (n,), and of masks 1 and 2 relative to it (2, n)."""
+    """Pixels with one truth value: signed logits of mask 0 (n,), and of masks 1 and 2 minus those of mask 0 (2, n)."""
 
     base: torch.Tensor
     slopes: torch.Tensor
@@ -40,11 +40,11 @@ class PixelBlock:
 
 @dataclass(frozen=True)
 class Taylor:
-    """A function of the weights (a, b) to second order about a place.
+    """The second-order Taylor polynomial of a function of the weights (a, b).
 
     Args:
         place: (2,), a and b.
-        value: (n,) of its n components there.
+        value: (n,) values of the function's n components at `place`.
         gradient: (n, 2).
         curvature: (n, 2, 2).
     """
@@ -55,7 +55,7 @@ class Taylor:
     curvature: np.ndarray
 
     def at(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Value (n,) and gradient (n, 2) at weights (2,) nearby."""
+        """Value (n,) and gradient (n, 2) at nearby weights (2,)."""
         step = weights - self.place
         turned = self.curvature @ step
         return self.value + self.gradient @ step + turned @ step / 2, self.gradient + turned
@@ -71,10 +71,10 @@ def fit_scale_weights(
     the code, which frees the last two and sums logits.)
 
     Args:
-        problems: of each reference photo, (3, H, W) logits at its size and (H, W) bool, the truth. With several, the
-            losses are means over them.
+        problems: for each reference photo, (3, H, W) logits at its size and its true mask, (H, W) bool. The losses are
+            means over photos.
         steps: optimizer steps.
-        learning_rate: at the start.
+        learning_rate: initial learning rate.
 
     Returns:
         Weights (3,) and the losses before each step (steps, 2): dice, focal.
@@ -98,13 +98,13 @@ def fit_scale_weights(
 
 
 def mean(functions: Sequence[Taylor]) -> Taylor:
-    """The mean of functions about the same place."""
+    """The mean of Taylor polynomials at the same place."""
     parts = zip(*((each.value, each.gradient, each.curvature) for each in functions), strict=True)
     return Taylor(functions[0].place, *(np.mean(part, axis=0) for part in parts))
 
 
 def signed_blocks(logits: torch.Tensor, mask: np.ndarray) -> list[PixelBlock]:
-    """Sorts the pixels of logits (3, H, W) by their truth (H, W) bool and signs them."""
+    """Splits logits (3, H, W) into signed blocks by the true mask (H, W) bool."""
     truth = torch.from_numpy(mask).to(logits.device).flatten()
     size = PIXELS_AT_ONCE if logits.device.type == "cpu" else truth.numel()
     blocks = []
@@ -115,14 +115,14 @@ def signed_blocks(logits: torch.Tensor, mask: np.ndarray) -> list[PixelBlock]:
 
 
 def dice_and_focal(blocks: list[PixelBlock], a: float, b: float) -> Taylor:
-    """Dice loss with smoothing 1 and mean focal loss with gamma 2, about the weights 1 - a - b, a, b."""
+    """Dice loss with smoothing 1 and mean focal loss with gamma 2, at the weights 1 - a - b, a, b."""
     sums = torch.stack([_block_sums(block, a, b) for block in blocks]).cpu().numpy().astype(np.float64)
     inside = np.array([block.inside for block in blocks])
     sizes = np.array([len(block.base) for block in blocks])
     in_, out = sums[inside].sum(axis=0), sums[~inside].sum(axis=0)  # each (2, 7): of the focal loss, of q
     focal = (ALPHA * in_[0] + (1 - ALPHA) * out[0]) / sizes.sum()
 
-    # A pixel's probability of being the subject is 1 - q inside and q outside: dice is 1 - top / bottom with these.
+    # A pixel's probability of being the subject is 1 - q inside and q outside; dice is 1 - top / bottom.
     count = sizes[inside].sum()
     top, bottom = -2 * in_[1], out[1] - in_[1]
     top[0] += 2 * count + 1
@@ -143,7 +143,7 @@ def dice_and_focal(blocks: list[PixelBlock], a: float, b: float) -> Taylor:
 
 
 def _block_sums(block: PixelBlock, a: float, b: float) -> torch.Tensor:
-    """Sums over a block's pixels (2, 7), of the focal loss without alpha and of q: value, slopes, curvature."""
+    """Sums over a block's pixels (2, 7) of the focal loss without alpha and of q: value, gradient, curvature."""
     u = torch.add(block.base, block.slopes[0], alpha=a).add_(block.slopes[1], alpha=b)
     wrong = torch.sigmoid(-u)
     right = 1 - wrong
@@ -161,10 +161,10 @@ def _block_sums(block: PixelBlock, a: float, b: float) -> torch.Tensor:
 
 
 def _sums(slopes: torch.Tensor, value: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Sums (7,) of a function of u with these derivatives (n,), turned into derivatives for the weights."""
+    """Sums (7,) of a function of u with these derivatives (n,), as derivatives with respect to the weights."""
     return torch.cat([value.sum()[None], slopes @ first, ((slopes * second) @ slopes.T).flatten()])
 
 
 def _square(sums: np.ndarray) -> np.ndarray:
-    """The curvature (2, 2) among sums (7,)."""
+    """The curvature (2, 2) from sums (7,)."""
     return sums[3:].reshape(2, 2)

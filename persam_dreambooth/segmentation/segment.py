@@ -1,4 +1,4 @@
-"""From photos with their masks, one or a few, to a mask folder for all photos."""
+"""Makes a mask folder for all photos from one or a few photos with masks."""
 
 from __future__ import annotations
 
@@ -36,28 +36,28 @@ GIVEN = "given"
 
 @dataclass(frozen=True)
 class SegmentOptions(MaskFolderOptions):
-    """From one photo and its mask, or a few, to a mask for every photo of a folder."""
+    """A mask for every photo of a folder, from one or a few photos with masks."""
 
     images: str | None = option(None, "folder of photos", path=True, elsewhere=("instance_dir", "input"))
     reference_image: str | None = option(
         None,
-        "the photo that --mask belongs to: a path, or a name inside --images; default: the photo that has its name",
+        "the photo of --mask: a path, or a name inside --images; default: the photo with the mask's name",
         path=True,
         when=(with_flag("--mask"),),
     )
-    mask: str | None = option(None, "its mask: the subject is any color but black", path=True, rivals=("mask_dir",))
+    mask: str | None = option(None, "its mask: any color but black is the subject", path=True, rivals=("mask_dir",))
     mask_dir: str | None = option(
         None, "folder with masks of some of the photos: several references", path=True, rivals=("mask",)
     )
-    invert_mask: bool = option(False, "black, or transparent, is the subject in the masks given")
+    invert_mask: bool = option(False, "the subject is black, or transparent, in the given masks")
     output: str | None = option(
         None, "folder for the masks; must be new or empty", path=True, elsewhere=("output_dir",)
     )
-    instances: int = option(1, "how often to look for the subject in a photo; its mask holds all finds")
-    heatmaps: bool = option(False, "also pictures of where each photo that is searched is like the subject")
+    instances: int = option(1, "maximum number of times to find the subject in a photo; the mask contains all of them")
+    heatmaps: bool = option(False, "also save a heat map of the similarity to the subject for each segmented photo")
 
     def check(self) -> None:
-        """Raises `InputError` for options that are missing, out of range or at odds with one another."""
+        """Raises `InputError` for options that are missing, out of range or in conflict."""
         require(self, "images", "output")
         if not self.mask_dir:
             require(self, "mask")
@@ -66,7 +66,7 @@ class SegmentOptions(MaskFolderOptions):
 
 
 def segment_photos(options: SegmentOptions) -> list[PhotoMask]:
-    """Makes a mask folder, with an `overview.jpg`, from one photo and its mask, or a few.
+    """Makes a mask folder, with an `overview.jpg`, from one or a few photos with masks.
 
     Raises:
         InputError, InputNotFoundError: input that cannot be used; nothing is written then.
@@ -85,7 +85,7 @@ def segment_photos(options: SegmentOptions) -> list[PhotoMask]:
     segmenter = open_segmenter(options)
     heatmaps = output / "heatmaps" if options.heatmaps else None
     masks = segment_folder(photos, references, segmenter, output, options.instances, options.absent, heatmaps)
-    save_picture(overview(masks), output / "overview.jpg")  # no PNG, which would pass for a mask
+    save_picture(overview(masks), output / "overview.jpg")  # not a PNG, which would be read as a mask
     return masks
 
 
@@ -100,22 +100,22 @@ def segment_folder(
 ) -> list[PhotoMask]:
     """Finds the subject in every photo and writes the mask folder.
 
-    A reference photo keeps the mask that was given. A mask that the folder holds already stays as it is, so that an
-    interrupted run goes on and hand-drawn masks win.
+    A reference photo keeps its given mask. A mask that is already in the folder is kept, so that an interrupted run
+    resumes and hand-drawn masks take precedence.
 
     Args:
         photos: all photos.
-        references: the photos whose masks are known, with these, (H, W) bool; they need not be among `photos`.
-        segmenter: not fitted yet.
+        references: photos with their given masks, (H, W) bool; they need not be among `photos`.
+        segmenter: a segmenter that is not fitted yet.
         folder: the mask folder.
-        instances: how often the subject is looked for in a photo; its mask holds all finds.
-        absent: what becomes of a photo in which the subject is not found: it is skipped, or its mask is written, with a
-            warning or without.
-        heatmaps: folder for the location prior over every photo that is searched, as <name>.jpg.
+        instances: maximum number of times to find the subject in a photo; the mask contains all of them.
+        absent: what to do with a photo in which the subject is not found: skip it, or write its mask with or without a
+            warning.
+        heatmaps: folder for the location prior of every segmented photo, as <name>.jpg.
 
     Returns:
-        Each photo with its mask, in the order of `photos`. A photo in which the subject was not found has the flag
-        `absent` in its record, and `skipped` where that was asked for; its mask is empty then.
+        Each photo with its mask, in the order of `photos`. The record of a photo in which the subject was not found has
+        the flag `absent`. A skipped photo also has the flag `skipped`, and its mask is empty.
     """
     given = {reference.path: mask for reference, mask in references}
     found: list[PhotoMask] = []
@@ -123,7 +123,7 @@ def segment_folder(
     for photo in tqdm(photos, desc="segmenting", unit="photo"):
         kept = load_mask(folder, photo)
         if kept is not None:
-            logger.info("%s: kept the mask that is there (%s)", photo.name, kept.record.method)
+            logger.info("%s: kept the existing mask (%s)", photo.name, kept.record.method)
             found.append(kept)
             continue
         if photo.path in given:
@@ -160,10 +160,10 @@ def _predict(
         save_picture(heat, (heatmaps / photo.name).with_suffix(".jpg"))
     flags = found.flags
     if ABSENT in flags and absent == "skip":
-        logger.warning("%s: the subject is not there (presence %.2f); it is skipped", photo.name, found.presence)
+        logger.warning("%s: the subject is absent (presence %.2f); the photo is skipped", photo.name, found.presence)
         flags, mask = (*flags, SKIPPED), np.zeros_like(mask)
     elif doubts := [flag for flag in flags if flag != ABSENT or absent == "warn"]:
-        logger.warning("%s: %s; look at its mask before you use it", photo.name, ", ".join(doubts))
+        logger.warning("%s: %s; check its mask before you use it", photo.name, ", ".join(doubts))
     record = MaskRecord(
         photo=photo.name,
         photo_sha256=photo.sha256,

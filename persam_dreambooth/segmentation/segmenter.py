@@ -1,4 +1,4 @@
-"""What PerSAM and PerSAM-F share: references, the target, cascaded post-refinement (Zhang et al. 2023, section 3.2).
+"""The common base of PerSAM and PerSAM-F: references, target, cascaded post-refinement (Zhang et al. 2023, 3.2).
 
 Shapes: H W photo; 64 x 64 cells; 256 x 256 low-resolution logits. Points and boxes are xy in pixels of the photo.
 """
@@ -27,13 +27,13 @@ MaskLike = Image.Image | np.ndarray
 
 
 class Segmenter:
-    """Finds a subject in photos after it was learned from a photo and its mask.
+    """Finds a subject in photos, after `fit` on one or a few photos with masks.
 
     Args:
         sam: see `open_sam`.
-        target_coverage: a cell belongs to the target when the mask covers more of its center than this (the published
-            code reads the mask there, on 2 x 2 pixels of the padded input). Its thresholds amount to 0.485 for 0/255
-            masks and 0.966 for PerSeg's.
+        target_coverage: a cell belongs to the target if the mask covers more of its center than this, 0 to below 1. The
+            center is 2 x 2 pixels of the padded input, as in the published code, whose thresholds amount to 0.485 for
+            0/255 masks and 0.966 for PerSeg's masks.
         absent_threshold: presence below which a photo is flagged `absent`, 0 to 1.
     """
 
@@ -50,7 +50,7 @@ class Segmenter:
 
     @classmethod
     def from_options(cls: type[OwnSegmenter], sam: Sam, options: SegmentationOptions) -> OwnSegmenter:
-        """The method with what options say of it."""
+        """The method with the values of the options."""
         return cls(sam, target_coverage=options.target_coverage)
 
     @property
@@ -63,10 +63,10 @@ class Segmenter:
 
         Args:
             image: PIL image, array as for `read_image`, or an `Encoding` of one; a list for several references.
-            mask: the subject: (H, W) bool, or what `as_mask` reads; a list of as many.
+            mask: the subject: (H, W) bool, or any input of `as_mask`; a list of the same length for several references.
 
         Raises:
-            InputError: a mask of another size, or an empty one; another number of masks than of photos.
+            InputError: a mask of another size, an empty mask, or different numbers of masks and photos.
         """
         references = self._references(image, mask)
         self._target = pool_targets([embed_target(*reference, self.target_coverage) for reference in references])
@@ -74,11 +74,11 @@ class Segmenter:
         return self
 
     def predict(self, photo: ImageLike, without: np.ndarray | None = None) -> Found:
-        """Finds the subject in a photo, given as to `fit`, which comes first.
+        """Finds the subject in a photo. Call `fit` first.
 
         Args:
             photo: as for `fit`.
-            without: (H, W) bool, places that are left out of the search.
+            without: (H, W) bool, pixels to leave out of the search.
 
         Raises:
             RuntimeError: `fit` was not called.
@@ -86,7 +86,7 @@ class Segmenter:
         raise NotImplementedError
 
     def _learn(self, references: list[tuple[np.ndarray, Encoding]]) -> None:
-        """Learns what a method needs beside the target, from masks and encodings."""
+        """Fits the method's own parameters, besides the target, from masks and encodings."""
 
     def _encoded(self, photo: ImageLike) -> Encoding:
         return photo if isinstance(photo, Encoding) else self.sam.encode(photo)
@@ -94,7 +94,7 @@ class Segmenter:
     def _references(
         self, image: ImageLike | list[ImageLike], mask: MaskLike | list[MaskLike]
     ) -> list[tuple[np.ndarray, Encoding]]:
-        """Each reference's mask and encoding."""
+        """The mask and the encoding of each reference."""
         images = image if isinstance(image, list) else [image]
         masks = mask if isinstance(mask, list) else [mask]
         if not images or len(images) != len(masks):
@@ -110,7 +110,7 @@ class Segmenter:
         mask_logits: torch.Tensor,
         box: np.ndarray | None,
     ) -> tuple[Step, torch.Tensor, float]:
-        """One pass of cascaded post-refinement: the step, the logits (256, 256) of its best mask, and their score."""
+        """One pass of cascaded post-refinement: the step, the logits (256, 256) of its best mask, and its score."""
         logits, scores = self.sam.decode(encoding, points, labels, box=box, mask_logits=mask_logits)
         step = decoder_step(logits, scores, box)
         return step, logits[step.best], float(step.scores[step.best])
@@ -145,15 +145,15 @@ class Segmenter:
 
 
 def find_instances(segmenter: Segmenter, photo: ImageLike, most: int = 10) -> list[Found]:
-    """The subject as often as a photo shows it, the most similar place first; the photo is encoded once.
+    """Finds all instances of the subject in a photo, the most similar first; the photo is encoded once.
 
-    After each find the location prior is suppressed inside it. The search ends where what is found is `absent`, or
-    lies for more than half inside earlier finds.
+    After each instance, the location prior is suppressed inside its mask. The search ends at a mask that is `absent` or
+    lies for more than half inside earlier masks.
 
     Args:
-        segmenter: fitted.
-        photo: as for `fit`.
-        most: how many to look for.
+        segmenter: a fitted segmenter.
+        photo: as for `Segmenter.fit`.
+        most: maximum number of instances.
     """
     encoding = segmenter._encoded(photo)
     seen = np.zeros(encoding.size, bool)
@@ -168,14 +168,14 @@ def find_instances(segmenter: Segmenter, photo: ImageLike, most: int = 10) -> li
 
 
 def decoder_step(logits: torch.Tensor, scores: torch.Tensor, box: np.ndarray | None = None) -> Step:
-    """A pass of the decoder as it is kept: masks (n, 256, 256), predicted IoUs (n,), the box (4,) of its prompt."""
+    """The `Step` of a decoder pass: logits (n, 256, 256), predicted IoUs (n,) and its box prompt (4,)."""
     return Step(logits.cpu().numpy(), scores.cpu().numpy(), box)
 
 
 def fitted(value: Learned | None) -> Learned:
-    """The value; raises `RuntimeError` where `fit` was not called."""
+    """The value; raises `RuntimeError` if `fit` was not called."""
     if value is None:
-        raise RuntimeError("nothing learned yet: call fit(image, mask) first")
+        raise RuntimeError("the segmenter is not fitted: call fit(image, mask) first")
     return value
 
 

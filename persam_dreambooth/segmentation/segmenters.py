@@ -1,6 +1,6 @@
-"""From options to a segmenter: the one place that knows all methods.
+"""Makes segmenters from options; the one place that knows all methods.
 
-It imports torch only when a segmenter is made, so that options are checked at once.
+It imports torch only when it makes a segmenter, so that options are checked without delay.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
     from persam_dreambooth.segmentation.video_segmenter import VideoSegmenter
 
 METHODS = {"persam": "persam:PerSAM", "persam-f": "persam_f:PerSAMF"}
-"""The methods by name: the module beside this one, and its class."""
+"""The methods by name: their module in this package, and their class."""
 
 
 MAKES_MASKS = Condition(lambda options: options.makes_masks, "no masks are made without --mask")
-"""Options of a method count only where it makes masks."""
+"""Options of a method have an effect only if it makes masks."""
 
 
 @dataclass(frozen=True)
 class SegmenterOptions(Options):
-    """The method and its SAM; shared by all commands that segment."""
+    """The method and its SAM; shared by all segmentation commands."""
 
     segmenter: str = option(
         "persam-f",
@@ -38,28 +38,28 @@ class SegmenterOptions(Options):
     )
     sam_model: str = option(
         "facebook/sam-vit-huge",
-        "SAM, SAM-HQ, SAM 2 or MobileSAM: hub id, local folder, its published file, or toy",
+        "SAM, SAM-HQ, SAM 2 or MobileSAM: hub id, local folder, published checkpoint file, or toy",
         path=True,
     )
     sam_dtype: Literal["float32", "float16", "bfloat16", "auto"] = option(
-        "float32", "precision of SAM's image encoder; auto: bfloat16, but float32 on the CPU and on MPS"
+        "float32", "precision of SAM's image encoder; auto: float32 on the CPU and on MPS, else bfloat16"
     )
     encoding_cache: str | None = option(
         None, "folder that keeps SAM's encodings of photos for later runs with the same SAM", path=True
     )
     target_coverage: float = option(
         0.5,
-        "a 64 x 64 cell is target when the mask covers more of its center than this, 0 to 1",
+        "a cell (of 64 x 64) is target if the mask covers more of its center than this, 0 to 1",
         when=(MAKES_MASKS,),
     )
 
     @property
     def makes_masks(self) -> bool:
-        """Whether the method is run at all."""
+        """Whether the command runs the method."""
         return True
 
     def check(self) -> None:
-        """Raises `InputError` for options that are out of range or at odds with one another."""
+        """Raises `InputError` for options that are out of range or in conflict."""
         super().check()
         below_one(self, "target_coverage")
 
@@ -77,27 +77,27 @@ class SegmentationOptions(SegmenterOptions):
 
 @dataclass(frozen=True)
 class MaskFolderOptions(SegmentationOptions):
-    """What happens with photos without the subject; shared by `segment` and `train`."""
+    """How photos without the subject are handled; shared by `segment` and `train`."""
 
     absent: Literal["skip", "warn", "keep"] = option(
         "warn",
-        "a photo without the subject: leave it out, keep its mask with a warning, or keep it",
+        "a photo without the subject: skip it, keep its mask with a warning, or keep its mask",
         when=(MAKES_MASKS,),
     )
     absent_threshold: float = option(
         ABSENT_THRESHOLD,
-        "presence (similarity of what is found to the subject, 0 to 1) below which it is absent",
+        "presence (similarity of the found region to the subject, 0 to 1) below which it is absent",
         when=(MAKES_MASKS,),
     )
 
     def check(self) -> None:
-        """Raises `InputError` for options that are out of range or at odds with one another."""
+        """Raises `InputError` for options that are out of range or in conflict."""
         super().check()
         within(self, 0, 1, "absent_threshold")
 
 
 def method_class(name: str) -> type[Segmenter]:
-    """The class of a method; raises `InputError` for an unknown one."""
+    """The class of a method; raises `InputError` for an unknown method."""
     if name not in METHODS:
         raise InputError(f"there is no segmenter {name!r}: use {' or '.join(METHODS)}")
     module, kind = METHODS[name].split(":")
@@ -105,15 +105,15 @@ def method_class(name: str) -> type[Segmenter]:
 
 
 def make_segmenter(options: SegmentationOptions, sam: Sam, method: str | None = None) -> Segmenter:
-    """The method that options name, or another one with the same options; not fitted yet."""
+    """An unfitted segmenter of the method that options name, or of `method` with the same options."""
     return method_class(method or options.segmenter).from_options(sam, options)
 
 
 def open_segmenter(options: MaskFolderOptions) -> Segmenter:
-    """The method that options name with the SAM that they name.
+    """An unfitted segmenter of the method and the SAM that options name.
 
     Raises:
-        InputError, InputNotFoundError: as `open_sam`.
+        InputError, InputNotFoundError: see `open_sam`.
     """
     segmenter = make_segmenter(options, open_sam_of(options))
     segmenter.absent_threshold = options.absent_threshold
@@ -121,7 +121,7 @@ def open_segmenter(options: MaskFolderOptions) -> Segmenter:
 
 
 def make_video_segmenter(options: SegmenterOptions, sam: Sam) -> VideoSegmenter:
-    """The form for videos of the method that options name; not fitted yet."""
+    """An unfitted video segmenter of the method that options name."""
     from persam_dreambooth.segmentation.video_segmenter import VideoSegmenter
 
     return VideoSegmenter(sam, options.segmenter, options.target_coverage)

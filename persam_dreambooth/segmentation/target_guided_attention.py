@@ -1,4 +1,4 @@
-"""Target-guided attention (PerSAM, section 3.2, Eq. 7): the bias, and the attention that takes it.
+"""Target-guided attention (PerSAM, section 3.2, Eq. 7): the bias, and the attention that uses it.
 
 Shapes: N tokens (IoU, masks, prompts), C channels, 4096 = 64 x 64 cells.
 """
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class BiasedAttention(nn.Module):
-    """The attention of SAM or SAM 2; with a bias b it is softmax(softmax(Q K^T / sqrt(d)) + b) V (Eq. 7)."""
+    """The attention of SAM or SAM 2. With a bias b it computes softmax(softmax(Q K^T / sqrt(d)) + b) V (Eq. 7)."""
 
     def __init__(self, attention: Any) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class BiasedAttention(nn.Module):
         attention_similarity: torch.Tensor | None = None,
         **others: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Query (1, 1, N, C), key and value (1, 1, 4096, C), bias (4096,): (1, 1, N, C) and the weights."""
+        """Returns (1, 1, N, C) and the weights for query (1, 1, N, C), key, value (1, 1, 4096, C) and bias (4096,)."""
         if attention_similarity is None:
             return self.attention(query=query, key=key, value=value, **others)
         heads = self.attention.num_attention_heads
@@ -62,12 +62,12 @@ def attention_bias(
 
     Args:
         prior: (64, 64) location prior.
-        sam: its post-processing takes the prior to the photo and back.
+        sam: the SAM, whose post-processing resizes the prior to the photo.
         encoding: the photo.
         kind: `published`: sigmoid of the z-scored prior at photo size, resized to 64 x 64. On a photo that is not
-            square this is stretched over the padding, which is misaligned with the features. `persam`: the same
-            values, each cell reading the photo where the cell lies, and 0 in the padding. Square photos give the same
-            for both. `paper`: alpha * softmax of the prior over the photo's cells (Eq. 7), 0 in the padding.
+            square, this is stretched over the padding and misaligned with the features. `persam`: the same values, read
+            at each cell's own place in the photo, and 0 in the padding; identical to `published` on square photos.
+            `paper`: alpha * softmax of the prior over the photo's cells (Eq. 7), 0 in the padding.
         alpha: the balance factor of Eq. 7, which the published code does not have.
     """
     grid = encoding.grid
@@ -77,13 +77,13 @@ def attention_bias(
         softmax = torch.softmax(prior.masked_fill(~inside, -torch.inf).flatten(), dim=0)
         return alpha * softmax
     full = at_photo_size(prior, sam, encoding)
-    # Without a spread there is no bias to speak of: one pixel, or a prior that is the same everywhere.
+    # A constant prior, or a photo of one pixel, has no standard deviation and gives no bias.
     spread = float(full.std()) if full.numel() > 1 else 0.0
     z = ((full - full.mean()) / (spread or 1.0))[None, None]
     if kind == "published":
         return torch.sigmoid(F.interpolate(z, (grid, grid), mode="bilinear", align_corners=False)).flatten()
     height, width = encoding.resized
-    # A center outside the photo reads its outermost pixel: padding_mode="border" is not on MPS before torch 2.13.
+    # A center outside the photo reads the nearest pixel: MPS has no padding_mode="border" before torch 2.13.
     places = [
         (2 * centers / inner - 1).clamp(1 / side - 1, 1 - 1 / side)
         for inner, side in zip((width, height), encoding.size[::-1], strict=True)

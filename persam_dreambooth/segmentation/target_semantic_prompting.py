@@ -1,8 +1,8 @@
 """Target-guided attention and target-semantic prompting inside SAM's mask decoder (PerSAM, section 3.2, Eq. 7 and 8).
 
-SAM, SAM-HQ, MobileSAM and SAM 2 share the two-way transformer that is guided here. transformers' models take
-`attention_similarity` and `target_embedding`, but add the similarity before a single softmax and leave the target out
-of the last attention, which is not PerSAM. So the pass is ours; the weights stay theirs.
+SAM, SAM-HQ, MobileSAM and SAM 2 share the two-way transformer that is guided here. The models of transformers take
+`attention_similarity` and `target_embedding`, but they add the similarity before a single softmax and leave the target
+out of the last attention, which differs from PerSAM. So this module has its own forward pass with the models' weights.
 
 Shapes: N tokens (IoU, masks, prompts), C channels, 4096 = 64 x 64 cells.
 """
@@ -20,14 +20,14 @@ from persam_dreambooth.segmentation.target_guided_attention import BiasedAttenti
 
 @dataclass(frozen=True)
 class Guidance:
-    """What guides one pass of the decoder.
+    """The guidance of one decoder pass.
 
     Args:
-        bias: (4096,), added to the token-to-image attention after its softmax; then comes a second softmax (Eq. 7).
+        bias: (4096,), added to the token-to-image attention after its softmax; a second softmax follows (Eq. 7).
         target: (C,), the target embedding, not normalized; added to every token (Eq. 8).
-        form: `code`: as the published code, which biases the two blocks but not the final attention, and adds the
+        form: `code`: as in the published code, which biases the two blocks but not the final attention, and adds the
             target in place, so that it also enters the tokens' positional encoding. `paper`: bias and target in the
-            two blocks and in the final attention, the positional encoding untouched.
+            two blocks and in the final attention, with the positional encoding unchanged.
     """
 
     bias: torch.Tensor
@@ -36,7 +36,7 @@ class Guidance:
 
 
 class GuidedTransformer(nn.Module):
-    """SAM's or SAM 2's two-way transformer, which a `Guidance` can be laid upon; without one it is the original."""
+    """SAM's or SAM 2's two-way transformer with optional `Guidance`; without it, the output is the original's."""
 
     def __init__(self, transformer: Any) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class GuidedTransformer(nn.Module):
 
     @contextmanager
     def guided_by(self, guidance: Guidance | None) -> Iterator[None]:
-        """Guides every pass inside the block."""
+        """Guides every pass inside the `with` block."""
         self.guidance = guidance
         try:
             yield
@@ -62,7 +62,7 @@ class GuidedTransformer(nn.Module):
         image_positional_embeddings: torch.Tensor,
         **others: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens (1, 1, N, C) and image (1, C, 64, 64) attend to one another: (1, 1, N, C) and (1, 1, 4096, C)."""
+        """Tokens (1, 1, N, C) and image (1, C, 64, 64) to attended (1, 1, N, C) and (1, 1, 4096, C)."""
         if self.guidance is None:
             return self.transformer(
                 point_embeddings=point_embeddings,

@@ -1,4 +1,4 @@
-"""Objects that are marked in a video's first frame, in all its frames; see `video_segmenter`.
+"""Segments the objects of a video's first frame in all its frames; see `video_segmenter`.
 
 A label map is (H, W) uint8: 0 for background, else the object's number.
 """
@@ -21,7 +21,7 @@ from persam_dreambooth.errors import InputError
 from persam_dreambooth.files import check_writable, note_settings
 from persam_dreambooth.options import option, require
 from persam_dreambooth.photos.labels import read_first_mask, read_labels, save_labels
-from persam_dreambooth.report.pictures import painted, save_picture
+from persam_dreambooth.report.pictures import overlay_labels, save_picture
 from persam_dreambooth.segmentation.frames import Frame, Video, open_video
 from persam_dreambooth.segmentation.segmenters import SegmenterOptions, make_video_segmenter, open_sam_of
 
@@ -33,16 +33,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class VideoOptions(SegmenterOptions):
-    """Objects that are marked in a video's first frame, in all its frames."""
+    """Masks for all frames of a video, from the mask of its first frame."""
 
     frames: str | None = option(None, "folder of frames (00000.jpg, 00001.jpg, ...), or a video file", path=True)
     mask: str | None = option(
         None,
-        "mask of the first frame: a palette or gray PNG of objects' numbers, or one object in any color on black",
+        "mask of the first frame: a palette or gray PNG of object numbers, or one object in any color on black",
         path=True,
     )
     output: str | None = option(None, "folder for the masks, NNNNN.png; an interrupted video resumes there", path=True)
-    overlay: bool = option(False, "also the frames with their objects in color, in the folder overlay")
+    overlay: bool = option(False, "also save the frames with their objects in color, in the folder overlay")
 
     def check(self) -> None:
         """Raises `InputError` for options that are missing or out of range."""
@@ -51,11 +51,11 @@ class VideoOptions(SegmenterOptions):
 
 
 def segment_video(options: VideoOptions) -> int:
-    """Writes OUTPUT/NNNNN.png, a palette PNG, for every frame of a video; returns how many frames there are.
+    """Writes OUTPUT/NNNNN.png, a palette PNG, for every frame of a video; returns the number of frames.
 
     Raises:
-        InputError, InputNotFoundError: input that cannot be used. Nothing is written then, but where a later frame is
-            broken, the masks before it stay, and the next call goes on from them.
+        InputError, InputNotFoundError: input that cannot be used; nothing is written then. If a later frame is broken,
+            the masks of earlier frames are kept, and the next call resumes from them.
     """
     options.check()
     source, mask, output = (Path(str(path)) for path in (options.frames, options.mask, options.output))
@@ -77,31 +77,31 @@ def segment_video(options: VideoOptions) -> int:
 
 
 def check_first_mask(labels: np.ndarray, mask: Path, video: Video) -> None:
-    """Raises `InputError` for the label map of a video's first frame, read from `mask`, that cannot be followed."""
+    """Raises `InputError` if the label map of the first frame, read from `mask`, has another size or no object."""
     image = video.first.read()
     if labels.shape != image.size[::-1]:
-        raise InputError(f"{mask} is {_size(labels)}, {video.first.name} {_size(image)}: give the mask of this frame")
+        raise InputError(f"{mask} is {_size(labels)}, {video.first.name} is {_size(image)}: give this frame's mask")
     if not labels.any():
-        raise InputError(f"{mask} marks no object: give each object a color of its own")
+        raise InputError(f"{mask} marks no object: give each object its own color")
 
 
 def follow(
     video: Video, first: np.ndarray, segmenter: VideoSegmenter, output: Path, overlay: Path | None = None
 ) -> Iterator[np.ndarray]:
-    """Writes the label map of every frame, and yields it; what is there already is not made again.
+    """Writes and yields the label map of every frame; existing label maps are not computed again.
 
-    A frame follows from the first one and the label map before, so nothing else is kept, however long the video is, and
-    an interrupted one goes on from what it wrote.
+    A frame depends only on the first frame and on the previous label map. So memory use is constant, and an interrupted
+    video resumes from the written label maps.
 
     Args:
-        video: its frames are decoded as they come.
-        first: the label map of the first frame, which is written as it is.
-        segmenter: not fitted yet.
+        video: the video; its frames are decoded one at a time.
+        first: the label map of the first frame, which is written unchanged.
+        segmenter: a segmenter that is not fitted yet.
         output: folder for the label maps, NNNNN.png.
-        overlay: folder for the frames with their objects painted over them, NNNNN.jpg.
+        overlay: folder for the frames with their objects in color, NNNNN.jpg.
 
     Raises:
-        InputError: a frame, or a label map that is there, that cannot be decoded or is of another size than the first.
+        InputError: a frame or an existing label map cannot be decoded, or its size is not that of the first frame.
     """
     reference, before = video.first.read(), first
     for frame in chain([video.first], video.others):
@@ -112,7 +112,7 @@ def follow(
         elif path.is_file():
             labels = read_labels(path)
             if labels.shape != first.shape:
-                raise InputError(f"{path} is {_size(labels)}, the frames {_size(first)}: remove it")
+                raise InputError(f"{path} is {_size(labels)}, the frames are {_size(first)}: remove it")
         else:
             if not segmenter.objects:
                 segmenter.fit(reference, first)
@@ -120,7 +120,7 @@ def follow(
             save_labels(path, labels)
         _tell_changes(frame, before, labels)
         if overlay and not (overlay / f"{frame.number:05}.jpg").is_file():
-            save_picture(painted(_read(frame, reference), labels), overlay / f"{frame.number:05}.jpg")
+            save_picture(overlay_labels(_read(frame, reference), labels), overlay / f"{frame.number:05}.jpg")
         yield labels
         before = labels
 
@@ -128,7 +128,7 @@ def follow(
 def _read(frame: Frame, reference: Image.Image) -> Image.Image:
     image = frame.read()
     if image.size != reference.size:
-        raise InputError(f"{frame.name} is {_size(image)}, the first frame {_size(reference)}: give frames of one size")
+        raise InputError(f"{frame.name} is {_size(image)}, the first frame is {_size(reference)}: use one size")
     return image
 
 

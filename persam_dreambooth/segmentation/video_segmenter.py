@@ -1,8 +1,8 @@
-"""PerSAM and PerSAM-F on videos: objects of the first frame, followed through all others (Zhang et al. 2023, 4.2).
+"""PerSAM and PerSAM-F on videos: tracks the objects of the first frame (Zhang et al. 2023, section 4.2).
 
-Each object keeps the target embedding, and for PerSAM-F the scale weights, that it has in the first frame. Every other
-frame is encoded once and prompted for each object with the highest places of the location prior, with the box that the
-object had in the frame before, and with that box's center. So a frame follows from the first one and the one before.
+Each object keeps its target embedding, and for PerSAM-F its scale weights, from the first frame. Every other frame is
+encoded once. Each object is prompted with the maxima of the location prior, with the object's box in the previous
+frame, and with that box's center. So a frame depends only on the first frame and on the previous one.
 
 Shapes: H W frame; 256 x 256 low-resolution logits. Points and boxes are xy in pixels of the frame. A label map is
 (H, W) uint8: 0 for background, else the object's number.
@@ -27,18 +27,19 @@ from persam_dreambooth.segmentation.scale_weights import fit_scale_weights
 from persam_dreambooth.segmentation.segmenter import ImageLike
 
 MARGIN = 10
-"""By how many pixels the box of the frame before is grown on every side."""
+"""Pixels by which the box of the previous frame is grown on every side."""
 PRIOR_POINTS = {"persam": 2, "persam-f": 1}
-"""How many of the highest places of the location prior are prompts."""
+"""Number of maxima of the location prior that are used as point prompts."""
 FIT_STEPS, LEARNING_RATE = 800, 4e-4
-"""Of PerSAM-F's fit to an object of the first frame."""
+"""Steps and learning rate of PerSAM-F's fit to an object of the first frame."""
 OWN = 0.05
-"""Least part of a find's cells that are more like its object than like any other, else it is of another object."""
+"""Minimum fraction of a mask's cells that must be most similar to its own object; below it, the mask is taken as
+another object's."""
 
 
 @dataclass(frozen=True)
 class Known:
-    """An object as it is in the first frame.
+    """An object of the first frame.
 
     Args:
         number: its number in label maps.
@@ -52,13 +53,15 @@ class Known:
 
 
 class VideoSegmenter:
-    """Follows objects through a video, as the published code does where paper and code differ.
+    """Tracks objects through a video; follows the published code where it differs from the paper.
 
-    That is: the target embedding is the mean of mean and maximum for both variants, attention is not guided, and
-    PerSAM-F learns at 4e-4 (the paper prints 4^-4). Other than in the published code, the largest of three masks is
-    that with most pixels (theirs are counted modulo 256), and objects may leave and return: one that is absent has no
-    mask, keeps its number and its target, and is looked for in the whole frame (theirs passes its box to the next). It
-    is absent where `presence` says so, as in photos, or where what is found is another object, see `OWN`.
+    As in the published code, the target embedding is the mean of mean and maximum for both variants, attention is not
+    guided, and PerSAM-F's learning rate is 4e-4 (the paper prints 4^-4).
+
+    There are two deviations from the published code. The largest of three masks is the one with the most pixels (the
+    published code counts modulo 256). Objects may leave and return: an absent object has no mask, keeps its number and
+    its target, and is searched in the whole frame (the published code keeps its box). An object is absent if its
+    presence is not above the background's, or if the found mask is another object's, see `OWN`.
 
     Args:
         sam: see `open_sam`.
@@ -94,11 +97,11 @@ class VideoSegmenter:
         return self
 
     def predict(self, image: ImageLike, before: np.ndarray) -> np.ndarray:
-        """The label map of a frame; where objects meet, the highest logit decides.
+        """The label map of a frame; where objects overlap, the highest logit wins.
 
         Args:
             image: as for `PerSAM.fit`.
-            before: the label map of the frame before.
+            before: the label map of the previous frame.
 
         Raises:
             InputError: a label map of another size.
@@ -116,7 +119,7 @@ class VideoSegmenter:
         return labels.cpu().numpy()
 
     def _is_present(self, mask: np.ndarray, encoding: Encoding, target: Target, own: torch.Tensor) -> bool:
-        """Whether a mask, (H, W) bool, holds its object; `own` (64, 64) are the cells most like it of all objects."""
+        """Whether a mask, (H, W) bool, shows its object; `own` (64, 64) marks cells most similar to this object."""
         if presence(mask, encoding, target, self.target_coverage) <= target.background_similarity:
             return False
         weights, _ = cell_weights(mask, encoding, self.target_coverage)
@@ -134,7 +137,7 @@ class VideoSegmenter:
         return Known(number, target, weights)
 
     def _prompts(self, encoding: Encoding, target: Target, before: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """Points (n, 2) and a box (4,): the prior's highest places; the box of the mask before, and its center."""
+        """Points (n, 2) and a box (4,): maxima of the prior, the box of the previous mask, and the box's center."""
         prior = location_prior((target.peak + target.mean) / 2, encoding)
         places = (
             at_photo_size(prior, self.sam, encoding).flatten().topk(PRIOR_POINTS[self.variant]).indices.cpu().numpy()
@@ -147,7 +150,7 @@ class VideoSegmenter:
         return np.concatenate([points, center[None]]), box
 
     def _find(self, encoding: Encoding, known: Known, before: np.ndarray) -> torch.Tensor:
-        """Logits (H, W) of an object whose mask in the frame before was `before`."""
+        """Logits (H, W) of an object; `before` (H, W) bool is its mask in the previous frame."""
         points, box = self._prompts(encoding, known.target, before)
         logits, scores = self._decode(encoding, points, box)
         if known.weights is None:
@@ -169,7 +172,7 @@ class VideoSegmenter:
     def _decode(
         self, encoding: Encoding, points: np.ndarray, box: np.ndarray | None, mask_logits: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Three masks (3, 256, 256) and their predicted IoUs (3,); every point is the subject's."""
+        """Logits of three masks (3, 256, 256) and their predicted IoUs (3,); every point is positive."""
         return self.sam.decode(encoding, points, np.ones(len(points), int), box, mask_logits)
 
     def _encoded(self, image: ImageLike) -> Encoding:
@@ -177,7 +180,7 @@ class VideoSegmenter:
 
 
 def grown_box(mask: np.ndarray) -> np.ndarray:
-    """The box (4,) of a mask, (H, W) bool with a pixel at least, grown by `MARGIN` inside the frame."""
+    """The box (4,) of a nonempty mask, (H, W) bool, grown by `MARGIN` inside the frame."""
     (height, width), rows, columns = mask.shape, np.nonzero(mask.any(axis=1))[0], np.nonzero(mask.any(axis=0))[0]
     left, top = max(0, columns[0] - MARGIN), max(0, rows[0] - MARGIN)
     return np.array([left, top, min(width, columns[-1] + MARGIN), min(height, rows[-1] + MARGIN)])
@@ -185,4 +188,4 @@ def grown_box(mask: np.ndarray) -> np.ndarray:
 
 def _check_labels(labels: np.ndarray, encoding: Encoding) -> None:
     if labels.shape != encoding.size:
-        raise InputError(f"the label map is {labels.shape}, the frame {encoding.size} (H, W): give it this size")
+        raise InputError(f"the label map is {labels.shape}, the frame is {encoding.size} (H, W): give it this size")

@@ -1,1 +1,1 @@
-"""The programs that trained and that check the toy checkpoints that ship in `persam_dreambooth/toy`."""
+"""Programs that train and check the toy checkpoints in `persam_dreambooth/toy`."""

@@ -1,9 +1,9 @@
-"""Builds small checkpoints with random weights, in the layout of the real ones: the same seed gives the same files.
+"""Builds small checkpoints with random weights, in the layout of real checkpoints; a seed always gives the same files.
 
     python -m tools.toy.build --output FOLDER [--seed 0]
 
-The weights are drawn with operations that round alike everywhere, in an order that depends on nothing but the
-parameters' names, so a checkpoint also is the same on another machine and with another version of the libraries.
+The weights are drawn with operations that round the same on every machine, in an order that depends only on the
+parameters' names. So a checkpoint is identical on other machines and with other versions of the libraries.
 """
 
 from __future__ import annotations

@@ -1,18 +1,18 @@
-"""Measures the checkpoints that ship on what no training saw, in a minute on two cores.
+"""Measures the toy checkpoints on held-out data, in a minute on two cores.
 
     python -m tools.toy.check [--json] [--stable_diffusion FOLDER] [--sam FOLDER] [--images N]
 
-- `background`, `color`, `class`: parts of pictures that show what their prompt says, by the evaluator that ships, over
-  combinations of color, class and background that no training scene has. `evaluator_*` is the evaluator's own accuracy
-  on held-out renders through the VAE.
-- `vae_psnr`: dB between held-out renders and what the VAE makes of them, from the mean squared error of all.
-- `sam_point_iou`: IoU of the mask that SAM's predicted IoU chooses from one random point of the subject, on the images
-  of the rendered PerSeg-shaped set (`toy perseg`).
-- `persam_f_miou`: PerSAM-F on that set: the IoU pooled over an object's images but the reference, then the mean over 40
-  objects. Every other image of an object shows other objects too; with one image each, so do those of every other
-  object.
+- `background`, `color`, `class`: fractions of generated pictures that show what their prompt says, by the toy
+  evaluator, over combinations of color, class and background that no training scene has. `evaluator_*` is the
+  evaluator's own accuracy on held-out renders through the VAE.
+- `vae_psnr`: PSNR in dB of the VAE's reconstructions of held-out renders, from the mean squared error of all.
+- `sam_point_iou`: IoU of the mask with the highest predicted IoU, prompted with one random point of the subject, on the
+  images of the rendered data set in PerSeg's layout (`toy perseg`).
+- `persam_f_miou`: PerSAM-F on that data set: IoU pooled over an object's images except the reference, then the mean
+  over 40 objects. Every second image of an object shows other objects too; with one image for each object, so do the
+  images of every second object.
 
-Processors that multiply in bfloat16 run the UNet and SAM's image encoder so, in half the time.
+On processors that multiply in bfloat16, the UNet and SAM's image encoder run in bfloat16, which halves the time.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ def check(stable_diffusion: Path, sam: Path, images: int = PERSEG_IMAGES) -> dic
     workers = min(os.cpu_count() or 1, 2 * PARTS + 1)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
         segmenting = [pool.submit(segmented, sam, images, part) for part in range(PARTS)]
-        painting = [pool.submit(prompted, stable_diffusion, part) for part in range(PARTS)]
+        generating = [pool.submit(prompted, stable_diffusion, part) for part in range(PARTS)]
         reconstructing = pool.submit(vae, stable_diffusion)
-        right = np.concatenate([future.result() for future in painting]).mean(axis=0)
+        right = np.concatenate([future.result() for future in generating]).mean(axis=0)
         point, persam_f = np.concatenate([future.result() for future in segmenting]).mean(axis=0)
         psnr = reconstructing.result()
     scores = json.loads((toy.path("evaluator") / "scores.json").read_text(encoding="utf-8"))["through_vae"]
@@ -103,8 +103,8 @@ def prompted(folder: Path, part: int) -> np.ndarray:
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(scenes.HELD_OUT_SEED + number) for number in numbers]
     with _bfloat16():
-        painted = pipeline([world.describe(*one) for one in chosen], generator=generators, **SAMPLING).images
-    seen = Evaluator.load(toy.path("evaluator")).judge(painted)
+        generated = pipeline([world.describe(*one) for one in chosen], generator=generators, **SAMPLING).images
+    seen = Evaluator.load(toy.path("evaluator")).judge(generated)
     kinds, colors, backgrounds = (np.array(column) for column in zip(*chosen, strict=True))
     return np.stack([seen["background"] == backgrounds, seen["color"] == colors, seen["kind"] == kinds], axis=1)
 

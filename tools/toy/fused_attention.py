@@ -1,9 +1,9 @@
-"""SAM's attention over all cells, with its relative positions, in one fused pass.
+"""SAM's global attention with its relative positions, in one fused kernel.
 
-The decomposed relative positions (Li et al. 2022, MViTv2, Eq. 4) are a bias of every query on every key: 4096 x 4096 of
-them for each head, which the library writes out. But the bias is a product too: query row y takes r_y(q) from the key's
-row and r_x(q) from its column. So q gets these 64 + 64 numbers behind its channels, k gets its row and column as
-one-hot vectors, and the fused kernels compute the same attention without ever holding the bias.
+The decomposed relative positions (Li et al. 2022, MViTv2, Eq. 4) give every pair of query and key a bias: 4096 x 4096
+numbers for each head, which transformers stores in memory. The bias is also a dot product: r_y(q) at the key's row plus
+r_x(q) at the key's column. So these 64 + 64 numbers are appended to the query's channels, and one-hot vectors of row
+and column to the key's. Fused kernels then compute the same attention without storing the bias.
 """
 
 from __future__ import annotations

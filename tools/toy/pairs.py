@@ -1,7 +1,7 @@
-"""Pairs of pictures of one subject, with true masks: what the toy SAM learns from.
+"""Pairs of pictures of one subject with true masks: the training data of the toy SAM.
 
-Scenes of the small world; composites: shapes filled with one photo's texture, or subjects of the world, on another
-photo; and objects of photos that come with masks. Everything follows from the random generator that is passed in.
+There are three kinds: scenes of the toy world; composites (shapes filled with one photo's texture, or subjects of the
+world, on another photo); and objects in photos with masks. The random generator argument determines all of them.
 
 Shapes: S pixels a side. Pictures are RGB, masks bool (S, S).
 """

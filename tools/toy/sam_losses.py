@@ -1,4 +1,4 @@
-"""What the toy SAM is taught by: the losses of its masks, of their predicted IoU, and of the location prior.
+"""Losses of the toy SAM: of its masks, of their predicted IoU, and of the location prior.
 
 Shapes: B pictures, in pairs 2i and 2i + 1; N = B times prompts; g cells a side, m = 4 g pixels of a mask; C = 96
 channels. Points and boxes are xy in pixels of the input.

@@ -1,4 +1,4 @@
-"""Pictures of the toy SAM's training as tensors, with what is asked about them.
+"""Training pictures of the toy SAM as tensors, with their prompts.
 
 Shapes: B pictures; N = B times prompts; S pixels a side, g = S / 16 cells, m = S / 4 pixels of a mask. Points and boxes
 are xy in pixels of the S x S input.

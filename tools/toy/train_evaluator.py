@@ -1,8 +1,8 @@
-"""Trains the evaluator that reads pictures of the small world, on renders and on what a VAE makes of them.
+"""Trains the evaluator of toy world pictures, on renders and on a VAE's reconstructions of them.
 
     python -m tools.toy.train_evaluator [--vae FOLDER/vae] --output FOLDER [--steps N] [--scenes N]
 
-writes FOLDER/evaluator, with `scores.json` beside the weights. The same command goes on where it stopped.
+writes FOLDER/evaluator, with `scores.json` beside the weights. The same command resumes an interrupted training.
 
 Shapes: N scenes, B pictures, S pixels a side (64), A attributes.
 """
@@ -44,7 +44,7 @@ def train(
     seed: int = 0,
     device: str = "cpu",
 ) -> dict[str, dict[str, float]]:
-    """Trains, or goes on training, and writes `output`/evaluator; returns its scores on held-out renders.
+    """Starts or resumes training and writes `output`/evaluator; returns its scores on held-out renders.
 
     Args:
         vae_folder: a trained VAE; half of each batch then are its reconstructions of renders.

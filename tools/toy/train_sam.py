@@ -3,11 +3,11 @@
     python -m tools.toy.train_sam --output FOLDER [--textures FOLDER ...] [--seed 0] [--device cpu]
         [--steps256 N] [--steps512 N] [--steps1024 N] [--initial SAM]
 
-writes FOLDER/sam, a `SamModel`, after each stage; FOLDER/stage-256 and so on hold the runs and their `eval.json`. The
-same command goes on where it stopped; with --initial, a new run starts from weights trained before. SAM itself is
-taught as by Kirillov et al. 2023, appendix A (focal and Dice loss, the best of three masks counts, predicted IoU), with
-the prompts of PerSAM's refinement; besides, its encoder learns that the mean embedding of a subject in one picture
-finds the subject in another, and not the objects beside it.
+writes FOLDER/sam, a `SamModel`, after each stage; FOLDER/stage-256 and so on contain the runs and their `eval.json`.
+The same command resumes an interrupted training. With --initial, a new run starts from trained weights. SAM is trained
+as in Kirillov et al. 2023, appendix A (focal and Dice loss of the best of three masks, predicted IoU), with the prompts
+of PerSAM's refinement. In addition, its encoder is trained so that the mean embedding of a subject in one picture finds
+the subject in another picture, and not the objects beside it.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def train(
     initial: Path | None = None,
     device: str = "cpu",
 ) -> dict[str, float]:
-    """Trains, or goes on training, and writes `output`/sam; returns the scores of the last stage.
+    """Starts or resumes training and writes `output`/sam; returns the scores of the last stage.
 
     Args:
         textures: folders of photos for composites; without any, all pictures are scenes of the world.

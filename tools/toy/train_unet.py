@@ -1,10 +1,10 @@
-"""Trains the UNet and the text encoder of the toy Stable Diffusion, together, on captioned renders of the small world.
+"""Trains the UNet and the text encoder of the toy Stable Diffusion together, on captioned renders of the toy world.
 
     python -m tools.toy.train_unet --vae FOLDER/vae --output FOLDER [--steps N] [--scenes N] [--seed 0]
         [--initial FOLDER/stable-diffusion]
 
-writes FOLDER/stable-diffusion, a `StableDiffusionPipeline`. The same command goes on where it stopped; with --initial,
-a new run starts from weights trained before.
+writes FOLDER/stable-diffusion, a `StableDiffusionPipeline`. The same command resumes an interrupted training. With
+--initial, a new run starts from trained weights.
 
 Shapes: N scenes, B pictures, C latent channels (8), h latent cells a side (16), T tokens (32).
 """
@@ -45,7 +45,7 @@ def train(
     initial: Path | None = None,
     device: str = "cpu",
 ) -> Path:
-    """Trains, or goes on training; returns the folder of the pipeline, `output`/stable-diffusion.
+    """Starts or resumes training; returns the folder of the pipeline, `output`/stable-diffusion.
 
     Args:
         initial: a pipeline of the toy world whose UNet and text encoder a new run starts from.

@@ -1,9 +1,9 @@
-"""Trains the VAE of the toy Stable Diffusion on renders of the small world.
+"""Trains the VAE of the toy Stable Diffusion on renders of the toy world.
 
     python -m tools.toy.train_vae --output FOLDER [--steps N] [--scenes N] [--seed 0] [--device cpu]
 
-writes FOLDER/vae, an `AutoencoderKL` with `scores.json` beside its weights. The same command goes on where it stopped.
-It is trained twice: first with half of its latent channels, which learns fast, then with all of them.
+writes FOLDER/vae, an `AutoencoderKL` with `scores.json` beside its weights. The same command resumes an interrupted
+training. The VAE is trained twice: first with half of its latent channels, which is fast, then with all of them.
 
 Shapes: B pictures, S pixels a side (64), h latent cells a side (16), C latent channels (8).
 """
@@ -47,7 +47,7 @@ FIRST_LOG_VARIANCE = -6.0
 def train(
     output: Path, *, steps: int = STEPS, scene_count: int = SCENES, seed: int = 0, device: str = "cpu"
 ) -> dict[str, float]:
-    """Trains, or goes on training, and writes `output`/vae-narrow; returns its scores on held-out renders."""
+    """Starts or resumes training and writes `output`/vae-narrow; returns its scores on held-out renders."""
     scenes.check_seed(seed)
     torch.manual_seed(seed)
     vae = build.new_vae(NARROW_CHANNELS)
@@ -123,7 +123,7 @@ def described(steps: int, scene_count: int, seed: int, learning_rate: float) -> 
 
 
 def fit(vae: AutoencoderKL, output: Path, name: str, config: dict[str, Any], written: str) -> dict[str, float]:
-    """Trains, or goes on training, in the folder `name` of the output; writes the VAE and returns its scores."""
+    """Starts or resumes training in the folder `name` of the output; writes the VAE and returns its scores."""
     steps, seed, device = config["steps"], config["seed"], vae.device
     run = Run(output / name, config, vae, learning_rate=config["learning_rate"], steps=steps)
     renders = scenes.pool(output, seed, config["scenes"])

@@ -1,4 +1,4 @@
-"""The loop that all checkpoints which ship are trained by: deterministic, resumable, logged."""
+"""The training loop of all toy checkpoints: deterministic, resumable, logged."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LOG = "log.jsonl"
 
 
 class Run:
-    """A training run that lives in a folder and goes on where it stopped.
+    """A training run in a folder, which can be resumed.
 
         run = Run(folder, config, model, learning_rate=1e-3, steps=4000)
         for step in run:

@@ -105,10 +105,10 @@ class Family(Protocol):
     def encode_prompts(self, prompts: list[str]) -> Embeddings:
         """Encodes prompts; the embeddings have gradients if the text encoders are trained."""
 
-    def set_encoders_aside(self) -> None:
+    def offload_text_encoders(self) -> None:
         """Moves frozen text encoders to the CPU, after every prompt has been encoded once."""
 
-    def painting(self) -> AbstractContextManager[Any]:
+    def for_inference(self) -> AbstractContextManager[Any]:
         """Yields the pipeline for inference during training: all parts on the accelerator, in evaluation mode."""
 
     def draw_timestep(self, generator: torch.Generator, shape: tuple[int, int, int]) -> torch.Tensor:

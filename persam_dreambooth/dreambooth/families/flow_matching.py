@@ -23,7 +23,7 @@ class FlowMatching(LatentDiffusion):
 
     denoiser_name = "transformer"
     large = True
-    paint_dtype = torch.bfloat16
+    inference_dtype = torch.bfloat16
     without: ClassVar = {
         "snr_gamma": "which learns a flow: its density of timesteps does what min-SNR does",
         "export": "whose LoRA ComfyUI reads as it is saved",

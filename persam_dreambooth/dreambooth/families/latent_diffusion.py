@@ -63,7 +63,7 @@ class LatentDiffusion(Family):
     large: ClassVar[bool] = False
     """Whether frozen weights are loaded in half precision, because float32 would need too much memory."""
 
-    paint_dtype: ClassVar[torch.dtype] = torch.float16
+    inference_dtype: ClassVar[torch.dtype] = torch.float16
     """The half precision for inference on an accelerator."""
 
     without: ClassVar[dict[str, str]] = {}
@@ -74,7 +74,7 @@ class LatentDiffusion(Family):
         self.trained: dict[str, Any] = {}
         self.base_denoiser: Any = None
         self.cache: PosteriorCache | None = None
-        self.aside: list[str] = []
+        self.offloaded: list[str] = []
         self.encoders = [name for name, part in pipeline.components.items() if "text_encoder" in name and part]
         for name in (self.denoiser_name, "vae", *self.encoders):
             getattr(pipeline, name).requires_grad_(False)
@@ -204,27 +204,27 @@ class LatentDiffusion(Family):
         if crops is not None:
             for pixels in crops:
                 self.cache(pixels[None])
-            self.set_aside("vae")
+            self.offload("vae")
 
     def tokens(self, tokenizer: Any, prompts: list[str], length: int | None = None) -> torch.Tensor:
         """Prompts to token ids (B, T), truncated or padded to `length`; default: the tokenizer's maximum length."""
         settings = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
         return tokenizer(prompts, max_length=length or tokenizer.model_max_length, **settings).input_ids.to(self.device)
 
-    def set_encoders_aside(self) -> None:
+    def offload_text_encoders(self) -> None:
         """See `Family`."""
-        self.set_aside(*(name for name in self.encoders if name not in self.trained))
+        self.offload(*(name for name in self.encoders if name not in self.trained))
 
-    def set_aside(self, *names: str) -> None:
+    def offload(self, *names: str) -> None:
         """Moves unused parts to the CPU."""
-        self.aside += names
+        self.offloaded += names
         for name in names:
             getattr(self.pipeline, name).to("cpu")
 
     @contextmanager
-    def painting(self) -> Iterator[Any]:
+    def for_inference(self) -> Iterator[Any]:
         """See `Family`."""
-        for name in self.aside:
+        for name in self.offloaded:
             getattr(self.pipeline, name).to(self.device)
         for part in self.trained.values():
             part.eval()
@@ -233,7 +233,7 @@ class LatentDiffusion(Family):
         finally:
             for part in self.trained.values():
                 part.train()
-            for name in self.aside:
+            for name in self.offloaded:
                 getattr(self.pipeline, name).to("cpu")
 
     def denoise(

@@ -1,1 +1,1 @@
-"""Scores of segmentations on the data sets that papers report."""
+"""Evaluates segmentation on the data sets that papers report."""

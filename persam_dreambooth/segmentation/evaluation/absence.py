@@ -1,7 +1,7 @@
-"""Is the subject in a photo at all? How well `presence` answers, measured on data in PerSeg's layout.
+"""Measures how well `presence` tells whether a photo shows the subject, on data in PerSeg's layout.
 
-Every image except an object's reference is searched for its own object, which is present, and for others, which are
-absent.
+Every image except an object's reference is searched for its own object, which is present, and for other objects, which
+are absent.
 """
 
 import math
@@ -27,14 +27,14 @@ class EvaluateAbsenceOptions(SegmentationOptions):
     """How well presence separates photos with the subject from photos without it, and the best threshold."""
 
     data: str | None = option(
-        None, "folder with Images/<object>/NN.jpg and Annotations/<object>/NN.png, as PerSeg's", path=True
+        None, "folder with Images/<object>/NN.jpg and Annotations/<object>/NN.png, as in PerSeg", path=True
     )
     output: str | None = option(None, "folder for results.json, results.md and the plot", path=True)
     others: int = option(4, "how many other objects each image is searched for")
     absent_threshold: float = option(ABSENT_THRESHOLD, "the threshold whose errors are reported, 0 to 1")
 
     def check(self) -> None:
-        """Raises `InputError` for options that are missing, out of range or at odds with one another."""
+        """Raises `InputError` for options that are missing, out of range or in conflict."""
         require(self, "data", "output")
         super().check()
         within(self, 1, math.inf, "others")
@@ -61,7 +61,7 @@ def evaluate_absence(options: EvaluateAbsenceOptions) -> AbsenceScores:
 
 
 def look_for(data: DataSet, options: EvaluateAbsenceOptions) -> list[Pair]:
-    """Looks for objects in images; each image is encoded once."""
+    """Searches images for objects; each image is encoded once."""
     sam = open_sam_of(options)
     fitted, own = [], []
     for item in tqdm(data.items, desc="references", unit="object"):
@@ -82,5 +82,5 @@ def look_for(data: DataSet, options: EvaluateAbsenceOptions) -> list[Pair]:
 
 
 def _others(number: int, place: int, objects: int, count: int) -> list[int]:
-    """Which other objects to look for in an object's image, each image for the next ones around the circle."""
+    """The indices of the other objects to search an image for: each image takes the next ones, cyclically."""
     return sorted({(number + 1 + (place * count + turn) % (objects - 1)) % objects for turn in range(count)})

@@ -13,10 +13,10 @@ def absence_table(scores: AbsenceScores) -> str:
     present = sum(pair.present for pair in scores.pairs)
     absent, (missed, taken) = len(scores.pairs) - present, scores.errors_at_threshold
     lines = [
-        f"Made by {scores.made_by}. {present} times an object was present, {absent} times absent.",
+        f"Made by {scores.made_by}. The object is present in {present} pairs and absent in {absent}.",
         "",
-        f"At --absent_threshold {scores.absent_threshold:g}: {missed:.1%} of the present missed, {taken:.1%} of the "
-        "absent taken for present.",
+        f"At --absent_threshold {scores.absent_threshold:g}: {missed:.1%} of the present are missed, {taken:.1%} of "
+        "the absent are reported as present.",
         "",
         "| measure | AUC | threshold | balanced error | on held-out objects |",
         "|---|---|---|---|---|",
@@ -41,14 +41,14 @@ def draw_absence(scores: AbsenceScores, path: Path) -> None:
     curve.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=1, label="chance")
     missed, wrong = scores.errors_at_threshold
     curve.plot(wrong, 1 - missed, "o", color="#222222", label=f"at {threshold:g}")
-    curve.set(xlabel="absent taken for present", ylabel="present found", aspect="equal")
+    curve.set(xlabel="absent reported as present", ylabel="present found", aspect="equal")
     curve.legend(frameon=False, loc="lower right")
     bins = np.linspace(min(present.min(), absent.min()), 1, 41)
     for shown, color, name in ((absent, "#999999", "absent"), (present, "#c2185b", "present")):
         spread.hist(shown, bins, weights=np.full(len(shown), 1 / len(shown)), color=color, alpha=0.6, label=name)
     spread.axvline(threshold, color="#222222", label=f"--absent_threshold {threshold:g}")
-    spread.axvline(best.threshold, color="#222222", linestyle=":", label=f"least error {best.threshold:.3f}")
-    spread.set(xlabel="presence", ylabel="part of the pairs")
+    spread.axvline(best.threshold, color="#222222", linestyle=":", label=f"lowest error {best.threshold:.3f}")
+    spread.set(xlabel="presence", ylabel="fraction of the pairs")
     spread.legend(frameon=False, loc="upper left")
     with write_aside(path) as aside:
         figure.savefig(aside, dpi=100)

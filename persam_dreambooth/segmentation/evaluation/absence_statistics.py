@@ -1,7 +1,7 @@
 """How well a score separates photos with the subject from photos without it.
 
-A threshold is as good as its balanced error: the mean of the part of the present subjects that is missed and the part
-of the absent ones that is taken for present.
+A threshold is measured by its balanced error: the mean of the fraction of present subjects that are missed and the
+fraction of absent ones that are reported as present.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,15 +16,15 @@ USED = "presence"
 
 @dataclass(frozen=True)
 class Pair:
-    """An object that was looked for in an image.
+    """An object and an image that was searched for it.
 
     Args:
         asked: the object.
         image: path of the image.
-        present: whether it shows the object.
-        presence: of what was found, 0 to 1.
+        present: whether the image shows the object.
+        presence: presence of the found mask, 0 to 1.
         background: similarity of the reference's own background to the target, 0 to 1.
-        own: presence of what is found in the reference itself, 0 to 1.
+        own: presence of the mask found in the reference itself, 0 to 1.
     """
 
     asked: str
@@ -43,7 +43,7 @@ MEASURES: dict[str, Callable[[Pair], float]] = {
         (pair.presence - pair.background) / max(pair.own - pair.background, 1e-6)
     ),
 }
-"""Candidate scores to threshold. Segmentation uses the first; the others show what it gives away."""
+"""Candidate scores to threshold. Segmentation uses the first; the others show how much a better score could gain."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,12 @@ class Separation:
     """How well a measure separates photos with the subject from photos without.
 
     Args:
-        auc: area under the ROC curve: how often a present subject has more of it than an absent one, 0.5 to 1.
-        threshold: at the least balanced error.
+        auc: area under the ROC curve: the probability that a present subject has a higher value than an absent one,
+            0.5 to 1.
+        threshold: the threshold with the lowest balanced error.
         error: that balanced error, 0 to 0.5.
-        held_out_error: balanced error on one half of the objects at the threshold from the other half, mean of both
-            ways; None for fewer than four objects.
+        held_out_error: balanced error on one half of the objects at the threshold from the other half, averaged over
+            both directions; None for fewer than four objects.
     """
 
     auc: float
@@ -70,7 +71,7 @@ class AbsenceScores:
 
     Args:
         pairs: all of them.
-        separations: of each of `MEASURES`.
+        separations: one for each of `MEASURES`.
         absent_threshold: the threshold whose errors are reported, 0 to 1.
         made_by: the method and its SAM.
     """
@@ -93,7 +94,7 @@ class AbsenceScores:
 
     @property
     def errors_at_threshold(self) -> tuple[float, float]:
-        """The part of the present that is missed, and of the absent that is taken for present, 0 to 1."""
+        """The fraction of the present that are missed, and of the absent that are reported as present, 0 to 1."""
         return errors(self.pairs, MEASURES[USED], self.absent_threshold)
 
     @property
@@ -124,7 +125,7 @@ def separate(pairs: Sequence[Pair], measure: Callable[[Pair], float]) -> Separat
 
 
 def best_threshold(pairs: Sequence[Pair], measure: Callable[[Pair], float]) -> tuple[float, float]:
-    """The threshold with the least balanced error, midway between two values, and that error."""
+    """The threshold with the lowest balanced error, midway between two values, and that error."""
     present, absent = values(pairs, measure)
     seen = np.unique([*present, *absent])
     thresholds = [seen[0], *(seen[1:] + seen[:-1]) / 2]
@@ -134,7 +135,7 @@ def best_threshold(pairs: Sequence[Pair], measure: Callable[[Pair], float]) -> t
 
 
 def errors(pairs: Sequence[Pair], measure: Callable[[Pair], float], threshold: float) -> tuple[float, float]:
-    """The part of the present pairs that lies below a threshold, and of the absent pairs that does not, 0 to 1."""
+    """The fraction of the present pairs below a threshold, and of the absent pairs at or above it, 0 to 1."""
     present, absent = values(pairs, measure)
     return float((present < threshold).mean()), float((absent >= threshold).mean())
 

@@ -1,4 +1,4 @@
-"""What one-shot segmentation is scored on: objects or classes, each with images and their true masks."""
+"""Data sets for one-shot segmentation: objects or classes, each with images and their true masks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,9 +16,9 @@ class Item:
     """An object, or a class.
 
     Args:
-        name: of its folder.
-        images: by stem, in order.
-        annotations: by stem.
+        name: name of its folder.
+        images: image files by stem, in order.
+        annotations: annotation files by stem.
     """
 
     name: str
@@ -26,7 +26,7 @@ class Item:
     annotations: dict[str, Path]
 
     def reference(self, index: int) -> str:
-        """The stem of the image that is the reference; raises `InputError` where there is no such image."""
+        """The stem of the reference image; raises `InputError` if there is no image with this index."""
         stems = list(self.images)
         if index >= len(stems):
             raise InputError(f"{self.name} has {len(stems)} images: reference {index} is not among them")
@@ -38,11 +38,11 @@ class DataSet:
     """A data set.
 
     Args:
-        name: as papers call it.
+        name: its name in papers.
         items: its objects or classes.
         read_truth: reads an annotation: bool (H, W).
-        published: the mIoU that is printed elsewhere, by row.
-        where: what that is, in words.
+        published: published mIoU by row.
+        where: the source of `published`, in words.
     """
 
     name: str
@@ -52,7 +52,7 @@ class DataSet:
     where: str = ""
 
     def truth(self, item: Item, stem: str) -> np.ndarray:
-        """The truth of an image, bool (H, W); raises `InputError` where its size is not the image's."""
+        """The true mask of an image, bool (H, W); raises `InputError` if its size is not the image's."""
         mask, (width, height) = self.read_truth(item.annotations[stem]), read_image(item.images[stem]).size
         if mask.shape != (height, width):
             raise InputError(
@@ -62,7 +62,7 @@ class DataSet:
 
 
 def read_prediction(path: Path, truth: np.ndarray) -> np.ndarray:
-    """A prediction, bool (H, W); raises `InputError` where its size is not that of the truth."""
+    """A prediction, bool (H, W); raises `InputError` if its size is not that of the true mask."""
     found = read_mask(path)
     if found.shape != truth.shape:
         raise InputError(f"{path} is {found.shape}, its annotation {truth.shape} (H, W): give it this size")

@@ -1,12 +1,12 @@
-"""DAVIS 2017, semi-supervised: J, F and J&F (Pont-Tuset et al. 2017) of a method, or of predictions made by anything.
+"""DAVIS 2017, semi-supervised: J, F and J&F (Pont-Tuset et al. 2017) of a method, or of any predictions.
 
     DIR/JPEGImages/480p/<sequence>/00000.jpg     the frames, for a method
     DIR/Annotations/480p/<sequence>/00000.png    palette: 0 background, 1 and up the objects, 255 void
     DIR/ImageSets/2017/val.txt                   the sequences
-    PREDICTIONS/<sequence>/00000.png             as the annotations; a method's are OUTPUT/predictions
+    PREDICTIONS/<sequence>/00000.png             same format as the annotations; a method writes OUTPUT/predictions
 
-The first and the last frame of a sequence are not scored; objects are those of the first frame. Figures are means over
-objects, not sequences.
+The first and the last frame of a sequence are not scored. The objects are those of the first frame. Figures are means
+over objects, not over sequences.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PAPER_DAVIS = {
 
 @dataclass(frozen=True)
 class EvaluateDavisOptions(SegmenterOptions):
-    """DAVIS 2017: a method's masks, or masks made by anything, and their J, F and J&F."""
+    """DAVIS 2017: J, F and J&F of a method's masks, or of any masks."""
 
     data: str | None = option(None, "folder with JPEGImages/480p, Annotations/480p and ImageSets/2017", path=True)
     output: str | None = option(
@@ -60,7 +60,7 @@ class ObjectScores:
 
     Args:
         name: <sequence>_<number>.
-        j, f: over the frames.
+        j, f: statistics over the frames.
     """
 
     name: str
@@ -69,7 +69,7 @@ class ObjectScores:
 
     @property
     def figures(self) -> dict[str, float]:
-        """By their names in the official evaluation, 0 to 1."""
+        """Figures by their names in the official evaluation, 0 to 1."""
         return {
             "J-Mean": self.j.mean, "J-Recall": self.j.recall, "J-Decay": self.j.decay,
             "F-Mean": self.f.mean, "F-Recall": self.f.recall, "F-Decay": self.f.decay,
@@ -81,7 +81,7 @@ class DavisScores:
     """The scores of an evaluation.
 
     Args:
-        objects: of all sequences.
+        objects: scores of the objects of all sequences.
         made_by: the method and its SAM, or `predictions`.
         method: the method that was run; None for predictions.
     """
@@ -105,15 +105,15 @@ class DavisScores:
 
 
 def evaluate_davis(options: EvaluateDavisOptions) -> DavisScores | None:
-    """Runs a method unless predictions are given, and scores; writes `results.json` and `results.md`.
+    """Runs a method unless predictions are given, and scores the masks; writes `results.json` and `results.md`.
 
     Returns:
         The scores; None in processes other than the main one.
 
     Raises:
-        InputError, InputNotFoundError: a missing or broken file, frames of other sizes, a prediction with an object
-            that the first frame does not have. Predictions of a method are kept, and the next evaluation resumes from
-            them.
+        InputError, InputNotFoundError: a missing or broken file, frames of different sizes, a prediction with an
+            object that the first frame does not have. Predictions of a method are kept, and the next evaluation
+            resumes from them.
     """
     options.check()
     data, output = Path(str(options.data)), Path(str(options.output))
@@ -142,7 +142,7 @@ def evaluate_davis(options: EvaluateDavisOptions) -> DavisScores | None:
 def predict_videos(
     sequences: list[str], data: Path, output: Path, options: EvaluateDavisOptions, state: PartialState
 ) -> None:
-    """Writes the predictions that are missing; under `accelerate launch`, each process takes a part of the sequences.
+    """Writes the missing predictions; under `accelerate launch`, each process takes a part of the sequences.
 
     Raises:
         InputError, InputNotFoundError: a sequence whose frames or annotations cannot be used.
@@ -154,10 +154,10 @@ def predict_videos(
     for sequence, video in videos.items():
         wanted = [int(path.stem) for path in list_annotations(data, sequence)]
         if wanted != list(range(video.first.number, video.first.number + (video.count or 0))):
-            raise InputError(f"{sequence} has {video.count} frames, {len(wanted)} annotations: both go from 00000")
+            raise InputError(f"{sequence} has {video.count} frames, {len(wanted)} annotations: number both from 0")
     names = ("data", "segmenter", "sam_model", "sam_dtype", "target_coverage")
     settings = {name: getattr(options, name) for name in names}
-    if state.is_main_process:  # several would write over one another
+    if state.is_main_process:  # processes would overwrite one another's file
         note_settings(output, settings, "an evaluation", "--output")
     state.wait_for_everyone()
     own = own_part(sequences, state)
@@ -184,19 +184,19 @@ def read_sequences(data: Path) -> list[str]:
         raise InputNotFoundError(f"{path} does not exist: name the folder of DAVIS 2017 with --data")
     sequences = path.read_text(encoding="utf-8").split()
     if not sequences:
-        raise InputError(f"{path} names no sequences")
+        raise InputError(f"{path} lists no sequences")
     return sequences
 
 
 def list_annotations(data: Path, sequence: str) -> list[Path]:
-    """The annotations of a sequence's frames in order; raises `InputError` for too few, or numbers with a gap."""
+    """The annotations of a sequence's frames in order; raises `InputError` for too few or a missing number."""
     folder = data / "Annotations" / "480p" / sequence
     paths = sorted(folder.glob("*.png"))
     if len(paths) < 3:
         raise InputError(f"{folder} holds {len(paths)} frames: a sequence has at least 3")
     for place, path in enumerate(paths):
         if path.name != f"{place:05}.png":
-            raise InputError(f"{folder} holds {path.name} where {place:05}.png belongs: frames are numbered from 00000")
+            raise InputError(f"{folder} holds {path.name} instead of {place:05}.png: number the frames from 00000")
     return paths
 
 
@@ -229,7 +229,7 @@ def score_sequence(data: Path, predictions: Path, sequence: str) -> list[ObjectS
 
 
 def davis_table(scores: DavisScores) -> str:
-    """The figures in Markdown, in percent; below those of a method, what the paper prints for it."""
+    """The figures in Markdown, in percent; a method's published figures are below its own."""
     overall = scores.overall
     rows = {"**all objects**": overall}
     if scores.method:

@@ -1,9 +1,9 @@
-"""FSS-1000 (Li et al. 2020), one-shot: a class is found in its other images from one of them.
+"""FSS-1000 (Li et al. 2020), one-shot: one image of a class is the reference for its other images.
 
     DIR/<class>/1.jpg ... 10.jpg, 1.png ... 10.png    half white or more is the class
 
-Image 1 is the support of its class and the other nine are queries. (Few-shot papers draw a support for every query by
-chance.) `--reference_index all` takes each image as the support in turn.
+Image 1 is the support of its class and the other nine are queries. (Few-shot papers draw a random support for every
+query.) `--reference_index all` uses each image as the support in turn.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from persam_dreambooth.segmentation.evaluation.one_shot_scores import OneShotSco
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg")
 WHITE = 128
-"""From this gray on a pixel belongs to the class, as in the published evaluations."""
+"""A pixel of this gray level or a higher one belongs to the class, as in the published evaluations."""
 
 
 @dataclass(frozen=True)
 class EvaluateFss1000Options(one_shot.OneShotOptions):
-    """FSS-1000, or a data set in its layout: a method's masks, or masks made by anything, and their scores."""
+    """FSS-1000, or a data set in its layout: scores of a method's masks, or of any masks."""
 
     data: str | None = option(None, "folder with <class>/1.jpg and 1.png, 2.jpg and 2.png ...", path=True)
     classes: str | None = option(None, "text file with the classes to score, one a line; default: all", path=True)
 
 
 def evaluate_fss1000(options: EvaluateFss1000Options) -> OneShotScores | None:
-    """Runs a method, or takes predictions, and scores; see `one_shot.evaluate_one_shot`.
+    """Runs a method or reads predictions, and scores the masks; see `one_shot.evaluate_one_shot`.
 
     Raises:
         InputError, InputNotFoundError: a data set, a prediction or a model that cannot be used. Finished predictions
@@ -51,11 +51,11 @@ def read_classes(data: Path, names: Path | None) -> list[Item]:
 
     Args:
         data: the folder of class folders.
-        names: a text file with the names of those that count, such as the test split's, one a line; None for all.
+        names: a text file with the names of the classes to score, one a line, such as the test split; None for all.
 
     Raises:
         InputError, InputNotFoundError: no such folder, no classes, a class with fewer than two images, an image without
-            mask or a mask without image.
+            a mask or a mask without an image.
     """
     if not data.is_dir():
         raise InputNotFoundError(f"{data} does not exist: name the folder that holds the classes with --data")
@@ -73,7 +73,7 @@ def read_truth(path: Path) -> np.ndarray:
 
 
 def _read_names(path: Path, data: Path, known: list[str]) -> list[str]:
-    """The classes that a text file names, sorted."""
+    """The classes that a text file lists, sorted."""
     if not path.is_file():
         raise InputNotFoundError(f"{path} does not exist: name a text file with a class on every line")
     try:
@@ -93,11 +93,11 @@ def _read_class(folder: Path) -> Item:
     images = {path.stem: path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES}
     masks = {path.stem: path for path in paths if path.suffix.lower() == ".png"}
     if len(images) < 2:
-        raise InputError(f"{folder} holds {len(images)} images: a class needs a support and one more at least")
+        raise InputError(f"{folder} holds {len(images)} images: a class needs at least two")
     for stem in images:
         if stem not in masks:
             raise InputNotFoundError(f"{images[stem]} has no mask: {folder / stem}.png is missing")
     for stem in masks:
         if stem not in images:
-            raise InputNotFoundError(f"{masks[stem]} belongs to no image: {folder / stem}.jpg is missing")
+            raise InputNotFoundError(f"{masks[stem]} has no image: {folder / stem}.jpg is missing")
     return Item(folder.name, images, masks)

@@ -1,4 +1,4 @@
-"""The measures of masks: IoU, accuracy, boundary IoU, and DAVIS's J and F with their statistics.
+"""Metrics of masks: IoU, accuracy, boundary IoU, and DAVIS's J and F with their statistics.
 
 Masks are (H, W) bool.
 """
@@ -12,7 +12,7 @@ SQUARE = np.ones((3, 3), bool)
 BAND = 0.02
 """Width of boundary IoU's band, relative to the picture's diagonal."""
 TOLERANCE = 0.008
-"""How far apart boundaries may lie to match in F, relative to the picture's diagonal."""
+"""Largest distance between matching boundaries in F, relative to the picture's diagonal."""
 
 
 def overlap(found: np.ndarray, truth: np.ndarray) -> tuple[int, int]:
@@ -21,7 +21,7 @@ def overlap(found: np.ndarray, truth: np.ndarray) -> tuple[int, int]:
 
 
 def boundary_overlap(found: np.ndarray, truth: np.ndarray) -> tuple[int, int]:
-    """`overlap` of the bands inside both outlines, of which boundary IoU is made (Cheng et al. 2021, Eq. 2)."""
+    """`overlap` of the bands inside both outlines, for boundary IoU (Cheng et al. 2021, Eq. 2)."""
     width = max(1, round(BAND * math.hypot(*truth.shape)))
     return overlap(_band(found, width), _band(truth, width))
 
@@ -35,7 +35,7 @@ def jaccard(found: np.ndarray, truth: np.ndarray) -> float:
 def boundary_f(found: np.ndarray, truth: np.ndarray) -> float:
     """DAVIS's contour accuracy F (Perazzi et al. 2016): harmonic mean of the boundaries' precision and recall.
 
-    A boundary pixel matches when the other boundary is no farther than 0.008 of the diagonal, rounded up.
+    A boundary pixel matches if the other boundary is no farther away than 0.008 of the diagonal, rounded up.
     """
     reach = math.ceil(TOLERANCE * math.hypot(*truth.shape))
     found_edge, true_edge = _boundary(found), _boundary(truth)
@@ -51,8 +51,8 @@ class Statistics(NamedTuple):
     """DAVIS's statistics of an object's J or F over the frames.
 
     Args:
-        mean: over the frames.
-        recall: part of the frames above 0.5.
+        mean: mean over the frames.
+        recall: fraction of the frames above 0.5.
         decay: mean of the first quarter of the frames minus that of the last.
     """
 
@@ -62,14 +62,14 @@ class Statistics(NamedTuple):
 
 
 def statistics(values: np.ndarray) -> Statistics:
-    """DAVIS's statistics of J or F (frames,); quarters share their end frames, as in the official evaluation."""
+    """DAVIS's statistics of J or F (frames,); adjacent quarters share a frame, as in the official evaluation."""
     ends = np.round(np.linspace(1, len(values), 5) + 1e-10).astype(int) - 1
     first, last = values[ends[0] : ends[1] + 1], values[ends[3] : ends[4] + 1]
     return Statistics(float(values.mean()), float((values > 0.5).mean()), float(first.mean() - last.mean()))
 
 
 def _band(mask: np.ndarray, width: int) -> np.ndarray:
-    """The pixels of a mask that are no farther than `width` from its outside; so is the picture's border."""
+    """The pixels of a mask no farther than `width` from the background or the picture's border."""
     from scipy import ndimage
 
     return mask & ~ndimage.binary_erosion(mask, SQUARE, iterations=width)
@@ -83,7 +83,7 @@ def _boundary(mask: np.ndarray) -> np.ndarray:
 
 
 def _near(edge: np.ndarray, reach: int) -> np.ndarray:
-    """The pixels that are no farther than `reach` from any of `edge`: its dilation by a disk."""
+    """The pixels no farther than `reach` from a pixel of `edge`: its dilation by a disk."""
     from scipy import ndimage
 
     return ndimage.distance_transform_edt(~edge) <= reach

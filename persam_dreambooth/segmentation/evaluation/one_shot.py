@@ -1,8 +1,8 @@
-"""One-shot segmentation, evaluated: a method finds each object in all its images from one reference.
+"""Evaluation of one-shot segmentation: a method finds each object in all its images from one reference.
 
-A method writes OUTPUT/predictions/<row>/<object>/NN.png, an object at a time, so that an interrupted evaluation can
-resume. Scores come from the predictions alone, whoever made them (`one_shot_scores`). Each image is encoded once for
-all rows. A trace of the method (`trace.Trace`) lies beside each prediction, for the pictures (`one_shot_report`).
+A method writes OUTPUT/predictions/<row>/<object>/NN.png, one object at a time, so that an interrupted evaluation can
+resume. Scores depend only on the predictions (`one_shot_scores`). Each image is encoded once for all rows. A trace of
+the method (`trace.Trace`) is saved beside each prediction, for the pictures (`one_shot_report`).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class OneShotOptions(SegmentationOptions):
-    """How one-shot segmentation is evaluated; shared by `evaluate perseg` and `evaluate fss1000`."""
+    """Options shared by `evaluate perseg` and `evaluate fss1000`."""
 
     data: str | None = option(None, "the data set's folder", path=True)
     output: str | None = option(
@@ -52,24 +52,24 @@ class OneShotOptions(SegmentationOptions):
     reference_index: str = option("0", "which image of an object is the reference: a number, or all in turn")
 
     def check(self) -> None:
-        """Raises `InputError` for options that are missing, out of range or at odds with one another."""
+        """Raises `InputError` for options that are missing, out of range or in conflict."""
         require(self, "data", "output")
         super().check()
         if self.reference_index != "all" and not self.reference_index.isdigit():
             raise InputError(f"--reference_index is {self.reference_index}: give a number from 0, or all")
         if self.predictions and self.reference_index == "all":
-            raise InputError("--reference_index all runs a method: give --predictions one reference's number")
+            raise InputError("--reference_index all runs a method: with --predictions, give one reference's number")
 
 
 @dataclass(frozen=True)
 class Row:
-    """A method and the reference that it is given.
+    """A method and its reference.
 
     Args:
         method: what the row compares, such as `persam` or `persam-shrunk-75`.
-        segmenter: makes the method for a SAM.
+        segmenter: creates the method's segmenter for a SAM.
         reference: index of the reference image.
-        growth: the reference's mask is grown by a square of so many pixels, or shrunk where negative.
+        growth: side in pixels of the square that dilates the reference's mask; negative erodes.
     """
 
     method: str
@@ -79,17 +79,17 @@ class Row:
 
     @property
     def name(self) -> str:
-        """Of its folder of predictions and of its line in the table."""
+        """The name of its folder of predictions and of its line in the table."""
         return row_name(self.method, self.reference)
 
 
 def evaluate_one_shot(options: OneShotOptions, data: DataSet, rows: list[Row]) -> OneShotScores | None:
-    """Runs methods where asked, and scores; writes `results.json`, `results.md`, `report.html` and overlays.
+    """Runs the methods of the rows and scores them; writes `results.json`, `results.md`, `report.html` and overlays.
 
     Args:
-        options: what to write where.
-        data: what to score on.
-        rows: the methods, the one that the options name first; none to score `options.predictions`.
+        options: options of the evaluation.
+        data: the data set.
+        rows: the methods, starting with the one that the options name; empty to score `options.predictions`.
 
     Returns:
         The scores; None in processes other than the main one.
@@ -120,7 +120,7 @@ def evaluate_one_shot(options: OneShotOptions, data: DataSet, rows: list[Row]) -
 
 
 def plain_rows(options: OneShotOptions, items: list[Item]) -> list[Row]:
-    """The method that the options name, with the reference that they ask for, or with each in turn."""
+    """The method that the options name, with the reference that they name, or with each in turn."""
     if options.reference_index == "all":
         references = list(range(min(len(item.images) for item in items)))
     else:
@@ -129,10 +129,10 @@ def plain_rows(options: OneShotOptions, items: list[Item]) -> list[Row]:
 
 
 def predict_objects(rows: list[Row], data: DataSet, output: Path, options: OneShotOptions, state: PartialState) -> None:
-    """Writes the predictions that are missing; under `accelerate launch`, each process takes a part of the objects."""
+    """Writes the missing predictions; under `accelerate launch`, each process takes a part of the objects."""
     names = ("data", "sam_model", "sam_dtype", "guidance", "target_coverage")
     settings = {name: getattr(options, name) for name in names}
-    if state.is_main_process:  # several would write over one another
+    if state.is_main_process:  # processes would overwrite one another's file
         note_settings(output, settings, "an evaluation", "--output")
     state.wait_for_everyone()
     own = own_part(data.items, state)
@@ -147,7 +147,7 @@ def predict_objects(rows: list[Row], data: DataSet, output: Path, options: OneSh
 
 
 def segment_item(item: Item, rows: list[Row], data: DataSet, sam: Sam, output: Path) -> None:
-    """Finds an object in all its images by each row's method; writes the predictions and their traces."""
+    """Finds an object in all its images with each row's method; writes the predictions and their traces."""
     encodings = {stem: sam.encode(read_image(path)) for stem, path in item.images.items()}
     for row in rows:
         stem = item.reference(row.reference)
@@ -171,7 +171,7 @@ def segment_item(item: Item, rows: list[Row], data: DataSet, sam: Sam, output: P
 
 
 def disturbed(mask: np.ndarray, growth: int) -> np.ndarray:
-    """A mask dilated or eroded by a square, as in PerSAM's Table 4; the picture's border does not erode it.
+    """A mask dilated or eroded by a square, as in PerSAM's Table 4; pixels outside the picture do not erode it.
 
     Args:
         mask: (H, W) bool.

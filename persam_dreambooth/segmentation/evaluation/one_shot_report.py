@@ -1,4 +1,4 @@
-"""The table of a one-shot evaluation, and its pictures: a sheet for each object, and `report.html` with all."""
+"""The table and the pictures of a one-shot evaluation: a sheet for each object, and `report.html`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,12 +21,12 @@ PAGE_SIDE = 180
 """Width of a picture on the page."""
 
 SHOWN = 40
-"""How many objects the page shows: with more it would be too large to open."""
+"""Maximum number of objects on the page; with more it would be too large to open."""
 
 LEGEND = (
-    "Below, the objects from the worst to the best: every photo, how similar each place is to the target (yellow the "
-    "most; the numbers are cosine similarities, the same for all photos of an object), and the mask. A plus marks the "
-    "positive point, a minus the negative one, the rectangle the last box."
+    "The objects below are sorted from worst to best. Each photo is shown with its similarity to the target (yellow is "
+    "the highest; the numbers are cosine similarities, on one scale for all photos of an object) and its mask. A plus "
+    "marks the positive point, a minus the negative point, and a rectangle the last box."
 )
 
 
@@ -36,8 +36,8 @@ class Look:
 
     Args:
         photo: RGB.
-        trace: what the method saw; None for predictions without traces.
-        span: the least and the greatest similarity in all photos of the object.
+        trace: the method's intermediate results; None for predictions without traces.
+        span: the lowest and the highest similarity in all photos of the object.
         masked: the photo with the mask's outline and the prompts.
         caption: two lines: the file's name, and its IoU or that it is the reference.
     """
@@ -49,12 +49,12 @@ class Look:
     caption: list[str]
 
     def heat_map_of(self, photo: Image.Image) -> Image.Image | None:
-        """The similarity over the photo at some size; None without a trace."""
+        """The similarity drawn over `photo`, the photo at any size; None without a trace."""
         return heat_map(photo, self.trace.similarity, self.trace.photo_cells, self.span) if self.trace else None
 
 
 def one_shot_table(scores: OneShotScores) -> str:
-    """The figures in Markdown: of all rows, and of each object for the first row."""
+    """The figures in Markdown: for all rows, and for each object of the first row."""
     columns, published = list(scores.first.means), scores.published
     lines = [
         f"Made by {scores.made_by}. Percent{f'; the last column is {scores.data.where}' if published else ''}.",
@@ -75,7 +75,7 @@ def one_shot_table(scores: OneShotScores) -> str:
 
 
 def write_one_shot_report(output: Path, scores: OneShotScores) -> None:
-    """Writes `overlays/<object>.jpg` and `report.html` into the evaluation's folder; pictures show the first row."""
+    """Writes `overlays/<object>.jpg` and `report.html` to the evaluation's folder; pictures show the first row."""
     data, shown, published = scores.data, scores.first, scores.published
     items = {item.name: item for item in data.items}
     figures = {name: shown.counts[name].figures for name in shown.worst_first}
@@ -88,14 +88,14 @@ def write_one_shot_report(output: Path, scores: OneShotScores) -> None:
             sections.append(page.section(name, heading, [_strip(each, f"{name}: ") for each in looks]))
     legend = LEGEND
     if len(items) > SHOWN:
-        legend += f" {SHOWN} of {len(items)} are shown here; all are in the folder overlays."
+        legend += f" {SHOWN} of {len(items)} objects are shown here; the folder overlays has all."
     rows: list[list[page.TableCell]] = [[row.name, *row.means.values()] for row in scores.rows]
     columns, where = ["", *shown.means], ""
     if published:
         rows = [[*row, published.get(str(row[0]))] for row in rows]
         columns, where = [*columns, "published mIoU"], f" The last column is {data.where}."
     blocks = [
-        page.paragraph(f"Made by {scores.made_by}. All figures in percent, over the images but the reference.{where}"),
+        page.paragraph(f"Made by {scores.made_by}. Figures are in percent, without the reference.{where}"),
         page.html_table(columns, rows),
         page.html_table(
             ["object", *Counts().figures],
@@ -108,7 +108,7 @@ def write_one_shot_report(output: Path, scores: OneShotScores) -> None:
 
 
 def look(data: DataSet, item: Item, folder: Path, reference: int) -> list[Look]:
-    """The photos of an object with what was found in them; heat maps share one scale."""
+    """The photos of an object with their masks and traces; heat maps share one scale."""
     skipped = item.reference(reference)
     traces = {stem: read_trace(folder / f"{stem}.npz") for stem in item.images}
     values = [trace.in_photo for trace in traces.values() if trace]
@@ -124,7 +124,7 @@ def look(data: DataSet, item: Item, folder: Path, reference: int) -> list[Look]:
 
 
 def contact_sheet(name: str, looks: Sequence[Look]) -> Image.Image:
-    """All photos of an object in a row; below them their heat maps, where there are any, and their masks."""
+    """All photos of an object in a row; below them their heat maps, if there are traces, and their masks."""
     blank = Image.new("RGB", (TILE, TILE), PAPER)
     tiles = [each.photo for each in looks]
     captions = [each.caption[:1] for each in looks]
@@ -137,7 +137,7 @@ def contact_sheet(name: str, looks: Sequence[Look]) -> Image.Image:
 
 
 def _strip(look: Look, of: str) -> str:
-    """A photo, its heat map and its mask below one another, for the page."""
+    """A photo, its heat map and its mask in a column, for the page."""
     height = max(1, round(PAGE_SIDE * look.photo.height / look.photo.width))
     size = (PAGE_SIDE, height)
     photo, masked = (each.resize(size, Image.Resampling.LANCZOS) for each in (look.photo, look.masked))

@@ -1,4 +1,4 @@
-"""The scores of a one-shot evaluation: pixel counts of each object, and the figures that follow, all in percent.
+"""The scores of a one-shot evaluation: pixel counts of each object, and figures in percent.
 
 Intersections and unions are summed over an object's images except the reference, and the mean over objects is not
 weighted, as in the published evaluations of PerSeg and of the few-shot data sets.
@@ -25,10 +25,10 @@ class Counts:
     """Pixels of masks, summed over images.
 
     Args:
-        common, union: of the found mask and the truth.
-        truth: of the truth alone.
-        common_edge, union_edge: of the bands inside both outlines.
-        pixels: of the whole images.
+        common, union: intersection and union of the found mask and the true mask.
+        truth: the true mask alone.
+        common_edge, union_edge: intersection and union of the bands inside both outlines.
+        pixels: the whole images.
     """
 
     common: int = 0
@@ -49,7 +49,7 @@ class Counts:
 
     @property
     def figures(self) -> dict[str, float]:
-        """IoU, part of the truth that was found, and boundary IoU, in percent."""
+        """IoU, accuracy (fraction of the true mask that was found) and boundary IoU, in percent."""
         return {
             "IoU": 100 * self.common / (self.union + TINY),
             "Acc": 100 * self.common / (self.truth + TINY),
@@ -67,8 +67,8 @@ class RowScores:
     """The scores of one row.
 
     Args:
-        name: of the row.
-        predictions: folder of its masks, <object>/NN.png, with the traces of a method beside them.
+        name: name of the row.
+        predictions: folder of its masks, <object>/NN.png, with a method's traces beside them.
         reference: index of each object's reference image, which is not scored.
         counts: by object.
     """
@@ -90,12 +90,12 @@ class RowScores:
 
     @property
     def worst_first(self) -> list[str]:
-        """The objects by their IoU."""
+        """The objects from the lowest IoU to the highest."""
         return sorted(self.counts, key=lambda name: self.counts[name].figures["IoU"])
 
     @property
     def result(self) -> dict[str, Any]:
-        """The row as `results.json` holds it."""
+        """The row's entry in `results.json`."""
         return {**self.means, "objects": {name: counts.figures for name, counts in self.counts.items()}}
 
 
@@ -104,8 +104,8 @@ class OneShotScores:
     """The scores of an evaluation.
 
     Args:
-        data: what was scored on.
-        rows: the rows; the method that the options name is the first.
+        data: the data set.
+        rows: the rows; the first is the method that the options name.
         made_by: the method and its SAM, or `predictions`.
     """
 
@@ -125,7 +125,7 @@ class OneShotScores:
 
     @property
     def references(self) -> list[RowScores]:
-        """The rows of the first row's method that differ in the reference only."""
+        """The rows with the first row's method, one for each reference."""
         return [row for row in self.rows if row.name == row_name(self.first.name, row.reference)]
 
     @property
@@ -145,7 +145,7 @@ class OneShotScores:
 
 
 def row_name(method: str, reference: int) -> str:
-    """A row's name; a reference other than the first is part of it, so that its predictions have their own folder."""
+    """A row's name; it includes a reference other than the first, so that its predictions have their own folder."""
     return method + (f"-reference-{reference:02}" if reference else "")
 
 
@@ -153,14 +153,14 @@ def score_row(name: str, predictions: Path, data: DataSet, reference: int) -> Ro
     """Scores a folder of <object>/NN.png.
 
     Raises:
-        InputError, InputNotFoundError: a missing or broken prediction, one of another size, or a folder of an object
-            that is not in the data set.
+        InputError, InputNotFoundError: a missing or broken prediction, a prediction of another size, or a folder of an
+            object that is not in the data set.
     """
     if not predictions.is_dir():
         raise InputNotFoundError(f"{predictions} does not exist: name a folder of predictions")
     unknown = {path.name for path in predictions.iterdir() if path.is_dir()} - {item.name for item in data.items}
     if unknown:
-        raise InputError(f"{predictions / min(unknown)} belongs to no object of the data set: remove it")
+        raise InputError(f"{predictions / min(unknown)} matches no object of the data set: remove it")
     counts = {}
     for item in data.items:
         sums, reference_stem = Counts(), item.reference(reference)

@@ -36,26 +36,26 @@ PAPER_MIOU = {
     "persam-f-grown-75": 83.19,
     "persam-f-grown-95": 81.19,
 }
-"""The mIoU that the paper prints for a row, with SAM ViT-H on PerSeg (Tables 1, 3 and 4)."""
+"""The paper's mIoU of each row, with SAM ViT-H on PerSeg (Tables 1, 3 and 4)."""
 
 
 @dataclass(frozen=True)
 class EvaluatePersegOptions(one_shot.OneShotOptions):
-    """PerSeg, or a data set in its layout: a method's masks, or masks made by anything, and their scores."""
+    """PerSeg, or a data set in its layout: scores of a method's masks, or of any masks."""
 
     data: str | None = option(None, "folder with Images/<object>/NN.jpg and Annotations/<object>/NN.png", path=True)
-    ablation: bool = option(False, "also PerSAM's parts one after the other, as in the paper's Table 3")
-    robustness: bool = option(False, "also with the reference mask shrunk and grown by 75 and 95 pixels (Table 4)")
+    ablation: bool = option(False, "also evaluate PerSAM with its parts added one by one, as in the paper's Table 3")
+    robustness: bool = option(False, "also shrink and grow the reference mask by 75 and 95 pixels (Table 4)")
 
     def check(self) -> None:
-        """Raises `InputError` for options that are missing, out of range or at odds with one another."""
+        """Raises `InputError` for options that are missing, out of range or in conflict."""
         super().check()
         for name in [name for name in ("ablation", "robustness") if self.predictions and getattr(self, name)]:
-            raise InputError(f"--{name} runs methods: leave it out, or --predictions")
+            raise InputError(f"--{name} runs methods: remove it or --predictions")
 
 
 def evaluate_perseg(options: EvaluatePersegOptions) -> OneShotScores | None:
-    """Runs methods where asked, and scores; see `one_shot.evaluate_one_shot`.
+    """Runs methods or reads predictions, and scores the masks; see `one_shot.evaluate_one_shot`.
 
     Raises:
         InputError, InputNotFoundError: a data set, a prediction or a model that cannot be used. Finished predictions
@@ -63,7 +63,7 @@ def evaluate_perseg(options: EvaluatePersegOptions) -> OneShotScores | None:
     """
     options.check()
     items = read_perseg(Path(str(options.data)))
-    where = "what the paper prints for SAM ViT-H on PerSeg"
+    where = "the paper's figure for SAM ViT-H on PerSeg"
     data = DataSet("PerSeg", items, published=PAPER_MIOU, where=where)
     return one_shot.evaluate_one_shot(options, data, [] if options.predictions else chosen_rows(options, items))
 
@@ -91,7 +91,8 @@ def read_perseg(data: Path) -> list[Item]:
     """Lists the objects of a data set, sorted by name.
 
     Raises:
-        InputError, InputNotFoundError: no `Images`, an object with fewer than two images, an image without annotation.
+        InputError, InputNotFoundError: no folder `Images`, an object with fewer than two images, or an image without
+            an annotation.
     """
     root = data / "Images"
     if not root.is_dir():
@@ -101,7 +102,7 @@ def read_perseg(data: Path) -> list[Item]:
         images = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix.lower() in PHOTO_SUFFIXES}
         annotations = {stem: data / "Annotations" / folder.name / f"{stem}.png" for stem in images}
         if len(images) < 2:
-            raise InputError(f"{folder} holds {len(images)} images: an object needs a reference and one more at least")
+            raise InputError(f"{folder} holds {len(images)} images: an object needs at least two")
         for stem, path in annotations.items():
             if not path.is_file():
                 raise InputNotFoundError(f"{images[stem]} has no annotation: {path} is missing")

@@ -1,4 +1,4 @@
-"""The processes that `accelerate launch` starts share an evaluation: each predicts a part, the main one scores."""
+"""An evaluation under `accelerate launch`: each process predicts a part, and the main process scores."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Shared = TypeVar("Shared")
 
 
 def open_processes() -> PartialState:
-    """The state of the processes; one process alone is the main one."""
+    """The state of the processes; a single process is the main process."""
     import torch
     from accelerate import PartialState
 

@@ -1,4 +1,4 @@
-"""What a method saw on its way to a mask, kept beside its prediction for the pictures: NN.npz beside NN.png."""
+"""Traces: a method's prior, points and box, saved beside its prediction for the pictures (NN.npz beside NN.png)."""
 
 import math
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ from persam_dreambooth.segmentation.found import Found
 
 @dataclass(frozen=True)
 class Trace:
-    """Of one photo; fields as of `Found`.
+    """The trace of one photo; see `Found` for the fields.
 
     Args:
         similarity: (64, 64) location prior, padding included.
         photo_cells: rows and columns of these that the photo covers, from the upper left corner.
-        points: (n, 2) xy, the positive one first.
-        box: (4,) of the last pass, or None.
+        points: (n, 2) xy, the positive point first.
+        box: (4,) box of the last pass, or None.
     """
 
     similarity: np.ndarray
@@ -35,7 +35,7 @@ class Trace:
 
 
 def save_trace(path: Path, found: Found) -> None:
-    """Writes what a segmenter saw."""
+    """Writes the trace of what a segmenter found."""
     np.savez_compressed(
         path,
         similarity=found.similarity.astype(np.float16),
@@ -46,15 +46,15 @@ def save_trace(path: Path, found: Found) -> None:
 
 
 def read_trace(path: Path) -> Trace | None:
-    """Reads a trace; None where there is none. Raises `InputError` for a broken file."""
+    """Reads a trace; None if there is none. Raises `InputError` for a broken file."""
     if not path.is_file():
         return None
     try:
         with np.load(path) as arrays:
-            if "photo_cells" not in arrays:  # of version 0.1: nothing says where the photo ends
+            if "photo_cells" not in arrays:  # version 0.1 did not save where the photo ends
                 return None
             similarity, points, box = arrays["similarity"], arrays["points"], arrays["box"]
             rows, columns = arrays["photo_cells"].tolist()
     except (ValueError, KeyError, OSError, EOFError, BadZipFile):
-        raise InputError(f"{path} is not what a method saw on its way to a mask: remove it") from None
+        raise InputError(f"{path} is not a trace of a method: remove it") from None
     return Trace(similarity.astype(np.float32), (rows, columns), points, box if len(box) else None)

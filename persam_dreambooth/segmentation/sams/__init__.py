@@ -1,1 +1,1 @@
-"""The kinds of SAM: each in one file, opened by `checkpoints.open_sam`."""
+"""The SAM models, one in each file; `checkpoints.open_sam` opens them."""

@@ -1,4 +1,4 @@
-"""Names of SAM checkpoints, and the SAM that each of them opens as."""
+"""Loads SAM checkpoints by name."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,13 +27,13 @@ def open_sam(
     Args:
         name: hub id such as `facebook/sam-vit-huge`, `syscv-community/sam-hq-vit-base` or `facebook/sam2.1-hiera-tiny`,
             a local folder, a file such as `sam_vit_h_4b8939.pth`, `mobile_sam.pt` or `sam2.1_hiera_tiny.pt`, or `toy`.
-        device: `cpu`, `cuda`, `mps`, ...; by default the accelerator where there is one.
+        device: `cpu`, `cuda`, `mps`, ...; by default the accelerator if there is one.
         dtype: precision of the image encoder, as a type or a name such as `bfloat16`; see `precision` for `auto`.
-        encoding_cache: folder in which encodings of photos are kept for this and later runs; see `EncodingCache`.
+        encoding_cache: folder that keeps encodings of photos for this and later runs; see `EncodingCache`.
 
     Raises:
-        InputNotFoundError: the model cannot be had.
-        InputError: a model of another kind.
+        InputNotFoundError: the model is not available.
+        InputError: the model is not a SAM.
     """
     source = models.resolve(name, "sam")
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -46,7 +46,7 @@ def open_sam(
 
 
 def precision(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
-    """The type that `dtype` of `open_sam` stands for: `auto` is float32 on the CPU and on MPS, bfloat16 elsewhere."""
+    """The torch type for `dtype` of `open_sam`: `auto` is float32 on the CPU and on MPS, and bfloat16 elsewhere."""
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype == "auto":
@@ -57,11 +57,11 @@ def precision(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
 
 
 def _read_folder(source: str) -> "PreTrainedModel":
-    """A checkpoint in transformers' format: a folder or a hub id."""
+    """Loads a checkpoint in transformers' format: a folder or a hub id."""
     from transformers import AutoConfig, Sam2Config, Sam2Model, SamHQModel, SamModel
 
     config = AutoConfig.from_pretrained(source)
-    if config.model_type == "sam2_video":  # as the hub's SAM 2 are saved: the model of photos is a part of it
+    if config.model_type == "sam2_video":  # the hub's SAM 2 checkpoints, which contain the image model
         config = Sam2Config.from_dict({**config.to_dict(), "model_type": "sam2"})
     loaders = {"sam": SamModel, "sam_hq": SamHQModel, "sam2": Sam2Model}
     if config.model_type not in loaders:
@@ -70,6 +70,6 @@ def _read_folder(source: str) -> "PreTrainedModel":
     model, found = loaders[config.model_type].from_pretrained(source, config=config, output_loading_info=True)
     if found["missing_keys"]:
         raise InputError(
-            f"{source} lacks weights ({min(found['missing_keys'])}, ...): get it again, or name another model"
+            f"{source} lacks weights ({min(found['missing_keys'])}, ...): download it again, or name another model"
         )
     return model

@@ -1,4 +1,4 @@
-"""Encodings kept on disk, so that SAM's image encoder sees a photo once, however many runs ask for it."""
+"""A cache of encodings on disk, so that SAM's image encoder encodes each photo once for all runs."""
 
 import hashlib
 import os
@@ -19,17 +19,17 @@ EMBEDDING = "embedding"
 
 
 class EncodingCache:
-    """A folder of embeddings, each under the hash of what it was made of: the weights, their precision, the pixels.
+    """A folder of embeddings, each named by the hash of its inputs: the weights, their precision and the pixels.
 
-    Since the key is content, it matters neither how a photo or a checkpoint is named nor where it lies, and other
-    weights find nothing old. Several processes may share a folder.
+    The key depends only on content. So a photo or a checkpoint can be renamed or moved, and other weights never match
+    old files. Several processes can share a folder.
 
     Args:
-        folder: made where it is missing; a photo takes 4 MB, more with SAM 2 and SAM-HQ. Nothing in it is ever removed.
-        model: whose embeddings these are, in its final precision.
+        folder: created if missing. A photo takes 4 MB, more with SAM 2 and SAM-HQ. No file is ever removed.
+        model: the model that makes the embeddings, in its final precision.
 
     Raises:
-        InputError: a folder that cannot be written to.
+        InputError: the folder cannot be written to.
     """
 
     def __init__(self, folder: Path, model: torch.nn.Module) -> None:
@@ -45,15 +45,15 @@ class EncodingCache:
     def __call__(
         self, pixels: np.ndarray, device: torch.device, embed: Callable[[], tuple[torch.Tensor, dict[str, Any]]]
     ) -> tuple[torch.Tensor, dict[str, Any]]:
-        """The embedding of a photo and `Encoding.extra`: from disk, or from `embed`, which is then kept.
+        """The embedding of a photo and `Encoding.extra`: from disk, or from `embed`, whose result is then saved.
 
         Args:
-            pixels: (h, w, 3) uint8, as the encoder gets them but for normalization and padding.
-            device: where the embedding is wanted.
-            embed: computes it.
+            pixels: (h, w, 3) uint8, the encoder's input before normalization and padding.
+            device: the device for the embedding.
+            embed: computes the embedding and `Encoding.extra`.
 
         Raises:
-            InputError: a file of the cache that cannot be read.
+            InputError: a file of the cache cannot be read.
         """
         key = hashlib.sha256(self._weights + str(pixels.shape).encode() + pixels.tobytes()).hexdigest()
         path = self.folder / f"{key}.safetensors"
@@ -64,7 +64,7 @@ class EncodingCache:
         try:
             kept = load_file(path, device=str(device))
         except (SafetensorError, OSError) as error:
-            raise InputError(f"{path} cannot be read ({error}): remove it, and it is made anew") from error
+            raise InputError(f"{path} cannot be read ({error}): remove it, and it is computed again") from error
         extra = {}
         for name in sorted(kept.keys() - {EMBEDDING}):
             extra.setdefault(name.split(".")[0], []).append(kept[name])
@@ -72,7 +72,7 @@ class EncodingCache:
 
     def _keep(self, path: Path, embedding: torch.Tensor, extra: dict[str, list[torch.Tensor]]) -> None:
         tensors = {f"{name}.{place:02}": one for name, values in extra.items() for place, one in enumerate(values)}
-        # Under a name of its own first, since another process may be at the same photo.
+        # Written to a temporary name first, since another process may write the same photo.
         with tempfile.TemporaryDirectory(dir=self.folder, prefix=".") as aside:
             whole = Path(aside) / path.name
             save_file({name: one.cpu().contiguous() for name, one in {**tensors, EMBEDDING: embedding}.items()}, whole)

@@ -1,8 +1,8 @@
-"""SAM and MobileSAM in one file, `sam_vit_h_4b8939.pth`, `mobile_sam.pt` and the like, read into transformers' SAM.
+"""Loads SAM and MobileSAM files such as `sam_vit_h_4b8939.pth` and `mobile_sam.pt` into transformers' SAM.
 
-The architecture follows from the weights: their shapes tell widths, depths and window, and which layers look at all
-cells. Numbers of attention heads of the decoder, which no shape tells, are those of every published SAM. MobileSAM is
-SAM with another image encoder. Files of SAM 2 are handed on.
+The architecture is read from the weights: their shapes give widths, depths, the window, and which layers use global
+attention. The decoder's numbers of attention heads, which no shape gives, are those of every published SAM. MobileSAM
+is SAM with another image encoder. SAM 2 files are passed to `original_sam2`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NARROWING = "image_encoder.neck.0.weight"
 TINY_VIT = "image_encoder.patch_embed.seq.0.c.weight"
 """The first weight of MobileSAM's image encoder."""
 CLASSIFIER = re.compile(r"image_encoder\.(norm_)?head\.")
-"""What MobileSAM's image encoder has left of its training on ImageNet; nothing uses it."""
+"""Weights left from MobileSAM's training on ImageNet, which are not used."""
 
 SAM_RENAMED = (
     (SAM_POSITIONS, "shared_image_embedding.positional_embedding"),
@@ -40,14 +40,14 @@ SAM_RENAMED = (
     (r"\.point_embeddings\.", ".point_embed."),
     *DECODER,
 )
-"""Patterns in segment-anything's names of weights, and transformers' words for them; all are applied, in order."""
+"""Patterns in segment-anything's weight names and transformers' replacements; all are applied, in order."""
 
 
 def read_original(path: Path) -> SamModel | Sam2Model:
     """Loads a checkpoint of segment-anything, MobileSAM or SAM 2.
 
     Raises:
-        InputError: a file that holds something else.
+        InputError: the file holds something else.
     """
     from transformers import SamModel
 
@@ -71,14 +71,14 @@ def read_original(path: Path) -> SamModel | Sam2Model:
 
 
 def rename(name: str) -> str:
-    """transformers' name of a weight of segment-anything."""
+    """The name in transformers of a segment-anything weight."""
     for pattern, replacement in SAM_RENAMED:
         name = re.sub(pattern, replacement, name)
     return name
 
 
 def read_sam_config(weights: dict[str, torch.Tensor]) -> SamConfig:
-    """The architecture that weights under the original names belong to."""
+    """The architecture of weights with the original names."""
     from transformers import SamConfig
 
     vision = _read_vision(weights)
@@ -101,13 +101,13 @@ def read_sam_config(weights: dict[str, torch.Tensor]) -> SamConfig:
             "num_multimask_outputs": len(weights["mask_decoder.mask_tokens.weight"]) - 1,
             "iou_head_depth": _count(weights, "mask_decoder.iou_prediction_head.layers."),
             "iou_head_hidden_dim": weights["mask_decoder.iou_prediction_head.layers.0.weight"].shape[0],
-            "layer_norm_eps": 1e-5,  # torch's default, which segment-anything keeps here; transformers' is 1e-6
+            "layer_norm_eps": 1e-5,  # torch's default, as in segment-anything; transformers' is 1e-6
         },
     )
 
 
 def _read_vision(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """The image encoder's part; of MobileSAM, whose encoder is no `SamVisionModel`, its two ends alone."""
+    """The image encoder's part; for MobileSAM, whose encoder is not a `SamVisionModel`, only its input and neck."""
     ends = {
         "output_channels": weights[NARROWING].shape[0],
         "num_pos_feats": weights[SAM_POSITIONS].shape[1],
@@ -136,5 +136,5 @@ def _read_vision(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
 
 
 def _count(weights: dict[str, torch.Tensor], prefix: str) -> int:
-    """How many numbered parts follow a prefix."""
+    """The number of numbered parts after a prefix."""
     return len({name[len(prefix) :].split(".")[0] for name in weights if name.startswith(prefix)})

@@ -1,7 +1,7 @@
-"""SAM 2 and 2.1 in one file, `sam2.1_hiera_tiny.pt` and the like, read into transformers' SAM 2.
+"""Loads SAM 2 and 2.1 files such as `sam2.1_hiera_tiny.pt` into transformers' SAM 2.
 
-Only what segments single photos is taken; the memory of videos stays in the file. No shape tells how many heads a
-stage has, its windows, and which blocks look at all cells, so these come from a table of the four published sizes.
+Only the weights for single photos are loaded, without the video memory. The shapes do not give a stage's heads and
+windows, nor the blocks with global attention, so these come from a table of the four published sizes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SAM2_BACKGROUND = "image_encoder.trunk.pos_embed"
 
 
 class Hiera(NamedTuple):
-    """What tells the image encoders apart: blocks of the stages, heads of the first, windows, blocks without one."""
+    """The size of an image encoder: blocks of the stages, heads of the first, windows, global-attention blocks."""
 
     blocks: list[int]
     heads: int
@@ -38,7 +38,7 @@ SIZES = {
     (112, 24): Hiera([2, 3, 16, 3], 2, [8, 4, 14, 7], [12, 16, 20]),
     (144, 48): Hiera([2, 6, 36, 4], 2, [8, 4, 16, 8], [23, 33, 43]),
 }
-"""Tiny, small, base plus and large, by the width and the number of their blocks."""
+"""Tiny, small, base plus and large, by width and number of blocks."""
 
 DECODER = (
     (r"\.mask_downscaling\.0\.", ".mask_embed.conv1."),
@@ -54,7 +54,7 @@ DECODER = (
     (r"(mlps\.\d|head)\.layers\.1\.", r"\1.layers.0."),
     (r"\.norm(\d|_final_attn)\.", r".layer_norm\1."),
 )
-"""Patterns in the names of prompt encoder and mask decoder, which SAM and SAM 2 share, and transformers' words."""
+"""Patterns in the weight names of the prompt encoder and mask decoder, for SAM and SAM 2, with replacements."""
 
 SAM2_RENAMED = (
     (SAM2_POSITIONS, "shared_image_embedding.positional_embedding"),
@@ -67,14 +67,14 @@ SAM2_RENAMED = (
     (r"\.out_proj\.", ".o_proj."),
     *DECODER,
 )
-"""Patterns in SAM 2's names of weights, and transformers' words for them; all are applied, in order."""
+"""Patterns in SAM 2's weight names and transformers' replacements; all are applied, in order."""
 
 
 def read_sam2(weights: dict[str, torch.Tensor], path: Path) -> Sam2Model:
-    """SAM 2 from weights under its own names; `path` is where they come from.
+    """SAM 2 from weights with the original names; `path` is their file, for messages.
 
     Raises:
-        InputError: weights of something else, or of a size that is not published.
+        InputError: weights of another model, or of a size that is not published.
     """
     from transformers import Sam2Model
 
@@ -84,7 +84,7 @@ def read_sam2(weights: dict[str, torch.Tensor], path: Path) -> Sam2Model:
     depth = len({name[len(BLOCKS) :].split(".")[0] for name in weights if name.startswith(BLOCKS)})
     if (width, depth) not in SIZES:
         raise InputError(
-            f"{path} is no published size of SAM 2 ({depth} blocks from {width} channels): name its folder"
+            f"{path} is not a published size of SAM 2 ({depth} blocks from {width} channels): name its folder"
         )
     with torch.device("meta"):
         model = Sam2Model(read_sam2_config(width, depth, tuple(weights[SAM2_BACKGROUND].shape[2:])))
@@ -93,7 +93,7 @@ def read_sam2(weights: dict[str, torch.Tensor], path: Path) -> Sam2Model:
 
 
 def rename_sam2(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights that a single photo needs, under transformers' names."""
+    """The weights for single photos, under transformers' names."""
     renamed = {}
     for name, value in weights.items():
         if re.match(r"image_encoder\.|sam_prompt_encoder\.|sam_mask_decoder\.|no_mem_embed", name):
@@ -107,7 +107,7 @@ def rename_sam2(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def read_sam2_config(width: int, depth: int, background: tuple[int, int]) -> Sam2Config:
-    """The architecture of a published size; what is not named here is the same for all and transformers' default."""
+    """The architecture of a published size; other parameters are transformers' defaults, the same for all sizes."""
     from transformers import Sam2Config
 
     size = SIZES[width, depth]

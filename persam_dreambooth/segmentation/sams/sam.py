@@ -1,4 +1,4 @@
-"""SAM as PerSAM needs it: encode a photo once, then decode prompts, guided or not.
+"""SAM for PerSAM: encodes a photo once, then decodes prompts with or without guidance.
 
 Shapes: H W photo, 1024 padded input, 64 x 64 grid of cells with C channels, 256 x 256 low-resolution masks.
 Points and boxes are xy in pixels of the photo; a box is x0, y0, x1, y1 with inclusive bounds.
@@ -24,14 +24,14 @@ PIXEL_STD = (58.395, 57.12, 57.375)
 
 @dataclass(frozen=True)
 class Encoding:
-    """A photo that SAM's image encoder has seen.
+    """The encoding of a photo by SAM's image encoder.
 
     Args:
-        embedding: (1, C, 64, 64) float32, the padding included.
+        embedding: (1, C, 64, 64) float32, padding included.
         size: (H, W) of the photo.
         resized: (h, w) of the photo inside the padded input; the longer side is `padded`.
         padded: side of the padded input, 1024.
-        extra: what else this kind of SAM hands its decoder.
+        extra: other inputs of this SAM's decoder.
     """
 
     embedding: torch.Tensor
@@ -57,14 +57,14 @@ class Sam:
 
     Args:
         model: the model, in evaluation mode, on its device.
-        name: how the user named it; recorded with every mask.
+        name: the name that the user gave; recorded with every mask.
         dtype: precision of the image encoder, which is nearly all of a SAM. The rest stays float32: it is small, and
             a coordinate in bfloat16 would be off by pixels.
-        cache: folder in which encodings are kept, and looked for first; None to keep none.
+        cache: folder of the encoding cache; None for no cache.
     """
 
     logit_limit = math.inf
-    """Mask logits that prompt a pass are cut to this."""
+    """Mask logits that prompt a pass are clipped to this."""
 
     def __init__(self, model: Any, name: str, dtype: torch.dtype = torch.float32, cache: Path | None = None) -> None:
         self.model = model.eval().requires_grad_(False)
@@ -105,18 +105,18 @@ class Sam:
         return Encoding(embedding, (height, width), resized, self.padded, extra)
 
     def padded_input(self, photo: np.ndarray) -> torch.Tensor:
-        """A resized photo (h, w, 3) uint8 as the encoder takes it: (1, 3, 1024, 1024), normalized, zero-padded."""
+        """A resized photo (h, w, 3) uint8 as the encoder's input: (1, 3, 1024, 1024), normalized, zero-padded."""
         pixels = (torch.from_numpy(photo.astype(np.float32)) - torch.tensor(PIXEL_MEAN)) / torch.tensor(PIXEL_STD)
         height, width, _ = photo.shape
         pixels = F.pad(pixels.permute(2, 0, 1), (0, self.padded - width, 0, self.padded - height))
         return pixels[None].to(self.model.device, self.dtype)
 
     def embed(self, pixels: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
-        """The image encoder alone: padded input (1, 3, 1024, 1024) to (1, C, 64, 64) and `Encoding.extra`, float32."""
+        """Runs the image encoder: padded input (1, 3, 1024, 1024) to (1, C, 64, 64) and `Encoding.extra`, float32."""
         return self.model.get_image_embeddings(pixels).float(), {}
 
     def features(self, encoding: Encoding) -> dict[str, Any]:
-        """What the model's decoder takes of a photo, by its names."""
+        """The photo's inputs of the model's decoder, by argument name."""
         return {"image_embeddings": encoding.embedding, **encoding.extra}
 
     @torch.no_grad()
@@ -130,7 +130,7 @@ class Sam:
         multimask: bool = True,
         guidance: Guidance | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One pass of the mask decoder.
+        """Runs one pass of the mask decoder.
 
         Args:
             encoding: the photo.
@@ -138,7 +138,7 @@ class Sam:
             labels: (n,), 1 for the subject and 0 for the background.
             box: (4,) or None.
             mask_logits: (256, 256) low-resolution logits of an earlier pass, or None.
-            multimask: three masks (whole, part, subpart) or the single-mask output.
+            multimask: returns three masks (whole, part, subpart), else the single-mask output.
             guidance: target-guided attention and target-semantic prompting for this pass.
 
         Returns:
@@ -167,7 +167,7 @@ class Sam:
         return F.interpolate(maps, encoding.size, mode="bilinear", align_corners=False)[0]
 
     def mask_box(self, logits: torch.Tensor, encoding: Encoding) -> np.ndarray | None:
-        """The tight box (4,) of logits (256, 256) above 0 at the photo's size; None where the mask is empty."""
+        """The tight box (4,) of logits (256, 256) above 0 at the photo's size; None if the mask is empty."""
         mask = self.upscale(logits[None], encoding)[0] > 0
         rows, columns = mask.any(dim=1).nonzero(), mask.any(dim=0).nonzero()
         if len(rows) == 0:

@@ -1,4 +1,4 @@
-"""SAM 2 and 2.1 on single photos (Ravi et al. 2024, arXiv 2408.00714), as PerSAM needs it.
+"""SAM 2 and 2.1 on single photos (Ravi et al. 2024, arXiv 2408.00714), for PerSAM.
 
 Shapes as in `sam`; the decoder also reads finer features, 32 x 256 x 256 and 64 x 128 x 128.
 """
@@ -15,12 +15,12 @@ from persam_dreambooth.segmentation.sams.sam import Encoding, Sam
 class Sam2(Sam):
     """A frozen `Sam2Model` from transformers whose decoder can be guided.
 
-    A photo is stretched to a square, without padding; its embedding holds SAM 2's "no memory" vector, as the decoder
-    sees it; masks go from 256 x 256 to the photo in one step, and prompt another pass with logits of at most 32.
+    A photo is stretched to a square, without padding. Its embedding includes SAM 2's "no memory" vector, as the decoder
+    expects. Masks are resized from 256 x 256 to the photo in one step. Mask prompts are clipped to logits of at most
+    32.
 
-    By itself SAM 2 answers for the single-mask output with the best of its three masks where the single one is
-    unstable. That is off: PerSAM's first pass is about this one output, whatever the photo, and its next pass chooses
-    among the three anyway.
+    By default, SAM 2 replaces an unstable single-mask output by the best of its three masks. This is disabled: PerSAM's
+    first pass uses the single mask for every photo, and its next pass chooses among the three anyway.
     """
 
     logit_limit = 32.0
@@ -31,20 +31,20 @@ class Sam2(Sam):
 
     @property
     def encoder(self) -> torch.nn.Module:
-        """The image encoder without its neck, whose outputs the mask decoder takes."""
+        """The image encoder without its neck; the mask decoder uses the neck's outputs."""
         return self.model.vision_encoder.backbone
 
     def input_size(self, height: int, width: int) -> tuple[int, int]:
-        """Every photo fills the input."""
+        """Size (h, w) of a photo in the input, which every photo fills."""
         return self.padded, self.padded
 
     def embed(self, pixels: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
-        """As `Sam.embed`; the finer features are for the decoder."""
+        """See `Sam.embed`; `Encoding.extra` holds the finer features."""
         *finer, embedding = self.model.get_image_embeddings(pixels)
         return embedding, {"high_resolution_features": finer}
 
     def features(self, encoding: Encoding) -> dict[str, Any]:
-        """transformers' SAM 2 takes all features in one list."""
+        """See `Sam.features`; transformers' SAM 2 takes all features in one list."""
         return {"image_embeddings": [*encoding.extra["high_resolution_features"], encoding.embedding]}
 
     def upscale(self, maps: torch.Tensor, encoding: Encoding) -> torch.Tensor:

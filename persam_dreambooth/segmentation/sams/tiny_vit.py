@@ -1,8 +1,7 @@
 """MobileSAM's image encoder, TinyViT-5M at 1024 pixels (Zhang et al. 2023, arXiv 2306.14289; Wu et al. 2022).
 
-Neither transformers nor segment-anything has it. timm has a TinyViT, but merges patches at the other end of a stage,
-halves the grid once more than MobileSAM, and cannot be imported without torchvision; so it is written out here, under
-MobileSAM's own names of weights.
+Neither transformers nor segment-anything has it. timm's TinyViT merges patches at the other end of a stage, halves the
+grid once more than MobileSAM, and needs torchvision. So this file implements it, with MobileSAM's weight names.
 
 Shapes: B photos, C channels, h w cells; 1024 pixels become 256 x 256 cells, then 128, 64 and 64.
 """
@@ -18,18 +17,18 @@ import torch.nn.functional as F
 from torch import nn
 
 STRIDES = (2, 2, 1)
-"""By how much the patch merging after each stage but the last shrinks the grid; TinyViT elsewhere has 2, 2, 2."""
+"""Strides of the patch merging after each stage except the last; the original TinyViT has 2, 2, 2."""
 
 
 class TinyViT(nn.Module):
-    """A stage of convolutions and three of windowed attention, then SAM's neck; without the classifier.
+    """One stage of convolutions and three of windowed attention, then SAM's neck; there is no classifier.
 
     Args:
         widths: channels of the four stages.
-        depths: blocks of each.
-        heads: attention heads of the last three.
+        depths: number of blocks of each stage.
+        heads: attention heads of the last three stages.
         windows: sides of their windows, in cells.
-        neck: transformers' `SamVisionNeck`, to the channels of the embedding.
+        neck: transformers' `SamVisionNeck`, which outputs the embedding's channels.
     """
 
     def __init__(
@@ -53,7 +52,7 @@ class TinyViT(nn.Module):
         self.neck = neck
 
     def forward(self, pixel_values: torch.Tensor, **_: Any) -> tuple[torch.Tensor]:
-        """Normalized and padded photos (B, 3, 1024, 1024) to embeddings (B, C, 64, 64), in a tuple as transformers'."""
+        """Normalized and padded photos (B, 3, 1024, 1024) to embeddings (B, C, 64, 64), in a tuple."""
         cells = self.patch_embed.seq(pixel_values)
         for stage in self.layers:
             cells = stage.blocks(cells)
@@ -71,7 +70,7 @@ class ConvNorm(nn.Sequential):
 
 
 class InvertedBottleneck(nn.Module):
-    """MBConv: widen four times, look at 3 x 3 cells, narrow."""
+    """MBConv: expands the channels four times, convolves 3 x 3 cells, and projects back."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -85,7 +84,7 @@ class InvertedBottleneck(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """From one stage's width and grid to the next one's."""
+    """Maps one stage's width and grid to the next stage's."""
 
     def __init__(self, inside: int, outside: int, stride: int) -> None:
         super().__init__()
@@ -121,7 +120,7 @@ class TinyVitBlock(nn.Module):
         return cells + self.mlp(cells.movedim(1, -1)).movedim(-1, 1)
 
     def _attend(self, cells: torch.Tensor) -> torch.Tensor:
-        """Attention of (B, h, w, C), window by window; zeros fill up the last ones and are attended to."""
+        """Attention of (B, h, w, C) within windows; the last windows are padded with zeros, which are not masked."""
         batch, height, width, channels = cells.shape
         side = self.window
         cells = F.pad(cells, (0, 0, 0, -width % side, 0, -height % side))
@@ -133,7 +132,7 @@ class TinyVitBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention among the cells of a window, with a learned bias for every distance (|dy|, |dx|)."""
+    """Attention between the cells of a window, with a learned bias for every distance (|dy|, |dx|)."""
 
     def __init__(self, width: int, heads: int, window: int) -> None:
         super().__init__()
@@ -144,7 +143,7 @@ class Attention(nn.Module):
         self.attention_biases = nn.Parameter(torch.zeros(heads, window * window))
 
     def forward(self, cells: torch.Tensor) -> torch.Tensor:
-        """Cells of windows (windows, side * side, C) to the same."""
+        """Cells of windows (windows, side * side, C) to the same shape."""
         qkv = self.qkv(self.norm(cells)).unflatten(-1, (self.heads, 3, -1)).permute(3, 0, 2, 1, 4)
         bias = self.attention_biases[:, distances(math.isqrt(cells.shape[1]), cells.device)]
         attended = F.scaled_dot_product_attention(*qkv, attn_mask=bias)
@@ -152,14 +151,14 @@ class Attention(nn.Module):
 
 
 def distances(side: int, device: torch.device) -> torch.Tensor:
-    """Which of a window's biases lies between two of its cells, |dy| side + |dx|: (side * side, side * side)."""
+    """The bias index |dy| side + |dx| for every pair of cells of a window: (side * side, side * side)."""
     line = torch.arange(side, device=device)
     apart = (line[:, None] - line[None]).abs()
     return (apart[:, None, :, None] * side + apart[None, :, None, :]).reshape(side * side, side * side)
 
 
 def tiny_vit(weights: dict[str, torch.Tensor], neck: nn.Module) -> TinyViT:
-    """The encoder, not filled, that weights under MobileSAM's names belong to."""
+    """The encoder for weights with MobileSAM's names; the weights are not loaded."""
 
     def shape(name: str) -> torch.Size:
         return weights[f"image_encoder.{name}"].shape
