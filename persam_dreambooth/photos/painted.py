@@ -21,6 +21,9 @@ NOISE_LEVELS = 16
 ALIKE = 0.15
 """Least fraction of a painted copy that is still the photo."""
 
+SMALLEST_CUT_OUT = 0.01
+"""The same for a copy whose background was painted black or white."""
+
 VARIED = 8
 """Colors, of 16 levels a channel, from which what is still the photo does not agree with it by chance."""
 
@@ -86,7 +89,9 @@ def painted_mask(mask_image: Image.Image, photo_image: Image.Image, plain: bool 
     copy, photo = (np.asarray(image.convert("RGB")).astype(np.int16) for image in (mask_image, photo_image))
     difference = np.abs(copy - photo).max(axis=2)
     alike = difference <= NOISE_LEVELS
-    if alike.mean() < ALIKE or not (plain or _colors(copy[alike], 1e-3) >= VARIED):
+    if alike.mean() < (SMALLEST_CUT_OUT if _is_plain(copy[~alike]) else ALIKE):
+        return None
+    if not (plain or _colors(copy[alike], 1e-3) >= VARIED):
         return None
     noise = float(np.percentile(difference[difference < 40], 95))
     if noise > 2:  # the noise of JPEG is as often above as below: the mean of neighbors is nearer to the photo
@@ -118,6 +123,12 @@ def _is_paint(copy: np.ndarray, photo: np.ndarray) -> bool:
     seen_through = float(np.clip((was * now).sum() / max((was * was).sum(), 1), 0, 0.9))
     uneven = np.median(np.abs(now - seen_through * was).max(axis=1))
     return bool(uneven <= UNEVEN * np.median(np.abs(copy - photo).max(axis=1)))
+
+
+def _is_plain(paint: np.ndarray) -> bool:
+    """Whether nearly all of what differs, (n, 3) in the copy, is black, or nearly all is white."""
+    black, white = (paint < NOISE_LEVELS).all(axis=1), (paint > 255 - NOISE_LEVELS).all(axis=1)
+    return bool(max(black.mean(), white.mean()) > 0.95) if len(paint) else False
 
 
 def _with_its_color(stroke: np.ndarray, copy: np.ndarray, sure: np.ndarray) -> np.ndarray:
