@@ -300,7 +300,7 @@ def _merged(kind: type[Kind], typed: dict[str, Any], filed: dict[str, Any]) -> K
     left: dict[str, str] = {}
     for name, value in typed.items():
         for rival in known[name]["rivals"] if value is not None else ():
-            if rival in filed and rival not in typed:
+            if filed.get(rival) and rival not in typed:
                 left[rival] = f"--{name} replaces it"
     filed = {name: value for name, value in filed.items() if name not in typed and name not in left}
     typed = {name: value for name, value in typed.items() if value is not None}

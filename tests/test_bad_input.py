@@ -571,6 +571,14 @@ def test_a_mask_of_the_whole_photo_trains_with_a_warning(home, capsys, caplog):
     assert any(text.startswith("00.jpg: its mask covers the whole photo") for text in warnings)
 
 
+def test_the_training_prompt_is_told(home, capsys, caplog):
+    """A folder by another name, such as `img`, gives a class that nobody meant."""
+    Path("ball").rename("img")
+    caplog.set_level(logging.INFO)
+    done(capsys, *train(*MASKS, "--instance_dir", "img"))
+    assert 'the training prompt is "a sks img"' in caplog.text
+
+
 def test_odd_names_and_empty_text_train(home, capsys, caplog):
     """Blanks, quotes and other scripts in names; a text file among the photos; one empty mask among several."""
     folder = Path("Mimi's “kätzchen” 猫")

@@ -172,6 +172,12 @@ def test_a_flag_replaces_its_rival_in_a_file(config):
     options.check()
 
 
+def test_what_a_file_does_not_give_is_not_called_left_out(config, caplog):
+    caplog.set_level("INFO")
+    parse("--config", config("mask: m.png\nunmasked: false\nmask_from: null\n"), "--mask_dir", "masks")
+    assert caplog.messages == ["mask of the file is left out (--mask_dir replaces it)"]
+
+
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.yaml")), ids=lambda path: path.name)
 @pytest.mark.parametrize("flags", [["--unmasked"], ["--mask_dir", "m"], ["--method", "full", "--mask", "m.png"]])
 def test_every_recipe_yields_to_flags(path, flags):

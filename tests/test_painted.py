@@ -117,6 +117,16 @@ def test_a_subject_cut_out_on_black_or_white_is_the_mask(photo, subject, paint, 
     assert iou(painted_mask(saved(copy, quality), photo), subject) > 0.95
 
 
+@QUALITIES
+@pytest.mark.parametrize("paint", [(0, 0, 0), (255, 255, 255)], ids=["black", "white"])
+def test_a_small_subject_cut_out_on_black_or_white_is_the_mask(photo, paint, quality):
+    small = np.zeros((SIDE, SIDE), bool)
+    small[90:150, 80:140] = True  # 6 % of the photo
+    copy = np.array(photo)
+    copy[~small] = paint
+    assert iou(painted_mask(saved(copy, quality), photo), small) > 0.95
+
+
 def test_a_photo_on_a_white_background_is_painted_on_too(photo, subject):
     base = np.array(photo)
     base[~subject] = 255

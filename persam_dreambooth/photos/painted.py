@@ -22,6 +22,9 @@ NOISE_LEVELS = 16
 ALIKE = 0.15
 """Minimum fraction of a painted copy that is unchanged."""
 
+SMALLEST_CUT_OUT = 0.01
+"""The same for a copy whose background was painted black or white."""
+
 VARIED = 8
 """Minimum number of colors, at 16 levels a channel, in the unchanged part; fewer could match the photo by chance."""
 
@@ -88,7 +91,9 @@ def painted_mask(mask_image: Image.Image, photo_image: Image.Image, plain: bool 
     copy, photo = (np.asarray(image.convert("RGB")).astype(np.int16) for image in (mask_image, photo_image))
     difference = np.abs(copy - photo).max(axis=2)
     alike = difference <= NOISE_LEVELS
-    if alike.mean() < ALIKE or not (plain or _colors(copy[alike], 1e-3) >= VARIED):
+    if alike.mean() < (SMALLEST_CUT_OUT if _is_plain(copy[~alike]) else ALIKE):
+        return None
+    if not (plain or _colors(copy[alike], 1e-3) >= VARIED):
         return None
     noise = float(np.percentile(difference[difference < 40], 95))
     if noise > 2:  # JPEG noise has mean zero, so the mean of neighbors is closer to the photo
@@ -120,6 +125,12 @@ def _is_paint(copy: np.ndarray, photo: np.ndarray) -> bool:
     seen_through = float(np.clip((was * now).sum() / max((was * was).sum(), 1), 0, 0.9))
     uneven = np.median(np.abs(now - seen_through * was).max(axis=1))
     return bool(uneven <= UNEVEN * np.median(np.abs(copy - photo).max(axis=1)))
+
+
+def _is_plain(paint: np.ndarray) -> bool:
+    """Whether nearly all of what differs, (n, 3) in the copy, is black, or nearly all is white."""
+    black, white = (paint < NOISE_LEVELS).all(axis=1), (paint > 255 - NOISE_LEVELS).all(axis=1)
+    return bool(max(black.mean(), white.mean()) > 0.95) if len(paint) else False
 
 
 def _with_its_color(stroke: np.ndarray, copy: np.ndarray, sure: np.ndarray) -> np.ndarray:
