@@ -11,6 +11,7 @@ import difflib
 import logging
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -161,6 +162,17 @@ def below_one(options: Any, *names: str) -> None:
 # Flags and files
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping, of which YAML would keep the last one silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        twice = [key for place, key in enumerate(keys) if key in keys[:place]]
+        if twice:
+            raise yaml.YAMLError(f"{twice[0]} stands twice, on line {node.start_mark.line + 1} and below")
+        return super().construct_mapping(node, deep)
+
+
 class _Parser(argparse.ArgumentParser):
     """Raises `InputError` instead of printing the usage."""
 
@@ -202,7 +214,7 @@ def parse(kind: type[Kind], arguments: list[str], program: str, positional: str 
             parser.add_argument(f"--no_{entry.name}", action="store_const", const=False, **shown)
         else:
             parser.add_argument(*names, metavar=_metavar(entry, hints), **shown)
-    found, others = parser.parse_known_args(arguments)
+    found, others = parser.parse_known_args(_with_negative_numbers(arguments))
     typed = vars(found)
     filed: dict[str, Any] = {}
     for file in typed.pop("config"):
@@ -254,7 +266,7 @@ def read_config(path: Path) -> dict[str, Any]:
         found = "is a folder" if path.is_dir() else "does not exist"
         raise InputNotFoundError(f"{path} {found}: name a YAML file of options")
     try:
-        options = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        options = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not YAML ({' '.join(str(error).split())}): correct it") from None
     if not isinstance(options, dict):
@@ -319,6 +331,17 @@ def _merged(kind: type[Kind], typed: dict[str, Any], filed: dict[str, Any]) -> K
     for name, why in left.items():
         logger.info("%s from the file is ignored (%s)", name, why)
     return merged
+
+
+def _with_negative_numbers(arguments: list[str]) -> list[str]:
+    """The arguments with `--option -1e-4` as `--option=-1e-4`; argparse takes some negative numbers for options."""
+    joined: list[str] = []
+    for argument in arguments:
+        if re.match(r"-[\d.]", argument) and joined and joined[-1].startswith("--") and "=" not in joined[-1]:
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
 
 
 def _types(kind: type[Options]) -> dict[str, Any]:

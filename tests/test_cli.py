@@ -175,7 +175,7 @@ def test_a_flag_replaces_its_rival_in_a_file(config):
 def test_what_a_file_does_not_give_is_not_called_left_out(config, caplog):
     caplog.set_level("INFO")
     parse("--config", config("mask: m.png\nunmasked: false\nmask_from: null\n"), "--mask_dir", "masks")
-    assert caplog.messages == ["mask of the file is left out (--mask_dir replaces it)"]
+    assert caplog.messages == ["mask from the file is ignored (--mask_dir replaces it)"]
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.yaml")), ids=lambda path: path.name)
@@ -571,6 +571,16 @@ def test_a_yaml_file_that_is_not_text_is_refused_with_its_name(capsys, tmp_path)
     (tmp_path / "weights.bin").write_bytes(b"\xff\xfe\x00")
     line = refused(capsys, "train", "--config", str(tmp_path / "weights.bin"))
     assert line.startswith(f"error: {tmp_path / 'weights.bin'} is not YAML (")
+
+
+def test_a_key_that_stands_twice_in_a_file_is_refused(capsys, config):
+    line = refused(capsys, "train", "--config", config("rank: 4\nseed: 1\nrank: 8\n"))
+    assert "rank stands twice" in line
+
+
+@pytest.mark.parametrize("number", ["-1", "-1e-4", "-.5", "-0.5"])
+def test_a_negative_number_is_a_value(number):
+    assert parse("--noise_offset", number).noise_offset == float(number)
 
 
 @pytest.mark.parametrize("content", ["", "# nothing yet\n", "- a\n- b\n", "just words", "3"])
