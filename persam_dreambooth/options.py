@@ -194,39 +194,14 @@ def parse(kind: type[Kind], arguments: list[str], program: str, positional: str 
             wrong type, or a file cannot be read.
     """
     hints = _types(kind)
-    usage = f"{program} {f'{positional.upper()} ' if positional else ''}[--OPTION VALUE ...]"
-    about = (kind.__doc__ or "").splitlines()[0]
-    parser = _Parser(prog=program, usage=usage, description=about, allow_abbrev=False)
-    files = "YAML file of options, or a recipe by name, such as sd15-lora; flags override it"
-    parser.add_argument("--config", action="append", default=[], metavar="FILE", help=files)
-    flags = ["--config", "--help"]
-    for entry in fields(kind):
-        alias = entry.metadata["alias"]
-        names = [f"--{entry.name}", *([f"--{alias}"] if alias else [])]
-        flags += names
-        shown: dict[str, Any] = {"dest": entry.name, "default": argparse.SUPPRESS, "help": _help(entry, hints)}
-        if entry.name == positional:
-            parser.add_argument(entry.name, nargs="?", default=argparse.SUPPRESS, help=shown["help"])
-            shown["help"] = argparse.SUPPRESS
-        if hints[entry.name] is bool:
-            parser.add_argument(*names, action="store_const", const=True, **shown)
-            shown["help"] = argparse.SUPPRESS
-            parser.add_argument(f"--no_{entry.name}", action="store_const", const=False, **shown)
-        else:
-            parser.add_argument(*names, metavar=_metavar(entry, hints), **shown)
+    parser, flags = _make_parser(kind, hints, program, positional)
     found, others = parser.parse_known_args(_with_negative_numbers(arguments))
     typed = vars(found)
     filed: dict[str, Any] = {}
     for file in typed.pop("config"):
         filed.update(read_options(kind, find_config(file)))
     if others:
-        word = others[0].split("=")[0]
-        for entry in fields(kind):
-            if word.removeprefix("--") in entry.metadata["elsewhere"]:
-                raise InputError(f"unknown option {word}: it is --{entry.name} here")
-        if not word.startswith("-") and f"--{word}" not in flags:
-            raise InputError(f"unexpected {word!r}: an option takes one value (in quotes if it has spaces) or none")
-        check_known(word, flags, "option")
+        _refuse(kind, others[0].split("=")[0], flags)
     values = {name: _from_text(name, value, kind, hints) for name, value in typed.items()}
     return _merged(kind, values, {name: value for name, value in filed.items() if value is not None})
 
@@ -280,10 +255,9 @@ def find_config(name: str) -> Path:
     Raises:
         InputNotFoundError: the value is neither; the message lists the recipes.
     """
-    path = Path(os.path.expanduser(name))
-    if path.exists():
+    path, recipes = Path(os.path.expanduser(name)), list_recipes()
+    if path.is_file() or (path.exists() and name not in recipes):
         return path
-    recipes = list_recipes()
     if name.removesuffix(".yaml") in recipes:
         return recipes[name.removesuffix(".yaml")]
     raise InputNotFoundError(f"{path} does not exist: name a YAML file, or a recipe: {', '.join(recipes)}")
@@ -304,6 +278,43 @@ def check_known(word: str, known: Sequence[str], what: str) -> str:
     nearest = begun or difflib.get_close_matches(word, known, n=1, cutoff=0.75)
     hint = f"did you mean {nearest[0]}?" if nearest else "--help lists all"
     raise InputError(f"unknown {what} {word}: {hint}")
+
+
+def _make_parser(
+    kind: type[Options], hints: dict[str, Any], program: str, positional: str | None
+) -> tuple[_Parser, list[str]]:
+    """The parser of a command, and the flags that it shows."""
+    usage = f"{program} {f'{positional.upper()} ' if positional else ''}[--OPTION VALUE ...]"
+    about = (kind.__doc__ or "").splitlines()[0]
+    parser = _Parser(prog=program, usage=usage, description=about, allow_abbrev=False)
+    files = "YAML file of options, or a recipe by name, such as sd15-lora; flags override it"
+    parser.add_argument("--config", action="append", default=[], metavar="FILE", help=files)
+    flags = ["--config", "--help"]
+    for entry in fields(kind):
+        alias = entry.metadata["alias"]
+        names = [f"--{entry.name}", *([f"--{alias}"] if alias else [])]
+        flags += names
+        shown: dict[str, Any] = {"dest": entry.name, "default": argparse.SUPPRESS, "help": _help(entry, hints)}
+        if entry.name == positional:
+            parser.add_argument(entry.name, nargs="?", default=argparse.SUPPRESS, help=shown["help"])
+            shown["help"] = argparse.SUPPRESS
+        if hints[entry.name] is bool:
+            parser.add_argument(*names, action="store_const", const=True, **shown)
+            shown["help"] = argparse.SUPPRESS
+            parser.add_argument(f"--no_{entry.name}", action="store_const", const=False, **shown)
+        else:
+            parser.add_argument(*names, metavar=_metavar(entry, hints), **shown)
+    return parser, flags
+
+
+def _refuse(kind: type[Options], word: str, flags: list[str]) -> None:
+    """Raises `InputError` for a word on the command line that the parser does not know."""
+    for entry in fields(kind):
+        if word.removeprefix("--") in entry.metadata["elsewhere"]:
+            raise InputError(f"unknown option {word}: it is --{entry.name} here")
+    if not word.startswith("-") and f"--{word}" not in flags:
+        raise InputError(f"unexpected {word!r}: an option takes one value (in quotes if it has spaces) or none")
+    check_known(word, flags, "option")
 
 
 def _merged(kind: type[Kind], typed: dict[str, Any], filed: dict[str, Any]) -> Kind:

@@ -189,7 +189,9 @@ def test_what_is_typed_can_be_at_odds():
         parse("--instance_dir", "cat", "--mask", "m.png", "--mask_dir", "m").check()
 
 
-def test_recipes_are_known_by_name(capsys):
+def test_recipes_are_known_by_name(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sd15-lora").mkdir()  # a folder of this name is no file of options
     assert parse("--config", "sd15-lora") == parse("--config", str(ROOT / "configs" / "sd15-lora.yaml"))
     assert "name a YAML file, or a recipe: flux-lora, " in refused(capsys, "train", "--config", "sd14-lora")
 
