@@ -37,7 +37,9 @@ class Command:
 
 
 def _segmented(options: Any, masks: Any) -> str:
-    skipped = sum("skipped" in item.record.flags for item in masks)
+    from persam_dreambooth.photos.mask_folder import SKIPPED
+
+    skipped = sum(SKIPPED in item.record.flags for item in masks)
     left_out = f", {skipped} of {len(masks)} photos skipped" if skipped else ""
     return f"{len(masks) - skipped} masks in {options.output}{left_out}; see {options.output}/overview.jpg"
 

@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 CONFIG = "config.yaml"
 """The file in a run's folder with its resolved options."""
 
+CONFIG_HEAD = "# persam-dreambooth"
+"""The beginning of a run's `CONFIG`."""
+
 LAST_SEED = 2**32 - 1
 """Maximum seed; every random generator accepts it, and the consecutive seeds after it."""
 
@@ -163,13 +166,13 @@ def below_one(options: Any, *names: str) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice in a mapping, of which YAML would keep the last one silently."""
+    """Refuses a key that is given twice in a mapping; YAML would keep the last one without a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
         twice = [key for place, key in enumerate(keys) if key in keys[:place]]
         if twice:
-            raise yaml.YAMLError(f"{twice[0]} stands twice, on line {node.start_mark.line + 1} and below")
+            raise InputError(f"{twice[0]} is given twice: keep one line")
         return super().construct_mapping(node, deep)
 
 
@@ -242,6 +245,8 @@ def read_config(path: Path) -> dict[str, Any]:
         raise InputNotFoundError(f"{path} {found}: name a YAML file of options")
     try:
         options = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not YAML ({' '.join(str(error).split())}): correct it") from None
     if not isinstance(options, dict):

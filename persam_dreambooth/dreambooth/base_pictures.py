@@ -14,7 +14,6 @@ from persam_dreambooth.errors import InputError
 from persam_dreambooth.files import check_writable, write_text
 from persam_dreambooth.photos.captions import read_prompts
 from persam_dreambooth.photos.folder import Photo, check_shapes, find_photos
-from persam_dreambooth.photos.images import PHOTO_SUFFIXES
 from persam_dreambooth.report.pictures import save_picture
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ def _check_folder(folder: Path, described: bool = False) -> None:
 
 def find_pictures(folder: Path) -> list[Photo]:
     """The images in a folder that the base model fills; text files beside them are their captions."""
-    pictures = find_photos(folder, tuple(folder.rglob("*.txt")), may_be_empty=True)
+    pictures = find_photos(folder, may_be_empty=True)
     check_shapes(pictures)
     return pictures
 
@@ -150,7 +149,7 @@ def generate_pictures(
 
     from persam_dreambooth.dreambooth.families.registry import fast_sampler
 
-    present = [path for path in folder.rglob("*") if path.suffix.lower() in PHOTO_SUFFIXES and path.name[0] != "."]
+    present = [photo.path for photo in find_pictures(folder)] if folder.is_dir() else []
     if len(present) >= count:
         return
     names = {path.stem for path in present}

@@ -15,7 +15,7 @@ from persam_dreambooth.dreambooth.subject_options import mask_folders, saved_sub
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.files import check_new, check_writable, write_text
-from persam_dreambooth.options import CONFIG, read_config
+from persam_dreambooth.options import CONFIG, CONFIG_HEAD, read_config
 from persam_dreambooth.photos.folder import MASK_INDEX
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ def write_config(options: TrainingOptions) -> None:
             logger.info("options that changed since the run's start: %s", ", ".join(changed))
     packages = ("torch", "diffusers", "transformers", "accelerate", "peft")
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
-    head = f"# persam-dreambooth {persam_dreambooth.__version__}{_commit()}; {versions}\n"
+    head = f"{CONFIG_HEAD} {persam_dreambooth.__version__}{_commit()}; {versions}\n"
     write_text(path, head + yaml.safe_dump(resolved, sort_keys=False))
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.files import check_name, readable_name
-from persam_dreambooth.options import CONFIG
+from persam_dreambooth.options import CONFIG, CONFIG_HEAD
 from persam_dreambooth.photos.captions import METADATA, captions_of, list_texts
 from persam_dreambooth.photos.images import PHOTO_SUFFIXES, RAW_SUFFIXES, read_image
 from persam_dreambooth.photos.pairing import masks_beside
@@ -48,8 +48,6 @@ MASK_FOLDERS = ("mask", "masks", "masklabels", "segmentation", "segmentations", 
 """Names, in lower case, of subfolders that contain masks instead of photos."""
 
 OUTPUT = "output of an earlier run"
-
-CONFIG_HEAD = b"# persam-dreambooth"
 
 MASK_INDEX = "index.json"
 """The file in a mask folder that says how its masks were made; see `mask_folder`."""
@@ -230,7 +228,7 @@ def _is_run(path: Path) -> bool:
     if path.name != CONFIG or not path.is_file():
         return False
     with path.open("rb") as stream:
-        return stream.read(len(CONFIG_HEAD)) == CONFIG_HEAD
+        return stream.read(len(CONFIG_HEAD)) == CONFIG_HEAD.encode()
 
 
 def _is_mask_index(path: Path) -> bool:
