@@ -304,6 +304,7 @@ def test_no_figure_of_the_paper_stands_beside_another_experiment(other, forty):
     if other in ("sam", "unknown"):
         cost = [replace(first.costs[0], sam="SAM ViT-B")] if other == "sam" else []
         changed = replace(forty, rows=(replace(first, costs=(*first.costs[1:], *cost)), *rest))
+        assert "Teddy Bear" in csv_tables(perseg_tables(changed))  # it is still PerSeg
     else:
         more = [replace(items[0], name="spoon")] if other == "names" else []
         changed = replace(forty, data=replace(forty.data, items=[*items[1:], *more]))

@@ -61,7 +61,12 @@ class OneShotOptions(SegmentationOptions):
         None, "score this folder of <object>/NN.png instead of running a method", path=True
     )
     reference_index: str = option("0", "which image of an object is the reference: a number, or all in turn")
-    shots: int = option(1, "number of references of an object: its first images", rivals=("reference_index",))
+    shots: int = option(
+        1,
+        "number of references of an object: its first images",
+        rivals=("reference_index",),
+        elsewhere=("nshot", "n_shots"),
+    )
 
     @property
     def references(self) -> tuple[int, ...]:

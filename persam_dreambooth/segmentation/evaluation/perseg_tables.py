@@ -94,7 +94,7 @@ def _table_1(scores: OneShotScores, published: bool) -> Table | None:
     if not found:
         return None
     own = [item.name for item in scores.data.items]
-    shown = TABLE_1_OBJECTS if published else {name: name for name in own[:10]}
+    shown = TABLE_1_OBJECTS if is_perseg(scores.data.items) else {name: name for name in own[:10]}
     rows: list[list[TableCell]] = []
     if published:
         for name, (parameters, printed) in PAPER_TABLE_1.items():
@@ -105,7 +105,7 @@ def _table_1(scores: OneShotScores, published: bool) -> Table | None:
     if len(ours) == 2:
         gains = [_gain(after - before) for before, after in zip(*ours, strict=True)]
         rows.append(["Improvement", gains[0], None, *gains[1:]])
-    more = "" if published or len(own) <= 10 else " The first ten objects are shown."
+    more = "" if len(own) <= 10 else " Ten objects are shown."
     note = f"Percent: mIoU, and IoU of objects. Param. is the number of learned parameters.{more}"
     return Table("Table 1: personalized segmentation", ["method", "mIoU", "Param.", *shown.values()], rows, note)
 
