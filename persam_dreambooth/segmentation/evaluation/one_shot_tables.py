@@ -81,8 +81,8 @@ def _all_rows(scores: OneShotScores) -> Table:
     rows: list[list[TableCell]] = [[row.name, *row.means.values(), _interval(row)] for row in scores.rows]
     note = (
         "Percent. Means over objects: IoU, accuracy (the fraction of the true mask that was found), and boundary IoU, "
-        "that of bands along the outlines. FB-IoU is the mean of foreground's and background's IoU over all images. The "
-        "interval is that of mIoU."
+        "that of bands along the outlines. FB-IoU is the mean of foreground's and background's IoU over all images. "
+        "The interval is that of mIoU."
     )
     return Table("All rows", ["row", *figures, "95 % interval"], rows, note)
 
