@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM during training: finishes the step, saves a checkpoint and says how to resume."""
+"""Signals during training, such as Ctrl-C: finishes the step, saves a checkpoint and says how to resume."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+"""Ctrl-C, a scheduler's request, and a closed terminal, which Windows does not signal."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -43,7 +44,8 @@ class Interruption:
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():  # only the main thread may set handlers
-            self._former = {number: signal.signal(number, self._note) for number in SIGNALS}
+            heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # not under nohup
+            self._former = {number: signal.signal(number, self._note) for number in heard}
         return self
 
     def __exit__(self, *error: object) -> None:
