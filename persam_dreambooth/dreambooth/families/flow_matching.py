@@ -27,6 +27,7 @@ class FlowMatching(LatentDiffusion):
     without: ClassVar = {
         "snr_gamma": "which learns a flow: its density of timesteps does what min-SNR does",
         "export": "whose LoRA ComfyUI reads as it is saved",
+        "scheduler": "which has its own scheduler of flow matching",
     }
 
     def __init__(self, pipeline: Any) -> None:

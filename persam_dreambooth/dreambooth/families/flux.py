@@ -28,6 +28,10 @@ class Flux(FlowMatching):
     ]
     learning_rates: ClassVar = {"lora": 1e-4}
     tags: ClassVar = ["flux"]
+    without: ClassVar = {
+        **FlowMatching.without,
+        "negative_prompt": "whose guidance is distilled: it does not compare with another prompt",
+    }
     feedforward_targets: ClassVar = ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
     t5_length = 512
     guidance = 1.0
