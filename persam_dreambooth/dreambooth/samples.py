@@ -78,8 +78,11 @@ def sample(pipeline: Any, request: Request) -> Iterator[Image.Image]:
     pipeline.set_progress_bar_config(disable=True)
     if request.batch_size > 1:
         pipeline.vae.enable_slicing()  # one image at a time through the VAE, to save memory
-    names = ("num_inference_steps", "guidance_scale", "width", "height")
-    settings = {name: getattr(request, name) for name in names if getattr(request, name) is not None}
+    settings: dict[str, Any] = {"num_inference_steps": request.num_inference_steps}
+    if request.guidance_scale is not None:
+        settings["guidance_scale"] = request.guidance_scale
+    if request.width or request.height:  # diffusers ignores one of them alone
+        settings["width"], settings["height"] = image_size(pipeline, request)
     with tqdm(total=len(request.seeds), desc="sampling", unit="picture", disable=not request.seeds) as bar:
         for start in range(0, len(request.seeds), request.batch_size):
             seeds = request.seeds[start : start + request.batch_size]
@@ -144,14 +147,20 @@ def save_samples(
     yield _save(sheet, [folder / name for name in names], is_same, quality=92, comment=told.encode())
 
 
+def image_size(pipeline: Any, request: Request) -> tuple[int, int]:
+    """Width and height of the images in pixels."""
+    native = getattr(pipeline, "default_sample_size", None) or pipeline.unet.config.sample_size
+    side = native * pipeline.vae_scale_factor
+    return request.width or side, request.height or side
+
+
 def settings_text(pipeline: Any, request: Request, model: dict[str, Any]) -> str:
     """The settings of images except the seed, as other programs write and read them in a PNG."""
     from persam_dreambooth.dreambooth.families.registry import FAMILIES
 
     schedulers = FAMILIES[type(pipeline).__name__].schedulers
     defaults = inspect.signature(type(pipeline).__call__).parameters
-    side = getattr(pipeline, "default_sample_size", None) or pipeline.unet.config.sample_size
-    width, height = (given or side * pipeline.vae_scale_factor for given in (request.width, request.height))
+    width, height = image_size(pipeline, request)
     guidance = request.guidance_scale
     known = {
         "Steps": request.num_inference_steps,
