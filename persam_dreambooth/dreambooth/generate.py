@@ -20,6 +20,7 @@ from persam_dreambooth.files import check_writable
 from persam_dreambooth.options import CONFIG, LAST_SEED, Condition, Options, check_multiple, option, require, within
 
 if TYPE_CHECKING:
+    from persam_dreambooth.dreambooth.families.latent_diffusion import LatentDiffusion
     from persam_dreambooth.dreambooth.pipelines import FoundModel
 
 logger = logging.getLogger(__name__)
@@ -116,7 +117,7 @@ def generate(options: GenerateOptions) -> list[Path]:
     saved: list[Path] = []
     try:
         pipeline = to_accelerator(model.load(options.lora_scale))
-        _check_size(options, pipeline)
+        _check_loaded(options, model.family, pipeline)
         request = Request(
             prompt,
             range(options.seed, options.seed + options.num_images),
@@ -183,7 +184,8 @@ def _find_name(name: str | None) -> str:
     if name is None:
         runs = _finished_runs(RUNS)
         if not runs:
-            raise InputNotFoundError(f"--model is missing and {RUNS} holds no finished run: name a run, or toy")
+            message = f"--model is missing, and {RUNS} holds no finished run: name a run's folder, a hub id, or toy"
+            raise InputNotFoundError(message)
         logger.info("model: %s, the latest finished run in %s", runs[-1], RUNS)
         return str(runs[-1])
     folder, beside = Path(name), Path(name).parent
@@ -211,13 +213,13 @@ def _default_folder(model: FoundModel) -> Path:
     if model.run_dir is None:
         place = model.folder.resolve().stem if model.folder.exists() else model.folder.as_posix().replace("/", "--")
         return Path(GENERATED) / place
-    of_run = model.run_dir / GENERATED
-    return of_run if model.folder == model.run_dir else of_run / model.folder.name
+    return model.run_dir / GENERATED / (model.folder.name if model.is_checkpoint else "")
 
 
 def _identity(model: FoundModel, lora_scale: float | None) -> dict[str, Any]:
     """The settings that identify a model."""
-    name = "-".join({(model.run_dir or model.folder).resolve().name: 0, model.folder.resolve().name: 0})
+    folder = model.folder.resolve()
+    name = f"{folder.parent.name}/{folder.name}" if model.is_checkpoint else folder.name
     scale = {"Lora scale": f"{1 if lora_scale is None else lora_scale:g}"} if model.weights == "lora" else {}
     return {"Model": name, "Model hash": model.digest(), **scale}
 
@@ -236,10 +238,9 @@ def _check_supported(options: GenerateOptions, model: FoundModel) -> None:
         raise InputError("--lora_scale has no effect: the magnitudes of a DoRA have no scale; leave it out")
 
 
-def _check_size(options: GenerateOptions, pipeline: Any) -> None:
-    """Raises `InputError` for a width or height that is not a multiple of what the model needs."""
-    from persam_dreambooth.dreambooth.families.registry import FAMILIES
-
+def _check_loaded(options: GenerateOptions, family: type[LatentDiffusion], pipeline: Any) -> None:
+    """Raises `InputError` for a size that the model does not support, or a guidance scale that it ignores."""
     if options.width or options.height:
-        factor = FAMILIES[type(pipeline).__name__](pipeline).granularity
-        check_multiple(options, factor, "width", "height")
+        check_multiple(options, family(pipeline).granularity, "width", "height")
+    if options.guidance_scale is not None and not family.takes_guidance(pipeline):
+        raise InputError("--guidance_scale has no effect: the model takes no guidance; leave it out")

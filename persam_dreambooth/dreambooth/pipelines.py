@@ -40,6 +40,11 @@ class FoundModel:
         return _run_dir(self.folder) if self.config else None
 
     @property
+    def is_checkpoint(self) -> bool:
+        """Whether the model is a checkpoint of a run."""
+        return self.run_dir not in (None, self.folder)
+
+    @property
     def subjects(self) -> list[SubjectOptions]:
         """The subjects of the run; empty for a model that is not a run."""
         return saved_subjects(self.config) if self.config else []
@@ -66,15 +71,17 @@ class FoundModel:
 
     def digest(self) -> str:
         """Ten hexadecimal digits that identify the weights: a hash of the paths, sizes and times of their files."""
-        folders = [Path(self.source), *([self.folder] if self.weights else [])]
-        if not folders[0].exists():  # a hub id: the cache has a folder for each commit
+        base = Path(self.source)
+        if not base.exists():  # the cache of the hub has a folder for each commit
             cached = try_to_load_from_cache(self.source, "model_index.json", revision=self.revision)
-            folders[0] = Path(str(cached)).parent
-        files = [path for each in folders for path in (sorted(each.rglob("*")) if each.is_dir() else [each])]
-        # The checkpoints of a run are models of their own.
-        own = [path for path in files if "checkpoint-" not in path.parent.name or path.parent == self.folder]
-        stats = [(path, path.stat()) for path in own if path.suffix in WEIGHT_SUFFIXES]
-        told = [f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats]
+            base = Path(cached).parent if isinstance(cached, str) else base
+        told = [self.source]
+        for folder in (base, self.folder) if self.weights else (base,):
+            for path in [folder] if folder.is_file() else sorted(folder.rglob("*")):
+                inside = path.relative_to(folder).parts[:-1]
+                # The checkpoints of a run are models of their own.
+                if path.suffix in WEIGHT_SUFFIXES and not any(part.startswith("checkpoint-") for part in inside):
+                    told.append(f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}")
         return hashlib.sha256("\n".join(told).encode("utf-8", "surrogateescape")).hexdigest()[:10]
 
     def load(self, lora_scale: float | None = None) -> Any:

@@ -123,7 +123,7 @@ def save_samples(
     stem = stem_of(request.prompt)
     hashed = f"{stem}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
     if any((path := folder / f"{stem}-{seed}.png").exists() and not is_own(path) for seed in request.seeds):
-        logger.info("%s has images %s of other settings: the new ones are named %s", folder, stem, hashed)
+        logger.info("%s has images %s with other settings: the new ones are named %s", folder, stem, hashed)
         stem = hashed
     paths = {seed: folder / f"{stem}-{seed}.png" for seed in request.seeds}
     new = [seed for seed, path in paths.items() if model is None or not is_own(path)]
@@ -136,9 +136,9 @@ def save_samples(
         paths[seed] = _save(image, [paths[seed], folder / f"{hashed}-{seed}.png"], is_own, pnginfo=info)
         yield paths[seed]
     yield from (path for seed, path in paths.items() if seed not in new)
-    first, last = request.seeds[0], request.seeds[-1]
-    told = f"{settings}, Seeds: {first}-{last}"
-    names = [f"{stem}-grid.jpg", f"{stem}-{first}-{last}-grid.jpg"]
+    seeds = "-".join(map(str, dict.fromkeys((request.seeds[0], request.seeds[-1]))))
+    told = f"{settings}, Seeds: {seeds}"
+    names = [f"{stem}-grid.jpg", f"{stem}-{seeds}-grid.jpg"]
 
     def is_same(path: Path) -> bool:
         return is_own(path) and (model is None or read_settings(path) == told)
@@ -222,10 +222,10 @@ def _sheet(request: Request, paths: list[Path], notice: str | None) -> Image.Ima
     shown = paths[:GRID_IMAGES]
     more = f"the first {len(shown)} of {len(paths)}" if len(shown) < len(paths) else None
     columns = min(GRID_COLUMNS, len(shown))
-    prompt = textwrap.wrap(request.prompt, 38 * columns, max_lines=4, placeholder=" ...")
+    told = [request.prompt, *filter(None, [notice, more])]
+    lines = [line for text in told for line in textwrap.wrap(text, 38 * columns, max_lines=4, placeholder=" ...")]
     captions = [[f"seed {seed}"] for seed in request.seeds[: len(shown)]]
-    title = "\n".join(filter(None, [*prompt, notice, more]))
-    return grid([Image.open(path) for path in shown], captions, columns=columns, title=title)
+    return grid([Image.open(path) for path in shown], captions, columns=columns, title="\n".join(lines))
 
 
 def save_validation_samples(options: TrainingOptions, family: Family, accelerator: Accelerator, step: int) -> None:

@@ -43,6 +43,11 @@ class Flux(FlowMatching):
         pipeline.default_sample_size = pipeline.vae.config.sample_size // pipeline.vae_scale_factor
         return pipeline
 
+    @staticmethod
+    def takes_guidance(pipeline: Any) -> bool:
+        """See `LatentDiffusion`: dev does, schnell does not."""
+        return bool(pipeline.transformer.config.guidance_embeds)
+
     @property
     def native_resolution(self) -> int:
         """See `Family`: 1024."""

@@ -103,6 +103,11 @@ class LatentDiffusion(Family):
             pipeline.scheduler = kind.from_config(pipeline.scheduler.config, **settings)
         return pipeline
 
+    @staticmethod
+    def takes_guidance(pipeline: Any) -> bool:
+        """Whether the guidance scale of a pipeline's call has an effect."""
+        return True
+
     def part(self, name: str) -> Any:
         """A part of the pipeline by its name; a trained part comes with accelerate's wrapper."""
         return self.trained.get(name, getattr(self.pipeline, name))

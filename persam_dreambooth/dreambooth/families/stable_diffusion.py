@@ -14,7 +14,6 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
-    PNDMScheduler,
     StableDiffusionPipeline,
     UniPCMultistepScheduler,
 )
@@ -50,7 +49,6 @@ class StableDiffusion(LatentDiffusion):
         "euler_a": (EulerAncestralDiscreteScheduler, {}),
         "heun": (HeunDiscreteScheduler, {}),
         "ddim": (DDIMScheduler, {"clip_sample": False}),
-        "pndm": (PNDMScheduler, {"skip_prk_steps": True}),
         "unipc": (UniPCMultistepScheduler, {}),
     }
 
