@@ -14,3 +14,11 @@ class InputNotFoundError(InputError, FileNotFoundError):
 
 class SaveError(Exception):
     """A result cannot be written, for example on a full disk; the message says what is kept and how to resume."""
+
+
+class Cancelled(Exception):
+    """Raised by the callback of `progress.reporting` to stop the work; the message is the caller's own.
+
+    Training finishes the step and saves a checkpoint first. All other work keeps what is finished, such as the masks
+    of the photos before.
+    """
