@@ -15,6 +15,7 @@ from typing import Any
 from persam_dreambooth import __version__
 from persam_dreambooth.errors import InputError, SaveError, is_out_of_memory
 from persam_dreambooth.options import check_known, parse
+from persam_dreambooth.progress import showing_bars
 
 
 @dataclass(frozen=True)
@@ -238,7 +239,8 @@ def guarded(command: Callable[[], None]) -> int:
     for name in ("httpx", "httpx2", "accelerate", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
-        command()
+        with showing_bars():
+            command()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -16,6 +16,14 @@ class SaveError(Exception):
     """A file cannot be written, for example on a full disk; the message says what to do and what is kept."""
 
 
+class Cancelled(Exception):
+    """Raised by the callback of `progress.reporting` to stop the work; the message is the caller's own.
+
+    Training finishes the step and saves a checkpoint first. All other work keeps what is finished, such as the masks
+    of the photos before.
+    """
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error of torch or Python says that memory is exhausted, on an accelerator or on the CPU."""
     told = str(error).lower()

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.files import check_writable, note_settings
 from persam_dreambooth.options import option, require
 from persam_dreambooth.photos.labels import read_first_mask, read_labels, save_labels
+from persam_dreambooth.progress import steps
 from persam_dreambooth.report.pictures import overlay_labels, save_picture
 from persam_dreambooth.segmentation.frames import Frame, Video, open_video
 from persam_dreambooth.segmentation.segmenters import SegmenterOptions, make_video_segmenter, open_sam_of
@@ -72,8 +72,8 @@ def segment_video(options: VideoOptions) -> int:
     }
     note_settings(output, settings, "masks of a video", "--output")
     overlay = output / "overlay" if options.overlay else None
-    steps = follow(video, labels, segmenter, output, overlay)
-    return sum(1 for _ in tqdm(steps, desc="segmenting", total=video.count, unit="frame"))
+    masks = follow(video, labels, segmenter, output, overlay)
+    return sum(1 for _ in steps(masks, "segmenting", "frame", video.count))
 
 
 def check_first_mask(labels: np.ndarray, mask: Path, video: Video) -> None:
