@@ -17,7 +17,7 @@ from persam_dreambooth import models
 from persam_dreambooth.dreambooth.albums import Album, read_albums
 from persam_dreambooth.dreambooth.base_pictures import check_base_pictures, class_crops, open_backgrounds
 from persam_dreambooth.dreambooth.run_folder import (
-    CARD,
+    MODEL_CARD,
     beside_own_masks,
     check_run_folder,
     check_same_model,
@@ -97,7 +97,7 @@ def personalize(options: TrainOptions) -> Path:
     with _writing(run_dir, accelerator):
         if accelerator.is_main_process:
             check_run_folder(options)  # again: another run may have ended here since
-            (run_dir / CARD).unlink(missing_ok=True)
+            (run_dir / MODEL_CARD).unlink(missing_ok=True)
             write_masks(options, albums)
         accelerator.wait_for_everyone()
         soft = options.soft_masks
@@ -133,7 +133,7 @@ def _writing(run_dir: Path, accelerator: Accelerator) -> Iterator[None]:
     except BaseException as error:
         for tracker in accelerator.trackers:
             tracker.finish()
-        if isinstance(error, SaveError):
+        if isinstance(error, SaveError) and not (run_dir / MODEL_CARD).is_file():
             raise SaveError(f"{error}; go on with --resume_from_checkpoint latest") from error
         raise
 

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 
-CARD = "README.md"
+MODEL_CARD = "README.md"
 """The model card, written after the weights: a run that has it is finished."""
 
 OwnOptions = TypeVar("OwnOptions", bound=TrainingOptions)
@@ -99,10 +99,13 @@ def nothing_left(options: TrainingOptions, resume_from: Path | None) -> bool:
     Raises:
         InputError: the checkpoint is later than the last step, and the run is not finished.
     """
+    from persam_dreambooth.dreambooth.families.latent_diffusion import LORA_WEIGHTS
+
     run_dir, steps = options.run_dir, options.max_train_steps
     start = int(resume_from.name.removeprefix("checkpoint-")) if resume_from else 0
-    rows = metrics_rows(run_dir) if (run_dir / CARD).is_file() else []
-    finished = bool(rows) and rows[-1]["step"] >= steps
+    rows, weights = metrics_rows(run_dir), (LORA_WEIGHTS, "model_index.json")
+    saved = (run_dir / MODEL_CARD).is_file() and any((run_dir / name).is_file() for name in weights)
+    finished = saved and bool(rows) and rows[-1]["step"] >= steps
     if start > steps and not finished:
         raise InputError(f"{resume_from} is later than --max_train_steps {steps}: give {start} or more")
     return finished and (options.resume_from_checkpoint == "latest" or start >= steps)
