@@ -29,7 +29,7 @@ def main(shares, folder, *options):
         for call in calls if not shares else [calls[len(calls) * share // shares] for share in range(shares)]:
             place = folder / f"{kind}-{call}"
             failed = run(place, options, kind, call)
-            moved = [path for path in (folder / "tmp").glob("persam-dreambooth-*/checkpoint-*")]
+            moved = list((folder / "tmp").glob("persam-dreambooth-*/checkpoint-*"))
             for path in moved:
                 path.rename(place / path.name)
             again = run(place, [*options, "--num_validation_images", "0"], kind, -1)
