@@ -1,6 +1,7 @@
 """Model names: a hub id, a local folder, or `toy` for the small checkpoints in this package."""
 
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -13,6 +14,8 @@ logger = logging.getLogger(__name__)
 
 ORIGINAL_SAM = (".pth", ".pt")
 """Suffixes of SAM's published checkpoint files; see `segmentation.sams.original`."""
+
+_building = threading.RLock()
 
 
 def resolve(name: str, kind: str, revision: str | None = None) -> str:
@@ -44,17 +47,30 @@ def resolve(name: str, kind: str, revision: str | None = None) -> str:
 
 
 @contextmanager
+def building() -> Iterator[None]:
+    """Lets one thread at a time make or load modules.
+
+    While transformers, diffusers and accelerate load a model, they patch torch for all threads: modules that another
+    thread makes meanwhile would have no weights.
+    """
+    with _building:
+        yield
+
+
+@contextmanager
 def loading(name: str) -> Iterator[None]:
     """Converts errors of a broken checkpoint inside the block to an `InputError` of one line.
 
-    The libraries' progress bars are hidden for loading from disk, and shown for downloads.
+    The libraries' progress bars are hidden for loading from disk, and shown for downloads. One thread at a time loads,
+    see `building`.
     """
     from safetensors import SafetensorError
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     try:
-        yield
+        with building():
+            yield
     except InputError:
         raise
     except (OSError, ValueError, KeyError, EOFError, RuntimeError, SafetensorError) as error:
