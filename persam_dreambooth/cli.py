@@ -88,8 +88,8 @@ COMMANDS = {
     ),
     "train": Command(
         "masks and training in one run (the same as train_dreambooth_masked.py)",
-        "personalize:TrainOptions",
-        "personalize:personalize",
+        "main_job:TrainOptions",
+        "main_job:personalize",
         _trained,
     ),
     "generate": Command(

@@ -15,7 +15,7 @@ from persam_dreambooth.dreambooth.prompts import in_front_of
 from persam_dreambooth.evaluation.benchmark_subjects import Personal
 from persam_dreambooth.evaluation.recipes import BASE, CLASS_IMAGES, EXACT, NONE, PERSAM_F, Recipe
 from persam_dreambooth.files import write_aside
-from persam_dreambooth.personalize import TrainOptions
+from persam_dreambooth.main_job import TrainOptions
 from persam_dreambooth.segmentation.segment import SegmentOptions, segment_photos
 from persam_dreambooth.toy import world
 
