@@ -13,9 +13,12 @@ from importlib import import_module
 from typing import Any
 
 from persam_dreambooth import __version__
-from persam_dreambooth.errors import InputError, SaveError
+from persam_dreambooth.errors import InputError, SaveError, UnavailableError
 from persam_dreambooth.options import check_known, parse
 from persam_dreambooth.progress import showing_bars
+
+TRY_AGAIN = 75
+"""The exit code for what may work on another try, EX_TEMPFAIL of sysexits.h."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +166,10 @@ COMMANDS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; returns the exit code: 0, 2 for a user's mistake, 1 for training that diverged."""
+    """Runs a command; returns the exit code.
+
+    0: done; 2: a user's mistake; 75: may work on another try; 1: training diverged, or a result cannot be written.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
@@ -231,6 +237,9 @@ def guarded(command: Callable[[], None]) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except UnavailableError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return TRY_AGAIN
     except KeyboardInterrupt as stop:
         print(str(stop) or "interrupted; a training run resumes with --resume_from_checkpoint latest", file=sys.stderr)
         return 128 + getattr(stop, "number", signal.SIGINT)
