@@ -78,7 +78,7 @@ COMMANDS = {
     "segment": Command(
         "a mask for every photo, from one photo and its mask",
         "segmentation.segment:SegmentOptions",
-        "segmentation.segment:segment_photos",
+        "segmentation.segment:segment",
         _segmented,
     ),
     "video": Command(

@@ -5,6 +5,9 @@ and a model card. Heavy imports are inside the functions, after the input checks
 """
 
 import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,13 +16,17 @@ from persam_dreambooth.dreambooth.albums import Album, read_albums
 from persam_dreambooth.dreambooth.base_pictures import check_base_pictures, class_crops, open_backgrounds
 from persam_dreambooth.dreambooth.run_folder import beside_own_masks, check_run_folder, check_same_model, write_config
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
+from persam_dreambooth.errors import UnavailableError
 from persam_dreambooth.extras import check_installed
+from persam_dreambooth.options import takes_options
 from persam_dreambooth.photos.mask_folder import load_mask, load_masks, save_mask
 from persam_dreambooth.report.pictures import overview, save_picture
 from persam_dreambooth.segmentation.segment import segment_folder
 from persam_dreambooth.segmentation.segmenters import MaskFolderOptions, open_segmenter
 
 logger = logging.getLogger(__name__)
+
+_training = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -32,11 +39,25 @@ class TrainOptions(MaskFolderOptions, TrainingOptions):
         return any(subject.mask for subject in self.each_subject)
 
 
+@contextmanager
+def _only_training() -> Iterator[None]:
+    """Refuses a second training in this process: both would use torch's global random state and accelerate's state."""
+    if not _training.acquire(blocking=False):
+        raise UnavailableError("another training runs in this process: wait for its end, or train in another process")
+    try:
+        yield
+    finally:
+        _training.release()
+
+
+@takes_options(TrainOptions)
+@_only_training()
 def personalize(options: TrainOptions) -> Path:
     """Runs the main job; returns the run's folder.
 
     Raises:
         InputError, InputNotFoundError: input that cannot be used; nothing is written then.
+        UnavailableError: the hub cannot be reached, or another training runs in this process.
     """
     options.check()
     options = beside_own_masks(options)
