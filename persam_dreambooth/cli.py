@@ -13,9 +13,12 @@ from importlib import import_module
 from typing import Any
 
 from persam_dreambooth import __version__
-from persam_dreambooth.errors import InputError, SaveError, is_out_of_memory
+from persam_dreambooth.errors import InputError, SaveError, UnavailableError, is_out_of_memory
 from persam_dreambooth.options import check_known, parse
 from persam_dreambooth.progress import showing_bars
+
+TRY_AGAIN = 75
+"""The exit code for what may work on another try, EX_TEMPFAIL of sysexits.h."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ COMMANDS = {
     "segment": Command(
         "a mask for every photo, from one photo and its mask",
         "segmentation.segment:SegmentOptions",
-        "segmentation.segment:segment_photos",
+        "segmentation.segment:segment",
         _segmented,
     ),
     "video": Command(
@@ -95,8 +98,8 @@ COMMANDS = {
     ),
     "train": Command(
         "masks and training in one run (the same as train_dreambooth_masked.py)",
-        "personalize:TrainOptions",
-        "personalize:personalize",
+        "main_job:TrainOptions",
+        "main_job:personalize",
         _trained,
         again="the same command with --resume_from_checkpoint latest goes on where it stopped",
     ),
@@ -171,7 +174,10 @@ COMMANDS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; returns the exit code: 0, 2 for a user's mistake, 1 for training that diverged."""
+    """Runs a command; returns the exit code.
+
+    0: done; 2: a user's mistake; 75: may work on another try; 1: training diverged, or a result cannot be written.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
@@ -244,6 +250,9 @@ def guarded(command: Callable[[], None]) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except UnavailableError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return TRY_AGAIN
     except KeyboardInterrupt as stop:
         print(str(stop) or "interrupted", file=sys.stderr)
         return 128 + getattr(stop, "number", signal.SIGINT)

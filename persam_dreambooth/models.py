@@ -1,18 +1,21 @@
 """Model names: a hub id, a local folder, or `toy` for the small checkpoints in this package."""
 
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 from persam_dreambooth import toy
-from persam_dreambooth.errors import InputError, InputNotFoundError
+from persam_dreambooth.errors import InputError, InputNotFoundError, UnavailableError
 
 logger = logging.getLogger(__name__)
 
 ORIGINAL_SAM = (".pth", ".pt")
 """Suffixes of SAM's published checkpoint files; see `segmentation.sams.original`."""
+
+_building = threading.RLock()
 
 
 def resolve(name: str, kind: str, revision: str | None = None) -> str:
@@ -25,6 +28,7 @@ def resolve(name: str, kind: str, revision: str | None = None) -> str:
 
     Raises:
         InputNotFoundError: the name is neither a folder with a model of this kind nor an available model on the hub.
+        UnavailableError: the hub cannot be reached.
     """
     if name == "toy":
         _notice(kind)
@@ -44,21 +48,38 @@ def resolve(name: str, kind: str, revision: str | None = None) -> str:
 
 
 @contextmanager
+def building() -> Iterator[None]:
+    """Lets one thread at a time make or load modules.
+
+    While transformers, diffusers and accelerate load a model, they patch torch for all threads: modules that another
+    thread makes meanwhile would have no weights.
+    """
+    with _building:
+        yield
+
+
+@contextmanager
 def loading(name: str) -> Iterator[None]:
     """Converts errors of a broken checkpoint inside the block to an `InputError` of one line.
 
-    The libraries' progress bars are hidden for loading from disk, and shown for downloads.
+    An interrupted download is an `UnavailableError`.
+
+    The libraries' progress bars are hidden for loading from disk, and shown for downloads. One thread at a time loads,
+    see `building`.
     """
     from safetensors import SafetensorError
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     try:
-        yield
+        with building():
+            yield
     except InputError:
         raise
     except (OSError, ValueError, KeyError, EOFError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if _may_pass(error):
+            raise UnavailableError(f"{name} cannot be downloaded ({reason}): try again") from error
         raise InputError(f"{name} cannot be loaded ({reason}): download it again, or name another model") from error
 
 
@@ -76,6 +97,7 @@ def _check_hub(name: str, marker: str, revision: str | None) -> None:
         GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
+        OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -98,4 +120,22 @@ def _check_hub(name: str, marker: str, revision: str | None) -> None:
     except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
         reason = str(error).splitlines()[0]
         message = f"{name} is not on this machine and the hub cannot be reached ({reason}): connect, {ways_out}"
-        raise InputNotFoundError(message) from None
+        if isinstance(error, OfflineModeIsEnabled):
+            raise InputNotFoundError(message) from None
+        if _may_pass(error):
+            raise UnavailableError(message) from None
+        raise InputError(f"the hub refuses {name} ({reason}): log in with hf auth login, {ways_out}") from None
+
+
+def _may_pass(error: BaseException | None) -> bool:
+    """Whether an error comes from the network or from a busy hub, so that another try may succeed."""
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.utils import httpx
+
+    while error and not isinstance(error, OfflineModeIsEnabled):
+        if isinstance(error, HfHubHTTPError):
+            return error.response.status_code in (408, 429) or error.response.status_code >= 500
+        if isinstance(error, (httpx.TransportError, ConnectionError, TimeoutError)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -7,7 +7,7 @@ import pytest
 from persam_dreambooth import toy
 from persam_dreambooth.errors import Cancelled
 from persam_dreambooth.progress import Progress, reporting, showing_bars, steps
-from persam_dreambooth.segmentation.segment import SegmentOptions, segment_photos
+from persam_dreambooth.segmentation.segment import SegmentOptions, segment
 
 PHOTOS = toy.path("photos") / "duck"
 MASK = toy.path("photos") / "duck_mask" / "00.png"
@@ -23,7 +23,7 @@ def segmenting(output, encodings):
 def test_a_callback_is_told_of_every_photo_and_no_bar_is_shown(tmp_path, encodings, capfd):
     told = []
     with reporting(told.append):
-        segment_photos(segmenting(tmp_path / "masks", encodings))
+        segment(segmenting(tmp_path / "masks", encodings))
     assert told == [Progress("segmenting", "photo", done, 4) for done in (1, 2, 3, 4)]
     assert "segmenting" not in capfd.readouterr().err
 
@@ -34,7 +34,7 @@ def test_cancelled_work_keeps_what_is_finished(tmp_path, encodings):
             raise Cancelled("enough")
 
     with reporting(callback), pytest.raises(Cancelled, match="enough"):
-        segment_photos(segmenting(tmp_path, encodings))
+        segment(segmenting(tmp_path, encodings))
     assert sorted(path.name for path in tmp_path.glob("0*.png")) == ["00.png", "01.png"]
 
 

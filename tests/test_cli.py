@@ -16,9 +16,9 @@ from persam_dreambooth import cli
 from persam_dreambooth.dreambooth.generate import GenerateOptions
 from persam_dreambooth.dreambooth.prompts import fill_identifier
 from persam_dreambooth.errors import InputError
+from persam_dreambooth.main_job import TrainOptions
 from persam_dreambooth.options import parse as read_flags
 from persam_dreambooth.options import read_config
-from persam_dreambooth.personalize import TrainOptions
 from persam_dreambooth.segmentation.segment import SegmentOptions
 from persam_dreambooth.segmentation.video import VideoOptions
 

@@ -12,8 +12,8 @@ from accelerate.state import AcceleratorState
 from tiny_families import tiny_for
 
 from persam_dreambooth import cli, toy
+from persam_dreambooth.main_job import TrainOptions
 from persam_dreambooth.options import find_config
-from persam_dreambooth.personalize import TrainOptions
 from persam_dreambooth.segmentation.evaluation.perseg import PAPER_MIOU
 from persam_dreambooth.toy import rendered_davis as davis
 

@@ -38,7 +38,7 @@ from persam_dreambooth.dreambooth.families.family import Embeddings
 from persam_dreambooth.dreambooth.families.latent_diffusion import LORA_WEIGHTS, TEXT_TARGETS
 from persam_dreambooth.dreambooth.loss import latent_mask
 from persam_dreambooth.dreambooth.trainer import batch_losses
-from persam_dreambooth.personalize import TrainOptions
+from persam_dreambooth.main_job import TrainOptions
 from persam_dreambooth.photos.folder import find_photos
 
 NEW = ("sdxl", "sd3", "flux")

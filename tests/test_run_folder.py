@@ -16,7 +16,7 @@ from persam_dreambooth import toy
 from persam_dreambooth.dreambooth.families.latent_diffusion import LORA_WEIGHTS
 from persam_dreambooth.dreambooth.families.registry import load_pipeline
 from persam_dreambooth.dreambooth.families.stable_diffusion import StableDiffusion
-from persam_dreambooth.personalize import TrainOptions
+from persam_dreambooth.main_job import TrainOptions
 
 # --- what a run leaves
 

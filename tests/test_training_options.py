@@ -47,7 +47,7 @@ from persam_dreambooth.dreambooth.latent_cache import PosteriorCache
 from persam_dreambooth.dreambooth.loss import latent_mask, masked_loss
 from persam_dreambooth.dreambooth.optimizers import effective_rate, make_optimizer
 from persam_dreambooth.dreambooth.trainer import batch_losses
-from persam_dreambooth.personalize import TrainOptions
+from persam_dreambooth.main_job import TrainOptions
 from persam_dreambooth.photos.datasets import photo_folder
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from persam_dreambooth.dreambooth.prompts import fill_identifier
 from persam_dreambooth.dreambooth.samples import sample, save_samples
 from persam_dreambooth.files import check_writable
-from persam_dreambooth.options import LAST_SEED, Options, option, require, within
+from persam_dreambooth.options import LAST_SEED, Options, option, require, takes_options, within
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class GenerateOptions(Options):
         within(self, 0, LAST_SEED, "seed")
 
 
+@takes_options(GenerateOptions, positional="prompt")
 def generate(options: GenerateOptions) -> list[Path]:
     """Generates images, named by prompt and seed, and a grid of them; returns their paths, the grid last.
 

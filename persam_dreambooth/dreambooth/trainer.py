@@ -35,6 +35,7 @@ from persam_dreambooth.dreambooth.samples import save_validation_samples
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.errors import InputError, SaveError
 from persam_dreambooth.files import write_aside
+from persam_dreambooth.models import building
 from persam_dreambooth.progress import Progress, bar
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,8 @@ def train(
     if options.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     torch.manual_seed(options.seed)  # LoRA's matrices are initialized at random
-    trained = family.make_trainable(options, accelerator.device, frozen_dtype(accelerator))
+    with building():
+        trained = family.make_trainable(options, accelerator.device, frozen_dtype(accelerator))
     prompts = [*photos.all_prompts(), *(class_images.all_prompts() if class_images else [])]
     with torch.no_grad():
         base_embeddings = dict(zip(prompts, family.encode_prompts(prompts), strict=True))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from persam_dreambooth.files import check_new
-from persam_dreambooth.options import CONFIG, option, require, with_flag, within
+from persam_dreambooth.options import CONFIG, option, require, takes_options, with_flag, within
 from persam_dreambooth.photos.folder import MASK_INDEX, Photo, find_photos
 from persam_dreambooth.photos.mask_folder import (
     SKIPPED,
@@ -65,7 +65,8 @@ class SegmentOptions(MaskFolderOptions):
         super().check()
 
 
-def segment_photos(options: SegmentOptions) -> list[PhotoMask]:
+@takes_options(SegmentOptions)
+def segment(options: SegmentOptions) -> list[PhotoMask]:
     """Makes a mask folder, with an `overview.jpg`, from one or a few photos with masks.
 
     Raises:

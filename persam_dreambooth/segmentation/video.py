@@ -18,7 +18,7 @@ from PIL import Image
 
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.files import check_writable, note_settings
-from persam_dreambooth.options import option, require
+from persam_dreambooth.options import option, require, takes_options
 from persam_dreambooth.photos.labels import read_first_mask, read_labels, save_labels
 from persam_dreambooth.progress import steps
 from persam_dreambooth.report.pictures import overlay_labels, save_picture
@@ -50,6 +50,7 @@ class VideoOptions(SegmenterOptions):
         super().check()
 
 
+@takes_options(VideoOptions)
 def segment_video(options: VideoOptions) -> int:
     """Writes OUTPUT/NNNNN.png, a palette PNG, for every frame of a video; returns the number of frames.
 

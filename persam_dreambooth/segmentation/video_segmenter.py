@@ -22,9 +22,9 @@ from persam_dreambooth.segmentation.location_prior import (
     location_prior,
     presence,
 )
-from persam_dreambooth.segmentation.sams.sam import Encoding, Sam
+from persam_dreambooth.segmentation.sams.sam import Encoding, ImageLike, Sam
 from persam_dreambooth.segmentation.scale_weights import fit_scale_weights
-from persam_dreambooth.segmentation.segmenter import ImageLike
+from persam_dreambooth.segmentation.segmenter import fitted
 
 MARGIN = 10
 """Pixels by which the box of the previous frame is grown on every side."""
@@ -37,7 +37,7 @@ OWN = 0.05
 another object's."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Known:
     """An object of the first frame.
 
@@ -73,11 +73,17 @@ class VideoSegmenter:
     def __init__(
         self, sam: Sam, variant: str = "persam-f", target_coverage: float = 0.5, fit_steps: int = FIT_STEPS
     ) -> None:
+        if variant not in PRIOR_POINTS:
+            raise InputError(f"variant {variant!r} is unknown: use {' or '.join(PRIOR_POINTS)}")
         self.sam = sam
         self.variant = variant
         self.target_coverage = target_coverage
         self.fit_steps = fit_steps
         self.objects: tuple[Known, ...] = ()
+
+    def __repr__(self) -> str:
+        state = f"{len(self.objects)} objects" if self.objects else "not fitted"
+        return f"VideoSegmenter({self.sam!r}, {self.variant!r}; {state})"
 
     def fit(self, image: ImageLike, labels: np.ndarray) -> "VideoSegmenter":
         """Learns every object of the first frame.
@@ -89,7 +95,7 @@ class VideoSegmenter:
         Raises:
             InputError: a label map of another size, or without objects.
         """
-        encoding = self._encoded(image)
+        encoding = self.sam.encode(image)
         _check_labels(labels, encoding)
         if not labels.any():
             raise InputError("the mask of the first frame marks no object: give each object a number from 1")
@@ -97,7 +103,7 @@ class VideoSegmenter:
         return self
 
     def predict(self, image: ImageLike, before: np.ndarray) -> np.ndarray:
-        """The label map of a frame; where objects overlap, the highest logit wins.
+        """The label map of a frame; where objects overlap, the highest logit wins. Call `fit` first.
 
         Args:
             image: as for `PerSAM.fit`.
@@ -105,13 +111,14 @@ class VideoSegmenter:
 
         Raises:
             InputError: a label map of another size.
+            RuntimeError: `fit` was not called.
         """
-        encoding = self._encoded(image)
+        objects, encoding = fitted(self.objects or None), self.sam.encode(image)
         _check_labels(before, encoding)
-        nearest = torch.stack([location_prior(known.target.mean, encoding) for known in self.objects]).argmax(dim=0)
+        nearest = torch.stack([location_prior(known.target.mean, encoding) for known in objects]).argmax(dim=0)
         highest = torch.zeros(encoding.size, device=nearest.device)
         labels = torch.zeros(encoding.size, dtype=torch.uint8, device=nearest.device)
-        for place, known in enumerate(self.objects):
+        for place, known in enumerate(objects):
             logits = self._find(encoding, known, before == known.number)
             if self._is_present((logits > 0).cpu().numpy(), encoding, known.target, nearest == place):
                 labels[logits > highest] = known.number
@@ -175,9 +182,6 @@ class VideoSegmenter:
         """Logits of three masks (3, 256, 256) and their predicted IoUs (3,); every point is positive."""
         return self.sam.decode(encoding, points, np.ones(len(points), int), box, mask_logits)
 
-    def _encoded(self, image: ImageLike) -> Encoding:
-        return image if isinstance(image, Encoding) else self.sam.encode(image)
-
 
 def grown_box(mask: np.ndarray) -> np.ndarray:
     """The box (4,) of a nonempty mask, (H, W) bool, grown by `MARGIN` inside the frame."""
@@ -187,5 +191,8 @@ def grown_box(mask: np.ndarray) -> np.ndarray:
 
 
 def _check_labels(labels: np.ndarray, encoding: Encoding) -> None:
+    if not isinstance(labels, np.ndarray) or labels.dtype != np.uint8:
+        found = labels.dtype if isinstance(labels, np.ndarray) else type(labels).__name__
+        raise InputError(f"the label map is {found}: give (H, W) uint8, 0 for background and the objects' numbers")
     if labels.shape != encoding.size:
         raise InputError(f"the label map is {labels.shape}, the frame is {encoding.size} (H, W): give it this size")

@@ -7,6 +7,7 @@ and a model card. Heavy imports are inside the functions, after the input checks
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -25,9 +26,10 @@ from persam_dreambooth.dreambooth.run_folder import (
     write_config,
 )
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
-from persam_dreambooth.errors import SaveError
+from persam_dreambooth.errors import SaveError, UnavailableError
 from persam_dreambooth.extras import check_installed
 from persam_dreambooth.files import locked
+from persam_dreambooth.options import takes_options
 from persam_dreambooth.photos.mask_folder import load_mask, load_masks, save_mask
 from persam_dreambooth.report.pictures import overview, save_picture
 from persam_dreambooth.segmentation.segment import segment_folder
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
+
+_training = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -49,11 +53,25 @@ class TrainOptions(MaskFolderOptions, TrainingOptions):
         return any(subject.mask for subject in self.each_subject)
 
 
+@contextmanager
+def _only_training() -> Iterator[None]:
+    """Refuses a second training in this process: both would use torch's global random state and accelerate's state."""
+    if not _training.acquire(blocking=False):
+        raise UnavailableError("another training runs in this process: wait for its end, or train in another process")
+    try:
+        yield
+    finally:
+        _training.release()
+
+
+@takes_options(TrainOptions)
+@_only_training()
 def personalize(options: TrainOptions) -> Path:
     """Runs the main job; returns the run's folder.
 
     Raises:
         InputError, InputNotFoundError: input that cannot be used; nothing is written then.
+        UnavailableError: the hub cannot be reached, or another training runs in this process.
     """
     options.check()
     options = beside_own_masks(options)
