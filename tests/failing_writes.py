@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from persam_dreambooth import cli, personalize  # noqa: F401
+from persam_dreambooth import cli, main_job  # noqa: F401
 from persam_dreambooth.dreambooth import trainer  # noqa: F401
 from persam_dreambooth.dreambooth.families import registry  # noqa: F401
 

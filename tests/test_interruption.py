@@ -21,7 +21,7 @@ from training_runs import ROOT, column, flags, same_metrics, same_weights
 from persam_dreambooth.dreambooth.checkpoint import STATE, list_checkpoints
 from persam_dreambooth.dreambooth.families.latent_diffusion import LORA_WEIGHTS
 from persam_dreambooth.errors import Cancelled
-from persam_dreambooth.personalize import TrainOptions, personalize
+from persam_dreambooth.main_job import TrainOptions, personalize
 from persam_dreambooth.progress import reporting
 
 OPTIONS = {"max_train_steps": 6, "checkpointing_steps": 1, "checkpoints_total_limit": 2}
