@@ -218,7 +218,7 @@ def test_the_options_of_train_are_these():
         *("subjects", "unmasked"),
         *("pretrained_model_name_or_path", "revision", "variant"),
         *("method", "rank", "lora_alpha", "lora_targets", "lora_dropout", "lora_init", "use_dora", "export"),
-        *("train_text_encoder",),
+        *("train_text_encoder", "long_prompts"),
         *(
             "mask_normalization",
             "unmasked_weight",

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from persam_dreambooth.dreambooth.prompts import fill_identifier
+from persam_dreambooth.dreambooth.prompts import check_unread, fill_identifier
 from persam_dreambooth.dreambooth.samples import sample, save_samples
 from persam_dreambooth.files import check_writable
 from persam_dreambooth.options import LAST_SEED, Options, option, require, within
@@ -47,12 +47,15 @@ def generate(options: GenerateOptions) -> list[Path]:
         InputError, InputNotFoundError: a model or an output folder that cannot be used.
     """
     options.check()
+    from persam_dreambooth.dreambooth.families.registry import FAMILIES
     from persam_dreambooth.dreambooth.pipelines import load_model, to_accelerator
 
     folder = Path(options.output)
     check_writable(folder)
     pipeline, identifier, notice = load_model(str(options.model))
-    prompt = fill_identifier(str(options.prompt), options.identifier or identifier)
+    identifier = options.identifier or identifier
+    prompt = fill_identifier(str(options.prompt), identifier)
+    check_unread("the prompt", prompt, FAMILIES[type(pipeline).__name__].unread(pipeline, prompt), identifier)
     images = sample(
         to_accelerator(pipeline),
         prompt,

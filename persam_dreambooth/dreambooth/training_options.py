@@ -85,6 +85,11 @@ class TrainingOptions(SubjectOptions):
         ),
     )
     train_text_encoder: bool = option(False, "also train CLIP's text encoders; T5 stays frozen")
+    long_prompts: bool = option(
+        False,
+        "read prompts longer than CLIP's 77 tokens in chunks; generate then does the same",
+        elsewhere=("max_token_length",),
+    )
 
     # The masked loss
     mask_normalization: Literal["area", "none"] = option(
