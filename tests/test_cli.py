@@ -15,6 +15,7 @@ import persam_dreambooth
 from persam_dreambooth import cli
 from persam_dreambooth.dreambooth.generate import GenerateOptions
 from persam_dreambooth.dreambooth.prompts import fill_identifier
+from persam_dreambooth.dreambooth.run_folder import with_absolute_paths
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.options import parse as read_flags
 from persam_dreambooth.options import read_config
@@ -689,7 +690,7 @@ def test_both_programs_say_one_line_and_exit_with_2(tmp_path):
         assert "--instance_dir" in done.stdout
 
 
-def test_the_program_trains_in_half_precision_and_its_configuration_is_taken_back(tmp_path):
+def test_the_program_trains_in_half_precision_and_its_configuration_is_taken_back(tmp_path, monkeypatch):
     for name in ("00.jpg", "01.jpg"):
         picture = Image.new("RGB", (96, 96), (90, 120, 90))
         ImageDraw.Draw(picture).ellipse((20, 20, 60, 60), fill=(200, 30, 30))
@@ -709,8 +710,10 @@ def test_the_program_trains_in_half_precision_and_its_configuration_is_taken_bac
         assert (run / made).exists(), made
     head, *_ = (run / "config.yaml").read_text(encoding="utf-8").splitlines()
     assert head.startswith(f"# persam-dreambooth {persam_dreambooth.__version__}")
-    flags[1] = str(tmp_path / "toy.yaml")
+    monkeypatch.chdir(tmp_path)
     resolved = parse(*flags).resolved(resolution=64, mixed_precision="bf16", learning_rate=1e-4)
-    assert parse("--config", str(run / "config.yaml")) == resolved
+    saved = with_absolute_paths(asdict(resolved), TrainOptions)
+    assert asdict(parse("--config", str(run / "config.yaml"))) == saved
+    assert saved["instance_dir"] == str(tmp_path / "red ball")
     assert (resolved.class_name, resolved.learning_rate) == ("red ball", 1e-6)
     assert resolved.validation_prompt == "a [V] red ball on a beach"
