@@ -7,7 +7,7 @@ from pathlib import Path
 from persam_dreambooth.dreambooth.prompts import check_unread, fill_identifier
 from persam_dreambooth.dreambooth.samples import sample, save_samples
 from persam_dreambooth.files import check_writable
-from persam_dreambooth.options import LAST_SEED, Options, option, require, within
+from persam_dreambooth.options import LAST_SEED, Condition, Options, option, require, within
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,11 @@ class GenerateOptions(Options):
     guidance_scale: float | None = option(
         None, "guidance scale; default: the pipeline's own, such as 7.5", elsewhere=("cfg_scale", "scale")
     )
-    identifier: str | None = option(None, "the token that replaces [V]; default: the run's own, else sks")
+    identifier: str | None = option(
+        None,
+        "the token that replaces [V]; default: the run's own, else sks",
+        when=(Condition(lambda options: "[V]" in str(options.prompt), "the prompt has no [V], write it there"),),
+    )
 
     def check(self) -> None:
         """Raises `InputError` for options that are missing or out of range."""

@@ -124,6 +124,8 @@ def training_captions(album: Album, photos: list[Photo]) -> list[str]:
     captions = [fill_identifier(text, subject.word) or subject.prompt("instance") for text in own]
     if any(own):
         logger.info("%s%d of %d photos have captions of their own", album.label, sum(map(bool, own)), len(photos))
+    if all(own) and subject.instance_prompt:
+        logger.info("%s--instance_prompt is not used: all photos have captions", album.label)
     if not all(own):
         logger.info('%sthe training prompt is "%s"', album.label, subject.prompt("instance"))
     nameless = [photo.name for photo, text in zip(photos, captions, strict=True) if subject.word not in text]
