@@ -90,7 +90,7 @@ def personalize(options: TrainOptions) -> Path:
     from persam_dreambooth.dreambooth.optimizers import check_optimizer
     from persam_dreambooth.dreambooth.results import save_results
     from persam_dreambooth.dreambooth.trainer import check_resolution, train
-    from persam_dreambooth.dreambooth.training_crops import Cut, join_crops, make_crops
+    from persam_dreambooth.dreambooth.training_crops import Cut, check_prompts, join_crops, make_crops
 
     check_optimizer(options)
     if options.report_to:
@@ -105,6 +105,7 @@ def personalize(options: TrainOptions) -> Path:
         return run_dir
     accelerator = open_accelerator(options)
     family = open_family(options, base, frozen_dtype(accelerator))
+    check_prompts(options, albums, family)
     resolution = check_resolution(options, family)
     buckets = open_buckets(options, family, resolution)
     options = options.resolved(resolution, accelerator.mixed_precision, family.learning_rates[options.method])

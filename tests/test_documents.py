@@ -54,16 +54,18 @@ def run(command: str, folder: Path, sam: list[str]) -> None:
     program = next((name for name in PROGRAMS if command.startswith(f"{name} ")), None)
     assert program, f"no test knows how to run: {command}"
     words = PROGRAMS[program] + shlex.split(command.removeprefix(program))
+    # In a file, so that a command of given masks leaves out what is of SAM.
+    sam_options = {flag.removeprefix("--"): value for flag, value in zip(sam[::2], sam[1::2], strict=True)}
+    short = SHORT if words[0] == "train" else {}
+    (folder / "short.yaml").write_text(yaml.safe_dump({**short, **sam_options}), encoding="utf-8")
     if words[0] == "train":
-        model = small_model(words, folder)
-        (folder / "short.yaml").write_text(yaml.safe_dump(SHORT), encoding="utf-8")
-        words += ["--config", "short.yaml", *sam, "--pretrained_model_name_or_path", model]
+        words += ["--config", "short.yaml", "--pretrained_model_name_or_path", small_model(words, folder)]
     elif words[0] == "generate":
         words += ["--num_inference_steps", "2"]
     elif words[0] in ("segment", "video"):
-        words += [*sam, "--segmenter", "persam"]
+        words += ["--config", "short.yaml", "--segmenter", "persam"]
     elif words[0] == "evaluate":
-        words += sam
+        words += ["--config", "short.yaml"]
     AcceleratorState._reset_state(reset_partial_state=True)  # as in a new process
     assert cli.main(words) == 0, command
 

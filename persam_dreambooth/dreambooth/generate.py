@@ -4,10 +4,10 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from persam_dreambooth.dreambooth.prompts import fill_identifier
+from persam_dreambooth.dreambooth.prompts import check_unread, fill_identifier
 from persam_dreambooth.dreambooth.samples import sample, save_samples
 from persam_dreambooth.files import check_writable
-from persam_dreambooth.options import LAST_SEED, Options, option, require, takes_options, within
+from persam_dreambooth.options import LAST_SEED, Condition, Options, option, require, takes_options, within
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,11 @@ class GenerateOptions(Options):
     guidance_scale: float | None = option(
         None, "guidance scale; default: the pipeline's own, such as 7.5", elsewhere=("cfg_scale", "scale")
     )
-    identifier: str | None = option(None, "the token that replaces [V]; default: the run's own, else sks")
+    identifier: str | None = option(
+        None,
+        "the token that replaces [V]; default: the run's own, else sks",
+        when=(Condition(lambda options: "[V]" in str(options.prompt), "the prompt has no [V], write it there"),),
+    )
 
     def check(self) -> None:
         """Raises `InputError` for options that are missing or out of range."""
@@ -48,12 +52,15 @@ def generate(options: GenerateOptions) -> list[Path]:
         InputError, InputNotFoundError: a model or an output folder that cannot be used.
     """
     options.check()
+    from persam_dreambooth.dreambooth.families.registry import FAMILIES
     from persam_dreambooth.dreambooth.pipelines import load_model, to_accelerator
 
     folder = Path(options.output)
     check_writable(folder)
     pipeline, identifier, notice = load_model(str(options.model))
-    prompt = fill_identifier(str(options.prompt), options.identifier or identifier)
+    identifier = options.identifier or identifier
+    prompt = fill_identifier(str(options.prompt), identifier)
+    check_unread("the prompt", prompt, FAMILIES[type(pipeline).__name__].unread(pipeline, prompt), identifier)
     images = sample(
         to_accelerator(pipeline),
         prompt,

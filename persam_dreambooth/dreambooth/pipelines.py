@@ -30,7 +30,7 @@ def load_model(name: str) -> tuple[Any, str, str | None]:
     notice = model_notice(config.get("pretrained_model_name_or_path", name))
     has_lora = (folder / LORA_WEIGHTS).is_file()
     if (folder / "model_index.json").is_file() or not (has_lora or config):
-        return _load(models.resolve(name, "stable-diffusion")), identifier, notice
+        return _load(models.resolve(name, "stable-diffusion"), config), identifier, notice
     has_denoiser = any((folder / family.denoiser_name).is_dir() for family in FAMILIES.values())
     if not has_lora and not has_denoiser:
         raise InputNotFoundError(f"{folder} holds no trained weights yet: finish its training, or name a checkpoint-N")
@@ -39,7 +39,7 @@ def load_model(name: str) -> tuple[Any, str, str | None]:
             f"{folder} has LoRA weights but no {CONFIG}, so its base model is unknown: name a run's folder"
         )
     base = models.resolve(config["pretrained_model_name_or_path"], "stable-diffusion", config.get("revision"))
-    pipeline = _load(base, config.get("revision"), config.get("variant"))
+    pipeline = _load(base, config, config.get("revision"), config.get("variant"))
     with models.loading(name):
         if has_lora:
             pipeline.load_lora_weights(folder, weight_name=LORA_WEIGHTS)
@@ -54,11 +54,18 @@ def to_accelerator(pipeline: Any) -> Any:
     return pipeline.to(accelerator, FAMILIES[type(pipeline).__name__].inference_dtype) if accelerator else pipeline
 
 
-def _load(source: str, revision: str | None = None, variant: str | None = None) -> Any:
-    """Loads a pipeline in float32, or a large one in half precision if there is an accelerator."""
+def _load(source: str, config: dict[str, Any], revision: str | None = None, variant: str | None = None) -> Any:
+    """Loads a pipeline in float32, or a large one in half precision if there is an accelerator.
+
+    Args:
+        source: hub id or folder.
+        config: the options of the run, if any.
+        revision: branch, tag or commit on the hub.
+        variant: variant of the weight files.
+    """
     family = family_of(source, revision)
     dtype = family.inference_dtype if family.large and torch.accelerator.is_available() else torch.float32
-    return load_pipeline(source, revision, variant, dtype)
+    return load_pipeline(source, revision, variant, dtype, bool(config.get("long_prompts")))
 
 
 def model_notice(base: str) -> str | None:

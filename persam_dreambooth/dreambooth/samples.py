@@ -33,14 +33,15 @@ def sample(
     """Generates images one at a time; image i depends only on seed + i. None is the pipeline's own guidance scale."""
     import torch
 
-    from persam_dreambooth.dreambooth.families.registry import fast_sampler
+    from persam_dreambooth.dreambooth.families.registry import FAMILIES, fast_sampler
 
     pipeline = fast_sampler(pipeline)
+    arguments = FAMILIES[type(pipeline).__name__].prompt_arguments(pipeline, [prompt])
     guidance = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
     pipeline.set_progress_bar_config(disable=True)
     return [
         pipeline(
-            prompt,
+            **arguments,
             num_inference_steps=num_inference_steps,
             **guidance,
             generator=torch.Generator().manual_seed(seed + number),

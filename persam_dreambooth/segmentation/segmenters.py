@@ -42,10 +42,15 @@ class SegmenterOptions(Options):
         path=True,
     )
     sam_dtype: Literal["float32", "float16", "bfloat16", "auto"] = option(
-        "float32", "precision of SAM's image encoder; auto: float32 on the CPU and on MPS, else bfloat16"
+        "float32",
+        "precision of SAM's image encoder; auto: float32 on the CPU and on MPS, else bfloat16",
+        when=(MAKES_MASKS,),
     )
     encoding_cache: str | None = option(
-        None, "folder that keeps SAM's encodings of photos for later runs with the same SAM", path=True
+        None,
+        "folder that keeps SAM's encodings of photos for later runs with the same SAM",
+        path=True,
+        when=(MAKES_MASKS,),
     )
     target_coverage: float = option(
         0.5,

@@ -29,6 +29,7 @@ class Flux(FlowMatching):
     learning_rates: ClassVar = {"lora": 1e-4}
     tags: ClassVar = ["flux"]
     feedforward_targets: ClassVar = ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
+    t5_tokenizer = "tokenizer_2"
     t5_length = 512
     guidance = 1.0
 

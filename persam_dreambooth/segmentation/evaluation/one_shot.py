@@ -47,7 +47,10 @@ class OneShotOptions(SegmentationOptions):
         None, "folder for results, predictions and pictures; an interrupted evaluation resumes there", path=True
     )
     predictions: str | None = option(
-        None, "score this folder of <object>/NN.png instead of running a method", path=True
+        None,
+        "score this folder of <object>/NN.png instead of running a method",
+        path=True,
+        rivals=("segmenter", "target_coverage", "guidance", "sam_dtype", "encoding_cache"),
     )
     reference_index: str = option("0", "which image of an object is the reference: a number, or all in turn")
 
