@@ -116,7 +116,7 @@ def generate_and_measure(title: str, model: str, owner: Personal) -> Model:
     from persam_dreambooth.dreambooth.pipelines import load_model
     from persam_dreambooth.toy.evaluator import Evaluator
 
-    pipeline, _, _ = load_model(model)
+    pipeline = load_model(model)
     pictures = {
         kind: sample_prompts(pipeline, benchmark_prompts(kind, owner), 0, DENOISING_STEPS)
         for kind in benchmark_subjects.PICTURES

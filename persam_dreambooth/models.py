@@ -1,6 +1,7 @@
 """Model names: a hub id, a local folder, or `toy` for the small checkpoints in this package."""
 
 import logging
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,12 @@ ORIGINAL_SAM = (".pth", ".pt")
 """Suffixes of SAM's published checkpoint files; see `segmentation.sams.original`."""
 
 _building = threading.RLock()
+
+NVIDIA_GPU = (Path("/proc/driver/nvidia/version"), Path("/dev/nvidia0"), Path("C:/Windows/System32/nvidia-smi.exe"))
+"""Files that a driver of an NVIDIA GPU has."""
+
+CUDA_BUILDS = "https://download.pytorch.org/whl/cu126"
+"""The index of PyTorch's packages for NVIDIA GPUs; this CUDA supports the oldest ones."""
 
 
 def resolve(name: str, kind: str, revision: str | None = None) -> str:
@@ -81,6 +88,37 @@ def loading(name: str) -> Iterator[None]:
         if _may_pass(error):
             raise UnavailableError(f"{name} cannot be downloaded ({reason}): try again") from error
         raise InputError(f"{name} cannot be loaded ({reason}): download it again, or name another model") from error
+
+
+@cache
+def log_device(device: str, dtype: str) -> None:
+    """Logs, once a process, the device and the precision of the work that begins.
+
+    If there is an NVIDIA GPU that this PyTorch cannot use, a warning says what to do.
+
+    Args:
+        device: such as `cuda`, `cuda:1` or `cpu`.
+        dtype: such as `torch.float32`.
+    """
+    import torch
+
+    kind, precision = torch.device(device).type, dtype.removeprefix("torch.")
+    if kind != "cpu":
+        name = f" ({torch.cuda.get_device_name(device)})" if kind == "cuda" else ""
+        logger.info("device: %s%s, %s", device, name, precision)
+        return
+    logger.info("device: CPU, %s: slow", precision)
+    if any(path.exists() for path in NVIDIA_GPU) and not torch.cuda.is_available():
+        if torch.version.cuda is None and torch.version.hip is None:
+            logger.warning(
+                "this machine has an NVIDIA GPU, but PyTorch %s is built for CPUs: pip install --force-reinstall "
+                "torch torchvision --index-url %s",
+                torch.__version__,
+                CUDA_BUILDS,
+            )
+        elif torch.version.cuda and "CUDA_VISIBLE_DEVICES" not in os.environ:
+            needed = f"CUDA {torch.version.cuda}"
+            logger.warning("this machine has an NVIDIA GPU that PyTorch cannot use: install a driver for %s", needed)
 
 
 @cache

@@ -579,7 +579,9 @@ def test_segment_checks_what_train_checks():
     "options, said",
     [
         ({"model": "toy"}, "prompt is missing"),
-        ({"prompt": "a cat"}, "--model is missing"),
+        ({"prompt": " ", "model": "toy"}, "the prompt is empty"),
+        ({"prompt": "a \udce9"}, r"'a \\udce9' is not UTF-8"),
+        ({"prompt": "a cat", "identifier": "sks"}, r"--identifier has no effect: write \[V\]"),
         ({"prompt": "a cat", "model": "toy", "num_images": 0}, "--num_images is 0: give 1 or more"),
         ({"prompt": "a cat", "model": "toy", "num_inference_steps": 0}, "--num_inference_steps is 0"),
         ({"prompt": "a cat", "model": "toy", "guidance_scale": math.nan}, "--guidance_scale is nan"),

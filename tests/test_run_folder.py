@@ -1,7 +1,6 @@
 """What a training run leaves: the folder, the weights as diffusers loads them, pictures from them."""
 
 import re
-import shutil
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ import yaml
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
-from training_runs import DOWN, STEPS, UP, column, command, flags, text_answer, toy_pipeline, unet_answer, weights
+from training_runs import DOWN, STEPS, UP, column, text_answer, toy_pipeline, unet_answer, weights
 
 from persam_dreambooth import toy
 from persam_dreambooth.dreambooth.families.latent_diffusion import LORA_WEIGHTS
@@ -162,94 +161,6 @@ def test_full_run_saves_a_pipeline(runs, text_encoder):
     assert trained.unet.dtype == trained.vae.dtype == trained.text_encoder.dtype == torch.float32
     trained.set_progress_bar_config(disable=True)
     assert trained("a sks duck", num_inference_steps=2).images[0].size == (64, 64)
-
-
-# --- generation
-
-
-@pytest.fixture
-def pictures(tmp_path):
-    """Generates with a model; the pictures as arrays by file name."""
-    count = iter(range(100))
-
-    def generate(model, prompt="a [V] duck", number=1, **options):
-        folder = tmp_path / f"pictures-{next(count)}"
-        options = {"num_images": number, "num_inference_steps": 2, **options}
-        assert command("generate", prompt, *flags(model=model, output=folder, **options)) == 0
-        assert len(list(folder.glob("*-grid.jpg"))) == 1
-        return {path.name: np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))}
-
-    return generate
-
-
-def alike(one, two):
-    return one.keys() == two.keys() and all(np.array_equal(one[name], two[name]) for name in one)
-
-
-def changed(one, two):
-    """The share of values that differ, over pictures in the same order."""
-    return np.mean([np.mean(a != b) for a, b in zip(one.values(), two.values(), strict=True)])
-
-
-def test_every_kind_of_model_generates(runs, pictures):
-    strong = {"learning_rate": 0.01, "checkpointing_steps": STEPS}
-    lora = runs(rank=2, train_text_encoder=True, **strong)
-    full = runs(method="full", train_text_encoder=True, **strong)
-    base = pictures("toy", "a sks duck")
-    assert [picture.shape for picture in base.values()] == [(64, 64, 3)]
-    for run in (lora, full):
-        trained = pictures(run)
-        assert changed(base, trained) > 0.5
-        assert alike(trained, pictures(run / f"checkpoint-{STEPS}"))
-    assert alike(base, pictures(toy.path("stable-diffusion"), "a sks duck"))
-
-
-def test_identifier_of_the_run_takes_the_place_of_v(complete, pictures):
-    named = pictures(complete, "a robot duck")
-    assert list(named) == ["a-robot-duck-0.png"]
-    assert alike(pictures(complete), named)
-    assert alike(pictures(complete / "checkpoint-4"), named)
-    assert alike(pictures("toy"), pictures("toy", "a sks duck"))
-    other = pictures(complete, identifier="cat")
-    assert list(other) == ["a-cat-duck-0.png"]
-    assert alike(other, pictures(complete, "a cat duck"))
-    assert changed(named, other) > 0.1
-
-
-def test_pictures_follow_from_their_seed(complete, pictures):
-    first, again, next_seed = (pictures(complete, number=2, seed=seed) for seed in (5, 5, 6))
-    assert list(first) == ["a-robot-duck-5.png", "a-robot-duck-6.png"]
-    assert alike(first, again)
-    assert np.array_equal(first["a-robot-duck-6.png"], next_seed["a-robot-duck-6.png"])
-    assert (first["a-robot-duck-5.png"] != first["a-robot-duck-6.png"]).mean() > 0.5
-
-
-def test_samples_of_a_run_are_what_generate_gives(complete, pictures):
-    prompt, kept = "a [V] duck on a beach", complete / "samples"
-    generated = pictures(complete, prompt, number=2, num_inference_steps=30)
-    for name, picture in generated.items():
-        difference = abs(np.asarray(Image.open(kept / name)).astype(int) - picture)
-        assert difference.max() <= 1  # the LoRA is loaded instead of trained, which may round otherwise
-
-
-def test_steps_and_guidance_reach_the_sampler(complete, pictures):
-    usual = pictures(complete)
-    assert changed(usual, pictures(complete, num_inference_steps=4)) > 0.1
-    assert changed(usual, pictures(complete, guidance_scale=1.0)) > 0.1
-
-
-@pytest.mark.parametrize("content", ["unfinished", "no config", "nothing"])
-def test_folder_that_cannot_generate_is_an_error_that_says_why(runs, tmp_path, capsys, content):
-    run = tmp_path / "run"
-    run.mkdir()
-    if content == "unfinished":
-        shutil.copy(runs() / "config.yaml", run)
-    elif content == "no config":
-        shutil.copy(runs() / LORA_WEIGHTS, run)
-    said = {"unfinished": "finish its training", "no config": "no config.yaml", "nothing": "model_index.json"}
-    assert command("generate", "a [V] duck", "--model", run, "--output", tmp_path / "pictures") == 2
-    assert said[content] in capsys.readouterr().err
-    assert not (tmp_path / "pictures").exists()
 
 
 # --- from another folder

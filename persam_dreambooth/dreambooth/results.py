@@ -13,7 +13,7 @@ from persam_dreambooth.dreambooth.families.registry import load_pipeline
 from persam_dreambooth.dreambooth.hub import push
 from persam_dreambooth.dreambooth.pipelines import model_notice
 from persam_dreambooth.dreambooth.run_folder import MODEL_CARD, metrics_rows
-from persam_dreambooth.dreambooth.samples import SAMPLES, sample, save_samples
+from persam_dreambooth.dreambooth.samples import SAMPLES, save_run_samples
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.errors import SaveError, is_out_of_memory
 from persam_dreambooth.files import filled_aside, write_text
@@ -61,9 +61,7 @@ def save_results(
     if options.num_validation_images:
         try:
             pipeline = pipeline.to(accelerator.device, frozen_dtype(accelerator))
-            for prompt in options.validation_prompts:
-                images = sample(pipeline, prompt, options.num_validation_images, options.seed)
-                save_samples(images, prompt, options.seed, run_dir / SAMPLES, notice)
+            save_run_samples(options, pipeline, run_dir / SAMPLES)
         except SaveError as error:
             raise SaveError(f"{error}; the weights are saved: persam-dreambooth generate makes pictures") from error
         except Exception as error:

@@ -33,9 +33,10 @@ from persam_dreambooth.dreambooth.optimizers import effective_rate, make_optimiz
 from persam_dreambooth.dreambooth.results import save_weights
 from persam_dreambooth.dreambooth.samples import save_validation_samples
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
-from persam_dreambooth.errors import InputError, SaveError
+from persam_dreambooth.errors import SaveError
 from persam_dreambooth.files import write_aside
 from persam_dreambooth.models import building
+from persam_dreambooth.options import check_multiple
 from persam_dreambooth.progress import Progress, bar
 
 logger = logging.getLogger(__name__)
@@ -266,9 +267,5 @@ def learning_rate(options: TrainingOptions, processes: int) -> float:
 
 def check_resolution(options: TrainingOptions, family: Family) -> int:
     """The training resolution; raises `InputError` if it is not a multiple of what the model needs."""
-    resolution = options.resolution or family.native_resolution
-    factor = family.granularity
-    if resolution % factor or resolution < factor:
-        nearest = max(factor, round(resolution / factor) * factor)
-        raise InputError(f"--resolution is {resolution}: this model needs a multiple of {factor}, such as {nearest}")
-    return resolution
+    check_multiple(options, family.granularity, "resolution")
+    return options.resolution or family.native_resolution

@@ -71,7 +71,7 @@ def run_cell(cell: BenchmarkCell, folder: Path, options: BenchmarkOptions) -> No
         personalize(train_options(cell, folder, run_dir, training_settings(options)))
         model = str(run_dir)
     seconds, memory = time.monotonic() - started, read_peak_memory()
-    pipeline, _, _ = load_model(model)
+    pipeline = load_model(model)
     steps = options.num_inference_steps
     with torch.autocast(pipeline.device.type, torch.bfloat16, enabled=options.mixed_precision == "bf16"):
         pictures = {

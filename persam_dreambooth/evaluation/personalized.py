@@ -149,15 +149,16 @@ def model_prompts(kind: str, owner: SubjectOptions, options: EvaluateModelOption
 
 def _generate(model: str, owner: SubjectOptions, options: EvaluateModelOptions) -> dict[str, list[Image.Image]]:
     from persam_dreambooth.dreambooth.pipelines import load_model, to_accelerator
-    from persam_dreambooth.dreambooth.samples import sample
+    from persam_dreambooth.dreambooth.samples import Request, sample
 
-    pipeline = to_accelerator(load_model(model)[0])
+    pipeline = to_accelerator(load_model(model))
     settings = (options.num_inference_steps, options.guidance_scale)
     sampled: dict[str, list[Image.Image]] = {}
     for kind in ("own", "class", "scenes"):
         prompts = [fill_identifier(prompt, owner.word) for prompt in model_prompts(kind, owner, options)]
         sampled[kind] = [
-            sample(pipeline, prompt, 1, options.seed + number, *settings)[0] for number, prompt in enumerate(prompts)
+            next(sample(pipeline, Request(prompt, [options.seed + number], *settings)))
+            for number, prompt in enumerate(prompts)
         ]
     return sampled
 

@@ -28,6 +28,7 @@ class FlowMatching(LatentDiffusion):
         "snr_gamma": "which learns a flow: its density of timesteps does what min-SNR does",
         "export": "whose LoRA ComfyUI reads as it is saved",
         "long_prompts": "whose T5 reads long prompts",
+        "scheduler": "which has its own scheduler of flow matching",
     }
     t5_tokenizer: ClassVar[str]
     """The name of T5's tokenizer in the pipeline."""

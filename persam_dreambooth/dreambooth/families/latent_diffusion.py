@@ -68,6 +68,9 @@ class LatentDiffusion(Family):
 
     without: ClassVar[dict[str, str]] = {}
 
+    schedulers: ClassVar[dict[str, tuple[Any, dict[str, Any]]]] = {}
+    """Schedulers for inference by name, the default first, with their settings; empty if the model's own is used."""
+
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
         self.vae = pipeline.vae
@@ -92,10 +95,18 @@ class LatentDiffusion(Family):
         settings = {"revision": revision, "variant": variant, "dtype": dtype, **cls.load_settings, **parts}
         return cls.pipeline_class.from_pretrained(source, **settings)
 
-    @staticmethod
-    def fast_sampler(pipeline: Any) -> Any:
-        """Sets a sampler that needs only 20 to 30 denoising steps."""
+    @classmethod
+    def fast_sampler(cls, pipeline: Any, name: str | None = None) -> Any:
+        """Sets a sampler by its name in `schedulers`; the default needs only 20 to 30 denoising steps."""
+        if cls.schedulers:
+            kind, settings = cls.schedulers[name or next(iter(cls.schedulers))]
+            pipeline.scheduler = kind.from_config(pipeline.scheduler.config, **settings)
         return pipeline
+
+    @staticmethod
+    def takes_guidance(pipeline: Any) -> bool:
+        """Whether the guidance scale of a pipeline's call has an effect."""
+        return True
 
     def part(self, name: str) -> Any:
         """A part of the pipeline by its name; a trained part comes with accelerate's wrapper."""

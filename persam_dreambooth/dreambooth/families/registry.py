@@ -14,6 +14,7 @@ from persam_dreambooth.dreambooth.families.stable_diffusion_3 import StableDiffu
 from persam_dreambooth.dreambooth.families.stable_diffusion_xl import StableDiffusionXL
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.errors import InputError
+from persam_dreambooth.options import Options
 
 FAMILIES: dict[str, type[LatentDiffusion]] = {
     family.pipeline_class.__name__: family for family in (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux)
@@ -81,9 +82,7 @@ def open_family(options: TrainingOptions, source: str, frozen_dtype: torch.dtype
     """
     family = family_of(source, options.revision)
     kind = family.pipeline_class.__name__
-    for name, why in family.without.items():
-        if options.given(name):
-            raise InputError(f"--{name} has no effect on a {kind}, {why}: leave it out")
+    check_supported(family, options)
     if options.method not in family.learning_rates:
         methods = " or ".join(family.learning_rates)
         raise InputError(f"--method {options.method} is not supported for a {kind}: use {methods}")
@@ -93,6 +92,14 @@ def open_family(options: TrainingOptions, source: str, frozen_dtype: torch.dtype
     return opened
 
 
-def fast_sampler(pipeline: Any) -> Any:
-    """Sets a sampler of the pipeline's family that needs only 20 to 30 denoising steps."""
-    return FAMILIES[type(pipeline).__name__].fast_sampler(pipeline)
+def check_supported(family: type[LatentDiffusion], options: Options) -> None:
+    """Raises `InputError` for options that a family does not support."""
+    for name, why in family.without.items():
+        if name in options.__dataclass_fields__ and options.given(name):
+            kind = family.pipeline_class.__name__
+            raise InputError(f"--{name} has no effect on a {kind}, {why}: leave it out")
+
+
+def fast_sampler(pipeline: Any, scheduler: str | None = None) -> Any:
+    """Sets a sampler of the pipeline's family by its name; by default one that needs only 20 to 30 denoising steps."""
+    return FAMILIES[type(pipeline).__name__].fast_sampler(pipeline, scheduler)

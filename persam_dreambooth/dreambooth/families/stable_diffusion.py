@@ -6,7 +6,17 @@ C 4, T 77, D 768 or 1024; other shapes as in `family`.
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    StableDiffusionPipeline,
+    UniPCMultistepScheduler,
+)
 
 from persam_dreambooth.dreambooth.families.family import Embeddings
 from persam_dreambooth.dreambooth.families.latent_diffusion import LatentDiffusion, reads_long_prompts
@@ -31,6 +41,16 @@ class StableDiffusion(LatentDiffusion):
     denoiser_targets: ClassVar = ["to_q", "to_k", "to_v", "to_out.0"]
     learning_rates: ClassVar = {"lora": 1e-4, "full": 5e-6}
     tags: ClassVar = ["stable-diffusion"]
+    schedulers: ClassVar = {
+        "dpm++_2m": (DPMSolverMultistepScheduler, {}),
+        "dpm++_2m_karras": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
+        "dpm++_2m_sde": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+        "euler": (EulerDiscreteScheduler, {}),
+        "euler_a": (EulerAncestralDiscreteScheduler, {}),
+        "heun": (HeunDiscreteScheduler, {}),
+        "ddim": (DDIMScheduler, {"clip_sample": False}),
+        "unipc": (UniPCMultistepScheduler, {}),
+    }
 
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)
@@ -39,12 +59,6 @@ class StableDiffusion(LatentDiffusion):
         self.noise_schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
         if self.prediction_type not in ("epsilon", "v_prediction"):
             raise InputError(f"the model predicts {self.prediction_type}: only epsilon and v_prediction are supported")
-
-    @staticmethod
-    def fast_sampler(pipeline: Any) -> Any:
-        """Sets the DPM-Solver++ sampler, which needs only 20 to 30 denoising steps."""
-        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
-        return pipeline
 
     @property
     def prediction_type(self) -> str:
