@@ -14,3 +14,8 @@ class InputNotFoundError(InputError, FileNotFoundError):
 
 class SaveError(Exception):
     """A result cannot be written, for example on a full disk; the message says what is kept and how to resume."""
+
+
+def counted(count: int, noun: str) -> str:
+    """The number and its noun for a message: `1 photo`, `2 photos`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
