@@ -131,13 +131,15 @@ def check_writable(folder: Path) -> None:
 def check_new(folder: Path, known: dict[str, str], advice: str = "choose a new or an empty folder") -> None:
     """Raises `InputError` if `folder` cannot be written to or is not empty; creates nothing.
 
+    What a killed program left under a temporary name does not count.
+
     Args:
         folder: the folder.
         known: for file names, what a folder with this file contains, in words.
         advice: what to do, for the message.
     """
     check_writable(folder)
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and any(PARTIAL not in path.name for path in folder.iterdir()):
         what = next((what for name, what in known.items() if (folder / name).is_file()), "other files")
         raise InputError(f"{folder} already holds {what}: {advice}")
 

@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.photos.images import NOTE, open_image
-from persam_dreambooth.photos.painted import HUE_LEVELS, holds_hues, looks_like_photo, painted_mask
+from persam_dreambooth.photos.painted import HUE_LEVELS, holds_hues, looks_like_photo, may_hide, painted_mask
 
 if TYPE_CHECKING:
     from persam_dreambooth.photos.folder import Photo
@@ -158,7 +158,7 @@ def mask_of(path: Path, photo: "Photo", invert: bool = False) -> np.ndarray:
 
 
 def read_told(path: Path, photo: "Photo", advice: str = REFERENCE_ADVICE) -> MaskReading:
-    """Like `mask_of`, but does not log, allows empty masks, and also returns the weights and the rule in words.
+    """Like `mask_of`, but allows empty masks, logs only doubts about painted copies, and returns all of the reading.
 
     Args:
         path, photo: as for `mask_of`.
@@ -175,6 +175,12 @@ def read_told(path: Path, photo: "Photo", advice: str = REFERENCE_ADVICE) -> Mas
         except InputError as error:
             raise InputError(f"{path} {error}") from None
         if painted is not None:
+            if may_hide(painted, image, photo.read()):
+                logger.warning(
+                    "%s: the half-transparent paint has the photo's color beside the mask, which may be too small: "
+                    "look at it, or paint in a color that %s does not have",
+                    path, photo.path,
+                )  # fmt: skip
             return MaskReading(painted, PAINTED, painted, False, None)
         if looks_like_photo(image):
             raise InputError(
