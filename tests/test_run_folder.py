@@ -1,6 +1,7 @@
 """What a training run leaves: the folder, the weights as diffusers loads them, pictures from them."""
 
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import yaml
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
-from training_runs import DOWN, STEPS, UP, column, text_answer, toy_pipeline, unet_answer, weights
+from training_runs import DOWN, STEPS, UP, column, command, text_answer, toy_pipeline, unet_answer, weights
 
 from persam_dreambooth import toy
 from persam_dreambooth.dreambooth.families.latent_diffusion import LORA_WEIGHTS

@@ -84,7 +84,7 @@ def sample(pipeline: Any, request: Request) -> Iterator[Image.Image]:
     if request.width or request.height:  # diffusers ignores one of them alone
         settings["width"], settings["height"] = image_size(pipeline, request)
     family, total = FAMILIES[type(pipeline).__name__], len(request.seeds)
-    with bar([], "sampling", "picture", total, hidden=not total) as shown:
+    with bar(list[int](), "sampling", "picture", total, hidden=not total) as shown:
         for start in range(0, total, request.batch_size):
             seeds = request.seeds[start : start + request.batch_size]
             told = family.prompt_arguments(pipeline, [request.prompt] * len(seeds), request.negative_prompt)

@@ -65,7 +65,7 @@ def make_crops(options: TrainingOptions, album: Album, masks: list[PhotoMask], c
     photos = [item.photo for item in used]
     crops = Crops(
         photos,
-        [item.mask if item.weights is None else item.weights for item in used],
+        [item.packed_weights or item.packed for item in used],
         prompts=training_captions(album, photos),
         unmasked_probability=options.unmasked_probability,
         **shared,
