@@ -13,6 +13,9 @@ from persam_dreambooth.errors import InputError
 
 PARTIAL = ".partial"
 
+SETTINGS = "settings.json"
+"""The file in a folder of resumable work with its settings."""
+
 LONGEST_NAME = 255
 """Maximum length of a file name on common file systems, in bytes."""
 
@@ -85,12 +88,22 @@ def note_settings(folder: Path, settings: dict[str, Any], what: str, flag: str) 
         flag: the option that names the folder, for the message.
 
     Raises:
-        InputError: the folder contains such work with other settings.
+        InputError: see `check_settings`.
     """
-    path, described = folder / "settings.json", json.loads(json.dumps(settings))
-    if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != described:
-        raise InputError(f"{folder} holds {what} with other settings ({path}): choose another {flag}")
-    write_json(path, described)
+    check_settings(folder, settings, what, flag)
+    write_json(folder / SETTINGS, settings)
+
+
+def check_settings(folder: Path, settings: dict[str, Any], what: str, flag: str) -> None:
+    """Raises `InputError` if a folder contains such work with other settings; see `note_settings`."""
+    path, described = folder / SETTINGS, json.loads(json.dumps(settings))
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else described
+    if found != described:
+        changed = [f"{name}: {found.get(name)}, not {value}" for name, value in described.items()
+                   if found.get(name) != value]  # fmt: skip
+        raise InputError(
+            f"{folder} holds {what} with other settings ({', '.join(changed) or path}): choose another {flag}"
+        )
 
 
 def check_writable(folder: Path) -> None:

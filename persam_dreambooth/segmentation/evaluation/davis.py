@@ -24,7 +24,7 @@ from persam_dreambooth.options import option, require
 from persam_dreambooth.photos.labels import read_labels
 from persam_dreambooth.segmentation.evaluation.metrics import Statistics, boundary_f, jaccard, statistics
 from persam_dreambooth.segmentation.evaluation.processes import open_processes, own_part
-from persam_dreambooth.segmentation.segmenters import SegmenterOptions, make_video_segmenter, open_sam_of
+from persam_dreambooth.segmentation.segmenters import TrackingOptions, make_video_segmenter, open_sam_of
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -37,7 +37,7 @@ PAPER_DAVIS = {
 
 
 @dataclass(frozen=True)
-class EvaluateDavisOptions(SegmenterOptions):
+class EvaluateDavisOptions(TrackingOptions):
     """DAVIS 2017: J, F and J&F of a method's masks, or of any masks."""
 
     data: str | None = option(None, "folder with JPEGImages/480p, Annotations/480p and ImageSets/2017", path=True)
@@ -171,7 +171,7 @@ def predict_videos(
         first = read_labels(mask)
         check_first_mask(first, mask, videos[sequence])
         segmenter = make_video_segmenter(options, sam)
-        steps = follow(videos[sequence], first, segmenter, folders[sequence])
+        steps = follow(videos[sequence], {videos[sequence].first.number: first}, segmenter, folders[sequence])
         title = f"{sequence}, {place} of {len(left)}"
         for _ in tqdm(steps, title, videos[sequence].count, unit="frame", disable=not state.is_main_process):
             pass
