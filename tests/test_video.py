@@ -513,7 +513,7 @@ def test_the_picture_of_a_corrected_mask_is_made_again(clip, tiny):
         (clip / "out" / f"{number:05}.png").unlink()
     assert video(clip, tiny, "--segmenter", "persam", "--overlay") == 0
     drawn = {path.name: path for path in (clip / "out" / "overlay").iterdir()}
-    assert [name for name in sorted(drawn) if drawn[name].read_bytes() != pictures[name]][0] == "00003.jpg"
+    assert next(name for name in sorted(drawn) if drawn[name].read_bytes() != pictures[name]) == "00003.jpg"
     for name, path in drawn.items():
         assert path.stat().st_mtime_ns >= (clip / "out" / name).with_suffix(".png").stat().st_mtime_ns
 
