@@ -6,14 +6,13 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from persam_dreambooth.dreambooth.prompts import in_front_of
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.files import check_writable, write_text
 from persam_dreambooth.photos.captions import read_prompts
 from persam_dreambooth.photos.folder import Photo, check_shapes, find_photos
+from persam_dreambooth.progress import steps
 from persam_dreambooth.report.pictures import save_picture
 
 if TYPE_CHECKING:
@@ -159,7 +158,7 @@ def generate_pictures(
     sampler = fast_sampler(pipeline)
     sampler.set_progress_bar_config(disable=True)
     sampler.vae.enable_slicing()  # one image at a time through the VAE, to save memory
-    for start in tqdm(range(0, len(missing), batch_size), desc=f"{kind} images", unit="batch"):
+    for start in steps(range(0, len(missing), batch_size), f"{kind} images", "batch"):
         numbers = missing[start : start + batch_size]
         told = [prompts[number % len(prompts)] for number in numbers]
         generators = [torch.Generator().manual_seed(seed + number) for number in numbers]

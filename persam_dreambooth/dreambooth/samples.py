@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
+from persam_dreambooth.progress import steps
 from persam_dreambooth.report.pictures import grid, save_picture
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def sample(
             **guidance,
             generator=torch.Generator().manual_seed(seed + number),
         ).images[0]
-        for number in tqdm(range(count), desc="sampling", unit="picture")
+        for number in steps(range(count), "sampling", "picture")
     ]
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from tqdm import tqdm
 
 from persam_dreambooth.files import check_new
 from persam_dreambooth.options import CONFIG, option, require, with_flag, within
@@ -22,6 +21,7 @@ from persam_dreambooth.photos.mask_folder import (
     save_mask,
 )
 from persam_dreambooth.photos.references import Reference, find_reference, find_references
+from persam_dreambooth.progress import steps
 from persam_dreambooth.report.pictures import heat_map, overview, save_picture
 from persam_dreambooth.segmentation.found import ABSENT
 from persam_dreambooth.segmentation.segmenters import MaskFolderOptions, open_segmenter
@@ -120,7 +120,7 @@ def segment_folder(
     given = {reference.path: mask for reference, mask in references}
     found: list[PhotoMask] = []
     fitted = False
-    for photo in tqdm(photos, desc="segmenting", unit="photo"):
+    for photo in steps(photos, "segmenting", "photo"):
         kept = load_mask(folder, photo)
         if kept is not None:
             logger.info("%s: kept the existing mask (%s)", photo.name, kept.record.method)

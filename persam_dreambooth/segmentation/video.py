@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from persam_dreambooth.errors import InputError, InputNotFoundError
-from persam_dreambooth.files import SETTINGS, check_settings, check_writable, note_settings
+from persam_dreambooth.files import SETTINGS, check_settings, check_writable, locked, note_settings
 from persam_dreambooth.options import option, require
 from persam_dreambooth.photos.labels import read_first_mask, read_labels, save_labels
+from persam_dreambooth.progress import steps
 from persam_dreambooth.report.pictures import overlay_labels, save_picture
 from persam_dreambooth.segmentation.frames import Frame, Video, list_numbered, open_video
 from persam_dreambooth.segmentation.segmenters import TrackingOptions, make_video_segmenter, open_sam_of
@@ -79,10 +79,11 @@ def segment_video(options: VideoOptions) -> int:
     check_settings(output, settings, "masks of a video", "--output")
     if not (output / SETTINGS).is_file():
         _check_no_masks(output, set(masks.values()))
-    segmenter = make_video_segmenter(options, open_sam_of(options))
-    note_settings(output, settings, "masks of a video", "--output")
-    steps = follow(video, given, segmenter, output, overlay if options.overlay else None)
-    return sum(1 for _ in tqdm(steps, desc="segmenting", total=video.count, unit="frame"))
+    with locked(output):
+        segmenter = make_video_segmenter(options, open_sam_of(options))
+        note_settings(output, settings, "masks of a video", "--output")
+        frames = follow(video, given, segmenter, output, overlay if options.overlay else None)
+        return sum(1 for _ in steps(frames, "segmenting", "frame", video.count))
 
 
 def check_first_mask(labels: np.ndarray, mask: Path, video: Video) -> None:

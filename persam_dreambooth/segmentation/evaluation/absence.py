@@ -8,12 +8,11 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.files import check_writable, write_json, write_text
 from persam_dreambooth.options import option, require, within
 from persam_dreambooth.photos.images import read_image
+from persam_dreambooth.progress import steps
 from persam_dreambooth.segmentation.evaluation.absence_report import absence_table, draw_absence
 from persam_dreambooth.segmentation.evaluation.absence_statistics import AbsenceScores, Pair
 from persam_dreambooth.segmentation.evaluation.data_set import DataSet
@@ -64,13 +63,13 @@ def look_for(data: DataSet, options: EvaluateAbsenceOptions) -> list[Pair]:
     """Searches images for objects; each image is encoded once."""
     sam = open_sam_of(options)
     fitted, own = [], []
-    for item in tqdm(data.items, desc="references", unit="object"):
+    for item in steps(data.items, "references", "object"):
         stem = item.reference(0)
         encoding = sam.encode(read_image(item.images[stem]))
         fitted.append(make_segmenter(options, sam).fit(encoding, data.truth(item, stem)))
         own.append(fitted[-1].predict(encoding).presence)
     pairs = []
-    for number, item in enumerate(tqdm(data.items, desc="searching", unit="object")):
+    for number, item in enumerate(steps(data.items, "searching", "object")):
         for place, path in enumerate(list(item.images.values())[1:]):
             encoding = sam.encode(read_image(path))
             for asked in [number, *_others(number, place, len(data.items), options.others)]:

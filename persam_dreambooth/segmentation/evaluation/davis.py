@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm import tqdm
 
 from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.files import check_writable, note_settings, write_json, write_text
 from persam_dreambooth.options import option, require
 from persam_dreambooth.photos.labels import read_labels
+from persam_dreambooth.progress import steps
 from persam_dreambooth.segmentation.evaluation.metrics import Statistics, boundary_f, jaccard, statistics
 from persam_dreambooth.segmentation.evaluation.processes import open_processes, own_part
 from persam_dreambooth.segmentation.segmenters import TrackingOptions, make_video_segmenter, open_sam_of
@@ -131,7 +131,7 @@ def evaluate_davis(options: EvaluateDavisOptions) -> DavisScores | None:
         predictions, method = output / "predictions", options.segmenter
         made_by = f"{method}, SAM: {options.sam_model}"
     objects: list[ObjectScores] = []
-    for sequence in tqdm(sequences, desc="scoring", unit="sequence"):
+    for sequence in steps(sequences, "scoring", "sequence"):
         objects += score_sequence(data, predictions, sequence)
     scores = DavisScores(tuple(objects), made_by, method)
     write_json(output / "results.json", scores.results)
@@ -171,9 +171,9 @@ def predict_videos(
         first = read_labels(mask)
         check_first_mask(first, mask, videos[sequence])
         segmenter = make_video_segmenter(options, sam)
-        steps = follow(videos[sequence], {videos[sequence].first.number: first}, segmenter, folders[sequence])
+        frames = follow(videos[sequence], {videos[sequence].first.number: first}, segmenter, folders[sequence])
         title = f"{sequence}, {place} of {len(left)}"
-        for _ in tqdm(steps, title, videos[sequence].count, unit="frame", disable=not state.is_main_process):
+        for _ in steps(frames, title, "frame", videos[sequence].count, hidden=not state.is_main_process):
             pass
 
 

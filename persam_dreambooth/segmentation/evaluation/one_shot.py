@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.files import check_writable, note_settings, write_aside, write_json, write_text
 from persam_dreambooth.options import option, require
 from persam_dreambooth.photos.images import read_image
+from persam_dreambooth.progress import steps
 from persam_dreambooth.segmentation.evaluation.data_set import DataSet, Item
 from persam_dreambooth.segmentation.evaluation.one_shot_report import one_shot_table, write_one_shot_report
 from persam_dreambooth.segmentation.evaluation.one_shot_scores import OneShotScores, row_name, score_row
@@ -140,7 +140,7 @@ def predict_objects(rows: list[Row], data: DataSet, output: Path, options: OneSh
     if not left:
         return
     sam = open_sam_of(options)
-    for item in tqdm(own, desc="segmenting", unit="object", disable=not state.is_main_process):
+    for item in steps(own, "segmenting", "object", hidden=not state.is_main_process):
         waiting = [row for row in rows if not _done(output, row, item)]
         if waiting:
             segment_item(item, waiting, data, sam, output)

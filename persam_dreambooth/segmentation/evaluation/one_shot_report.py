@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from persam_dreambooth.files import write_text
 from persam_dreambooth.photos.images import read_image
+from persam_dreambooth.progress import steps
 from persam_dreambooth.report import page
 from persam_dreambooth.report.pictures import PAPER, TILE, grid, heat_map, outlined, save_picture
 from persam_dreambooth.segmentation.evaluation.data_set import DataSet, Item, read_prediction
@@ -80,7 +80,7 @@ def write_one_shot_report(output: Path, scores: OneShotScores) -> None:
     items = {item.name: item for item in data.items}
     figures = {name: shown.counts[name].figures for name in shown.worst_first}
     sections: list[str] = []
-    for name in tqdm(figures, desc="pictures", unit="object"):
+    for name in steps(figures, "pictures", "object"):
         looks = look(data, items[name], shown.predictions / name, shown.reference)
         save_picture(contact_sheet(name, looks), output / "overlays" / f"{name}.jpg")
         if len(sections) < SHOWN:
