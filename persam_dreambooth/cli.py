@@ -63,8 +63,8 @@ def _scored(options: Any, scores: Any) -> str:
 def _separated(options: Any, scores: Any) -> str:
     best = scores.used
     return (
-        f"AUC {best.auc:.3f}; balanced error {best.error:.3f} at --absent_threshold {best.threshold:.3f}\n"
-        f"done: {options.output}/results.md; the plot is beside it"
+        f"AUC {best.auc:.3f}; balanced error {best.error:.2%} at --absent_threshold {best.threshold:.3f}\n"
+        f"done: {options.output}/results.md; see report.html beside it"
     )
 
 

@@ -2,10 +2,7 @@
 
 import json
 import logging
-import shutil
-import subprocess
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,6 +13,7 @@ from persam_dreambooth.dreambooth.subject_options import mask_folders, saved_sub
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.files import check_new, check_writable, write_text
+from persam_dreambooth.machine import commit, package_versions
 from persam_dreambooth.options import CONFIG, CONFIG_HEAD, read_config
 from persam_dreambooth.photos.folder import MASK_INDEX
 
@@ -119,16 +117,8 @@ def write_config(options: TrainingOptions) -> None:
         changed = [f"{key} {before.get(key)} -> {value}" for key, value in resolved.items() if before.get(key) != value]
         if changed:
             logger.info("options that changed since the run's start: %s", ", ".join(changed))
-    packages = ("torch", "diffusers", "transformers", "accelerate", "peft")
-    versions = ", ".join(f"{name} {version(name)}" for name in packages)
-    head = f"{CONFIG_HEAD} {persam_dreambooth.__version__}{_commit()}; {versions}\n"
+    packages = package_versions("torch", "diffusers", "transformers", "accelerate", "peft")
+    versions = ", ".join(f"{name} {version}" for name, version in packages.items())
+    source = f" (commit {found})" if (found := commit()) else ""
+    head = f"{CONFIG_HEAD} {persam_dreambooth.__version__}{source}; {versions}\n"
     write_text(path, head + yaml.safe_dump(resolved, sort_keys=False))
-
-
-def _commit() -> str:
-    """The commit of a source checkout, as ` (commit abc)`; empty for an installed package."""
-    root = Path(persam_dreambooth.__file__).parents[1]
-    if not (root / ".git").exists() or shutil.which("git") is None:
-        return ""
-    asked = subprocess.run(["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return f" (commit {asked.stdout.strip()})" if asked.returncode == 0 else ""

@@ -1,4 +1,4 @@
-"""Pictures for the user: photos with masks and heat maps, the overview, grids of samples, the loss curve."""
+"""Pictures for the user: photos with masks, heat maps and errors, the overview, grids of samples, the loss curve."""
 
 from pathlib import Path
 
@@ -19,6 +19,8 @@ ALARM = (200, 0, 0)
 PAPER = (255, 255, 255)
 BOX = (255, 200, 0)
 INCLUDED, EXCLUDED = (0, 150, 60), (220, 30, 30)
+MISSED, EXTRA = (220, 30, 30), (0, 110, 255)
+"""Colors of the pixels of a true mask that were not found, and of found pixels outside of it."""
 MARK = 7
 """Radius of a point, in pixels."""
 SCALE = 18
@@ -80,6 +82,21 @@ def outlined(
         draw.line((x - 3, y, x + 3, y), PAPER, 2)
         if not number:
             draw.line((x, y - 3, x, y + 3), PAPER, 2)
+    return tile
+
+
+def mask_errors(photo: Image.Image, found: np.ndarray, truth: np.ndarray) -> Image.Image:
+    """The gray photo scaled into a tile, with missed pixels in red and pixels found in excess in blue.
+
+    Args:
+        photo: RGB.
+        found: (H, W) bool.
+        truth: (H, W) bool.
+    """
+    tile = _tile(photo).convert("L").convert("RGB")
+    for wrong, color in ((truth & ~found, MISSED), (found & ~truth, EXTRA)):
+        covered = Image.fromarray(wrong.astype(np.uint8) * 255).resize(tile.size, Image.Resampling.BOX)
+        tile.paste(color, mask=covered)
     return tile
 
 
