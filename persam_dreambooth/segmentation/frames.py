@@ -72,7 +72,7 @@ def open_video(source: Path, leave_out: Path | None = None) -> Video:
             raise InputNotFoundError(
                 f"{source} holds no frames: put pictures 00000.jpg, 00001.jpg, and so on there, or name a video file"
             )
-        _tell_gaps(paths)
+        warn_of_gaps(paths)
         first, *others = (
             Frame(number, path.stem, str(path), partial(read_image, path)) for number, path in paths.items()
         )
@@ -101,7 +101,7 @@ def list_numbered(folder: Path, leave_out: Path | None = None) -> dict[int, Path
     return dict(sorted(numbered.items()))
 
 
-def _tell_gaps(paths: dict[int, Path]) -> None:
+def warn_of_gaps(paths: dict[int, Path]) -> None:
     """Logs the first gap in the numbers of frames if the others are closer together."""
     gaps = [(after - before, paths[before], paths[after]) for before, after in pairwise(paths)]
     usual = min((gap for gap, *_ in gaps), default=1)
