@@ -74,8 +74,8 @@ def _separated(options: Any, scores: Any) -> str:
 
 
 def _scored_videos(options: Any, scores: Any) -> str:
-    row = ", ".join(f"{name} {100 * value:.1f}" for name, value in scores.overall.items())
-    return f"{row}\ndone: {options.output}/results.md"
+    figures = ", ".join(f"{name} {value:.1f}" for name, value in scores.shown.overall.items())
+    return f"{scores.shown.name}: {figures}\ndone: {options.output}/results.md; see report.html beside it"
 
 
 MEMORY_REMEDIES = (

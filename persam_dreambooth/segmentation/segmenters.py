@@ -81,6 +81,16 @@ class SegmentationOptions(SegmenterOptions):
 
 
 @dataclass(frozen=True)
+class TrackingOptions(SegmenterOptions):
+    """How objects are tracked through videos."""
+
+    variant: Literal["default", "published"] = option(
+        "default",
+        "published: track as the published code does, where no object is absent and a lost object shifts the others",
+    )
+
+
+@dataclass(frozen=True)
 class MaskFolderOptions(SegmentationOptions):
     """How photos without the subject are handled; shared by `segment` and `train`."""
 
@@ -125,11 +135,12 @@ def open_segmenter(options: MaskFolderOptions) -> Segmenter:
     return segmenter
 
 
-def make_video_segmenter(options: SegmenterOptions, sam: Sam) -> VideoSegmenter:
+def make_video_segmenter(options: TrackingOptions, sam: Sam) -> VideoSegmenter:
     """An unfitted video segmenter of the method that options name."""
     from persam_dreambooth.segmentation.video_segmenter import VideoSegmenter
 
-    return VideoSegmenter(sam, options.segmenter, options.target_coverage)
+    published = options.variant == "published"
+    return VideoSegmenter(sam, options.segmenter, options.target_coverage, published=published)
 
 
 def open_sam_of(options: SegmenterOptions) -> Sam:
