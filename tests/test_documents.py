@@ -87,7 +87,7 @@ def test_the_commands_of_the_readme_run_in_their_order(home, toy_sam):
         run(command, home, toy_sam)
     for made in ("outputs/cat/overview.png", "outputs/cat-2/samples", "outputs/paper/model_index.json", "masks/01.png"):
         assert (home / made).exists(), made
-    assert len(list((home / "generated").glob("a-sks-cat-on-a-beach-*.png"))) == 4
+    assert len(list((home / "outputs/cat/generated").glob("a-sks-cat-on-a-beach-*.png"))) == 4
 
 
 @pytest.mark.slow

@@ -650,7 +650,7 @@ def test_a_run_generates_and_its_card_names_its_family(runs, model, tmp_path):
     assert len(list((run / "class_images").glob("*.png"))) == len(list((run / "samples").glob("*.png"))) == 1
     tag = {"sdxl": "stable-diffusion-xl", "flux": "flux"}.get(model.name.split("-")[0], "sd3")
     assert f"- {tag}\n" in (run / "README.md").read_text(encoding="utf-8")
-    for number, extra in enumerate(({}, {"guidance_scale": 2.0})):
+    for number, extra in enumerate(({}, {} if model.name == "flux-schnell" else {"guidance_scale": 2.0})):
         options = {"model": run, "output": tmp_path / f"{number}", "num_images": 1, "num_inference_steps": 2}
         assert command("generate", "a [V] duck", *flags(**options, **extra)) == 0
         assert len(list((tmp_path / f"{number}").glob("*.png"))) == 1

@@ -167,7 +167,7 @@ def test_the_scale_of_a_lora_is_from_the_base_model_to_the_run(strong, tmp_path_
         (
             "dora",
             {"lora_scale": 0.5},
-            "--lora_scale has no effect: the magnitudes of a DoRA have no scale; leave it out",
+            "--lora_scale has no effect: the magnitudes of a DoRA have no scale",
         ),
         ("toy", {"scheduler": "flow"}, "--scheduler is flow: give one of dpm++_2m, dpm++_2m_karras, "),
         ("sd3", {"scheduler": "euler"}, "--scheduler has no effect on a StableDiffusion3Pipeline, which has its own"),
@@ -184,6 +184,29 @@ def test_a_setting_that_the_model_does_not_support_is_refused(runs, tmp_path, ca
     assert command("generate", "a duck", *flags(model=folder, output=tmp_path / "out", **options)) == 2
     assert f"error: {said}".replace("FOLDER", str(folder)) in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("place", ["folder", "file", "kohya"])
+def test_a_lora_without_its_run_needs_the_base_model(runs, tmp_path, pictures, capsys, place):
+    options = {"rank": 2, "learning_rate": 0.01, "train_text_encoder": True, "export": "kohya"}
+    run = runs(**options)
+    kept = LORA_WEIGHTS if place == "folder" else "mine.safetensors"
+    (tmp_path / "lora").mkdir()
+    shutil.copy(run / ("lora-kohya.safetensors" if place == "kohya" else LORA_WEIGHTS), tmp_path / "lora" / kept)
+    lora = tmp_path / "lora" if place == "folder" else tmp_path / "lora" / kept
+    given, own = pictures(lora, "a sks duck", base_model="toy"), pictures(run)
+    assert changed(own, pictures("toy")) > 0.5
+    assert all(abs(given[name].astype(int) - own[name]).max() <= 1 for name in own)
+    assert command("generate", "a duck", *flags(model="toy", base_model="toy", output=tmp_path / "out")) == 2
+    assert "error: --base_model has no effect: toy is no LoRA\n" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_lora_of_another_family_is_refused(runs, tmp_path, capsys):
+    base = save_tiny("sd3", tmp_path)
+    options = flags(model=runs() / LORA_WEIGHTS, base_model=base, output=tmp_path / "out")
+    assert command("generate", "a duck", *options) == 2
+    assert f"holds no LoRA of the base model {base}" in capsys.readouterr().err
 
 
 # --- names and files

@@ -58,6 +58,9 @@ class GenerateOptions(Options):
         path=True,
         elsewhere=("pretrained_model_name_or_path", "ckpt"),
     )
+    base_model: str | None = option(
+        None, "base model of a LoRA, as a hub id, local folder or toy; default: the run's own", path=True
+    )
     num_images: int = option(
         4, "number of images", elsewhere=("num_images_per_prompt", "images_per_prompt", "num_outputs")
     )
@@ -116,7 +119,7 @@ def generate(options: GenerateOptions) -> list[Path]:
 
     from persam_dreambooth.dreambooth.pipelines import find_model, inference_device, to_accelerator
 
-    model = find_model(name)
+    model = find_model(name, options.base_model)
     _check_supported(options, model)
     prompt = name_subjects(str(options.prompt), model.subjects, options.identifier)
     folder = Path(options.output) if options.output else _default_folder(model)
@@ -225,8 +228,9 @@ def _finished_runs(folder: Path) -> list[Path]:
 def _default_folder(model: FoundModel) -> Path:
     """The folder of a model's images: in the run's folder, or in `generated` by the name of the model."""
     if model.run_dir is None:
-        place = model.folder.resolve().stem if model.folder.exists() else model.folder.as_posix().replace("/", "--")
-        return Path(GENERATED) / place
+        if not model.folder.exists():  # a hub id
+            return Path(GENERATED) / model.folder.as_posix().replace("/", "--")
+        return Path(GENERATED) / model.folder.resolve().name.removesuffix(".safetensors")
     return model.run_dir / GENERATED / (model.folder.name if model.is_checkpoint else "")
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,16 +24,25 @@ class FoundModel:
     """A model for inference that is found but not loaded.
 
     Args:
-        folder: of a run, one of its checkpoints or a pipeline; for a hub id or `toy`, that name as a path.
-        source: hub id or folder of the whole pipeline, from `models.resolve`.
+        folder: of a run, one of its checkpoints, a pipeline or a LoRA; for a hub id or `toy`, that name as a path.
         config: the options of the run; empty for a model that is not a run.
-        weights: `lora` or `parts` if `folder` has trained weights to add to the base model `source`, else None.
+        weights: `lora` or `parts` if `folder` has trained weights to add to the base model, else None.
+        base: hub id, folder or `toy`: the base model, or the whole model.
+        revision: branch, tag or commit of the base model on the hub.
+        variant: variant of its weight files.
     """
 
     folder: Path
-    source: str
     config: dict[str, Any]
     weights: Literal["lora", "parts"] | None
+    base: str
+    revision: str | None = None
+    variant: str | None = None
+
+    @cached_property
+    def source(self) -> str:
+        """The name or path of the base model for `from_pretrained`; see `models.resolve` for the errors."""
+        return models.resolve(self.base, "stable-diffusion", self.revision)
 
     @property
     def run_dir(self) -> Path | None:
@@ -50,11 +60,6 @@ class FoundModel:
         return saved_subjects(self.config) if self.config else []
 
     @property
-    def revision(self) -> str | None:
-        """The revision of the base model."""
-        return self.config.get("revision") if self.weights else None
-
-    @property
     def family(self) -> type[LatentDiffusion]:
         """The model's family."""
         return family_of(self.source, self.revision)
@@ -67,7 +72,7 @@ class FoundModel:
     @property
     def notice(self) -> str | None:
         """The notice to show with its images, or None."""
-        return model_notice(self.config.get("pretrained_model_name_or_path", str(self.folder)))
+        return model_notice(self.base if self.weights else self.config.get("pretrained_model_name_or_path", self.base))
 
     def digest(self) -> str:
         """Ten hexadecimal digits that identify the weights: a hash of the paths, sizes and times of their files."""
@@ -91,11 +96,14 @@ class FoundModel:
             lora_scale: factor of the LoRA of the denoiser and of the text encoders; None is 1.
         """
         dtype = self.dtype if self.family.large else torch.float32
-        variant = self.config.get("variant") if self.weights else None
-        pipeline = load_pipeline(self.source, self.revision, variant, dtype, bool(self.config.get("long_prompts")))
+        long_prompts = bool(self.config.get("long_prompts"))
+        pipeline = load_pipeline(self.source, self.revision, self.variant, dtype, long_prompts)
         with models.loading(str(self.folder)):
             if self.weights == "lora":
-                pipeline.load_lora_weights(self.folder, weight_name=LORA_WEIGHTS, adapter_name="subject")
+                path = self.folder if self.folder.is_file() else self.folder / LORA_WEIGHTS
+                pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name="subject")
+                if not pipeline.get_list_adapters():
+                    raise InputError(f"{path} holds no LoRA of the base model {self.source}: name another base model")
                 if lora_scale is not None:
                     pipeline.set_adapters("subject", lora_scale)
             elif self.weights == "parts":
@@ -103,11 +111,13 @@ class FoundModel:
         return pipeline
 
 
-def find_model(name: str) -> FoundModel:
+def find_model(name: str, base_model: str | None = None) -> FoundModel:
     """Finds a model for inference, without loading it.
 
     Args:
-        name: a run's folder or one of its checkpoints, a pipeline folder, a hub id, or `toy`.
+        name: a run's folder or one of its checkpoints, a pipeline folder, a hub id, or `toy`; with `base_model` also a
+            LoRA of other programs, as a file or a folder.
+        base_model: hub id, local folder or `toy`; by default the base model of the run.
 
     Raises:
         InputError, InputNotFoundError: there is no such model, or it has no weights.
@@ -115,18 +125,23 @@ def find_model(name: str) -> FoundModel:
     folder = Path(name)
     run_dir = _run_dir(folder)
     config = read_config(run_dir / CONFIG) if (run_dir / CONFIG).is_file() else {}
-    has_lora = (folder / LORA_WEIGHTS).is_file()
+    has_lora = (folder / LORA_WEIGHTS).is_file() or (base_model is not None and folder.is_file())
     if (folder / "model_index.json").is_file() or not (has_lora or config):
-        return FoundModel(folder, models.resolve(name, "stable-diffusion"), config, None)
+        if base_model:
+            raise InputError(f"--base_model has no effect: {name} is no LoRA")
+        return FoundModel(folder, config, None, name)
     has_denoiser = any((folder / family.denoiser_name).is_dir() for family in FAMILIES.values())
     if not has_lora and not has_denoiser:
         raise InputNotFoundError(f"{folder} holds no trained weights yet: finish its training, or name a checkpoint-N")
+    weights: Literal["lora", "parts"] = "lora" if has_lora else "parts"
+    if base_model:
+        return FoundModel(folder, config, weights, base_model)
     if not config:
         raise InputError(
-            f"{folder} has LoRA weights but no {CONFIG}, so its base model is unknown: name a run's folder"
+            f"{folder} has LoRA weights but no {CONFIG}, so its base model is unknown: name it with --base_model"
         )
-    base = models.resolve(config["pretrained_model_name_or_path"], "stable-diffusion", config.get("revision"))
-    return FoundModel(folder, base, config, "lora" if has_lora else "parts")
+    base = config["pretrained_model_name_or_path"]
+    return FoundModel(folder, config, weights, base, config.get("revision"), config.get("variant"))
 
 
 def load_model(name: str) -> Any:
