@@ -192,7 +192,7 @@ def test_table_3_has_the_gain_of_each_part(evaluated):
 
 def test_results_say_what_made_them(evaluated, data):
     results = read(evaluated)
-    assert results["data"] == {"name": "PerSeg", "objects": 2, "images": 6}
+    assert results["data"] == {"name": "Objects in PerSeg's layout", "objects": 2, "images": 6}
     assert results["options"]["data"] == str(data) and results["options"]["sam_model"] == "toy"
     assert results["made_with"]["torch"] == torch.__version__
     assert results["bootstrap"]["seed"] == 0 and results["bootstrap"]["resamples"] == 10_000
@@ -449,6 +449,8 @@ def test_predictions_made_by_anything_are_scored_without_a_sam(data, truth, tmp_
     assert evaluate("--data", data, "--output", tmp_path / "out", "--predictions", truth) == 0
     assert read(tmp_path / "out")["mIoU"] == pytest.approx(100)
     assert read(tmp_path / "out")["mBIoU"] == pytest.approx(100)
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "Masks that another program made are compared with true masks" in page and "sam_model" not in page
     for name in ("results.md", "report.html"):  # nobody printed figures of these predictions
         assert "published" not in (tmp_path / "out" / name).read_text(encoding="utf-8")
     path = sorted(truth.iterdir())[0] / "01.png"
@@ -460,13 +462,15 @@ def test_predictions_made_by_anything_are_scored_without_a_sam(data, truth, tmp_
     assert read(tmp_path / "out")["objects"][path.parent.name]["IoU"] == pytest.approx(expected)
 
 
-def test_the_reference_is_not_scored(data, truth, tmp_path):
+def test_the_reference_is_not_scored(data, truth, tmp_path, capsys):
     for path in truth.glob("*/00.png"):
         path.unlink()
     assert evaluate("--data", data, "--output", tmp_path / "out", "--predictions", truth) == 0
     assert evaluate(
-        "--data", data, "--output", tmp_path / "out", "--predictions", truth, "--reference_index", "1"
+        "--data", data, "--output", tmp_path / "again", "--predictions", truth, "--reference_index", "1"
     ) == 2  # fmt: skip
+    assert "00.png is missing: give a mask of every image but the references" in capsys.readouterr().err
+    assert not (tmp_path / "again").exists()
 
 
 @pytest.fixture

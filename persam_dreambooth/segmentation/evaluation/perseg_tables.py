@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from persam_dreambooth.report.tables import Table, TableCell
+from persam_dreambooth.segmentation.evaluation.data_set import Item
 from persam_dreambooth.segmentation.evaluation.one_shot_scores import OneShotScores, RowScores
 from persam_dreambooth.segmentation.segmenters import METHODS
 
@@ -74,9 +75,14 @@ def perseg_tables(scores: OneShotScores) -> list[Table]:
 
 
 def is_papers_experiment(scores: OneShotScores) -> bool:
-    """Whether the data are PerSeg, by number and names of objects, and all masks are known to be of SAM ViT-H."""
-    names = {item.name for item in scores.data.items}
-    return len(names) == PERSEG_OBJECTS and names >= TABLE_1_OBJECTS.keys() and scores.sams == {"SAM ViT-H"}
+    """Whether the data are PerSeg, and all masks are known to be of SAM ViT-H."""
+    return is_perseg(scores.data.items) and scores.sams == {"SAM ViT-H"}
+
+
+def is_perseg(items: Sequence[Item]) -> bool:
+    """Whether objects are those of PerSeg, by their number and the names of the ten in Table 1."""
+    names = {item.name for item in items}
+    return len(names) == PERSEG_OBJECTS and names >= TABLE_1_OBJECTS.keys()
 
 
 def _table_1(scores: OneShotScores, published: bool) -> Table | None:
