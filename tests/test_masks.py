@@ -3,12 +3,14 @@
 import json
 import logging
 import resource
+import tracemalloc
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
+from PIL.PngImagePlugin import PngInfo
 
 from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.files import write_aside, write_json
@@ -156,6 +158,65 @@ def test_the_index_says_what_is_known_about_each_mask(tmp_path, photos, mask):
             },
         }
     }
+
+
+def test_a_mask_says_itself_how_it_was_made_if_the_index_does_not(tmp_path, photos, mask):
+    made = record(photos[0], mask, model="toy", score=0.9, presence=0.7, flags=("absent",))
+    save_mask(tmp_path, made, mask)
+    (tmp_path / MASK_INDEX).unlink()
+    assert load_mask(tmp_path, photos[0]).record == made
+    with MaskWriter(tmp_path, load_known(tmp_path, photos).values()):
+        pass
+    entry = json.loads((tmp_path / MASK_INDEX).read_text(encoding="utf-8"))["masks"]["00.jpg"]
+    assert (entry["method"], entry["score"], entry["flags"]) == ("persam-f", 0.9, ["absent"])
+    (tmp_path / MASK_INDEX).unlink()
+    with Image.open(tmp_path / "00.png") as image:
+        notes = PngInfo()
+        notes.add_text("persam-dreambooth", image.text["persam-dreambooth"])
+        mended = Image.fromarray(np.roll(np.asarray(image), 3, axis=1))
+    mended.save(tmp_path / "00.png", pnginfo=notes)  # an editor may keep the text
+    assert load_mask(tmp_path, photos[0]).record.method == "drawn"
+
+
+@pytest.mark.parametrize("text", ["no JSON", "[1]", "{}", "null", '{"photo": "00.jpg", "flags": 3}'])
+def test_a_text_of_another_program_in_a_mask_does_not_count(tmp_path, photos, mask, text):
+    notes = PngInfo()
+    notes.add_text("persam-dreambooth", text)
+    shape().save(tmp_path / "00.png", pnginfo=notes)
+    assert load_mask(tmp_path, photos[0]).record.method == "drawn"
+
+
+def test_a_mask_given_to_another_photo_is_drawn(tmp_path, photos, mask):
+    first, other, _ = photos
+    save_mask(tmp_path, record(first, mask), mask)
+    (tmp_path / "00.png").rename(tmp_path / "no.dots.here.png")
+    assert load_mask(tmp_path, other).record == MaskRecord(other.name, other.sha256, DRAWN, float(mask.mean()))
+
+
+def test_the_index_of_many_masks_is_written_now_and_then(tmp_path, mask):
+    item = photo(tmp_path / "photos" / "00.jpg")
+    with MaskWriter(tmp_path / "masks") as writer:
+        lengths = set()
+        for number in range(300):
+            writer.save(MaskRecord(f"{number}.jpg", item.sha256, "persam", 0.2), mask)
+            lengths.add((tmp_path / "masks" / MASK_INDEX).stat().st_size)
+    assert len(lengths) < 30
+    assert len(json.loads((tmp_path / "masks" / MASK_INDEX).read_text(encoding="utf-8"))["masks"]) == 300
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_masks_of_many_photos_take_little_memory(tmp_path, soft):
+    item, side = photo(tmp_path / "00.jpg"), 2000
+    rows, columns = np.mgrid[:side, :side]
+    weights = np.clip((np.hypot(rows - 900, columns - 1100) - 500) / 9, 0, 1).round(2).astype(np.float32)
+    inside = weights > 0.5
+    tracemalloc.start()
+    made = [PhotoMask(item, inside, record(item, inside), weights if soft else None) for _ in range(20)]
+    used, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert used < 20 * side**2 / (10 if soft else 100)  # 80 MB as bool, 320 MB as float32
+    assert np.array_equal(made[-1].mask, inside) and made[-1].mask.dtype == bool
+    assert np.array_equal(made[-1].weights, weights) if soft else made[-1].weights is None
 
 
 def test_a_skipped_photo_has_an_entry_and_no_mask_until_one_is_drawn(tmp_path, mask):
@@ -496,6 +557,25 @@ def test_a_painted_copy_is_read_in_a_mask_folder_too_and_has_hard_weights(tmp_pa
     [found] = load_masks(tmp_path / "masks", [item], soft=True)
     assert np.array_equal(found.mask, mask)
     assert np.array_equal(found.weights, mask.astype(np.float32))
+
+
+def test_a_doubt_is_told_when_the_paint_has_the_color_of_the_photo(tmp_path, mask, caplog):
+    item = scene(tmp_path / "00.png")
+    picture = np.array(item.read())
+    picture[10:55, :70] = (90, 140, 60)  # the subject's color, also around it
+    picture[20:30, 15:40] = (200, 60, 60)  # a spot on the subject
+    picture += np.random.default_rng(0).integers(0, 16, picture.shape, dtype=np.uint8)
+    Image.fromarray(picture).save(item.path)
+    for paint, doubted in (((90, 140, 60), True), ((255, 0, 255), False)):
+        caplog.clear()
+        copy = picture.astype(int)
+        copy[mask] = (copy[mask] + np.array(paint)) // 2
+        Image.fromarray(copy.astype(np.uint8)).save(tmp_path / "painted.png")
+        found = mask_of(tmp_path / "painted.png", item)
+        assert (
+            "painted.png: the half-transparent paint has the photo's color beside the mask" in caplog.text
+        ) == doubted
+        assert ((found & mask).sum() / (found | mask).sum() > 0.95) != doubted
 
 
 def test_an_unreadable_mask_is_refused(tmp_path):

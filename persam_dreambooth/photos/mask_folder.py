@@ -18,6 +18,7 @@ import json
 import logging
 import time
 import zlib
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -148,15 +149,21 @@ class MaskWriter:
 
     Args:
         folder: the mask folder, created if missing.
+        kept: masks that are already in the folder; the index gets the entries that it lacks.
 
     Raises:
         InputError: the folder's index is broken.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, kept: Iterable[PhotoMask] = ()) -> None:
         self.folder = folder
         self._index = _read_index(folder)
         self._unwritten, self._due = False, 0.0
+        for record in (item.record for item in kept):
+            noted = self._index.get(record.photo)
+            if record.method != DRAWN and (noted is None or noted.mask_sha256 != record.mask_sha256):
+                self._index[record.photo] = record
+                self._unwritten = True
 
     def __enter__(self) -> "MaskWriter":
         return self
@@ -186,7 +193,7 @@ class MaskWriter:
 
     def _write_index(self) -> None:
         if self._unwritten:
-            entries = {photo: asdict(record) for photo, record in self._index.items()}
+            entries = {photo: asdict(record) for photo, record in sorted(self._index.items())}
             for entry in entries.values():
                 del entry["photo"]
             write_json(self.folder / MASK_INDEX, {"masks": entries})

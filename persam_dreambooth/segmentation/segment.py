@@ -111,7 +111,8 @@ def segment(options: SegmentOptions) -> list[PhotoMask]:
             photos, references, segmenter, output, options.instances, options.absent, heatmaps, known
         )
     else:
-        masks = [known[photo.name] for photo in photos]
+        with MaskWriter(output, known.values()):
+            masks = [known[photo.name] for photo in photos]
     save_overview(masks, output / "overview.jpg")  # not a PNG, which would be read as a mask
     return masks
 
@@ -149,7 +150,7 @@ def segment_folder(
     given = {reference.path: mask for reference, mask in references}
     found = dict(load_known(folder, photos) if known is None else known)
     fitted = False
-    with MaskWriter(folder) as writer:
+    with MaskWriter(folder, found.values()) as writer:
         for photo in steps(photos, "segmenting", "photo"):
             if photo.name in found:
                 continue
