@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import Any
 
 from persam_dreambooth import __version__
-from persam_dreambooth.errors import InputError, SaveError, UnavailableError
+from persam_dreambooth.errors import InputError, SaveError, UnavailableError, is_out_of_memory
 from persam_dreambooth.options import check_known, parse
 from persam_dreambooth.progress import showing_bars
 
@@ -31,6 +31,7 @@ class Command:
         run: the function that runs it with the options, as module:function.
         closing: makes the final message from the options and the result; only the main process prints it.
         positional: an option that can be given without its name.
+        again: what to do after an interruption.
     """
 
     about: str
@@ -38,6 +39,7 @@ class Command:
     run: str
     closing: Callable[[Any, Any], str]
     positional: str | None = None
+    again: str = "the same command goes on where it stopped"
 
 
 def _segmented(options: Any, masks: Any) -> str:
@@ -74,6 +76,11 @@ def _scored_videos(options: Any, scores: Any) -> str:
     return f"{row}\ndone: {options.output}/results.md"
 
 
+MEMORY_REMEDIES = (
+    "for training try --config sd15-lora, a lower --resolution, --gradient_checkpointing, --train_batch_size 1 or "
+    "--mixed_precision bf16; for masks a smaller --sam_model or --sam_dtype bfloat16; for pictures a smaller size"
+)
+
 COMMANDS = {
     "segment": Command(
         "a mask for every photo, from one photo and its mask",
@@ -94,6 +101,7 @@ COMMANDS = {
         "main_job:TrainOptions",
         "main_job:personalize",
         _trained,
+        again="the same command with --resume_from_checkpoint latest goes on where it stopped",
     ),
     "generate": Command(
         'pictures of the subject: "a [V] cat on a beach"',
@@ -212,7 +220,12 @@ def run_command(words: str, arguments: list[str], program: str | None = None) ->
     command = COMMANDS[words]
     options = parse(find(command.options), arguments, program or f"persam-dreambooth {words}", command.positional)
     options.check()  # before the import, which may take seconds
-    result = find(command.run)(options)
+    try:
+        result = find(command.run)(options)
+    except KeyboardInterrupt as stop:
+        if not stop.args:
+            raise KeyboardInterrupt(f"interrupted: {command.again}") from None
+        raise
     if is_main_process():
         print(command.closing(options, result))
 
@@ -241,10 +254,15 @@ def guarded(command: Callable[[], None]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return TRY_AGAIN
     except KeyboardInterrupt as stop:
-        print(str(stop) or "interrupted; a training run resumes with --resume_from_checkpoint latest", file=sys.stderr)
+        print(str(stop) or "interrupted", file=sys.stderr)
         return 128 + getattr(stop, "number", signal.SIGINT)
     except (FloatingPointError, SaveError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"error: out of memory: {MEMORY_REMEDIES}", file=sys.stderr)
         return 1
     except PermissionError as error:
         print(f"error: {error.filename} cannot be read or written: correct its permissions", file=sys.stderr)

@@ -17,7 +17,7 @@ class UnavailableError(Exception):
 
 
 class SaveError(Exception):
-    """A result cannot be written, for example on a full disk; the message says what is kept and how to resume."""
+    """A file cannot be written, for example on a full disk; the message says what to do and what is kept."""
 
 
 class Cancelled(Exception):
@@ -26,3 +26,13 @@ class Cancelled(Exception):
     Training finishes the step and saves a checkpoint first. All other work keeps what is finished, such as the masks
     of the photos before.
     """
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of torch or Python says that memory is exhausted, on an accelerator or on the CPU."""
+    told = str(error).lower()
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and any(words in told for words in ("out of memory", "can't allocate")))
+    )

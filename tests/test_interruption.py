@@ -1,8 +1,10 @@
 """Runs that are killed, told to stop, or fill the disk resume to the weights of an uninterrupted run."""
 
+import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,7 +41,10 @@ def test_a_run_killed_at_random_moments_ends_as_one_left_alone(kills, runs, tmp_
         assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-5", "checkpoint-6"]
 
 
-@pytest.mark.parametrize("asked", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "asked",
+    [signal.SIGHUP, *(pytest.param(other, marks=pytest.mark.slow) for other in (signal.SIGINT, signal.SIGTERM))],
+)
 def test_a_run_asked_to_stop_saves_says_how_to_go_on_and_goes_on(runs, tmp_path, asked):
     folder, endless = tmp_path / "run", {"max_train_steps": 10_000, "checkpointing_steps": 10_000, "logging_steps": 1}
     with subprocess.Popen(program(runs, folder, **endless), stderr=subprocess.PIPE, text=True, env=ALONE) as process:
@@ -74,8 +79,10 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(runs, tmp_path):
     )  # fmt: skip
     assert ended.returncode == 1
     last = ended.stderr.splitlines()[-1]
-    assert re.match(
-        "error: .*checkpoint-3 cannot be saved .*; the last checkpoint is checkpoint-2: free some space", last
+    assert re.fullmatch(
+        "error: .*checkpoint-3 cannot be written .File too large.: free some space; the last checkpoint is "
+        "checkpoint-2; go on with --resume_from_checkpoint latest",
+        last,
     )
     assert "Traceback" not in ended.stderr
     assert {path: path.read_bytes() for path in before} == before
@@ -83,3 +90,27 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(runs, tmp_path):
     assert runs.train(folder, resume_from_checkpoint="latest", **OPTIONS) == 0
     assert runs.train(tmp_path / "whole", **OPTIONS) == 0
     assert same_weights(folder, tmp_path / "whole")
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="the failing disk needs a C compiler")
+@pytest.mark.parametrize("shares", [3, pytest.param(0, marks=pytest.mark.slow)])
+def test_whichever_write_fails_is_one_line_and_the_run_goes_on(shares, runs, tmp_path):
+    source, shim = Path(__file__).with_name("failing_disk.c"), tmp_path / "failing_disk.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", shim, source, "-ldl"], check=True)
+    options = flags(**runs.options(max_train_steps=2, checkpointing_steps=10, num_validation_images=1))
+    script = Path(__file__).with_name("failing_writes.py")
+    subprocess.run(
+        [sys.executable, script, str(shares), tmp_path, *options], check=True, env={**ALONE, "LD_PRELOAD": str(shim)}
+    )
+    for line in (tmp_path / "log.jsonl").read_text().splitlines():
+        ended = json.loads(line)
+        said = ended["failed"]["said"]
+        assert ended["failed"]["code"] in (1, 2), said
+        assert "Traceback" not in said
+        errors = [told for told in said.splitlines() if told.startswith("error: ")]
+        reason = "No space left on device): free some space" if "ENOSPC" in line else "Permission denied): make it"
+        assert len(errors) == 1
+        assert errors[0] == said.splitlines()[-1]
+        assert reason in errors[0]
+        assert ended["again"]["code"] == 0, ended["again"]["said"]
+        assert same_weights(tmp_path / ended["folder"], tmp_path / "whole-ENOSPC")

@@ -4,6 +4,7 @@ import gc
 import os
 from datetime import timedelta
 
+import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 
@@ -54,6 +55,11 @@ def open_accelerator(options: TrainingOptions) -> Accelerator:
             "GPUs, or set ACCELERATE_USE_CPU=1 to train together on CPUs"
         )
     return accelerator
+
+
+def frozen_dtype(accelerator: Accelerator) -> torch.dtype:
+    """The dtype of the frozen weights."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
 
 def end_processes(accelerator: Accelerator, family: Family) -> None:

@@ -5,17 +5,17 @@ No random state is saved: it follows from the seed and the step (see `data`), an
 
 import logging
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
-from safetensors import SafetensorError
 
 from persam_dreambooth import models
 from persam_dreambooth.errors import InputNotFoundError, SaveError
-from persam_dreambooth.files import remove_whole, write_aside
+from persam_dreambooth.files import remove_whole
 
 logger = logging.getLogger(__name__)
 
@@ -75,29 +75,36 @@ def remove_later_checkpoints(run_dir: Path, step: int) -> None:
             remove_whole(path)
 
 
-@contextmanager
-def new_checkpoint(run_dir: Path, step: int) -> Iterator[Path]:
-    """Yields an empty folder that becomes `checkpoint-<step>` if the block succeeds.
+def rescue(error: SaveError, save: Callable[[Path, int], None], run_dir: Path, step: int) -> SaveError:
+    """Saves the last step of a run whose files cannot be written; a full disk may have room for a smaller file.
 
-    Raises:
-        SaveError: the checkpoint cannot be written; earlier checkpoints are unchanged.
+    Args:
+        error: what cannot be written.
+        save: writes the checkpoint of a step to a folder.
+        run_dir: the run's folder.
+        step: the last completed step.
+
+    Returns:
+        The error, with the place of the checkpoint: in the run's folder, or else in the folder of temporary files.
     """
-    path = run_dir / f"checkpoint-{step}"
-    try:
-        with write_aside(path) as folder:
-            folder.mkdir()
-            yield folder
-    except (OSError, RuntimeError, SafetensorError) as error:  # what torch and safetensors raise for a full disk
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        last = ([folder.name for folder in list_checkpoints(run_dir)] or ["none"])[-1]
-        message = f"{path} cannot be saved ({reason}); the last checkpoint is {last}: free some space and resume with"
-        raise SaveError(f"{message} --resume_from_checkpoint latest") from error
+    if step and run_dir / f"checkpoint-{step}" not in list_checkpoints(run_dir):
+        for folder in (run_dir, Path(tempfile.gettempdir()) / f"persam-dreambooth-{uuid4().hex[:8]}"):
+            try:
+                save(folder, step)
+            except SaveError:
+                continue
+            kept = folder / f"checkpoint-{step}"
+            move = "" if folder == run_dir else f", and move {kept}, which holds step {step}, into {run_dir}"
+            return SaveError(f"{error}{move}" if move else f"{error}; step {step} is saved in {kept}")
+    last = ([folder.name for folder in list_checkpoints(run_dir)] or ["none"])[-1]
+    return SaveError(f"{error}; the last checkpoint is {last}")
 
 
 def save_state(folder: Path, step: int, **parts: Any) -> None:
     """Saves the step and the `state_dict` of each part, such as the optimizer; a part may be None."""
     states = {name: part.state_dict() for name, part in parts.items() if part is not None}
-    torch.save({"step": step, **states}, folder / STATE)
+    with (folder / STATE).open("wb") as file:  # torch itself does not tell a full disk
+        torch.save({"step": step, **states}, file)
 
 
 def load_state(folder: Path, **parts: Any) -> int:

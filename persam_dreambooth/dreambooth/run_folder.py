@@ -1,5 +1,6 @@
 """A run's folder: checks that it can be used, and saves the options."""
 
+import json
 import logging
 import shutil
 import subprocess
@@ -19,6 +20,11 @@ from persam_dreambooth.options import CONFIG, CONFIG_HEAD, read_config
 from persam_dreambooth.photos.folder import MASK_INDEX
 
 logger = logging.getLogger(__name__)
+
+METRICS = "metrics.jsonl"
+
+MODEL_CARD = "README.md"
+"""The model card, written after the weights: a run that has it is finished."""
 
 OwnOptions = TypeVar("OwnOptions", bound=TrainingOptions)
 
@@ -72,6 +78,37 @@ def check_same_model(options: TrainingOptions) -> None:
                 f"--{name} is {now} but {run_dir} was trained with {before[name]}: "
                 "use that value, or choose another folder with --output_dir"
             )
+
+
+def metrics_rows(run_dir: Path) -> list[dict[str, float]]:
+    """The lines of `metrics.jsonl`, without an incomplete line that a killed run may leave at the end."""
+    path = run_dir / METRICS
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def nothing_left(options: TrainingOptions, resume_from: Path | None) -> bool:
+    """Whether the run's folder holds a finished run with all steps of the options.
+
+    A named checkpoint that is earlier than the last step asks to train again from there.
+
+    Args:
+        options: of the run, with `resume_from_checkpoint`.
+        resume_from: the checkpoint to resume from, if there is one.
+
+    Raises:
+        InputError: the checkpoint is later than the last step, and the run is not finished.
+    """
+    from persam_dreambooth.dreambooth.families.latent_diffusion import LORA_WEIGHTS
+
+    run_dir, steps = options.run_dir, options.max_train_steps
+    start = int(resume_from.name.removeprefix("checkpoint-")) if resume_from else 0
+    rows, weights = metrics_rows(run_dir), (LORA_WEIGHTS, "model_index.json")
+    saved = (run_dir / MODEL_CARD).is_file() and any((run_dir / name).is_file() for name in weights)
+    finished = saved and bool(rows) and rows[-1]["step"] >= steps
+    if start > steps and not finished:
+        raise InputError(f"{resume_from} is later than --max_train_steps {steps}: give {start} or more")
+    return finished and (options.resume_from_checkpoint == "latest" or start >= steps)
 
 
 def write_config(options: TrainingOptions) -> None:
