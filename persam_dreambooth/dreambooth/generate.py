@@ -7,6 +7,7 @@ from pathlib import Path
 from persam_dreambooth.dreambooth.prompts import fill_identifier
 from persam_dreambooth.dreambooth.samples import sample, save_samples
 from persam_dreambooth.files import check_writable
+from persam_dreambooth.models import quiet
 from persam_dreambooth.options import LAST_SEED, Options, option, require, takes_options, within
 
 
@@ -41,6 +42,7 @@ class GenerateOptions(Options):
 
 
 @takes_options(GenerateOptions, positional="prompt")
+@quiet()
 def generate(options: GenerateOptions) -> list[Path]:
     """Generates images, named by prompt and seed, and a grid of them; returns their paths, the grid last.
 
