@@ -3,6 +3,7 @@
 `docs/api.md` explains the package as a library.
 """
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,9 @@ _PLACES = {
 """Public names and their modules; a module is imported when one of its names is first used."""
 
 __all__ = list(_PLACES)
+
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # silent until the program configures logging
 
 
 def __getattr__(name: str) -> Any:

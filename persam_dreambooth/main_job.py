@@ -59,7 +59,8 @@ def _only_training() -> Iterator[None]:
     if not _training.acquire(blocking=False):
         raise UnavailableError("another training runs in this process: wait for its end, or train in another process")
     try:
-        yield
+        with models.quiet():
+            yield
     finally:
         _training.release()
 

@@ -10,13 +10,20 @@ from pathlib import Path
 
 from persam_dreambooth import toy
 from persam_dreambooth.errors import InputError, InputNotFoundError, UnavailableError
+from persam_dreambooth.progress import shows_bars
 
 logger = logging.getLogger(__name__)
 
 ORIGINAL_SAM = (".pth", ".pt")
 """Suffixes of SAM's published checkpoint files; see `segmentation.sams.original`."""
 
+LIBRARIES = ("transformers", "diffusers")
+"""Libraries that print messages which are not useful to users."""
+
 _building = threading.RLock()
+_quiet_lock = threading.Lock()
+_quiet_blocks = 0
+_levels_before: dict[str, int] = {}
 
 NVIDIA_GPU = (Path("/proc/driver/nvidia/version"), Path("/dev/nvidia0"), Path("C:/Windows/System32/nvidia-smi.exe"))
 """Files that a driver of an NVIDIA GPU has."""
@@ -55,6 +62,38 @@ def resolve(name: str, kind: str, revision: str | None = None) -> str:
 
 
 @contextmanager
+def quiet() -> Iterator[None]:
+    """Hides what transformers and diffusers print below errors, also if they are first imported inside the block.
+
+    After the last of nested or concurrent blocks, they are as before. A variable such as `TRANSFORMERS_VERBOSITY` takes
+    precedence.
+    """
+    global _quiet_blocks
+    with _quiet_lock:
+        _quiet_blocks += 1
+        if _quiet_blocks == 1:
+            for name in LIBRARIES:
+                variable, level = f"{name.upper()}_VERBOSITY", logging.getLogger(name).level
+                if variable not in os.environ:
+                    _levels_before[name] = level or logging.WARNING  # 0: not imported yet
+                    if level:
+                        logging.getLogger(name).setLevel(logging.ERROR)
+                    else:
+                        os.environ[variable] = "error"
+    try:
+        yield
+    finally:
+        with _quiet_lock:
+            _quiet_blocks -= 1
+            if _quiet_blocks == 0:
+                for name, level in _levels_before.items():
+                    os.environ.pop(f"{name.upper()}_VERBOSITY", None)
+                    if logging.getLogger(name).level:
+                        logging.getLogger(name).setLevel(level)
+                _levels_before.clear()
+
+
+@contextmanager
 def building() -> Iterator[None]:
     """Lets one thread at a time make or load modules.
 
@@ -71,15 +110,15 @@ def loading(name: str) -> Iterator[None]:
 
     An interrupted download is an `UnavailableError`.
 
-    The libraries' progress bars are hidden for loading from disk, and shown for downloads. One thread at a time loads,
-    see `building`.
+    The libraries' progress bars are hidden for loading from disk, and for downloads except in `showing_bars`. One
+    thread at a time loads, see `building`.
     """
     from safetensors import SafetensorError
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     try:
-        with building():
+        with quiet(), building(), _hub_bars(shows_bars()):
             yield
     except InputError:
         raise
@@ -88,6 +127,21 @@ def loading(name: str) -> Iterator[None]:
         if _may_pass(error):
             raise UnavailableError(f"{name} cannot be downloaded ({reason}): try again") from error
         raise InputError(f"{name} cannot be loaded ({reason}): download it again, or name another model") from error
+
+
+@contextmanager
+def _hub_bars(shown: bool) -> Iterator[None]:
+    """Hides the progress bars of downloads inside the block, unless they are to be shown."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    hides = not shown and not are_progress_bars_disabled()
+    if hides:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if hides:
+            enable_progress_bars()
 
 
 @cache

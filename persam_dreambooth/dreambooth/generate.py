@@ -17,6 +17,7 @@ from persam_dreambooth.dreambooth.samples import Request, save_samples
 from persam_dreambooth.dreambooth.subject_options import IDENTIFIER, SubjectOptions
 from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.files import check_writable
+from persam_dreambooth.models import quiet
 from persam_dreambooth.options import (
     CONFIG,
     LAST_SEED,
@@ -105,6 +106,7 @@ class GenerateOptions(Options):
 
 
 @takes_options(GenerateOptions, positional="prompt")
+@quiet()
 def generate(options: GenerateOptions) -> list[Path]:
     """Generates images, named by prompt and seed, and a grid of them; returns their paths, the grid last.
 
