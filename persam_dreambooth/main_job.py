@@ -105,6 +105,7 @@ def personalize(options: TrainOptions) -> Path:
         logger.info("nothing is left to do: %s has all of its %d steps", run_dir, options.max_train_steps)
         return run_dir
     accelerator = open_accelerator(options)
+    models.log_device(str(accelerator.device), str(frozen_dtype(accelerator)))
     family = open_family(options, base, frozen_dtype(accelerator))
     check_prompts(options, albums, family)
     resolution = check_resolution(options, family)

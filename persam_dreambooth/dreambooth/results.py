@@ -61,7 +61,7 @@ def save_results(
     if options.num_validation_images:
         try:
             pipeline = pipeline.to(accelerator.device, frozen_dtype(accelerator))
-            save_run_samples(options, pipeline, run_dir / SAMPLES)
+            save_run_samples(options, pipeline, accelerator, run_dir / SAMPLES, options.max_train_steps)
         except SaveError as error:
             raise SaveError(f"{error}; the weights are saved: persam-dreambooth generate makes pictures") from error
         except Exception as error:

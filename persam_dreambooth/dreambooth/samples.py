@@ -234,20 +234,22 @@ def save_validation_samples(options: TrainingOptions, family: Family, accelerato
     Validation does not change training: the images have their own generators, and the randomness of each training
     step is seeded at its start.
     """
+    folder = options.run_dir / SAMPLES / f"step-{step}"
     with family.for_inference() as pipeline, accelerator.autocast():
-        saved = save_run_samples(options, pipeline, options.run_dir / SAMPLES / f"step-{step}")
-    for prompt, paths in saved.items():
-        pictures = np.stack([np.asarray(Image.open(path)) for path in paths])
-        for tracker in accelerator.trackers:
-            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({prompt: pictures}, step=step, **layout)
+        save_run_samples(options, pipeline, accelerator, folder, step)
 
 
-def save_run_samples(options: TrainingOptions, pipeline: Any, folder: Path) -> dict[str, list[Path]]:
-    """Generates images for the validation prompts of a run; returns the paths of those of each prompt."""
+def save_run_samples(
+    options: TrainingOptions, pipeline: Any, accelerator: Accelerator, folder: Path, step: int
+) -> None:
+    """Generates images for the validation prompts of a run, saves them to a folder and logs them to the trackers."""
     from persam_dreambooth.dreambooth.pipelines import model_notice
 
     notice = model_notice(options.pretrained_model_name_or_path)
     seeds = range(options.seed, options.seed + options.num_validation_images)
-    requests = [Request(prompt, seeds) for prompt in options.validation_prompts]
-    return {request.prompt: list(save_samples(pipeline, request, folder, notice))[:-1] for request in requests}
+    for prompt in options.validation_prompts:
+        *paths, _ = save_samples(pipeline, Request(prompt, seeds), folder, notice)
+        pictures = np.stack([np.asarray(Image.open(path)) for path in paths])
+        for tracker in accelerator.trackers:
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({prompt: pictures}, step=step, **layout)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from persam_dreambooth.errors import counted
-from persam_dreambooth.files import check_new, check_settings, check_writable, note_settings
+from persam_dreambooth.files import check_new, check_settings, check_writable, locked, note_settings
 from persam_dreambooth.options import CONFIG, option, require, takes_options, with_flag, within
 from persam_dreambooth.photos.folder import MASK_INDEX, Photo, find_photos
 from persam_dreambooth.photos.mask_folder import (
@@ -100,20 +100,21 @@ def segment(options: SegmentOptions) -> list[PhotoMask]:
     if not check_settings(output, settings, "masks", "--output"):
         check_new(output, {CONFIG: "a training run", MASK_INDEX: "masks"})
     check_writable(output)
-    known = load_known(output, photos)
-    if known:
-        logger.info("%s has %s for %s: kept", output, counted(len(known), "mask"), counted(len(photos), "photo"))
-    if len(known) < len(photos):
-        segmenter = open_segmenter(options)
-        note_settings(output, settings, "masks", "--output")
-        heatmaps = output / "heatmaps" if options.heatmaps else None
-        masks = segment_folder(
-            photos, references, segmenter, output, options.instances, options.absent, heatmaps, known
-        )
-    else:
-        with MaskWriter(output, known.values()):
-            masks = [known[photo.name] for photo in photos]
-    save_overview(masks, output / "overview.jpg")  # not a PNG, which would be read as a mask
+    with locked(output):
+        known = load_known(output, photos)
+        if known:
+            logger.info("%s has %s for %s: kept", output, counted(len(known), "mask"), counted(len(photos), "photo"))
+        if len(known) < len(photos):
+            segmenter = open_segmenter(options)
+            note_settings(output, settings, "masks", "--output")
+            heatmaps = output / "heatmaps" if options.heatmaps else None
+            masks = segment_folder(
+                photos, references, segmenter, output, options.instances, options.absent, heatmaps, known
+            )
+        else:
+            with MaskWriter(output, known.values()):
+                masks = [known[photo.name] for photo in photos]
+        save_overview(masks, output / "overview.jpg")  # not a PNG, which would be read as a mask
     return masks
 
 

@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Literal
 
 from persam_dreambooth.errors import InputError
+from persam_dreambooth.models import log_device
 from persam_dreambooth.options import Condition, Options, below_one, option, with_flag, within
 from persam_dreambooth.segmentation.found import ABSENT_THRESHOLD
 
@@ -147,4 +148,6 @@ def open_sam_of(options: SegmenterOptions) -> Sam:
     """The SAM that options name; see `open_sam`."""
     from persam_dreambooth.segmentation.sams.checkpoints import open_sam
 
-    return open_sam(options.sam_model, dtype=options.sam_dtype, encoding_cache=options.encoding_cache)
+    sam = open_sam(options.sam_model, dtype=options.sam_dtype, encoding_cache=options.encoding_cache)
+    log_device(str(sam.device), str(sam.dtype))
+    return sam
