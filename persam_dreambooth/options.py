@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
+import inspect
 import logging
 import math
 import os
@@ -15,7 +17,19 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    Generic,
+    Literal,
+    ParamSpec,
+    Protocol,
+    TypeVar,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+    overload,
+)
 
 import yaml
 
@@ -39,6 +53,9 @@ METAVARS = {int: "INT", float: "FLOAT", str: "TEXT"}
 """What help shows in place of a value."""
 
 Kind = TypeVar("Kind", bound="Options")
+_Arguments = ParamSpec("_Arguments")
+_Given = TypeVar("_Given", contravariant=True)
+_Result = TypeVar("_Result", covariant=True)
 
 
 @dataclass(frozen=True)
@@ -169,6 +186,69 @@ def below_one(options: Any, *names: str) -> None:
     for name in names:
         if not 0 <= getattr(options, name) < 1:
             raise InputError(f"--{name} is {getattr(options, name)}: give a number from 0 to below 1")
+
+
+# Options of a function
+
+
+class Job(Protocol, Generic[_Arguments, _Given, _Result]):
+    """A function that takes its options by name, or as one object."""
+
+    @overload
+    def __call__(self, options: _Given, /) -> _Result: ...
+    @overload
+    def __call__(self, *positional: _Arguments.args, **options: _Arguments.kwargs) -> _Result: ...
+
+
+def takes_options(
+    kind: Callable[_Arguments, Kind], positional: str | None = None
+) -> Callable[[Callable[[Kind], _Result]], Job[_Arguments, Kind, _Result]]:
+    """A decorator: the function also takes its options by name, such as `segment(images="cat/", ...)`.
+
+    Args:
+        kind: the class of the options.
+        positional: an option that can be given without its name.
+    """
+
+    options_class = cast(type[Kind], kind)
+
+    def decorated(function: Callable[[Kind], _Result]) -> Job[_Arguments, Kind, _Result]:
+        @functools.wraps(function)
+        def job(*unnamed: Any, **named: Any) -> _Result:
+            if len(unnamed) == 1 and isinstance(unnamed[0], options_class) and not named:
+                return function(unnamed[0])
+            if len(unnamed) == 1 and positional and positional not in named:
+                named[positional], unnamed = unnamed[0], ()
+            if unnamed:
+                raise InputError(f"{function.__name__} got {unnamed[0]!r} without a name: give options by name")
+            return function(named_options(options_class, named))
+
+        shown = inspect.signature(options_class)
+        by_name = [parameter.replace(kind=parameter.KEYWORD_ONLY) for parameter in shown.parameters.values()]
+        vars(job)["__signature__"] = shown.replace(parameters=by_name, return_annotation=inspect.Signature.empty)
+        return job
+
+    return decorated
+
+
+def named_options(kind: type[Kind], given: dict[str, Any]) -> Kind:
+    """Options from a call in Python; paths can be `Path`s, and None means the default.
+
+    Raises:
+        InputError: an option is unknown (the message names the nearest known one), or a value has the wrong type.
+    """
+    for name in given:
+        check_not_elsewhere(kind, name)
+    plain = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in given.items()}
+    found = typed_options(kind, plain)
+    return kind(**{name: value for name, value in found.items() if value is not None})
+
+
+def check_not_elsewhere(kind: type[Options], name: str, flag: str = "") -> None:
+    """Raises `InputError` for another trainer's name of an option; `flag` is what stands before names, such as `--`."""
+    for entry in fields(kind):
+        if name in entry.metadata["elsewhere"]:
+            raise InputError(f"unknown option {flag}{name}: it is {flag}{entry.name} here")
 
 
 # Flags and files
@@ -323,9 +403,7 @@ def _make_parser(
 
 def _refuse(kind: type[Options], word: str, flags: list[str]) -> None:
     """Raises `InputError` for a word on the command line that the parser does not know."""
-    for entry in fields(kind):
-        if word.removeprefix("--") in entry.metadata["elsewhere"]:
-            raise InputError(f"unknown option {word}: it is --{entry.name} here")
+    check_not_elsewhere(kind, word.removeprefix("--"), "--")
     if not word.startswith("-") and f"--{word}" not in flags:
         raise InputError(f"unexpected {word!r}: an option takes one value (in quotes if it has spaces) or none")
     check_known(word, flags, "option")

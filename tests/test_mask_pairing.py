@@ -128,7 +128,16 @@ def test_every_photo_finds_its_mask_whatever_case_suffix_and_words(tmp_path):
 def test_what_is_no_mask_in_a_mask_folder_is_passed_over(tmp_path):
     known = photos(tmp_path / "cat", "00.jpg", "01.jpg")
     masks = tmp_path / "masks"
-    for name in ("00.png", "01.png", "overview.png", "heatmaps/00.png", "@eaDir/00.png", "._00.png", ".cache/00.png"):
+    for name in (
+        "00.png",
+        "01.png",
+        "overview.png",
+        "overview-2.png",
+        "heatmaps/00.png",
+        "@eaDir/00.png",
+        "._00.png",
+        ".cache/00.png",
+    ):
         mask(masks / name)
     for name in ("index.json", "notes.txt", "Thumbs.db"):
         (masks / name).write_text("{}")

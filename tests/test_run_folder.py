@@ -1,6 +1,7 @@
 """What a training run leaves: the folder, the weights as diffusers loads them, pictures from them."""
 
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -9,13 +10,14 @@ import yaml
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
-from training_runs import DOWN, STEPS, UP, column, text_answer, toy_pipeline, unet_answer, weights
+from training_runs import DOWN, STEPS, UP, column, command, text_answer, toy_pipeline, unet_answer, weights
 
 from persam_dreambooth import toy
 from persam_dreambooth.dreambooth.families.latent_diffusion import LORA_WEIGHTS
 from persam_dreambooth.dreambooth.families.registry import load_pipeline
 from persam_dreambooth.dreambooth.families.stable_diffusion import StableDiffusion
-from persam_dreambooth.personalize import TrainOptions
+from persam_dreambooth.dreambooth.run_folder import with_absolute_paths
+from persam_dreambooth.main_job import TrainOptions
 
 # --- what a run leaves
 
@@ -160,3 +162,74 @@ def test_full_run_saves_a_pipeline(runs, text_encoder):
     assert trained.unet.dtype == trained.vae.dtype == trained.text_encoder.dtype == torch.float32
     trained.set_progress_bar_config(disable=True)
     assert trained("a sks duck", num_inference_steps=2).images[0].size == (64, 64)
+
+
+# --- from another folder
+
+
+@pytest.fixture
+def home(tmp_path, photos, monkeypatch):
+    """A working folder with photos, masks and a base model."""
+    home = tmp_path / "home"
+    shutil.copytree(photos, home / "duck")
+    shutil.copytree(photos.parent / "masks", home / "masks")
+    shutil.copytree(toy.path("stable-diffusion"), home / "sd")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(home)
+    return home
+
+
+RELATIVE = ["--pretrained_model_name_or_path", "sd", "--resolution", "32", "--num_validation_images", "0"]
+
+
+def test_a_run_with_relative_paths_can_be_used_from_any_folder(home, monkeypatch, capsys):
+    arguments = ["--instance_dir", "duck", "--mask_dir", "masks", "--output_dir", "run", *RELATIVE]
+    assert command("train", *arguments, "--max_train_steps", "2", "--checkpointing_steps", "1") == 0
+    saved = yaml.safe_load((home / "run" / "config.yaml").read_text())
+    names = ("pretrained_model_name_or_path", "instance_dir", "mask_dir", "output_dir")
+    assert [saved[name] for name in names] == [str(home / name) for name in ("sd", "duck", "masks", "run")]
+    assert (saved["sam_model"], saved["mask"]) == ("facebook/sam-vit-huge", None)
+
+    monkeypatch.chdir(home.parent / "elsewhere")
+    pictures = ["--num_images", "1", "--num_inference_steps", "1", "--output", "pictures"]
+    assert command("generate", "a [V] duck", "--model", home / "run", *pictures) == 0
+    resume = ["--max_train_steps", "3", "--resume_from_checkpoint", "latest"]
+    assert command("train", "--config", home / "run" / "config.yaml", *resume) == 0
+    assert column(home / "run", "step") == [1, 2, 3]
+    assert [path.name for path in home.parent.joinpath("elsewhere").iterdir()] == ["pictures"]
+
+    monkeypatch.chdir(home)
+    text = (home / "run" / "config.yaml").read_text()
+    assert command("train", *arguments, "--max_train_steps", "4", "--resume_from_checkpoint", "latest") == 0
+    (home / "run" / "config.yaml").write_text(text.replace(f"{home}/", ""))  # as earlier versions wrote it
+    assert command("train", *arguments, "--max_train_steps", "5", "--resume_from_checkpoint", "latest") == 0
+    shutil.copytree("sd", "other")
+    other = [*arguments, "--pretrained_model_name_or_path", "other", "--resume_from_checkpoint", "latest"]
+    assert command("train", *other) == 2
+    assert "--pretrained_model_name_or_path is " in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_saved_paths_are_absolute_and_names_stay_names(home):
+    def saved(**options):
+        return with_absolute_paths(options, TrainOptions)
+
+    (home / "toy").mkdir()
+    assert saved(pretrained_model_name_or_path="toy", sam_model="me/sam", dataset_name="me/duck", mask=None) == {
+        "pretrained_model_name_or_path": "toy", "sam_model": "me/sam", "dataset_name": "me/duck", "mask": None
+    }  # fmt: skip
+    assert saved(sam_model="sd", dataset_name="duck", class_data_dir="new/class", encoding_cache="../kept") == {
+        "sam_model": str(home / "sd"),
+        "dataset_name": str(home / "duck"),
+        "class_data_dir": str(home / "new" / "class"),
+        "encoding_cache": str(home.parent / "kept"),
+    }
+    for image, kept in {
+        "00.png": "00.png",
+        "duck/00.png": str(home / "duck" / "00.png"),
+        "none.png": "none.png",
+    }.items():
+        assert saved(instance_dir="duck", reference_image=image)["reference_image"] == kept
+    entry = {"instance_dir": "duck", "mask": "masks/00.png", "class_name": "duck"}
+    assert saved(subjects=[entry])["subjects"] == [
+        {"instance_dir": str(home / "duck"), "mask": str(home / "masks" / "00.png"), "class_name": "duck"}
+    ]

@@ -47,7 +47,7 @@ from persam_dreambooth.dreambooth.latent_cache import PosteriorCache
 from persam_dreambooth.dreambooth.loss import latent_mask, masked_loss
 from persam_dreambooth.dreambooth.optimizers import effective_rate, make_optimizer
 from persam_dreambooth.dreambooth.trainer import batch_losses
-from persam_dreambooth.personalize import TrainOptions
+from persam_dreambooth.main_job import TrainOptions
 from persam_dreambooth.photos.datasets import photo_folder
 
 
@@ -569,6 +569,8 @@ def test_tensorboard_is_told_losses_and_samples(runs):
         assert [event.step for event in events.Scalars(name)] == column(run, "step")
     [tag] = {tag.rsplit("/", 1)[0] for tag in events.Tags()["images"]}
     assert tag == "a sks duck on a beach"
+    for image in events.Tags()["images"]:
+        assert [event.step for event in events.Images(image)] == [2, STEPS]
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])

@@ -22,7 +22,7 @@ from persam_dreambooth import cli, toy
 from persam_dreambooth.dreambooth.data import Crops
 from persam_dreambooth.dreambooth.families.latent_diffusion import LORA_WEIGHTS
 from persam_dreambooth.dreambooth.families.registry import FAMILIES, load_pipeline
-from persam_dreambooth.personalize import TrainOptions
+from persam_dreambooth.main_job import TrainOptions
 from persam_dreambooth.photos.folder import find_photos
 from persam_dreambooth.photos.mask_folder import load_masks
 from tools.toy import build

@@ -11,13 +11,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from persam_dreambooth import models
-from persam_dreambooth.dreambooth.prompts import fill_identifier
-from persam_dreambooth.dreambooth.run_folder import CARD
+from persam_dreambooth.dreambooth.prompts import check_unread, fill_identifier
+from persam_dreambooth.dreambooth.run_folder import MODEL_CARD
 from persam_dreambooth.dreambooth.samples import Request, save_samples
 from persam_dreambooth.dreambooth.subject_options import IDENTIFIER, SubjectOptions
 from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.files import check_writable
-from persam_dreambooth.options import CONFIG, LAST_SEED, Condition, Options, check_multiple, option, require, within
+from persam_dreambooth.models import quiet
+from persam_dreambooth.options import (
+    CONFIG,
+    LAST_SEED,
+    Condition,
+    Options,
+    check_multiple,
+    option,
+    require,
+    takes_options,
+    within,
+)
 
 if TYPE_CHECKING:
     from persam_dreambooth.dreambooth.families.latent_diffusion import LatentDiffusion
@@ -94,6 +105,8 @@ class GenerateOptions(Options):
         within(self, 0, LAST_SEED, "seed")
 
 
+@takes_options(GenerateOptions, positional="prompt")
+@quiet()
 def generate(options: GenerateOptions) -> list[Path]:
     """Generates images, named by prompt and seed, and a grid of them; returns their paths, the grid last.
 
@@ -121,6 +134,9 @@ def generate(options: GenerateOptions) -> list[Path]:
     try:
         pipeline = to_accelerator(model.load(options.lora_scale))
         _check_loaded(options, model.family, pipeline)
+        words = [options.identifier] if options.identifier else [subject.word for subject in model.subjects]
+        named = next((word for word in words if word in prompt), None)
+        check_unread("the prompt", prompt, model.family.unread(pipeline, prompt), named)
         request = Request(
             prompt,
             range(options.seed, options.seed + options.num_images),
@@ -207,7 +223,7 @@ def _find_name(name: str | None) -> str:
 
 def _finished_runs(folder: Path) -> list[Path]:
     """The finished runs in a folder, the latest last."""
-    cards = [card for card in folder.glob(f"*/{CARD}") if (card.parent / CONFIG).is_file()]
+    cards = [card for card in folder.glob(f"*/{MODEL_CARD}") if (card.parent / CONFIG).is_file()]
     return [card.parent for card in sorted(cards, key=lambda card: card.stat().st_mtime)]
 
 

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from persam_dreambooth.errors import Cancelled
+from persam_dreambooth.progress import Progress, tell
+
 logger = logging.getLogger(__name__)
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -40,6 +43,7 @@ class Interruption:
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         self.number: int | None = None
+        self.cancelled: Cancelled | None = None
         self._former: dict[int, Any] = {}
 
     def __enter__(self) -> Interruption:
@@ -54,15 +58,24 @@ class Interruption:
         self._former = {}
 
     def requested(self) -> bool:
-        """Whether any process received a signal; all processes must call it at the same step."""
-        requested = self.number is not None
+        """Whether any process received a signal or was cancelled; all processes must call it at the same step."""
+        requested = self.number is not None or self.cancelled is not None
         if self.accelerator.num_processes > 1:
             flag = torch.tensor([float(requested)], device=self.accelerator.device)
             requested = bool(self.accelerator.reduce(flag, reduction="sum").item())
         return requested
 
-    def stopped(self, step: int) -> Stopped:
+    def tell(self, progress: Progress) -> None:
+        """Reports progress to the caller, who may cancel."""
+        try:
+            tell(progress)
+        except Cancelled as error:
+            self.cancelled = error
+
+    def stopped(self, step: int) -> Stopped | Cancelled:
         """The exception to raise after the checkpoint of a step is saved."""
+        if self.cancelled:
+            return self.cancelled
         message = f"stopped after step {step}, which is saved: resume with --resume_from_checkpoint latest"
         return Stopped(self.number or signal.SIGTERM, message)
 

@@ -96,7 +96,8 @@ class FoundModel:
             lora_scale: factor of the LoRA of the denoiser and of the text encoders; None is 1.
         """
         dtype = self.dtype if self.family.large else torch.float32
-        pipeline = load_pipeline(self.source, self.revision, self.variant, dtype)
+        long_prompts = bool(self.config.get("long_prompts"))
+        pipeline = load_pipeline(self.source, self.revision, self.variant, dtype, long_prompts)
         with models.loading(str(self.folder)):
             if self.weights == "lora":
                 path = self.folder if self.folder.is_file() else self.folder / LORA_WEIGHTS

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from tqdm import tqdm
 
 from persam_dreambooth import __version__
 from persam_dreambooth.files import saving, write_aside
+from persam_dreambooth.progress import Progress, bar, tell
 from persam_dreambooth.report.pictures import grid
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def sample(pipeline: Any, request: Request) -> Iterator[Image.Image]:
     """Generates images, batch by batch; each depends only on its own seed."""
     import torch
 
-    from persam_dreambooth.dreambooth.families.registry import fast_sampler
+    from persam_dreambooth.dreambooth.families.registry import FAMILIES, fast_sampler
 
     pipeline = fast_sampler(pipeline, request.scheduler)
     pipeline.set_progress_bar_config(disable=True)
@@ -83,16 +83,16 @@ def sample(pipeline: Any, request: Request) -> Iterator[Image.Image]:
         settings["guidance_scale"] = request.guidance_scale
     if request.width or request.height:  # diffusers ignores one of them alone
         settings["width"], settings["height"] = image_size(pipeline, request)
-    with tqdm(total=len(request.seeds), desc="sampling", unit="picture", disable=not request.seeds) as bar:
-        for start in range(0, len(request.seeds), request.batch_size):
+    family, total = FAMILIES[type(pipeline).__name__], len(request.seeds)
+    with bar(list[int](), "sampling", "picture", total, hidden=not total) as shown:
+        for start in range(0, total, request.batch_size):
             seeds = request.seeds[start : start + request.batch_size]
-            told: dict[str, Any] = {"prompt": [request.prompt] * len(seeds)}
-            if request.negative_prompt is not None:
-                told["negative_prompt"] = [request.negative_prompt] * len(seeds)
+            told = family.prompt_arguments(pipeline, [request.prompt] * len(seeds), request.negative_prompt)
             generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-            for image in pipeline(**told, **settings, generator=generators).images:
+            for done, image in enumerate(pipeline(**told, **settings, generator=generators).images, start + 1):
                 yield image
-                bar.update()
+                shown.update()
+                tell(Progress("sampling", "picture", done, total))
 
 
 def save_samples(
@@ -234,20 +234,22 @@ def save_validation_samples(options: TrainingOptions, family: Family, accelerato
     Validation does not change training: the images have their own generators, and the randomness of each training
     step is seeded at its start.
     """
+    folder = options.run_dir / SAMPLES / f"step-{step}"
     with family.for_inference() as pipeline, accelerator.autocast():
-        saved = save_run_samples(options, pipeline, options.run_dir / SAMPLES / f"step-{step}")
-    for prompt, paths in saved.items():
-        pictures = np.stack([np.asarray(Image.open(path)) for path in paths])
-        for tracker in accelerator.trackers:
-            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({prompt: pictures}, step=step, **layout)
+        save_run_samples(options, pipeline, accelerator, folder, step)
 
 
-def save_run_samples(options: TrainingOptions, pipeline: Any, folder: Path) -> dict[str, list[Path]]:
-    """Generates images for the validation prompts of a run; returns the paths of those of each prompt."""
+def save_run_samples(
+    options: TrainingOptions, pipeline: Any, accelerator: Accelerator, folder: Path, step: int
+) -> None:
+    """Generates images for the validation prompts of a run, saves them to a folder and logs them to the trackers."""
     from persam_dreambooth.dreambooth.pipelines import model_notice
 
     notice = model_notice(options.pretrained_model_name_or_path)
     seeds = range(options.seed, options.seed + options.num_validation_images)
-    requests = [Request(prompt, seeds) for prompt in options.validation_prompts]
-    return {request.prompt: list(save_samples(pipeline, request, folder, notice))[:-1] for request in requests}
+    for prompt in options.validation_prompts:
+        *paths, _ = save_samples(pipeline, Request(prompt, seeds), folder, notice)
+        pictures = np.stack([np.asarray(Image.open(path)) for path in paths])
+        for tracker in accelerator.trackers:
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({prompt: pictures}, step=step, **layout)

@@ -14,7 +14,6 @@ import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from persam_dreambooth.dreambooth.accelerators import frozen_dtype
 from persam_dreambooth.dreambooth.checkpoint import (
@@ -36,7 +35,9 @@ from persam_dreambooth.dreambooth.samples import save_validation_samples
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.errors import SaveError
 from persam_dreambooth.files import write_aside
+from persam_dreambooth.models import building
 from persam_dreambooth.options import check_multiple
+from persam_dreambooth.progress import Progress, bar
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,8 @@ def train(
     if options.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     torch.manual_seed(options.seed)  # LoRA's matrices are initialized at random
-    trained = family.make_trainable(options, accelerator.device, frozen_dtype(accelerator))
+    with building():
+        trained = family.make_trainable(options, accelerator.device, frozen_dtype(accelerator))
     prompts = [*photos.all_prompts(), *(class_images.all_prompts() if class_images else [])]
     with torch.no_grad():
         base_embeddings = dict(zip(prompts, family.encode_prompts(prompts), strict=True))
@@ -116,14 +118,8 @@ def train(
 
     batches = numbered_batches(options, photos, first_step, accelerator)
     class_batches = numbered_batches(options, class_images, first_step, accelerator) if class_images else None
-    steps = tqdm(
-        range(first_step + 1, options.max_train_steps + 1),
-        total=options.max_train_steps,
-        initial=first_step,
-        desc="training",
-        unit="step",
-        disable=not accelerator.is_main_process,
-    )
+    last_step, hidden = options.max_train_steps, not accelerator.is_main_process
+    steps = bar(range(first_step + 1, last_step + 1), "training", "step", last_step, first_step, hidden)
 
     def save_checkpoint(parent: Path, step: int) -> None:
         with write_aside(parent / f"checkpoint-{step}") as folder:
@@ -153,7 +149,8 @@ def train(
                 if average:
                     average.step()
 
-                last = step == options.max_train_steps
+                last = step == last_step
+                interruption.tell(Progress("training", "step", step, last_step))
                 stopping = interruption.requested()
                 checkpoint_due = stopping or step % options.checkpointing_steps == 0
                 if step % options.logging_steps == 0 or last or checkpoint_due:

@@ -40,8 +40,8 @@ COPY = re.compile(r"(?: - copy| copy|[ _-]painted)$")
 NO_MASKS = ("@eadir", "__macosx", "heatmaps")
 """Subfolders of a mask folder that contain no masks."""
 
-OVERVIEW = "overview"
-"""The picture that `segment` writes into its mask folder."""
+OVERVIEW = re.compile(r"overview(-\d+)?")
+"""The names, without suffix, of the pictures of all masks that `segment` writes into its mask folder."""
 
 MOST_LISTED = 10
 
@@ -194,4 +194,4 @@ def _stems(stem: str, copies: bool = True) -> list[str]:
 def _is_no_mask(name: Path) -> bool:
     """Whether a file of a mask folder, given by its relative path, is not a mask."""
     inside = any(name_key(part) in NO_MASKS for part in name.parts[:-1])
-    return inside or (len(name.parts) == 1 and name_key(name.stem) == OVERVIEW)
+    return inside or (len(name.parts) == 1 and bool(OVERVIEW.fullmatch(name_key(name.stem))))

@@ -33,6 +33,7 @@ class Flux(FlowMatching):
         "negative_prompt": "whose guidance is distilled: it does not compare with another prompt",
     }
     feedforward_targets: ClassVar = ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
+    t5_tokenizer = "tokenizer_2"
     t5_length = 512
     guidance = 1.0
 

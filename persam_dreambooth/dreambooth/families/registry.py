@@ -44,6 +44,7 @@ def load_pipeline(
     revision: str | None = None,
     variant: str | None = None,
     dtype: torch.dtype = torch.float32,
+    long_prompts: bool = False,
     **parts: Any,
 ) -> Any:
     """Loads a pipeline of any family, without a safety checker, which training does not use.
@@ -53,6 +54,7 @@ def load_pipeline(
         revision: branch, tag or commit on the hub.
         variant: variant of the weight files, such as fp16.
         dtype: dtype of the weights.
+        long_prompts: whether `prompt_arguments` reads long prompts in chunks, as in training with this option.
         parts: loaded parts, such as a trained `unet`, to use instead of the checkpoint's.
 
     Raises:
@@ -63,6 +65,7 @@ def load_pipeline(
     with models.loading(source):
         pipeline = family.load_pipeline(source, revision, variant, dtype, **parts)
     pipeline.set_progress_bar_config(leave=False)
+    pipeline.long_prompts = long_prompts
     return pipeline
 
 
@@ -84,7 +87,7 @@ def open_family(options: TrainingOptions, source: str, frozen_dtype: torch.dtype
         methods = " or ".join(family.learning_rates)
         raise InputError(f"--method {options.method} is not supported for a {kind}: use {methods}")
     dtype = frozen_dtype if family.large else torch.float32
-    opened = family(load_pipeline(source, options.revision, options.variant, dtype))
+    opened = family(load_pipeline(source, options.revision, options.variant, dtype, options.long_prompts))
     opened.check(options)
     return opened
 
