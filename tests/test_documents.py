@@ -93,14 +93,15 @@ def test_the_commands_of_the_readme_run_in_their_order(home, toy_sam):
 @pytest.mark.slow
 def test_the_commands_of_the_evaluation_run_in_their_order(home, toy_sam):
     first, *others = [command for command in commands(ROOT / "docs" / "evaluation.md") if "davis" not in command]
-    assert len(others) == 7
+    assert len(others) == 8
     run(first, home, toy_sam)
-    for path in [*home.glob("perseg/*/*/0[2-9].*")]:  # two images of each object do
+    for path in [*home.glob("perseg/*/*/0[3-9].*")]:  # three images of each object do
         path.unlink()
     for command in others:
         run(command, home, toy_sam)
-    table = (home / "scores-persam-f" / "results.md").read_text(encoding="utf-8")
-    assert "| persam-grown-75 |" in table
+    table = (home / "scores" / "results.md").read_text(encoding="utf-8")
+    for row in ("persam", "persam-f", "persam-grown-75", "persam-reference-02", "persam-shots-2"):
+        assert f"| {row} |" in table
     assert '"mIoU": 99.9999' in (home / "scores-of-others" / "results.json").read_text(encoding="utf-8")
 
 

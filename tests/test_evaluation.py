@@ -101,13 +101,16 @@ def test_a_mask_that_fills_the_picture_stays_whole():
 def test_the_bootstrap_interval_of_a_mean_is_the_known_one():
     """Of 400 values: scipy's percentile bootstrap, and the normal approximation, mean ± 1.96 s / sqrt(n)."""
     values = np.random.default_rng(1).normal(70, 12, 400)
-    ends = metrics.bootstrap_interval(len(values), lambda drawn: drawn @ values / len(values))
-    error = values.std(ddof=1) / 20
+
+    def ends_of(values):
+        return metrics.bootstrap_intervals(len(values), lambda drawn: {"mean": drawn @ values / len(values)})["mean"]
+
+    ends, error = ends_of(values), values.std(ddof=1) / 20
     assert ends == pytest.approx((values.mean() - 1.96 * error, values.mean() + 1.96 * error), abs=0.1 * error)
     theirs = stats.bootstrap((values,), np.mean, method="percentile", n_resamples=2000, rng=2).confidence_interval
     assert ends == pytest.approx(tuple(theirs), abs=0.15 * error)
-    assert metrics.bootstrap_interval(3, lambda drawn: drawn @ np.full(3, 0.5) / 3) == (0.5, 0.5)
-    assert metrics.bootstrap_interval(1, lambda drawn: drawn[:, 0]) is None
+    assert ends_of(np.full(4, 0.5)) == (0.5, 0.5)
+    assert ends_of(np.array([0.5])) is None
 
 
 # --- PerSeg
@@ -282,6 +285,7 @@ def test_published_figures_are_beside_ours_for_perseg_and_vit_h(forty):
         "Red Cartoon", "Robot Toy",
     ]  # fmt: skip
     assert table["PerSAM"] == ["64.00", "0", *["64.00"] * 10]
+    assert table["PerSAM-F"][:2] == ["64.00", "2"]  # the last row of the ablation is the method
     assert table["SEEM (published)"][:3] == ["80.50", "157M", "88.80"]
     assert table["PerSAM (published)"][:3] == ["89.32", "0", "96.17"]
     assert table["PerSAM-F (published)"][-1] == "96.67"
@@ -302,6 +306,7 @@ def test_no_figure_of_the_paper_stands_beside_another_experiment(other, forty):
     if other in ("sam", "unknown"):
         cost = [replace(first.costs[0], sam="SAM ViT-B")] if other == "sam" else []
         changed = replace(forty, rows=(replace(first, costs=(*first.costs[1:], *cost)), *rest))
+        assert "Teddy Bear" in csv_tables(perseg_tables(changed))  # it is still PerSeg
     else:
         more = [replace(items[0], name="spoon")] if other == "names" else []
         changed = replace(forty, data=replace(forty.data, items=[*items[1:], *more]))

@@ -182,7 +182,7 @@ def test_memory_that_ends_in_the_samples_keeps_weights_and_card(runs, tmp_path, 
 
     monkeypatch.setattr(StableDiffusionPipeline, "__call__", without_memory)
     assert runs.train(tmp_path / "run", num_validation_images=1) == 0
-    assert "no memory for samples: the weights are saved" in caplog.text
+    assert "no memory for samples of step 4: the weights are kept" in caplog.text
     assert same_weights(tmp_path / "run", runs())
     assert (tmp_path / "run" / "README.md").is_file()
 

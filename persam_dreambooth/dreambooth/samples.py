@@ -10,6 +10,7 @@ import os
 import re
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from persam_dreambooth import __version__
+from persam_dreambooth.errors import is_out_of_memory
 from persam_dreambooth.files import saving, write_aside
 from persam_dreambooth.progress import Progress, bar, tell
 from persam_dreambooth.report.pictures import grid
@@ -235,7 +237,7 @@ def save_validation_samples(options: TrainingOptions, family: Family, accelerato
     step is seeded at its start.
     """
     folder = options.run_dir / SAMPLES / f"step-{step}"
-    with family.for_inference() as pipeline, accelerator.autocast():
+    with if_memory_lasts(step), family.for_inference() as pipeline, accelerator.autocast():
         save_run_samples(options, pipeline, accelerator, folder, step)
 
 
@@ -253,3 +255,14 @@ def save_run_samples(
         for tracker in accelerator.trackers:
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({prompt: pictures}, step=step, **layout)
+
+
+@contextmanager
+def if_memory_lasts(step: int) -> Iterator[None]:
+    """Leaves the block, with a warning, if there is no memory for the samples of a step: the run goes on."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        logger.warning("no memory for samples of step %d: the weights are kept; generate can make them later", step)

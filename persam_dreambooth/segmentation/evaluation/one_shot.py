@@ -64,7 +64,12 @@ class OneShotOptions(SegmentationOptions):
         rivals=("segmenter", "target_coverage", "guidance", "sam_dtype", "encoding_cache"),
     )
     reference_index: str = option("0", "which image of an object is the reference: a number, or all in turn")
-    shots: int = option(1, "number of references of an object: its first images", rivals=("reference_index",))
+    shots: int = option(
+        1,
+        "number of references of an object: its first images",
+        rivals=("reference_index",),
+        elsewhere=("nshot", "n_shots"),
+    )
 
     @property
     def references(self) -> tuple[int, ...]:
