@@ -286,7 +286,10 @@ ALWAYS: dict[str, tuple[str, ...]] = {
         *("num_validation_images", "report_to", "push_to_hub"),
         "sam_model",  # scripts name it once for runs with and without masks that are made
     ),
-    "generate": ("prompt", "model", "num_images", "seed", "output", "num_inference_steps", "guidance_scale"),
+    "generate": (
+        *("prompt", "model", "num_images", "seed", "output", "num_inference_steps", "guidance_scale"),
+        *("width", "height", "scheduler", "batch_size"),
+    ),
     "evaluate perseg": ("data", "output", "predictions", "reference_index", "sam_model"),
     "evaluate fss1000": ("data", "output", "predictions", "reference_index", "classes", "sam_model"),
     "evaluate absence": ("data", "output", "others", "absent_threshold", "sam_model", *METHOD_OPTIONS),
@@ -334,7 +337,10 @@ IDLE: dict[str, dict[tuple[str, ...], tuple[str, ...]]] = {
         (*MASKS_GIVEN, "--num_validation_images", "0"): ("validation_steps", "validation_prompt"),
         (*MASKS_GIVEN, "--pretrained_model_name_or_path", "toy"): ("revision",),
     },
-    "generate": {("a sks cat", "--model", "toy"): ("identifier",)},
+    "generate": {
+        ("a sks cat", "--model", "toy"): ("identifier", "base_model", "lora_scale"),
+        ("a cat", "--model", "toy", "--guidance_scale", "1"): ("negative_prompt",),
+    },
     "evaluate perseg": {SCORED: (*METHOD_OPTIONS, "guidance", "ablation", "robustness")},
     "evaluate fss1000": {SCORED: (*METHOD_OPTIONS, "guidance")},
     "evaluate absence": {PERSEG: ("guidance",)},

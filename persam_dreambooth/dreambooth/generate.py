@@ -137,6 +137,9 @@ def generate(options: GenerateOptions) -> list[Path]:
         words = [options.identifier] if options.identifier else [subject.word for subject in model.subjects]
         named = next((word for word in words if word in prompt), None)
         check_unread("the prompt", prompt, model.family.unread(pipeline, prompt), named)
+        if options.negative_prompt:
+            unread = model.family.unread(pipeline, options.negative_prompt)
+            check_unread("the negative prompt", options.negative_prompt, unread)
         request = Request(
             prompt,
             range(options.seed, options.seed + options.num_images),
