@@ -208,16 +208,21 @@ def _save(image: Image.Image, paths: list[Path], is_own: Callable[[Path], bool],
     """
     first, second = paths
     own = first.with_name(f".{os.getpid()}{first.suffix}")
-    with write_aside(own) as aside:
-        image.save(aside, **how)
-    with saving(first):
-        try:
-            first.touch(exist_ok=False)
-            path = first
-        except FileExistsError:
-            path = first if is_own(first) else second
-        os.replace(own, path)
-    return path
+    try:
+        with write_aside(own) as aside:
+            image.save(aside, **how)
+        with saving(first):
+            try:
+                os.link(own, first)  # fails if the name is taken
+                return first
+            except FileExistsError:
+                path = first if is_own(first) else second
+            except OSError:  # a file system without links
+                path = first
+            os.replace(own, path)
+            return path
+    finally:
+        own.unlink(missing_ok=True)
 
 
 def _sheet(request: Request, paths: list[Path], notice: str | None) -> Image.Image:
