@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from persam_dreambooth.errors import InputError
+from persam_dreambooth.errors import InputError, counted
 from persam_dreambooth.photos.masks import as_mask
 from persam_dreambooth.segmentation.found import ABSENT, ABSENT_THRESHOLD, SMALL_TARGET, Found, Step
 from persam_dreambooth.segmentation.location_prior import Target, embed_target, pool_targets, presence
@@ -98,7 +98,8 @@ class Segmenter:
         images = image if isinstance(image, list) else [image]
         masks = mask if isinstance(mask, list) else [mask]
         if not images or len(images) != len(masks):
-            raise InputError(f"there are {len(images)} reference photos and {len(masks)} masks: give one for each")
+            given = f"{counted(len(images), 'reference photo')} and {counted(len(masks), 'mask')}"
+            raise InputError(f"got {given}: give one mask for each photo")
         encodings = [self._encoded(one) for one in images]
         return [(_checked_mask(one, encoding), encoding) for one, encoding in zip(masks, encodings, strict=True)]
 
