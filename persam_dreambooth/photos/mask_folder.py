@@ -299,7 +299,9 @@ def _load(
             weights = 1 - weights
         return PhotoMask(photo, mask, MaskRecord(photo.name, photo.sha256, DRAWN, float(mask.mean())), weights)
     if noted.photo_sha256 != photo.sha256:
-        raise InputError(f"{path} is stale: {photo.path} changed after the mask was made; make the mask again")
+        raise InputError(
+            f"{path} is stale: {photo.path} changed after the mask was made; remove the mask, and make it again"
+        )
     return PhotoMask(photo, mask, replace(noted, coverage=float(mask.mean())), weights)
 
 

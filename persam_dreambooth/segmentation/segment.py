@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from tqdm import tqdm
 
-from persam_dreambooth.errors import counted
+from persam_dreambooth.errors import InputError, SaveError, counted
 from persam_dreambooth.files import check_new, check_settings, check_writable, note_settings
 from persam_dreambooth.options import CONFIG, option, require, with_flag, within
 from persam_dreambooth.photos.folder import MASK_INDEX, Photo, find_photos
@@ -83,6 +83,7 @@ def segment_photos(options: SegmentOptions) -> list[PhotoMask]:
 
     Raises:
         InputError, InputNotFoundError: input that cannot be used; nothing is written then.
+        SaveError: a file cannot be written, for example on a full disk; the masks so far are kept.
     """
     options.check()
     folder, output, mask_path = (
@@ -102,17 +103,25 @@ def segment_photos(options: SegmentOptions) -> list[PhotoMask]:
     known = load_known(output, photos)
     if known:
         logger.info("%s has %s for %s: kept", output, counted(len(known), "mask"), counted(len(photos), "photo"))
-    if len(known) < len(photos):
-        segmenter = open_segmenter(options)
-        note_settings(output, settings, "masks", "--output")
-        heatmaps = output / "heatmaps" if options.heatmaps else None
-        masks = segment_folder(
-            photos, references, segmenter, output, options.instances, options.absent, heatmaps, known
-        )
-    else:
-        with MaskWriter(output, known.values()):
-            masks = [known[photo.name] for photo in photos]
-    save_overview(masks, output / "overview.jpg")  # not a PNG, which would be read as a mask
+    heatmaps = output / "heatmaps" if options.heatmaps else None
+    segmenter = open_segmenter(options) if len(known) < len(photos) else None
+    try:
+        if segmenter:
+            note_settings(output, settings, "masks", "--output")
+            masks = segment_folder(
+                photos, references, segmenter, output, options.instances, options.absent, heatmaps, known
+            )
+        else:
+            with MaskWriter(output, known.values()):
+                masks = [known[photo.name] for photo in photos]
+        save_overview(masks, output / "overview.jpg")  # not a PNG, which would be read as a mask
+    except InputError:
+        raise
+    except OSError as error:
+        place, reason = error.filename or output, error.strerror
+        raise SaveError(
+            f"{place} cannot be written ({reason}): make room or correct its permissions; the same command resumes"
+        ) from None
     return masks
 
 
