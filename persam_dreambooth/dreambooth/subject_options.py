@@ -80,15 +80,15 @@ class SubjectOptions(Options):
     invert_mask: bool = option(
         False, "black, or transparent, is the subject in the masks given", when=(with_flag("--mask", "--mask_dir"),)
     )
-    class_name: str | None = option(
-        None, "the subject's class; default: the name of --instance_dir", elsewhere=("class_tokens",)
-    )
+    class_name: str | None = option(None, "the subject's class; default: the name of --instance_dir")
     identifier: str | None = option(
         None,
         "token for the subject, [V] in prompts; default: sks, or from a folder name such as 5_sks cat",
-        elsewhere=("instance_token", "placeholder_token"),
+        elsewhere=("instance_token",),
     )
-    instance_prompt: str | None = option(None, "training prompt; default: a [V] <class_name>")
+    instance_prompt: str | None = option(
+        None, "training prompt; default: a [V] <class_name>", elsewhere=("class_tokens",)
+    )
     class_prompt: str | None = option(
         None,
         "prompt of class images; default: a <class_name>",
@@ -98,7 +98,6 @@ class SubjectOptions(Options):
         None,
         "prompt of the samples; default: a [V] <class_name> on a beach",
         when=(with_run_flag("--num_validation_images"),),
-        elsewhere=("sample_prompts",),
     )
 
     def check_subject(self, unmasked: bool) -> None:

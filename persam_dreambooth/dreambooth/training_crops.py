@@ -14,7 +14,7 @@ from persam_dreambooth.dreambooth.data import Crops
 from persam_dreambooth.dreambooth.families.family import Family
 from persam_dreambooth.dreambooth.prompts import check_unread, fill_identifier, in_front_of
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
-from persam_dreambooth.errors import InputError
+from persam_dreambooth.errors import InputError, counted
 from persam_dreambooth.photos.captions import read_prompts
 from persam_dreambooth.photos.folder import Photo
 from persam_dreambooth.photos.mask_folder import SKIPPED, PhotoMask
@@ -57,8 +57,8 @@ def make_crops(options: TrainingOptions, album: Album, masks: list[PhotoMask], c
     }
     if options.unmasked:
         logger.warning(
-            "%straining on %d whole photos, without masks: their backgrounds will be learned too",
-            album.label, len(album.photos),
+            "%straining on %s as a whole, without masks: the background will be learned too",
+            album.label, counted(len(album.photos), "photo"),
         )  # fmt: skip
         return Crops(album.photos, None, prompts=training_captions(album, album.photos), **shared)
     used = _used_masks(album, masks)
@@ -98,8 +98,9 @@ def _used_masks(album: Album, masks: list[PhotoMask]) -> list[PhotoMask]:
             logger.warning("%s: its mask covers the whole photo, so its background will be learned", name)
     covered = [100 * item.record.coverage for item in used]
     logger.info(
-        "%s%d masks for %d photos; they cover %.0f %% to %.0f %% of a photo, %.0f %% on average",
-        label, len(used), len(album.photos), min(covered), max(covered), np.mean(covered),
+        "%s%s for %s, covering %.0f %% to %.0f %% of a photo, %.0f %% on average",
+        label, counted(len(used), "mask"), counted(len(album.photos), "photo"),
+        min(covered), max(covered), np.mean(covered),
     )  # fmt: skip
     return used
 

@@ -56,7 +56,7 @@ class TrainingOptions(SubjectOptions):
         "stable-diffusion-v1-5/stable-diffusion-v1-5",
         "Stable Diffusion 1.x, 2.x, XL, 3, 3.5 or FLUX.1: hub id, local folder, or toy",
         path=True,
-        elsewhere=("model", "base_model", "base_model_name"),
+        elsewhere=("model", "base_model_name"),
     )
     revision: str | None = option(
         None,
@@ -207,7 +207,7 @@ class TrainingOptions(SubjectOptions):
     learning_rate: float | None = option(
         None,
         "default: 1e-4 for lora; for full 5e-6, and 1e-6 with XL; for prodigy 1, which multiplies what it finds",
-        elsewhere=("lr", "unet_lr"),
+        elsewhere=("lr",),
     )
     scale_lr: bool = option(False, "multiply the learning rate by batch, accumulation and processes")
     lr_scheduler: SCHEDULES = option("constant", "learning rate schedule")
@@ -263,7 +263,6 @@ class TrainingOptions(SubjectOptions):
         None,
         "steps between validation samples; default: only at the end",
         when=(with_flag("--num_validation_images"),),
-        elsewhere=("validation_epochs",),
     )
     report_to: Literal["tensorboard", "wandb"] | None = option(
         None, "also log losses, learning rate and samples to a tracker", elsewhere=("log_with",)
