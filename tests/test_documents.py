@@ -126,6 +126,15 @@ def test_the_commands_of_the_families_run_in_their_order(home, toy_sam):
     assert made == ["cat-3", "cat-flux", "cat-xl"]
 
 
+def test_the_commands_of_the_training_options_run(home, toy_sam, complete):
+    shutil.copytree(complete, home / "outputs" / "cat")
+    listed = commands(ROOT / "docs" / "training.md")
+    assert len(listed) == 2
+    for command in listed:
+        run(command, home, toy_sam)
+    assert len(list((home / "outputs/cat/generated").glob("*.png"))) == 6
+
+
 def test_the_commands_of_davis_run_in_their_order(home, toy_sam):
     ran = [command for command in commands(ROOT / "docs" / "evaluation.md") if "davis" in command]
     assert len(ran) == 3

@@ -117,7 +117,7 @@ def generate(options: GenerateOptions) -> list[Path]:
         KeyboardInterrupt: with a message that says how many images are saved.
     """
     options.check()
-    name = _find_name(options.model)
+    name = _find_name(options.model or None)
 
     from persam_dreambooth.dreambooth.pipelines import find_model, inference_device, to_accelerator
 
