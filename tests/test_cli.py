@@ -217,11 +217,11 @@ def test_the_options_of_train_are_these():
     assert [entry.name for entry in fields(TrainOptions)] == [
         *("instance_dir", "dataset_name", "image_column", "caption_column"),
         *("mask", "reference_image", "mask_dir", "mask_from", "invert_mask"),
-        *("class_name", "identifier", "instance_prompt", "class_prompt", "validation_prompt"),
+        *("caption_from", "class_name", "identifier", "instance_prompt", "class_prompt", "validation_prompt"),
         *("subjects", "unmasked"),
         *("pretrained_model_name_or_path", "revision", "variant"),
         *("method", "rank", "lora_alpha", "lora_targets", "lora_dropout", "lora_init", "use_dora", "export"),
-        *("train_text_encoder", "long_prompts"),
+        *("train_text_encoder", "long_prompts", "caption_dropout"),
         *(
             "mask_normalization",
             "unmasked_weight",
@@ -276,7 +276,7 @@ ALWAYS: dict[str, tuple[str, ...]] = {
         *("instance_dir", "dataset_name", "mask", "mask_dir", "mask_from", "class_name", "identifier"),
         *("instance_prompt", "subjects", "unmasked"),
         *("pretrained_model_name_or_path", "variant", "method", "train_text_encoder", "long_prompts"),
-        *("snr_gamma", "noise_offset", "with_prior_preservation"),
+        *("caption_dropout", "snr_gamma", "noise_offset", "with_prior_preservation"),
         *("aspect_ratio_buckets", "center_crop", "random_flip"),
         *("seed", "max_train_steps", "train_batch_size", "gradient_accumulation_steps"),
         *("optimizer", "learning_rate", "scale_lr", "lr_scheduler"),
@@ -325,6 +325,7 @@ IDLE: dict[str, dict[tuple[str, ...], tuple[str, ...]]] = {
             *("mask_normalization", "unmasked_weight", "unmasked_probability", "mask_dilation", "mask_feather"),
             *("masked_prior_preservation_weight", "replace_background", "soft_masks"),
         ),
+        ("--dataset_name", "me/cat", "--mask_dir", "m"): ("caption_from",),
         (*MASKS_GIVEN, "--method", "full"): (
             *("rank", "lora_alpha", "lora_targets", "lora_dropout", "lora_init", "use_dora", "export"),
         ),
@@ -454,6 +455,7 @@ OUT_OF_RANGE = {
     "lora_dropout": ("-0.5", "give a number from 0 to 1"),
     "target_coverage": ("1.0", "give a number from 0 to below 1"),
     "adam_beta1": ("1.0", "give a number from 0 to below 1"),
+    "caption_dropout": ("1.0", "give a number from 0 to below 1"),
     "adam_beta2": ("-0.1", "give a number from 0 to below 1"),
     "max_grad_norm": ("0.0", "give more than 0"),
     "snr_gamma": ("0.0", "give more than 0"),

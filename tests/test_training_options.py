@@ -18,6 +18,7 @@ from PIL import Image
 from tiny_families import save_tiny, toy_or_tiny
 from torch.utils.data import default_collate
 from training_runs import (
+    ALL_AGAINST_BACKGROUNDS,
     RESOLUTION,
     SLOW,
     STEPS,
@@ -167,6 +168,20 @@ def test_noise_offset_reaches_every_family(runs, checkpoints, name):
     model = toy_or_tiny(name, checkpoints)
     one, two = (runs(pretrained_model_name_or_path=model, noise_offset=offset) for offset in (0.0, 0.1))
     assert not same_weights(one, two)
+
+
+# --- caption dropout
+
+
+@pytest.mark.parametrize("text_encoder", [None, pytest.param(True, marks=SLOW)])
+def test_dropped_captions_leave_class_images_their_prompt(runs, text_encoder):
+    """Beside backgrounds that prompts name; what is dropped is trained with the embedding of the empty prompt."""
+    options = runs.sharing({**ALL_AGAINST_BACKGROUNDS, "train_text_encoder": text_encoder})
+    usual, dropped = runs(**options), runs(caption_dropout=0.99, **options)
+    assert column(usual, "prior_loss")[0] == column(dropped, "prior_loss")[0]
+    assert column(usual)[0] != column(dropped)[0]
+    if not text_encoder:  # no prompt of a photo is left
+        assert column(dropped) == column(runs(caption_dropout=0.99, **{**options, "background_in_prompt": None}))
 
 
 # --- LoRA

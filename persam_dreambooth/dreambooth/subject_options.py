@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from persam_dreambooth.dreambooth.prompts import fill_identifier
 from persam_dreambooth.errors import InputError
-from persam_dreambooth.options import Condition, Options, option, require, typed_options, with_flag
+from persam_dreambooth.options import Condition, Options, option, require, typed_options, with_flag, without_flag
 
 MASKS = "masks"
 """The mask folder in a run's folder; see `mask_folders`."""
@@ -79,6 +79,12 @@ class SubjectOptions(Options):
     )
     invert_mask: bool = option(
         False, "black, or transparent, is the subject in the masks given", when=(with_flag("--mask", "--mask_dir"),)
+    )
+    caption_from: Literal["filename"] | None = option(
+        None,
+        "a photo without a caption file has its file name as caption: a [V] cat on a sofa_2.jpg",
+        when=(without_flag("--dataset_name"),),
+        elsewhere=("caption_strategy",),
     )
     class_name: str | None = option(
         None, "the subject's class; default: the name of --instance_dir", elsewhere=("class_tokens",)

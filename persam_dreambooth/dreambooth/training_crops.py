@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from persam_dreambooth.dreambooth.albums import Album
+from persam_dreambooth.dreambooth.albums import Album, own_captions
 from persam_dreambooth.dreambooth.base_pictures import class_prompts, told_scenes
 from persam_dreambooth.dreambooth.data import Crops
 from persam_dreambooth.dreambooth.families.family import Family
@@ -51,6 +51,7 @@ def make_crops(options: TrainingOptions, album: Album, masks: list[PhotoMask], c
         "resolution": cut.resolution,
         "center_crop": options.center_crop,
         "seed": options.seed,
+        "caption_dropout": options.caption_dropout,
         "random_flip": options.random_flip,
         "buckets": cut.buckets,
         "alike": options.train_batch_size if cut.buckets else 1,
@@ -120,10 +121,12 @@ def _check_lost(options: TrainingOptions, album: Album, crops: Crops) -> None:
 
 def training_captions(album: Album, photos: list[Photo]) -> list[str]:
     """The prompt of each photo: its own caption, with [V] replaced by the identifier, or the instance prompt."""
-    subject, own = album.subject, read_prompts(photos, "")
+    subject, own = album.subject, own_captions(album.subject, photos)
     captions = [fill_identifier(text, subject.word) or subject.prompt("instance") for text in own]
     if any(own):
         logger.info("%s%d of %d photos have captions of their own", album.label, sum(map(bool, own)), len(photos))
+    if subject.caption_from and any(written := [text for text in read_prompts(photos, "") if text]):
+        logger.info("%s%d of them are from text files, which come before file names", album.label, len(written))
     if all(own) and subject.instance_prompt:
         logger.info("%s--instance_prompt is not used: all photos have captions", album.label)
     if not all(own):
@@ -146,7 +149,7 @@ def check_prompts(options: TrainingOptions, albums: list[Album], family: Family)
     for album in albums:
         subject, label = album.subject, album.label
         prompts: dict[str, str] = {}
-        for photo, text in zip(album.photos, read_prompts(album.photos, ""), strict=True):
+        for photo, text in zip(album.photos, own_captions(subject, album.photos), strict=True):
             prompt = fill_identifier(text, subject.word) or subject.prompt("instance")
             prompts.setdefault(prompt, f"the caption of {photo.name}" if text else "the training prompt")
         scenes = told_scenes(options)

@@ -95,6 +95,12 @@ class TrainingOptions(SubjectOptions):
         elsewhere=("max_token_length",),
     )
 
+    caption_dropout: float = option(
+        0.0,
+        "fraction of the photos' samples trained with the empty prompt, 0 to below 1",
+        elsewhere=("caption_dropout_rate", "caption_dropout_probability", "proportion_empty_prompts"),
+    )
+
     # The masked loss
     mask_normalization: Literal["area", "none"] = option(
         "area", "divide the loss by the mask's area, or use the plain mean as in the paper", when=WHEN_MASKED
@@ -296,7 +302,7 @@ class TrainingOptions(SubjectOptions):
         within(self, -16, 16, "mask_dilation")
         within(self, 0, 8, "mask_feather")
         within(self, 0, LAST_SEED, "seed")
-        below_one(self, "adam_beta1", "adam_beta2")
+        below_one(self, "adam_beta1", "adam_beta2", "caption_dropout")
         above_zero(self, "max_grad_norm", "snr_gamma", "lora_alpha")
         super().check()
         buckets = self.aspect_ratio_buckets
