@@ -394,15 +394,35 @@ def test_the_identifier_stands_for_v_in_every_prompt():
         instance_dir="cat", identifier="zwx", instance_prompt="photo of [V] cat, [V]", class_prompt="photo of cat",
         validation_prompt="[V] in space",
     )  # fmt: skip
-    prompts = {kind: options.prompt(kind) for kind in ("instance", "class", "validation")}
-    assert prompts == {"instance": "photo of zwx cat, zwx", "class": "photo of cat", "validation": "zwx in space"}
+    prompts = {kind: options.prompt(kind) for kind in ("instance", "class")}
+    assert prompts == {"instance": "photo of zwx cat, zwx", "class": "photo of cat"}
+    assert options.sample_prompts == ["zwx in space"]
     assert fill_identifier("a [v] cat", "zwx") == "a [v] cat"
 
 
 def test_prompts_follow_from_identifier_and_class():
     options = TrainOptions(instance_dir="photos", class_name="cat")
-    prompts = [options.prompt(kind) for kind in ("instance", "class", "validation")]
+    prompts = [options.prompt("instance"), options.prompt("class"), *options.sample_prompts]
     assert prompts == ["a sks cat", "a cat", "a sks cat on a beach"]
+
+
+def test_validation_prompts_are_one_or_several(config, capsys):
+    def asked(*arguments: str) -> list[str]:
+        return parse("--instance_dir", "cat", *arguments).validation_prompts
+
+    one, two = ["--validation_prompt", "[V], one"], ["--validation_prompt=a [V] two"]
+    assert asked(*one) == ["sks, one"]
+    assert asked(*one, *two, *one) == ["sks, one", "a sks two"]
+    assert asked("--config", config("validation_prompt: a [V] three")) == ["a sks three"]
+    listed = config("validation_prompt:\n- a [V] three\n- '[V], four'\n")
+    assert asked("--config", listed) == ["a sks three", "sks, four"]
+    assert asked("--config", listed, *one) == ["sks, one"]
+    for none in ([], ["--validation_prompt", ""], ["--config", listed, "--validation_prompt", "null"]):
+        assert asked(*none) == ["a sks cat on a beach"]
+    assert asked("--config", config("validation_prompt: []")) == ["a sks cat on a beach"]
+    assert TrainOptions(validation_prompt="a [V] five").validation_prompts == ["a sks five"]
+    path = config("validation_prompt: [a cat, 3]")
+    assert refused(capsys, "train", "--config", path).endswith("--validation_prompt is 3: give text, in quotes")
 
 
 @pytest.mark.parametrize(
@@ -834,7 +854,7 @@ def test_saved_options_with_other_photos_are_for_their_class(config):
     saved = TrainOptions(instance_dir="photos/cat", mask="m.png", identifier="zwx").resolved(64, "no", 1e-4)
     path = config(yaml.safe_dump(asdict(saved)))
     options = parse("--config", path, "--instance_dir", "photos/dog")
-    prompts = [options.prompt(kind) for kind in ("instance", "class", "validation")]
+    prompts = [options.prompt("instance"), options.prompt("class"), *options.sample_prompts]
     assert prompts == ["a zwx dog", "a dog", "a zwx dog on a beach"]
     given = TrainOptions(instance_dir="photos/1", mask="m.png", class_name="cat", instance_prompt="[V], a pet")
     path = config(yaml.safe_dump(asdict(given.resolved(64, "no", 1e-4))))

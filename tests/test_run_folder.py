@@ -40,6 +40,18 @@ def test_run_folder_holds_all_that_is_promised(complete, photos):
         assert sample.size == (64, 64)
 
 
+def test_each_validation_prompt_has_pictures_of_its_own(runs):
+    """Also where prompts differ in signs only, which file names leave out."""
+    prompts = ["a [V] duck!", "a [V] duck?", "a red [V] duck"]
+    run = runs(validation_prompt=prompts, num_validation_images=1, validation_steps=1, max_train_steps=2)
+    assert yaml.safe_load((run / "config.yaml").read_text())["validation_prompt"] == prompts
+    for folder in (run / "samples", run / "samples" / "step-1"):
+        pictures = {path.name: path.read_bytes() for path in folder.glob("*.png")}
+        assert set(pictures) == {"a-sks-duck-0.png", "a-sks-duck--2-0.png", "a-red-sks-duck-0.png"}
+        assert len(set(pictures.values())) == 3
+        assert len(list(folder.glob("*-grid.jpg"))) == 3
+
+
 def test_saved_options_are_resolved_and_headed_by_versions(complete):
     text = (complete / "config.yaml").read_text()
     options = yaml.safe_load(text)

@@ -574,7 +574,8 @@ def test_tensorboard_is_told_losses_and_samples(runs):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    told = {"report_to": "tensorboard", "validation_steps": 2, "num_validation_images": 2}
+    prompts = ["a [V] duck!", "a [V] duck?"]
+    told = {"report_to": "tensorboard", "validation_steps": 2, "num_validation_images": 1, "validation_prompt": prompts}
     run = runs(masked_prior_preservation_weight=1.0, **told)
     assert same_weights(run, runs(masked_prior_preservation_weight=1.0))
     events = EventAccumulator(str(run / "logs" / "persam-dreambooth"), {"images": 0})
@@ -582,8 +583,11 @@ def test_tensorboard_is_told_losses_and_samples(runs):
     for name in ("loss", "preservation_loss", "learning_rate"):
         assert [event.value for event in events.Scalars(name)] == pytest.approx(column(run, name))
         assert [event.step for event in events.Scalars(name)] == column(run, "step")
-    [tag] = {tag.rsplit("/", 1)[0] for tag in events.Tags()["images"]}
-    assert tag == "a sks duck on a beach"
+    assert {tag.rsplit("/", 1)[0] for tag in events.Tags()["images"]} == {"a sks duck!", "a sks duck?"}
+    for folder in (run / "samples", run / "samples" / "step-2"):
+        pictures = sorted(folder.glob("*.png"))
+        assert [path.name for path in pictures] == ["a-sks-duck--2-0.png", "a-sks-duck-0.png"]
+        assert pictures[0].read_bytes() != pictures[1].read_bytes()
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])

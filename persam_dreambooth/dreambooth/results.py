@@ -11,7 +11,7 @@ from persam_dreambooth.dreambooth.families.family import Family
 from persam_dreambooth.dreambooth.families.registry import load_pipeline
 from persam_dreambooth.dreambooth.hub import push
 from persam_dreambooth.dreambooth.pipelines import model_notice
-from persam_dreambooth.dreambooth.samples import SAMPLES, sample, save_samples
+from persam_dreambooth.dreambooth.samples import SAMPLES, picture_names, sample, save_samples
 from persam_dreambooth.dreambooth.trainer import final_loss, frozen_dtype
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.files import filled_aside, write_text
@@ -44,9 +44,10 @@ def save_results(
     notice = model_notice(options.pretrained_model_name_or_path)
     if options.num_validation_images:
         pipeline = pipeline.to(accelerator.device, frozen_dtype(accelerator))
-        for prompt in options.validation_prompts:
+        prompts = options.validation_prompts
+        for prompt, name in zip(prompts, picture_names(prompts), strict=True):
             images = sample(pipeline, prompt, options.num_validation_images, options.seed)
-            save_samples(images, prompt, options.seed, run_dir / SAMPLES, notice)
+            save_samples(images, prompt, options.seed, run_dir / SAMPLES, notice, name)
     write_text(run_dir / "README.md", model_card(options, masks, crops, final_loss(run_dir), family.tags, notice))
     if options.push_to_hub:
         logger.info("uploaded to %s", push(options, pipeline))

@@ -50,10 +50,25 @@ def sample(
     ]
 
 
+def picture_names(prompts: list[str]) -> list[str]:
+    """The begin of the names of each prompt's images: its words; a number is added to words that occurred before."""
+    names: list[str] = []
+    for prompt in prompts:
+        words = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:60]
+        number = sum(name == words or name.startswith(f"{words}--") for name in names)
+        names.append(f"{words}--{number + 1}" if number else words)
+    return names
+
+
 def save_samples(
-    images: list[Image.Image], prompt: str, seed: int, folder: Path, notice: str | None = None
+    images: list[Image.Image],
+    prompt: str,
+    seed: int,
+    folder: Path,
+    notice: str | None = None,
+    name: str | None = None,
 ) -> list[Path]:
-    """Saves images as `<prompt>-<seed>.png` and a grid of them as JPEG; returns the paths, the grid last.
+    """Saves images as `<name>-<seed>.png` and a grid of them as JPEG; returns the paths, the grid last.
 
     Args:
         images: the images.
@@ -61,8 +76,9 @@ def save_samples(
         seed: seed of the first image.
         folder: the output folder.
         notice: a line to show above the grid.
+        name: the begin of the files' names; default: that of the prompt in `picture_names`.
     """
-    name = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:60]
+    name = name or picture_names([prompt])[0]
     seeds = range(seed, seed + len(images))
     paths = [folder / f"{name}-{number}.png" for number in seeds]
     for path, image in zip(paths, images, strict=True):
@@ -89,8 +105,9 @@ def save_validation_samples(options: TrainingOptions, family: Family, accelerato
     with family.for_inference() as pipeline, accelerator.autocast():
         images_of = {prompt: sample(pipeline, prompt, count, seed) for prompt in options.validation_prompts}
     notice = model_notice(options.pretrained_model_name_or_path)
-    for prompt, images in images_of.items():
-        save_samples(images, prompt, options.seed, options.run_dir / SAMPLES / f"step-{step}", notice)
+    folder = options.run_dir / SAMPLES / f"step-{step}"
+    for (prompt, images), name in zip(images_of.items(), picture_names(list(images_of)), strict=True):
+        save_samples(images, prompt, options.seed, folder, notice, name)
         pictures = np.stack([np.asarray(image) for image in images])
         for tracker in accelerator.trackers:
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}

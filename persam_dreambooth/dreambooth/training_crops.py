@@ -155,7 +155,7 @@ def check_prompts(options: TrainingOptions, albums: list[Album], family: Family)
         scenes = told_scenes(options)
         told += [(f"{label}{what}", prompt, subject.word, scenes) for prompt, what in prompts.items()]
         if options.num_validation_images:
-            told.append((f"{label}the validation prompt", subject.prompt("validation"), subject.word, []))
+            told += [(f"{label}the validation prompt", each, subject.word, []) for each in subject.sample_prompts]
     if options.with_prior_preservation:
         scenes = options.scenes if options.class_scenes else []
         told += [("the class prompt", prompt, None, scenes) for prompt in class_prompts(options)]

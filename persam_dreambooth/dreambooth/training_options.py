@@ -380,8 +380,8 @@ class TrainingOptions(SubjectOptions):
 
     @property
     def validation_prompts(self) -> list[str]:
-        """The validation prompts, without duplicates."""
-        return list(dict.fromkeys(subject.prompt("validation") for subject in self.each_subject))
+        """The validation prompts of all subjects, without duplicates."""
+        return list(dict.fromkeys(prompt for subject in self.each_subject for prompt in subject.sample_prompts))
 
     @property
     def scenes(self) -> list[str]:
