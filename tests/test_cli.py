@@ -220,8 +220,8 @@ def test_the_options_of_train_are_these():
         *("caption_from", "class_name", "identifier", "instance_prompt", "class_prompt", "validation_prompt"),
         *("subjects", "unmasked"),
         *("pretrained_model_name_or_path", "revision", "variant"),
-        *("method", "rank", "lora_alpha", "lora_targets", "lora_dropout", "lora_init", "use_dora", "export"),
-        *("train_text_encoder", "long_prompts", "caption_dropout"),
+        *("method", "rank", "lora_alpha", "lora_targets", "init_lora", "lora_dropout", "lora_init", "use_dora"),
+        *("export", "train_text_encoder", "long_prompts", "caption_dropout"),
         *(
             "mask_normalization",
             "unmasked_weight",
@@ -327,7 +327,8 @@ IDLE: dict[str, dict[tuple[str, ...], tuple[str, ...]]] = {
         ),
         ("--dataset_name", "me/cat", "--mask_dir", "m"): ("caption_from",),
         (*MASKS_GIVEN, "--method", "full"): (
-            *("rank", "lora_alpha", "lora_targets", "lora_dropout", "lora_init", "use_dora", "export"),
+            *("rank", "lora_alpha", "lora_targets", "init_lora", "lora_dropout", "lora_init", "use_dora"),
+            "export",
         ),
         (*MASKS_GIVEN, "--aspect_ratio_buckets", "64,64"): ("resolution",),
         (*MASKS_GIVEN, "--replace_background", "color"): ("cache_latents",),

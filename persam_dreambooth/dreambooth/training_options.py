@@ -75,6 +75,19 @@ class TrainingOptions(SubjectOptions):
         when=WHEN_LORA,
         elsewhere=("lora_layers", "target_modules"),
     )
+    init_lora: str | None = option(
+        None,
+        "LoRA to start from: a run's folder, or a safetensors file with the key names of diffusers or kohya",
+        path=True,
+        when=(
+            *WHEN_LORA,
+            Condition(
+                lambda options: options.resume_from_checkpoint in (None, "latest"),
+                "a checkpoint has its own weights, remove it or --resume_from_checkpoint",
+            ),
+        ),
+        elsewhere=("network_weights",),
+    )
     lora_dropout: float = option(0.0, "dropout inside LoRA, 0 to 1", when=WHEN_LORA)
     lora_init: Literal["gaussian", "kaiming"] = option(
         "gaussian", "initialization of LoRA's first matrix; the second starts at zero", when=WHEN_LORA
