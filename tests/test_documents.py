@@ -12,9 +12,11 @@ from accelerate.state import AcceleratorState
 from tiny_families import tiny_for
 
 from persam_dreambooth import cli, toy
+from persam_dreambooth.dreambooth.generate import GenerateOptions
 from persam_dreambooth.main_job import TrainOptions
 from persam_dreambooth.options import find_config
 from persam_dreambooth.segmentation.evaluation.perseg_tables import PAPER_TABLE_3, PAPER_TABLE_4
+from persam_dreambooth.segmentation.segment import SegmentOptions
 from persam_dreambooth.toy import rendered_davis as davis
 
 ROOT = Path(__file__).parents[1]
@@ -175,11 +177,25 @@ def test_every_link_and_file_named_in_the_documents_exists(document):
     assert not missing
 
 
+def test_the_names_of_other_trainers_are_those_that_errors_explain():
+    """In `docs/coming-from.md`, each row of two cells is another trainer's name and ours for the same thing."""
+    rows = [row for row in other_trainers_rows() if len(row) == 2]
+    told = {name: re.findall(r"--(\w+)", here)[0] for there, here in rows for name in re.findall(r"`-*(\w+)`", there)}
+    own = {entry.name for options in (GenerateOptions, SegmentOptions) for entry in fields(options)}
+    explained = {name: entry.name for entry in fields(TrainOptions) for name in entry.metadata["elsewhere"]}
+    assert {name: ours for name, ours in explained.items() if name not in own} == {
+        name: ours for name, ours in told.items() if name not in ("masked_loss", *own)
+    }
+
+
 def test_the_options_that_other_trainers_options_are_mapped_to_exist():
-    """Of each row of the tables in `docs/coming-from.md`, the last cell is ours."""
-    text = (ROOT / "docs" / "coming-from.md").read_text(encoding="utf-8")
-    cells = [line.strip("|").split("|")[-1] for line in text.splitlines() if line.startswith("|")]
-    named = {flag for cell in cells for flag in re.findall(r"--(\w+)", cell)}
+    """Of each row of the tables in `docs/coming-from.md`, the second cell is ours."""
+    named = {flag for row in other_trainers_rows() if len(row) < 4 for flag in re.findall(r"--(\w+)", row[1])}
     assert len(named) > 15
     aliases = {field.metadata.get("alias") for field in fields(TrainOptions)}
     assert named <= {field.name for field in fields(TrainOptions)} | aliases
+
+
+def other_trainers_rows() -> list[list[str]]:
+    lines = (ROOT / "docs" / "coming-from.md").read_text(encoding="utf-8").splitlines()
+    return [line.strip("|").replace("\\|", "/").split("|") for line in lines if line.startswith("|")]

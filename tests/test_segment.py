@@ -140,6 +140,19 @@ def test_settings_that_are_none_are_refused(options, made, capsys):
     assert f"{made}/settings.json is not the settings of masks: remove it" in capsys.readouterr().err
 
 
+def test_what_cannot_be_written_is_told_and_the_masks_before_are_kept(options, made, album, capsys):
+    (made / "heatmaps").touch()
+    for name in ("01.png", "02.png"):
+        (made / name).unlink()
+    assert segment(options, heatmaps=True) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"error: {made}/heatmaps cannot be written (File exists): make room or correct")
+    (made / "heatmaps").unlink()
+    assert segment(options, heatmaps=True) == 0
+    assert methods(made, album) == ["given", "persam", "persam"]
+    assert sorted(path.name for path in (made / "heatmaps").iterdir()) == ["01.jpg", "02.jpg"]
+
+
 def test_one_photo_has_one_mask(options, album, tmp_path, capsys):
     for name in ("01.jpg", "02.jpg"):
         (album / name).unlink()

@@ -404,7 +404,7 @@ def test_the_mask_of_a_photo_holds_all_instances(twice, tmp_path, toy_sam):
 
 
 def test_as_many_masks_as_photos_are_wanted(sam, reference):
-    with pytest.raises(InputError, match="2 reference photos and 1 masks"):
+    with pytest.raises(InputError, match="got 2 reference photos and 1 mask: give one mask for each photo"):
         PerSAM(sam).fit([reference[0]] * 2, [reference[1]])
 
 

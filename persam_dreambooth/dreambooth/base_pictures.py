@@ -10,7 +10,7 @@ from persam_dreambooth.dreambooth.prompts import in_front_of
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.files import check_writable, write_text
-from persam_dreambooth.photos.captions import read_prompts
+from persam_dreambooth.photos.captions import check_captions, read_prompts
 from persam_dreambooth.photos.folder import Photo, check_shapes, find_photos
 from persam_dreambooth.progress import steps
 from persam_dreambooth.report.pictures import save_picture
@@ -45,6 +45,7 @@ def _check_folder(folder: Path, described: bool = False) -> None:
         check_writable(folder)
         return
     pictures = find_pictures(folder)
+    check_captions(pictures)
     for picture, prompt in zip(pictures, read_prompts(pictures, ""), strict=True):
         if described and not prompt:
             path = picture.path

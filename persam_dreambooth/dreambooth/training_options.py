@@ -56,7 +56,7 @@ class TrainingOptions(SubjectOptions):
         "stable-diffusion-v1-5/stable-diffusion-v1-5",
         "Stable Diffusion 1.x, 2.x, XL, 3, 3.5 or FLUX.1: hub id, local folder, or toy",
         path=True,
-        elsewhere=("model", "base_model", "base_model_name"),
+        elsewhere=("model", "base_model_name"),
     )
     revision: str | None = option(
         None,
@@ -74,6 +74,19 @@ class TrainingOptions(SubjectOptions):
         "attention, attention+feedforward, all, or name endings such as to_q,to_v; default: the family's",
         when=WHEN_LORA,
         elsewhere=("lora_layers", "target_modules"),
+    )
+    init_lora: str | None = option(
+        None,
+        "LoRA to start from: a run's folder, or a safetensors file with the key names of diffusers or kohya",
+        path=True,
+        when=(
+            *WHEN_LORA,
+            Condition(
+                lambda options: options.resume_from_checkpoint in (None, "latest"),
+                "a checkpoint has its own weights, remove it or --resume_from_checkpoint",
+            ),
+        ),
+        elsewhere=("network_weights",),
     )
     lora_dropout: float = option(0.0, "dropout inside LoRA, 0 to 1", when=WHEN_LORA)
     lora_init: Literal["gaussian", "kaiming"] = option(
@@ -93,6 +106,12 @@ class TrainingOptions(SubjectOptions):
         False,
         "read prompts longer than CLIP's 77 tokens in chunks; generate then does the same",
         elsewhere=("max_token_length",),
+    )
+
+    caption_dropout: float = option(
+        0.0,
+        "fraction of the photos' samples trained with the empty prompt, 0 to below 1",
+        elsewhere=("caption_dropout_rate", "caption_dropout_probability", "proportion_empty_prompts"),
     )
 
     # The masked loss
@@ -207,7 +226,7 @@ class TrainingOptions(SubjectOptions):
     learning_rate: float | None = option(
         None,
         "default: 1e-4 for lora; for full 5e-6, and 1e-6 with XL; for prodigy 1, which multiplies what it finds",
-        elsewhere=("lr", "unet_lr"),
+        elsewhere=("lr",),
     )
     scale_lr: bool = option(False, "multiply the learning rate by batch, accumulation and processes")
     lr_scheduler: SCHEDULES = option("constant", "learning rate schedule")
@@ -263,7 +282,6 @@ class TrainingOptions(SubjectOptions):
         None,
         "steps between validation samples; default: only at the end",
         when=(with_flag("--num_validation_images"),),
-        elsewhere=("validation_epochs",),
     )
     report_to: Literal["tensorboard", "wandb"] | None = option(
         None, "also log losses, learning rate and samples to a tracker", elsewhere=("log_with",)
@@ -296,7 +314,7 @@ class TrainingOptions(SubjectOptions):
         within(self, -16, 16, "mask_dilation")
         within(self, 0, 8, "mask_feather")
         within(self, 0, LAST_SEED, "seed")
-        below_one(self, "adam_beta1", "adam_beta2")
+        below_one(self, "adam_beta1", "adam_beta2", "caption_dropout")
         above_zero(self, "max_grad_norm", "snr_gamma", "lora_alpha")
         super().check()
         buckets = self.aspect_ratio_buckets
@@ -374,8 +392,8 @@ class TrainingOptions(SubjectOptions):
 
     @property
     def validation_prompts(self) -> list[str]:
-        """The validation prompts, without duplicates."""
-        return list(dict.fromkeys(subject.prompt("validation") for subject in self.each_subject))
+        """The validation prompts of all subjects, without duplicates."""
+        return list(dict.fromkeys(prompt for subject in self.each_subject for prompt in subject.sample_prompts))
 
     @property
     def scenes(self) -> list[str]:

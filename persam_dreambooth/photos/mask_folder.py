@@ -184,8 +184,8 @@ class MaskWriter:
             text = PngInfo()
             text.add_text(NOTE, json.dumps(asdict(record)))
             with write_aside(self.folder / _mask_name(record.photo)) as aside:
-                gray = mask if weights is None else weights
-                Image.fromarray(np.round(gray * 255.0).astype(np.uint8)).save(aside, pnginfo=text)
+                gray = mask * np.uint8(255) if weights is None else np.round(weights * 255.0).astype(np.uint8)
+                Image.fromarray(gray).save(aside, pnginfo=text)
         self._index[record.photo] = record
         self._unwritten = True
         if time.monotonic() >= self._due:
@@ -299,7 +299,9 @@ def _load(
             weights = 1 - weights
         return PhotoMask(photo, mask, MaskRecord(photo.name, photo.sha256, DRAWN, float(mask.mean())), weights)
     if noted.photo_sha256 != photo.sha256:
-        raise InputError(f"{path} is stale: {photo.path} changed after the mask was made; make the mask again")
+        raise InputError(
+            f"{path} is stale: {photo.path} changed after the mask was made; remove the mask, and make it again"
+        )
     return PhotoMask(photo, mask, replace(noted, coverage=float(mask.mean())), weights)
 
 

@@ -54,6 +54,13 @@ class PerSAMF(Segmenter):
         """(3,) scale weights, which sum to 1: 1 - w1 - w2, w1, w2."""
         return fitted(self._weights)
 
+    @property
+    def _learned(self) -> dict[str, torch.Tensor]:
+        return {"weights": torch.from_numpy(self.weights)}
+
+    def _restore(self, learned: dict[str, torch.Tensor]) -> None:
+        self._weights = learned["weights"].numpy()
+
     def _learn(self, references: list[tuple[np.ndarray, Encoding]]) -> None:
         """Fits the two scale weights.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from persam_dreambooth.errors import counted
+from persam_dreambooth.errors import SaveError, counted
 from persam_dreambooth.files import check_new, check_settings, check_writable, locked, note_settings
 from persam_dreambooth.options import CONFIG, option, require, takes_options, with_flag, within
 from persam_dreambooth.photos.folder import MASK_INDEX, Photo, find_photos
@@ -84,6 +84,7 @@ def segment(options: SegmentOptions) -> list[PhotoMask]:
 
     Raises:
         InputError, InputNotFoundError: input that cannot be used; nothing is written then.
+        SaveError: a file cannot be written, for example on a full disk; the masks so far are kept.
     """
     options.check()
     folder, output, mask_path = (
@@ -100,21 +101,25 @@ def segment(options: SegmentOptions) -> list[PhotoMask]:
     if not check_settings(output, settings, "masks", "--output"):
         check_new(output, {CONFIG: "a training run", MASK_INDEX: "masks"})
     check_writable(output)
-    with locked(output):
-        known = load_known(output, photos)
-        if known:
-            logger.info("%s has %s for %s: kept", output, counted(len(known), "mask"), counted(len(photos), "photo"))
-        if len(known) < len(photos):
-            segmenter = open_segmenter(options)
-            note_settings(output, settings, "masks", "--output")
-            heatmaps = output / "heatmaps" if options.heatmaps else None
-            masks = segment_folder(
-                photos, references, segmenter, output, options.instances, options.absent, heatmaps, known
-            )
-        else:
-            with MaskWriter(output, known.values()):
-                masks = [known[photo.name] for photo in photos]
-        save_overview(masks, output / "overview.jpg")  # not a PNG, which would be read as a mask
+    try:
+        with locked(output):
+            known = load_known(output, photos)
+            if known:
+                told = counted(len(known), "mask"), counted(len(photos), "photo")
+                logger.info("%s has %s for %s: kept", output, *told)
+            if len(known) < len(photos):
+                segmenter = open_segmenter(options)
+                note_settings(output, settings, "masks", "--output")
+                heatmaps = output / "heatmaps" if options.heatmaps else None
+                masks = segment_folder(
+                    photos, references, segmenter, output, options.instances, options.absent, heatmaps, known
+                )
+            else:
+                with MaskWriter(output, known.values()):
+                    masks = [known[photo.name] for photo in photos]
+            save_overview(masks, output / "overview.jpg")  # not a PNG, which would be read as a mask
+    except SaveError as error:
+        raise SaveError(f"{error}; the same command resumes") from error
     return masks
 
 
@@ -181,7 +186,7 @@ def _predict(
     encoding = segmenter.sam.encode(picture)
     finds = find_instances(segmenter, encoding, instances) if instances > 1 else []
     if finds:
-        logger.info("%s: found %d times", photo.name, len(finds))
+        logger.info("%s: found %s", photo.name, counted(len(finds), "time"))
     found = finds[0] if finds else segmenter.predict(encoding)
     mask = np.any([found.mask, *(each.mask for each in finds)], axis=0)
     if heatmaps:

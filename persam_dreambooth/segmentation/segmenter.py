@@ -5,6 +5,7 @@ Shapes: H W photo; 64 x 64 cells; 256 x 256 low-resolution logits. Points and bo
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
@@ -12,8 +13,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
-from persam_dreambooth.errors import InputError
+from persam_dreambooth.errors import InputError, InputNotFoundError, counted
+from persam_dreambooth.files import write_aside
 from persam_dreambooth.photos.masks import as_mask, read_mask
 from persam_dreambooth.segmentation.found import ABSENT, ABSENT_THRESHOLD, SMALL_TARGET, Found, Step
 from persam_dreambooth.segmentation.location_prior import (
@@ -28,6 +32,9 @@ from persam_dreambooth.segmentation.sams.sam import Encoding, ImageLike, Sam
 
 if TYPE_CHECKING:
     from persam_dreambooth.segmentation.segmenters import SegmentationOptions
+
+SEGMENTER = "segmenter.safetensors"
+"""The file in a saved segmenter's folder."""
 
 Learned = TypeVar("Learned")
 OwnSegmenter = TypeVar("OwnSegmenter", bound="Segmenter")
@@ -113,6 +120,73 @@ class Segmenter:
         """
         raise NotImplementedError
 
+    def save(self, folder: str | Path) -> Path:
+        """Saves the fitted segmenter to `SEGMENTER` in a folder, without the SAM; returns the file.
+
+        Raises:
+            RuntimeError: `fit` was not called.
+            SaveError: the file cannot be written.
+        """
+        path = Path(folder) / SEGMENTER
+        target = self.target
+        described = {
+            "method": self.method,
+            "settings": self._settings,
+            "sam": {"name": self.sam.name, "dtype": str(self.sam.dtype), "fingerprint": self.sam.fingerprint},
+            "background_similarity": target.background_similarity,
+            "small": target.small,
+        }
+        tensors = {"mean": target.mean, "peak": target.peak, **self._learned}
+        with write_aside(path) as aside:
+            cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+            save_file(cpu, aside, {"segmenter": json.dumps(described)})
+        return path
+
+    @classmethod
+    def load(cls: type[OwnSegmenter], folder: str | Path, sam: Sam) -> OwnSegmenter:
+        """Loads a segmenter that `save` wrote; it finds the same masks as before.
+
+        Args:
+            folder: the folder that was given to `save`.
+            sam: the SAM that it was fitted with, in the same precision.
+
+        Raises:
+            InputNotFoundError: the folder has no saved segmenter.
+            InputError: a broken file, a segmenter of another class, or another SAM.
+        """
+        path = Path(folder) / SEGMENTER
+        if not path.is_file():
+            raise InputNotFoundError(f"{folder} has no {SEGMENTER}: name a folder that a segmenter was saved to")
+        try:
+            with safe_open(path, "pt") as file:
+                described = json.loads(file.metadata()["segmenter"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
+            raise InputError(f"{path} is not a saved segmenter ({error}): fit it again") from error
+        if described["method"] != cls.method:
+            raise InputError(
+                f"{path} is a segmenter of the method {described['method']}, not {cls.method}: use its class"
+            )
+        made_by = described["sam"]
+        if made_by["fingerprint"] != sam.fingerprint:
+            raise InputError(
+                f"{path} was fitted with {made_by['name']} in {made_by['dtype']}, not with {sam!r}: open that SAM, or "
+                "fit it again"
+            )
+        loaded = cls(sam, **described["settings"])
+        similar, small = described["background_similarity"], described["small"]
+        loaded._target = Target(tensors.pop("mean"), tensors.pop("peak"), similar, small)
+        loaded._restore(tensors)
+        return loaded
+
+    @property
+    def _learned(self) -> dict[str, torch.Tensor]:
+        """The method's own fitted parameters, besides the target, for `save`."""
+        return {}
+
+    def _restore(self, learned: dict[str, torch.Tensor]) -> None:
+        """Sets what `_learned` gave."""
+
     def _learn(self, references: list[tuple[np.ndarray, Encoding]]) -> None:
         """Fits the method's own parameters, besides the target, from masks and encodings."""
 
@@ -130,7 +204,8 @@ class Segmenter:
         images = list(image) if isinstance(image, (list, tuple)) else [cast(ImageLike, image)]
         masks = list(mask) if isinstance(mask, (list, tuple)) else [cast(MaskLike, mask)]
         if not images or len(images) != len(masks):
-            raise InputError(f"there are {len(images)} reference photos and {len(masks)} masks: give one for each")
+            given = f"{counted(len(images), 'reference photo')} and {counted(len(masks), 'mask')}"
+            raise InputError(f"got {given}: give one mask for each photo")
         encodings = [self.sam.encode(one) for one in images]
         references = [(sized_mask(one, encoding), encoding) for one, encoding in zip(masks, encodings, strict=True)]
         if not all(shown.any() for shown, _ in references):

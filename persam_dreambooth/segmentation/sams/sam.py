@@ -191,8 +191,9 @@ class Sam:
             embeddings, extras = self.embed(torch.cat([self.padded_input(pixels) for _, pixels in left.values()]))
             for number, (place, (size, pixels)) in enumerate(left.items()):
                 own = slice(number, number + 1)
-                embedding = embeddings[own]
-                extra = {name: [value[own] for value in values] for name, values in extras.items()}
+                # In one memory layout, computed and cached encodings give the same bits.
+                embedding = embeddings[own].contiguous()
+                extra = {name: [value[own].contiguous() for value in values] for name, values in extras.items()}
                 if self.cache:
                     self.cache.keep(pixels, embedding, extra)
                 encodings[place] = self._encoding(size, pixels, embedding, extra)
