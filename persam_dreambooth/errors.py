@@ -1,8 +1,8 @@
-"""Errors that a user can fix: one line with what was found and what to do (exit code 2 on the terminal)."""
+"""The exceptions of this package: one line with what was found and what to do; docs/api.md lists them."""
 
 
 class InputError(ValueError):
-    """Input that cannot be used; the message says what was found and what to do."""
+    """Input that cannot be used; the message says what was found and what to do (exit code 2 on the terminal)."""
 
 
 class InputNotFoundError(InputError, FileNotFoundError):
@@ -10,6 +10,10 @@ class InputNotFoundError(InputError, FileNotFoundError):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+class UnavailableError(Exception):
+    """What may work on another try, for example a hub that cannot be reached (exit code 75 on the terminal)."""
 
 
 class SaveError(Exception):
@@ -32,3 +36,8 @@ def is_out_of_memory(error: BaseException) -> bool:
         or type(error).__name__ == "OutOfMemoryError"
         or (isinstance(error, RuntimeError) and any(words in told for words in ("out of memory", "can't allocate")))
     )
+
+
+def counted(count: int, noun: str) -> str:
+    """The number and its noun for a message: `1 photo`, `2 photos`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -15,13 +15,17 @@ def provenance() -> dict[str, Any]:
     """What a result file records of its origin: versions, commit, device, and the time in UTC."""
     import torch
 
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    else:
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        device = str(accelerator or f"cpu, {platform.machine()}")
     return {
         "persam-dreambooth": persam_dreambooth.__version__,
         "commit": commit(),
         "python": platform.python_version(),
         **package_versions("torch", "transformers", "numpy"),
-        "device": str(accelerator or f"cpu, {platform.machine()}"),
+        "device": device,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 

@@ -59,6 +59,11 @@ def showing_bars() -> Iterator[None]:
         _bars.reset(token)
 
 
+def shows_bars() -> bool:
+    """Whether this is inside `showing_bars`."""
+    return _bars.get()
+
+
 def tell(progress: Progress) -> None:
     """Calls the callback of `reporting`, if there is one."""
     callback = _callback.get()
@@ -85,7 +90,7 @@ def bar(
         hidden: shows no bar, for example in all processes but one.
         leave: the bar stays visible at its end.
     """
-    disable = hidden or not _bars.get()
+    disable = hidden or not shows_bars()
     return tqdm(items, what, total, initial=initial, unit=unit, disable=disable, leave=leave)
 
 

@@ -1,28 +1,38 @@
 """Scores of segmentations: the metrics, PerSeg with every row, DAVIS, and data that cannot be scored."""
 
+import csv
 import json
 import shutil
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy import stats
 from small_sams import SMALL_SAM, save_sam2
 from tiny_sam import tiny_model
 from training_runs import in_two_processes
 
 from persam_dreambooth.cli import main
+from persam_dreambooth.files import write_json
 from persam_dreambooth.photos.labels import save_labels
 from persam_dreambooth.photos.masks import read_mask
 from persam_dreambooth.report.pictures import TILE
+from persam_dreambooth.report.tables import csv_tables
 from persam_dreambooth.segmentation import PerSAM, open_sam
 from persam_dreambooth.segmentation.evaluation import davis_report, davis_scores, metrics
 from persam_dreambooth.segmentation.evaluation import one_shot_report as report
+from persam_dreambooth.segmentation.evaluation import perseg as perseg_evaluation
 from persam_dreambooth.segmentation.evaluation.costs import Cost
+from persam_dreambooth.segmentation.evaluation.data_set import DataSet
 from persam_dreambooth.segmentation.evaluation.fss1000 import read_truth
-from persam_dreambooth.segmentation.evaluation.one_shot import disturbed
+from persam_dreambooth.segmentation.evaluation.one_shot import Row, disturbed, evaluate_one_shot
+from persam_dreambooth.segmentation.evaluation.perseg_tables import PERSEG_METHODS, perseg_tables
 from persam_dreambooth.segmentation.evaluation.trace import read_trace, save_trace
+from persam_dreambooth.segmentation.segmenters import make_segmenter
 from persam_dreambooth.toy import rendered_davis as rendered_videos
 from persam_dreambooth.toy import rendered_perseg as perseg
 
@@ -88,6 +98,21 @@ def test_a_mask_that_fills_the_picture_stays_whole():
     assert disturbed(mask, 0) is mask
 
 
+def test_the_bootstrap_interval_of_a_mean_is_the_known_one():
+    """Of 400 values: scipy's percentile bootstrap, and the normal approximation, mean ± 1.96 s / sqrt(n)."""
+    values = np.random.default_rng(1).normal(70, 12, 400)
+
+    def ends_of(values):
+        return metrics.bootstrap_intervals(len(values), lambda drawn: {"mean": drawn @ values / len(values)})["mean"]
+
+    ends, error = ends_of(values), values.std(ddof=1) / 20
+    assert ends == pytest.approx((values.mean() - 1.96 * error, values.mean() + 1.96 * error), abs=0.1 * error)
+    theirs = stats.bootstrap((values,), np.mean, method="percentile", n_resamples=2000, rng=2).confidence_interval
+    assert ends == pytest.approx(tuple(theirs), abs=0.15 * error)
+    assert ends_of(np.full(4, 0.5)) == (0.5, 0.5)
+    assert ends_of(np.array([0.5])) is None
+
+
 # --- PerSeg
 
 
@@ -122,31 +147,221 @@ def truth(data, tmp_path):
     return Path(shutil.copytree(data / "Annotations", tmp_path / "truth"))
 
 
+def tables_of(output):
+    """The tables of `results.csv`: by title, the cells of each row by its first cell, and the headings by ''."""
+    tables = {}
+    for title, *cells in csv.reader((output / "results.csv").open(encoding="utf-8", newline="")):
+        while cells and not cells[-1]:
+            cells.pop()
+        table = tables.setdefault(title.split(":")[0], {})
+        table[cells[0] if table else ""] = cells[1:]
+    return tables
+
+
 def test_all_rows_are_scored_and_shown(evaluated, data):
     results = read(evaluated)
     assert list(results["rows"]) == [
-        "ablation-positive", "ablation-negative", "ablation-refinement", "ablation-attention", "ablation-prompting",
-        "ablation-persam-f",
+        "persam-f", "ablation-positive", "ablation-negative", "ablation-refinement", "ablation-attention",
+        "ablation-prompting", "ablation-persam-f",
     ]  # fmt: skip
+    assert results["row"] == "persam-f"
     assert results["rows"]["ablation-persam-f"]["mIoU"] == results["mIoU"] > 40
     assert results["mIoU"] == pytest.approx(np.mean([each["IoU"] for each in results["objects"].values()]))
-    table = (evaluated / "results.md").read_text(encoding="utf-8").splitlines()
-    cells = {name: rest for line in table for name, *rest in [line.strip("| ").split(" | ")]}
-    figures = ("mIoU", "mAcc", "mBIoU", "FB-IoU")
-    for name, row, published in [  # what the paper's Tables 1 and 3 print
-        ("persam-f", results, "95.33"), ("ablation-negative", results["rows"]["ablation-negative"], "72.47")
-    ]:  # fmt: skip
-        assert cells[name] == [*(f"{row[figure]:.2f}" for figure in figures), published]
+    tables = tables_of(evaluated)
+    negative = results["rows"]["ablation-negative"]
+    assert tables["All rows"]["ablation-negative"][:4] == [
+        f"{negative[figure]:.2f}" for figure in ("mIoU", "mAcc", "mBIoU", "FB-IoU")
+    ]
     worst = min(results["objects"], key=lambda name: results["objects"][name]["IoU"])
-    assert cells[worst] == [f"{results['objects'][worst][figure]:.2f}" for figure in ("IoU", "Acc", "BIoU")]
+    assert next(name for name in tables["Objects of persam-f"] if name) == worst
+    assert tables["Objects of persam-f"][worst] == [
+        f"{results['objects'][worst][figure]:.2f}" for figure in ("IoU", "Acc", "BIoU")
+    ]
     assert len(list((evaluated / "overlays").glob("*.jpg"))) == 2
     sheet = Image.open(next((evaluated / "overlays").iterdir()))
-    assert sheet.width > 900 and sheet.height > 3 * TILE  # three photos, with their heat maps and masks
+    # Three photos, with their true masks, heat maps, masks and errors.
+    assert sheet.width > 900 and 5 * TILE < sheet.height < 6 * TILE
+
+
+def test_table_3_has_the_gain_of_each_part(evaluated):
+    """The parts in the paper's order; a gain is the difference to the row before."""
+    rows = read(evaluated)["rows"]
+    table = tables_of(evaluated)["Table 3"]
+    assert list(table)[1:4] == ["Only positive prior", "+ Negative prior", "+ Post-refinement"]
+    assert table["Only positive prior"] == [f"{rows['ablation-positive']['mIoU']:.2f}", "-"]
+    gain = rows["ablation-negative"]["mIoU"] - rows["ablation-positive"]["mIoU"]
+    assert table["+ Negative prior"] == [f"{rows['ablation-negative']['mIoU']:.2f}", f"{gain:+.2f}"]
+
+
+def test_results_say_what_made_them(evaluated, data):
+    results = read(evaluated)
+    assert results["data"] == {"name": "Objects in PerSeg's layout", "objects": 2, "images": 6}
+    assert results["options"]["data"] == str(data) and results["options"]["sam_model"] == "toy"
+    assert results["made_with"]["torch"] == torch.__version__
+    assert results["bootstrap"]["seed"] == 0 and results["bootstrap"]["resamples"] == 10_000
+    cost = results["cost"]
+    assert cost["encode_seconds"] is None  # encodings came from a cache
+    assert 0 < cost["predict_seconds"] < cost["fit_seconds"] and cost["peak_memory_mb"] > 100
+    for name in ("results.md", "report.html"):
+        text = (evaluated / name).read_text(encoding="utf-8")
+        assert "2 objects, 6 images" in text and f"torch {torch.__version__}" in text and "seed 0" in text
+
+
+def test_intervals_over_two_objects_end_at_them(evaluated):
+    """Of two objects, one is drawn twice in a half of the resamples."""
+    results = read(evaluated)
+    ious = [each["IoU"] for each in results["objects"].values()]
+    assert results["intervals"]["mIoU"] == pytest.approx([min(ious), max(ious)])
+
+
+def test_another_method_adds_its_rows(data, tmp_path, toy_sam, capsys):
+    command = ("--data", data, "--output", tmp_path, *toy_sam)
+    assert evaluate(*command, "--segmenter", "persam") == 0
+    persam = read(tmp_path)
+    masks = {path: path.stat().st_mtime_ns for path in tmp_path.glob("predictions/persam/*/*.png")}
+    assert evaluate(*command) == 0
+    both = read(tmp_path)
+    assert list(both["rows"]) == ["persam", "persam-f"] and both["row"] == "persam-f"
+    assert both["rows"]["persam"] == persam["rows"]["persam"]
+    assert {path: path.stat().st_mtime_ns for path in masks} == masks
+    table = tables_of(tmp_path)["Table 1"]
+    assert table["PerSAM"][:2] == [f"{persam['mIoU']:.2f}", "0"] and table["PerSAM-F"][:2] == [
+        f"{both['mIoU']:.2f}",
+        "2",
+    ]
+    assert table["Improvement"][0] == f"{both['mIoU'] - persam['mIoU']:+.2f}"
+    capsys.readouterr()
+    # With other settings it would be another experiment; and an interrupted method is not compared.
+    assert evaluate(*command, "--segmenter", "persam", "--guidance", "none") == 2
+    assert "holds an evaluation with other settings" in capsys.readouterr().err
+    shutil.rmtree(next((tmp_path / "predictions" / "persam").iterdir()))
+    assert evaluate(*command) == 0
+    assert list(read(tmp_path)["rows"]) == ["persam-f"]
+
+
+def test_predictions_are_not_scored_into_a_methods_folder(evaluated, data, truth, capsys):
+    before = (evaluated / "results.json").read_bytes()
+    assert evaluate("--data", data, "--output", evaluated, "--predictions", truth) == 2
+    assert "holds an evaluation of a method" in capsys.readouterr().err
+    assert (evaluated / "results.json").read_bytes() == before
+
+
+PERSEG_NAMES = [
+    "backpack", "barn", "can", "cat", "clock", "duck_toy", "red_cartoon", "robot_toy", "teddybear", "thin_bird",
+    *(f"object_{number}" for number in range(30)),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def forty(tmp_path_factory):
+    """40 objects, PerSeg's ten in Table 1 among them, scored with masks of all rows that claim to be of SAM ViT-H."""
+    folder = tmp_path_factory.mktemp("forty")
+    options = perseg_evaluation.EvaluatePersegOptions(
+        data=str(folder / "PerSeg"), output=str(folder / "out"), segmenter="persam", ablation=True, robustness=True
+    )
+    mask = Image.fromarray(square(10, 10, 20).astype(np.uint8) * 255)
+    for name in PERSEG_NAMES:
+        for kind in ("Images", "Annotations"):
+            (folder / "PerSeg" / kind / name).mkdir(parents=True)
+        for stem in ("00", "01"):
+            Image.new("RGB", mask.size).save(folder / "PerSeg" / "Images" / name / f"{stem}.jpg")
+            mask.save(folder / "PerSeg" / "Annotations" / name / f"{stem}.png")
+    found = square(10, 10, 16).astype(np.uint8) * 255  # 16 x 16 of 20 x 20: IoU 64
+    for row in perseg_evaluation.chosen_rows(options, []):
+        for name in PERSEG_NAMES:
+            place = folder / "out" / "predictions" / row.name / name
+            place.mkdir(parents=True)
+            Image.fromarray(found).save(place / "01.png")
+            write_json(place / "cost.json", {"sam": "SAM ViT-H"})
+    return perseg_evaluation.evaluate_perseg(options)
+
+
+def test_published_figures_are_beside_ours_for_perseg_and_vit_h(forty):
+    output = Path(forty.options["output"])
+    tables = tables_of(output)
+    table = tables["Table 1"]
+    assert table[""] == [
+        "mIoU", "Param.", "Can", "Barn", "Clock", "Cat", "Backpack", "Teddy Bear", "Duck Toy", "Thin Bird",
+        "Red Cartoon", "Robot Toy",
+    ]  # fmt: skip
+    assert table["PerSAM"] == ["64.00", "0", *["64.00"] * 10]
+    assert table["PerSAM-F"][:2] == ["64.00", "2"]  # the last row of the ablation is the method
+    assert table["SEEM (published)"][:3] == ["80.50", "157M", "88.80"]
+    assert table["PerSAM (published)"][:3] == ["89.32", "0", "96.17"]
+    assert table["PerSAM-F (published)"][-1] == "96.67"
+    assert tables["Table 3"][""] == ["mIoU", "gain", "published mIoU", "published gain"]
+    assert tables["Table 3"]["+ Target-guided attention"] == ["64.00", "+0.00", "85.82", "+1.91"]
+    assert tables["Table 4"][""] == ["shrink 95", "shrink 75", "enlarge 75", "enlarge 95"]
+    assert tables["Table 4"]["PerSAM"] == ["64.00"] * 4
+    assert tables["Table 4"]["PerSAM-F (published)"] == ["85.16", "88.28", "83.19", "81.19"]
+    for name in ("results.md", "results.tex", "report.html"):
+        assert "SegGPT (published)" in (output / name).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("other", ["sam", "objects", "names", "unknown"])
+def test_no_figure_of_the_paper_stands_beside_another_experiment(other, forty):
+    """Another SAM made a row's masks, or it is unknown which; an object is missing, or has another name."""
+    first, *rest = forty.rows
+    items = forty.data.items
+    if other in ("sam", "unknown"):
+        cost = [replace(first.costs[0], sam="SAM ViT-B")] if other == "sam" else []
+        changed = replace(forty, rows=(replace(first, costs=(*first.costs[1:], *cost)), *rest))
+        assert "Teddy Bear" in csv_tables(perseg_tables(changed))  # it is still PerSeg
+    else:
+        more = [replace(items[0], name="spoon")] if other == "names" else []
+        changed = replace(forty, data=replace(forty.data, items=[*items[1:], *more]))
+    assert "published" in csv_tables(perseg_tables(forty))
+    assert "published" not in csv_tables(perseg_tables(changed))
+
+
+def test_a_rendered_set_is_shown_without_the_papers_figures(evaluated):
+    for name in ("results.md", "results.csv", "results.tex", "report.html"):
+        assert "published" not in (evaluated / name).read_text(encoding="utf-8")
+
+
+def test_masks_that_version_0_1_shrank_are_made_again(data, tmp_path, toy_sam):
+    """It also wrote neither costs nor where a photo ends in a trace; its other masks are kept."""
+    options = perseg_evaluation.EvaluatePersegOptions(
+        data=str(data), output=str(tmp_path), segmenter="persam", sam_model="toy", encoding_cache=toy_sam[3]
+    )
+    items = perseg_evaluation.read_perseg(data)
+    rows = [Row("persam", partial(make_segmenter, options)),
+            Row("persam-shrunk-75", partial(make_segmenter, options), growth=-75)]  # fmt: skip
+    for turn in range(2):
+        evaluate_one_shot(options, DataSet("PerSeg", items), rows, PERSEG_METHODS)
+        for path in tmp_path.glob("predictions/**/cost.json"):
+            path.unlink()
+        if not turn:
+            before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("predictions/*/*/01.png")}
+    again = [path.parts[-3] for path, time in before.items() if path.stat().st_mtime_ns != time]
+    assert again == ["persam-shrunk-75"] * 2
+
+
+def test_the_first_shots_are_references_and_are_not_scored(data, tmp_path, toy_sam, capsys):
+    command = ("--data", data, "--output", tmp_path, *toy_sam, "--segmenter", "persam")
+    assert evaluate(*command, "--shots", "2") == 0
+    results = read(tmp_path)
+    assert results["row"] == "persam-shots-2" and results["references"] == [0, 1]
+    for name, figures in results["objects"].items():
+        folder = tmp_path / "predictions" / "persam-shots-2" / name
+        found, true = (read_mask(path / "02.png") for path in (folder, data / "Annotations" / name))
+        assert figures["IoU"] == pytest.approx(100 * (found & true).sum() / (found | true).sum())
+        given = read_mask(data / "Annotations" / name / "01.png")
+        assert (read_mask(folder / "01.png") == given).all()  # a reference, not found
+        sam = open_sam("toy", device="cpu", encoding_cache=toy_sam[3])
+        photos = [Image.open(data / "Images" / name / f"{stem}.jpg") for stem in ("00", "01", "02")]
+        masks = [read_mask(data / "Annotations" / name / f"{stem}.png") for stem in ("00", "01")]
+        assert (PerSAM(sam).fit(photos[:2], masks).predict(photos[2]).mask == found).all()
+    assert evaluate(*command, "--shots", "3") == 2
+    assert "with all as references, none is left to score" in capsys.readouterr().err
+    assert evaluate(*command, "--shots", "2", "--reference_index", "1") == 2
+    assert "exclude one another" in capsys.readouterr().err
 
 
 def test_the_report_opens_without_network_and_shows_the_worst_object_first(evaluated):
     page = (evaluated / "report.html").read_text(encoding="utf-8")
     assert "http" not in page and page.count("<img") == page.count('src="data:image/jpeg;base64,') == 6
+    assert "true mask" in page and "errors" in page
     objects = read(evaluated)["objects"]
     worst, best = sorted(objects, key=lambda name: objects[name]["IoU"])
     assert page.index(f'id="{worst}"') < page.index(f'id="{best}"')
@@ -177,7 +392,8 @@ def test_predictions_with_a_trace_of_version_0_1_are_scored_without_its_heat_map
             kept = {name: arrays[name] for name in ("similarity", "points", "box")}
         np.savez_compressed(path, **kept)
     assert evaluate("--data", data, "--output", tmp_path / "out", "--predictions", predictions) == 0
-    assert "photo, mask" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "photo, true mask, mask, errors" in page and "similarity" not in page
 
 
 @pytest.mark.parametrize("kind, cells", [("sam", (43, 64)), ("sam-2", (64, 64))])
@@ -206,7 +422,8 @@ def test_an_interrupted_evaluation_does_only_what_is_left(evaluated, data, toy_s
     written = {path: path.stat().st_mtime_ns for folder in kept for path in folder.iterdir()}
     assert evaluate("--data", data, "--output", evaluated, *toy_sam, "--ablation") == 0
     assert {path: path.stat().st_mtime_ns for path in written} == written
-    assert read(evaluated) == before
+    after = read(evaluated)
+    assert after["rows"].keys() == before["rows"].keys() and after["objects"] == before["objects"]
 
 
 def test_predictions_of_another_sam_are_not_gone_on_with(evaluated, data, capsys):
@@ -218,8 +435,10 @@ def test_every_image_may_be_the_reference(data, tmp_path, toy_sam):
     assert evaluate("--data", data, "--output", tmp_path, *toy_sam, "--reference_index", "all") == 0
     results = read(tmp_path)
     assert results["references"]["count"] == 3
-    means = [results["mIoU"], *(row["mIoU"] for row in results["rows"].values())]
+    means = [row["mIoU"] for row in results["rows"].values()]
     assert results["references"]["mIoU"] == pytest.approx(np.mean(means)) and results["references"]["std"] > 0
+    spread = [f"{results['references'][name]:.2f}" for name in ("mIoU", "std")]
+    assert tables_of(tmp_path)["Spread over references"]["persam-f"] == ["3", *spread]
 
 
 def test_another_reference_does_not_go_on_with_the_predictions_of_the_first(data, tmp_path, toy_sam):
@@ -235,6 +454,8 @@ def test_predictions_made_by_anything_are_scored_without_a_sam(data, truth, tmp_
     assert evaluate("--data", data, "--output", tmp_path / "out", "--predictions", truth) == 0
     assert read(tmp_path / "out")["mIoU"] == pytest.approx(100)
     assert read(tmp_path / "out")["mBIoU"] == pytest.approx(100)
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "Masks that another program made are compared with true masks" in page and "sam_model" not in page
     for name in ("results.md", "report.html"):  # nobody printed figures of these predictions
         assert "published" not in (tmp_path / "out" / name).read_text(encoding="utf-8")
     path = sorted(truth.iterdir())[0] / "01.png"
@@ -246,13 +467,15 @@ def test_predictions_made_by_anything_are_scored_without_a_sam(data, truth, tmp_
     assert read(tmp_path / "out")["objects"][path.parent.name]["IoU"] == pytest.approx(expected)
 
 
-def test_the_reference_is_not_scored(data, truth, tmp_path):
+def test_the_reference_is_not_scored(data, truth, tmp_path, capsys):
     for path in truth.glob("*/00.png"):
         path.unlink()
     assert evaluate("--data", data, "--output", tmp_path / "out", "--predictions", truth) == 0
     assert evaluate(
-        "--data", data, "--output", tmp_path / "out", "--predictions", truth, "--reference_index", "1"
+        "--data", data, "--output", tmp_path / "again", "--predictions", truth, "--reference_index", "1"
     ) == 2  # fmt: skip
+    assert "00.png is missing: give a mask of every image but the references" in capsys.readouterr().err
+    assert not (tmp_path / "again").exists()
 
 
 @pytest.fixture
@@ -390,6 +613,19 @@ def test_fss_scores_the_classes_that_a_file_names(classes, tmp_path, capsys):
     names.write_text("dog\nunicorn\n")
     assert evaluate_fss(*command) == 2
     assert f"names unicorn, but {classes / 'unicorn'} does not exist" in capsys.readouterr().err
+
+
+def test_other_classes_are_not_scored_into_the_same_folder(classes, tmp_path, toy_sam, capsys):
+    names = tmp_path / "names.txt"
+    command = ["--data", classes, "--output", tmp_path / "out", *toy_sam, "--segmenter", "persam", "--classes", names]
+    names.write_text("dog\n")
+    assert evaluate_fss(*command) == 0
+    before = (tmp_path / "out" / "results.json").read_bytes()
+    names.write_text("dog\ncat\n")
+    assert evaluate_fss(*command) == 2
+    assert "holds an evaluation with other settings" in capsys.readouterr().err
+    assert (tmp_path / "out" / "results.json").read_bytes() == before
+    assert not (tmp_path / "out" / "predictions" / "persam" / "cat").exists()
 
 
 @pytest.mark.parametrize(

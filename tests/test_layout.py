@@ -43,7 +43,7 @@ ROOMS = (
     ("photos",),
     ("toy", "models", "report"),
     ("segmentation", "dreambooth"),
-    ("personalize",),
+    ("main_job",),
     ("evaluation",),
     ("demo",),
     ("cli", "__main__"),

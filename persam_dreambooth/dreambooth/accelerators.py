@@ -6,6 +6,7 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.state import AcceleratorState
 
 from persam_dreambooth.dreambooth.families.family import Family
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
@@ -33,6 +34,7 @@ def open_accelerator(options: TrainingOptions) -> Accelerator:
                 f"{name} is not supported: choose multi-GPU in accelerate config, or launch with "
                 "--config_file configs/accelerate/multi-gpu.yaml"
             )
+    AcceleratorState._reset_state()  # an earlier training in this process may have used another precision
     try:
         accelerator = Accelerator(
             mixed_precision=options.mixed_precision,

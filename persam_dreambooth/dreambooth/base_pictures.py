@@ -10,7 +10,7 @@ from persam_dreambooth.dreambooth.prompts import in_front_of
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.files import check_writable, write_text
-from persam_dreambooth.photos.captions import read_prompts
+from persam_dreambooth.photos.captions import check_captions, read_prompts
 from persam_dreambooth.photos.folder import Photo, check_shapes, find_photos
 from persam_dreambooth.progress import steps
 from persam_dreambooth.report.pictures import save_picture
@@ -45,6 +45,7 @@ def _check_folder(folder: Path, described: bool = False) -> None:
         check_writable(folder)
         return
     pictures = find_pictures(folder)
+    check_captions(pictures)
     for picture, prompt in zip(pictures, read_prompts(pictures, ""), strict=True):
         if described and not prompt:
             path = picture.path
@@ -56,6 +57,15 @@ def find_pictures(folder: Path) -> list[Photo]:
     pictures = find_photos(folder, may_be_empty=True)
     check_shapes(pictures)
     return pictures
+
+
+def told_scenes(options: TrainingOptions) -> list[str]:
+    """The scenes that are added to training prompts, as far as they are known before images are generated."""
+    if not options.background_in_prompt:
+        return []
+    folder = options.background_folder
+    own = find_pictures(folder) if folder.is_dir() else []
+    return [*read_prompts(own, ""), *options.scenes]
 
 
 def class_prompts(options: TrainingOptions) -> list[str]:
@@ -146,7 +156,7 @@ def generate_pictures(
     """
     import torch
 
-    from persam_dreambooth.dreambooth.families.registry import fast_sampler
+    from persam_dreambooth.dreambooth.families.registry import FAMILIES, fast_sampler
 
     present = [photo.path for photo in find_pictures(folder)] if folder.is_dir() else []
     if len(present) >= count:
@@ -162,7 +172,8 @@ def generate_pictures(
         numbers = missing[start : start + batch_size]
         told = [prompts[number % len(prompts)] for number in numbers]
         generators = [torch.Generator().manual_seed(seed + number) for number in numbers]
-        images = sampler(told, num_inference_steps=BASE_PICTURE_STEPS, generator=generators).images
+        arguments = FAMILIES[type(sampler).__name__].prompt_arguments(sampler, told)
+        images = sampler(**arguments, num_inference_steps=BASE_PICTURE_STEPS, generator=generators).images
         for number, image, prompt in zip(numbers, images, told, strict=True):
             path = folder / f"{kind}-{number:04}.png"
             beside = path.with_suffix(".txt")

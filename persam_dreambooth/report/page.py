@@ -7,6 +7,7 @@ import base64
 import html
 import io
 from collections.abc import Sequence
+from urllib.parse import quote
 
 from PIL import Image
 
@@ -68,7 +69,7 @@ def html_table(table: Table, links: Sequence[str] = ()) -> str:
     for place, row in enumerate(table.rows):
         first, *rest = [_cell(value, number, table) for value, number in zip(row, numeric, strict=True)]
         if place < len(links) and links[place]:
-            first = first.replace("<td>", f'<td><a href="#{text(links[place])}">').replace("</td>", "</a></td>")
+            first = first.replace("<td>", f'<td><a href="#{quote(links[place])}">').replace("</td>", "</a></td>")
         lines.append(f"<tr>{first}{''.join(rest)}</tr>")
     said = f"<strong>{text(table.title)}.</strong> {text(table.note)}" if table.title else text(table.note)
     title = f"<caption>{said}</caption>" if said else ""

@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Literal
 
 from persam_dreambooth.errors import InputError
+from persam_dreambooth.models import log_device
 from persam_dreambooth.options import Condition, Options, below_one, option, with_flag, within
 from persam_dreambooth.segmentation.found import ABSENT_THRESHOLD
 
@@ -42,10 +43,15 @@ class SegmenterOptions(Options):
         path=True,
     )
     sam_dtype: Literal["float32", "float16", "bfloat16", "auto"] = option(
-        "float32", "precision of SAM's image encoder; auto: float32 on the CPU and on MPS, else bfloat16"
+        "float32",
+        "precision of SAM's image encoder; auto: float32 on the CPU and on MPS, else bfloat16",
+        when=(MAKES_MASKS,),
     )
     encoding_cache: str | None = option(
-        None, "folder that keeps SAM's encodings of photos for later runs with the same SAM", path=True
+        None,
+        "folder that keeps SAM's encodings of photos for later runs with the same SAM",
+        path=True,
+        when=(MAKES_MASKS,),
     )
     target_coverage: float = option(
         0.5,
@@ -142,4 +148,6 @@ def open_sam_of(options: SegmenterOptions) -> Sam:
     """The SAM that options name; see `open_sam`."""
     from persam_dreambooth.segmentation.sams.checkpoints import open_sam
 
-    return open_sam(options.sam_model, dtype=options.sam_dtype, encoding_cache=options.encoding_cache)
+    sam = open_sam(options.sam_model, dtype=options.sam_dtype, encoding_cache=options.encoding_cache)
+    log_device(str(sam.device), str(sam.dtype))
+    return sam

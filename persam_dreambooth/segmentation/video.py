@@ -18,7 +18,7 @@ from PIL import Image
 
 from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.files import SETTINGS, check_settings, check_writable, locked, note_settings
-from persam_dreambooth.options import option, require
+from persam_dreambooth.options import option, require, takes_options
 from persam_dreambooth.photos.labels import read_first_mask, read_labels, save_labels
 from persam_dreambooth.progress import steps
 from persam_dreambooth.report.pictures import overlay_labels, save_picture
@@ -53,6 +53,7 @@ class VideoOptions(TrackingOptions):
         super().check()
 
 
+@takes_options(VideoOptions)
 def segment_video(options: VideoOptions) -> int:
     """Writes OUTPUT/<frame>.png, a palette PNG, for every frame of a video; returns the number of frames.
 

@@ -23,9 +23,9 @@ from persam_dreambooth.segmentation.location_prior import (
     location_prior,
     presence,
 )
-from persam_dreambooth.segmentation.sams.sam import Encoding, Sam
+from persam_dreambooth.segmentation.sams.sam import Encoding, ImageLike, Sam
 from persam_dreambooth.segmentation.scale_weights import fit_scale_weights
-from persam_dreambooth.segmentation.segmenter import ImageLike
+from persam_dreambooth.segmentation.segmenter import fitted
 
 MARGIN = 10
 """Pixels by which the box of the previous frame is grown on every side."""
@@ -38,7 +38,7 @@ OWN = 0.05
 another object's."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Known:
     """An object of a given label map.
 
@@ -87,12 +87,18 @@ class VideoSegmenter:
         fit_steps: int = FIT_STEPS,
         published: bool = False,
     ) -> None:
+        if method not in PRIOR_POINTS:
+            raise InputError(f"method {method!r} is unknown: use {' or '.join(PRIOR_POINTS)}")
         self.sam = sam
         self.method = method
         self.target_coverage = target_coverage
         self.fit_steps = fit_steps
         self.published = published
         self.objects: tuple[Known, ...] = ()
+
+    def __repr__(self) -> str:
+        state = f"{len(self.objects)} objects" if self.objects else "not fitted"
+        return f"VideoSegmenter({self.sam!r}, {self.method!r}; {state})"
 
     def fit(self, image: ImageLike, labels: np.ndarray) -> "VideoSegmenter":
         """Learns every object of the first frame.
@@ -119,7 +125,7 @@ class VideoSegmenter:
         Raises:
             InputError: a label map of another size.
         """
-        encoding = self._encoded(image)
+        encoding = self.sam.encode(image)
         _check_labels(labels, encoding)
         new = np.setdiff1d(labels, [0, *(known.number for known in self.objects)]).tolist()
         learned = [self._learn(encoding, labels, number) for number in new]
@@ -127,7 +133,7 @@ class VideoSegmenter:
         return self
 
     def predict(self, image: ImageLike, before: np.ndarray) -> np.ndarray:
-        """The label map of a frame; where objects overlap, the highest logit wins.
+        """The label map of a frame; where objects overlap, the highest logit wins. Call `fit` first.
 
         Args:
             image: as for `PerSAM.fit`.
@@ -135,8 +141,9 @@ class VideoSegmenter:
 
         Raises:
             InputError: a label map of another size.
+            RuntimeError: `fit` was not called.
         """
-        encoding = self._encoded(image)
+        encoding = self.sam.encode(image)
         _check_labels(before, encoding)
         highest = torch.zeros(encoding.size, device=encoding.embedding.device)
         labels = torch.zeros(encoding.size, dtype=torch.uint8, device=highest.device)
@@ -148,15 +155,16 @@ class VideoSegmenter:
 
     def _find_all(self, encoding: Encoding, before: np.ndarray) -> Iterator[tuple[int, torch.Tensor]]:
         """The number and the logits (H, W) of each object that is present."""
-        nearest = torch.stack([location_prior(known.target.mean, encoding) for known in self.objects]).argmax(dim=0)
-        for place, known in enumerate(self.objects):
+        objects = fitted(self.objects or None)
+        nearest = torch.stack([location_prior(known.target.mean, encoding) for known in objects]).argmax(dim=0)
+        for place, known in enumerate(objects):
             logits = self._find(encoding, known, before == known.number)
             if self._is_present((logits > 0).cpu().numpy(), encoding, known.target, nearest == place):
                 yield known.number, logits
 
     def _find_published(self, encoding: Encoding, before: np.ndarray) -> Iterator[tuple[int, torch.Tensor]]:
         """The number and the logits (H, W) of each object for which the previous frame has a box left, in order."""
-        for known, visible in zip(self.objects, np.unique(before[before > 0]), strict=False):
+        for known, visible in zip(fitted(self.objects or None), np.unique(before[before > 0]), strict=False):
             yield known.number, self._find(encoding, known, before == visible)
 
     def _is_present(self, mask: np.ndarray, encoding: Encoding, target: Target, own: torch.Tensor) -> bool:
@@ -217,9 +225,6 @@ class VideoSegmenter:
         """Logits of three masks (3, 256, 256) and their predicted IoUs (3,); every point is positive."""
         return self.sam.decode(encoding, points, np.ones(len(points), int), box, mask_logits)
 
-    def _encoded(self, image: ImageLike) -> Encoding:
-        return image if isinstance(image, Encoding) else self.sam.encode(image)
-
 
 def grown_box(mask: np.ndarray) -> np.ndarray:
     """The box (4,) of a nonempty mask, (H, W) bool, grown by `MARGIN` inside the frame."""
@@ -229,5 +234,8 @@ def grown_box(mask: np.ndarray) -> np.ndarray:
 
 
 def _check_labels(labels: np.ndarray, encoding: Encoding) -> None:
+    if not isinstance(labels, np.ndarray) or labels.dtype != np.uint8:
+        found = labels.dtype if isinstance(labels, np.ndarray) else type(labels).__name__
+        raise InputError(f"the label map is {found}: give (H, W) uint8, 0 for background and the objects' numbers")
     if labels.shape != encoding.size:
         raise InputError(f"the label map is {labels.shape}, the frame is {encoding.size} (H, W): give it this size")

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from persam_dreambooth.segmentation.evaluation.metrics import BOOTSTRAP, bootstrap_interval
+from persam_dreambooth.segmentation.evaluation.metrics import BOOTSTRAP, bootstrap_intervals
 
 USED = "presence"
 """The score that segmentation thresholds."""
@@ -55,7 +55,7 @@ class Separation:
     Args:
         auc: area under the ROC curve: the probability that a present subject has a higher value than an absent one,
             0.5 to 1.
-        auc_interval: its 95 % interval by `bootstrap_interval` over the objects that are searched for.
+        auc_interval: its 95 % interval by `bootstrap_intervals` over the objects that are searched for.
         threshold: the threshold with the lowest balanced error.
         error: that balanced error, 0 to 0.5.
         held_out_error: balanced error on one half of the objects at the threshold from the other half, averaged over
@@ -154,12 +154,12 @@ def _auc_interval(
     wins = owners[0] @ ((present[:, None] > absent) + 0.5 * (present[:, None] == absent)) @ owners[1].T
     counts = [each.sum(axis=1) for each in owners]
 
-    def auc(drawn: np.ndarray) -> np.ndarray:
+    def auc(drawn: np.ndarray) -> dict[str, np.ndarray]:
         compared = (drawn @ counts[0]) * (drawn @ counts[1])
         won = ((drawn @ wins) * drawn).sum(axis=1)
-        return np.divide(won, compared, out=np.full(len(drawn), np.nan), where=compared > 0)
+        return {"auc": np.divide(won, compared, out=np.full(len(drawn), np.nan), where=compared > 0)}
 
-    return bootstrap_interval(len(objects), auc)
+    return bootstrap_intervals(len(objects), auc)["auc"]
 
 
 def best_threshold(pairs: Sequence[Pair], measure: Callable[[Pair], float]) -> tuple[float, float]:

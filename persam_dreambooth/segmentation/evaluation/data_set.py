@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from persam_dreambooth.errors import InputError
+from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.photos.images import read_image
 from persam_dreambooth.photos.masks import read_mask
 
@@ -65,7 +65,9 @@ class DataSet:
 
 
 def read_prediction(path: Path, truth: np.ndarray) -> np.ndarray:
-    """A prediction, bool (H, W); raises `InputError` if its size is not that of the true mask."""
+    """A prediction, bool (H, W); raises `InputError` if it is missing or its size is not that of the true mask."""
+    if not path.is_file():
+        raise InputNotFoundError(f"{path} is missing: give a mask of every image but the references")
     found = read_mask(path)
     if found.shape != truth.shape:
         raise InputError(f"{path} is {found.shape}, its annotation {truth.shape} (H, W): give it this size")

@@ -49,7 +49,10 @@ class EvaluateDavisOptions(TrackingOptions):
         None, "folder for results and predictions; an interrupted evaluation resumes there", path=True
     )
     predictions: str | None = option(
-        None, "score this folder of <sequence>/00000.png, palette or gray, instead of running a method", path=True
+        None,
+        "score this folder of <sequence>/00000.png, palette or gray, instead of running a method",
+        path=True,
+        rivals=("segmenter", "target_coverage", "sam_dtype", "encoding_cache"),
     )
 
     @property

@@ -19,7 +19,7 @@ from persam_dreambooth.segmentation.evaluation.costs import Cost, cost_summary, 
 from persam_dreambooth.segmentation.evaluation.metrics import (
     BOOTSTRAP,
     Statistics,
-    bootstrap_interval,
+    bootstrap_intervals,
     boundary_f,
     jaccard,
     statistics,
@@ -153,7 +153,7 @@ class VideoRow:
         """The 95 % interval of J&F, by sequences drawn with replacement; None for a single sequence."""
         sums = np.array([sum(each.figures["J&F-Mean"] for each in objects) for objects in self.sequences.values()])
         counts = np.array([len(objects) for objects in self.sequences.values()])
-        return bootstrap_interval(len(counts), lambda drawn: drawn @ sums / (drawn @ counts))
+        return bootstrap_intervals(len(counts), lambda drawn: {"J&F": drawn @ sums / (drawn @ counts)})["J&F"]
 
     def figures_of(self, sequence: str) -> dict[str, float]:
         """Means over the objects of a sequence."""

@@ -5,6 +5,7 @@ Masks are (H, W) bool.
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ BOOTSTRAP: dict[str, Any] = {
     "resamples": 10_000,
     "seed": 0,
 }
-"""How `bootstrap_interval` computes an interval."""
+"""How `bootstrap_intervals` computes an interval."""
 
 
 def overlap(found: np.ndarray, truth: np.ndarray) -> tuple[int, int]:
@@ -77,22 +78,33 @@ def statistics(values: np.ndarray) -> Statistics:
     return Statistics(float(values.mean()), float((values > 0.5).mean()), float(first.mean() - last.mean()))
 
 
-def bootstrap_interval(count: int, statistic: Callable[[np.ndarray], np.ndarray]) -> tuple[float, float] | None:
-    """The percentile bootstrap interval of a statistic of objects (Efron 1979), as `BOOTSTRAP` says.
+def bootstrap_intervals(
+    count: int, statistics_of: Callable[[np.ndarray], dict[str, np.ndarray]]
+) -> dict[str, tuple[float, float] | None]:
+    """The percentile bootstrap intervals of statistics of objects (Efron 1979), as `BOOTSTRAP` says.
 
     Args:
         count: number of objects, which are drawn with replacement.
-        statistic: from how often each object was drawn, (resamples, count), to the values (resamples,).
+        statistics_of: from how often each object was drawn, (resamples, count), to values (resamples,) by name.
 
     Returns:
-        Lower and upper end; None for fewer than two objects.
+        Lower and upper end by name; None for fewer than two objects.
     """
     if count < 2:
-        return None
-    drawn = np.random.default_rng(BOOTSTRAP["seed"]).multinomial(count, [1 / count] * count, BOOTSTRAP["resamples"])
+        return dict.fromkeys(statistics_of(np.ones((1, count))))
     tail = 50 * (1 - BOOTSTRAP["level"])
-    low, high = np.nanpercentile(statistic(drawn), [tail, 100 - tail])
-    return float(low), float(high)
+    found: dict[str, tuple[float, float] | None] = {}
+    for name, values in statistics_of(_draws(count)).items():
+        low, high = np.nanpercentile(values, [tail, 100 - tail])
+        found[name] = (float(low), float(high))
+    return found
+
+
+@lru_cache(maxsize=1)
+def _draws(count: int) -> np.ndarray:
+    """How often each of `count` objects is drawn in each resample: (resamples, count)."""
+    draws = np.random.default_rng(BOOTSTRAP["seed"]).multinomial(count, [1 / count] * count, BOOTSTRAP["resamples"])
+    return draws.astype(float)
 
 
 def _band(mask: np.ndarray, width: int) -> np.ndarray:

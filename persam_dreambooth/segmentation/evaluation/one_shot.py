@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,10 +58,18 @@ class OneShotOptions(SegmentationOptions):
         None, "folder for results, predictions and pictures; an interrupted evaluation resumes there", path=True
     )
     predictions: str | None = option(
-        None, "score this folder of <object>/NN.png instead of running a method", path=True
+        None,
+        "score this folder of <object>/NN.png instead of running a method",
+        path=True,
+        rivals=("segmenter", "target_coverage", "guidance", "sam_dtype", "encoding_cache"),
     )
     reference_index: str = option("0", "which image of an object is the reference: a number, or all in turn")
-    shots: int = option(1, "number of references of an object: its first images", rivals=("reference_index",))
+    shots: int = option(
+        1,
+        "number of references of an object: its first images",
+        rivals=("reference_index",),
+        elsewhere=("nshot", "n_shots"),
+    )
 
     @property
     def references(self) -> tuple[int, ...]:
@@ -157,12 +165,18 @@ def evaluate_one_shot(
     scored = [score_row(*row, data) for row in steps(found, "scoring", "row")]
     order = {method: place for place, method in enumerate([made_by, *methods])}
     ordered = sorted(scored, key=lambda row: (order[row.method], len(row.references), row.references))
-    scores = OneShotScores(data, scored[0], tuple(ordered), made_by, asdict(options), provenance())
+    scores = OneShotScores(data, scored[0], tuple(ordered), made_by, effective(options), provenance())
     tables = [*one_shot_tables(scores), *more_tables(scores)]
     write_json(output / "results.json", scores.results)
     write_tables(output, data.name, heading(scores), [*tables, objects_table(scores.shown)])
     write_one_shot_report(output, scores, tables)
     return scores
+
+
+def effective(options: OneShotOptions) -> dict[str, Any]:
+    """The options by name; with `--predictions`, without those of methods."""
+    idle = {entry.name for entry in fields(SegmentationOptions)} if options.predictions else set()
+    return {name: value for name, value in asdict(options).items() if name not in idle}
 
 
 def earlier_rows(output: Path, data: DataSet, methods: Sequence[str], without: Sequence[str]) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, astuple, dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from persam_dreambooth.segmentation.evaluation.costs import Cost, cost_summary, 
 from persam_dreambooth.segmentation.evaluation.data_set import DataSet, read_prediction
 from persam_dreambooth.segmentation.evaluation.metrics import (
     BOOTSTRAP,
-    bootstrap_interval,
+    bootstrap_intervals,
     boundary_overlap,
     overlap,
 )
@@ -101,8 +101,8 @@ class RowScores:
 
     @cached_property
     def intervals(self) -> dict[str, tuple[float, float] | None]:
-        """The 95 % interval of each of `means`, in percent; None for a single object. See `bootstrap_interval`."""
-        return {name: bootstrap_interval(len(self.counts), partial(self._mean, name)) for name in self.means}
+        """The 95 % interval of each of `means`, in percent; None for a single object. See `bootstrap_intervals`."""
+        return bootstrap_intervals(len(self.counts), self._means)
 
     @property
     def worst_first(self) -> list[str]:
@@ -120,16 +120,13 @@ class RowScores:
             "objects": {name: counts.figures for name, counts in self.counts.items()},
         }
 
-    def _mean(self, name: str, drawn: np.ndarray) -> np.ndarray:
-        return self._means(drawn)[name]
-
     def _means(self, drawn: np.ndarray) -> dict[str, np.ndarray]:
         """`means` of objects that are each drawn some number of times: (resamples, objects) to (resamples,)."""
         figures = [each.figures for each in self.counts.values()]
-        weights = drawn / drawn.sum(axis=1, keepdims=True)
+        number = drawn.sum(axis=1)
         pooled = Counts(*(drawn @ np.array([astuple(each) for each in self.counts.values()])).T)
         return {
-            **{f"m{name}": weights @ np.array([each[name] for each in figures]) for name in figures[0]},
+            **{f"m{name}": drawn @ np.array([each[name] for each in figures]) / number for name in figures[0]},
             "FB-IoU": np.asarray(pooled.figures["IoU"] + pooled.background_iou) / 2,
         }
 

@@ -79,7 +79,11 @@ def write_tables(output: Path, title: str, sentences: Sequence[str], tables: Seq
 def _all_rows(scores: OneShotScores) -> Table:
     figures = list(scores.shown.means)
     rows: list[list[TableCell]] = [[row.name, *row.means.values(), _interval(row)] for row in scores.rows]
-    note = "Percent. Means over objects; FB-IoU is pooled over all images. The interval is that of mIoU."
+    note = (
+        "Percent. Means over objects: IoU, accuracy (the fraction of the true mask that was found), and boundary IoU, "
+        "that of bands along the outlines. FB-IoU is the mean of foreground's and background's IoU over all images. "
+        "The interval is that of mIoU."
+    )
     return Table("All rows", ["row", *figures, "95 % interval"], rows, note)
 
 

@@ -20,6 +20,7 @@ from persam_dreambooth.segmentation.evaluation.perseg_tables import (
     KERNELS,
     PERSEG_METHODS,
     disturbed_method,
+    is_perseg,
     perseg_tables,
 )
 from persam_dreambooth.segmentation.segmenters import METHODS, make_segmenter
@@ -50,7 +51,8 @@ def evaluate_perseg(options: EvaluatePersegOptions) -> OneShotScores | None:
     options.check()
     items = read_perseg(Path(str(options.data)))
     rows = [] if options.predictions else chosen_rows(options, items)
-    return one_shot.evaluate_one_shot(options, DataSet("PerSeg", items), rows, PERSEG_METHODS, perseg_tables)
+    name = "PerSeg" if is_perseg(items) else "Objects in PerSeg's layout"
+    return one_shot.evaluate_one_shot(options, DataSet(name, items), rows, PERSEG_METHODS, perseg_tables)
 
 
 def chosen_rows(options: EvaluatePersegOptions, items: list[Item]) -> list[Row]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from persam_dreambooth.report.tables import Table, TableCell
+from persam_dreambooth.segmentation.evaluation.data_set import Item
 from persam_dreambooth.segmentation.evaluation.one_shot_scores import OneShotScores, RowScores
 from persam_dreambooth.segmentation.segmenters import METHODS
 
@@ -44,6 +45,9 @@ VARIANTS = {
 }
 """The rows of the paper's Table 3."""
 
+WHOLE = {"persam": "ablation-prompting", "persam-f": "ablation-persam-f"}
+"""The variants that are a whole method."""
+
 PAPER_TABLE_3 = dict(zip(VARIANTS, (69.11, 72.47, 83.91, 85.82, 89.32, 95.33), strict=True))
 
 KERNELS = (-95, -75, 75, 95)
@@ -74,18 +78,23 @@ def perseg_tables(scores: OneShotScores) -> list[Table]:
 
 
 def is_papers_experiment(scores: OneShotScores) -> bool:
-    """Whether the data are PerSeg, by number and names of objects, and all masks are known to be of SAM ViT-H."""
-    names = {item.name for item in scores.data.items}
-    return len(names) == PERSEG_OBJECTS and names >= TABLE_1_OBJECTS.keys() and scores.sams == {"SAM ViT-H"}
+    """Whether the data are PerSeg, and all masks are known to be of SAM ViT-H."""
+    return is_perseg(scores.data.items) and scores.sams == {"SAM ViT-H"}
+
+
+def is_perseg(items: Sequence[Item]) -> bool:
+    """Whether objects are those of PerSeg, by their number and the names of the ten in Table 1."""
+    names = {item.name for item in items}
+    return len(names) == PERSEG_OBJECTS and names >= TABLE_1_OBJECTS.keys()
 
 
 def _table_1(scores: OneShotScores, published: bool) -> Table | None:
     """mIoU of the methods and IoU of ten objects."""
-    found = {name: row for name in METHODS if (row := scores.row(name))}
+    found = {name: row for name in METHODS if (row := scores.row(name) or scores.row(WHOLE[name]))}
     if not found:
         return None
     own = [item.name for item in scores.data.items]
-    shown = TABLE_1_OBJECTS if published else {name: name for name in own[:10]}
+    shown = TABLE_1_OBJECTS if is_perseg(scores.data.items) else {name: name for name in own[:10]}
     rows: list[list[TableCell]] = []
     if published:
         for name, (parameters, printed) in PAPER_TABLE_1.items():
@@ -96,7 +105,7 @@ def _table_1(scores: OneShotScores, published: bool) -> Table | None:
     if len(ours) == 2:
         gains = [_gain(after - before) for before, after in zip(*ours, strict=True)]
         rows.append(["Improvement", gains[0], None, *gains[1:]])
-    more = "" if published or len(own) <= 10 else " The first ten objects are shown."
+    more = "" if len(own) <= 10 else " Ten objects are shown."
     note = f"Percent: mIoU, and IoU of objects. Param. is the number of learned parameters.{more}"
     return Table("Table 1: personalized segmentation", ["method", "mIoU", "Param.", *shown.values()], rows, note)
 

@@ -7,6 +7,7 @@ and a model card. Heavy imports are inside the functions, after the input checks
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ from persam_dreambooth import models
 from persam_dreambooth.dreambooth.albums import Album, read_albums
 from persam_dreambooth.dreambooth.base_pictures import check_base_pictures, class_crops, open_backgrounds
 from persam_dreambooth.dreambooth.run_folder import (
-    CARD,
+    MODEL_CARD,
     beside_own_masks,
     check_run_folder,
     check_same_model,
@@ -25,11 +26,12 @@ from persam_dreambooth.dreambooth.run_folder import (
     write_config,
 )
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
-from persam_dreambooth.errors import SaveError
+from persam_dreambooth.errors import SaveError, UnavailableError
 from persam_dreambooth.extras import check_installed
 from persam_dreambooth.files import locked
-from persam_dreambooth.photos.mask_folder import load_mask, load_masks, save_mask
-from persam_dreambooth.report.pictures import overview, save_picture
+from persam_dreambooth.options import takes_options
+from persam_dreambooth.photos.mask_folder import MaskWriter, load_known, load_masks
+from persam_dreambooth.report.pictures import save_overview
 from persam_dreambooth.segmentation.segment import segment_folder
 from persam_dreambooth.segmentation.segmenters import MaskFolderOptions, open_segmenter
 
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
+
+_training = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -49,11 +53,26 @@ class TrainOptions(MaskFolderOptions, TrainingOptions):
         return any(subject.mask for subject in self.each_subject)
 
 
+@contextmanager
+def _only_training() -> Iterator[None]:
+    """Refuses a second training in this process: both would use torch's global random state and accelerate's state."""
+    if not _training.acquire(blocking=False):
+        raise UnavailableError("another training runs in this process: wait for its end, or train in another process")
+    try:
+        with models.quiet():
+            yield
+    finally:
+        _training.release()
+
+
+@takes_options(TrainOptions)
+@_only_training()
 def personalize(options: TrainOptions) -> Path:
     """Runs the main job; returns the run's folder.
 
     Raises:
         InputError, InputNotFoundError: input that cannot be used; nothing is written then.
+        UnavailableError: the hub cannot be reached, or another training runs in this process.
     """
     options.check()
     options = beside_own_masks(options)
@@ -72,7 +91,7 @@ def personalize(options: TrainOptions) -> Path:
     from persam_dreambooth.dreambooth.optimizers import check_optimizer
     from persam_dreambooth.dreambooth.results import save_results
     from persam_dreambooth.dreambooth.trainer import check_resolution, train
-    from persam_dreambooth.dreambooth.training_crops import Cut, join_crops, make_crops
+    from persam_dreambooth.dreambooth.training_crops import Cut, check_prompts, join_crops, make_crops
 
     check_optimizer(options)
     if options.report_to:
@@ -86,7 +105,9 @@ def personalize(options: TrainOptions) -> Path:
         logger.info("nothing is left to do: %s has all of its %d steps", run_dir, options.max_train_steps)
         return run_dir
     accelerator = open_accelerator(options)
+    models.log_device(str(accelerator.device), str(frozen_dtype(accelerator)))
     family = open_family(options, base, frozen_dtype(accelerator))
+    check_prompts(options, albums, family)
     resolution = check_resolution(options, family)
     buckets = open_buckets(options, family, resolution)
     options = options.resolved(resolution, accelerator.mixed_precision, family.learning_rates[options.method])
@@ -97,7 +118,7 @@ def personalize(options: TrainOptions) -> Path:
     with _writing(run_dir, accelerator):
         if accelerator.is_main_process:
             check_run_folder(options)  # again: another run may have ended here since
-            (run_dir / CARD).unlink(missing_ok=True)
+            (run_dir / MODEL_CARD).unlink(missing_ok=True)
             write_masks(options, albums)
         accelerator.wait_for_everyone()
         soft = options.soft_masks
@@ -107,7 +128,7 @@ def personalize(options: TrainOptions) -> Path:
         all_masks = [mask for own in masks for mask in own]
         if all_masks and accelerator.is_main_process:
             whose = [album.subject.word for album in albums for _ in album.photos] if len(albums) > 1 else None
-            save_picture(overview(all_masks, whose), run_dir / "overview.png")
+            save_overview(all_masks, run_dir / "overview.png", whose)
         class_images = class_crops(options, family, accelerator, photos)
         photos.backgrounds = open_backgrounds(options, family, accelerator)
 
@@ -133,24 +154,26 @@ def _writing(run_dir: Path, accelerator: Accelerator) -> Iterator[None]:
     except BaseException as error:
         for tracker in accelerator.trackers:
             tracker.finish()
-        if isinstance(error, SaveError):
+        if isinstance(error, SaveError) and not (run_dir / MODEL_CARD).is_file():
             raise SaveError(f"{error}; go on with --resume_from_checkpoint latest") from error
         raise
 
 
 def write_masks(options: TrainOptions, albums: list[Album]) -> None:
     """Writes the run's options and its mask folders; a resumed run keeps its masks."""
+    known = [load_known(album.mask_dir, album.photos) for album in albums]
     missing = [
-        (album, album.reference)
-        for album in albums
-        if album.reference and not all(load_mask(album.mask_dir, photo) for photo in album.photos)
+        (album, album.reference, masks)
+        for album, masks in zip(albums, known, strict=True)
+        if album.reference and len(masks) < len(album.photos)
     ]
     segmenter = open_segmenter(options) if missing else None
     write_config(options)
     if segmenter:
-        for album, reference in missing:
+        for album, reference, masks in missing:
             logger.info("%smasks are made from the mask of %s", album.label, reference[0].name)
-            segment_folder(album.photos, [reference], segmenter, album.mask_dir, absent=options.absent)
+            segment_folder(album.photos, [reference], segmenter, album.mask_dir, absent=options.absent, known=masks)
     for album in albums:
-        for item in album.drawn:
-            save_mask(album.mask_dir, item.record, item.mask, item.weights)
+        with MaskWriter(album.mask_dir) as writer:
+            for item in album.drawn:
+                writer.save(item.record, item.mask, item.weights)
