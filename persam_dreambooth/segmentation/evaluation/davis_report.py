@@ -50,13 +50,13 @@ PAPER_TABLE_2 = {
 }  # fmt: skip
 """The paper's Table 2, in percent: trained on videos, J&F, J and F."""
 
-ABOUT = (
+ABOUT_DAVIS = (
     "A method was given the mask of each object in the first frame that shows it, and marked the object in all later "
     "frames. The marks are compared with true masks. J is the overlap of both, relative to their union. F says how "
     "well their outlines agree. J&F is the mean of J and F."
 )
 
-LEGEND = (
+DAVIS_LEGEND = (
     "The sequences below are those of {row}, sorted from worst to best. The columns are frames; the first is the one "
     "whose mask was given. The rows are the true masks, the masks that were found, and the errors: red is missed or "
     "marked as another object, blue is in excess. Each object has its own color."
@@ -65,7 +65,7 @@ LEGEND = (
 PAGE_WIDTH = 230
 """Width of a picture on the page, in pixels."""
 
-SHOWN = 40
+SEQUENCES_SHOWN = 40
 """Maximum number of sequences on the page; with more it would be too large to open."""
 
 FRAMES_SHOWN = 4
@@ -109,14 +109,14 @@ def write_davis_report(output: Path, scores: DavisScores) -> None:
     for sequence in steps(row.sequences, "pictures", "sequence"):
         shown, title = show_frames(scores.data, row.predictions, sequence), f"{sequence}: {_said(row, sequence)}"
         save_picture(_sheet(shown, title), output / "overlays" / f"{sequence}.jpg")
-        if len(sections) < SHOWN:
+        if len(sections) < SEQUENCES_SHOWN:
             sections.append(page.section(sequence, title, [_strip(frame, sequence) for frame in shown]))
-    legend = LEGEND.format(row=row.name)
-    if len(row.sequences) > SHOWN:
-        legend += f" {SHOWN} of {len(row.sequences)} sequences are shown here; the folder overlays has all."
-    links = list(row.sequences)[:SHOWN]
+    legend = DAVIS_LEGEND.format(row=row.name)
+    if len(row.sequences) > SEQUENCES_SHOWN:
+        legend += f" {SEQUENCES_SHOWN} of {len(row.sequences)} sequences are shown here; the folder overlays has all."
+    links = list(row.sequences)[:SEQUENCES_SHOWN]
     blocks = [
-        *map(page.paragraph, [ABOUT, *_heading(scores)]),
+        *map(page.paragraph, [ABOUT_DAVIS, *_heading(scores)]),
         *map(page.html_table, tables),
         page.html_table(lists[0], links),
         page.html_table(lists[1], [each.sequence if each.sequence in links else "" for each in _worst_first(row)]),
