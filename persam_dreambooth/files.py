@@ -20,9 +20,6 @@ logger = logging.getLogger(__name__)
 
 PARTIAL = ".partial"
 
-SETTINGS = "settings.json"
-"""The file in a folder of resumable work with its settings."""
-
 LOCK = ".lock"
 """The lock file of a folder that a process writes to."""
 

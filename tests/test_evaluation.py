@@ -865,7 +865,7 @@ def test_davis_refuses_a_folder_of_other_settings_before_the_work(rendered, davi
     assert davis("--data", data, "--predictions", predictions, "--output", tmp_path / "out") == 0
     assert davis("--data", data, "--output", tmp_path / "out", "--sam_model", rendered / "sam") == 2
     assert davis("--data", data, "--predictions", predictions, "--output", tmp_path, "--variant", "published") == 2
-    assert "--variant has no effect: remove it or --predictions" in capsys.readouterr().err
+    assert "--predictions and --variant exclude one another" in capsys.readouterr().err
 
 
 @pytest.fixture
