@@ -13,12 +13,14 @@ from importlib import import_module
 from typing import Any
 
 from persam_dreambooth import __version__
-from persam_dreambooth.errors import InputError, SaveError, UnavailableError, is_out_of_memory
+from persam_dreambooth.errors import InputError, SaveError, UnavailableError, counted, is_out_of_memory
 from persam_dreambooth.options import check_known, parse
 from persam_dreambooth.progress import showing_bars
 
 TRY_AGAIN = 75
 """The exit code for what may work on another try, EX_TEMPFAIL of sysexits.h."""
+
+SAME_COMMAND = "the same command resumes"
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Command:
         run: the function that runs it with the options, as module:function.
         closing: makes the final message from the options and the result; only the main process prints it.
         positional: an option that can be given without its name.
-        again: what to do after an interruption.
+        resume: how an interrupted command resumes.
     """
 
     about: str
@@ -39,15 +41,15 @@ class Command:
     run: str
     closing: Callable[[Any, Any], str]
     positional: str | None = None
-    again: str = "the same command goes on where it stopped"
+    resume: str = ""
 
 
 def _segmented(options: Any, masks: Any) -> str:
     from persam_dreambooth.photos.mask_folder import SKIPPED
 
     skipped = sum(SKIPPED in item.record.flags for item in masks)
-    left_out = f", {skipped} of {len(masks)} photos skipped" if skipped else ""
-    return f"{len(masks) - skipped} masks in {options.output}{left_out}; see {options.output}/overview.jpg"
+    left_out = f", {skipped} of {counted(len(masks), 'photo')} skipped" if skipped else ""
+    return f"{counted(len(masks) - skipped, 'mask')} in {options.output}{left_out}; see {options.output}/overview.jpg"
 
 
 def _trained(options: Any, run_dir: Any) -> str:
@@ -66,14 +68,14 @@ def _scored(options: Any, scores: Any) -> str:
 def _separated(options: Any, scores: Any) -> str:
     best = scores.used
     return (
-        f"AUC {best.auc:.3f}; balanced error {best.error:.3f} at --absent_threshold {best.threshold:.3f}\n"
-        f"done: {options.output}/results.md; the plot is beside it"
+        f"AUC {best.auc:.3f}; balanced error {best.error:.2%} at --absent_threshold {best.threshold:.3f}\n"
+        f"done: {options.output}/results.md; see report.html beside it"
     )
 
 
 def _scored_videos(options: Any, scores: Any) -> str:
-    row = ", ".join(f"{name} {100 * value:.1f}" for name, value in scores.overall.items())
-    return f"{row}\ndone: {options.output}/results.md"
+    figures = ", ".join(f"{name} {value:.1f}" for name, value in scores.shown.overall.items())
+    return f"{scores.shown.name}: {figures}\ndone: {options.output}/results.md; see report.html beside it"
 
 
 MEMORY_REMEDIES = (
@@ -87,27 +89,29 @@ COMMANDS = {
         "segmentation.segment:SegmentOptions",
         "segmentation.segment:segment",
         _segmented,
+        resume=SAME_COMMAND,
     ),
     "video": Command(
         "masks for all frames of a video, from the mask of its first frame",
         "segmentation.video:VideoOptions",
         "segmentation.video:segment_video",
         lambda options, count: (
-            f"{count} masks in {options.output}" + ("; look at overlay in it" if options.overlay else "")
+            f"{counted(count, 'mask')} in {options.output}" + ("; look at overlay in it" if options.overlay else "")
         ),
+        resume=SAME_COMMAND,
     ),
     "train": Command(
         "masks and training in one run (the same as train_dreambooth_masked.py)",
         "main_job:TrainOptions",
         "main_job:personalize",
         _trained,
-        again="the same command with --resume_from_checkpoint latest goes on where it stopped",
+        resume="a training run resumes with --resume_from_checkpoint latest",
     ),
     "generate": Command(
         'pictures of the subject: "a [V] cat on a beach"',
         "dreambooth.generate:GenerateOptions",
         "dreambooth.generate:generate",
-        lambda options, paths: f"{options.num_images} pictures in {options.output}; a grid of all in {paths[-1]}",
+        lambda options, paths: f"{options.num_images} pictures in {paths[-1].parent}; a grid of all in {paths[-1]}",
         positional="prompt",
     ),
     "evaluate perseg": Command(
@@ -115,12 +119,14 @@ COMMANDS = {
         "segmentation.evaluation.perseg:EvaluatePersegOptions",
         "segmentation.evaluation.perseg:evaluate_perseg",
         _scored,
+        resume=SAME_COMMAND,
     ),
     "evaluate fss1000": Command(
         "the same on FSS-1000",
         "segmentation.evaluation.fss1000:EvaluateFss1000Options",
         "segmentation.evaluation.fss1000:evaluate_fss1000",
         _scored,
+        resume=SAME_COMMAND,
     ),
     "evaluate absence": Command(
         "how well presence separates photos with the subject from photos without it",
@@ -133,6 +139,7 @@ COMMANDS = {
         "segmentation.evaluation.davis:EvaluateDavisOptions",
         "segmentation.evaluation.davis:evaluate_davis",
         _scored_videos,
+        resume=SAME_COMMAND,
     ),
     "evaluate model": Command(
         "what a run learned, by CLIP and DINO inside and outside of masks",
@@ -146,6 +153,7 @@ COMMANDS = {
         "evaluation.background:BenchmarkOptions",
         "evaluation.background:benchmark_background",
         lambda _, folder: f"done: {folder / 'table.md'}; pictures in {folder / 'grids'}",
+        resume=SAME_COMMAND,
     ),
     "toy perseg": Command(
         "a rendered data set in the layout of PerSeg",
@@ -223,8 +231,7 @@ def run_command(words: str, arguments: list[str], program: str | None = None) ->
     try:
         result = find(command.run)(options)
     except KeyboardInterrupt as stop:
-        if not stop.args:
-            raise KeyboardInterrupt(f"interrupted: {command.again}") from None
+        stop.args = stop.args or (f"interrupted; {command.resume}" if command.resume else "interrupted",)
         raise
     if is_main_process():
         print(command.closing(options, result))

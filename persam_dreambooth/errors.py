@@ -36,3 +36,8 @@ def is_out_of_memory(error: BaseException) -> bool:
         or type(error).__name__ == "OutOfMemoryError"
         or (isinstance(error, RuntimeError) and any(words in told for words in ("out of memory", "can't allocate")))
     )
+
+
+def counted(count: int, noun: str) -> str:
+    """The number and its noun for a message: `1 photo`, `2 photos`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -20,6 +20,9 @@ logger = logging.getLogger(__name__)
 
 PARTIAL = ".partial"
 
+SETTINGS = "settings.json"
+"""The file in a folder of resumable work with its settings."""
+
 LOCK = ".lock"
 """The lock file of a folder that a process writes to."""
 
@@ -29,6 +32,9 @@ REMEDIES = {
     **dict.fromkeys((errno.EIO, errno.ESTALE, errno.ENODEV), "check the disk"),
 }
 """What to do about the errors of a disk, by their numbers."""
+
+SETTINGS = "settings.json"
+"""The file in a folder of resumable work that says how it is done."""
 
 LONGEST_NAME = 255
 """Maximum length of a file name on common file systems, in bytes."""
@@ -52,7 +58,7 @@ def write_aside(path: Path) -> Iterator[Path]:
         _remove(aside)
         try:
             yield aside
-            _share(aside)
+            share(aside)
             if path.is_dir():
                 _remove(path)
             os.replace(aside, path)
@@ -75,7 +81,7 @@ def filled_aside(folder: Path) -> Iterator[Path]:
         aside.mkdir(parents=True)
         try:
             yield aside
-            _share(aside)
+            share(aside)
             for path in sorted(aside.iterdir(), key=Path.is_file):
                 _remove(folder / path.name)
                 os.replace(path, folder / path.name)
@@ -145,7 +151,13 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def note_settings(folder: Path, settings: dict[str, Any], what: str, flag: str) -> None:
-    """Writes `settings.json` of resumable work to `folder`.
+    """Writes `settings.json` of resumable work to `folder`; see `check_settings` for arguments and errors."""
+    check_settings(folder, settings, what, flag)
+    write_json(folder / SETTINGS, settings)
+
+
+def check_settings(folder: Path, settings: dict[str, Any], what: str, flag: str) -> bool:
+    """Whether `folder` contains such work with these settings, so that it can be resumed.
 
     Args:
         folder: the folder of the work.
@@ -154,12 +166,26 @@ def note_settings(folder: Path, settings: dict[str, Any], what: str, flag: str) 
         flag: the option that names the folder, for the message.
 
     Raises:
-        InputError: the folder contains such work with other settings.
+        InputError: the folder contains such work with other settings; the message says which.
     """
-    path, described = folder / "settings.json", json.loads(json.dumps(settings))
-    if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != described:
-        raise InputError(f"{folder} holds {what} with other settings ({path}): choose another {flag}")
-    write_json(path, described)
+    path = folder / SETTINGS
+    if not path.is_file():
+        return False
+    try:
+        before = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise InputError(f"{path} is not the settings of {what}: remove it, or choose another {flag}") from None
+    now = json.loads(json.dumps(settings))
+    different = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if different:
+        told = [
+            f"{name} {before.get(name)}, now {now.get(name)}"
+            if isinstance(now.get(name), (str, int, float)) and "sha256" not in name
+            else f"other {name}"
+            for name in different
+        ]
+        raise InputError(f"{folder} holds {what} with other settings ({'; '.join(told)}): choose another {flag}")
+    return True
 
 
 def check_writable(folder: Path) -> None:
@@ -177,13 +203,15 @@ def check_writable(folder: Path) -> None:
 def check_new(folder: Path, known: dict[str, str], advice: str = "choose a new or an empty folder") -> None:
     """Raises `InputError` if `folder` cannot be written to or is not empty; creates nothing.
 
+    What a killed program left under a temporary name does not count.
+
     Args:
         folder: the folder.
         known: for file names, what a folder with this file contains, in words.
         advice: what to do, for the message.
     """
     check_writable(folder)
-    if folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
+    if folder.is_dir() and any(path.name != LOCK and PARTIAL not in path.name for path in folder.iterdir()):
         what = next((what for name, what in known.items() if (folder / name).is_file()), "other files")
         raise InputError(f"{folder} already holds {what}: {advice}")
 
@@ -215,7 +243,7 @@ def _aside(path: Path) -> Path:
     return path.with_name(name)
 
 
-def _share(path: Path) -> None:
+def share(path: Path) -> None:
     """Gives a new file, or all files of a new folder, the permissions that new files have here."""
     files = [path] if path.is_file() else [inner for inner in path.rglob("*") if inner.is_file()]
     private = [inner for inner in files if not inner.stat().st_mode & 0o077]

@@ -30,8 +30,8 @@ from persam_dreambooth.errors import SaveError, UnavailableError
 from persam_dreambooth.extras import check_installed
 from persam_dreambooth.files import locked
 from persam_dreambooth.options import takes_options
-from persam_dreambooth.photos.mask_folder import load_mask, load_masks, save_mask
-from persam_dreambooth.report.pictures import overview, save_picture
+from persam_dreambooth.photos.mask_folder import MaskWriter, load_known, load_masks
+from persam_dreambooth.report.pictures import save_overview
 from persam_dreambooth.segmentation.segment import segment_folder
 from persam_dreambooth.segmentation.segmenters import MaskFolderOptions, open_segmenter
 
@@ -91,7 +91,7 @@ def personalize(options: TrainOptions) -> Path:
     from persam_dreambooth.dreambooth.optimizers import check_optimizer
     from persam_dreambooth.dreambooth.results import save_results
     from persam_dreambooth.dreambooth.trainer import check_resolution, train
-    from persam_dreambooth.dreambooth.training_crops import Cut, join_crops, make_crops
+    from persam_dreambooth.dreambooth.training_crops import Cut, check_prompts, join_crops, make_crops
 
     check_optimizer(options)
     if options.report_to:
@@ -105,7 +105,9 @@ def personalize(options: TrainOptions) -> Path:
         logger.info("nothing is left to do: %s has all of its %d steps", run_dir, options.max_train_steps)
         return run_dir
     accelerator = open_accelerator(options)
+    models.log_device(str(accelerator.device), str(frozen_dtype(accelerator)))
     family = open_family(options, base, frozen_dtype(accelerator))
+    check_prompts(options, albums, family)
     resolution = check_resolution(options, family)
     buckets = open_buckets(options, family, resolution)
     options = options.resolved(resolution, accelerator.mixed_precision, family.learning_rates[options.method])
@@ -126,7 +128,7 @@ def personalize(options: TrainOptions) -> Path:
         all_masks = [mask for own in masks for mask in own]
         if all_masks and accelerator.is_main_process:
             whose = [album.subject.word for album in albums for _ in album.photos] if len(albums) > 1 else None
-            save_picture(overview(all_masks, whose), run_dir / "overview.png")
+            save_overview(all_masks, run_dir / "overview.png", whose)
         class_images = class_crops(options, family, accelerator, photos)
         photos.backgrounds = open_backgrounds(options, family, accelerator)
 
@@ -159,17 +161,19 @@ def _writing(run_dir: Path, accelerator: Accelerator) -> Iterator[None]:
 
 def write_masks(options: TrainOptions, albums: list[Album]) -> None:
     """Writes the run's options and its mask folders; a resumed run keeps its masks."""
+    known = [load_known(album.mask_dir, album.photos) for album in albums]
     missing = [
-        (album, album.reference)
-        for album in albums
-        if album.reference and not all(load_mask(album.mask_dir, photo) for photo in album.photos)
+        (album, album.reference, masks)
+        for album, masks in zip(albums, known, strict=True)
+        if album.reference and len(masks) < len(album.photos)
     ]
     segmenter = open_segmenter(options) if missing else None
     write_config(options)
     if segmenter:
-        for album, reference in missing:
+        for album, reference, masks in missing:
             logger.info("%smasks are made from the mask of %s", album.label, reference[0].name)
-            segment_folder(album.photos, [reference], segmenter, album.mask_dir, absent=options.absent)
+            segment_folder(album.photos, [reference], segmenter, album.mask_dir, absent=options.absent, known=masks)
     for album in albums:
-        for item in album.drawn:
-            save_mask(album.mask_dir, item.record, item.mask, item.weights)
+        with MaskWriter(album.mask_dir) as writer:
+            for item in album.drawn:
+                writer.save(item.record, item.mask, item.weights)

@@ -25,6 +25,12 @@ _quiet_lock = threading.Lock()
 _quiet_blocks = 0
 _levels_before: dict[str, int] = {}
 
+NVIDIA_GPU = (Path("/proc/driver/nvidia/version"), Path("/dev/nvidia0"), Path("C:/Windows/System32/nvidia-smi.exe"))
+"""Files that a driver of an NVIDIA GPU has."""
+
+CUDA_BUILDS = "https://download.pytorch.org/whl/cu126"
+"""The index of PyTorch's packages for NVIDIA GPUs; this CUDA supports the oldest ones."""
+
 
 def resolve(name: str, kind: str, revision: str | None = None) -> str:
     """Checks that a model is available; returns its name or path for `from_pretrained`.
@@ -136,6 +142,37 @@ def _hub_bars(shown: bool) -> Iterator[None]:
     finally:
         if hides:
             enable_progress_bars()
+
+
+@cache
+def log_device(device: str, dtype: str) -> None:
+    """Logs, once a process, the device and the precision of the work that begins.
+
+    If there is an NVIDIA GPU that this PyTorch cannot use, a warning says what to do.
+
+    Args:
+        device: such as `cuda`, `cuda:1` or `cpu`.
+        dtype: such as `torch.float32`.
+    """
+    import torch
+
+    kind, precision = torch.device(device).type, dtype.removeprefix("torch.")
+    if kind != "cpu":
+        name = f" ({torch.cuda.get_device_name(device)})" if kind == "cuda" else ""
+        logger.info("device: %s%s, %s", device, name, precision)
+        return
+    logger.info("device: CPU, %s: slow", precision)
+    if any(path.exists() for path in NVIDIA_GPU) and not torch.cuda.is_available():
+        if torch.version.cuda is None and torch.version.hip is None:
+            logger.warning(
+                "this machine has an NVIDIA GPU, but PyTorch %s is built for CPUs: pip install --force-reinstall "
+                "torch torchvision --index-url %s",
+                torch.__version__,
+                CUDA_BUILDS,
+            )
+        elif torch.version.cuda and "CUDA_VISIBLE_DEVICES" not in os.environ:
+            needed = f"CUDA {torch.version.cuda}"
+            logger.warning("this machine has an NVIDIA GPU that PyTorch cannot use: install a driver for %s", needed)
 
 
 @cache

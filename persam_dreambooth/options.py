@@ -172,6 +172,15 @@ def above_zero(options: Any, *names: str) -> None:
             raise InputError(f"--{name} is {value}: give more than 0")
 
 
+def check_multiple(options: Any, factor: int, *names: str) -> None:
+    """Raises `InputError` for a given size in pixels that is not a multiple of what a model needs."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and (value % factor or value < factor):
+            nearest = max(factor, round(value / factor) * factor)
+            raise InputError(f"--{name} is {value}: this model needs a multiple of {factor}, such as {nearest}")
+
+
 def below_one(options: Any, *names: str) -> None:
     """Raises `InputError` for an option that is not from 0 to below 1."""
     for name in names:

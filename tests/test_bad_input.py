@@ -547,7 +547,7 @@ def test_weights_without_a_run(home, capsys):
     Path("weights").mkdir()
     Path("weights", WEIGHTS).touch()
     line = refused(capsys, *generate("--model", "weights"))
-    assert line.startswith("weights has LoRA weights but no config.yaml, so its base model is unknown: name a run's")
+    assert line.startswith("weights has LoRA weights but no config.yaml, so its base model is unknown: name")
 
 
 def test_a_folder_without_weights(home, capsys):

@@ -12,9 +12,11 @@ from accelerate.state import AcceleratorState
 from tiny_families import tiny_for
 
 from persam_dreambooth import cli, toy
+from persam_dreambooth.dreambooth.generate import GenerateOptions
 from persam_dreambooth.main_job import TrainOptions
 from persam_dreambooth.options import find_config
-from persam_dreambooth.segmentation.evaluation.perseg import PAPER_MIOU
+from persam_dreambooth.segmentation.evaluation.perseg_tables import PAPER_TABLE_3, PAPER_TABLE_4
+from persam_dreambooth.segmentation.segment import SegmentOptions
 from persam_dreambooth.toy import rendered_davis as davis
 
 ROOT = Path(__file__).parents[1]
@@ -54,16 +56,18 @@ def run(command: str, folder: Path, sam: list[str]) -> None:
     program = next((name for name in PROGRAMS if command.startswith(f"{name} ")), None)
     assert program, f"no test knows how to run: {command}"
     words = PROGRAMS[program] + shlex.split(command.removeprefix(program))
+    # In a file, so that a command of given masks leaves out what is of SAM.
+    sam_options = {flag.removeprefix("--"): value for flag, value in zip(sam[::2], sam[1::2], strict=True)}
+    short = SHORT if words[0] == "train" else {}
+    (folder / "short.yaml").write_text(yaml.safe_dump({**short, **sam_options}), encoding="utf-8")
     if words[0] == "train":
-        model = small_model(words, folder)
-        (folder / "short.yaml").write_text(yaml.safe_dump(SHORT), encoding="utf-8")
-        words += ["--config", "short.yaml", *sam, "--pretrained_model_name_or_path", model]
+        words += ["--config", "short.yaml", "--pretrained_model_name_or_path", small_model(words, folder)]
     elif words[0] == "generate":
         words += ["--num_inference_steps", "2"]
     elif words[0] in ("segment", "video"):
-        words += [*sam, "--segmenter", "persam"]
+        words += ["--config", "short.yaml", "--segmenter", "persam"]
     elif words[0] == "evaluate":
-        words += sam
+        words += ["--config", "short.yaml"]
     AcceleratorState._reset_state(reset_partial_state=True)  # as in a new process
     assert cli.main(words) == 0, command
 
@@ -85,27 +89,32 @@ def test_the_commands_of_the_readme_run_in_their_order(home, toy_sam):
         run(command, home, toy_sam)
     for made in ("outputs/cat/overview.png", "outputs/cat-2/samples", "outputs/paper/model_index.json", "masks/01.png"):
         assert (home / made).exists(), made
-    assert len(list((home / "generated").glob("a-sks-cat-on-a-beach-*.png"))) == 4
+    assert len(list((home / "outputs/cat/generated").glob("a-sks-cat-on-a-beach-*.png"))) == 4
 
 
 @pytest.mark.slow
 def test_the_commands_of_the_evaluation_run_in_their_order(home, toy_sam):
     first, *others = [command for command in commands(ROOT / "docs" / "evaluation.md") if "davis" not in command]
-    assert len(others) == 7
+    assert len(others) == 8
     run(first, home, toy_sam)
-    for path in [*home.glob("perseg/*/*/0[2-9].*")]:  # two images of each object do
+    for path in [*home.glob("perseg/*/*/0[3-9].*")]:  # three images of each object do
         path.unlink()
     for command in others:
         run(command, home, toy_sam)
-    table = (home / "scores-persam-f" / "results.md").read_text(encoding="utf-8")
-    assert "| persam-grown-75 |" in table
+    table = (home / "scores" / "results.md").read_text(encoding="utf-8")
+    for row in ("persam", "persam-f", "persam-grown-75", "persam-reference-02", "persam-shots-2"):
+        assert f"| {row} |" in table
     assert '"mIoU": 99.9999' in (home / "scores-of-others" / "results.json").read_text(encoding="utf-8")
 
 
 def test_the_figures_that_an_evaluation_should_print_are_those_beside_its_results():
     text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
     section = text.split("### The paper's tables")[1].split("\n#")[0]
-    assert set(map(float, re.findall(r"\b\d\d\.\d\d\b", section))) == set(PAPER_MIOU.values())
+    assert set(map(float, re.findall(r"\b\d\d\.\d\d\b", section))) == {
+        *PAPER_TABLE_3.values(),
+        *PAPER_TABLE_4["PerSAM"],
+        *PAPER_TABLE_4["PerSAM-F"],
+    }
 
 
 def test_the_commands_of_the_families_run_in_their_order(home, toy_sam):
@@ -159,11 +168,25 @@ def test_every_link_and_file_named_in_the_documents_exists(document):
     assert not missing
 
 
+def test_the_names_of_other_trainers_are_those_that_errors_explain():
+    """In `docs/coming-from.md`, each row of two cells is another trainer's name and ours for the same thing."""
+    rows = [row for row in other_trainers_rows() if len(row) == 2]
+    told = {name: re.findall(r"--(\w+)", here)[0] for there, here in rows for name in re.findall(r"`-*(\w+)`", there)}
+    own = {entry.name for options in (GenerateOptions, SegmentOptions) for entry in fields(options)}
+    explained = {name: entry.name for entry in fields(TrainOptions) for name in entry.metadata["elsewhere"]}
+    assert {name: ours for name, ours in explained.items() if name not in own} == {
+        name: ours for name, ours in told.items() if name not in ("masked_loss", *own)
+    }
+
+
 def test_the_options_that_other_trainers_options_are_mapped_to_exist():
-    """Of each row of the tables in `docs/coming-from.md`, the last cell is ours."""
-    text = (ROOT / "docs" / "coming-from.md").read_text(encoding="utf-8")
-    cells = [line.strip("|").split("|")[-1] for line in text.splitlines() if line.startswith("|")]
-    named = {flag for cell in cells for flag in re.findall(r"--(\w+)", cell)}
+    """Of each row of the tables in `docs/coming-from.md`, the second cell is ours."""
+    named = {flag for row in other_trainers_rows() if len(row) < 4 for flag in re.findall(r"--(\w+)", row[1])}
     assert len(named) > 15
     aliases = {field.metadata.get("alias") for field in fields(TrainOptions)}
     assert named <= {field.name for field in fields(TrainOptions)} | aliases
+
+
+def other_trainers_rows() -> list[list[str]]:
+    lines = (ROOT / "docs" / "coming-from.md").read_text(encoding="utf-8").splitlines()
+    return [line.strip("|").replace("\\|", "/").split("|") for line in lines if line.startswith("|")]

@@ -39,7 +39,7 @@ def files(name: str) -> list[Path]:
 
 
 ROOMS = (
-    ("errors", "extras", "files", "options", "progress"),
+    ("errors", "extras", "files", "machine", "options", "progress"),
     ("photos",),
     ("toy", "models", "report"),
     ("segmentation", "dreambooth"),

@@ -569,6 +569,8 @@ def test_tensorboard_is_told_losses_and_samples(runs):
         assert [event.step for event in events.Scalars(name)] == column(run, "step")
     [tag] = {tag.rsplit("/", 1)[0] for tag in events.Tags()["images"]}
     assert tag == "a sks duck on a beach"
+    for image in events.Tags()["images"]:
+        assert [event.step for event in events.Images(image)] == [2, STEPS]
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])

@@ -58,6 +58,15 @@ def find_pictures(folder: Path) -> list[Photo]:
     return pictures
 
 
+def told_scenes(options: TrainingOptions) -> list[str]:
+    """The scenes that are added to training prompts, as far as they are known before images are generated."""
+    if not options.background_in_prompt:
+        return []
+    folder = options.background_folder
+    own = find_pictures(folder) if folder.is_dir() else []
+    return [*read_prompts(own, ""), *options.scenes]
+
+
 def class_prompts(options: TrainingOptions) -> list[str]:
     """The class prompts of all subjects, each once."""
     return list(dict.fromkeys(subject.prompt("class") for subject in options.each_subject))
@@ -146,7 +155,7 @@ def generate_pictures(
     """
     import torch
 
-    from persam_dreambooth.dreambooth.families.registry import fast_sampler
+    from persam_dreambooth.dreambooth.families.registry import FAMILIES, fast_sampler
 
     present = [photo.path for photo in find_pictures(folder)] if folder.is_dir() else []
     if len(present) >= count:
@@ -162,7 +171,8 @@ def generate_pictures(
         numbers = missing[start : start + batch_size]
         told = [prompts[number % len(prompts)] for number in numbers]
         generators = [torch.Generator().manual_seed(seed + number) for number in numbers]
-        images = sampler(told, num_inference_steps=BASE_PICTURE_STEPS, generator=generators).images
+        arguments = FAMILIES[type(sampler).__name__].prompt_arguments(sampler, told)
+        images = sampler(**arguments, num_inference_steps=BASE_PICTURE_STEPS, generator=generators).images
         for number, image, prompt in zip(numbers, images, told, strict=True):
             path = folder / f"{kind}-{number:04}.png"
             beside = path.with_suffix(".txt")

@@ -6,7 +6,8 @@ No random state is saved: it follows from the seed and the step (see `data`), an
 import logging
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -75,29 +76,33 @@ def remove_later_checkpoints(run_dir: Path, step: int) -> None:
             remove_whole(path)
 
 
-def rescue(error: SaveError, save: Callable[[Path, int], None], run_dir: Path, step: int) -> SaveError:
-    """Saves the last step of a run whose files cannot be written; a full disk may have room for a smaller file.
+@contextmanager
+def rescuing(save: Callable[[Path, int], None], run_dir: Path, last_step: Callable[[], int]) -> Iterator[None]:
+    """If a file of a run cannot be written inside the block, saves its last step, and says where and how to resume.
+
+    The checkpoint is saved to the run's folder, since a full disk may have room for it when another file is larger, or
+    else to the folder of temporary files.
 
     Args:
-        error: what cannot be written.
         save: writes the checkpoint of a step to a folder.
         run_dir: the run's folder.
-        step: the last completed step.
-
-    Returns:
-        The error, with the place of the checkpoint: in the run's folder, or else in the folder of temporary files.
+        last_step: the last completed step; 0 for none.
     """
-    if step and run_dir / f"checkpoint-{step}" not in list_checkpoints(run_dir):
-        for folder in (run_dir, Path(tempfile.gettempdir()) / f"persam-dreambooth-{uuid4().hex[:8]}"):
-            try:
-                save(folder, step)
-            except SaveError:
-                continue
-            kept = folder / f"checkpoint-{step}"
-            move = "" if folder == run_dir else f", and move {kept}, which holds step {step}, into {run_dir}"
-            return SaveError(f"{error}{move}" if move else f"{error}; step {step} is saved in {kept}")
-    last = ([folder.name for folder in list_checkpoints(run_dir)] or ["none"])[-1]
-    return SaveError(f"{error}; the last checkpoint is {last}")
+    try:
+        yield
+    except SaveError as error:
+        step = last_step()
+        if step and run_dir / f"checkpoint-{step}" not in list_checkpoints(run_dir):
+            for folder in (run_dir, Path(tempfile.gettempdir()) / f"persam-dreambooth-{uuid4().hex[:8]}"):
+                kept = folder / f"checkpoint-{step}"
+                try:
+                    save(folder, step)
+                except SaveError:
+                    continue
+                move = f"; step {step} is saved in {kept}" if folder == run_dir else f", and move {kept} into {run_dir}"
+                raise SaveError(f"{error}{move}") from error
+        last = ([folder.name for folder in list_checkpoints(run_dir)] or ["none"])[-1]
+        raise SaveError(f"{error}; the last checkpoint is {last}") from error
 
 
 def save_state(folder: Path, step: int, **parts: Any) -> None:

@@ -5,11 +5,12 @@ run over all processes. Batch size, accumulation, number of processes and resumi
 With buckets, a batch has one shape, so the photo of a sample also depends on the batch size.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypedDict
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from PIL import Image
 from torch.utils.data import Dataset
 
@@ -59,7 +60,7 @@ class Crops(Dataset):
 
     Args:
         photos: the photos to crop.
-        masks: (H, W) each, bool, or weights from 0 to 1, or None to train on whole photos.
+        masks: (H, W) each, bool, or weights from 0 to 1, also packed; or None to train on whole photos.
         resolution: side of a square crop in pixels.
         center_crop: crop the center instead of a random position.
         seed: the run's seed.
@@ -74,7 +75,7 @@ class Crops(Dataset):
     def __init__(
         self,
         photos: list[Photo],
-        masks: list[np.ndarray] | None,
+        masks: Sequence[ArrayLike] | None,
         resolution: int,
         center_crop: bool,
         seed: int,
@@ -162,7 +163,7 @@ class Crops(Dataset):
             width, height = (side * wanted // now for side in photo.size)
             mask = Image.new("L", photo.size, 255)
             if self.masks is not None:
-                mask = Image.fromarray(np.round(self.masks[index] * 255.0).astype(np.uint8))
+                mask = Image.fromarray(np.round(np.asarray(self.masks[index]) * 255.0).astype(np.uint8))
             bilinear = Image.Resampling.BILINEAR
             self._resized[index, size] = (
                 photo.resize((width, height), bilinear),

@@ -13,9 +13,9 @@ from persam_dreambooth.dreambooth.families.registry import load_pipeline
 from persam_dreambooth.dreambooth.hub import push
 from persam_dreambooth.dreambooth.pipelines import model_notice
 from persam_dreambooth.dreambooth.run_folder import MODEL_CARD, metrics_rows
-from persam_dreambooth.dreambooth.samples import SAMPLES, sample, save_samples
+from persam_dreambooth.dreambooth.samples import SAMPLES, if_memory_lasts, save_run_samples
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
-from persam_dreambooth.errors import SaveError, is_out_of_memory
+from persam_dreambooth.errors import SaveError
 from persam_dreambooth.files import filled_aside, write_text
 from persam_dreambooth.photos.mask_folder import PhotoMask
 
@@ -59,16 +59,12 @@ def save_results(
     final_loss = metrics_rows(run_dir)[-1]["loss"]
     write_text(run_dir / MODEL_CARD, model_card(options, masks, crops, final_loss, family.tags, notice))
     if options.num_validation_images:
+        last_step = options.max_train_steps
         try:
-            pipeline = pipeline.to(accelerator.device, frozen_dtype(accelerator))
-            for prompt in options.validation_prompts:
-                images = sample(pipeline, prompt, options.num_validation_images, options.seed)
-                save_samples(images, prompt, options.seed, run_dir / SAMPLES, notice)
+            with if_memory_lasts(last_step):
+                pipeline = pipeline.to(accelerator.device, frozen_dtype(accelerator))
+                save_run_samples(options, pipeline, accelerator, run_dir / SAMPLES, last_step)
         except SaveError as error:
             raise SaveError(f"{error}; the weights are saved: persam-dreambooth generate makes pictures") from error
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            logger.warning("no memory for samples: the weights are saved; persam-dreambooth generate may need less")
     if options.push_to_hub:
         logger.info("uploaded to %s", push(options, pipeline))

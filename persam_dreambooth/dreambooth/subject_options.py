@@ -10,13 +10,20 @@ from typing import Any, Literal
 
 from persam_dreambooth.dreambooth.prompts import fill_identifier
 from persam_dreambooth.errors import InputError
-from persam_dreambooth.options import Options, option, require, typed_options, with_flag
+from persam_dreambooth.options import Condition, Options, option, require, typed_options, with_flag
 
 MASKS = "masks"
 """The mask folder in a run's folder; see `mask_folders`."""
 
 IDENTIFIER = "sks"
 """The default identifier token."""
+
+
+def with_run_flag(flag: str) -> Condition:
+    """As `with_flag`, for an option of the run; an entry of `subjects` does not know the run's options."""
+    condition = with_flag(flag)
+    name = flag.removeprefix("--")
+    return Condition(lambda options: not hasattr(options, name) or condition.holds(options), condition.advice)
 
 
 @dataclass(frozen=True)
@@ -73,18 +80,24 @@ class SubjectOptions(Options):
     invert_mask: bool = option(
         False, "black, or transparent, is the subject in the masks given", when=(with_flag("--mask", "--mask_dir"),)
     )
-    class_name: str | None = option(
-        None, "the subject's class; default: the name of --instance_dir", elsewhere=("class_tokens",)
-    )
+    class_name: str | None = option(None, "the subject's class; default: the name of --instance_dir")
     identifier: str | None = option(
         None,
         "token for the subject, [V] in prompts; default: sks, or from a folder name such as 5_sks cat",
-        elsewhere=("instance_token", "placeholder_token"),
+        elsewhere=("instance_token",),
     )
-    instance_prompt: str | None = option(None, "training prompt; default: a [V] <class_name>")
-    class_prompt: str | None = option(None, "prompt of class images; default: a <class_name>")
+    instance_prompt: str | None = option(
+        None, "training prompt; default: a [V] <class_name>", elsewhere=("class_tokens",)
+    )
+    class_prompt: str | None = option(
+        None,
+        "prompt of class images; default: a <class_name>",
+        when=(with_run_flag("--with_prior_preservation"),),
+    )
     validation_prompt: str | None = option(
-        None, "prompt of the samples; default: a [V] <class_name> on a beach", elsewhere=("sample_prompts",)
+        None,
+        "prompt of the samples; default: a [V] <class_name> on a beach",
+        when=(with_run_flag("--num_validation_images"),),
     )
 
     def check_subject(self, unmasked: bool) -> None:
@@ -130,20 +143,14 @@ class SubjectOptions(Options):
         """The folder of the photos, or a path made from the name of a data set."""
         return Path(self.instance_dir or str(self.dataset_name)).resolve()
 
-    @property
-    def words(self) -> dict[str, Any]:
-        """Class name, identifier and prompts with defaults filled in; [V] is not replaced."""
-        return {
-            "class_name": self.subject,
-            "identifier": self.word,
-            "instance_prompt": self.instance_prompt or f"a [V] {self.subject}",
-            "class_prompt": self.class_prompt or f"a {self.subject}",
-            "validation_prompt": self.validation_prompt or f"a [V] {self.subject} on a beach",
-        }
-
     def prompt(self, kind: Literal["instance", "class", "validation"]) -> str:
-        """A prompt, with [V] replaced by the identifier."""
-        return fill_identifier(self.words[f"{kind}_prompt"], self.word)
+        """A prompt or its default, with [V] replaced by the identifier."""
+        defaults = {
+            "instance": f"a [V] {self.subject}",
+            "class": f"a {self.subject}",
+            "validation": f"a [V] {self.subject} on a beach",
+        }
+        return fill_identifier(getattr(self, f"{kind}_prompt") or defaults[kind], self.word)
 
 
 def read_subjects(entries: Any) -> list[SubjectOptions]:

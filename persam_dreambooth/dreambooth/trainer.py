@@ -20,7 +20,7 @@ from persam_dreambooth.dreambooth.checkpoint import (
     load_state,
     remove_later_checkpoints,
     remove_old_checkpoints,
-    rescue,
+    rescuing,
     save_state,
 )
 from persam_dreambooth.dreambooth.data import CLASS_SEED, DROPOUT, Crops, derived_seed, sample_noise
@@ -33,9 +33,9 @@ from persam_dreambooth.dreambooth.optimizers import effective_rate, make_optimiz
 from persam_dreambooth.dreambooth.results import save_weights
 from persam_dreambooth.dreambooth.samples import save_validation_samples
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
-from persam_dreambooth.errors import InputError, SaveError
 from persam_dreambooth.files import write_aside
 from persam_dreambooth.models import building
+from persam_dreambooth.options import check_multiple
 from persam_dreambooth.progress import Progress, bar
 
 logger = logging.getLogger(__name__)
@@ -128,50 +128,47 @@ def train(
                 family.save_weights(folder)
 
     step = first_step
-    try:
-        with Interruption(accelerator) as interruption:
-            for step in steps:
-                torch.manual_seed(derived_seed(options.seed, DROPOUT, step, accelerator.process_index))
-                for _ in range(options.gradient_accumulation_steps):
-                    with accelerator.accumulate(*models):
-                        batch = next(batches)
-                        class_batch = next(class_batches) if class_batches else None
-                        losses = batch_losses(options, family, batch, class_batch, base_embeddings)
-                        meter.add(step, losses, batch["name"])
-                        accelerator.backward(sum(weights[name] * loss for name, loss in losses.items()))
-                        if accelerator.sync_gradients:
-                            accelerator.clip_grad_norm_(trained, options.max_grad_norm)
-                        optimizer.step()
-                        optimizer.zero_grad()
-                rate = effective_rate(optimizer, schedule.get_last_lr()[0])
-                schedule.step()
-                if average:
-                    average.step()
+    with Interruption(accelerator) as interruption, rescuing(save_checkpoint, run_dir, lambda: step):
+        for step in steps:
+            torch.manual_seed(derived_seed(options.seed, DROPOUT, step, accelerator.process_index))
+            for _ in range(options.gradient_accumulation_steps):
+                with accelerator.accumulate(*models):
+                    batch = next(batches)
+                    class_batch = next(class_batches) if class_batches else None
+                    losses = batch_losses(options, family, batch, class_batch, base_embeddings)
+                    meter.add(step, losses, batch["name"])
+                    accelerator.backward(sum(weights[name] * loss for name, loss in losses.items()))
+                    if accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(trained, options.max_grad_norm)
+                    optimizer.step()
+                    optimizer.zero_grad()
+            rate = effective_rate(optimizer, schedule.get_last_lr()[0])
+            schedule.step()
+            if average:
+                average.step()
 
-                last = step == last_step
-                interruption.tell(Progress("training", "step", step, last_step))
-                stopping = interruption.requested()
-                checkpoint_due = stopping or step % options.checkpointing_steps == 0
-                if step % options.logging_steps == 0 or last or checkpoint_due:
-                    row = meter.write(step, rate)
-                    steps.set_postfix(loss=f"{row['loss']:.4f}")
-                if checkpoint_due and accelerator.is_main_process:
-                    save_checkpoint(run_dir, step)
-                    remove_old_checkpoints(run_dir, options.checkpoints_total_limit)
-                if stopping and not last:
-                    raise interruption.stopped(step)
-                if options.validation_steps and step % options.validation_steps == 0 and not last:
-                    if accelerator.is_main_process:
-                        with as_saved():
-                            save_validation_samples(options, family, accelerator, step)
-                    accelerator.wait_for_everyone()
-            accelerator.wait_for_everyone()
-            if accelerator.is_main_process:
-                meter.draw(run_dir / "loss.png")
-                with as_saved():
-                    save_weights(options, family, accelerator, base)
-    except SaveError as error:
-        raise rescue(error, save_checkpoint, run_dir, step) from error
+            last = step == last_step
+            interruption.tell(Progress("training", "step", step, last_step))
+            stopping = interruption.requested()
+            checkpoint_due = stopping or step % options.checkpointing_steps == 0
+            if step % options.logging_steps == 0 or last or checkpoint_due:
+                row = meter.write(step, rate)
+                steps.set_postfix(loss=f"{row['loss']:.4f}")
+            if checkpoint_due and accelerator.is_main_process:
+                save_checkpoint(run_dir, step)
+                remove_old_checkpoints(run_dir, options.checkpoints_total_limit)
+            if stopping and not last:
+                raise interruption.stopped(step)
+            if options.validation_steps and step % options.validation_steps == 0 and not last:
+                if accelerator.is_main_process:
+                    with as_saved():
+                        save_validation_samples(options, family, accelerator, step)
+                accelerator.wait_for_everyone()
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            meter.draw(run_dir / "loss.png")
+            with as_saved():
+                save_weights(options, family, accelerator, base)
     if average:
         average.copy_to_weights()
 
@@ -266,9 +263,5 @@ def learning_rate(options: TrainingOptions, processes: int) -> float:
 
 def check_resolution(options: TrainingOptions, family: Family) -> int:
     """The training resolution; raises `InputError` if it is not a multiple of what the model needs."""
-    resolution = options.resolution or family.native_resolution
-    factor = family.granularity
-    if resolution % factor or resolution < factor:
-        nearest = max(factor, round(resolution / factor) * factor)
-        raise InputError(f"--resolution is {resolution}: this model needs a multiple of {factor}, such as {nearest}")
-    return resolution
+    check_multiple(options, family.granularity, "resolution")
+    return options.resolution or family.native_resolution

@@ -56,9 +56,13 @@ class TrainingOptions(SubjectOptions):
         "stable-diffusion-v1-5/stable-diffusion-v1-5",
         "Stable Diffusion 1.x, 2.x, XL, 3, 3.5 or FLUX.1: hub id, local folder, or toy",
         path=True,
-        elsewhere=("model", "base_model", "base_model_name"),
+        elsewhere=("model", "base_model_name"),
     )
-    revision: str | None = option(None, "branch, tag or commit of the model on the hub")
+    revision: str | None = option(
+        None,
+        "branch, tag or commit of the model on the hub",
+        when=(Condition(lambda options: options.is_on_hub, "the model is not on the hub, remove it"),),
+    )
     variant: str | None = option(None, "variant of the weight files, such as fp16")
     method: Literal["lora", "full"] = option("lora", "train LoRA matrices, or the whole UNet of Stable Diffusion")
     rank: int = option(4, "rank of the LoRA matrices", when=WHEN_LORA, elsewhere=("network_dim", "lora_rank"))
@@ -85,6 +89,11 @@ class TrainingOptions(SubjectOptions):
         ),
     )
     train_text_encoder: bool = option(False, "also train CLIP's text encoders; T5 stays frozen")
+    long_prompts: bool = option(
+        False,
+        "read prompts longer than CLIP's 77 tokens in chunks; generate then does the same",
+        elsewhere=("max_token_length",),
+    )
 
     # The masked loss
     mask_normalization: Literal["area", "none"] = option(
@@ -198,7 +207,7 @@ class TrainingOptions(SubjectOptions):
     learning_rate: float | None = option(
         None,
         "default: 1e-4 for lora; for full 5e-6, and 1e-6 with XL; for prodigy 1, which multiplies what it finds",
-        elsewhere=("lr", "unet_lr"),
+        elsewhere=("lr",),
     )
     scale_lr: bool = option(False, "multiply the learning rate by batch, accumulation and processes")
     lr_scheduler: SCHEDULES = option("constant", "learning rate schedule")
@@ -254,7 +263,6 @@ class TrainingOptions(SubjectOptions):
         None,
         "steps between validation samples; default: only at the end",
         when=(with_flag("--num_validation_images"),),
-        elsewhere=("validation_epochs",),
     )
     report_to: Literal["tensorboard", "wandb"] | None = option(
         None, "also log losses, learning rate and samples to a tracker", elsewhere=("log_with",)
@@ -349,6 +357,11 @@ class TrainingOptions(SubjectOptions):
         return any(subject.mask_dir or subject.mask_from for subject in self.each_subject)
 
     @property
+    def is_on_hub(self) -> bool:
+        """Whether the base model is named by its id on the hub."""
+        return self.pretrained_model_name_or_path != "toy" and not Path(self.pretrained_model_name_or_path).exists()
+
+    @property
     def class_dir(self) -> Path:
         """The folder of class images."""
         return Path(self.class_data_dir) if self.class_data_dir else self.run_dir / "class_images"
@@ -386,7 +399,10 @@ class TrainingOptions(SubjectOptions):
         return Path(self.output_dir or f"outputs/{'-'.join(names)}")
 
     def resolved(self: Own, resolution: int, mixed_precision: Any, learning_rate: float) -> Own:
-        """The same options with every dynamic default filled in.
+        """The same options with dynamic defaults filled in.
+
+        Class name and prompts stay None if they follow from the photos' folder, so that saved options can be used with
+        other photos.
 
         Args:
             resolution: the training resolution; ignored if buckets are listed.
@@ -395,10 +411,12 @@ class TrainingOptions(SubjectOptions):
         """
         if self.optimizer == "prodigy":
             learning_rate = 1.0
-        filled = [{**asdict(subject), **subject.words} for subject in read_subjects(self.subjects or [])]
+        words: dict[str, Any] = {"identifier": self.word}
+        if self.subjects:
+            words = {"subjects": [{**asdict(each), "identifier": each.word} for each in read_subjects(self.subjects)]}
         return replace(
             self,
-            **({"subjects": filled} if self.subjects else self.words),
+            **words,
             learning_rate=learning_rate if self.learning_rate is None else self.learning_rate,
             output_dir=str(self.run_dir),
             resolution=None if self.bucket_list else resolution,

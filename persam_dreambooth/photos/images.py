@@ -32,6 +32,9 @@ RAW_SUFFIXES = (".dng", ".raw", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", 
 MOST_PIXELS = 250_000_000
 """Maximum number of pixels; phones take photos of up to 200 megapixels."""
 
+NOTE = "persam-dreambooth"
+"""The keyword of the text in a PNG in which `mask_folder` describes a mask."""
+
 SRGB_TOLERANCE = 2
 """A color profile that changes no 8-bit value by more than this is treated as sRGB: pixels are unchanged."""
 
@@ -181,7 +184,7 @@ def _open(stream: BinaryIO, name: str) -> Image.Image:
 
 
 def _decoded(image: Image.Image, name: str) -> Image.Image:
-    """The pixels of an opened image, upright, without metadata except what affects its colors."""
+    """The pixels of an opened image, upright, without metadata except what affects its colors, and `NOTE`."""
     width, height = image.size
     if not width or not height:
         raise InputError(f"{name} is {width} x {height}: give a picture that has pixels")
@@ -196,7 +199,11 @@ def _decoded(image: Image.Image, name: str) -> Image.Image:
         except Exception as error:  # decoders raise errors of many kinds on damaged files
             raise _unreadable(name, error) from None
     # A PNG may also have text chunks with these names.
-    kinds: dict[str, tuple[type, ...]] = {"transparency": (bytes, int, tuple), "icc_profile": (bytes,)}
+    kinds: dict[str, tuple[type, ...]] = {
+        "transparency": (bytes, int, tuple),
+        "icc_profile": (bytes,),
+        NOTE: (str,),
+    }
     upright.info = {key: image.info[key] for key, kind in kinds.items() if isinstance(image.info.get(key), kind)}
     upright.format = image.format
     return upright
@@ -234,8 +241,8 @@ def _unreadable(name: str, error: Exception) -> InputError:
 
 
 def _from_array(array: np.ndarray, name: str) -> Image.Image:
-    if array.dtype == np.uint16:
-        array = (array // 257).astype(np.uint8)
+    if array.dtype == np.uint16 and array.size:
+        array = _scaled_to_8_bits(array, name)
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
         advice = ""
         if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[2] not in (3, 4):
@@ -266,7 +273,7 @@ def _to_rgb(image: Image.Image, name: str | None) -> Image.Image:
     if name:
         logger.info("%s is stored as %s: converted to RGB", name, image.mode)
     if image.mode.startswith("I"):
-        return _scaled_to_8_bits(image, name)
+        return _deep_gray_to_rgb(image, name or "the image")
     if image.mode == "CMYK":
         image = _to_srgb(image)
     if image.has_transparency_data:
@@ -279,17 +286,25 @@ def _to_rgb(image: Image.Image, name: str | None) -> Image.Image:
     return _to_srgb(composited)
 
 
-def _scaled_to_8_bits(image: Image.Image, name: str | None) -> Image.Image:
+def _deep_gray_to_rgb(image: Image.Image, name: str) -> Image.Image:
     """Converts 16-bit gray to RGB (Pillow would clip values to 255); a transparent value becomes white."""
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
         raise InputError(
-            f"{name or 'the image'} holds integers from {values.min()} to {values.max()}, more than 16 bits: convert "
-            "it to 8 bits"
+            f"{name} holds integers from {values.min()} to {values.max()}, more than 16 bits: convert it to 8 bits"
         )
+    gray = _scaled_to_8_bits(values, name)
     if isinstance(transparent := image.info.get("transparency"), int):
-        values[values == transparent] = 65535
-    return Image.fromarray((values // 257).astype(np.uint8)).convert("RGB")
+        gray[values == transparent] = 255
+    return Image.fromarray(gray).convert("RGB")
+
+
+def _scaled_to_8_bits(values: np.ndarray, name: str) -> np.ndarray:
+    """Scales 0 to 65535 to uint8; if no value is above 255, these are 8-bit values in a wider type, and kept."""
+    if values.max() <= 255:
+        logger.info("%s has 16 bits but no value above 255: read as 8 bits", name)
+        return values.astype(np.uint8)
+    return (values // 257).astype(np.uint8)
 
 
 def _to_srgb(image: Image.Image) -> Image.Image:

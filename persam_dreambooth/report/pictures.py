@@ -1,4 +1,4 @@
-"""Pictures for the user: photos with masks and heat maps, the overview, grids of samples, the loss curve."""
+"""Pictures for the user: photos with masks, heat maps and errors, the overview, grids of samples, the loss curve."""
 
 from pathlib import Path
 
@@ -13,19 +13,43 @@ TILE = 320
 """Width and height, in pixels, of the box into which a picture is scaled."""
 LINE = 20
 GAP = 12
+PHOTOS_PER_PAGE = 100
+"""Maximum number of photos in a page of the overview; a JPEG is at most 65,535 pixels high."""
 OUTLINE_COLOR, HALO = (255, 0, 200), (255, 255, 255)
 INK = (30, 30, 30)
 ALARM = (200, 0, 0)
 PAPER = (255, 255, 255)
 BOX = (255, 200, 0)
 INCLUDED, EXCLUDED = (0, 150, 60), (220, 30, 30)
+MISSED, EXTRA = (220, 30, 30), (0, 110, 255)
+"""Colors of the pixels of a true mask that were not found, and of found pixels outside of it."""
 MARK = 7
 """Radius of a point, in pixels."""
 SCALE = 18
 """Height of a heat map's scale, in pixels."""
 
 
-def overview(photo_masks: list[PhotoMask], subjects: list[str] | None = None) -> Image.Image:
+def save_overview(photo_masks: list[PhotoMask], path: Path, subjects: list[str] | None = None) -> None:
+    """Writes the overview of all photos, in pages of at most `PHOTOS_PER_PAGE`: `overview.jpg`, `overview-2.jpg`, ...
+
+    Args:
+        photo_masks, subjects: as for `overview`.
+        path: the first page; pages that an earlier, longer overview left are removed.
+    """
+    starts = range(0, len(photo_masks), PHOTOS_PER_PAGE)
+    for number, first in enumerate(starts, 1):
+        shown = slice(first, first + PHOTOS_PER_PAGE)
+        items = photo_masks[shown]
+        title = f"photos {first + 1} to {first + len(items)} of {len(photo_masks)}" if len(starts) > 1 else None
+        page = path if number == 1 else path.with_stem(f"{path.stem}-{number}")
+        save_picture(overview(items, subjects and subjects[shown], title), page)
+    number = len(starts) + 1
+    while (left := path.with_stem(f"{path.stem}-{number}")).is_file():
+        left.unlink()
+        number += 1
+
+
+def overview(photo_masks: list[PhotoMask], subjects: list[str] | None = None, title: str | None = None) -> Image.Image:
     """Draws every photo with its mask's outline and the background dimmed.
 
     Coverage, predicted IoU, presence and the method are below each photo. Presence alone says little about a mask: it
@@ -34,6 +58,7 @@ def overview(photo_masks: list[PhotoMask], subjects: list[str] | None = None) ->
     Args:
         photo_masks: photos with masks.
         subjects: the subject of each mask, if there are several subjects.
+        title: as for `grid`.
     """
     tiles, captions, alarms = [], [], []
     for number, item in enumerate(photo_masks):
@@ -46,7 +71,7 @@ def overview(photo_masks: list[PhotoMask], subjects: list[str] | None = None) ->
         tiles.append(outlined(item.photo.read(), item.mask))
         captions.append([name, ", ".join(facts), maker])
         alarms.append(", ".join(record.flags))
-    return grid(tiles, captions, alarms)
+    return grid(tiles, captions, alarms, title=title)
 
 
 def outlined(
@@ -80,6 +105,21 @@ def outlined(
         draw.line((x - 3, y, x + 3, y), PAPER, 2)
         if not number:
             draw.line((x, y - 3, x, y + 3), PAPER, 2)
+    return tile
+
+
+def mask_errors(photo: Image.Image, found: np.ndarray, truth: np.ndarray) -> Image.Image:
+    """The gray photo scaled into a tile, with missed pixels in red and pixels found in excess in blue.
+
+    Args:
+        photo: RGB.
+        found: (H, W) bool.
+        truth: (H, W) bool.
+    """
+    tile = _tile(photo).convert("L").convert("RGB")
+    for wrong, color in ((truth & ~found, MISSED), (found & ~truth, EXTRA)):
+        covered = Image.fromarray(wrong.astype(np.uint8) * 255).resize(tile.size, Image.Resampling.BOX)
+        tile.paste(color, mask=covered)
     return tile
 
 
@@ -213,8 +253,8 @@ def _with_specks(covered: Image.Image) -> Image.Image:
 
 
 def _fitted(line: str) -> str:
-    """The line, shortened to the width of its tile."""
-    font = ImageFont.load_default(LINE - 6)
+    """The text in one line, shortened to the width of its tile."""
+    font, line = ImageFont.load_default(LINE - 6), " ".join(line.split())
     if font.getlength(line) <= TILE:
         return line
     while font.getlength(line + "...") > TILE:

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from persam_dreambooth.errors import InputError, InputNotFoundError
+from persam_dreambooth.errors import InputError, InputNotFoundError, counted
 from persam_dreambooth.files import write_aside
 from persam_dreambooth.photos.masks import as_mask, read_mask
 from persam_dreambooth.segmentation.found import ABSENT, ABSENT_THRESHOLD, SMALL_TARGET, Found, Step
@@ -204,7 +204,8 @@ class Segmenter:
         images = list(image) if isinstance(image, (list, tuple)) else [cast(ImageLike, image)]
         masks = list(mask) if isinstance(mask, (list, tuple)) else [cast(MaskLike, mask)]
         if not images or len(images) != len(masks):
-            raise InputError(f"there are {len(images)} reference photos and {len(masks)} masks: give one for each")
+            given = f"{counted(len(images), 'reference photo')} and {counted(len(masks), 'mask')}"
+            raise InputError(f"got {given}: give one mask for each photo")
         encodings = [self.sam.encode(one) for one in images]
         references = [(sized_mask(one, encoding), encoding) for one, encoding in zip(masks, encodings, strict=True)]
         if not all(shown.any() for shown, _ in references):

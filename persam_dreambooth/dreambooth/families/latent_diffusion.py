@@ -68,6 +68,9 @@ class LatentDiffusion(Family):
 
     without: ClassVar[dict[str, str]] = {}
 
+    schedulers: ClassVar[dict[str, tuple[Any, dict[str, Any]]]] = {}
+    """Schedulers for inference by name, the default first, with their settings; empty if the model's own is used."""
+
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
         self.vae = pipeline.vae
@@ -92,10 +95,18 @@ class LatentDiffusion(Family):
         settings = {"revision": revision, "variant": variant, "dtype": dtype, **cls.load_settings, **parts}
         return cls.pipeline_class.from_pretrained(source, **settings)
 
-    @staticmethod
-    def fast_sampler(pipeline: Any) -> Any:
-        """Sets a sampler that needs only 20 to 30 denoising steps."""
+    @classmethod
+    def fast_sampler(cls, pipeline: Any, name: str | None = None) -> Any:
+        """Sets a sampler by its name in `schedulers`; the default needs only 20 to 30 denoising steps."""
+        if cls.schedulers:
+            kind, settings = cls.schedulers[name or next(iter(cls.schedulers))]
+            pipeline.scheduler = kind.from_config(pipeline.scheduler.config, **settings)
         return pipeline
+
+    @staticmethod
+    def takes_guidance(pipeline: Any) -> bool:
+        """Whether the guidance scale of a pipeline's call has an effect."""
+        return True
 
     def part(self, name: str) -> Any:
         """A part of the pipeline by its name; a trained part comes with accelerate's wrapper."""
@@ -205,6 +216,25 @@ class LatentDiffusion(Family):
             for pixels in crops:
                 self.cache(pixels[None])
             self.offload("vae")
+
+    @classmethod
+    def prompt_lengths(cls, pipeline: Any) -> dict[str, int]:
+        """The number of tokens that each text encoder reads, by the name of its tokenizer in the pipeline."""
+        tokenizers = {name: part for name, part in pipeline.components.items() if name.startswith("tokenizer") and part}
+        return {name: tokenizer.model_max_length for name, tokenizer in tokenizers.items()}
+
+    @classmethod
+    def unread(cls, pipeline: Any, prompt: str) -> str:
+        """See `Family`."""
+        lengths = {} if reads_long_prompts(pipeline) else cls.prompt_lengths(pipeline)
+        ends = [read_end(getattr(pipeline, name), prompt, length) for name, length in lengths.items()]
+        return prompt[max(ends, default=len(prompt)) :]
+
+    @classmethod
+    def prompt_arguments(cls, pipeline: Any, prompts: list[str], negative_prompt: str | None = None) -> dict[str, Any]:
+        """See `Family`."""
+        negative = {} if negative_prompt is None else {"negative_prompt": [negative_prompt] * len(prompts)}
+        return {"prompt": prompts, **negative}
 
     def tokens(self, tokenizer: Any, prompts: list[str], length: int | None = None) -> torch.Tensor:
         """Prompts to token ids (B, T), truncated or padded to `length`; default: the tokenizer's maximum length."""
@@ -337,6 +367,18 @@ def adapter_settings(part: Any) -> dict[str, Any]:
         "use_dora": settings.use_dora,
         "target_modules": sorted(settings.target_modules),
     }
+
+
+def reads_long_prompts(pipeline: Any) -> bool:
+    """Whether a pipeline was loaded with `--long_prompts`; see `registry.load_pipeline`."""
+    return getattr(pipeline, "long_prompts", False)
+
+
+def read_end(tokenizer: Any, prompt: str, length: int) -> int:
+    """The number of characters of a prompt that an encoder of `length` tokens reads; the special tokens count too."""
+    found = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    starts = [start for start, _ in found.offset_mapping]
+    return [*starts, len(prompt)][min(len(starts), length - tokenizer.num_special_tokens_to_add())]
 
 
 def load_trained_parts(pipeline: Any, folder: Path) -> None:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from persam_dreambooth.errors import InputError
-from persam_dreambooth.files import check_writable
+from persam_dreambooth.files import check_writable, saving, share
 
 EMBEDDING = "embedding"
 
@@ -68,9 +68,10 @@ class EncodingCache:
         path = self._path(pixels)
         tensors = {f"{name}.{place:02}": one for name, values in extra.items() for place, one in enumerate(values)}
         # Written to a temporary name first, since another process may write the same photo.
-        with tempfile.TemporaryDirectory(dir=self.folder, prefix=".") as aside:
+        with saving(path), tempfile.TemporaryDirectory(dir=self.folder, prefix=".") as aside:
             whole = Path(aside) / path.name
             save_file({name: one.cpu().contiguous() for name, one in {**tensors, EMBEDDING: embedding}.items()}, whole)
+            share(whole)
             os.replace(whole, path)
 
     def _path(self, pixels: np.ndarray) -> Path:
