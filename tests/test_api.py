@@ -3,6 +3,7 @@
 import inspect
 import os
 import pkgutil
+import re
 import shutil
 import subprocess
 import sys
@@ -158,6 +159,33 @@ def test_type_checkers_see_the_same_names():
         persam_dreambooth.__all__
     )
     assert (Path(persam_dreambooth.__file__).parent / "py.typed").is_file()
+
+
+PROGRAM = """
+from persam_dreambooth import Progress, PerSAMF, VideoSegmenter, generate, open_sam, personalize, read_mask, reporting
+from persam_dreambooth import segment
+
+segmenter = PerSAMF(open_sam("toy")).fit(["a.jpg"], read_mask("a.png"))
+reveal_type(segmenter.predict("b.jpg"))
+reveal_type(segment(images="cat", mask="a.png", output="masks"))
+reveal_type(personalize(instance_dir="cat"))
+reveal_type(generate("a [V] cat", model="x"))
+segment(imags="cat")
+"""
+
+
+@pytest.mark.slow
+def test_a_strict_type_checker_sees_the_options_and_the_results(tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    words = ["--strict", "--config-file", ROOT / "pyproject.toml", "--cache-dir", tmp_path / "cache", "program.py"]
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", *words], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "MYPYPATH": str(ROOT)},
+    )  # fmt: skip
+    revealed = re.findall('Revealed type is "(.*)"', done.stdout)
+    assert [name.rsplit(".", 1)[-1] for name in revealed] == ["Found", "PhotoMask]", "Path", "Path]"], done.stdout
+    assert re.findall("error: (.*) for overloaded", done.stdout) == ['Unexpected keyword argument "imags"']
+    assert done.stdout.endswith("Found 1 error in 1 file (checked 1 source file)\n")
 
 
 def test_a_job_takes_options_by_name_or_as_one_object(tmp_path, encodings):
