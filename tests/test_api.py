@@ -369,6 +369,34 @@ def test_a_batch_of_photos_of_any_size_is_encoded_as_one_by_one(kind, kinds, tmp
             torch.testing.assert_close((one.embedding, one.extra), (other.embedding, other.extra), rtol=1e-4, atol=1e-4)
 
 
+class Accelerated(Sam):
+    """A SAM on the CPU that says it is on an accelerator, whose memory has room for a number of photos at once."""
+
+    device = torch.device("cuda", 0)
+    room = 4
+
+    def padded_input(self, photo):
+        self.device = torch.device("cpu")
+        return super().padded_input(photo)
+
+    def embed(self, pixels):
+        self.batches.append(len(pixels))
+        if len(pixels) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return super().embed(pixels)
+
+
+@pytest.mark.parametrize("room, batches", [(4, [4, 2]), (3, [4, 1, 1, 1, 1, 1, 1])])
+def test_many_photos_are_encoded_in_batches_on_an_accelerator_as_memory_allows(room, batches):
+    sam = Accelerated(tiny_model(), "tiny")
+    sam.room, sam.batches = room, []
+    colors = [Image.new("RGB", (64, 40), (shade, 0, 0)) for shade in range(0, 60, 10)]
+    found = list(sam.encode_each(colors))
+    assert sam.batches == batches
+    for color, encoding in zip(colors, found, strict=True):
+        torch.testing.assert_close(encoding.embedding, Sam(tiny_model(), "tiny").encode(color).embedding)
+
+
 def test_an_encoding_of_another_sam_is_refused(sam, kinds):
     other = open_sam(kinds["sam"], device="cpu").encode(PHOTOS / "01.jpg")
     segmenter = PerSAM(sam).fit(PHOTOS / "00.jpg", MASK)
