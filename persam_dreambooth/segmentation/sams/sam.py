@@ -110,11 +110,18 @@ class Sam:
         model.mask_decoder.transformer = self.transformer
 
     @classmethod
-    def from_pretrained(cls: type[OwnSam], name: str, **options: Any) -> OwnSam:
-        """The same as `open_sam`, with its options; raises `InputError` if the model is not of this class."""
+    def from_pretrained(
+        cls: type[OwnSam],
+        name: str | Path,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | str = torch.float32,
+        encoding_cache: Path | str | None = None,
+        revision: str | None = None,
+    ) -> OwnSam:
+        """The same as `open_sam`; also raises `InputError` if the model is not of this class."""
         from persam_dreambooth.segmentation.sams.checkpoints import open_sam
 
-        sam = open_sam(name, **options)
+        sam = open_sam(name, device, dtype, encoding_cache, revision)
         if not isinstance(sam, cls):
             raise InputError(f"{name} is a {type(sam).__name__}, not a {cls.__name__}: use Sam.from_pretrained")
         return sam
