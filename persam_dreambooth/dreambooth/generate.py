@@ -7,6 +7,7 @@ from pathlib import Path
 from persam_dreambooth.dreambooth.prompts import check_unread, fill_identifier
 from persam_dreambooth.dreambooth.samples import sample, save_samples
 from persam_dreambooth.files import check_writable
+from persam_dreambooth.models import is_single_file
 from persam_dreambooth.options import LAST_SEED, Condition, Options, option, require, within
 
 
@@ -17,9 +18,17 @@ class GenerateOptions(Options):
     prompt: str | None = option(None, "the prompt; [V] is replaced by the subject's identifier")
     model: str | None = option(
         None,
-        "a training run's folder, a pipeline folder, a hub id, or toy",
+        "a training run's folder, a pipeline folder, a single file, a hub id, or toy",
         path=True,
         elsewhere=("pretrained_model_name_or_path",),
+    )
+    base_config: str | None = option(
+        None,
+        "model with the configuration of a single file: hub id or local folder; default: by its kind",
+        path=True,
+        when=(
+            Condition(lambda options: is_single_file(str(options.model)), "--model is not a single file, remove it"),
+        ),
     )
     num_images: int = option(4, "number of images", elsewhere=("num_images_per_prompt",))
     seed: int = option(0, "seed of the first image; each next image adds 1")
@@ -56,7 +65,7 @@ def generate(options: GenerateOptions) -> list[Path]:
 
     folder = Path(options.output)
     check_writable(folder)
-    pipeline, identifier, notice = load_model(str(options.model))
+    pipeline, identifier, notice = load_model(str(options.model), options.base_config)
     identifier = options.identifier or identifier
     prompt = fill_identifier(str(options.prompt), identifier)
     check_unread("the prompt", prompt, FAMILIES[type(pipeline).__name__].unread(pipeline, prompt), identifier)

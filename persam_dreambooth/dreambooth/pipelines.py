@@ -13,11 +13,12 @@ from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.options import CONFIG, read_config
 
 
-def load_model(name: str) -> tuple[Any, str, str | None]:
+def load_model(name: str, base_config: str | None = None) -> tuple[Any, str, str | None]:
     """Loads a model for inference.
 
     Args:
-        name: a run's folder or one of its checkpoints, a pipeline folder, a hub id, or `toy`.
+        name: a run's folder or one of its checkpoints, a pipeline folder, a single file, a hub id, or `toy`.
+        base_config: the configuration of a single file; see `registry.single_file_config`.
 
     Returns:
         The pipeline, the identifier of its first subject (`sks` if it has none), and a notice to show with its
@@ -30,7 +31,8 @@ def load_model(name: str) -> tuple[Any, str, str | None]:
     notice = model_notice(config.get("pretrained_model_name_or_path", name))
     has_lora = (folder / LORA_WEIGHTS).is_file()
     if (folder / "model_index.json").is_file() or not (has_lora or config):
-        return _load(models.resolve(name, "stable-diffusion"), config), identifier, notice
+        own = {**config, "base_config": base_config}
+        return _load(models.resolve(name, "stable-diffusion"), own), identifier, notice
     has_denoiser = any((folder / family.denoiser_name).is_dir() for family in FAMILIES.values())
     if not has_lora and not has_denoiser:
         raise InputNotFoundError(f"{folder} holds no trained weights yet: finish its training, or name a checkpoint-N")
@@ -63,9 +65,10 @@ def _load(source: str, config: dict[str, Any], revision: str | None = None, vari
         revision: branch, tag or commit on the hub.
         variant: variant of the weight files.
     """
-    family = family_of(source, revision)
+    base_config = config.get("base_config")
+    family = family_of(source, revision, base_config)
     dtype = family.inference_dtype if family.large and torch.accelerator.is_available() else torch.float32
-    return load_pipeline(source, revision, variant, dtype, bool(config.get("long_prompts")))
+    return load_pipeline(source, revision, variant, dtype, bool(config.get("long_prompts")), base_config)
 
 
 def model_notice(base: str) -> str | None:

@@ -40,7 +40,8 @@ def save_results(
             if options.export == "kohya":
                 kohya.export(family, folder)
         else:  # frozen parts may be in half precision here, so they are loaded from the base model
-            load_pipeline(base, options.revision, options.variant, **trained).save_pretrained(folder)
+            settings = {"base_config": options.base_config, **trained}
+            load_pipeline(base, options.revision, options.variant, **settings).save_pretrained(folder)
     notice = model_notice(options.pretrained_model_name_or_path)
     if options.num_validation_images:
         pipeline = pipeline.to(accelerator.device, frozen_dtype(accelerator))

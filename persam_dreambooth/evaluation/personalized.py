@@ -118,7 +118,7 @@ def evaluate_model(options: EvaluateModelOptions) -> dict[str, dict[str, float]]
     base = str(config["pretrained_model_name_or_path"])
     figures = {}
     for name, model in {"trained": str(run_dir), "base": base}.items():
-        pictures = _generate(model, subject, options)
+        pictures = _generate(model, config.get("base_config"), subject, options)
         figures[name] = _measure(pictures, masks, segmenter, clip, dino, subject, output / f"{name}.jpg", options)
     write_json(output / "figures.json", figures)
     trained, before = figures["trained"], figures["base"]
@@ -147,11 +147,13 @@ def model_prompts(kind: str, owner: SubjectOptions, options: EvaluateModelOption
     return [in_front_of(f"a [V] {subject}", scenes[number % len(scenes)]) for number in range(count)]
 
 
-def _generate(model: str, owner: SubjectOptions, options: EvaluateModelOptions) -> dict[str, list[Image.Image]]:
+def _generate(
+    model: str, base_config: str | None, owner: SubjectOptions, options: EvaluateModelOptions
+) -> dict[str, list[Image.Image]]:
     from persam_dreambooth.dreambooth.pipelines import load_model, to_accelerator
     from persam_dreambooth.dreambooth.samples import sample
 
-    pipeline = to_accelerator(load_model(model)[0])
+    pipeline = to_accelerator(load_model(model, base_config)[0])
     settings = (options.num_inference_steps, options.guidance_scale)
     sampled: dict[str, list[Image.Image]] = {}
     for kind in ("own", "class", "scenes"):
