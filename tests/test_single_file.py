@@ -27,6 +27,8 @@ RESNET = {
 UNET_ENDS = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
     "conv_in": "input_blocks.0.0",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
@@ -79,8 +81,27 @@ def original_vae_name(name, blocks):
     return name.replace("resnets.", "block.")
 
 
+def open_clip_state(encoder):
+    """The weights of XL's second text encoder by their names in OpenCLIP, which keeps q, k and v in one matrix."""
+    state = {name.removeprefix("text_model."): value for name, value in encoder.state_dict().items()}
+    renamed = {
+        "text_projection": state.pop("text_projection.weight").T,
+        "positional_embedding": state.pop("embeddings.position_embedding.weight"),
+        "token_embedding.weight": state.pop("embeddings.token_embedding.weight"),
+    }
+    for ending in ("weight", "bias"):
+        renamed[f"ln_final.{ending}"] = state.pop(f"final_layer_norm.{ending}")
+        for layer in range(encoder.config.num_hidden_layers):
+            parts = [state.pop(f"encoder.layers.{layer}.self_attn.{part}_proj.{ending}") for part in "qkv"]
+            renamed[f"transformer.resblocks.{layer}.attn.in_proj_{ending}"] = torch.cat(parts)
+    for name, value in state.items():
+        name = name.replace("encoder.layers", "transformer.resblocks").replace("self_attn", "attn")
+        renamed[name.replace("layer_norm", "ln_").replace("fc1", "c_fc").replace("fc2", "c_proj")] = value
+    return renamed
+
+
 def original_state(pipeline):
-    """All weights of a Stable Diffusion 1.x by their names in the original program."""
+    """All weights of a Stable Diffusion 1.x or XL by their names in the original program."""
     unet, vae = pipeline.unet, pipeline.vae
     has_attention = [hasattr(block, "attentions") for block in unet.up_blocks]
     state = {}
@@ -92,9 +113,13 @@ def original_state(pipeline):
         if ".attn_1." in theirs and value.dim() == 2:
             value = value[:, :, None, None]  # a convolution there
         state[f"first_stage_model.{theirs}"] = value
+    second = getattr(pipeline, "text_encoder_2", None)
+    place = "conditioner.embedders.0.transformer" if second else "cond_stage_model.transformer"
     for name, value in pipeline.text_encoder.state_dict().items():
         level = "" if name.startswith("text_model.") else "text_model."
-        state[f"cond_stage_model.transformer.{level}{name}"] = value
+        state[f"{place}.{level}{name}"] = value
+    if second:
+        state |= {f"conditioner.embedders.1.model.{name}": value for name, value in open_clip_state(second).items()}
     return {name: value.clone().contiguous() for name, value in state.items()}
 
 
@@ -119,6 +144,16 @@ def test_a_single_file_is_the_model_that_is_in_it(files, name):
         assert same_state(dict(getattr(loaded, part).state_dict()), dict(getattr(whole, part).state_dict())), part
     assert dict(loaded.scheduler.config) == dict(whole.scheduler.config)
     assert loaded.tokenizer("a sks duck").input_ids == whole.tokenizer("a sks duck").input_ids
+
+
+def test_a_single_file_of_xl_is_the_model_that_is_in_it(checkpoints, tmp_path):
+    model, file = str(save_tiny("sdxl", checkpoints)), str(tmp_path / "xl.safetensors")
+    whole = load_pipeline(model)
+    save_file(original_state(whole), file)
+    loaded = load_pipeline(file, base_config=model)
+    assert family_of(file, base_config=model).__name__ == "StableDiffusionXL"
+    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        assert same_state(dict(getattr(loaded, part).state_dict()), dict(getattr(whole, part).state_dict())), part
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
