@@ -36,7 +36,9 @@ def resolve(name: str, kind: str, revision: str | None = None) -> str:
     folder = Path(name)
     if kind == "sam" and folder.is_file() and folder.suffix in ORIGINAL_SAM:
         return name
-    if kind == "stable-diffusion" and is_single_file(name) and folder.is_file():
+    if kind == "stable-diffusion" and is_single_file(name):
+        if not folder.is_file():
+            raise InputNotFoundError(f"{name} does not exist: name a file, a hub id (owner/model), a folder, or toy")
         return name
     if folder.is_dir():
         if not (folder / marker).is_file():
@@ -50,7 +52,7 @@ def resolve(name: str, kind: str, revision: str | None = None) -> str:
 
 def is_single_file(name: str) -> bool:
     """Whether a name is that of a Stable Diffusion in a single file."""
-    return Path(name).suffix in SINGLE_FILES
+    return Path(name).suffix in SINGLE_FILES and not Path(name).is_dir()
 
 
 @contextmanager

@@ -219,7 +219,7 @@ def test_single_files_that_cannot_be_used_are_refused_in_a_line(
     for model, base_config, said in (
         (file, "nowhere", "nowhere is not a model folder: name a hub id"),
         (file, sdxl, r".*sd\.safetensors (cannot be loaded|lacks a part) \("),
-        ("none.safetensors", TOY, "none.safetensors is not a model folder"),
+        ("none.safetensors", TOY, "none.safetensors does not exist: name a file, a hub id"),
         ("lora.safetensors", TOY, "lora.safetensors holds no Stable Diffusion with its original key names"),
         ("broken.safetensors", TOY, r"broken.safetensors cannot be loaded \("),
         ("part.safetensors", TOY, r"part.safetensors lacks a part \("),
