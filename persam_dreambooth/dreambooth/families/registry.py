@@ -45,7 +45,10 @@ def single_file_config(source: str, base_config: str | None = None) -> str:
     with models.loading(source):
         weights = _shapes(source)
         if ANY_STABLE_DIFFUSION not in weights:
-            raise InputError(f"{source} holds no Stable Diffusion with its original key names: name another file")
+            raise InputError(
+                f"{source} holds no Stable Diffusion with its original key names: name another file, or for a "
+                "LoRA the folder of its run"
+            )
         if base_config:
             return models.resolve(base_config, "stable-diffusion")
         name = DIFFUSERS_DEFAULT_PIPELINE_PATHS[infer_diffusers_model_type(weights)]["pretrained_model_name_or_path"]
