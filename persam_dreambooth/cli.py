@@ -13,8 +13,14 @@ from importlib import import_module
 from typing import Any
 
 from persam_dreambooth import __version__
-from persam_dreambooth.errors import InputError, SaveError
+from persam_dreambooth.errors import InputError, SaveError, UnavailableError, counted, is_out_of_memory
 from persam_dreambooth.options import check_known, parse
+from persam_dreambooth.progress import showing_bars
+
+TRY_AGAIN = 75
+"""The exit code for what may work on another try, EX_TEMPFAIL of sysexits.h."""
+
+SAME_COMMAND = "the same command resumes"
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,7 @@ class Command:
         run: the function that runs it with the options, as module:function.
         closing: makes the final message from the options and the result; only the main process prints it.
         positional: an option that can be given without its name.
+        resume: how an interrupted command resumes.
     """
 
     about: str
@@ -34,14 +41,15 @@ class Command:
     run: str
     closing: Callable[[Any, Any], str]
     positional: str | None = None
+    resume: str = ""
 
 
 def _segmented(options: Any, masks: Any) -> str:
     from persam_dreambooth.photos.mask_folder import SKIPPED
 
     skipped = sum(SKIPPED in item.record.flags for item in masks)
-    left_out = f", {skipped} of {len(masks)} photos skipped" if skipped else ""
-    return f"{len(masks) - skipped} masks in {options.output}{left_out}; see {options.output}/overview.jpg"
+    left_out = f", {skipped} of {counted(len(masks), 'photo')} skipped" if skipped else ""
+    return f"{counted(len(masks) - skipped, 'mask')} in {options.output}{left_out}; see {options.output}/overview.jpg"
 
 
 def _trained(options: Any, run_dir: Any) -> str:
@@ -66,36 +74,44 @@ def _separated(options: Any, scores: Any) -> str:
 
 
 def _scored_videos(options: Any, scores: Any) -> str:
-    row = ", ".join(f"{name} {100 * value:.1f}" for name, value in scores.overall.items())
-    return f"{row}\ndone: {options.output}/results.md"
+    figures = ", ".join(f"{name} {value:.1f}" for name, value in scores.shown.overall.items())
+    return f"{scores.shown.name}: {figures}\ndone: {options.output}/results.md; see report.html beside it"
 
+
+MEMORY_REMEDIES = (
+    "for training try --config sd15-lora, a lower --resolution, --gradient_checkpointing, --train_batch_size 1 or "
+    "--mixed_precision bf16; for masks a smaller --sam_model or --sam_dtype bfloat16; for pictures a smaller size"
+)
 
 COMMANDS = {
     "segment": Command(
         "a mask for every photo, from one photo and its mask",
         "segmentation.segment:SegmentOptions",
-        "segmentation.segment:segment_photos",
+        "segmentation.segment:segment",
         _segmented,
+        resume=SAME_COMMAND,
     ),
     "video": Command(
         "masks for all frames of a video, from the mask of its first frame",
         "segmentation.video:VideoOptions",
         "segmentation.video:segment_video",
         lambda options, count: (
-            f"{count} masks in {options.output}" + ("; look at overlay in it" if options.overlay else "")
+            f"{counted(count, 'mask')} in {options.output}" + ("; look at overlay in it" if options.overlay else "")
         ),
+        resume=SAME_COMMAND,
     ),
     "train": Command(
         "masks and training in one run (the same as train_dreambooth_masked.py)",
-        "personalize:TrainOptions",
-        "personalize:personalize",
+        "main_job:TrainOptions",
+        "main_job:personalize",
         _trained,
+        resume="a training run resumes with --resume_from_checkpoint latest",
     ),
     "generate": Command(
         'pictures of the subject: "a [V] cat on a beach"',
         "dreambooth.generate:GenerateOptions",
         "dreambooth.generate:generate",
-        lambda options, paths: f"{options.num_images} pictures in {options.output}; a grid of all in {paths[-1]}",
+        lambda options, paths: f"{options.num_images} pictures in {paths[-1].parent}; a grid of all in {paths[-1]}",
         positional="prompt",
     ),
     "evaluate perseg": Command(
@@ -103,12 +119,14 @@ COMMANDS = {
         "segmentation.evaluation.perseg:EvaluatePersegOptions",
         "segmentation.evaluation.perseg:evaluate_perseg",
         _scored,
+        resume=SAME_COMMAND,
     ),
     "evaluate fss1000": Command(
         "the same on FSS-1000",
         "segmentation.evaluation.fss1000:EvaluateFss1000Options",
         "segmentation.evaluation.fss1000:evaluate_fss1000",
         _scored,
+        resume=SAME_COMMAND,
     ),
     "evaluate absence": Command(
         "how well presence separates photos with the subject from photos without it",
@@ -121,6 +139,7 @@ COMMANDS = {
         "segmentation.evaluation.davis:EvaluateDavisOptions",
         "segmentation.evaluation.davis:evaluate_davis",
         _scored_videos,
+        resume=SAME_COMMAND,
     ),
     "evaluate model": Command(
         "what a run learned, by CLIP and DINO inside and outside of masks",
@@ -134,6 +153,7 @@ COMMANDS = {
         "evaluation.background:BenchmarkOptions",
         "evaluation.background:benchmark_background",
         lambda _, folder: f"done: {folder / 'table.md'}; pictures in {folder / 'grids'}",
+        resume=SAME_COMMAND,
     ),
     "toy perseg": Command(
         "a rendered data set in the layout of PerSeg",
@@ -162,7 +182,10 @@ COMMANDS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; returns the exit code: 0, 2 for a user's mistake, 1 for training that diverged."""
+    """Runs a command; returns the exit code.
+
+    0: done; 2: a user's mistake; 75: may work on another try; 1: training diverged, or a result cannot be written.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
@@ -205,7 +228,11 @@ def run_command(words: str, arguments: list[str], program: str | None = None) ->
     command = COMMANDS[words]
     options = parse(find(command.options), arguments, program or f"persam-dreambooth {words}", command.positional)
     options.check()  # before the import, which may take seconds
-    result = find(command.run)(options)
+    try:
+        result = find(command.run)(options)
+    except KeyboardInterrupt as stop:
+        stop.args = stop.args or (f"interrupted; {command.resume}" if command.resume else "interrupted",)
+        raise
     if is_main_process():
         print(command.closing(options, result))
 
@@ -225,15 +252,24 @@ def guarded(command: Callable[[], None]) -> int:
     for name in ("httpx", "httpx2", "accelerate", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
-        command()
+        with showing_bars():
+            command()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except UnavailableError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return TRY_AGAIN
     except KeyboardInterrupt as stop:
-        print(str(stop) or "interrupted; a training run resumes with --resume_from_checkpoint latest", file=sys.stderr)
+        print(str(stop) or "interrupted", file=sys.stderr)
         return 128 + getattr(stop, "number", signal.SIGINT)
     except (FloatingPointError, SaveError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"error: out of memory: {MEMORY_REMEDIES}", file=sys.stderr)
         return 1
     except PermissionError as error:
         print(f"error: {error.filename} cannot be read or written: correct its permissions", file=sys.stderr)

@@ -23,8 +23,8 @@ from persam_dreambooth.evaluation.benchmark_results import COLUMNS
 from persam_dreambooth.evaluation.benchmark_subjects import Personal, benchmark_prompts, personal
 from persam_dreambooth.evaluation.recipes import BASE, RECIPES
 from persam_dreambooth.files import check_new, write_text
+from persam_dreambooth.main_job import TrainOptions, personalize
 from persam_dreambooth.options import Options, option
-from persam_dreambooth.personalize import TrainOptions, personalize
 from persam_dreambooth.photos.folder import find_photos
 from persam_dreambooth.photos.mask_folder import load_masks
 from persam_dreambooth.report import page
@@ -117,7 +117,7 @@ def generate_and_measure(title: str, model: str, owner: Personal) -> Model:
     from persam_dreambooth.dreambooth.pipelines import load_model
     from persam_dreambooth.toy.evaluator import Evaluator
 
-    pipeline, _, _ = load_model(model)
+    pipeline = load_model(model)
     pictures = {
         kind: sample_prompts(pipeline, benchmark_prompts(kind, owner), 0, DENOISING_STEPS)
         for kind in benchmark_subjects.PICTURES

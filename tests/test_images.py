@@ -125,6 +125,20 @@ def test_16_bit_gray_is_scaled_not_clipped(tmp_path, suffix):
     assert pixels[0, 3, 0] == 255
 
 
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_8_bit_gray_in_16_bits_is_kept(tmp_path, suffix):
+    pixels = read(Image.fromarray(np.array([[0, 7, 128, 255]], dtype=np.uint16)), tmp_path / f"a.{suffix}")
+    assert pixels[0].tolist() == [[value] * 3 for value in (0, 7, 128, 255)]
+
+
+def test_8_bit_colors_in_16_bits_are_refused_instead_of_black(tmp_path):
+    values = np.full((4, 6, 3), (250, 100, 0), dtype=np.uint16)
+    with pytest.raises(InputError, match=r"a\.png has 16 bits and no value above 255, which would be black: save it"):
+        read_image(png(tmp_path / "a.png", values, color_type=2))
+    Image.fromarray(np.zeros((4, 6), dtype=np.uint16)).save(tmp_path / "gray.png")
+    assert not np.asarray(read_image(tmp_path / "gray.png")).any(), "of gray, Pillow reads all bits"
+
+
 def test_16_bit_rgb_is_scaled_not_clipped(tmp_path):
     values = np.array([[[65535, 32768, 0], [0, 257, 65535]]], dtype=np.uint16)
     pixels = np.asarray(read_image(png(tmp_path / "a.png", values, color_type=2)))
@@ -452,9 +466,11 @@ def test_other_profiles_leave_the_pixels_alone(tmp_path, profile):
         (np.full((4, 6), 77, np.uint8), (77, 77, 77)),
         (np.full((4, 6, 4), (255, 0, 0, 51), np.uint8), (255, 204, 204)),
         (np.full((4, 6, 3), (65535, 257, 0), np.uint16), (255, 1, 0)),
+        (np.full((4, 6, 3), (250, 100, 0), np.uint16), (250, 100, 0)),
+        (np.full((4, 6), 77, np.uint16), (77, 77, 77)),
         (np.full((4, 12, 3), RED, np.uint8)[:, ::-2], RED),
     ],
-    ids=["RGB", "gray", "RGBA", "16 bits", "not contiguous"],
+    ids=["RGB", "gray", "RGBA", "16 bits", "8 bits in 16", "8 gray bits in 16", "not contiguous"],
 )
 def test_arrays_are_read_like_files(array, expected):
     found = read_image(array)

@@ -128,11 +128,33 @@ def test_every_photo_finds_its_mask_whatever_case_suffix_and_words(tmp_path):
 def test_what_is_no_mask_in_a_mask_folder_is_passed_over(tmp_path):
     known = photos(tmp_path / "cat", "00.jpg", "01.jpg")
     masks = tmp_path / "masks"
-    for name in ("00.png", "01.png", "overview.png", "heatmaps/00.png", "@eaDir/00.png", "._00.png", ".cache/00.png"):
+    for name in (
+        "00.png",
+        "01.png",
+        "overview.png",
+        "overview-2.png",
+        "heatmaps/00.png",
+        "@eaDir/00.png",
+        "._00.png",
+        ".cache/00.png",
+    ):
         mask(masks / name)
     for name in ("index.json", "notes.txt", "Thumbs.db"):
         (masks / name).write_text("{}")
     assert find_masks(masks, known) == {"00.jpg": masks / "00.png", "01.jpg": masks / "01.png"}
+
+
+def test_a_photo_may_be_named_like_the_overview(tmp_path):
+    known = photos(tmp_path / "cat", "overview.jpg", "heatmaps/00.jpg", "00.jpg")
+    names = ("00.png", "overview.jpg", "overview.png", "heatmaps/00.jpg", "heatmaps/00.png")
+    for name in names:
+        mask(tmp_path / "masks" / name)
+    assert sorted(find_masks(tmp_path / "masks", known).values()) == [
+        tmp_path / "masks" / name for name in ("00.png", "heatmaps/00.png", "overview.png")
+    ]
+    mask(tmp_path / "masks" / "00.jpg")
+    with pytest.raises(InputError, match=r"are both masks of 00\.jpg"):
+        find_masks(tmp_path / "masks", known)
 
 
 def test_masks_beside_photos_are_found_in_the_photos_folder(tmp_path):

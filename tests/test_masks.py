@@ -3,12 +3,14 @@
 import json
 import logging
 import resource
+import tracemalloc
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
+from PIL.PngImagePlugin import PngInfo
 
 from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.files import write_aside, write_json
@@ -17,21 +19,20 @@ from persam_dreambooth.photos.mask_folder import (
     DRAWN,
     SKIPPED,
     MaskRecord,
+    MaskWriter,
+    PhotoMask,
     check_names,
-    load_mask,
+    load_known,
     load_masks,
     load_references,
-    save_mask,
 )
 from persam_dreambooth.photos.masks import (
-    alpha_mask,
     as_mask,
     check_mask,
     mask_of,
     own_mask,
     read_mask,
-    read_soft_mask,
-    soft_mask_of,
+    read_told,
 )
 
 WIDTH, HEIGHT = 96, 64
@@ -56,14 +57,28 @@ def mask() -> np.ndarray:
 
 
 @pytest.fixture
-def photos(tmp_path) -> list[Photo]:
+def photos(tmp_path_factory) -> list[Photo]:
+    folder = tmp_path_factory.mktemp("photos")
     for name in ("00.jpg", "sub/00.JPG", "no.dots.here.png"):
-        photo(tmp_path / "photos" / name, format="JPEG" if "00" in name else "PNG")
-    return find_photos(tmp_path / "photos")
+        photo(folder / name, format="JPEG" if "00" in name else "PNG")
+    return find_photos(folder)
 
 
 def record(item: Photo, mask: np.ndarray, **facts) -> MaskRecord:
     return MaskRecord(item.name, item.sha256, "persam-f", float(mask.mean()), **facts)
+
+
+def save_mask(folder: Path, record: MaskRecord, mask: np.ndarray) -> None:
+    with MaskWriter(folder) as writer:
+        writer.save(record, mask)
+
+
+def load_mask(folder: Path, item: Photo) -> PhotoMask | None:
+    return load_known(folder, [item]).get(item.name)
+
+
+def weights_of(path: Path) -> np.ndarray:
+    return read_told(path, scene(path.with_name("photo.png"))).weights
 
 
 def files(folder: Path) -> set[str]:
@@ -145,6 +160,65 @@ def test_the_index_says_what_is_known_about_each_mask(tmp_path, photos, mask):
     }
 
 
+def test_a_mask_says_itself_how_it_was_made_if_the_index_does_not(tmp_path, photos, mask):
+    made = record(photos[0], mask, model="toy", score=0.9, presence=0.7, flags=("absent",))
+    save_mask(tmp_path, made, mask)
+    (tmp_path / MASK_INDEX).unlink()
+    assert load_mask(tmp_path, photos[0]).record == made
+    with MaskWriter(tmp_path, load_known(tmp_path, photos).values()):
+        pass
+    entry = json.loads((tmp_path / MASK_INDEX).read_text(encoding="utf-8"))["masks"]["00.jpg"]
+    assert (entry["method"], entry["score"], entry["flags"]) == ("persam-f", 0.9, ["absent"])
+    (tmp_path / MASK_INDEX).unlink()
+    with Image.open(tmp_path / "00.png") as image:
+        notes = PngInfo()
+        notes.add_text("persam-dreambooth", image.text["persam-dreambooth"])
+        mended = Image.fromarray(np.roll(np.asarray(image), 3, axis=1))
+    mended.save(tmp_path / "00.png", pnginfo=notes)  # an editor may keep the text
+    assert load_mask(tmp_path, photos[0]).record.method == "drawn"
+
+
+@pytest.mark.parametrize("text", ["no JSON", "[1]", "{}", "null", '{"photo": "00.jpg", "flags": 3}'])
+def test_a_text_of_another_program_in_a_mask_does_not_count(tmp_path, photos, mask, text):
+    notes = PngInfo()
+    notes.add_text("persam-dreambooth", text)
+    shape().save(tmp_path / "00.png", pnginfo=notes)
+    assert load_mask(tmp_path, photos[0]).record.method == "drawn"
+
+
+def test_a_mask_given_to_another_photo_is_drawn(tmp_path, photos, mask):
+    first, other, _ = photos
+    save_mask(tmp_path, record(first, mask), mask)
+    (tmp_path / "00.png").rename(tmp_path / "no.dots.here.png")
+    assert load_mask(tmp_path, other).record == MaskRecord(other.name, other.sha256, DRAWN, float(mask.mean()))
+
+
+def test_the_index_of_many_masks_is_written_now_and_then(tmp_path, mask):
+    item = photo(tmp_path / "photos" / "00.jpg")
+    with MaskWriter(tmp_path / "masks") as writer:
+        lengths = set()
+        for number in range(300):
+            writer.save(MaskRecord(f"{number}.jpg", item.sha256, "persam", 0.2), mask)
+            lengths.add((tmp_path / "masks" / MASK_INDEX).stat().st_size)
+    assert len(lengths) < 30
+    assert len(json.loads((tmp_path / "masks" / MASK_INDEX).read_text(encoding="utf-8"))["masks"]) == 300
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_masks_of_many_photos_take_little_memory(tmp_path, soft):
+    item, side = photo(tmp_path / "00.jpg"), 2000
+    rows, columns = np.mgrid[:side, :side]
+    weights = np.clip((np.hypot(rows - 900, columns - 1100) - 500) / 9, 0, 1).round(2).astype(np.float32)
+    inside = weights > 0.5
+    tracemalloc.start()
+    made = [PhotoMask(item, inside, record(item, inside), weights if soft else None) for _ in range(20)]
+    used, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert used < 20 * side**2 / (10 if soft else 100)  # 80 MB as bool, 320 MB as float32
+    assert np.array_equal(made[-1].mask, inside) and made[-1].mask.dtype == bool
+    assert np.array_equal(made[-1].weights, weights) if soft else made[-1].weights is None
+
+
 def test_a_skipped_photo_has_an_entry_and_no_mask_until_one_is_drawn(tmp_path, mask):
     item = photo(tmp_path / "photos" / "00.png")
     nothing, folder = np.zeros_like(mask), tmp_path / "masks"
@@ -208,7 +282,7 @@ def test_an_index_of_version_0_1_is_read(tmp_path, photos, mask):
         last.name: {"photo_sha256": last.sha256, "method": "by hand", "coverage": 0.1, "flags": []},
     }
     write_json(tmp_path / MASK_INDEX, {"masks": entries})
-    made, drawn = load_mask(tmp_path, first), load_mask(tmp_path, last)
+    made, drawn = load_known(tmp_path, [first, last]).values()
     assert (made.record.method, made.record.score, drawn.record.method) == ("persam", 0.9, "drawn")
     assert made.record.coverage == float(mask.mean())
 
@@ -342,7 +416,7 @@ def test_a_cut_out_with_a_soft_edge_is_the_mask_where_it_is_half_opaque(tmp_path
     image.putalpha(shape().filter(ImageFilter.GaussianBlur(2)))
     found = saved(image, tmp_path / name)
     assert (found & mask).sum() / (found | mask).sum() > 0.97
-    assert np.array_equal(found, alpha_mask(tmp_path / name))
+    assert np.array_equal(found, own_mask(Photo.open(tmp_path / name)).mask)
 
 
 @pytest.mark.parametrize("alpha", [255, 254, 0])
@@ -350,7 +424,6 @@ def test_an_alpha_channel_that_is_the_same_everywhere_tells_nothing(tmp_path, ma
     image = shape("RGB", (255, 255, 255), (0, 0, 0))
     image.putalpha(alpha)
     assert np.array_equal(saved(image, tmp_path / "00.png"), mask)
-    assert alpha_mask(tmp_path / "00.png") is None
     with pytest.raises(InputError, match=r"00\.png has no transparent background: cut its subject out"):
         own_mask(Photo.open(tmp_path / "00.png"))
 
@@ -417,9 +490,8 @@ def test_what_is_no_mask_in_memory_is_refused_in_one_line(given, told):
 def test_a_mask_of_one_color_has_weights_of_exactly_0_and_1(tmp_path, mask):
     for number, image in enumerate((shape(ink=1), shape("RGB", (128, 0, 0), (0, 0, 0)), shape("I;16", 900))):
         image.save(tmp_path / f"{number}.png")
-        weights = read_soft_mask(tmp_path / f"{number}.png")
+        weights = weights_of(tmp_path / f"{number}.png")
         assert weights.dtype == np.float32 and np.array_equal(weights, mask.astype(np.float32))
-        assert np.array_equal(read_soft_mask(tmp_path / f"{number}.png", invert=True), (~mask).astype(np.float32))
 
 
 def test_gray_and_alpha_are_weights(tmp_path):
@@ -429,7 +501,7 @@ def test_gray_and_alpha_are_weights(tmp_path):
     cut.putalpha(Image.fromarray(ramp))
     cut.save(tmp_path / "alpha.png")
     for name in ("gray.png", "alpha.png"):
-        assert np.allclose(read_soft_mask(tmp_path / name), ramp / 255)
+        assert np.allclose(weights_of(tmp_path / name), ramp / 255)
 
 
 # The mask of a photo
@@ -482,9 +554,28 @@ def test_a_painted_copy_is_read_in_a_mask_folder_too_and_has_hard_weights(tmp_pa
     painted = np.array(item.read())
     painted[mask] = (237, 28, 36)
     Image.fromarray(painted).save(tmp_path / "masks" / "00 - Copy.png")
-    [found] = load_masks(tmp_path / "masks", [item])
+    [found] = load_masks(tmp_path / "masks", [item], soft=True)
     assert np.array_equal(found.mask, mask)
-    assert np.array_equal(soft_mask_of(tmp_path / "masks" / "00 - Copy.png", item), mask.astype(np.float32))
+    assert np.array_equal(found.weights, mask.astype(np.float32))
+
+
+def test_a_doubt_is_told_when_the_paint_has_the_color_of_the_photo(tmp_path, mask, caplog):
+    item = scene(tmp_path / "00.png")
+    picture = np.array(item.read())
+    picture[10:55, :70] = (90, 140, 60)  # the subject's color, also around it
+    picture[20:30, 15:40] = (200, 60, 60)  # a spot on the subject
+    picture += np.random.default_rng(0).integers(0, 16, picture.shape, dtype=np.uint8)
+    Image.fromarray(picture).save(item.path)
+    for paint, doubted in (((90, 140, 60), True), ((255, 0, 255), False)):
+        caplog.clear()
+        copy = picture.astype(int)
+        copy[mask] = (copy[mask] + np.array(paint)) // 2
+        Image.fromarray(copy.astype(np.uint8)).save(tmp_path / "painted.png")
+        found = mask_of(tmp_path / "painted.png", item)
+        assert (
+            "painted.png: the half-transparent paint has the photo's color beside the mask" in caplog.text
+        ) == doubted
+        assert ((found & mask).sum() / (found | mask).sum() > 0.95) != doubted
 
 
 def test_an_unreadable_mask_is_refused(tmp_path):
@@ -562,12 +653,13 @@ def test_a_mask_without_a_photo_is_refused(tmp_path, photos, mask):
 def test_a_photo_without_a_mask_is_refused(tmp_path, photos, mask):
     for item in photos[:-1]:
         save_mask(tmp_path / "masks", record(item, mask), mask)
-    with pytest.raises(InputNotFoundError, match=r"photos/sub/00\.JPG has no mask: .*masks/sub/00\.png is missing"):
+    with pytest.raises(InputNotFoundError, match=r"/sub/00\.JPG has no mask: .*masks/sub/00\.png is missing"):
         load_masks(tmp_path / "masks", photos)
 
 
-@pytest.mark.parametrize("name, found", [("none", "does not exist"), ("photos/00.jpg", "is a file")])
+@pytest.mark.parametrize("name, found", [("none", "does not exist"), ("file", "is a file")])
 def test_a_mask_folder_that_is_none_is_refused(tmp_path, photos, name, found):
+    (tmp_path / "file").touch()
     with pytest.raises(InputNotFoundError, match=f"{name} {found}: name the folder"):
         load_masks(tmp_path / name, photos)
 

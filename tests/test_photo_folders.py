@@ -259,7 +259,9 @@ def test_a_link_to_another_of_the_photos_does_not_count_twice(tmp_path, caplog):
 
 def run(folder: Path) -> Path:
     """What a training run leaves."""
-    for name in ("samples/a-sks-cat-0.png", "masks/a.png", "class_images/class-0000.png", "overview.png", "loss.png"):
+    for name in ("samples/a-sks-cat-0.png", "masks/a.png", "class_images/class-0000.png", "loss.png"):
+        photo(folder / name)
+    for name in ("overview.png", "overview-2.png"):
         photo(folder / name)
     write_text(folder / "config.yaml", "# persam-dreambooth 1.0; torch 2.6\nrank: 4\n")
     return folder
@@ -274,7 +276,7 @@ def test_an_earlier_run_inside_the_photo_folder_is_no_photo(tmp_path, caplog):
 
 def test_masks_inside_the_photo_folder_are_no_photos(tmp_path):
     photo(tmp_path / "a.jpg")
-    for name in ("masks/a.png", "masks/overview.jpg", "masks/heatmaps/a.png"):
+    for name in ("masks/a.png", "masks/overview.jpg", "masks/overview-2.jpg", "masks/heatmaps/a.png"):
         photo(tmp_path / name)
     (tmp_path / "masks" / "index.json").write_text(json.dumps({"masks": {"a.jpg": {}}}))
     assert names(tmp_path) == ["a.jpg"]

@@ -6,6 +6,7 @@ from PIL import Image
 
 from persam_dreambooth.photos.folder import Photo
 from persam_dreambooth.photos.mask_folder import MaskRecord, PhotoMask
+from persam_dreambooth.report import pictures
 from persam_dreambooth.report.pictures import (
     ALARM,
     BOX,
@@ -14,6 +15,7 @@ from persam_dreambooth.report.pictures import (
     INCLUDED,
     LINE,
     OUTLINE_COLOR,
+    PHOTOS_PER_PAGE,
     SCALE,
     TILE,
     grid,
@@ -21,6 +23,7 @@ from persam_dreambooth.report.pictures import (
     loss_curve,
     outlined,
     overview,
+    save_overview,
 )
 
 
@@ -121,6 +124,25 @@ def test_the_overview_says_predicted_iou_and_presence_side_by_side(tmp_path):
     both, presence, score = facts(score=0.88, presence=0.91), facts(presence=0.91), facts(score=0.88)
     ends = [int(np.flatnonzero(shown.any(axis=0)).max()) for shown in (facts(), presence, score, both)]
     assert ends == sorted(set(ends)) and ends[-1] < GAP + TILE, "both are there, and the line is not cut"
+
+
+def test_an_album_has_pages_and_the_names_of_odd_files_fit_in_a_line(tmp_path, monkeypatch):
+    row = TILE + GAP + 3 * LINE
+    assert PHOTOS_PER_PAGE // 5 * row < 20_000, "a JPEG has at most 65,535 pixels a side"
+    monkeypatch.setattr(pictures, "PHOTOS_PER_PAGE", 10)
+    photo, mask = halves()
+    photo.save(tmp_path / "two\nlines.png")
+    item = Photo.open(tmp_path / "two\nlines.png")
+    whole = [PhotoMask(item, mask, MaskRecord(item.name, item.sha256, "persam", 0.5))] * 21
+    place = tmp_path / "overview.jpg"
+    save_overview(whole, place)
+    sizes = {path.name: Image.open(path).size for path in tmp_path.glob("overview*")}
+    head = LINE + GAP
+    page, last = (5 * (TILE + GAP) + GAP, 2 * row + GAP + head), (TILE + 2 * GAP, row + GAP + head)
+    assert sizes == {"overview.jpg": page, "overview-2.jpg": page, "overview-3.jpg": last}
+    save_overview(whole[:2], place)
+    assert [path.name for path in tmp_path.glob("overview*")] == ["overview.jpg"]
+    assert Image.open(place).size == (2 * (TILE + GAP) + GAP, row + GAP)
 
 
 def test_small_pictures_grow_by_whole_pixels():

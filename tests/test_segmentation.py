@@ -14,7 +14,7 @@ from persam_dreambooth import toy
 from persam_dreambooth.cli import main
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.photos.folder import Photo, find_photos
-from persam_dreambooth.photos.mask_folder import DRAWN, MaskRecord, load_masks, save_mask
+from persam_dreambooth.photos.mask_folder import DRAWN, MaskRecord, MaskWriter, load_masks
 from persam_dreambooth.photos.masks import read_mask
 from persam_dreambooth.segmentation import PerSAM, PerSAMF, find_instances, open_sam
 from persam_dreambooth.segmentation.found import ABSENT, EMPTY_INTERMEDIATE, SMALL_TARGET
@@ -404,7 +404,7 @@ def test_the_mask_of_a_photo_holds_all_instances(twice, tmp_path, toy_sam):
 
 
 def test_as_many_masks_as_photos_are_wanted(sam, reference):
-    with pytest.raises(InputError, match="2 reference photos and 1 masks"):
+    with pytest.raises(InputError, match="got 2 reference photos and 1 mask: give one mask for each photo"):
         PerSAM(sam).fit([reference[0]] * 2, [reference[1]])
 
 
@@ -426,7 +426,8 @@ def test_the_reference_keeps_its_mask_and_hand_drawn_masks_win(sam, reference, t
     photos = find_photos(DUCK)
     drawn = np.zeros((512, 512), bool)
     drawn[100:200, 100:200] = True
-    save_mask(tmp_path, MaskRecord("03.jpg", photos[3].sha256, DRAWN, float(drawn.mean())), drawn)
+    with MaskWriter(tmp_path) as writer:
+        writer.save(MaskRecord("03.jpg", photos[3].sha256, DRAWN, float(drawn.mean())), drawn)
     made = segment_folder(photos, [(photos[0], reference[1])], PerSAM(sam), tmp_path)
     assert [item.record.method for item in made] == [GIVEN, "persam", "persam", DRAWN]
     assert (made[0].mask == reference[1]).all() and (made[3].mask == drawn).all()

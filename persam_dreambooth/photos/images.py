@@ -32,6 +32,9 @@ RAW_SUFFIXES = (".dng", ".raw", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", 
 MOST_PIXELS = 250_000_000
 """Maximum number of pixels; phones take photos of up to 200 megapixels."""
 
+NOTE = "persam-dreambooth"
+"""The keyword of the text in a PNG in which `mask_folder` describes a mask."""
+
 SRGB_TOLERANCE = 2
 """A color profile that changes no 8-bit value by more than this is treated as sRGB: pixels are unchanged."""
 
@@ -85,7 +88,11 @@ def read_image(source: str | Path | Image.Image | np.ndarray, name: str | None =
         name = name or str(source)
         image = open_image(source)
     else:
-        raise InputError(f"an image must be a path, a PIL image or an array; this is a {type(source).__name__}")
+        advice = ": convert it to (H, W, 3) uint8, such as tensor.permute(1, 2, 0).cpu().numpy()"
+        raise InputError(
+            f"{name or 'an image'} must be a path, a PIL image or an array; this is "
+            f"{'None' if source is None else f'a {type(source).__name__}'}{advice if hasattr(source, 'numpy') else ''}"
+        )
     converted = _to_rgb(image, name)
     converted.info = {}
     return converted
@@ -177,13 +184,14 @@ def _open(stream: BinaryIO, name: str) -> Image.Image:
 
 
 def _decoded(image: Image.Image, name: str) -> Image.Image:
-    """The pixels of an opened image, upright, without metadata except what affects its colors."""
+    """The pixels of an opened image, upright, without metadata except what affects its colors, and `NOTE`."""
     width, height = image.size
     if not width or not height:
         raise InputError(f"{name} is {width} x {height}: give a picture that has pixels")
     if width * height > MOST_PIXELS:
         found, most = round(width * height / 1e6), MOST_PIXELS // 10**6
         raise InputError(f"{name} is {width} x {height} ({found} megapixels): reduce it to at most {most}")
+    deep = any(";16" in str(tile) for tile in getattr(image, "tile", ()))  # colors, of which Pillow reads 8 bits
     with _pillow_settings():
         try:
             image.load()
@@ -191,8 +199,14 @@ def _decoded(image: Image.Image, name: str) -> Image.Image:
             upright = image.copy() if turn is None else image.transpose(turn)
         except Exception as error:  # decoders raise errors of many kinds on damaged files
             raise _unreadable(name, error) from None
+    if deep and upright.mode in ("RGB", "RGBA") and not any(np.ravel(upright.getextrema())):
+        raise InputError(f"{name} has 16 bits and no value above 255, which would be black: save it with 8 bits")
     # A PNG may also have text chunks with these names.
-    kinds: dict[str, tuple[type, ...]] = {"transparency": (bytes, int, tuple), "icc_profile": (bytes,)}
+    kinds: dict[str, tuple[type, ...]] = {
+        "transparency": (bytes, int, tuple),
+        "icc_profile": (bytes,),
+        NOTE: (str,),
+    }
     upright.info = {key: image.info[key] for key, kind in kinds.items() if isinstance(image.info.get(key), kind)}
     upright.format = image.format
     return upright
@@ -230,10 +244,18 @@ def _unreadable(name: str, error: Exception) -> InputError:
 
 
 def _from_array(array: np.ndarray, name: str) -> Image.Image:
-    if array.dtype == np.uint16:
-        array = (array // 257).astype(np.uint8)
+    if array.dtype == np.uint16 and array.size:
+        array = _scaled_to_8_bits(array, name)
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
-        advice = ": scale it to 0 to 255 and round it to uint8" if array.dtype.kind == "f" else ""
+        advice = ""
+        if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[2] not in (3, 4):
+            advice = ": move its channels last with .transpose(1, 2, 0)"
+        elif array.dtype == bool:
+            advice = ": this is a mask, not a photo"
+        elif array.dtype.kind == "f":
+            advice = ": scale it to 0 to 255 and round it to uint8"
+        elif array.dtype.kind in "iu":
+            advice = ": convert it with .astype(numpy.uint8)"
         raise InputError(
             f"{name} must be (H, W, 3) uint8 RGB, (H, W, 4) RGBA or (H, W) gray; this is {array.shape} "
             f"{array.dtype}{advice}"
@@ -254,7 +276,7 @@ def _to_rgb(image: Image.Image, name: str | None) -> Image.Image:
     if name:
         logger.info("%s is stored as %s: converted to RGB", name, image.mode)
     if image.mode.startswith("I"):
-        return _scaled_to_8_bits(image, name)
+        return _deep_gray_to_rgb(image, name or "the image")
     if image.mode == "CMYK":
         image = _to_srgb(image)
     if image.has_transparency_data:
@@ -267,17 +289,25 @@ def _to_rgb(image: Image.Image, name: str | None) -> Image.Image:
     return _to_srgb(composited)
 
 
-def _scaled_to_8_bits(image: Image.Image, name: str | None) -> Image.Image:
+def _deep_gray_to_rgb(image: Image.Image, name: str) -> Image.Image:
     """Converts 16-bit gray to RGB (Pillow would clip values to 255); a transparent value becomes white."""
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
         raise InputError(
-            f"{name or 'the image'} holds integers from {values.min()} to {values.max()}, more than 16 bits: convert "
-            "it to 8 bits"
+            f"{name} holds integers from {values.min()} to {values.max()}, more than 16 bits: convert it to 8 bits"
         )
+    gray = _scaled_to_8_bits(values, name)
     if isinstance(transparent := image.info.get("transparency"), int):
-        values[values == transparent] = 65535
-    return Image.fromarray((values // 257).astype(np.uint8)).convert("RGB")
+        gray[values == transparent] = 255
+    return Image.fromarray(gray).convert("RGB")
+
+
+def _scaled_to_8_bits(values: np.ndarray, name: str) -> np.ndarray:
+    """Scales 0 to 65535 to uint8; if no value is above 255, these are 8-bit values in a wider type, and kept."""
+    if values.max() <= 255:
+        logger.info("%s has 16 bits but no value above 255: read as 8 bits", name)
+        return values.astype(np.uint8)
+    return (values // 257).astype(np.uint8)
 
 
 def _to_srgb(image: Image.Image) -> Image.Image:

@@ -8,21 +8,30 @@ A drawn mask needs no entry in the index, and can have any name that `pairing` a
 White is the subject. The index contains a hash of each mask that a program made; if the user corrected the mask, it
 counts as drawn. A photo in which the subject was not found can be skipped: it has an entry with the flag `skipped` and
 no mask.
+
+The index is not written after each mask, since it would be long for a thousand photos. So each PNG also contains its
+entry, as the text `images.NOTE`, which is read if the index has none for the mask's pixels.
 """
 
 import hashlib
 import json
 import logging
+import time
+import zlib
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.files import write_aside, write_json
 from persam_dreambooth.photos.folder import MASK_INDEX, Photo
-from persam_dreambooth.photos.masks import own_mask, read_soft_mask, read_told, soft_mask_of, warn_of_coverage
+from persam_dreambooth.photos.images import NOTE
+from persam_dreambooth.photos.masks import MaskReading, own_mask, read_told, warn_of_coverage
 from persam_dreambooth.photos.pairing import find_masks, name_key
 
 logger = logging.getLogger(__name__)
@@ -34,6 +43,9 @@ OLD_DRAWN = "by hand"
 """The name of `DRAWN` in indices of version 0.1."""
 
 SIZE_ADVICE = "save it at the size of its photo"
+
+INTERVAL = 2.0
+"""Minimum time between two writings of the index, in seconds."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +77,27 @@ class MaskRecord:
     mask_sha256: str | None = field(default=None, compare=False)
 
 
-@dataclass(frozen=True)
+class PackedMask:
+    """A mask compressed in memory, since the masks of a thousand photos would take gigabytes; `np.asarray` unpacks it.
+
+    Args:
+        mask: (H, W) bool, or weights of any type.
+    """
+
+    def __init__(self, mask: np.ndarray) -> None:
+        self.shape, self.dtype = mask.shape, mask.dtype
+        self._bytes = zlib.compress((np.packbits(mask) if mask.dtype == bool else mask).tobytes(), 1)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        stored = zlib.decompress(self._bytes)
+        if self.dtype == bool:
+            bits = np.unpackbits(np.frombuffer(stored, np.uint8), count=self.shape[0] * self.shape[1])
+            array = bits.view(bool).reshape(self.shape)
+        else:
+            array = np.frombuffer(bytearray(stored), self.dtype).reshape(self.shape)
+        return array if dtype is None else array.astype(dtype, copy=False)
+
+
 class PhotoMask:
     """A photo, its mask and the mask's metadata.
 
@@ -76,17 +108,31 @@ class PhotoMask:
         weights: (H, W) float32 from 0 to 1, if the mask was read as a soft mask.
     """
 
-    photo: Photo
-    mask: np.ndarray
-    record: MaskRecord
-    weights: np.ndarray | None = None
+    def __init__(self, photo: Photo, mask: np.ndarray, record: MaskRecord, weights: np.ndarray | None = None) -> None:
+        self.photo, self.record = photo, record
+        self.packed = PackedMask(mask)
+        self.packed_weights = None if weights is None else PackedMask(weights)
+
+    def __repr__(self) -> str:
+        flags = f", flags={self.record.flags}" if self.record.flags else ""
+        return f"PhotoMask({self.photo.name!r}, {self.record.method}, covers {self.record.coverage:.1%}{flags})"
+
+    @property
+    def mask(self) -> np.ndarray:
+        """The mask, unpacked at each access: (H, W) bool."""
+        return np.asarray(self.packed)
+
+    @property
+    def weights(self) -> np.ndarray | None:
+        """The weights, unpacked at each access: (H, W) float32 from 0 to 1, or None."""
+        return None if self.packed_weights is None else np.asarray(self.packed_weights)
 
 
 def cut_out(photo: Photo, soft: bool = False) -> PhotoMask:
     """A photo with its alpha channel as the mask; raises `InputError` for a photo without a transparent background."""
-    mask = own_mask(photo)
-    weights = read_soft_mask(photo.path) if soft else None
-    return PhotoMask(photo, mask, MaskRecord(photo.name, photo.sha256, OWN_ALPHA, float(mask.mean())), weights)
+    read = own_mask(photo)
+    record = MaskRecord(photo.name, photo.sha256, OWN_ALPHA, float(read.mask.mean()))
+    return PhotoMask(photo, read.mask, record, read.weights if soft else None)
 
 
 def check_names(photos: list[Photo]) -> None:
@@ -99,43 +145,80 @@ def check_names(photos: list[Photo]) -> None:
             raise InputError(f"{other.path} and {photo.path} would share the mask {name}: rename one")
 
 
-def save_mask(folder: Path, record: MaskRecord, mask: np.ndarray, weights: np.ndarray | None = None) -> None:
-    """Writes one mask and its entry in the index, each atomically; for a skipped photo, only the entry.
+class MaskWriter:
+    """Writes masks and their index to a folder, each file atomically; a context, at whose end the index is complete.
+
+    The index is written every `INTERVAL` seconds and at the end, also if the block raises. If the program is killed,
+    only entries of skipped photos can be missing.
 
     Args:
         folder: the mask folder, created if missing.
-        record: metadata of the mask; its `photo` determines the file name.
-        mask: (H, W) bool.
-        weights: (H, W) from 0 to 1, which are written instead of the mask.
+        kept: masks that are already in the folder; the index gets the entries that it lacks.
+
+    Raises:
+        InputError: the folder's index is broken.
     """
-    if SKIPPED not in record.flags:
-        with write_aside(folder / _mask_name(record.photo)) as aside:
-            gray = mask if weights is None else weights
-            Image.fromarray(np.round(gray * 255.0).astype(np.uint8)).save(aside)
-        record = replace(record, mask_sha256=_mask_hash(mask))
-    index = {**_read_index(folder), record.photo: record}
-    entries = {
-        photo: {key: value for key, value in asdict(entry).items() if key != "photo"} for photo, entry in index.items()
-    }
-    write_json(folder / MASK_INDEX, {"masks": entries})
+
+    def __init__(self, folder: Path, kept: Iterable[PhotoMask] = ()) -> None:
+        self.folder = folder
+        self._index = _read_index(folder)
+        self._unwritten, self._due = False, 0.0
+        for record in (item.record for item in kept):
+            noted = self._index.get(record.photo)
+            if record.method != DRAWN and (noted is None or noted.mask_sha256 != record.mask_sha256):
+                self._index[record.photo] = record
+                self._unwritten = True
+
+    def __enter__(self) -> "MaskWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._write_index()
+
+    def save(self, record: MaskRecord, mask: np.ndarray, weights: np.ndarray | None = None) -> None:
+        """Writes one mask; for a skipped photo, only its entry in the index.
+
+        Args:
+            record: metadata of the mask; its `photo` determines the file name.
+            mask: (H, W) bool.
+            weights: (H, W) from 0 to 1, which are written instead of the mask.
+        """
+        if SKIPPED not in record.flags:
+            record = replace(record, mask_sha256=mask_hash(mask))
+            text = PngInfo()
+            text.add_text(NOTE, json.dumps(asdict(record)))
+            with write_aside(self.folder / _mask_name(record.photo)) as aside:
+                gray = mask * np.uint8(255) if weights is None else np.round(weights * 255.0).astype(np.uint8)
+                Image.fromarray(gray).save(aside, pnginfo=text)
+        self._index[record.photo] = record
+        self._unwritten = True
+        if time.monotonic() >= self._due:
+            self._write_index()
+
+    def _write_index(self) -> None:
+        if self._unwritten:
+            entries = {photo: asdict(record) for photo, record in sorted(self._index.items())}
+            for entry in entries.values():
+                del entry["photo"]
+            write_json(self.folder / MASK_INDEX, {"masks": entries})
+            self._unwritten, self._due = False, time.monotonic() + INTERVAL
 
 
-def load_mask(folder: Path, photo: Photo, invert: bool = False) -> PhotoMask | None:
-    """Reads one photo's mask under the name that `save_mask` gives; None if the folder has none.
+def load_known(folder: Path, photos: list[Photo]) -> dict[str, PhotoMask]:
+    """Reads the masks that a folder already has, by their photos' names; a missing folder has none.
 
     An empty mask is allowed; its coverage is 0. A skipped photo has an empty mask and its record, unless the photo
     changed or a mask was drawn since.
 
     Args:
         folder: the mask folder.
-        photo: the photo.
-        invert: the subject is black in drawn masks.
+        photos: all photos.
 
     Raises:
-        InputError: the mask has another size, or was made for an earlier version of the photo (stale).
+        InputError: a mask has another size, has no photo, or was made for an earlier version of its photo (stale); or a
+            photo has two masks.
     """
-    path = folder / _mask_name(photo.name)
-    return _load(path if path.is_file() else None, photo, _read_index(folder).get(photo.name), invert)
+    return _load_all(folder, photos, find_masks(folder, photos), invert=False)
 
 
 def load_masks(folder: Path, photos: list[Photo], invert: bool = False, soft: bool = False) -> list[PhotoMask]:
@@ -149,7 +232,7 @@ def load_masks(folder: Path, photos: list[Photo], invert: bool = False, soft: bo
 
     Raises:
         InputNotFoundError: there is no such folder, or a photo has no mask.
-        InputError: a mask has no photo, or a photo has two masks; see also `load_mask`.
+        InputError: a mask has no photo, or a photo has two masks; see also `load_known`.
     """
     if (folder / "masks" / MASK_INDEX).is_file():  # the folder of a run
         raise InputError(f"the masks of {folder} are in {folder / 'masks'}: name that folder, or remove it")
@@ -173,7 +256,7 @@ def load_references(folder: Path, photos: list[Photo], invert: bool = False) -> 
 
     Raises:
         InputNotFoundError: there is no such folder.
-        InputError: none of the photos has a mask, or a photo has two masks; see also `load_mask`.
+        InputError: none of the photos has a mask, or a photo has two masks; see also `load_known`.
     """
     found = find_masks(_checked(folder), photos, others_may_be=True)
     known = [item for item in _load_all(folder, photos, found, invert).values() if item.mask.any()]
@@ -207,21 +290,36 @@ def _load(
         if noted is None or not skipped or noted.photo_sha256 != photo.sha256:
             return None
         return PhotoMask(photo, np.zeros(photo.size[::-1], bool), noted)
-    mask, how = read_told(path, photo, invert=False, advice=SIZE_ADVICE)
-    if noted is None or skipped or noted.mask_sha256 not in (None, _mask_hash(mask)):
-        mask ^= invert
-        logger.info("%s is a drawn mask: %s", path, how)
+    read = read_told(path, photo, advice=SIZE_ADVICE)
+    mask, weights = read.mask, read.weights if soft else None
+    if noted is None or skipped or noted.mask_sha256 not in (None, mask_hash(mask)):
+        noted = _noted_record(read, photo)
+    if noted is None:
+        mask = mask ^ invert
+        logger.info("%s is a drawn mask: %s", path, read.how)
         if mask.any():
             warn_of_coverage(mask, path)
-        weights = soft_mask_of(path, photo, invert) if soft else None
+        if weights is not None and invert:
+            weights = 1 - weights
         return PhotoMask(photo, mask, MaskRecord(photo.name, photo.sha256, DRAWN, float(mask.mean())), weights)
     if noted.photo_sha256 != photo.sha256:
-        raise InputError(f"{path} is stale: {photo.path} changed after the mask was made; make the mask again")
-    weights = soft_mask_of(path, photo) if soft else None
+        raise InputError(
+            f"{path} is stale: {photo.path} changed after the mask was made; remove the mask, and make it again"
+        )
     return PhotoMask(photo, mask, replace(noted, coverage=float(mask.mean())), weights)
 
 
-def _mask_hash(mask: np.ndarray) -> str:
+def _noted_record(read: MaskReading, photo: Photo) -> MaskRecord | None:
+    """The record in a mask's PNG; None if it is missing or broken, or describes other pixels or another photo."""
+    try:
+        record = _record(json.loads(read.note or "null"))
+    except (ValueError, TypeError, AttributeError):
+        return None
+    described = (record.photo, record.photo_sha256, record.mask_sha256)
+    return record if described == (photo.name, photo.sha256, mask_hash(read.mask)) else None
+
+
+def mask_hash(mask: np.ndarray) -> str:
     """Hash of a mask's pixels, (H, W) bool, which does not depend on the file format or on the gray value."""
     return hashlib.sha256(repr(mask.shape).encode() + np.packbits(mask).tobytes()).hexdigest()
 
@@ -236,12 +334,12 @@ def _read_index(folder: Path) -> dict[str, MaskRecord]:
         return {}
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))["masks"]
-        records = [
-            MaskRecord(**{**entry, "photo": photo, "flags": tuple(entry.get("flags", ()))})
-            for photo, entry in entries.items()
-        ]
-        return {
-            record.photo: replace(record, method=DRAWN) if record.method == OLD_DRAWN else record for record in records
-        }
-    except (ValueError, KeyError, TypeError, AttributeError):  # not UTF-8, not JSON, or not written by `save_mask`
+        return {photo: _record({**entry, "photo": photo}) for photo, entry in entries.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):  # not UTF-8, not JSON, or not written by `MaskWriter`
         raise InputError(f"{path} is not an index of masks: remove it, or make the masks again") from None
+
+
+def _record(entry: dict[str, Any]) -> MaskRecord:
+    """The record of an entry from JSON."""
+    record = MaskRecord(**{**entry, "flags": tuple(entry.get("flags", ()))})
+    return replace(record, method=DRAWN) if record.method == OLD_DRAWN else record

@@ -13,6 +13,8 @@ Rules 3 and 4 also apply to the alpha channel. If the photo is known, a painted 
 """
 
 import logging
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,8 +22,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from persam_dreambooth.errors import InputError
-from persam_dreambooth.photos.images import open_image
-from persam_dreambooth.photos.painted import HUE_LEVELS, holds_hues, looks_like_photo, painted_mask
+from persam_dreambooth.photos.images import NOTE, open_image
+from persam_dreambooth.photos.painted import HUE_LEVELS, holds_hues, looks_like_photo, may_hide, painted_mask
 
 if TYPE_CHECKING:
     from persam_dreambooth.photos.folder import Photo
@@ -46,18 +48,49 @@ NO_MASK = "a mask is (H, W) or (H, W, 1 to 4), of bool, integers or floats from 
 REFERENCE_ADVICE = "give the mask of this photo, at its size, or name its photo with --reference_image"
 
 
-def read_mask(path: Path, invert: bool = False) -> np.ndarray:
-    """Reads any mask file as (H, W) bool, upright, by the rule above.
+@dataclass(frozen=True)
+class MaskReading:
+    """What one decoding of a mask file gives.
 
     Args:
-        path: the file.
+        mask: (H, W) bool, upright.
+        how: the rule in words.
+        values: gray or alpha, (H, W), from 0; the mask of a painted copy.
+        lossy: whether black and white are noisy.
+        note: the text that `mask_folder` adds to a PNG, or None.
+    """
+
+    mask: np.ndarray
+    how: str
+    values: np.ndarray
+    lossy: bool
+    note: str | None
+
+    @cached_property
+    def weights(self) -> np.ndarray:
+        """The mask as weights, (H, W) float32 from 0 to 1: gray, or alpha, divided by its maximum.
+
+        A mask of one color on black, and a painted copy, gives exactly 0 and 1. In a lossy format, values within 1/16
+        (of the maximum) of black or white are noise and become 0 or 1.
+        """
+        weights = self.values.astype(np.float32) / np.float32(self.values.max() or 1)
+        if self.lossy:
+            weights[weights < 1 / 16] = 0
+            weights[weights > 15 / 16] = 1
+        return weights
+
+
+def read_mask(source: str | Path | Image.Image | np.ndarray, invert: bool = False) -> np.ndarray:
+    """Reads any mask as (H, W) bool, upright, by the rule above.
+
+    Args:
+        source: a file, or a mask in memory; see `as_mask`.
         invert: the subject is black, or transparent.
 
     Raises:
-        InputNotFoundError, InputError: see `images.open_image`.
+        InputNotFoundError, InputError: see `images.open_image` and `as_mask`.
     """
-    mask, _ = _threshold(open_image(path))
-    return mask ^ invert
+    return _read(open_image(source)).mask ^ invert if isinstance(source, (str, Path)) else as_mask(source, invert)
 
 
 def as_mask(mask: np.ndarray | Image.Image, invert: bool = False) -> np.ndarray:
@@ -74,7 +107,7 @@ def as_mask(mask: np.ndarray | Image.Image, invert: bool = False) -> np.ndarray:
     if isinstance(mask, Image.Image):
         upright = ImageOps.exif_transpose(mask)
         upright.format = mask.format
-        return _threshold(upright)[0] ^ invert
+        return _read(upright).mask ^ invert
     if not isinstance(mask, np.ndarray) and not hasattr(mask, "__array__"):
         raise InputError(f"this mask is a {type(mask).__name__}: {NO_MASK}")
     values = np.asarray(mask)
@@ -94,45 +127,12 @@ def as_mask(mask: np.ndarray | Image.Image, invert: bool = False) -> np.ndarray:
     return _above(values)[0] ^ invert
 
 
-def read_soft_mask(path: Path, invert: bool = False) -> np.ndarray:
-    """Reads any mask file as weights, (H, W) float32 from 0 to 1, upright: gray, or alpha, divided by its maximum.
-
-    A mask of one color on black gives exactly 0 and 1. In a lossy format, values within 1/16 (of the maximum) of black
-    or white are noise and become 0 or 1.
-
-    Args:
-        path: the file.
-        invert: the subject is black, or transparent.
-
-    Raises:
-        InputNotFoundError, InputError: see `images.open_image`.
-    """
-    image = open_image(path)
-    values, _ = _values(image)
-    weights = values.astype(np.float32) / np.float32(values.max() or 1)
-    if image.format in LOSSY:
-        weights[weights < 1 / 16] = 0
-        weights[weights > 15 / 16] = 1
-    return 1 - weights if invert else weights
-
-
-def alpha_mask(path: Path) -> np.ndarray | None:
-    """The mask in an image's alpha channel, (H, W) bool, such as of a cut-out; None if alpha is missing or constant.
-
-    Raises:
-        InputNotFoundError, InputError: see `images.open_image`.
-    """
-    image = open_image(path)
-    alpha = _alpha(image)
-    return None if alpha is None else _above(alpha, image.format in LOSSY)[0]
-
-
-def own_mask(photo: "Photo") -> np.ndarray:
+def own_mask(photo: "Photo") -> MaskReading:
     """The mask in a photo's alpha channel; raises `InputError` for a photo without a transparent background."""
-    mask = alpha_mask(photo.path)
-    if mask is None:
+    image = open_image(photo.path)
+    if _alpha(image) is None:
         raise InputError(f"{photo.path} has no transparent background: cut its subject out, or give its mask")
-    return mask
+    return _read(image)
 
 
 def mask_of(path: Path, photo: "Photo", invert: bool = False) -> np.ndarray:
@@ -147,7 +147,8 @@ def mask_of(path: Path, photo: "Photo", invert: bool = False) -> np.ndarray:
         InputNotFoundError, InputError: see `images.open_image`; also for a mask of another size, an empty mask, and a
             file that is a photo.
     """
-    mask, how = read_told(path, photo, invert)
+    read = read_told(path, photo)
+    mask, how = read.mask ^ invert, f"{read.how}, inverted" if invert else read.how
     if invert and not mask.any():
         raise InputError(f"{path} has no black, the subject with --invert_mask: leave that out if white is the subject")
     check_mask(mask, photo, path)
@@ -156,44 +157,37 @@ def mask_of(path: Path, photo: "Photo", invert: bool = False) -> np.ndarray:
     return mask
 
 
-def soft_mask_of(path: Path, photo: "Photo", invert: bool = False) -> np.ndarray:
-    """The weights of a photo's mask, (H, W) float32 from 0 to 1, as in `read_soft_mask`; 0 and 1 for a painted copy.
+def read_told(path: Path, photo: "Photo", advice: str = REFERENCE_ADVICE) -> MaskReading:
+    """Like `mask_of`, but allows empty masks, logs only doubts about painted copies, and returns all of the reading.
 
     Args:
-        path, photo, invert: as for `mask_of`.
-
-    Raises:
-        InputNotFoundError, InputError: see `mask_of`; empty masks are allowed.
-    """
-    mask, how = read_told(path, photo, invert)
-    return mask.astype(np.float32) if how.startswith(PAINTED) else read_soft_mask(path, invert)
-
-
-def read_told(path: Path, photo: "Photo", invert: bool, advice: str = REFERENCE_ADVICE) -> tuple[np.ndarray, str]:
-    """Like `mask_of`, but does not log, allows empty masks, and also returns the rule in words.
-
-    Args:
-        path, photo, invert: as for `mask_of`.
+        path, photo: as for `mask_of`.
         advice: what to do about a mask of another size.
     """
     image = open_image(path)
     _check_size(image.size, photo, path, advice)
-    mask, how = _threshold(image)
-    few = image.convert("RGB").getcolors(FEW)
-    plain = bool(mask.mean() > NEARLY_ALL) and not _is_gray(image)
+    read = _read(image)
+    few = (image if image.mode in ("1", "L") else image.convert("RGB")).getcolors(FEW)
+    plain = bool(read.mask.mean() > NEARLY_ALL) and not _is_gray(image)
     if _alpha(image) is None and (not few or (len(few) > 1 and plain)):
         try:
             painted = painted_mask(image, photo.read(), plain)
         except InputError as error:
             raise InputError(f"{path} {error}") from None
         if painted is not None:
-            mask, how = painted, PAINTED
-        elif looks_like_photo(image):
+            if may_hide(painted, image, photo.read()):
+                logger.warning(
+                    "%s: the half-transparent paint has the photo's color beside the mask, which may be too small: "
+                    "look at it, or paint in a color that %s does not have",
+                    path, photo.path,
+                )  # fmt: skip
+            return MaskReading(painted, PAINTED, painted, False, None)
+        if looks_like_photo(image):
             raise InputError(
                 f"{path} looks like a photo, not a mask: paint the subject white on black, paint it red on a copy of "
                 f"{photo.path}, or cut it out on a transparent background"
             )
-    return mask ^ invert, f"{how}, inverted" if invert else how
+    return read
 
 
 def check_mask(mask: np.ndarray, photo: "Photo", mask_path: Path, advice: str = REFERENCE_ADVICE) -> None:
@@ -223,25 +217,34 @@ def _check_size(size: tuple[int, ...], photo: "Photo", mask_path: Path, advice: 
         )
 
 
-def _threshold(image: Image.Image) -> tuple[np.ndarray, str]:
-    """The mask of an upright image, and the rule in words."""
+def _read(image: Image.Image) -> MaskReading:
+    """Reads the mask of an upright image."""
     values, what = _values(image)
+    lossy = image.format in LOSSY
     colored = image.mode == "P" and what == "color" and holds_hues(np.asarray(image.convert("RGB")), HUE_LEVELS)
-    mask, levels = _above(values, image.format in LOSSY, colored)
-    if not levels:
-        return mask, "every color but black" if what == "color" else "every pixel that is not transparent"
-    return mask, f"{levels} levels of {what}, so every pixel above half of the maximum"
+    mask, levels = _above(values, lossy, colored)
+    how = "every color but black" if what == "color" else "every pixel that is not transparent"
+    if levels:
+        how = f"{levels} levels of {what}, so every pixel above half of the maximum"
+    return MaskReading(mask, how, values, lossy, image.info.get(NOTE))
 
 
 def _above(values: np.ndarray, lossy: bool = False, colored: bool = False) -> tuple[np.ndarray, int]:
     """The mask of gray values (H, W), and the number of levels if half of the maximum is the threshold, else 0."""
     if values.dtype == np.bool_:
         return values, 0
-    levels = int((np.bincount(values.ravel()) > 0).sum()) if values.dtype == np.uint8 else len(np.unique(values))
+    levels = _levels(values)
     if levels <= 2 or (levels <= FEW and not lossy) or colored:
         lowest = values.max() / 2 if lossy else 0  # black may be 4 in a JPEG of two levels
         return values > lowest, 0
     return values > values.max() / 2, levels
+
+
+def _levels(values: np.ndarray) -> int:
+    """The number of different values; for 8 bits, a histogram is much faster than `np.unique`."""
+    if values.dtype != np.uint8:
+        return len(np.unique(values))
+    return sum(count > 0 for count in Image.fromarray(values).histogram())
 
 
 def _values(image: Image.Image) -> tuple[np.ndarray, str]:

@@ -40,8 +40,8 @@ COPY = re.compile(r"(?: - copy| copy|[ _-]painted)$")
 NO_MASKS = ("@eadir", "__macosx", "heatmaps")
 """Subfolders of a mask folder that contain no masks."""
 
-OVERVIEW = "overview"
-"""The picture that `segment` writes into its mask folder."""
+OVERVIEW = re.compile(r"overview(-\d+)?")
+"""The names, without suffix, of the pictures of all masks that `segment` writes into its mask folder."""
 
 MOST_LISTED = 10
 
@@ -102,7 +102,7 @@ def find_masks(folder: Path, photos: "list[Photo]", others_may_be: bool = False)
     """The mask files of a folder by their photos' names; a photo without a mask is left out.
 
     Hidden files, files that are not images, the photos themselves, and files from `segment` and other programs (an
-    overview, heat maps, thumbnails) are not masks.
+    overview, heat maps, thumbnails) are not masks. A photo may have the name of such a file; its mask is the PNG then.
 
     Args:
         folder: the mask folder, with the same subfolders as the photos.
@@ -133,9 +133,12 @@ def find_masks(folder: Path, photos: "list[Photo]", others_may_be: bool = False)
                 f"{path} matches no photo: a mask has its photo's name, such as {Path(photos[0].name).stem}.png; "
                 "rename or remove it"
             )
-        if photo_name in found:
+        if photo_name in found and _is_no_mask(name) and {path.suffix, found[photo_name].suffix} == {".png", ".jpg"}:
+            found[photo_name] = path.with_suffix(".png")
+        elif photo_name in found:
             raise InputError(f"{found[photo_name]} and {path} are both masks of {photo_name}: remove one")
-        found[photo_name] = path
+        else:
+            found[photo_name] = path
     return found
 
 
@@ -194,4 +197,4 @@ def _stems(stem: str, copies: bool = True) -> list[str]:
 def _is_no_mask(name: Path) -> bool:
     """Whether a file of a mask folder, given by its relative path, is not a mask."""
     inside = any(name_key(part) in NO_MASKS for part in name.parts[:-1])
-    return inside or (len(name.parts) == 1 and name_key(name.stem) == OVERVIEW)
+    return inside or (len(name.parts) == 1 and bool(OVERVIEW.fullmatch(name_key(name.stem))))

@@ -67,7 +67,7 @@ def html_table(table: Table, links: Sequence[str] = ()) -> str:
     )
     lines = []
     for place, row in enumerate(table.rows):
-        first, *rest = [_cell(value, number) for value, number in zip(row, numeric, strict=True)]
+        first, *rest = [_cell(value, number, table) for value, number in zip(row, numeric, strict=True)]
         if place < len(links) and links[place]:
             first = first.replace("<td>", f'<td><a href="#{quote(links[place])}">').replace("</td>", "</a></td>")
         lines.append(f"<tr>{first}{''.join(rest)}</tr>")
@@ -78,8 +78,8 @@ def html_table(table: Table, links: Sequence[str] = ()) -> str:
     )
 
 
-def _cell(value: TableCell, number: bool) -> str:
-    return f"<td{_NUMBER if number else ''}>{text(cell_text(value))}</td>"
+def _cell(value: TableCell, number: bool, table: Table) -> str:
+    return f"<td{_NUMBER if number else ''}>{text(cell_text(value, table))}</td>"
 
 
 PAGE = """<!doctype html>

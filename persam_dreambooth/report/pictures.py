@@ -13,6 +13,8 @@ TILE = 320
 """Width and height, in pixels, of the box into which a picture is scaled."""
 LINE = 20
 GAP = 12
+PHOTOS_PER_PAGE = 100
+"""Maximum number of photos in a page of the overview; a JPEG is at most 65,535 pixels high."""
 OUTLINE_COLOR, HALO = (255, 0, 200), (255, 255, 255)
 INK = (30, 30, 30)
 ALARM = (200, 0, 0)
@@ -27,7 +29,27 @@ SCALE = 18
 """Height of a heat map's scale, in pixels."""
 
 
-def overview(photo_masks: list[PhotoMask], subjects: list[str] | None = None) -> Image.Image:
+def save_overview(photo_masks: list[PhotoMask], path: Path, subjects: list[str] | None = None) -> None:
+    """Writes the overview of all photos, in pages of at most `PHOTOS_PER_PAGE`: `overview.jpg`, `overview-2.jpg`, ...
+
+    Args:
+        photo_masks, subjects: as for `overview`.
+        path: the first page; pages that an earlier, longer overview left are removed.
+    """
+    starts = range(0, len(photo_masks), PHOTOS_PER_PAGE)
+    for number, first in enumerate(starts, 1):
+        shown = slice(first, first + PHOTOS_PER_PAGE)
+        items = photo_masks[shown]
+        title = f"photos {first + 1} to {first + len(items)} of {len(photo_masks)}" if len(starts) > 1 else None
+        page = path if number == 1 else path.with_stem(f"{path.stem}-{number}")
+        save_picture(overview(items, subjects and subjects[shown], title), page)
+    number = len(starts) + 1
+    while (left := path.with_stem(f"{path.stem}-{number}")).is_file():
+        left.unlink()
+        number += 1
+
+
+def overview(photo_masks: list[PhotoMask], subjects: list[str] | None = None, title: str | None = None) -> Image.Image:
     """Draws every photo with its mask's outline and the background dimmed.
 
     Coverage, predicted IoU, presence and the method are below each photo. Presence alone says little about a mask: it
@@ -36,6 +58,7 @@ def overview(photo_masks: list[PhotoMask], subjects: list[str] | None = None) ->
     Args:
         photo_masks: photos with masks.
         subjects: the subject of each mask, if there are several subjects.
+        title: as for `grid`.
     """
     tiles, captions, alarms = [], [], []
     for number, item in enumerate(photo_masks):
@@ -48,7 +71,7 @@ def overview(photo_masks: list[PhotoMask], subjects: list[str] | None = None) ->
         tiles.append(outlined(item.photo.read(), item.mask))
         captions.append([name, ", ".join(facts), maker])
         alarms.append(", ".join(record.flags))
-    return grid(tiles, captions, alarms)
+    return grid(tiles, captions, alarms, title=title)
 
 
 def outlined(
@@ -137,11 +160,16 @@ def heat_map(
 
 
 def overlay_labels(photo: Image.Image, labels: np.ndarray) -> Image.Image:
-    """The photo (RGB) with the objects of its label map ((H, W) uint8) blended over it in their colors."""
+    """The photo (RGB) with the objects of its label map ((H, W) uint8) in their colors, with light outlines."""
     colors = Image.fromarray(labels)
     colors.putpalette(davis_palette())
     inside = Image.fromarray((labels > 0).astype(np.uint8) * 255)
-    return Image.composite(Image.blend(photo, colors.convert("RGB"), 0.5), photo, inside)
+    colored = Image.composite(Image.blend(photo, colors.convert("RGB"), 0.5), photo, inside)
+    width = 1 + 2 * max(1, round(max(photo.size) / 600))
+    numbers = Image.fromarray(labels)
+    edge = ImageChops.difference(numbers.filter(ImageFilter.MaxFilter(width)), numbers)
+    colored.paste(HALO, mask=edge.point(lambda value: 255 if value else 0))
+    return colored
 
 
 def grid(
@@ -230,8 +258,8 @@ def _with_specks(covered: Image.Image) -> Image.Image:
 
 
 def _fitted(line: str) -> str:
-    """The line, shortened to the width of its tile."""
-    font = ImageFont.load_default(LINE - 6)
+    """The text in one line, shortened to the width of its tile."""
+    font, line = ImageFont.load_default(LINE - 6), " ".join(line.split())
     if font.getlength(line) <= TILE:
         return line
     while font.getlength(line + "...") > TILE:

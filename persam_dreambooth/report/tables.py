@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 TableCell = str | float | None
-"""Text, a number (shown with two decimals), or None for an empty cell."""
+"""Text, a number, or None for an empty cell."""
 
 
 @dataclass(frozen=True)
@@ -19,41 +19,43 @@ class Table:
         headings: headings of the columns; the first column names the rows.
         rows: cells of each row.
         note: what the figures are, with their units.
+        decimals: decimals of numbers.
     """
 
     title: str
     headings: Sequence[str]
     rows: Sequence[Sequence[TableCell]]
     note: str = ""
+    decimals: int = 2
 
     def __post_init__(self) -> None:
         assert all(len(row) == len(self.headings) for row in self.rows), self.title
 
 
-def cell_text(cell: TableCell) -> str:
-    """A cell as text."""
-    return "" if cell is None else cell if isinstance(cell, str) else f"{cell:.2f}"
+def cell_text(cell: TableCell, table: Table) -> str:
+    """A cell of a table as text."""
+    return "" if cell is None else cell if isinstance(cell, str) else f"{cell:.{table.decimals}f}"
 
 
 def markdown_table(table: Table) -> str:
     """The table under a heading, with its note."""
     lines = [f"## {table.title}", "", *([_in_markdown(table.note), ""] if table.note else [])]
     lines += [_markdown_row(table.headings), f"|{'---|' * len(table.headings)}"]
-    lines += [_markdown_row([cell_text(cell) for cell in row]) for row in table.rows]
+    lines += [_markdown_row([cell_text(cell, table) for cell in row]) for row in table.rows]
     return "\n".join([*lines, ""])
 
 
 def csv_tables(tables: Sequence[Table]) -> str:
     """All tables in one CSV; each line begins with its table's title, and a table's first line has its headings.
 
-    Lines are padded to one length, so that the file is rectangular. Numbers have two decimals.
+    Lines are padded to one length, so that the file is rectangular.
     """
     width = max(len(table.headings) for table in tables)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     for table in tables:
         for row in (table.headings, *table.rows):
-            cells = [cell_text(cell) for cell in row]
+            cells = [cell_text(cell, table) for cell in row]
             writer.writerow([table.title, *cells, *[""] * (width - len(cells))])
     return text.getvalue()
 
@@ -76,7 +78,7 @@ def _latex_table(table: Table) -> str:
             "\\toprule",
             _latex_row(table.headings),
             "\\midrule",
-            *(_latex_row([cell_text(cell) for cell in row]) for row in table.rows),
+            *(_latex_row([cell_text(cell, table) for cell in row]) for row in table.rows),
             "\\bottomrule",
             "\\end{tabular}",
             "\\end{table}",

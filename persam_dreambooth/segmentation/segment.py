@@ -8,30 +8,39 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from tqdm import tqdm
 
-from persam_dreambooth.files import check_new
-from persam_dreambooth.options import CONFIG, option, require, with_flag, within
+from persam_dreambooth.errors import SaveError, counted
+from persam_dreambooth.files import check_new, check_settings, check_writable, locked, note_settings
+from persam_dreambooth.options import CONFIG, option, require, takes_options, with_flag, within
 from persam_dreambooth.photos.folder import MASK_INDEX, Photo, find_photos
 from persam_dreambooth.photos.mask_folder import (
     SKIPPED,
     MaskRecord,
+    MaskWriter,
     PhotoMask,
     check_names,
-    load_mask,
-    save_mask,
+    load_known,
+    mask_hash,
 )
 from persam_dreambooth.photos.references import Reference, find_reference, find_references
-from persam_dreambooth.report.pictures import heat_map, overview, save_picture
+from persam_dreambooth.progress import steps
+from persam_dreambooth.report.pictures import heat_map, save_overview, save_picture
 from persam_dreambooth.segmentation.found import ABSENT
 from persam_dreambooth.segmentation.segmenters import MaskFolderOptions, open_segmenter
 
 if TYPE_CHECKING:
+    from persam_dreambooth.segmentation.sams.sam import Encoding
     from persam_dreambooth.segmentation.segmenter import Segmenter
 
 logger = logging.getLogger(__name__)
 
 GIVEN = "given"
+
+SAME_TO_RESUME = (
+    *("segmenter", "sam_model", "sam_dtype", "target_coverage", "guidance"),
+    *("absent", "absent_threshold", "instances"),
+)
+"""The options that must be equal to resume a mask folder."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +60,10 @@ class SegmentOptions(MaskFolderOptions):
     )
     invert_mask: bool = option(False, "the subject is black, or transparent, in the given masks")
     output: str | None = option(
-        None, "folder for the masks; must be new or empty", path=True, elsewhere=("output_dir",)
+        None,
+        "folder for the masks, new or empty; an interrupted command resumes there",
+        path=True,
+        elsewhere=("output_dir",),
     )
     instances: int = option(1, "maximum number of times to find the subject in a photo; the mask contains all of them")
     heatmaps: bool = option(False, "also save a heat map of the similarity to the subject for each segmented photo")
@@ -65,11 +77,15 @@ class SegmentOptions(MaskFolderOptions):
         super().check()
 
 
-def segment_photos(options: SegmentOptions) -> list[PhotoMask]:
+@takes_options(SegmentOptions)
+def segment(options: SegmentOptions) -> list[PhotoMask]:
     """Makes a mask folder, with an `overview.jpg`, from one or a few photos with masks.
+
+    A folder with masks of the same references and options is resumed: its masks are kept.
 
     Raises:
         InputError, InputNotFoundError: input that cannot be used; nothing is written then.
+        SaveError: a file cannot be written, for example on a full disk; the masks so far are kept.
     """
     options.check()
     folder, output, mask_path = (
@@ -81,11 +97,30 @@ def segment_photos(options: SegmentOptions) -> list[PhotoMask]:
         references = [find_reference(photos, folder, mask_path, options.reference_image, options.invert_mask)]
     else:
         references = find_references(photos, mask_path, options.invert_mask)
-    check_new(output, {CONFIG: "a training run", MASK_INDEX: "masks"})
-    segmenter = open_segmenter(options)
-    heatmaps = output / "heatmaps" if options.heatmaps else None
-    masks = segment_folder(photos, references, segmenter, output, options.instances, options.absent, heatmaps)
-    save_picture(overview(masks), output / "overview.jpg")  # not a PNG, which would be read as a mask
+    settings = {name: getattr(options, name) for name in SAME_TO_RESUME}
+    settings["references"] = sorted([photo.sha256, mask_hash(mask)] for photo, mask in references)
+    if not check_settings(output, settings, "masks", "--output"):
+        check_new(output, {CONFIG: "a training run", MASK_INDEX: "masks"})
+    check_writable(output)
+    try:
+        with locked(output):
+            known = load_known(output, photos)
+            if known:
+                told = counted(len(known), "mask"), counted(len(photos), "photo")
+                logger.info("%s has %s for %s: kept", output, *told)
+            if len(known) < len(photos):
+                segmenter = open_segmenter(options)
+                note_settings(output, settings, "masks", "--output")
+                heatmaps = output / "heatmaps" if options.heatmaps else None
+                masks = segment_folder(
+                    photos, references, segmenter, output, options.instances, options.absent, heatmaps, known
+                )
+            else:
+                with MaskWriter(output, known.values()):
+                    masks = [known[photo.name] for photo in photos]
+            save_overview(masks, output / "overview.jpg")  # not a PNG, which would be read as a mask
+    except SaveError as error:
+        raise SaveError(f"{error}; the same command resumes") from error
     return masks
 
 
@@ -97,6 +132,7 @@ def segment_folder(
     instances: int = 1,
     absent: Literal["skip", "warn", "keep"] = "warn",
     heatmaps: Path | None = None,
+    known: dict[str, PhotoMask] | None = None,
 ) -> list[PhotoMask]:
     """Finds the subject in every photo and writes the mask folder.
 
@@ -112,51 +148,51 @@ def segment_folder(
         absent: what to do with a photo in which the subject is not found: skip it, or write its mask with or without a
             warning.
         heatmaps: folder for the location prior of every segmented photo, as <name>.jpg.
+        known: the masks that are already in the folder, by their photos' names; by default, they are read.
 
     Returns:
         Each photo with its mask, in the order of `photos`. The record of a photo in which the subject was not found has
         the flag `absent`. A skipped photo also has the flag `skipped`, and its mask is empty.
     """
     given = {reference.path: mask for reference, mask in references}
-    found: list[PhotoMask] = []
+    found = dict(load_known(folder, photos) if known is None else known)
     fitted = False
-    for photo in tqdm(photos, desc="segmenting", unit="photo"):
-        kept = load_mask(folder, photo)
-        if kept is not None:
-            logger.info("%s: kept the existing mask (%s)", photo.name, kept.record.method)
-            found.append(kept)
-            continue
-        if photo.path in given:
-            mask = given[photo.path]
-            record = MaskRecord(photo.name, photo.sha256, GIVEN, float(mask.mean()))
-        else:
-            if not fitted:
-                segmenter.fit([reference.read() for reference, _ in references], list(given.values()))
-                fitted = True
-            mask, record = _predict(segmenter, photo, instances, absent, heatmaps)
-        save_mask(folder, record, mask)
-        found.append(PhotoMask(photo, mask, record))
-    return found
+    waiting = [photo for photo in photos if photo.name not in found and photo.path not in given]
+    encodings = segmenter.sam.encode_each(photo.read() for photo in waiting)
+    with MaskWriter(folder, found.values()) as writer:
+        for photo in steps(photos, "segmenting", "photo"):
+            if photo.name in found:
+                continue
+            if photo.path in given:
+                mask = given[photo.path]
+                record = MaskRecord(photo.name, photo.sha256, GIVEN, float(mask.mean()))
+            else:
+                if not fitted:
+                    segmenter.fit([reference.read() for reference, _ in references], list(given.values()))
+                    fitted = True
+                mask, record = _predict(segmenter, photo, next(encodings), instances, absent, heatmaps)
+            writer.save(record, mask)
+            found[photo.name] = PhotoMask(photo, mask, record)
+    return [found[photo.name] for photo in photos]
 
 
 def _predict(
     segmenter: Segmenter,
     photo: Photo,
+    encoding: Encoding,
     instances: int,
     absent: Literal["skip", "warn", "keep"],
     heatmaps: Path | None,
 ) -> tuple[np.ndarray, MaskRecord]:
     from persam_dreambooth.segmentation.segmenter import find_instances
 
-    picture = photo.read()
-    encoding = segmenter.sam.encode(picture)
     finds = find_instances(segmenter, encoding, instances) if instances > 1 else []
     if finds:
-        logger.info("%s: found %d times", photo.name, len(finds))
+        logger.info("%s: found %s", photo.name, counted(len(finds), "time"))
     found = finds[0] if finds else segmenter.predict(encoding)
     mask = np.any([found.mask, *(each.mask for each in finds)], axis=0)
     if heatmaps:
-        heat = heat_map(picture, found.similarity, found.photo_cells)
+        heat = heat_map(photo.read(), found.similarity, found.photo_cells)
         save_picture(heat, (heatmaps / photo.name).with_suffix(".jpg"))
     flags = found.flags
     if ABSENT in flags and absent == "skip":

@@ -30,14 +30,18 @@ class StableDiffusion3(FlowMatching):
     learning_rates: ClassVar = {"lora": 1e-4}
     tags: ClassVar = ["sd3"]
     feedforward_targets: ClassVar = ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
+    t5_tokenizer = "tokenizer_3"
     t5_length = 256
 
     @classmethod
-    def load_pipeline(cls, source: str, revision: str | None = None, *arguments: Any, **settings: Any) -> Any:
+    def load_pipeline(
+        cls, source: str, revision: str | None = None, *arguments: Any, base_config: str | None = None, **settings: Any
+    ) -> Any:
         """See `LatentDiffusion`; passes None for the parts that the checkpoint does not have, as diffusers requires."""
-        index = cls.pipeline_class.load_config(source, revision=revision)
+        index = cls.pipeline_class.load_config(base_config or source, revision=revision)
         left_out = {name: None for name, kind in index.items() if kind == [None, None]}
-        return super().load_pipeline(source, revision, *arguments, **{**left_out, **settings})
+        settings = {"base_config": base_config, **left_out, **settings}
+        return super().load_pipeline(source, revision, *arguments, **settings)
 
     @property
     def native_resolution(self) -> int:

@@ -10,13 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.files import check_writable, note_settings, write_json
 from persam_dreambooth.machine import provenance
 from persam_dreambooth.options import option, require, within
 from persam_dreambooth.photos.images import read_image
+from persam_dreambooth.progress import steps
 from persam_dreambooth.segmentation.evaluation.absence_report import write_absence
 from persam_dreambooth.segmentation.evaluation.absence_statistics import AbsenceScores, Pair
 from persam_dreambooth.segmentation.evaluation.data_set import DataSet, Item
@@ -86,13 +85,13 @@ def look_for(data: DataSet, options: EvaluateAbsenceOptions, output: Path) -> No
     sam = open_sam_of(options)
     fitted, own = {}, {}
     wanted = sorted({asked for search in searches.values() for numbers in search.values() for asked in numbers})
-    for number in tqdm(wanted, desc="references", unit="object"):
+    for number in steps(wanted, "references", "object"):
         item = data.items[number]
         [stem] = item.references((0,))
         encoding = sam.encode(read_image(item.images[stem]))
         fitted[number] = make_segmenter(options, sam).fit(encoding, data.truth(item, stem))
         own[number] = fitted[number].predict(encoding).presence
-    for number, search in tqdm(searches.items(), desc="searching", unit="object"):
+    for number, search in steps(searches.items(), "searching", "object"):
         pairs = []
         for path, numbers in search.items():
             encoding = sam.encode(read_image(path))

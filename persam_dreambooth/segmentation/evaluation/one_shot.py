@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.files import check_writable, note_settings, write_aside, write_json
 from persam_dreambooth.machine import provenance, reset_peak_memory
 from persam_dreambooth.options import option, require, within
 from persam_dreambooth.photos.images import read_image
+from persam_dreambooth.progress import steps
 from persam_dreambooth.report.tables import Table
 from persam_dreambooth.segmentation.evaluation.costs import COST, Stopwatch, save_cost
 from persam_dreambooth.segmentation.evaluation.data_set import DataSet, Item
@@ -58,7 +58,10 @@ class OneShotOptions(SegmentationOptions):
         None, "folder for results, predictions and pictures; an interrupted evaluation resumes there", path=True
     )
     predictions: str | None = option(
-        None, "score this folder of <object>/NN.png instead of running a method", path=True
+        None,
+        "score this folder of <object>/NN.png instead of running a method",
+        path=True,
+        rivals=("segmenter", "target_coverage", "guidance", "sam_dtype", "encoding_cache"),
     )
     reference_index: str = option("0", "which image of an object is the reference: a number, or all in turn")
     shots: int = option(
@@ -210,7 +213,7 @@ def predict_objects(rows: list[Row], data: DataSet, output: Path, options: OneSh
         return
     sam = open_sam_of(options)
     reset_peak_memory()
-    for item in tqdm(own, desc="segmenting", unit="object", disable=not state.is_main_process):
+    for item in steps(own, "segmenting", "object", hidden=not state.is_main_process):
         if left[item.name]:
             segment_item(item, left[item.name], data, sam, output)
 

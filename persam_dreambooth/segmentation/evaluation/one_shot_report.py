@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from persam_dreambooth.files import write_text
 from persam_dreambooth.photos.images import read_image
+from persam_dreambooth.progress import steps
 from persam_dreambooth.report import page
 from persam_dreambooth.report.pictures import PAPER, TILE, grid, heat_map, mask_errors, outlined, save_picture
 from persam_dreambooth.report.tables import Table
@@ -78,7 +78,7 @@ def write_one_shot_report(output: Path, scores: OneShotScores, tables: Sequence[
     items = {item.name: item for item in data.items}
     sections: list[str] = []
     traced = False
-    for name in tqdm(shown.worst_first, desc="pictures", unit="object"):
+    for name in steps(shown.worst_first, "pictures", "object"):
         looks = look(data, items[name], shown.predictions / name, shown.references)
         traced = traced or any(each.trace for each in looks)
         save_picture(contact_sheet(f"{name}: {shown.name}", looks), output / "overlays" / f"{name}.jpg")

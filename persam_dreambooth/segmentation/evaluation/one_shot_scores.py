@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from persam_dreambooth.errors import InputError, InputNotFoundError
+from persam_dreambooth.progress import steps
 from persam_dreambooth.segmentation.evaluation.costs import Cost, cost_summary, read_cost
 from persam_dreambooth.segmentation.evaluation.data_set import DataSet, read_prediction
 from persam_dreambooth.segmentation.evaluation.metrics import (
@@ -236,7 +236,7 @@ def score_rows(rows: Sequence[tuple[str, tuple[int, ...], Path]], data: DataSet)
         if unknown:
             raise InputError(f"{predictions / min(unknown)} matches no object of the data set: remove it")
     counts: list[dict[str, Counts]] = [{} for _ in rows]
-    for item in tqdm(data.items, desc="scoring", unit="object"):
+    for item in steps(data.items, "scoring", "object"):
         for stem in item.images:
             scored = [place for place, row in enumerate(rows) if stem not in item.references(row[1])]
             if not scored:

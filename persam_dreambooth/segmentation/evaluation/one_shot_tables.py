@@ -55,15 +55,15 @@ def heading(scores: OneShotScores) -> list[str]:
     ]
 
 
-def origin(options: dict[str, Any], made: dict[str, Any]) -> list[str]:
-    """Versions, commit, machine, date, options and seed of an evaluation, as sentences."""
+def origin(options: dict[str, Any], made: dict[str, Any], intervals: str = str(BOOTSTRAP["method"])) -> list[str]:
+    """Versions, commit, machine, date, options and seed of an evaluation, as sentences; `intervals`: their method."""
     given = {name: value for name, value in options.items() if value not in (None, False)}
     source = f" (commit {made['commit']})" if made["commit"] else ""
     versions = ", ".join(f"{name} {made[name]}" for name in ("python", "torch", "transformers"))
     return [
         f"persam-dreambooth {made['persam-dreambooth']}{source}, {versions}, {made['device']}, {made['date']}.",
         f"Options: {', '.join(f'{name} {value}' for name, value in given.items())}.",
-        f"Intervals: {BOOTSTRAP['method']}, {BOOTSTRAP['resamples']} resamples, seed {BOOTSTRAP['seed']}. The methods "
+        f"Intervals: {intervals}, {BOOTSTRAP['resamples']} resamples, seed {BOOTSTRAP['seed']}. The methods "
         "draw no random numbers.",
     ]
 

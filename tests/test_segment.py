@@ -1,0 +1,160 @@
+"""`segment` through the command line: it resumes its own folder, keeps what is there, and refuses another one."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from training_runs import ROOT, command, flags
+
+from persam_dreambooth import toy
+from persam_dreambooth.photos.folder import MASK_INDEX, find_photos
+from persam_dreambooth.photos.mask_folder import load_masks
+
+DUCK = toy.path("photos") / "duck"
+MASK = toy.path("photos") / "duck_mask" / "00.png"
+
+
+@pytest.fixture
+def album(tmp_path):
+    """Three photos."""
+    (tmp_path / "album").mkdir()
+    for name in ("00.jpg", "01.jpg", "02.jpg"):
+        shutil.copy(DUCK / name, tmp_path / "album")
+    return tmp_path / "album"
+
+
+@pytest.fixture
+def options(album, tmp_path, encodings):
+    return {
+        "images": album,
+        "mask": MASK,
+        "sam_model": "toy",
+        "segmenter": "persam",
+        "encoding_cache": encodings,
+        "output": tmp_path / "out",
+    }
+
+
+@pytest.fixture
+def made(options, tmp_path):
+    """A finished folder."""
+    assert segment(options) == 0
+    return tmp_path / "out"
+
+
+def segment(options, **more):
+    return command("segment", *flags(**{**options, **more}))
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def times(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("*.png")}
+
+
+def methods(folder: Path, album: Path) -> list[str]:
+    return [item.record.method for item in load_masks(folder, find_photos(album))]
+
+
+def test_a_folder_killed_at_any_moment_ends_as_one_left_alone(options, album, tmp_path):
+    (album / "02.jpg").unlink()
+    script, log = Path(__file__).with_name("killed_segment.py"), tmp_path / "log"
+    del options["output"]
+    alone = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, script, log, tmp_path, *flags(**options)], check=True, env=alone)
+    said = log.read_text(encoding="utf-8")
+    ends = [line.split()[1] for line in said.splitlines() if line.startswith("ended")]
+    assert ends[0] == "130" and ends[-1] == "0" and set(ends[1:-1]) == {"-9"} and len(ends) > 5
+    assert "interrupted; the same command resumes" in said and "Traceback" not in said
+    assert content(tmp_path / "killed") == content(tmp_path / "whole")
+    assert methods(tmp_path / "killed", album) == ["given", "persam"]
+
+
+def test_a_finished_folder_is_kept_and_a_corrected_mask_counts_as_drawn(options, made, album, caplog):
+    caplog.set_level("INFO")
+    corrected = np.zeros((512, 512), bool)
+    corrected[100:200, 100:200] = True
+    Image.fromarray(corrected).save(made / "02.png")
+    before = times(made)
+    assert segment(options) == 0
+    assert f"{made} has 3 masks for 3 photos: kept" in caplog.text
+    assert times(made) == before and methods(made, album) == ["given", "persam", "drawn"]
+    assert np.array_equal(load_masks(made, find_photos(album))[2].mask, corrected)
+
+
+def test_a_photo_added_later_is_segmented_and_the_others_are_kept(options, made, album, capsys):
+    before = times(made)
+    shutil.copy(DUCK / "03.jpg", album)
+    assert segment(options) == 0
+    assert capsys.readouterr().out.endswith(f"4 masks in {made}; see {made}/overview.jpg\n")
+    assert methods(made, album) == ["given", "persam", "persam", "persam"]
+    assert {**times(made), **before} == times(made)
+    assert list(json.loads((made / MASK_INDEX).read_text())["masks"]) == ["00.jpg", "01.jpg", "02.jpg", "03.jpg"]
+
+
+def test_other_settings_are_refused_with_what_differs(options, made, tmp_path, capsys):
+    half = np.array(Image.open(MASK))
+    half[:, 256:] = 0
+    Image.fromarray(half).save(tmp_path / "half.png")
+    before = content(made)
+    for more, told in (
+        ({"segmenter": "persam-f"}, "segmenter persam, now persam-f"),
+        ({"sam_model": "facebook/sam-vit-huge"}, "sam_model toy, now facebook/sam-vit-huge"),
+        ({"absent": "skip", "instances": 3}, "absent warn, now skip; instances 1, now 3"),
+        ({"mask": tmp_path / "half.png", "reference_image": "00.jpg"}, "other references"),
+        ({"reference_image": "01.jpg"}, "other references"),
+    ):
+        assert segment(options, **more) == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert said == f"error: {made} holds masks with other settings ({told}): choose another --output"
+    assert content(made) == before
+
+
+def test_other_photos_are_refused_before_the_work(options, made, album, capsys):
+    before = content(made)
+    shutil.copy(DUCK / "03.jpg", album / "01.jpg")
+    assert segment(options) == 2
+    assert f"{made}/01.png is stale: {album}/01.jpg changed after the mask was made" in capsys.readouterr().err
+    (album / "01.jpg").rename(album / "of another album.jpg")
+    assert segment(options) == 2
+    assert f"{made}/01.png matches no photo" in capsys.readouterr().err
+    shutil.copy(DUCK / "01.jpg", album)
+    shutil.copy(made / "01.png", made / "01_mask.png")
+    assert segment(options) == 2
+    assert "are both masks of 01.jpg: remove one" in capsys.readouterr().err
+    (made / "01_mask.png").unlink()
+    assert content(made) == before
+
+
+def test_settings_that_are_none_are_refused(options, made, capsys):
+    (made / "settings.json").write_text("[1]")
+    assert segment(options) == 2
+    assert f"{made}/settings.json is not the settings of masks: remove it" in capsys.readouterr().err
+
+
+def test_what_cannot_be_written_is_told_and_the_masks_before_are_kept(options, made, album, capsys):
+    (made / "heatmaps").touch()
+    for name in ("01.png", "02.png"):
+        (made / name).unlink()
+    assert segment(options, heatmaps=True) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"error: {made}/heatmaps cannot be written (File exists): make room or correct")
+    (made / "heatmaps").unlink()
+    assert segment(options, heatmaps=True) == 0
+    assert methods(made, album) == ["given", "persam", "persam"]
+    assert sorted(path.name for path in (made / "heatmaps").iterdir()) == ["01.jpg", "02.jpg"]
+
+
+def test_one_photo_has_one_mask(options, album, tmp_path, capsys):
+    for name in ("01.jpg", "02.jpg"):
+        (album / name).unlink()
+    assert segment(options) == 0
+    assert capsys.readouterr().out == f"1 mask in {tmp_path}/out; see {tmp_path}/out/overview.jpg\n"
