@@ -55,7 +55,7 @@ def write_aside(path: Path) -> Iterator[Path]:
         _remove(aside)
         try:
             yield aside
-            share(aside)
+            set_usual_mode(aside)
             if path.is_dir():
                 _remove(path)
             os.replace(aside, path)
@@ -78,7 +78,7 @@ def filled_aside(folder: Path) -> Iterator[Path]:
         aside.mkdir(parents=True)
         try:
             yield aside
-            share(aside)
+            set_usual_mode(aside)
             for path in sorted(aside.iterdir(), key=Path.is_file):
                 _remove(folder / path.name)
                 os.replace(path, folder / path.name)
@@ -240,7 +240,7 @@ def _aside(path: Path) -> Path:
     return path.with_name(name)
 
 
-def share(path: Path) -> None:
+def set_usual_mode(path: Path) -> None:
     """Gives a new file, or all files of a new folder, the permissions that new files have here."""
     files = [path] if path.is_file() else [inner for inner in path.rglob("*") if inner.is_file()]
     private = [inner for inner in files if not inner.stat().st_mode & 0o077]

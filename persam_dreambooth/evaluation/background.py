@@ -25,7 +25,7 @@ from persam_dreambooth.evaluation.benchmark_report import write_benchmark
 from persam_dreambooth.evaluation.benchmark_results import read_cell
 from persam_dreambooth.evaluation.benchmark_subjects import personal
 from persam_dreambooth.evaluation.recipes import RECIPES
-from persam_dreambooth.files import check_writable, note_settings
+from persam_dreambooth.files import check_writable, locked, note_settings
 from persam_dreambooth.options import Options, option, within
 from persam_dreambooth.progress import steps
 
@@ -76,14 +76,15 @@ def benchmark_background(options: BenchmarkOptions) -> Path:
     personals = [personal(number) for number in range(options.subjects)]
     cells = [BenchmarkCell(name, owner, seed) for name in names for owner in personals for seed in range(options.seeds)]
     sampling = {"num_inference_steps": options.num_inference_steps, "guidance_scale": GUIDANCE_SCALE}
-    note_settings(folder, training_settings(options) | {"sampling": sampling}, "a benchmark", "--output_dir")
-    prepare_data(folder, personals, [RECIPES[name] for name in names])
-    left = [cell for cell in cells if not cell.path(folder).is_file()]
-    logger.info("%d cells, %d of them left", len(cells), len(left))
-    for cell in steps(_finished(left, folder, options), "benchmark", "cell", len(left)):
-        logger.debug("%s", cell)
-    write_benchmark(folder, [read_cell(cell.path(folder)) for cell in cells], names, options)
-    return folder
+    with locked(folder):
+        note_settings(folder, training_settings(options) | {"sampling": sampling}, "a benchmark", "--output_dir")
+        prepare_data(folder, personals, [RECIPES[name] for name in names])
+        left = [cell for cell in cells if not cell.path(folder).is_file()]
+        logger.info("%d cells, %d of them left", len(cells), len(left))
+        for cell in steps(_finished(left, folder, options), "benchmark", "cell", len(left)):
+            logger.debug("%s", cell)
+        write_benchmark(folder, [read_cell(cell.path(folder)) for cell in cells], names, options)
+        return folder
 
 
 def _finished(cells: list[BenchmarkCell], folder: Path, options: BenchmarkOptions) -> Iterable[str]:

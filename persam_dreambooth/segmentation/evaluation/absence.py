@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from persam_dreambooth.errors import InputError
-from persam_dreambooth.files import check_writable, note_settings, write_json
+from persam_dreambooth.files import check_writable, locked, note_settings, write_json
 from persam_dreambooth.machine import provenance
 from persam_dreambooth.options import option, require, within
 from persam_dreambooth.photos.images import read_image
@@ -63,14 +63,15 @@ def evaluate_absence(options: EvaluateAbsenceOptions) -> AbsenceScores:
     if len(data.items) < 2:
         raise InputError(f"{options.data} holds one object: absent objects need images of others")
     check_writable(output)
-    note_settings(output, options.settings, "an evaluation", "--output")
-    look_for(data, options, output)
-    pairs = [pair for item in data.items for pair in read_pairs(_pairs_file(output, item))]
-    made_by = f"{options.segmenter}, SAM: {options.sam_model}"
-    scores = AbsenceScores.of(pairs, options.absent_threshold, made_by, asdict(options), provenance())
-    write_json(output / "results.json", scores.results)
-    write_absence(output, scores)
-    return scores
+    with locked(output):
+        note_settings(output, options.settings, "an evaluation", "--output")
+        look_for(data, options, output)
+        pairs = [pair for item in data.items for pair in read_pairs(_pairs_file(output, item))]
+        made_by = f"{options.segmenter}, SAM: {options.sam_model}"
+        scores = AbsenceScores.of(pairs, options.absent_threshold, made_by, asdict(options), provenance())
+        write_json(output / "results.json", scores.results)
+        write_absence(output, scores)
+        return scores
 
 
 def look_for(data: DataSet, options: EvaluateAbsenceOptions, output: Path) -> None:

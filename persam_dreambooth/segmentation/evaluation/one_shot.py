@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from persam_dreambooth.errors import InputError
-from persam_dreambooth.files import check_writable, note_settings, write_aside, write_json
+from persam_dreambooth.files import check_writable, locked, note_settings, write_aside, write_json
 from persam_dreambooth.machine import provenance, reset_peak_memory
 from persam_dreambooth.options import option, require, within
 from persam_dreambooth.photos.images import read_image
@@ -150,27 +151,28 @@ def evaluate_one_shot(
     if options.predictions and (output / "settings.json").is_file():
         raise InputError(f"{output} holds an evaluation of a method: choose another --output for other predictions")
     state = open_processes()
-    if rows:
-        predict_objects(rows, data, output, options, state)
-    state.wait_for_everyone()
-    if not state.is_main_process:
-        return None
-    if rows:
-        made_by = f"{options.segmenter}, SAM: {options.sam_model}"
-        names = [row.name for row in rows] + earlier_rows(output, data, methods, [row.name for row in rows])
-        found = [(*read_row_name(name), output / "predictions" / name) for name in names]
-    else:
-        made_by = "predictions"
-        found = [(made_by, options.references, Path(str(options.predictions)))]
-    scored = score_rows(found, data)
-    order = {method: place for place, method in enumerate([made_by, *methods])}
-    ordered = sorted(scored, key=lambda row: (order[row.method], len(row.references), row.references))
-    scores = OneShotScores(data, scored[0], tuple(ordered), made_by, effective(options), provenance())
-    tables = [*one_shot_tables(scores), *more_tables(scores)]
-    write_json(output / "results.json", scores.results)
-    write_tables(output, data.name, heading(scores), [*tables, objects_table(scores.shown)])
-    write_one_shot_report(output, scores, tables)
-    return scores
+    with locked(output) if state.is_main_process else nullcontext():
+        if rows:
+            predict_objects(rows, data, output, options, state)
+        state.wait_for_everyone()
+        if not state.is_main_process:
+            return None
+        if rows:
+            made_by = f"{options.segmenter}, SAM: {options.sam_model}"
+            names = [row.name for row in rows] + earlier_rows(output, data, methods, [row.name for row in rows])
+            found = [(*read_row_name(name), output / "predictions" / name) for name in names]
+        else:
+            made_by = "predictions"
+            found = [(made_by, options.references, Path(str(options.predictions)))]
+        scored = score_rows(found, data)
+        order = {method: place for place, method in enumerate([made_by, *methods])}
+        ordered = sorted(scored, key=lambda row: (order[row.method], len(row.references), row.references))
+        scores = OneShotScores(data, scored[0], tuple(ordered), made_by, effective(options), provenance())
+        tables = [*one_shot_tables(scores), *more_tables(scores)]
+        write_json(output / "results.json", scores.results)
+        write_tables(output, data.name, heading(scores), [*tables, objects_table(scores.shown)])
+        write_one_shot_report(output, scores, tables)
+        return scores
 
 
 def effective(options: OneShotOptions) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from persam_dreambooth.errors import InputError
-from persam_dreambooth.files import check_writable, saving, share
+from persam_dreambooth.files import check_writable, saving, set_usual_mode
 
 EMBEDDING = "embedding"
 
@@ -71,7 +71,7 @@ class EncodingCache:
         with saving(path), tempfile.TemporaryDirectory(dir=self.folder, prefix=".") as aside:
             whole = Path(aside) / path.name
             save_file({name: one.cpu().contiguous() for name, one in {**tensors, EMBEDDING: embedding}.items()}, whole)
-            share(whole)
+            set_usual_mode(whole)
             os.replace(whole, path)
 
     def _path(self, pixels: np.ndarray) -> Path:
