@@ -726,7 +726,7 @@ def test_a_truncated_checkpoint(home, capsys):
     state = Path("out/checkpoint-1/training_state.pt")
     state.write_bytes(state.read_bytes()[:200])
     capsys.readouterr()
-    assert cli.main(train(*MASKS, *options, "--resume_from_checkpoint", "latest")) == 2
+    assert cli.main(train(*MASKS, *options, "--max_train_steps", "2", "--resume_from_checkpoint", "latest")) == 2
     assert "error: out/checkpoint-1 cannot be loaded (" in capsys.readouterr().err
 
 

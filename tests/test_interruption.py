@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 
 import pytest
@@ -177,6 +178,7 @@ def test_samples_are_made_without_the_optimizer(runs, tmp_path):
 
 
 def test_memory_that_ends_in_the_samples_keeps_weights_and_card(runs, tmp_path, monkeypatch, caplog):
+    @wraps(StableDiffusionPipeline.__call__)
     def without_memory(pipeline, *arguments, **settings):
         torch.empty(2**62, dtype=torch.uint8)
 
