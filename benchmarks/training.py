@@ -32,7 +32,7 @@ from persam_dreambooth.dreambooth.loss import latent_mask, masked_loss
 from persam_dreambooth.dreambooth.optimizers import make_optimizer
 from persam_dreambooth.dreambooth.trainer import batch_losses, numbered_batches
 from persam_dreambooth.files import write_json
-from persam_dreambooth.personalize import TrainOptions
+from persam_dreambooth.main_job import TrainOptions
 from persam_dreambooth.photos.folder import find_photos
 from tools.toy import build
 

@@ -13,8 +13,12 @@ from importlib import import_module
 from typing import Any
 
 from persam_dreambooth import __version__
-from persam_dreambooth.errors import InputError, SaveError, counted
+from persam_dreambooth.errors import InputError, SaveError, UnavailableError, counted, is_out_of_memory
 from persam_dreambooth.options import check_known, parse
+from persam_dreambooth.progress import showing_bars
+
+TRY_AGAIN = 75
+"""The exit code for what may work on another try, EX_TEMPFAIL of sysexits.h."""
 
 SAME_COMMAND = "the same command resumes"
 
@@ -64,21 +68,26 @@ def _scored(options: Any, scores: Any) -> str:
 def _separated(options: Any, scores: Any) -> str:
     best = scores.used
     return (
-        f"AUC {best.auc:.3f}; balanced error {best.error:.3f} at --absent_threshold {best.threshold:.3f}\n"
-        f"done: {options.output}/results.md; the plot is beside it"
+        f"AUC {best.auc:.3f}; balanced error {best.error:.2%} at --absent_threshold {best.threshold:.3f}\n"
+        f"done: {options.output}/results.md; see report.html beside it"
     )
 
 
 def _scored_videos(options: Any, scores: Any) -> str:
-    row = ", ".join(f"{name} {100 * value:.1f}" for name, value in scores.overall.items())
-    return f"{row}\ndone: {options.output}/results.md"
+    figures = ", ".join(f"{name} {value:.1f}" for name, value in scores.shown.overall.items())
+    return f"{scores.shown.name}: {figures}\ndone: {options.output}/results.md; see report.html beside it"
 
+
+MEMORY_REMEDIES = (
+    "for training try --config sd15-lora, a lower --resolution, --gradient_checkpointing, --train_batch_size 1 or "
+    "--mixed_precision bf16; for masks a smaller --sam_model or --sam_dtype bfloat16; for pictures a smaller size"
+)
 
 COMMANDS = {
     "segment": Command(
         "a mask for every photo, from one photo and its mask",
         "segmentation.segment:SegmentOptions",
-        "segmentation.segment:segment_photos",
+        "segmentation.segment:segment",
         _segmented,
         resume=SAME_COMMAND,
     ),
@@ -93,8 +102,8 @@ COMMANDS = {
     ),
     "train": Command(
         "masks and training in one run (the same as train_dreambooth_masked.py)",
-        "personalize:TrainOptions",
-        "personalize:personalize",
+        "main_job:TrainOptions",
+        "main_job:personalize",
         _trained,
         resume="a training run resumes with --resume_from_checkpoint latest",
     ),
@@ -102,7 +111,7 @@ COMMANDS = {
         'pictures of the subject: "a [V] cat on a beach"',
         "dreambooth.generate:GenerateOptions",
         "dreambooth.generate:generate",
-        lambda options, paths: f"{options.num_images} pictures in {options.output}; a grid of all in {paths[-1]}",
+        lambda options, paths: f"{options.num_images} pictures in {paths[-1].parent}; a grid of all in {paths[-1]}",
         positional="prompt",
     ),
     "evaluate perseg": Command(
@@ -173,7 +182,10 @@ COMMANDS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; returns the exit code: 0, 2 for a user's mistake, 1 for training that diverged."""
+    """Runs a command; returns the exit code.
+
+    0: done; 2: a user's mistake; 75: may work on another try; 1: training diverged, or a result cannot be written.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
@@ -240,15 +252,24 @@ def guarded(command: Callable[[], None]) -> int:
     for name in ("httpx", "httpx2", "accelerate", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
-        command()
+        with showing_bars():
+            command()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except UnavailableError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return TRY_AGAIN
     except KeyboardInterrupt as stop:
         print(str(stop) or "interrupted", file=sys.stderr)
         return 128 + getattr(stop, "number", signal.SIGINT)
     except (FloatingPointError, SaveError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"error: out of memory: {MEMORY_REMEDIES}", file=sys.stderr)
         return 1
     except PermissionError as error:
         print(f"error: {error.filename} cannot be read or written: correct its permissions", file=sys.stderr)

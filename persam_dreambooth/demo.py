@@ -23,12 +23,13 @@ from persam_dreambooth.evaluation.benchmark_results import COLUMNS
 from persam_dreambooth.evaluation.benchmark_subjects import Personal, benchmark_prompts, personal
 from persam_dreambooth.evaluation.recipes import BASE, RECIPES
 from persam_dreambooth.files import check_new, write_text
+from persam_dreambooth.main_job import TrainOptions, personalize
 from persam_dreambooth.options import Options, option
-from persam_dreambooth.personalize import TrainOptions, personalize
 from persam_dreambooth.photos.folder import find_photos
 from persam_dreambooth.photos.mask_folder import load_masks
 from persam_dreambooth.report import page
 from persam_dreambooth.report.pictures import INK, PAPER, outlined, save_picture
+from persam_dreambooth.report.tables import Table, TableCell
 from persam_dreambooth.toy import world
 
 logger = logging.getLogger(__name__)
@@ -116,7 +117,7 @@ def generate_and_measure(title: str, model: str, owner: Personal) -> Model:
     from persam_dreambooth.dreambooth.pipelines import load_model
     from persam_dreambooth.toy.evaluator import Evaluator
 
-    pipeline, _, _ = load_model(model)
+    pipeline = load_model(model)
     pictures = {
         kind: sample_prompts(pipeline, benchmark_prompts(kind, owner), 0, DENOISING_STEPS)
         for kind in benchmark_subjects.PICTURES
@@ -184,7 +185,7 @@ def summary(models: list[Model], photos: list[Image.Image], owner: Personal) -> 
 def report(models: list[Model], picture: Image.Image, ious: list[float], owner: Personal, seconds: float) -> str:
     """The page as HTML with embedded pictures."""
     kind = owner.subject.kind
-    rows: list[list[page.TableCell]] = [
+    rows: list[list[TableCell]] = [
         [COLUMNS[name][0], *(model.figures[name] for model in models), COLUMNS[name][2]] for name in DEMO_FIGURES
     ]
     pictures = f"measured on {sum(benchmark_subjects.PICTURES.values())} pictures each"
@@ -199,7 +200,7 @@ def report(models: list[Model], picture: Image.Image, ious: list[float], owner: 
             "outside of them."
         ),
         page.picture(picture, "The photos with their masks, and below them the pictures of each model", kind="PNG"),
-        page.html_table([pictures, *(model.title for model in models), "what it is"], rows),
+        page.html_table(Table("", [pictures, *(model.title for model in models), "what it is"], rows)),
         page.paragraph(
             "These photos are rendered by a program, so the truth is known. The model and the SAM are small and were "
             "trained on such pictures. The figures show how the method works, not how good it is with real models. "

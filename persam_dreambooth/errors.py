@@ -1,8 +1,8 @@
-"""Errors that a user can fix: one line with what was found and what to do (exit code 2 on the terminal)."""
+"""The exceptions of this package: one line with what was found and what to do; docs/api.md lists them."""
 
 
 class InputError(ValueError):
-    """Input that cannot be used; the message says what was found and what to do."""
+    """Input that cannot be used; the message says what was found and what to do (exit code 2 on the terminal)."""
 
 
 class InputNotFoundError(InputError, FileNotFoundError):
@@ -12,8 +12,30 @@ class InputNotFoundError(InputError, FileNotFoundError):
         return str(self.args[0])
 
 
+class UnavailableError(Exception):
+    """What may work on another try, for example a hub that cannot be reached (exit code 75 on the terminal)."""
+
+
 class SaveError(Exception):
-    """A result cannot be written, for example on a full disk; the message says what is kept and how to resume."""
+    """A file cannot be written, for example on a full disk; the message says what to do and what is kept."""
+
+
+class Cancelled(Exception):
+    """Raised by the callback of `progress.reporting` to stop the work; the message is the caller's own.
+
+    Training finishes the step and saves a checkpoint first. All other work keeps what is finished, such as the masks
+    of the photos before.
+    """
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of torch or Python says that memory is exhausted, on an accelerator or on the CPU."""
+    told = str(error).lower()
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and any(words in told for words in ("out of memory", "can't allocate")))
+    )
 
 
 def counted(count: int, noun: str) -> str:

@@ -1,17 +1,34 @@
 """Writes files and folders atomically: under a temporary name, then renamed."""
 
+import errno
 import hashlib
 import json
+import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
-from persam_dreambooth.errors import InputError
+from filelock import FileLock, Timeout
+
+from persam_dreambooth.errors import InputError, SaveError
+
+logger = logging.getLogger(__name__)
 
 PARTIAL = ".partial"
+
+LOCK = ".lock"
+"""The lock file of a folder that a process writes to."""
+
+REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make it writable"),
+    **dict.fromkeys((errno.EIO, errno.ESTALE, errno.ENODEV), "check the disk"),
+}
+"""What to do about the errors of a disk, by their numbers."""
 
 SETTINGS = "settings.json"
 """The file in a folder of resumable work that says how it is done."""
@@ -26,37 +43,89 @@ AnyPath = TypeVar("AnyPath", bound=PurePath)
 def write_aside(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path` for a file or a folder, and renames it to `path` after the block.
 
-    A folder already at `path` is replaced. If the block raises, its output is removed and `path` is unchanged.
+    A folder already at `path` is replaced. If the block raises, its output is removed and `path` is unchanged. The
+    files get the usual permissions, also those of libraries that write private files.
+
+    Raises:
+        SaveError: the disk is full or read-only.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = _aside(path)
-    _remove(aside)
-    try:
-        yield aside
-        if path.is_dir():
-            _remove(path)
-        os.replace(aside, path)
-    except BaseException:
+    with saving(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = _aside(path)
         _remove(aside)
-        raise
+        try:
+            yield aside
+            share(aside)
+            if path.is_dir():
+                _remove(path)
+            os.replace(aside, path)
+        except BaseException:
+            with suppress(OSError):
+                _remove(aside)
+            raise
 
 
 @contextmanager
 def filled_aside(folder: Path) -> Iterator[Path]:
     """Yields an empty folder, and moves its content to `folder` after the block, subfolders first.
 
-    Entries of `folder` with the same names are replaced. If the block raises, `folder` is unchanged.
+    Entries of `folder` with the same names are replaced. If the block raises, `folder` is unchanged. See also
+    `write_aside`.
     """
     aside = folder / PARTIAL
-    _remove(aside)
-    aside.mkdir(parents=True)
-    try:
-        yield aside
-        for path in sorted(aside.iterdir(), key=Path.is_file):
-            _remove(folder / path.name)
-            os.replace(path, folder / path.name)
-    finally:
+    with saving(folder):
         _remove(aside)
+        aside.mkdir(parents=True)
+        try:
+            yield aside
+            share(aside)
+            for path in sorted(aside.iterdir(), key=Path.is_file):
+                _remove(folder / path.name)
+                os.replace(path, folder / path.name)
+        finally:
+            with suppress(OSError):
+                _remove(aside)
+
+
+@contextmanager
+def saving(path: Path) -> Iterator[None]:
+    """Converts the errors of a full or read-only disk inside the block to a `SaveError` that names `path`."""
+    try:
+        yield
+    except Exception as error:
+        number = None if isinstance(error, (InputError, SaveError)) else _disk_error(error)
+        if number is None:
+            raise
+        reason, remedy = os.strerror(number), REMEDIES[number]
+        raise SaveError(f"{path} cannot be written ({reason}): {remedy}") from error
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds the lock of an output folder, which is created if missing.
+
+    Raises:
+        InputError: another process, or another thread of this one, writes to the folder.
+        SaveError: the disk is full or read-only.
+    """
+    path = folder / LOCK
+    lock = FileLock(path)
+    with saving(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise InputError(
+                f"another run is writing to {folder}: wait for its end, or choose another folder"
+            ) from None
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+        lock.release()
+        with suppress(OSError):  # nothing was written
+            folder.rmdir()
 
 
 def remove_whole(folder: Path) -> None:
@@ -139,7 +208,7 @@ def check_new(folder: Path, known: dict[str, str], advice: str = "choose a new o
         advice: what to do, for the message.
     """
     check_writable(folder)
-    if folder.is_dir() and any(PARTIAL not in path.name for path in folder.iterdir()):
+    if folder.is_dir() and any(path.name != LOCK and PARTIAL not in path.name for path in folder.iterdir()):
         what = next((what for name, what in known.items() if (folder / name).is_file()), "other files")
         raise InputError(f"{folder} already holds {what}: {advice}")
 
@@ -169,6 +238,31 @@ def _aside(path: Path) -> Path:
     if len(os.fsencode(name)) > LONGEST_NAME:
         name = f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}{PARTIAL}{path.suffix[:16]}"
     return path.with_name(name)
+
+
+def share(path: Path) -> None:
+    """Gives a new file, or all files of a new folder, the permissions that new files have here."""
+    files = [path] if path.is_file() else [inner for inner in path.rglob("*") if inner.is_file()]
+    private = [inner for inner in files if not inner.stat().st_mode & 0o077]
+    if private:
+        probe = path.with_name(f".{os.getpid()}{PARTIAL}")
+        probe.touch()
+        usual = probe.stat().st_mode & 0o777
+        probe.unlink()
+        for inner in private:
+            inner.chmod(usual)
+
+
+def _disk_error(error: BaseException | None) -> int | None:
+    """The number of a disk's error among an error and its causes; None if there is none."""
+    while error is not None:
+        # safetensors tells the number only in its message; torch's own error follows that of the file.
+        told = re.search(r"\(os error (\d+)\)", str(error))
+        number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
+        if number in REMEDIES:
+            return number
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _remove(path: Path) -> None:

@@ -1,18 +1,35 @@
 """Model names: a hub id, a local folder, or `toy` for the small checkpoints in this package."""
 
 import logging
+import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 from persam_dreambooth import toy
-from persam_dreambooth.errors import InputError, InputNotFoundError
+from persam_dreambooth.errors import InputError, InputNotFoundError, UnavailableError
+from persam_dreambooth.progress import shows_bars
 
 logger = logging.getLogger(__name__)
 
 ORIGINAL_SAM = (".pth", ".pt")
 """Suffixes of SAM's published checkpoint files; see `segmentation.sams.original`."""
+
+LIBRARIES = ("transformers", "diffusers")
+"""Libraries that print messages which are not useful to users."""
+
+_building = threading.RLock()
+_quiet_lock = threading.Lock()
+_quiet_blocks = 0
+_levels_before: dict[str, int] = {}
+
+NVIDIA_GPU = (Path("/proc/driver/nvidia/version"), Path("/dev/nvidia0"), Path("C:/Windows/System32/nvidia-smi.exe"))
+"""Files that a driver of an NVIDIA GPU has."""
+
+CUDA_BUILDS = "https://download.pytorch.org/whl/cu126"
+"""The index of PyTorch's packages for NVIDIA GPUs; this CUDA supports the oldest ones."""
 
 
 def resolve(name: str, kind: str, revision: str | None = None) -> str:
@@ -25,6 +42,7 @@ def resolve(name: str, kind: str, revision: str | None = None) -> str:
 
     Raises:
         InputNotFoundError: the name is neither a folder with a model of this kind nor an available model on the hub.
+        UnavailableError: the hub cannot be reached.
     """
     if name == "toy":
         _notice(kind)
@@ -44,22 +62,117 @@ def resolve(name: str, kind: str, revision: str | None = None) -> str:
 
 
 @contextmanager
+def quiet() -> Iterator[None]:
+    """Hides what transformers and diffusers print below errors, also if they are first imported inside the block.
+
+    After the last of nested or concurrent blocks, they are as before. A variable such as `TRANSFORMERS_VERBOSITY` takes
+    precedence.
+    """
+    global _quiet_blocks
+    with _quiet_lock:
+        _quiet_blocks += 1
+        if _quiet_blocks == 1:
+            for name in LIBRARIES:
+                variable, level = f"{name.upper()}_VERBOSITY", logging.getLogger(name).level
+                if variable not in os.environ:
+                    _levels_before[name] = level or logging.WARNING  # 0: not imported yet
+                    if level:
+                        logging.getLogger(name).setLevel(logging.ERROR)
+                    else:
+                        os.environ[variable] = "error"
+    try:
+        yield
+    finally:
+        with _quiet_lock:
+            _quiet_blocks -= 1
+            if _quiet_blocks == 0:
+                for name, level in _levels_before.items():
+                    os.environ.pop(f"{name.upper()}_VERBOSITY", None)
+                    if logging.getLogger(name).level:
+                        logging.getLogger(name).setLevel(level)
+                _levels_before.clear()
+
+
+@contextmanager
+def building() -> Iterator[None]:
+    """Lets one thread at a time make or load modules.
+
+    While transformers, diffusers and accelerate load a model, they patch torch for all threads: modules that another
+    thread makes meanwhile would have no weights.
+    """
+    with _building:
+        yield
+
+
+@contextmanager
 def loading(name: str) -> Iterator[None]:
     """Converts errors of a broken checkpoint inside the block to an `InputError` of one line.
 
-    The libraries' progress bars are hidden for loading from disk, and shown for downloads.
+    An interrupted download is an `UnavailableError`.
+
+    The libraries' progress bars are hidden for loading from disk, and for downloads except in `showing_bars`. One
+    thread at a time loads, see `building`.
     """
     from safetensors import SafetensorError
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     try:
-        yield
+        with quiet(), building(), _hub_bars(shows_bars()):
+            yield
     except InputError:
         raise
     except (OSError, ValueError, KeyError, EOFError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if _may_pass(error):
+            raise UnavailableError(f"{name} cannot be downloaded ({reason}): try again") from error
         raise InputError(f"{name} cannot be loaded ({reason}): download it again, or name another model") from error
+
+
+@contextmanager
+def _hub_bars(shown: bool) -> Iterator[None]:
+    """Hides the progress bars of downloads inside the block, unless they are to be shown."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    hides = not shown and not are_progress_bars_disabled()
+    if hides:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if hides:
+            enable_progress_bars()
+
+
+@cache
+def log_device(device: str, dtype: str) -> None:
+    """Logs, once a process, the device and the precision of the work that begins.
+
+    If there is an NVIDIA GPU that this PyTorch cannot use, a warning says what to do.
+
+    Args:
+        device: such as `cuda`, `cuda:1` or `cpu`.
+        dtype: such as `torch.float32`.
+    """
+    import torch
+
+    kind, precision = torch.device(device).type, dtype.removeprefix("torch.")
+    if kind != "cpu":
+        name = f" ({torch.cuda.get_device_name(device)})" if kind == "cuda" else ""
+        logger.info("device: %s%s, %s", device, name, precision)
+        return
+    logger.info("device: CPU, %s: slow", precision)
+    if any(path.exists() for path in NVIDIA_GPU) and not torch.cuda.is_available():
+        if torch.version.cuda is None and torch.version.hip is None:
+            logger.warning(
+                "this machine has an NVIDIA GPU, but PyTorch %s is built for CPUs: pip install --force-reinstall "
+                "torch torchvision --index-url %s",
+                torch.__version__,
+                CUDA_BUILDS,
+            )
+        elif torch.version.cuda and "CUDA_VISIBLE_DEVICES" not in os.environ:
+            needed = f"CUDA {torch.version.cuda}"
+            logger.warning("this machine has an NVIDIA GPU that PyTorch cannot use: install a driver for %s", needed)
 
 
 @cache
@@ -76,6 +189,7 @@ def _check_hub(name: str, marker: str, revision: str | None) -> None:
         GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
+        OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -98,4 +212,22 @@ def _check_hub(name: str, marker: str, revision: str | None) -> None:
     except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
         reason = str(error).splitlines()[0]
         message = f"{name} is not on this machine and the hub cannot be reached ({reason}): connect, {ways_out}"
-        raise InputNotFoundError(message) from None
+        if isinstance(error, OfflineModeIsEnabled):
+            raise InputNotFoundError(message) from None
+        if _may_pass(error):
+            raise UnavailableError(message) from None
+        raise InputError(f"the hub refuses {name} ({reason}): log in with hf auth login, {ways_out}") from None
+
+
+def _may_pass(error: BaseException | None) -> bool:
+    """Whether an error comes from the network or from a busy hub, so that another try may succeed."""
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.utils import httpx
+
+    while error and not isinstance(error, OfflineModeIsEnabled):
+        if isinstance(error, HfHubHTTPError):
+            return error.response.status_code in (408, 429) or error.response.status_code >= 500
+        if isinstance(error, (httpx.TransportError, ConnectionError, TimeoutError)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

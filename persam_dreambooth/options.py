@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
+import inspect
 import logging
 import math
 import os
@@ -15,7 +17,19 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    Generic,
+    Literal,
+    ParamSpec,
+    Protocol,
+    TypeVar,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+    overload,
+)
 
 import yaml
 
@@ -39,6 +53,9 @@ METAVARS = {int: "INT", float: "FLOAT", str: "TEXT"}
 """What help shows in place of a value."""
 
 Kind = TypeVar("Kind", bound="Options")
+_Arguments = ParamSpec("_Arguments")
+_Given = TypeVar("_Given", contravariant=True)
+_Result = TypeVar("_Result", covariant=True)
 
 
 @dataclass(frozen=True)
@@ -80,6 +97,7 @@ def option(
     *,
     alias: str | None = None,
     path: bool = False,
+    many: bool = False,
     choices: Sequence[str] = (),
     rivals: Sequence[str] = (),
     when: Sequence[Condition] = (),
@@ -92,13 +110,14 @@ def option(
         help: one line of help.
         alias: another name that users know.
         path: whether the value is or can be a path; `~` is expanded then.
+        many: whether it takes several texts, list[str]: repeated flags, a list in YAML, or one text.
         choices: the allowed words.
         rivals: options that set the same thing in another way; only one of them can be given.
         when: the conditions for a value other than the default to have an effect.
         elsewhere: other trainers' names for it.
     """
-    known = {"help": help, "alias": alias, "path": path, "choices": choices, "rivals": rivals, "when": when}
-    return field(default=default, metadata={**known, "elsewhere": elsewhere})
+    known = {"help": help, "alias": alias, "path": path, "many": many, "choices": choices, "rivals": rivals}
+    return field(default=default, metadata={**known, "when": when, "elsewhere": elsewhere})
 
 
 @dataclass(frozen=True)
@@ -110,11 +129,14 @@ class Options:
             value = getattr(self, entry.name)
             if entry.metadata["path"] and isinstance(value, str) and value.startswith("~"):
                 object.__setattr__(self, entry.name, os.path.expanduser(value))
+            if entry.metadata["many"] and isinstance(value, str):
+                object.__setattr__(self, entry.name, [value])
 
     def given(self, name: str) -> bool:
         """Whether an option differs from its default."""
         value = getattr(self, name)
-        return bool(value != getattr(type(self), name) and value != "")  # empty, for example from a shell variable
+        default = getattr(type(self), name)
+        return bool(value != default and value not in ("", [], [""]))  # empty, for example from a shell variable
 
     def check(self) -> None:
         """Raises `InputError` for options that exclude one another or have no effect."""
@@ -155,11 +177,83 @@ def above_zero(options: Any, *names: str) -> None:
             raise InputError(f"--{name} is {value}: give more than 0")
 
 
+def check_multiple(options: Any, factor: int, *names: str) -> None:
+    """Raises `InputError` for a given size in pixels that is not a multiple of what a model needs."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and (value % factor or value < factor):
+            nearest = max(factor, round(value / factor) * factor)
+            raise InputError(f"--{name} is {value}: this model needs a multiple of {factor}, such as {nearest}")
+
+
 def below_one(options: Any, *names: str) -> None:
     """Raises `InputError` for an option that is not from 0 to below 1."""
     for name in names:
         if not 0 <= getattr(options, name) < 1:
             raise InputError(f"--{name} is {getattr(options, name)}: give a number from 0 to below 1")
+
+
+# Options of a function
+
+
+class Job(Protocol, Generic[_Arguments, _Given, _Result]):
+    """A function that takes its options by name, or as one object."""
+
+    @overload
+    def __call__(self, options: _Given, /) -> _Result: ...
+    @overload
+    def __call__(self, *positional: _Arguments.args, **options: _Arguments.kwargs) -> _Result: ...
+
+
+def takes_options(
+    kind: Callable[_Arguments, Kind], positional: str | None = None
+) -> Callable[[Callable[[Kind], _Result]], Job[_Arguments, Kind, _Result]]:
+    """A decorator: the function also takes its options by name, such as `segment(images="cat/", ...)`.
+
+    Args:
+        kind: the class of the options.
+        positional: an option that can be given without its name.
+    """
+
+    options_class = cast(type[Kind], kind)
+
+    def decorated(function: Callable[[Kind], _Result]) -> Job[_Arguments, Kind, _Result]:
+        @functools.wraps(function)
+        def job(*unnamed: Any, **named: Any) -> _Result:
+            if len(unnamed) == 1 and isinstance(unnamed[0], options_class) and not named:
+                return function(unnamed[0])
+            if len(unnamed) == 1 and positional and positional not in named:
+                named[positional], unnamed = unnamed[0], ()
+            if unnamed:
+                raise InputError(f"{function.__name__} got {unnamed[0]!r} without a name: give options by name")
+            return function(named_options(options_class, named))
+
+        shown = inspect.signature(options_class)
+        by_name = [parameter.replace(kind=parameter.KEYWORD_ONLY) for parameter in shown.parameters.values()]
+        vars(job)["__signature__"] = shown.replace(parameters=by_name, return_annotation=inspect.Signature.empty)
+        return job
+
+    return decorated
+
+
+def named_options(kind: type[Kind], given: dict[str, Any]) -> Kind:
+    """Options from a call in Python; paths can be `Path`s, and None means the default.
+
+    Raises:
+        InputError: an option is unknown (the message names the nearest known one), or a value has the wrong type.
+    """
+    for name in given:
+        check_not_elsewhere(kind, name)
+    plain = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in given.items()}
+    found = typed_options(kind, plain)
+    return kind(**{name: value for name, value in found.items() if value is not None})
+
+
+def check_not_elsewhere(kind: type[Options], name: str, flag: str = "") -> None:
+    """Raises `InputError` for another trainer's name of an option; `flag` is what stands before names, such as `--`."""
+    for entry in fields(kind):
+        if name in entry.metadata["elsewhere"]:
+            raise InputError(f"unknown option {flag}{name}: it is {flag}{entry.name} here")
 
 
 # Flags and files
@@ -308,15 +402,14 @@ def _make_parser(
             shown["help"] = argparse.SUPPRESS
             parser.add_argument(f"--no_{entry.name}", action="store_const", const=False, **shown)
         else:
-            parser.add_argument(*names, metavar=_metavar(entry, hints), **shown)
+            action = "append" if entry.metadata["many"] else "store"
+            parser.add_argument(*names, metavar=_metavar(entry, hints), action=action, **shown)
     return parser, flags
 
 
 def _refuse(kind: type[Options], word: str, flags: list[str]) -> None:
     """Raises `InputError` for a word on the command line that the parser does not know."""
-    for entry in fields(kind):
-        if word.removeprefix("--") in entry.metadata["elsewhere"]:
-            raise InputError(f"unknown option {word}: it is --{entry.name} here")
+    check_not_elsewhere(kind, word.removeprefix("--"), "--")
     if not word.startswith("-") and f"--{word}" not in flags:
         raise InputError(f"unexpected {word!r}: an option takes one value (in quotes if it has spaces) or none")
     check_known(word, flags, "option")
@@ -375,8 +468,10 @@ def _choices(name: str, kind: type[Options], hints: dict[str, Any]) -> tuple[str
 
 def _from_text(name: str, text: Any, kind: type[Options], hints: dict[str, Any]) -> Any:
     """The value of a flag; `null` means the default."""
-    if text == "null" or isinstance(text, bool):
-        return None if text == "null" else text
+    if text in ("null", ["null"]) or isinstance(text, bool):
+        return text if isinstance(text, bool) else None
+    if kind.__dataclass_fields__[name].metadata["many"]:
+        return text
     if get_origin(hints[name]) is list:
         raise InputError(f"--{name} is {text}: give a list in a YAML file, of entries such as instance_dir: cat/")
     if hints[name] in (int, float):
@@ -392,6 +487,12 @@ def _from_yaml(name: str, value: Any, kind: type[Options], hints: dict[str, Any]
     hint = hints[name]
     if value is None:
         return None
+    if kind.__dataclass_fields__[name].metadata["many"]:
+        texts = value if isinstance(value, list) else [value]
+        wrong = [text for text in texts if not isinstance(text, str)]
+        if wrong:
+            raise InputError(f"--{name} is {wrong[0]}: give {WANTED[str]}")
+        return texts
     if get_origin(hint) is list:
         if not isinstance(value, list):
             raise InputError(f"--{name} is {value}: give a list, of entries such as instance_dir: cat/")
@@ -429,4 +530,5 @@ def _metavar(entry: Any, hints: dict[str, Any]) -> str:
     words = get_args(hints[entry.name]) if get_origin(hints[entry.name]) is Literal else entry.metadata["choices"]
     if words:
         return "{" + ",".join(words) + "}"
-    return "PATH" if entry.metadata["path"] else METAVARS.get(hints[entry.name], "LIST")
+    hint = str if entry.metadata["many"] else hints[entry.name]
+    return "PATH" if entry.metadata["path"] else METAVARS.get(hint, "LIST")

@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 
-from persam_dreambooth import cli, personalize  # noqa: F401
+from persam_dreambooth import cli, main_job  # noqa: F401
 from persam_dreambooth.dreambooth import trainer  # noqa: F401
 from persam_dreambooth.dreambooth.families import registry  # noqa: F401
 

@@ -154,6 +154,14 @@ def test_the_error_on_held_out_objects_comes_from_the_others_threshold():
     assert separate(some[:4], MEASURES[USED]).held_out_error is None
 
 
+def test_the_interval_of_the_auc_is_over_objects_with_all_their_pairs():
+    """One object is told apart always, the other never: one of them drawn twice has an AUC of 1 or 0."""
+    some = pairs((0.9, 0.8), (0.1,), "good") + pairs((0.2,), (0.7, 0.6), "bad")
+    found = separate(some, MEASURES[USED])
+    assert found.auc == (2 * 3 + 1) / 9 and found.auc_interval == (0, 1)
+    assert separate(some[:3], MEASURES[USED]).auc_interval is None
+
+
 @pytest.fixture(scope="module")
 def objects(tmp_path_factory):
     """Two rendered objects of two images each."""
@@ -177,10 +185,33 @@ def test_every_image_is_searched_for_its_own_object_and_for_others(objects, tmp_
     present = [pair["presence"] for pair in results["pairs"] if pair["present"]]
     assert results["at_absent_threshold"]["missed"] == np.mean([value < 0.5 for value in present])
     assert results["auc"] == results["measures"][USED]["auc"]
-    text = (tmp_path / "results.md").read_text(encoding="utf-8")
-    assert "At --absent_threshold 0.5:" in text and f"| {results['threshold']:.3f} |" in text
+    for name in ("results.md", "report.html"):
+        text = (tmp_path / name).read_text(encoding="utf-8")
+        assert "At --absent_threshold 0.5:" in text and "present in 2 searches and absent in 2" in text
+        assert f"{results['threshold']:.3f}" in text and f"{100 * results['error']:.2f}" in text
+    assert "data:image/png;base64," in text and "Presence is the cosine similarity" in text
+    assert (tmp_path / "results.csv").is_file() and (tmp_path / "results.tex").is_file()
     assert Image.open(tmp_path / "absence.png").width == 1100
     assert f"--absent_threshold {results['threshold']:.3f}" in capsys.readouterr().out
+
+
+def test_an_interrupted_evaluation_searches_only_what_is_left(objects, tmp_path, capsys, encodings):
+    given = {"data": objects, "output": tmp_path, "encoding_cache": encodings}
+    assert evaluate(**given) == 0
+    before = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    kept, lost = sorted((tmp_path / "pairs").iterdir())
+    written = kept.stat().st_mtime_ns
+    lost.unlink()
+    assert evaluate(**given, absent_threshold=0.4) == 0  # another threshold needs no other search
+    after = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert kept.stat().st_mtime_ns == written and lost.is_file()
+    assert after["pairs"] == before["pairs"] and after["at_absent_threshold"]["threshold"] == 0.4
+    capsys.readouterr()
+    assert evaluate(**given, segmenter="persam-f") == 2
+    assert "holds an evaluation with other settings" in capsys.readouterr().err
+    lost.write_text('{"asked"', encoding="utf-8")
+    assert evaluate(**given) == 2
+    assert f"{lost} holds no pairs of an evaluation: remove it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from persam_dreambooth.dreambooth.backgrounds import Backgrounds
 from persam_dreambooth.dreambooth.data import BACKGROUND, Crops
 from persam_dreambooth.dreambooth.trainer import batch_losses
 from persam_dreambooth.errors import InputError
-from persam_dreambooth.personalize import TrainOptions
+from persam_dreambooth.main_job import TrainOptions
 from persam_dreambooth.photos.captions import read_prompts
 from persam_dreambooth.photos.folder import Photo, find_photos
 

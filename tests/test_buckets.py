@@ -17,7 +17,7 @@ from persam_dreambooth.dreambooth.backgrounds import Backgrounds
 from persam_dreambooth.dreambooth.buckets import buckets_of_area, nearest_bucket
 from persam_dreambooth.dreambooth.data import Crops
 from persam_dreambooth.dreambooth.families.latent_diffusion import LORA_WEIGHTS
-from persam_dreambooth.personalize import TrainOptions
+from persam_dreambooth.main_job import TrainOptions
 
 SIZES = ((64, 64), (100, 40), (50, 70), (33, 91), (300, 200), (140, 200), (66, 70))
 BUCKETS = [(48, 48), (64, 32), (32, 64), (56, 40)]

@@ -2,10 +2,12 @@
 
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import yaml
@@ -15,10 +17,11 @@ import persam_dreambooth
 from persam_dreambooth import cli
 from persam_dreambooth.dreambooth.generate import GenerateOptions
 from persam_dreambooth.dreambooth.prompts import fill_identifier
+from persam_dreambooth.dreambooth.run_folder import with_absolute_paths
 from persam_dreambooth.errors import InputError
+from persam_dreambooth.main_job import TrainOptions
+from persam_dreambooth.options import Options, read_config
 from persam_dreambooth.options import parse as read_flags
-from persam_dreambooth.options import read_config
-from persam_dreambooth.personalize import TrainOptions
 from persam_dreambooth.segmentation.segment import SegmentOptions
 from persam_dreambooth.segmentation.video import VideoOptions
 
@@ -214,11 +217,11 @@ def test_the_options_of_train_are_these():
     assert [entry.name for entry in fields(TrainOptions)] == [
         *("instance_dir", "dataset_name", "image_column", "caption_column"),
         *("mask", "reference_image", "mask_dir", "mask_from", "invert_mask"),
-        *("class_name", "identifier", "instance_prompt", "class_prompt", "validation_prompt"),
+        *("caption_from", "class_name", "identifier", "instance_prompt", "class_prompt", "validation_prompt"),
         *("subjects", "unmasked"),
         *("pretrained_model_name_or_path", "revision", "variant"),
-        *("method", "rank", "lora_alpha", "lora_targets", "lora_dropout", "lora_init", "use_dora", "export"),
-        *("train_text_encoder",),
+        *("method", "rank", "lora_alpha", "lora_targets", "init_lora", "lora_dropout", "lora_init", "use_dora"),
+        *("export", "train_text_encoder", "long_prompts", "caption_dropout"),
         *(
             "mask_normalization",
             "unmasked_weight",
@@ -256,6 +259,121 @@ def test_the_options_of_train_are_these():
     ]
 
 
+MASKS_GIVEN = ("--instance_dir", "cat", "--mask_dir", "m")
+WHOLE_PHOTOS = ("--instance_dir", "cat", "--unmasked")
+CUT_OUTS = ("--instance_dir", "cat", "--mask_from", "alpha")
+PERSEG = ("--data", "d", "--output", "o")
+SCORED = (*PERSEG, "--predictions", "p")
+METHOD_OPTIONS = ("segmenter", "target_coverage", "sam_dtype", "encoding_cache")
+
+ALWAYS: dict[str, tuple[str, ...]] = {
+    "segment": (
+        *("images", "mask", "mask_dir", "invert_mask", "output", "instances", "heatmaps", "absent", "absent_threshold"),
+        *("sam_model", *METHOD_OPTIONS),
+    ),
+    "video": ("frames", "mask", "output", "overlay", "sam_model", *METHOD_OPTIONS),
+    "train": (
+        *("instance_dir", "dataset_name", "mask", "mask_dir", "mask_from", "class_name", "identifier"),
+        *("instance_prompt", "subjects", "unmasked"),
+        *("pretrained_model_name_or_path", "variant", "method", "train_text_encoder", "long_prompts"),
+        *("caption_dropout", "snr_gamma", "noise_offset", "with_prior_preservation"),
+        *("aspect_ratio_buckets", "center_crop", "random_flip"),
+        *("seed", "max_train_steps", "train_batch_size", "gradient_accumulation_steps"),
+        *("optimizer", "learning_rate", "scale_lr", "lr_scheduler"),
+        *("adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm", "use_ema"),
+        *("mixed_precision", "gradient_checkpointing", "allow_tf32", "dataloader_num_workers"),
+        *("output_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "logging_steps"),
+        *("num_validation_images", "report_to", "push_to_hub"),
+        "sam_model",  # scripts name it once for runs with and without masks that are made
+    ),
+    "generate": (
+        *("prompt", "model", "num_images", "seed", "output", "num_inference_steps", "guidance_scale"),
+        *("width", "height", "scheduler", "batch_size"),
+    ),
+    "evaluate perseg": ("data", "output", "predictions", "reference_index", "sam_model"),
+    "evaluate fss1000": ("data", "output", "predictions", "reference_index", "classes", "sam_model"),
+    "evaluate absence": ("data", "output", "others", "absent_threshold", "sam_model", *METHOD_OPTIONS),
+    "evaluate davis": ("data", "output", "predictions", "sam_model"),
+    "evaluate model": (
+        *("model", "output", "identifier", "instance_dir", "mask_dir", "sam_model", "sam_dtype", "clip_model"),
+        *("dino_model", "num_images", "background_scenes", "seed", "num_inference_steps", "guidance_scale"),
+    ),
+    "benchmark background": (
+        *("output_dir", "recipes", "subjects", "seeds", "max_train_steps", "num_inference_steps", "processes"),
+        "mixed_precision",
+    ),
+    "toy perseg": ("output_dir", "objects"),
+    "toy davis": ("output_dir", "sequences", "frames"),
+    "demo": ("output_dir",),
+}
+"""The options of each command that have an effect beside any other option.
+
+A new option stands here, or in `IDLE` with what takes its effect away.
+"""
+
+IDLE: dict[str, dict[tuple[str, ...], tuple[str, ...]]] = {
+    "segment": {
+        ("--images", "cat", "--mask_dir", "m", "--output", "o"): ("reference_image",),
+        ("--images", "cat", "--mask", "m.png", "--output", "o"): ("guidance",),
+    },
+    "train": {
+        MASKS_GIVEN: (
+            *("image_column", "caption_column", "reference_image", "background_dir", "num_background_images"),
+            *("background_scenes", "background_in_prompt", "prior_loss_weight", "class_data_dir", "class_scenes"),
+            *("num_class_images", "sample_batch_size", "class_prompt", "lr_warmup_steps", "lr_num_cycles", "lr_power"),
+            *("ema_decay", "hub_model_id", "guidance", "absent", "absent_threshold", *METHOD_OPTIONS),
+        ),
+        CUT_OUTS: ("invert_mask",),
+        WHOLE_PHOTOS: (
+            *("mask_normalization", "unmasked_weight", "unmasked_probability", "mask_dilation", "mask_feather"),
+            *("masked_prior_preservation_weight", "replace_background", "soft_masks"),
+        ),
+        ("--dataset_name", "me/cat", "--mask_dir", "m"): ("caption_from",),
+        (*MASKS_GIVEN, "--method", "full"): (
+            *("rank", "lora_alpha", "lora_targets", "init_lora", "lora_dropout", "lora_init", "use_dora"),
+            "export",
+        ),
+        (*MASKS_GIVEN, "--aspect_ratio_buckets", "64,64"): ("resolution",),
+        (*MASKS_GIVEN, "--replace_background", "color"): ("cache_latents",),
+        (*MASKS_GIVEN, "--optimizer", "prodigy"): ("use_8bit_adam",),
+        (*MASKS_GIVEN, "--num_validation_images", "0"): ("validation_steps", "validation_prompt"),
+        (*MASKS_GIVEN, "--pretrained_model_name_or_path", "toy"): ("revision",),
+    },
+    "generate": {
+        ("a sks cat", "--model", "toy"): ("identifier", "base_model", "lora_scale"),
+        ("a cat", "--model", "toy", "--guidance_scale", "1"): ("negative_prompt",),
+    },
+    "evaluate perseg": {SCORED: (*METHOD_OPTIONS, "guidance", "ablation", "robustness")},
+    "evaluate fss1000": {SCORED: (*METHOD_OPTIONS, "guidance")},
+    "evaluate absence": {PERSEG: ("guidance",)},
+    "evaluate davis": {SCORED: METHOD_OPTIONS},
+}
+"""Arguments of each command, and the options that have no effect beside them."""
+
+
+def other_value(kind: type[Options], name: str) -> list[str]:
+    """A value of an option, as typed, that is not its default."""
+    hint, default = get_type_hints(kind)[name], kind.__dataclass_fields__[name].default
+    hint = next((each for each in get_args(hint) if each is not type(None)), hint) if default is None else hint
+    words = get_args(hint) if get_origin(hint) is Literal else kind.__dataclass_fields__[name].metadata["choices"]
+    if hint is bool:
+        return []
+    return [next(word for word in words if word != default) if words else {int: "7", float: "0.3"}.get(hint, "x")]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_option_without_effect_beside_the_others_is_refused(capsys, command):
+    kind = cli.find(cli.COMMANDS[command].options)
+    idle = IDLE.get(command, {})
+    named = [name for names in (*idle.values(), ALWAYS[command]) for name in names]
+    assert sorted(named) == sorted(entry.name for entry in fields(kind))
+    for arguments, names in idle.items():
+        for name in names:
+            line = refused(capsys, *command.split(), *arguments, f"--{name}", *other_value(kind, name))
+            assert re.match(f"error: (--{name} has no effect: |--{name} runs methods: |.* exclude one another: )", line)
+            assert f"--{name} " in line
+
+
 @pytest.mark.parametrize("kind", [SegmentOptions, TrainOptions, GenerateOptions, VideoOptions])
 def test_every_option_has_a_line_of_help(kind):
     for entry in fields(kind):
@@ -283,15 +401,35 @@ def test_the_identifier_stands_for_v_in_every_prompt():
         instance_dir="cat", identifier="zwx", instance_prompt="photo of [V] cat, [V]", class_prompt="photo of cat",
         validation_prompt="[V] in space",
     )  # fmt: skip
-    prompts = {kind: options.prompt(kind) for kind in ("instance", "class", "validation")}
-    assert prompts == {"instance": "photo of zwx cat, zwx", "class": "photo of cat", "validation": "zwx in space"}
+    prompts = {kind: options.prompt(kind) for kind in ("instance", "class")}
+    assert prompts == {"instance": "photo of zwx cat, zwx", "class": "photo of cat"}
+    assert options.sample_prompts == ["zwx in space"]
     assert fill_identifier("a [v] cat", "zwx") == "a [v] cat"
 
 
 def test_prompts_follow_from_identifier_and_class():
     options = TrainOptions(instance_dir="photos", class_name="cat")
-    prompts = [options.prompt(kind) for kind in ("instance", "class", "validation")]
+    prompts = [options.prompt("instance"), options.prompt("class"), *options.sample_prompts]
     assert prompts == ["a sks cat", "a cat", "a sks cat on a beach"]
+
+
+def test_validation_prompts_are_one_or_several(config, capsys):
+    def asked(*arguments: str) -> list[str]:
+        return parse("--instance_dir", "cat", *arguments).validation_prompts
+
+    one, two = ["--validation_prompt", "[V], one"], ["--validation_prompt=a [V] two"]
+    assert asked(*one) == ["sks, one"]
+    assert asked(*one, *two, *one) == ["sks, one", "a sks two"]
+    assert asked("--config", config("validation_prompt: a [V] three")) == ["a sks three"]
+    listed = config("validation_prompt:\n- a [V] three\n- '[V], four'\n")
+    assert asked("--config", listed) == ["a sks three", "sks, four"]
+    assert asked("--config", listed, *one) == ["sks, one"]
+    for none in ([], ["--validation_prompt", ""], ["--config", listed, "--validation_prompt", "null"]):
+        assert asked(*none) == ["a sks cat on a beach"]
+    assert asked("--config", config("validation_prompt: []")) == ["a sks cat on a beach"]
+    assert TrainOptions(validation_prompt="a [V] five").validation_prompts == ["a sks five"]
+    path = config("validation_prompt: [a cat, 3]")
+    assert refused(capsys, "train", "--config", path).endswith("--validation_prompt is 3: give text, in quotes")
 
 
 @pytest.mark.parametrize(
@@ -344,6 +482,7 @@ OUT_OF_RANGE = {
     "lora_dropout": ("-0.5", "give a number from 0 to 1"),
     "target_coverage": ("1.0", "give a number from 0 to below 1"),
     "adam_beta1": ("1.0", "give a number from 0 to below 1"),
+    "caption_dropout": ("1.0", "give a number from 0 to below 1"),
     "adam_beta2": ("-0.1", "give a number from 0 to below 1"),
     "max_grad_norm": ("0.0", "give more than 0"),
     "snr_gamma": ("0.0", "give more than 0"),
@@ -469,7 +608,9 @@ def test_segment_checks_what_train_checks():
     "options, said",
     [
         ({"model": "toy"}, "prompt is missing"),
-        ({"prompt": "a cat"}, "--model is missing"),
+        ({"prompt": " ", "model": "toy"}, "the prompt is empty"),
+        ({"prompt": "a \udce9"}, r"'a \\udce9' is not UTF-8"),
+        ({"prompt": "a cat", "identifier": "sks"}, r"--identifier has no effect: write \[V\]"),
         ({"prompt": "a cat", "model": "toy", "num_images": 0}, "--num_images is 0: give 1 or more"),
         ({"prompt": "a cat", "model": "toy", "num_inference_steps": 0}, "--num_inference_steps is 0"),
         ({"prompt": "a cat", "model": "toy", "guidance_scale": math.nan}, "--guidance_scale is nan"),
@@ -689,7 +830,7 @@ def test_both_programs_say_one_line_and_exit_with_2(tmp_path):
         assert "--instance_dir" in done.stdout
 
 
-def test_the_program_trains_in_half_precision_and_its_configuration_is_taken_back(tmp_path):
+def test_the_program_trains_in_half_precision_and_its_configuration_is_taken_back(tmp_path, monkeypatch):
     for name in ("00.jpg", "01.jpg"):
         picture = Image.new("RGB", (96, 96), (90, 120, 90))
         ImageDraw.Draw(picture).ellipse((20, 20, 60, 60), fill=(200, 30, 30))
@@ -709,8 +850,22 @@ def test_the_program_trains_in_half_precision_and_its_configuration_is_taken_bac
         assert (run / made).exists(), made
     head, *_ = (run / "config.yaml").read_text(encoding="utf-8").splitlines()
     assert head.startswith(f"# persam-dreambooth {persam_dreambooth.__version__}")
-    flags[1] = str(tmp_path / "toy.yaml")
+    monkeypatch.chdir(tmp_path)
     resolved = parse(*flags).resolved(resolution=64, mixed_precision="bf16", learning_rate=1e-4)
-    assert parse("--config", str(run / "config.yaml")) == resolved
-    assert (resolved.class_name, resolved.learning_rate) == ("red ball", 1e-6)
-    assert resolved.validation_prompt == "a [V] red ball on a beach"
+    saved = with_absolute_paths(asdict(resolved), TrainOptions)
+    assert asdict(parse("--config", str(run / "config.yaml"))) == saved
+    assert saved["instance_dir"] == str(tmp_path / "red ball")
+    assert (resolved.subject, resolved.learning_rate) == ("red ball", 1e-6)
+
+
+def test_saved_options_with_other_photos_are_for_their_class(config):
+    """What followed from the first photos' folder does not stick to the next; what was given does."""
+    saved = TrainOptions(instance_dir="photos/cat", mask="m.png", identifier="zwx").resolved(64, "no", 1e-4)
+    path = config(yaml.safe_dump(asdict(saved)))
+    options = parse("--config", path, "--instance_dir", "photos/dog")
+    prompts = [options.prompt("instance"), options.prompt("class"), *options.sample_prompts]
+    assert prompts == ["a zwx dog", "a dog", "a zwx dog on a beach"]
+    given = TrainOptions(instance_dir="photos/1", mask="m.png", class_name="cat", instance_prompt="[V], a pet")
+    path = config(yaml.safe_dump(asdict(given.resolved(64, "no", 1e-4))))
+    options = parse("--config", path, "--instance_dir", "photos/2")
+    assert (options.prompt("instance"), options.prompt("class")) == ("sks, a pet", "a cat")

@@ -1,10 +1,12 @@
 """The commands in the documents run as written, on photos of the duck and the checkpoints that ship."""
 
+import logging
 import re
 import shlex
 import shutil
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -13,9 +15,9 @@ from tiny_families import tiny_for
 
 from persam_dreambooth import cli, toy
 from persam_dreambooth.dreambooth.generate import GenerateOptions
+from persam_dreambooth.main_job import TrainOptions
 from persam_dreambooth.options import find_config
-from persam_dreambooth.personalize import TrainOptions
-from persam_dreambooth.segmentation.evaluation.perseg import PAPER_MIOU
+from persam_dreambooth.segmentation.evaluation.perseg_tables import PAPER_TABLE_3, PAPER_TABLE_4
 from persam_dreambooth.segmentation.segment import SegmentOptions
 from persam_dreambooth.toy import rendered_davis as davis
 
@@ -56,16 +58,18 @@ def run(command: str, folder: Path, sam: list[str]) -> None:
     program = next((name for name in PROGRAMS if command.startswith(f"{name} ")), None)
     assert program, f"no test knows how to run: {command}"
     words = PROGRAMS[program] + shlex.split(command.removeprefix(program))
+    # In a file, so that a command of given masks leaves out what is of SAM.
+    sam_options = {flag.removeprefix("--"): value for flag, value in zip(sam[::2], sam[1::2], strict=True)}
+    short = SHORT if words[0] == "train" else {}
+    (folder / "short.yaml").write_text(yaml.safe_dump({**short, **sam_options}), encoding="utf-8")
     if words[0] == "train":
-        model = small_model(words, folder)
-        (folder / "short.yaml").write_text(yaml.safe_dump(SHORT), encoding="utf-8")
-        words += ["--config", "short.yaml", *sam, "--pretrained_model_name_or_path", model]
+        words += ["--config", "short.yaml", "--pretrained_model_name_or_path", small_model(words, folder)]
     elif words[0] == "generate":
         words += ["--num_inference_steps", "2"]
     elif words[0] in ("segment", "video"):
-        words += [*sam, "--segmenter", "persam"]
+        words += ["--config", "short.yaml", "--segmenter", "persam"]
     elif words[0] == "evaluate":
-        words += sam
+        words += ["--config", "short.yaml"]
     AcceleratorState._reset_state(reset_partial_state=True)  # as in a new process
     assert cli.main(words) == 0, command
 
@@ -87,27 +91,32 @@ def test_the_commands_of_the_readme_run_in_their_order(home, toy_sam):
         run(command, home, toy_sam)
     for made in ("outputs/cat/overview.png", "outputs/cat-2/samples", "outputs/paper/model_index.json", "masks/01.png"):
         assert (home / made).exists(), made
-    assert len(list((home / "generated").glob("a-sks-cat-on-a-beach-*.png"))) == 4
+    assert len(list((home / "outputs/cat/generated").glob("a-sks-cat-on-a-beach-*.png"))) == 4
 
 
 @pytest.mark.slow
 def test_the_commands_of_the_evaluation_run_in_their_order(home, toy_sam):
     first, *others = [command for command in commands(ROOT / "docs" / "evaluation.md") if "davis" not in command]
-    assert len(others) == 7
+    assert len(others) == 8
     run(first, home, toy_sam)
-    for path in [*home.glob("perseg/*/*/0[2-9].*")]:  # two images of each object do
+    for path in [*home.glob("perseg/*/*/0[3-9].*")]:  # three images of each object do
         path.unlink()
     for command in others:
         run(command, home, toy_sam)
-    table = (home / "scores-persam-f" / "results.md").read_text(encoding="utf-8")
-    assert "| persam-grown-75 |" in table
+    table = (home / "scores" / "results.md").read_text(encoding="utf-8")
+    for row in ("persam", "persam-f", "persam-grown-75", "persam-reference-02", "persam-shots-2"):
+        assert f"| {row} |" in table
     assert '"mIoU": 99.9999' in (home / "scores-of-others" / "results.json").read_text(encoding="utf-8")
 
 
 def test_the_figures_that_an_evaluation_should_print_are_those_beside_its_results():
     text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
     section = text.split("### The paper's tables")[1].split("\n#")[0]
-    assert set(map(float, re.findall(r"\b\d\d\.\d\d\b", section))) == set(PAPER_MIOU.values())
+    assert set(map(float, re.findall(r"\b\d\d\.\d\d\b", section))) == {
+        *PAPER_TABLE_3.values(),
+        *PAPER_TABLE_4["PerSAM"],
+        *PAPER_TABLE_4["PerSAM-F"],
+    }
 
 
 def test_the_commands_of_the_families_run_in_their_order(home, toy_sam):
@@ -119,13 +128,23 @@ def test_the_commands_of_the_families_run_in_their_order(home, toy_sam):
     assert made == ["cat-3", "cat-flux", "cat-xl"]
 
 
+def test_the_commands_of_the_training_options_run(home, toy_sam, complete):
+    shutil.copytree(complete, home / "outputs" / "cat")
+    listed = commands(ROOT / "docs" / "training.md")
+    assert len(listed) == 2
+    for command in listed:
+        run(command, home, toy_sam)
+    assert len(list((home / "outputs/cat/generated").glob("*.png"))) == 6
+
+
 def test_the_commands_of_davis_run_in_their_order(home, toy_sam):
     ran = [command for command in commands(ROOT / "docs" / "evaluation.md") if "davis" in command]
-    assert len(ran) == 3
+    assert len(ran) == 4
     for command in ran:
         run(command, home, toy_sam)
-    assert "the paper's persam-f" in (home / "davis-persam-f" / "results.md").read_text(encoding="utf-8")
-    assert '"J&F-Mean": 1.0' in (home / "davis-of-others" / "results.json").read_text(encoding="utf-8")
+    table = (home / "davis-scores" / "results.md").read_text(encoding="utf-8")
+    assert "| PerSAM, published rules | no |" in table and "| PerSAM-F | no |" in table
+    assert '"J&F-Mean": 100.0' in (home / "davis-of-others" / "results.json").read_text(encoding="utf-8")
 
 
 def test_the_command_of_videos_runs(home, toy_sam):
@@ -143,6 +162,28 @@ def test_the_python_of_the_readme_runs(home, capsys):
     assert '"facebook/sam-vit-huge"' in snippet
     exec(snippet.replace("facebook/sam-vit-huge", "toy"), {})
     assert capsys.readouterr().out.startswith("(512, 512) ")
+
+
+def test_the_python_of_the_library_page_runs_in_its_order(home, encodings, capsys, monkeypatch):
+    """With the small checkpoints, short trainings and the encodings that the tests share."""
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(blocks) == 7
+    monkeypatch.setattr(logging, "basicConfig", lambda **_: None)  # the tests have their own
+    shared = f'sam_model="toy", encoding_cache={str(encodings)!r}'
+    short = 'pretrained_model_name_or_path="toy", resolution=32, max_train_steps=2, num_validation_images=0'
+    known: dict[str, Any] = {}
+    for block in blocks:
+        block = block.replace('"facebook/sam-vit-huge"', f'"toy", encoding_cache={str(encodings)!r}')
+        block = block.replace('segment(images="cat",', f'segment(images="cat", segmenter="persam", {shared},')
+        block = block.replace('instance_dir="cat",', f'instance_dir="cat", {short},')
+        block = block.replace("num_images=2,", "num_images=2, num_inference_steps=2,")
+        exec(block, known)
+    said = capsys.readouterr().out
+    assert said.startswith("Found(512 x 512, mask covers ") and "training 1 2\nthe user closed the page\n" in said
+    assert len(known["encodings"]) == 2 and all(path.is_file() for path in known["images"])
+    for run in ("cat", "cancelled"):
+        assert (home / "outputs" / run / "pytorch_lora_weights.safetensors").is_file()
 
 
 def test_every_make_target_in_the_documents_exists():

@@ -1,26 +1,38 @@
 """Scores of segmentations: the metrics, PerSeg with every row, DAVIS, and data that cannot be scored."""
 
+import csv
 import json
 import shutil
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy import stats
 from small_sams import SMALL_SAM, save_sam2
 from tiny_sam import tiny_model
 from training_runs import in_two_processes
 
 from persam_dreambooth.cli import main
+from persam_dreambooth.files import write_json
+from persam_dreambooth.photos.labels import save_labels
 from persam_dreambooth.photos.masks import read_mask
 from persam_dreambooth.report.pictures import TILE
+from persam_dreambooth.report.tables import csv_tables
 from persam_dreambooth.segmentation import PerSAM, open_sam
-from persam_dreambooth.segmentation.evaluation import metrics
+from persam_dreambooth.segmentation.evaluation import davis_report, davis_scores, metrics
 from persam_dreambooth.segmentation.evaluation import one_shot_report as report
+from persam_dreambooth.segmentation.evaluation import perseg as perseg_evaluation
+from persam_dreambooth.segmentation.evaluation.costs import Cost
+from persam_dreambooth.segmentation.evaluation.data_set import DataSet
 from persam_dreambooth.segmentation.evaluation.fss1000 import read_truth
-from persam_dreambooth.segmentation.evaluation.one_shot import disturbed
+from persam_dreambooth.segmentation.evaluation.one_shot import Row, disturbed, evaluate_one_shot
+from persam_dreambooth.segmentation.evaluation.perseg_tables import PERSEG_METHODS, perseg_tables
 from persam_dreambooth.segmentation.evaluation.trace import read_trace, save_trace
+from persam_dreambooth.segmentation.segmenters import make_segmenter
 from persam_dreambooth.toy import rendered_davis as rendered_videos
 from persam_dreambooth.toy import rendered_perseg as perseg
 
@@ -86,6 +98,21 @@ def test_a_mask_that_fills_the_picture_stays_whole():
     assert disturbed(mask, 0) is mask
 
 
+def test_the_bootstrap_interval_of_a_mean_is_the_known_one():
+    """Of 400 values: scipy's percentile bootstrap, and the normal approximation, mean ± 1.96 s / sqrt(n)."""
+    values = np.random.default_rng(1).normal(70, 12, 400)
+
+    def ends_of(values):
+        return metrics.bootstrap_intervals(len(values), lambda drawn: {"mean": drawn @ values / len(values)})["mean"]
+
+    ends, error = ends_of(values), values.std(ddof=1) / 20
+    assert ends == pytest.approx((values.mean() - 1.96 * error, values.mean() + 1.96 * error), abs=0.1 * error)
+    theirs = stats.bootstrap((values,), np.mean, method="percentile", n_resamples=2000, rng=2).confidence_interval
+    assert ends == pytest.approx(tuple(theirs), abs=0.15 * error)
+    assert ends_of(np.full(4, 0.5)) == (0.5, 0.5)
+    assert ends_of(np.array([0.5])) is None
+
+
 # --- PerSeg
 
 
@@ -120,31 +147,221 @@ def truth(data, tmp_path):
     return Path(shutil.copytree(data / "Annotations", tmp_path / "truth"))
 
 
+def tables_of(output):
+    """The tables of `results.csv`: by title, the cells of each row by its first cell, and the headings by ''."""
+    tables = {}
+    for title, *cells in csv.reader((output / "results.csv").open(encoding="utf-8", newline="")):
+        while cells and not cells[-1]:
+            cells.pop()
+        table = tables.setdefault(title.split(":")[0], {})
+        table[cells[0] if table else ""] = cells[1:]
+    return tables
+
+
 def test_all_rows_are_scored_and_shown(evaluated, data):
     results = read(evaluated)
     assert list(results["rows"]) == [
-        "ablation-positive", "ablation-negative", "ablation-refinement", "ablation-attention", "ablation-prompting",
-        "ablation-persam-f",
+        "persam-f", "ablation-positive", "ablation-negative", "ablation-refinement", "ablation-attention",
+        "ablation-prompting", "ablation-persam-f",
     ]  # fmt: skip
+    assert results["row"] == "persam-f"
     assert results["rows"]["ablation-persam-f"]["mIoU"] == results["mIoU"] > 40
     assert results["mIoU"] == pytest.approx(np.mean([each["IoU"] for each in results["objects"].values()]))
-    table = (evaluated / "results.md").read_text(encoding="utf-8").splitlines()
-    cells = {name: rest for line in table for name, *rest in [line.strip("| ").split(" | ")]}
-    figures = ("mIoU", "mAcc", "mBIoU", "FB-IoU")
-    for name, row, published in [  # what the paper's Tables 1 and 3 print
-        ("persam-f", results, "95.33"), ("ablation-negative", results["rows"]["ablation-negative"], "72.47")
-    ]:  # fmt: skip
-        assert cells[name] == [*(f"{row[figure]:.2f}" for figure in figures), published]
+    tables = tables_of(evaluated)
+    negative = results["rows"]["ablation-negative"]
+    assert tables["All rows"]["ablation-negative"][:4] == [
+        f"{negative[figure]:.2f}" for figure in ("mIoU", "mAcc", "mBIoU", "FB-IoU")
+    ]
     worst = min(results["objects"], key=lambda name: results["objects"][name]["IoU"])
-    assert cells[worst] == [f"{results['objects'][worst][figure]:.2f}" for figure in ("IoU", "Acc", "BIoU")]
+    assert next(name for name in tables["Objects of persam-f"] if name) == worst
+    assert tables["Objects of persam-f"][worst] == [
+        f"{results['objects'][worst][figure]:.2f}" for figure in ("IoU", "Acc", "BIoU")
+    ]
     assert len(list((evaluated / "overlays").glob("*.jpg"))) == 2
     sheet = Image.open(next((evaluated / "overlays").iterdir()))
-    assert sheet.width > 900 and sheet.height > 3 * TILE  # three photos, with their heat maps and masks
+    # Three photos, with their true masks, heat maps, masks and errors.
+    assert sheet.width > 900 and 5 * TILE < sheet.height < 6 * TILE
+
+
+def test_table_3_has_the_gain_of_each_part(evaluated):
+    """The parts in the paper's order; a gain is the difference to the row before."""
+    rows = read(evaluated)["rows"]
+    table = tables_of(evaluated)["Table 3"]
+    assert list(table)[1:4] == ["Only positive prior", "+ Negative prior", "+ Post-refinement"]
+    assert table["Only positive prior"] == [f"{rows['ablation-positive']['mIoU']:.2f}", "-"]
+    gain = rows["ablation-negative"]["mIoU"] - rows["ablation-positive"]["mIoU"]
+    assert table["+ Negative prior"] == [f"{rows['ablation-negative']['mIoU']:.2f}", f"{gain:+.2f}"]
+
+
+def test_results_say_what_made_them(evaluated, data):
+    results = read(evaluated)
+    assert results["data"] == {"name": "Objects in PerSeg's layout", "objects": 2, "images": 6}
+    assert results["options"]["data"] == str(data) and results["options"]["sam_model"] == "toy"
+    assert results["made_with"]["torch"] == torch.__version__
+    assert results["bootstrap"]["seed"] == 0 and results["bootstrap"]["resamples"] == 10_000
+    cost = results["cost"]
+    assert cost["encode_seconds"] is None  # encodings came from a cache
+    assert 0 < cost["predict_seconds"] < cost["fit_seconds"] and cost["peak_memory_mb"] > 100
+    for name in ("results.md", "report.html"):
+        text = (evaluated / name).read_text(encoding="utf-8")
+        assert "2 objects, 6 images" in text and f"torch {torch.__version__}" in text and "seed 0" in text
+
+
+def test_intervals_over_two_objects_end_at_them(evaluated):
+    """Of two objects, one is drawn twice in a half of the resamples."""
+    results = read(evaluated)
+    ious = [each["IoU"] for each in results["objects"].values()]
+    assert results["intervals"]["mIoU"] == pytest.approx([min(ious), max(ious)])
+
+
+def test_another_method_adds_its_rows(data, tmp_path, toy_sam, capsys):
+    command = ("--data", data, "--output", tmp_path, *toy_sam)
+    assert evaluate(*command, "--segmenter", "persam") == 0
+    persam = read(tmp_path)
+    masks = {path: path.stat().st_mtime_ns for path in tmp_path.glob("predictions/persam/*/*.png")}
+    assert evaluate(*command) == 0
+    both = read(tmp_path)
+    assert list(both["rows"]) == ["persam", "persam-f"] and both["row"] == "persam-f"
+    assert both["rows"]["persam"] == persam["rows"]["persam"]
+    assert {path: path.stat().st_mtime_ns for path in masks} == masks
+    table = tables_of(tmp_path)["Table 1"]
+    assert table["PerSAM"][:2] == [f"{persam['mIoU']:.2f}", "0"] and table["PerSAM-F"][:2] == [
+        f"{both['mIoU']:.2f}",
+        "2",
+    ]
+    assert table["Improvement"][0] == f"{both['mIoU'] - persam['mIoU']:+.2f}"
+    capsys.readouterr()
+    # With other settings it would be another experiment; and an interrupted method is not compared.
+    assert evaluate(*command, "--segmenter", "persam", "--guidance", "none") == 2
+    assert "holds an evaluation with other settings" in capsys.readouterr().err
+    shutil.rmtree(next((tmp_path / "predictions" / "persam").iterdir()))
+    assert evaluate(*command) == 0
+    assert list(read(tmp_path)["rows"]) == ["persam-f"]
+
+
+def test_predictions_are_not_scored_into_a_methods_folder(evaluated, data, truth, capsys):
+    before = (evaluated / "results.json").read_bytes()
+    assert evaluate("--data", data, "--output", evaluated, "--predictions", truth) == 2
+    assert "holds an evaluation of a method" in capsys.readouterr().err
+    assert (evaluated / "results.json").read_bytes() == before
+
+
+PERSEG_NAMES = [
+    "backpack", "barn", "can", "cat", "clock", "duck_toy", "red_cartoon", "robot_toy", "teddybear", "thin_bird",
+    *(f"object_{number}" for number in range(30)),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def forty(tmp_path_factory):
+    """40 objects, PerSeg's ten in Table 1 among them, scored with masks of all rows that claim to be of SAM ViT-H."""
+    folder = tmp_path_factory.mktemp("forty")
+    options = perseg_evaluation.EvaluatePersegOptions(
+        data=str(folder / "PerSeg"), output=str(folder / "out"), segmenter="persam", ablation=True, robustness=True
+    )
+    mask = Image.fromarray(square(10, 10, 20).astype(np.uint8) * 255)
+    for name in PERSEG_NAMES:
+        for kind in ("Images", "Annotations"):
+            (folder / "PerSeg" / kind / name).mkdir(parents=True)
+        for stem in ("00", "01"):
+            Image.new("RGB", mask.size).save(folder / "PerSeg" / "Images" / name / f"{stem}.jpg")
+            mask.save(folder / "PerSeg" / "Annotations" / name / f"{stem}.png")
+    found = square(10, 10, 16).astype(np.uint8) * 255  # 16 x 16 of 20 x 20: IoU 64
+    for row in perseg_evaluation.chosen_rows(options, []):
+        for name in PERSEG_NAMES:
+            place = folder / "out" / "predictions" / row.name / name
+            place.mkdir(parents=True)
+            Image.fromarray(found).save(place / "01.png")
+            write_json(place / "cost.json", {"sam": "SAM ViT-H"})
+    return perseg_evaluation.evaluate_perseg(options)
+
+
+def test_published_figures_are_beside_ours_for_perseg_and_vit_h(forty):
+    output = Path(forty.options["output"])
+    tables = tables_of(output)
+    table = tables["Table 1"]
+    assert table[""] == [
+        "mIoU", "Param.", "Can", "Barn", "Clock", "Cat", "Backpack", "Teddy Bear", "Duck Toy", "Thin Bird",
+        "Red Cartoon", "Robot Toy",
+    ]  # fmt: skip
+    assert table["PerSAM"] == ["64.00", "0", *["64.00"] * 10]
+    assert table["PerSAM-F"][:2] == ["64.00", "2"]  # the last row of the ablation is the method
+    assert table["SEEM (published)"][:3] == ["80.50", "157M", "88.80"]
+    assert table["PerSAM (published)"][:3] == ["89.32", "0", "96.17"]
+    assert table["PerSAM-F (published)"][-1] == "96.67"
+    assert tables["Table 3"][""] == ["mIoU", "gain", "published mIoU", "published gain"]
+    assert tables["Table 3"]["+ Target-guided attention"] == ["64.00", "+0.00", "85.82", "+1.91"]
+    assert tables["Table 4"][""] == ["shrink 95", "shrink 75", "enlarge 75", "enlarge 95"]
+    assert tables["Table 4"]["PerSAM"] == ["64.00"] * 4
+    assert tables["Table 4"]["PerSAM-F (published)"] == ["85.16", "88.28", "83.19", "81.19"]
+    for name in ("results.md", "results.tex", "report.html"):
+        assert "SegGPT (published)" in (output / name).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("other", ["sam", "objects", "names", "unknown"])
+def test_no_figure_of_the_paper_stands_beside_another_experiment(other, forty):
+    """Another SAM made a row's masks, or it is unknown which; an object is missing, or has another name."""
+    first, *rest = forty.rows
+    items = forty.data.items
+    if other in ("sam", "unknown"):
+        cost = [replace(first.costs[0], sam="SAM ViT-B")] if other == "sam" else []
+        changed = replace(forty, rows=(replace(first, costs=(*first.costs[1:], *cost)), *rest))
+        assert "Teddy Bear" in csv_tables(perseg_tables(changed))  # it is still PerSeg
+    else:
+        more = [replace(items[0], name="spoon")] if other == "names" else []
+        changed = replace(forty, data=replace(forty.data, items=[*items[1:], *more]))
+    assert "published" in csv_tables(perseg_tables(forty))
+    assert "published" not in csv_tables(perseg_tables(changed))
+
+
+def test_a_rendered_set_is_shown_without_the_papers_figures(evaluated):
+    for name in ("results.md", "results.csv", "results.tex", "report.html"):
+        assert "published" not in (evaluated / name).read_text(encoding="utf-8")
+
+
+def test_masks_that_version_0_1_shrank_are_made_again(data, tmp_path, toy_sam):
+    """It also wrote neither costs nor where a photo ends in a trace; its other masks are kept."""
+    options = perseg_evaluation.EvaluatePersegOptions(
+        data=str(data), output=str(tmp_path), segmenter="persam", sam_model="toy", encoding_cache=toy_sam[3]
+    )
+    items = perseg_evaluation.read_perseg(data)
+    rows = [Row("persam", partial(make_segmenter, options)),
+            Row("persam-shrunk-75", partial(make_segmenter, options), growth=-75)]  # fmt: skip
+    for turn in range(2):
+        evaluate_one_shot(options, DataSet("PerSeg", items), rows, PERSEG_METHODS)
+        for path in tmp_path.glob("predictions/**/cost.json"):
+            path.unlink()
+        if not turn:
+            before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("predictions/*/*/01.png")}
+    again = [path.parts[-3] for path, time in before.items() if path.stat().st_mtime_ns != time]
+    assert again == ["persam-shrunk-75"] * 2
+
+
+def test_the_first_shots_are_references_and_are_not_scored(data, tmp_path, toy_sam, capsys):
+    command = ("--data", data, "--output", tmp_path, *toy_sam, "--segmenter", "persam")
+    assert evaluate(*command, "--shots", "2") == 0
+    results = read(tmp_path)
+    assert results["row"] == "persam-shots-2" and results["references"] == [0, 1]
+    for name, figures in results["objects"].items():
+        folder = tmp_path / "predictions" / "persam-shots-2" / name
+        found, true = (read_mask(path / "02.png") for path in (folder, data / "Annotations" / name))
+        assert figures["IoU"] == pytest.approx(100 * (found & true).sum() / (found | true).sum())
+        given = read_mask(data / "Annotations" / name / "01.png")
+        assert (read_mask(folder / "01.png") == given).all()  # a reference, not found
+        sam = open_sam("toy", device="cpu", encoding_cache=toy_sam[3])
+        photos = [Image.open(data / "Images" / name / f"{stem}.jpg") for stem in ("00", "01", "02")]
+        masks = [read_mask(data / "Annotations" / name / f"{stem}.png") for stem in ("00", "01")]
+        assert (PerSAM(sam).fit(photos[:2], masks).predict(photos[2]).mask == found).all()
+    assert evaluate(*command, "--shots", "3") == 2
+    assert "with all as references, none is left to score" in capsys.readouterr().err
+    assert evaluate(*command, "--shots", "2", "--reference_index", "1") == 2
+    assert "exclude one another" in capsys.readouterr().err
 
 
 def test_the_report_opens_without_network_and_shows_the_worst_object_first(evaluated):
     page = (evaluated / "report.html").read_text(encoding="utf-8")
     assert "http" not in page and page.count("<img") == page.count('src="data:image/jpeg;base64,') == 6
+    assert "true mask" in page and "errors" in page
     objects = read(evaluated)["objects"]
     worst, best = sorted(objects, key=lambda name: objects[name]["IoU"])
     assert page.index(f'id="{worst}"') < page.index(f'id="{best}"')
@@ -175,7 +392,8 @@ def test_predictions_with_a_trace_of_version_0_1_are_scored_without_its_heat_map
             kept = {name: arrays[name] for name in ("similarity", "points", "box")}
         np.savez_compressed(path, **kept)
     assert evaluate("--data", data, "--output", tmp_path / "out", "--predictions", predictions) == 0
-    assert "photo, mask" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "photo, true mask, mask, errors" in page and "similarity" not in page
 
 
 @pytest.mark.parametrize("kind, cells", [("sam", (43, 64)), ("sam-2", (64, 64))])
@@ -204,7 +422,8 @@ def test_an_interrupted_evaluation_does_only_what_is_left(evaluated, data, toy_s
     written = {path: path.stat().st_mtime_ns for folder in kept for path in folder.iterdir()}
     assert evaluate("--data", data, "--output", evaluated, *toy_sam, "--ablation") == 0
     assert {path: path.stat().st_mtime_ns for path in written} == written
-    assert read(evaluated) == before
+    after = read(evaluated)
+    assert after["rows"].keys() == before["rows"].keys() and after["objects"] == before["objects"]
 
 
 def test_predictions_of_another_sam_are_not_gone_on_with(evaluated, data, capsys):
@@ -216,8 +435,10 @@ def test_every_image_may_be_the_reference(data, tmp_path, toy_sam):
     assert evaluate("--data", data, "--output", tmp_path, *toy_sam, "--reference_index", "all") == 0
     results = read(tmp_path)
     assert results["references"]["count"] == 3
-    means = [results["mIoU"], *(row["mIoU"] for row in results["rows"].values())]
+    means = [row["mIoU"] for row in results["rows"].values()]
     assert results["references"]["mIoU"] == pytest.approx(np.mean(means)) and results["references"]["std"] > 0
+    spread = [f"{results['references'][name]:.2f}" for name in ("mIoU", "std")]
+    assert tables_of(tmp_path)["Spread over references"]["persam-f"] == ["3", *spread]
 
 
 def test_another_reference_does_not_go_on_with_the_predictions_of_the_first(data, tmp_path, toy_sam):
@@ -233,6 +454,8 @@ def test_predictions_made_by_anything_are_scored_without_a_sam(data, truth, tmp_
     assert evaluate("--data", data, "--output", tmp_path / "out", "--predictions", truth) == 0
     assert read(tmp_path / "out")["mIoU"] == pytest.approx(100)
     assert read(tmp_path / "out")["mBIoU"] == pytest.approx(100)
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "Masks that another program made are compared with true masks" in page and "sam_model" not in page
     for name in ("results.md", "report.html"):  # nobody printed figures of these predictions
         assert "published" not in (tmp_path / "out" / name).read_text(encoding="utf-8")
     path = sorted(truth.iterdir())[0] / "01.png"
@@ -244,13 +467,15 @@ def test_predictions_made_by_anything_are_scored_without_a_sam(data, truth, tmp_
     assert read(tmp_path / "out")["objects"][path.parent.name]["IoU"] == pytest.approx(expected)
 
 
-def test_the_reference_is_not_scored(data, truth, tmp_path):
+def test_the_reference_is_not_scored(data, truth, tmp_path, capsys):
     for path in truth.glob("*/00.png"):
         path.unlink()
     assert evaluate("--data", data, "--output", tmp_path / "out", "--predictions", truth) == 0
     assert evaluate(
-        "--data", data, "--output", tmp_path / "out", "--predictions", truth, "--reference_index", "1"
+        "--data", data, "--output", tmp_path / "again", "--predictions", truth, "--reference_index", "1"
     ) == 2  # fmt: skip
+    assert "00.png is missing: give a mask of every image but the references" in capsys.readouterr().err
+    assert not (tmp_path / "again").exists()
 
 
 @pytest.fixture
@@ -390,6 +615,19 @@ def test_fss_scores_the_classes_that_a_file_names(classes, tmp_path, capsys):
     assert f"names unicorn, but {classes / 'unicorn'} does not exist" in capsys.readouterr().err
 
 
+def test_other_classes_are_not_scored_into_the_same_folder(classes, tmp_path, toy_sam, capsys):
+    names = tmp_path / "names.txt"
+    command = ["--data", classes, "--output", tmp_path / "out", *toy_sam, "--segmenter", "persam", "--classes", names]
+    names.write_text("dog\n")
+    assert evaluate_fss(*command) == 0
+    before = (tmp_path / "out" / "results.json").read_bytes()
+    names.write_text("dog\ncat\n")
+    assert evaluate_fss(*command) == 2
+    assert "holds an evaluation with other settings" in capsys.readouterr().err
+    assert (tmp_path / "out" / "results.json").read_bytes() == before
+    assert not (tmp_path / "out" / "predictions" / "persam" / "cat").exists()
+
+
 @pytest.mark.parametrize(
     "damage, told",
     [
@@ -463,9 +701,9 @@ def test_davis_scores_objects_in_the_frames_between(video, tmp_path):
     data, predictions = video
     assert davis("--data", data, "--predictions", predictions, "--output", tmp_path / "out") == 0
     results = read(tmp_path / "out")
-    assert results["per_object"]["ball_1"]["J-Mean"] == results["per_object"]["ball_1"]["F-Mean"] == 1
-    assert results["per_object"]["ball_2"]["J-Mean"] == 0.75  # frames 1 to 4: one miss; empty is right where it left
-    assert results["global"]["J&F-Mean"] == pytest.approx(0.875)
+    assert results["per_object"]["ball_1"]["J-Mean"] == results["per_object"]["ball_1"]["F-Mean"] == 100
+    assert results["per_object"]["ball_2"]["J-Mean"] == 75  # frames 1 to 4: one miss; empty is right where it left
+    assert results["global"]["J&F-Mean"] == pytest.approx(87.5)
     assert "| ball_2 |" in (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
 
 
@@ -475,7 +713,6 @@ def test_davis_scores_objects_in_the_frames_between(video, tmp_path):
         ("object", "has an object 3, the sequence has 2"),
         ("size", "give it this size"),
         ("missing", "does not exist"),
-        ("gap", "instead of 00003.png"),
     ],
 )
 def test_davis_names_what_cannot_be_scored(damage, told, video, tmp_path, capsys):
@@ -487,10 +724,8 @@ def test_davis_names_what_cannot_be_scored(damage, told, video, tmp_path, capsys
         Image.fromarray(labels).save(path)
     elif damage == "size":
         Image.open(path).resize((30, 20)).save(path)
-    elif damage == "missing":
-        path.unlink()
     else:
-        (data / "Annotations" / "480p" / "ball" / "00003.png").unlink()
+        path.unlink()
     assert davis("--data", data, "--predictions", predictions, "--output", tmp_path / "out") == 2
     assert told in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -501,10 +736,10 @@ def test_davis_figures_are_those_of_the_official_evaluation(tmp_path):
     assert davis("--data", root / "DAVIS", "--predictions", root / "predictions", "--output", tmp_path) == 0
     expected, results = json.loads((root / "expected.json").read_text()), read(tmp_path)
     for name, value in expected["global"].items():
-        assert results["global"][name] == pytest.approx(value, abs=1e-9)
+        assert results["global"][name] == pytest.approx(100 * value, abs=1e-7)
     for name, figures in expected["per_object"].items():
         for figure, value in figures.items():
-            assert results["per_object"][name][figure] == pytest.approx(value, abs=1e-9)
+            assert results["per_object"][name][figure] == pytest.approx(100 * value, abs=1e-7)
 
 
 @pytest.fixture(scope="module")
@@ -521,33 +756,153 @@ def run_davis(rendered, output, *more):
     return davis(*command, "--segmenter", "persam", *more)
 
 
-def test_davis_runs_a_method_and_scores_what_it_wrote(rendered, tmp_path):
-    assert run_davis(rendered, tmp_path / "out") == 0
-    results = read(tmp_path / "out")
-    folders = sorted((tmp_path / "out" / "predictions").iterdir())
+@pytest.fixture(scope="module")
+def davis_rows(rendered):
+    """An evaluation of PerSAM, by our rules and then by the published ones, in one folder."""
+    output = rendered / "evaluated"
+    assert run_davis(rendered, output) == 0
+    first = read(output)
+    assert run_davis(rendered, output, "--variant", "published") == 0
+    return output, first
+
+
+def test_davis_runs_a_method_and_scores_what_it_wrote(rendered, davis_rows, tmp_path):
+    output, first = davis_rows
+    folders = sorted((output / "predictions" / "persam").iterdir())
     assert [len(list(folder.glob("*.png"))) for folder in folders] == [5, 5]
-    first = rendered / "DAVIS" / "Annotations" / "480p" / folders[0].name / "00000.png"
-    assert (np.array(Image.open(folders[0] / "00000.png")) == np.array(Image.open(first))).all()
-    predictions = tmp_path / "out" / "predictions"
+    truth = rendered / "DAVIS" / "Annotations" / "480p" / folders[0].name / "00000.png"
+    assert (np.array(Image.open(folders[0] / "00000.png")) == np.array(Image.open(truth))).all()
+    predictions = output / "predictions" / "persam"
     assert davis("--data", rendered / "DAVIS", "--predictions", predictions, "--output", tmp_path / "again") == 0
-    assert read(tmp_path / "again")["global"] == results["global"]
-    text = (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
-    assert "| the paper's persam, SAM ViT-H, all of DAVIS 2017 val | 60.3 | 56.6 |" in text
-    assert "paper" not in (tmp_path / "again" / "results.md").read_text(encoding="utf-8")
+    assert read(tmp_path / "again")["global"] == first["global"] == read(output)["rows"]["persam"]["global"]
+    assert "PerSAM" not in (tmp_path / "again" / "results.md").read_text(encoding="utf-8")  # no method was run
 
 
-def test_an_interrupted_davis_evaluation_does_only_what_is_left(rendered, tmp_path, capsys):
-    assert run_davis(rendered, tmp_path) == 0
-    before = read(tmp_path)
-    one, other = sorted((tmp_path / "predictions").iterdir())
-    (other / "00004.png").unlink()
-    (other / "00003.png").unlink()
-    kept = {path: path.stat().st_mtime_ns for path in one.iterdir()}
-    assert run_davis(rendered, tmp_path) == 0
-    assert read(tmp_path) == before
+def test_davis_keeps_the_rows_of_two_variants(davis_rows):
+    output, first = davis_rows
+    results = read(output)
+    assert list(first["rows"]) == ["persam"] and results["row"] == "persam-published"
+    assert results["rows"]["persam"]["per_object"] == first["rows"]["persam"]["per_object"]
+    assert results["rows"]["persam-published"]["global"] == results["global"]
+    assert results["global"] != first["global"]  # the random SAM finds nothing that it is sure of, but it must try
+    assert results["data"] == {"sequences": 2, "objects": 4, "scored_frames": 6}
+    assert results["made_with"]["date"] and results["options"]["variant"] == "published"
+    assert results["rows"]["persam"]["cost"]["predict_seconds"] > 0
+
+
+def test_davis_shows_tables_and_pictures(davis_rows):
+    output, _ = davis_rows
+    results, table = read(output), (output / "results.md").read_text(encoding="utf-8")
+    html = (output / "report.html").read_text(encoding="utf-8")
+    overall = results["rows"]["persam"]["global"]
+    cells = " | ".join(f"{overall[name]:.1f}" for name in ("J&F-Mean", "J-Mean", "F-Mean"))
+    assert f"| PerSAM | no | {cells} |" in table
+    assert "(published)" not in table and "AGAME" not in html  # neither DAVIS nor ViT-H
+    assert "not DAVIS 2017's validation set" in table and "not DAVIS 2017's" in html.replace("&#x27;", "'")
+    for sequence, figures in results["per_sequence"].items():
+        assert f"| {sequence} | 2 | 3 | {figures['J&F-Mean']:.1f} |" in table
+        assert f'<section id="{sequence}"><h2>{sequence}: J&amp;F {figures["J&F-Mean"]:.1f} %' in html
+        assert Image.open(output / "overlays" / f"{sequence}.jpg").width > 3 * TILE
+    assert html.count("<figure>") == 2 * 4
+    assert "persam-dreambooth" in html and "percentile bootstrap over sequences" in html
+    assert (output / "results.csv").read_text(encoding="utf-8").count("Sequences of persam-published,") == 3
+
+
+def scores_of(sequences, sam, row="persam-f-published"):
+    """Scores of one object for each sequence, with J of 50 % and F of 100 %."""
+    j, f = metrics.Statistics(0.5, 0.5, 0), metrics.Statistics(1, 1, 0)
+    objects = tuple(davis_scores.ObjectScores(sequence, 1, j, f, 3) for sequence in sequences)
+    found = davis_scores.VideoRow(row, Path("predictions"), objects, (Cost(sam),) * len(objects))
+    data = davis_scores.VideoSet(Path("JPEGImages/480p"), Path("Annotations/480p"), tuple(sequences))
+    return davis_scores.DavisScores(data, found, (found,), "a test", {"data": "DAVIS"}, {})
+
+
+def test_table_2_has_the_papers_rows_only_for_its_data_and_its_sam():
+    sequences = sorted(davis_report.DAVIS_2017_VAL)
+    assert len(sequences) == 30
+    [table] = davis_report.table_2(scores_of(sequences, "SAM ViT-H"))
+    assert table.rows[-2:] == [
+        ["PerSAM-F (published)", "no", 71.9, 69.0, 74.8], ["PerSAM-F, published rules", "no", 75.0, 50.0, 100.0]
+    ]  # fmt: skip
+    for others in (scores_of(sequences[1:], "SAM ViT-H"), scores_of(sequences, "SAM ViT-B"),
+                   scores_of([*sequences[1:], "cat"], "SAM ViT-H")):  # fmt: skip
+        [table] = davis_report.table_2(others)
+        assert [row[0] for row in table.rows] == ["PerSAM-F, published rules"]
+    assert davis_report.table_2(scores_of(sequences, "SAM ViT-H", "predictions")) == []
+
+
+def test_an_interval_is_over_sequences():
+    """Objects of one sequence are drawn together: two sequences, J&F 25 and 75 %, so 25 to 75."""
+    low, high = (metrics.Statistics(each, 0, 0) for each in (0.25, 0.75))
+    objects = [davis_scores.ObjectScores(name, number, each, each, 3)
+               for name, each in (("a", low), ("b", high)) for number in (1, 2, 3)]  # fmt: skip
+    row = davis_scores.VideoRow("persam", Path(), tuple(objects), ())
+    assert row.interval == (25.0, 75.0) and row.overall["J&F-Mean"] == 50
+
+
+def test_an_interrupted_davis_evaluation_does_only_what_is_left(rendered, davis_rows, tmp_path, capsys, caplog):
+    output = shutil.copytree(davis_rows[0], tmp_path / "out")
+    one, other = sorted((output / "predictions" / "persam").iterdir())
+    for name in ("00004.png", "00003.png", "cost.json"):
+        (other / name).unlink()
+    shutil.rmtree(output / "predictions" / "persam-published" / other.name)
+    kept = {path: path.stat().st_mtime_ns for path in [*one.iterdir(), *other.iterdir()]}
+    assert run_davis(rendered, output) == 0
+    assert read(output)["global"] == davis_rows[1]["global"]
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    assert run_davis(rendered, tmp_path, "--target_coverage", "0.4") == 2
-    assert "holds an evaluation with other settings" in capsys.readouterr().err
+    assert "persam-published is left out of the tables: 1 of its 2 sequences are not finished" in caplog.text
+    assert list(read(output)["rows"]) == ["persam"]
+
+
+def test_davis_refuses_a_folder_of_other_settings_before_the_work(rendered, davis_rows, video, tmp_path, capsys):
+    output, results = davis_rows[0], (davis_rows[0] / "results.json").read_bytes()
+    for more in (["--target_coverage", "0.4"], ["--predictions", output / "predictions" / "persam"]):
+        command = ["--data", rendered / "DAVIS", "--output", output, "--sam_model", rendered / "sam", *more]
+        assert davis(*command) == 2
+        assert "holds an evaluation with other settings" in capsys.readouterr().err
+    assert (output / "results.json").read_bytes() == results
+    data, predictions = video
+    assert davis("--data", data, "--predictions", predictions, "--output", tmp_path / "out") == 0
+    assert davis("--data", data, "--output", tmp_path / "out", "--sam_model", rendered / "sam") == 2
+    assert davis("--data", data, "--predictions", predictions, "--output", tmp_path, "--variant", "published") == 2
+    assert "--predictions and --variant exclude one another" in capsys.readouterr().err
+
+
+@pytest.fixture
+def youtube(tmp_path):
+    """A video in the layout of YouTube-VOS: frames 0, 5, ... 30, annotations of all but one, object 3 from frame 10."""
+    data, predictions = tmp_path / "YouTube", tmp_path / "predictions" / "clip"
+    frames, annotations = data / "JPEGImages" / "clip", data / "Annotations" / "clip"
+    for folder in (frames, annotations, predictions):
+        folder.mkdir(parents=True)
+    for number in range(0, 35, 5):
+        labels = square(5, 5, 10).astype(np.uint8)
+        if number >= 10:
+            labels[square(20, 30, 12)] = 3
+        Image.fromarray(labels * 60).convert("RGB").save(frames / f"{number:05}.jpg")
+        if number != 15:
+            save_labels(annotations / f"{number:05}.png", labels)
+        labels[labels == (3 if number == 20 else 1 if number == 5 else 9)] = 0
+        save_labels(predictions / f"{number:05}.png", labels)
+    return data, predictions.parent
+
+
+def test_videos_with_gaps_and_later_objects_are_scored_as_in_youtube_vos(youtube, tmp_path):
+    """Object 1 in frames 5 to 25, missed in one; object 3 in frames 20 and 25, after its first mask, missed in one."""
+    data, predictions = youtube
+    assert davis("--data", data, "--predictions", predictions, "--output", tmp_path / "out") == 0
+    found = {name: figures["J-Mean"] for name, figures in read(tmp_path / "out")["per_object"].items()}
+    assert found == {"clip_1": 75.0, "clip_3": 50.0}
+
+
+def test_a_method_runs_on_videos_with_gaps_and_later_objects(youtube, rendered, tmp_path):
+    data, _ = youtube
+    output = tmp_path / "out"
+    assert davis("--data", data, "--output", output, "--sam_model", rendered / "sam", "--segmenter", "persam") == 0
+    labels = {path.stem: np.array(Image.open(path)) for path in (output / "predictions" / "persam").glob("clip/*.png")}
+    assert sorted(labels) == [f"{number:05}" for number in range(0, 35, 5)]
+    assert not (labels["00005"] == 3).any() and (labels["00010"] == 3).sum() == 144
+    assert read(output)["data"]["scored_frames"] == 4
 
 
 def evaluate_in_two_processes(*arguments):
@@ -569,7 +924,7 @@ def test_two_processes_share_the_sequences(rendered, tmp_path):
     logged = evaluate_in_two_processes("davis", "--data", rendered / "DAVIS", "--output", tmp_path / "two", *sam)
     assert "1 of 1" in logged  # each process has one of the two
     assert run_davis(rendered, tmp_path / "one") == 0
-    assert read(tmp_path / "two") == read(tmp_path / "one")
+    assert read(tmp_path / "two")["per_object"] == read(tmp_path / "one")["per_object"]
 
 
 @pytest.mark.slow
@@ -589,7 +944,7 @@ def test_frames_that_do_not_fit_their_annotations_are_named(rendered, tmp_path, 
     last = sorted((data / "DAVIS" / "JPEGImages" / "480p").glob("*/00004.jpg"))[1]
     last.unlink()
     assert run_davis(data, tmp_path / "out") == 2
-    assert f"{last.parent.name} has 4 frames, 5 annotations" in capsys.readouterr().err
+    assert f"{last.parent.name} has 4 frames and 5 annotations" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -599,5 +954,5 @@ def test_a_broken_frame_is_named_and_finished_sequences_stay(rendered, tmp_path,
     broken.write_bytes(broken.read_bytes()[:500])
     assert run_davis(data, tmp_path / "out") == 2
     assert f"{broken} cannot be read" in capsys.readouterr().err
-    counts = [len(list(folder.glob("*.png"))) for folder in sorted((tmp_path / "out" / "predictions").iterdir())]
-    assert counts == [5, 2]
+    folders = sorted((tmp_path / "out" / "predictions" / "persam").iterdir())
+    assert [len(list(folder.glob("*.png"))) for folder in folders] == [5, 2]

@@ -3,13 +3,15 @@
 B samples, C latent channels, h w latent size (8 x 8 for crops of 32), T tokens.
 """
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, EDMEulerScheduler, FluxPipeline
 from PIL import Image
 from scipy.stats import kstest
-from tiny_families import BUILDERS, SIDE, save_tiny
+from tiny_families import BUILDERS, SIDE, save_tiny, toy_or_tiny
 from torch.utils.data import default_collate
 from training_runs import (
     ALL_AGAINST_BACKGROUNDS,
@@ -32,13 +34,17 @@ from training_runs import (
     weights,
 )
 
+from persam_dreambooth import toy
 from persam_dreambooth.dreambooth.data import sample_noise
 from persam_dreambooth.dreambooth.families import flux, registry
 from persam_dreambooth.dreambooth.families.family import Embeddings
 from persam_dreambooth.dreambooth.families.latent_diffusion import LORA_WEIGHTS, TEXT_TARGETS
+from persam_dreambooth.dreambooth.families.registry import load_pipeline
+from persam_dreambooth.dreambooth.families.stable_diffusion import StableDiffusion
 from persam_dreambooth.dreambooth.loss import latent_mask
+from persam_dreambooth.dreambooth.prompts import check_unread
 from persam_dreambooth.dreambooth.trainer import batch_losses
-from persam_dreambooth.personalize import TrainOptions
+from persam_dreambooth.main_job import TrainOptions
 from persam_dreambooth.photos.folder import find_photos
 
 NEW = ("sdxl", "sd3", "flux")
@@ -247,6 +253,164 @@ def test_the_crop_matters_to_a_model_that_is_told_of_it(photos, model):
         other = {**batch, "crop": batch["crop"].clone()}
         other["crop"][:, place] += 40
         assert batch_losses(TrainOptions(), family, other, None, embeddings)["loss"] != loss
+
+
+# --- long prompts
+
+LONG = "a sks duck " + "red " * 26 + "thing with snow"
+"""Of 3 + 26 + 4 + 2 tokens; the toy's CLIP reads 30, so "thing" is cut inside."""
+
+
+def test_words_that_clip_does_not_read_are_told(caplog):
+    pipeline = load_pipeline(str(toy.path("stable-diffusion")))
+    assert StableDiffusion.unread(pipeline, LONG) == "ing with snow"
+    assert StableDiffusion.unread(pipeline, LONG.removesuffix("thing with snow")) == ""
+    assert StableDiffusion.unread(pipeline, "") == ""
+    check_unread("the prompt", LONG, "ing with snow", "sks", ", or add --long_prompts")
+    check_unread("the prompt", "a sks duck, 猫と雪", "雪", "sks")
+    check_unread("the prompt", "a sks duck", "")
+    assert caplog.messages == [
+        'the prompt is too long: the model does not read "thing with snow": shorten it, or add --long_prompts',
+        'the prompt is too long: the model does not read "雪": shorten it',
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("sdxl", 30), ("sd3", 255), ("sd3-without-t5", 30), ("flux", 511), ("flux-schnell", 511)]
+)
+def test_only_words_that_no_encoder_reads_are_lost(model, words):
+    pipeline = plain_pipeline(model)
+    family = registry.FAMILIES[type(pipeline).__name__]
+    assert family.unread(pipeline, " ".join(["red"] * words)) == ""
+    assert family.unread(pipeline, " ".join([*["red"] * words, "snow", "car"])).strip() == "snow car"
+
+
+def test_an_identifier_that_the_model_does_not_read_is_refused(runs, tmp_path, capsys):
+    prompt = LONG.replace("a sks duck", "a red duck") + " and a [V] duck"
+    for name, options in {
+        "training": {"instance_prompt": prompt},
+        "validation": {"validation_prompt": prompt, "num_validation_images": 1},
+    }.items():
+        assert runs.train(tmp_path / "run", **options) == 2
+        assert capsys.readouterr().err.splitlines()[-1] == (
+            f'error: the {name} prompt is too long: the model does not read "thing with snow and a sks duck", '
+            "and so not the identifier sks: move it to the front, or add --long_prompts"
+        )
+        assert not (tmp_path / "run").exists()
+    assert command("generate", prompt, "--model", "toy", "--output", str(tmp_path / "pictures")) == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith("not the identifier sks: move it to the front")
+    assert not (tmp_path / "pictures").exists()
+
+
+def test_captions_class_prompts_and_scenes_that_are_too_long_are_told(runs, photos, tmp_path, caplog):
+    shutil.copytree(photos, tmp_path / "photos")
+    (tmp_path / "photos" / "01.txt").write_text("a [V] duck " + "red " * 27 + "car")
+    options = {
+        "instance_dir": tmp_path / "photos",
+        "instance_prompt": "a [V] duck " + "red " * 24,
+        "class_prompt": LONG.replace("sks ", ""),
+        "replace_background": "generated",
+        "background_in_prompt": True,
+        "background_scenes": "a beach, a city at night",
+        "num_background_images": 1,
+        "with_prior_preservation": True,
+        "num_class_images": 1,
+    }
+    options |= {"mask_dir": photos.parent / "masks", "max_train_steps": 1}
+    assert runs.train(tmp_path / "run", **options) == 0
+    start = "is too long: the model does not read"
+    assert [
+        message.removesuffix(": shorten it, or add --long_prompts") for message in caplog.messages if start in message
+    ] == [
+        f'the training prompt {start} "a city at night"',
+        f'the caption of 01.png {start} "car"',
+        f'the class prompt {start} "thing with snow"',
+    ]
+
+
+def plain_and_long(model):
+    """The family of a checkpoint without and with `--long_prompts`."""
+    return [registry.open_family(TrainOptions(long_prompts=long), str(model), torch.float32) for long in (False, True)]
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_long_prompts_are_encoded_in_chunks_and_short_ones_as_ever(checkpoints, name):
+    plain, long = plain_and_long(toy_or_tiny(name, checkpoints))
+    with torch.no_grad():
+        assert same_state(vars(long.encode_prompts(PROMPTS)), vars(plain.encode_prompts(PROMPTS)))
+        whole, short = long.encode_prompts([LONG, PROMPTS[0]])
+        cut = plain.encode_prompts([LONG, PROMPTS[0]])
+        rest = plain.encode_prompts(["red red red with snow"])
+        tail = long.encode_prompts(["red " * 30 + "red red red with snow"])
+    assert whole.states.shape == (64, cut.states.shape[-1])
+    torch.testing.assert_close(whole.states[:32], cut.states[0], rtol=1e-5, atol=1e-5)  # other batches round otherwise
+    torch.testing.assert_close(tail.states[0, 32:], rest.states[0], rtol=1e-5, atol=1e-5)
+    assert whole.mask.all()
+    assert short.mask.tolist() == [True] * 32 + [False] * 32
+    torch.testing.assert_close(short.states[:32], cut.states[1], rtol=1e-5, atol=1e-5)
+    if name == "sdxl":
+        torch.testing.assert_close(whole.pooled, cut.pooled[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_a_prompt_means_the_same_beside_a_longer_one(checkpoints, name):
+    _, family = plain_and_long(toy_or_tiny(name, checkpoints))
+    inputs = (
+        torch.randn(2, *family.latent_shape(32, 32), generator=torch.Generator().manual_seed(0)),
+        torch.tensor([10, 700]),
+    )
+    crops = torch.tensor([[32, 32, 0, 0]] * 2)
+    with torch.no_grad():
+        embeddings = [family.encode_prompts([prompt])[0] for prompt in (LONG, PROMPTS[0])]
+        both = family.predict(*inputs, Embeddings.stack(embeddings), crops)
+        alone = [
+            family.predict(*(each[i : i + 1] for each in inputs), Embeddings.stack([embeddings[i]]), crops[:1])
+            for i in (0, 1)
+        ]
+        other = family.predict(*inputs, family.encode_prompts([LONG + " car", PROMPTS[0]]), crops)
+    torch.testing.assert_close(both, torch.cat(alone), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(both[0], other[0], atol=1e-3)
+    torch.testing.assert_close(both[1], other[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_pictures_of_long_prompts_show_their_last_words(checkpoints, name):
+    model = str(toy_or_tiny(name, checkpoints))
+    plain, long = (load_pipeline(model, long_prompts=long) for long in (False, True))
+    settings = {"num_inference_steps": 2, "height": SIDE, "width": SIDE}
+
+    def draw(pipeline, *prompts, negative=None):
+        arguments = registry.FAMILIES[type(pipeline).__name__].prompt_arguments(pipeline, list(prompts), negative)
+        generators = [torch.Generator().manual_seed(0) for _ in prompts]
+        return [np.asarray(image) for image in pipeline(**arguments, **settings, generator=generators).images]
+
+    def same(one, two):
+        return np.array_equal(one, two)
+
+    assert same(draw(plain, LONG), draw(plain, LONG + " car"))
+    assert not same(draw(long, LONG), draw(long, LONG + " car"))
+    assert not same(draw(long, LONG), draw(long, LONG, negative="a car"))
+    assert same(draw(long, *PROMPTS), draw(plain, *PROMPTS))
+    assert same(draw(long, *PROMPTS, negative="a car"), draw(plain, *PROMPTS, negative="a car"))
+
+
+@pytest.mark.parametrize("name", ["sd", pytest.param("sdxl", marks=SLOW)])
+def test_a_run_of_long_prompts_trains_its_encoder_and_generates(runs, checkpoints, tmp_path, caplog, name):
+    model = toy_or_tiny(name, checkpoints)
+    options = {"pretrained_model_name_or_path": model, "instance_prompt": LONG}
+    run = runs(long_prompts=True, train_text_encoder=True, masked_prior_preservation_weight=1.0, **options)
+    for word in ("car", "snow"):
+        arguments = {"model": run, "output": tmp_path / word, "num_images": 1, "num_inference_steps": 2}
+        assert command("generate", f"{LONG} {word}", *flags(**arguments)) == 0
+    assert not any("too long" in message for message in caplog.messages)
+    one, two = (next((tmp_path / word).glob("*.png")).read_bytes() for word in ("car", "snow"))
+    assert one != two
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_long_prompts_are_refused_where_t5_reads_them(runs, model, tmp_path, capsys):
+    assert runs.train(tmp_path / "run", pretrained_model_name_or_path=model, long_prompts=True) == 2
+    assert "--long_prompts has no effect on a " in capsys.readouterr().err.splitlines()[-1]
 
 
 # --- what is random
@@ -486,7 +650,7 @@ def test_a_run_generates_and_its_card_names_its_family(runs, model, tmp_path):
     assert len(list((run / "class_images").glob("*.png"))) == len(list((run / "samples").glob("*.png"))) == 1
     tag = {"sdxl": "stable-diffusion-xl", "flux": "flux"}.get(model.name.split("-")[0], "sd3")
     assert f"- {tag}\n" in (run / "README.md").read_text(encoding="utf-8")
-    for number, extra in enumerate(({}, {"guidance_scale": 2.0})):
+    for number, extra in enumerate(({}, {} if model.name == "flux-schnell" else {"guidance_scale": 2.0})):
         options = {"model": run, "output": tmp_path / f"{number}", "num_images": 1, "num_inference_steps": 2}
         assert command("generate", "a [V] duck", *flags(**options, **extra)) == 0
         assert len(list((tmp_path / f"{number}").glob("*.png"))) == 1

@@ -25,7 +25,7 @@ from persam_dreambooth import toy
 from persam_dreambooth.dreambooth.families.stable_diffusion import StableDiffusion
 from persam_dreambooth.dreambooth.trainer import batch_losses, check_resolution
 from persam_dreambooth.errors import InputError
-from persam_dreambooth.personalize import TrainOptions
+from persam_dreambooth.main_job import TrainOptions
 from persam_dreambooth.segmentation import PerSAM, PerSAMF
 from persam_dreambooth.segmentation.sams.original_sam2 import read_sam2_config
 from persam_dreambooth.segmentation.sams.sam import Encoding, Sam

@@ -29,7 +29,7 @@ from transformers import (
 from persam_dreambooth import toy
 from persam_dreambooth.dreambooth.families.registry import FAMILIES
 from persam_dreambooth.dreambooth.trainer import batch_losses
-from persam_dreambooth.personalize import TrainOptions
+from persam_dreambooth.main_job import TrainOptions
 
 META = torch.device("meta")
 SMALL_CLIP = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}

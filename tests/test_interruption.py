@@ -1,18 +1,28 @@
 """Runs that are killed, told to stop, or fill the disk resume to the weights of an uninterrupted run."""
 
+import gc
+import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from training_runs import ROOT, column, flags, same_metrics, same_weights
 
 from persam_dreambooth.dreambooth.checkpoint import STATE, list_checkpoints
+from persam_dreambooth.dreambooth.families.latent_diffusion import LORA_WEIGHTS
+from persam_dreambooth.errors import Cancelled
+from persam_dreambooth.main_job import TrainOptions, personalize
+from persam_dreambooth.progress import reporting
 
 OPTIONS = {"max_train_steps": 6, "checkpointing_steps": 1, "checkpoints_total_limit": 2}
 ALONE = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -39,7 +49,10 @@ def test_a_run_killed_at_random_moments_ends_as_one_left_alone(kills, runs, tmp_
         assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-5", "checkpoint-6"]
 
 
-@pytest.mark.parametrize("asked", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "asked",
+    [signal.SIGHUP, *(pytest.param(other, marks=pytest.mark.slow) for other in (signal.SIGINT, signal.SIGTERM))],
+)
 def test_a_run_asked_to_stop_saves_says_how_to_go_on_and_goes_on(runs, tmp_path, asked):
     folder, endless = tmp_path / "run", {"max_train_steps": 10_000, "checkpointing_steps": 10_000, "logging_steps": 1}
     with subprocess.Popen(program(runs, folder, **endless), stderr=subprocess.PIPE, text=True, env=ALONE) as process:
@@ -74,8 +87,10 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(runs, tmp_path):
     )  # fmt: skip
     assert ended.returncode == 1
     last = ended.stderr.splitlines()[-1]
-    assert re.match(
-        "error: .*checkpoint-3 cannot be saved .*; the last checkpoint is checkpoint-2: free some space", last
+    assert re.fullmatch(
+        "error: .*checkpoint-3 cannot be written .File too large.: free some space; the last checkpoint is "
+        "checkpoint-2; go on with --resume_from_checkpoint latest",
+        last,
     )
     assert "Traceback" not in ended.stderr
     assert {path: path.read_bytes() for path in before} == before
@@ -83,3 +98,98 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(runs, tmp_path):
     assert runs.train(folder, resume_from_checkpoint="latest", **OPTIONS) == 0
     assert runs.train(tmp_path / "whole", **OPTIONS) == 0
     assert same_weights(folder, tmp_path / "whole")
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="the failing disk needs a C compiler")
+@pytest.mark.parametrize("shares", [3, pytest.param(0, marks=pytest.mark.slow)])
+def test_whichever_write_fails_is_one_line_and_the_run_goes_on(shares, runs, tmp_path):
+    source, shim = Path(__file__).with_name("failing_disk.c"), tmp_path / "failing_disk.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", shim, source, "-ldl"], check=True)
+    options = flags(**runs.options(max_train_steps=2, checkpointing_steps=10, num_validation_images=1))
+    script = Path(__file__).with_name("failing_writes.py")
+    subprocess.run(
+        [sys.executable, script, str(shares), tmp_path, *options], check=True, env={**ALONE, "LD_PRELOAD": str(shim)}
+    )
+    for line in (tmp_path / "log.jsonl").read_text().splitlines():
+        ended = json.loads(line)
+        said = ended["failed"]["said"]
+        assert ended["failed"]["code"] in (1, 2), said
+        assert "Traceback" not in said
+        errors = [told for told in said.splitlines() if told.startswith("error: ")]
+        reason = "No space left on device): free some space" if "ENOSPC" in line else "Permission denied): make it"
+        assert len(errors) == 1
+        assert errors[0] == said.splitlines()[-1]
+        assert reason in errors[0]
+        assert ended["again"]["code"] == 0, ended["again"]["said"]
+        assert same_weights(tmp_path / ended["folder"], tmp_path / "whole-ENOSPC")
+
+
+@pytest.mark.parametrize("steps", [4, 2])
+def test_a_finished_run_has_nothing_left_to_do(steps, runs, tmp_path, caplog):
+    folder = tmp_path / "run"
+    shutil.copytree(runs(checkpointing_steps=2), folder)
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
+    with caplog.at_level("INFO"):
+        assert runs.train(folder, checkpointing_steps=2, max_train_steps=steps, resume_from_checkpoint="latest") == 0
+    assert f"nothing is left to do: {folder} has all of its {steps} steps" in caplog.text
+    assert {
+        path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()
+    } == before
+
+
+def test_a_checkpoint_past_the_last_step_of_an_unfinished_run_is_refused(runs, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(runs(checkpointing_steps=2), folder)
+    (folder / "README.md").unlink()
+    capsys.readouterr()
+    assert runs.train(folder, checkpointing_steps=2, max_train_steps=3, resume_from_checkpoint="latest") == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == f"error: {folder / 'checkpoint-4'} is later than --max_train_steps 3: give 4 or more"
+
+
+def test_a_cancelled_run_saves_its_last_step_and_goes_on(runs, tmp_path):
+    folder = tmp_path / "run"
+    options = TrainOptions(**{key: str(v) if isinstance(v, Path) else v for key, v in runs.options().items()})
+
+    def cancel(progress):
+        if progress.what == "training" and progress.done == 3:
+            raise Cancelled("enough")
+
+    with pytest.raises(Cancelled, match="enough"), reporting(cancel):
+        personalize(replace(options, output_dir=str(folder)))
+    assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-3"]
+    assert not (folder / LORA_WEIGHTS).exists()
+    assert runs.train(folder, resume_from_checkpoint="latest") == 0
+    assert same_weights(folder, runs())
+
+
+def test_samples_are_made_without_the_optimizer(runs, tmp_path):
+    options = {key: str(v) if isinstance(v, Path) else v for key, v in runs.options(num_validation_images=1).items()}
+    alive = {}
+
+    def look(progress):
+        alive[progress.what] = sum(isinstance(held, torch.optim.Optimizer) for held in gc.get_objects())
+
+    with reporting(look):
+        personalize(TrainOptions(**options, output_dir=str(tmp_path / "run")))
+    assert alive["training"] > 0
+    assert alive["sampling"] == 0
+
+
+def test_memory_that_ends_in_the_samples_keeps_weights_and_card(runs, tmp_path, monkeypatch, caplog):
+    def without_memory(pipeline, *arguments, **settings):
+        torch.empty(2**62, dtype=torch.uint8)
+
+    monkeypatch.setattr(StableDiffusionPipeline, "__call__", without_memory)
+    assert runs.train(tmp_path / "run", num_validation_images=1) == 0
+    assert "no memory for samples of step 4: the weights are kept" in caplog.text
+    assert same_weights(tmp_path / "run", runs())
+    assert (tmp_path / "run" / "README.md").is_file()
+
+
+def test_memory_that_ends_in_training_is_one_line_with_remedies(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(UNet2DConditionModel, "forward", lambda *a, **b: torch.empty(2**62, dtype=torch.uint8))
+    assert runs.train(tmp_path / "run") == 1
+    said = capsys.readouterr().err.splitlines()
+    assert [line for line in said if line.startswith("error: out of memory: for training try --config sd15-lora")]
+    assert not any("Traceback" in line for line in said)

@@ -39,11 +39,11 @@ def files(name: str) -> list[Path]:
 
 
 ROOMS = (
-    ("errors", "extras", "files", "options"),
+    ("errors", "extras", "files", "machine", "options", "progress"),
     ("photos",),
     ("toy", "models", "report"),
     ("segmentation", "dreambooth"),
-    ("personalize",),
+    ("main_job",),
     ("evaluation",),
     ("demo",),
     ("cli", "__main__"),

@@ -24,7 +24,7 @@ from persam_dreambooth.dreambooth.data import sample_noise
 from persam_dreambooth.dreambooth.families.family import Embeddings
 from persam_dreambooth.dreambooth.loss import latent_mask
 from persam_dreambooth.dreambooth.trainer import batch_losses
-from persam_dreambooth.personalize import TrainOptions
+from persam_dreambooth.main_job import TrainOptions
 from tools.toy import build
 
 KEEP = {"masked_prior_preservation_weight": 1.0}

@@ -207,6 +207,6 @@ def test_the_stored_table_follows_from_the_stored_cells():
 
 
 def test_base_options_are_training_options():
-    from persam_dreambooth.personalize import TrainOptions
+    from persam_dreambooth.main_job import TrainOptions
 
     assert set(BASE) <= {field.name for field in dataclasses.fields(TrainOptions)}

@@ -20,7 +20,7 @@ from training_runs import (
 
 from persam_dreambooth.dreambooth.data import CLASS_SEED, Crops
 from persam_dreambooth.dreambooth.trainer import batch_losses
-from persam_dreambooth.personalize import TrainOptions
+from persam_dreambooth.main_job import TrainOptions
 from persam_dreambooth.photos.folder import find_photos
 from tools.toy import build
 

@@ -10,13 +10,14 @@ import yaml
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
-from training_runs import DOWN, STEPS, UP, column, command, flags, text_answer, toy_pipeline, unet_answer, weights
+from training_runs import DOWN, STEPS, UP, column, command, text_answer, toy_pipeline, unet_answer, weights
 
 from persam_dreambooth import toy
 from persam_dreambooth.dreambooth.families.latent_diffusion import LORA_WEIGHTS
 from persam_dreambooth.dreambooth.families.registry import load_pipeline
 from persam_dreambooth.dreambooth.families.stable_diffusion import StableDiffusion
-from persam_dreambooth.personalize import TrainOptions
+from persam_dreambooth.dreambooth.run_folder import with_absolute_paths
+from persam_dreambooth.main_job import TrainOptions
 
 # --- what a run leaves
 
@@ -37,6 +38,17 @@ def test_run_folder_holds_all_that_is_promised(complete, photos):
             assert np.asarray(picture).std() > 0
     with Image.open(complete / "samples" / f"{prompt}-0.png") as sample:
         assert sample.size == (64, 64)
+
+
+def test_each_validation_prompt_has_pictures_of_its_own(runs):
+    """Also where prompts differ in signs only, which file names leave out."""
+    prompts = ["a [V] duck!", "a [V] duck?"]
+    run = runs(validation_prompt=prompts, num_validation_images=1, max_train_steps=1)
+    assert yaml.safe_load((run / "config.yaml").read_text())["validation_prompt"] == prompts
+    one, two = sorted((run / "samples").glob("a-sks-duck-*.png"), key=lambda path: len(path.name))
+    assert one.name == "a-sks-duck-0.png"
+    assert re.fullmatch(r"a-sks-duck-[0-9a-f]{8}-0\.png", two.name)
+    assert one.read_bytes() != two.read_bytes()
 
 
 def test_saved_options_are_resolved_and_headed_by_versions(complete):
@@ -163,89 +175,72 @@ def test_full_run_saves_a_pipeline(runs, text_encoder):
     assert trained("a sks duck", num_inference_steps=2).images[0].size == (64, 64)
 
 
-# --- generation
+# --- from another folder
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """Generates with a model; the pictures as arrays by file name."""
-    count = iter(range(100))
-
-    def generate(model, prompt="a [V] duck", number=1, **options):
-        folder = tmp_path / f"pictures-{next(count)}"
-        options = {"num_images": number, "num_inference_steps": 2, **options}
-        assert command("generate", prompt, *flags(model=model, output=folder, **options)) == 0
-        assert len(list(folder.glob("*-grid.jpg"))) == 1
-        return {path.name: np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))}
-
-    return generate
+def home(tmp_path, photos, monkeypatch):
+    """A working folder with photos, masks and a base model."""
+    home = tmp_path / "home"
+    shutil.copytree(photos, home / "duck")
+    shutil.copytree(photos.parent / "masks", home / "masks")
+    shutil.copytree(toy.path("stable-diffusion"), home / "sd")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(home)
+    return home
 
 
-def alike(one, two):
-    return one.keys() == two.keys() and all(np.array_equal(one[name], two[name]) for name in one)
+RELATIVE = ["--pretrained_model_name_or_path", "sd", "--resolution", "32", "--num_validation_images", "0"]
 
 
-def changed(one, two):
-    """The share of values that differ, over pictures in the same order."""
-    return np.mean([np.mean(a != b) for a, b in zip(one.values(), two.values(), strict=True)])
+def test_a_run_with_relative_paths_can_be_used_from_any_folder(home, monkeypatch, capsys):
+    arguments = ["--instance_dir", "duck", "--mask_dir", "masks", "--output_dir", "run", *RELATIVE]
+    assert command("train", *arguments, "--max_train_steps", "2", "--checkpointing_steps", "1") == 0
+    saved = yaml.safe_load((home / "run" / "config.yaml").read_text())
+    names = ("pretrained_model_name_or_path", "instance_dir", "mask_dir", "output_dir")
+    assert [saved[name] for name in names] == [str(home / name) for name in ("sd", "duck", "masks", "run")]
+    assert (saved["sam_model"], saved["mask"]) == ("facebook/sam-vit-huge", None)
+
+    monkeypatch.chdir(home.parent / "elsewhere")
+    pictures = ["--num_images", "1", "--num_inference_steps", "1", "--output", "pictures"]
+    assert command("generate", "a [V] duck", "--model", home / "run", *pictures) == 0
+    resume = ["--max_train_steps", "3", "--resume_from_checkpoint", "latest"]
+    assert command("train", "--config", home / "run" / "config.yaml", *resume) == 0
+    assert column(home / "run", "step") == [1, 2, 3]
+    assert [path.name for path in home.parent.joinpath("elsewhere").iterdir()] == ["pictures"]
+
+    monkeypatch.chdir(home)
+    text = (home / "run" / "config.yaml").read_text()
+    assert command("train", *arguments, "--max_train_steps", "4", "--resume_from_checkpoint", "latest") == 0
+    (home / "run" / "config.yaml").write_text(text.replace(f"{home}/", ""))  # as earlier versions wrote it
+    assert command("train", *arguments, "--max_train_steps", "5", "--resume_from_checkpoint", "latest") == 0
+    shutil.copytree("sd", "other")
+    other = [*arguments, "--pretrained_model_name_or_path", "other", "--resume_from_checkpoint", "latest"]
+    assert command("train", *other) == 2
+    assert "--pretrained_model_name_or_path is " in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_every_kind_of_model_generates(runs, pictures):
-    strong = {"learning_rate": 0.01, "checkpointing_steps": STEPS}
-    lora = runs(rank=2, train_text_encoder=True, **strong)
-    full = runs(method="full", train_text_encoder=True, **strong)
-    base = pictures("toy", "a sks duck")
-    assert [picture.shape for picture in base.values()] == [(64, 64, 3)]
-    for run in (lora, full):
-        trained = pictures(run)
-        assert changed(base, trained) > 0.5
-        assert alike(trained, pictures(run / f"checkpoint-{STEPS}"))
-    assert alike(base, pictures(toy.path("stable-diffusion"), "a sks duck"))
+def test_saved_paths_are_absolute_and_names_stay_names(home):
+    def saved(**options):
+        return with_absolute_paths(options, TrainOptions)
 
-
-def test_identifier_of_the_run_takes_the_place_of_v(complete, pictures):
-    named = pictures(complete, "a robot duck")
-    assert list(named) == ["a-robot-duck-0.png"]
-    assert alike(pictures(complete), named)
-    assert alike(pictures(complete / "checkpoint-4"), named)
-    assert alike(pictures("toy"), pictures("toy", "a sks duck"))
-    other = pictures(complete, identifier="cat")
-    assert list(other) == ["a-cat-duck-0.png"]
-    assert alike(other, pictures(complete, "a cat duck"))
-    assert changed(named, other) > 0.1
-
-
-def test_pictures_follow_from_their_seed(complete, pictures):
-    first, again, next_seed = (pictures(complete, number=2, seed=seed) for seed in (5, 5, 6))
-    assert list(first) == ["a-robot-duck-5.png", "a-robot-duck-6.png"]
-    assert alike(first, again)
-    assert np.array_equal(first["a-robot-duck-6.png"], next_seed["a-robot-duck-6.png"])
-    assert (first["a-robot-duck-5.png"] != first["a-robot-duck-6.png"]).mean() > 0.5
-
-
-def test_samples_of_a_run_are_what_generate_gives(complete, pictures):
-    prompt, kept = "a [V] duck on a beach", complete / "samples"
-    generated = pictures(complete, prompt, number=2, num_inference_steps=30)
-    for name, picture in generated.items():
-        difference = abs(np.asarray(Image.open(kept / name)).astype(int) - picture)
-        assert difference.max() <= 1  # the LoRA is loaded instead of trained, which may round otherwise
-
-
-def test_steps_and_guidance_reach_the_sampler(complete, pictures):
-    usual = pictures(complete)
-    assert changed(usual, pictures(complete, num_inference_steps=4)) > 0.1
-    assert changed(usual, pictures(complete, guidance_scale=1.0)) > 0.1
-
-
-@pytest.mark.parametrize("content", ["unfinished", "no config", "nothing"])
-def test_folder_that_cannot_generate_is_an_error_that_says_why(runs, tmp_path, capsys, content):
-    run = tmp_path / "run"
-    run.mkdir()
-    if content == "unfinished":
-        shutil.copy(runs() / "config.yaml", run)
-    elif content == "no config":
-        shutil.copy(runs() / LORA_WEIGHTS, run)
-    said = {"unfinished": "finish its training", "no config": "no config.yaml", "nothing": "model_index.json"}
-    assert command("generate", "a [V] duck", "--model", run, "--output", tmp_path / "pictures") == 2
-    assert said[content] in capsys.readouterr().err
-    assert not (tmp_path / "pictures").exists()
+    (home / "toy").mkdir()
+    assert saved(pretrained_model_name_or_path="toy", sam_model="me/sam", dataset_name="me/duck", mask=None) == {
+        "pretrained_model_name_or_path": "toy", "sam_model": "me/sam", "dataset_name": "me/duck", "mask": None
+    }  # fmt: skip
+    assert saved(sam_model="sd", dataset_name="duck", class_data_dir="new/class", encoding_cache="../kept") == {
+        "sam_model": str(home / "sd"),
+        "dataset_name": str(home / "duck"),
+        "class_data_dir": str(home / "new" / "class"),
+        "encoding_cache": str(home.parent / "kept"),
+    }
+    for image, kept in {
+        "00.png": "00.png",
+        "duck/00.png": str(home / "duck" / "00.png"),
+        "none.png": "none.png",
+    }.items():
+        assert saved(instance_dir="duck", reference_image=image)["reference_image"] == kept
+    entry = {"instance_dir": "duck", "mask": "masks/00.png", "class_name": "duck"}
+    assert saved(subjects=[entry])["subjects"] == [
+        {"instance_dir": str(home / "duck"), "mask": str(home / "masks" / "00.png"), "class_name": "duck"}
+    ]

@@ -23,8 +23,8 @@ from training_runs import (
 from persam_dreambooth.dreambooth.data import Crops
 from persam_dreambooth.dreambooth.families.latent_diffusion import LORA_WEIGHTS
 from persam_dreambooth.dreambooth.subject_options import saved_subjects
+from persam_dreambooth.main_job import TrainOptions
 from persam_dreambooth.options import read_config
-from persam_dreambooth.personalize import TrainOptions
 
 SHARED = {
     "pretrained_model_name_or_path": "toy",

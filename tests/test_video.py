@@ -3,6 +3,7 @@
 import resource
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from persam_dreambooth.toy import rendered_davis as davis
 from persam_dreambooth.toy import world
 
 FRAMES = 6
-VARIANTS = pytest.mark.parametrize("variant", ["persam", "persam-f"])
+METHODS = pytest.mark.parametrize("method", ["persam", "persam-f"])
 STATM = Path("/proc/self/statm")
 
 
@@ -85,6 +86,12 @@ def written(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.png"))}
 
 
+def shown_square():
+    mask = np.zeros((96, 96), bool)
+    mask[30:60, 20:50] = True
+    return mask
+
+
 # --- the method
 
 
@@ -96,31 +103,31 @@ def test_the_box_of_the_frame_before_is_grown_by_ten_pixels_and_stays_in_the_fra
     assert grown_box(mask).tolist() == [0, 0, 80, 60]
 
 
-@VARIANTS
-def test_every_frame_is_encoded_once_and_every_object_decoded_three_times(sam, shown, variant):
+@METHODS
+def test_every_frame_is_encoded_once_and_every_object_decoded_three_times(sam, shown, method):
     images, labels = shown
-    segmenter = VideoSegmenter(sam, variant, fit_steps=5).fit(images[0], labels[0])
+    segmenter = VideoSegmenter(sam, method, fit_steps=5).fit(images[0], labels[0])
     sam.passes.clear()
     segmenter.predict(images[1], labels[0])
     assert sam.encoded == 2 and len(sam.passes) == 6
 
 
-@VARIANTS
-def test_prompts_of_the_three_passes_are_the_published_ones(sam, shown, variant):
+@METHODS
+def test_prompts_of_the_three_passes_are_the_published_ones(sam, shown, method):
     images, labels = shown
-    segmenter = VideoSegmenter(sam, variant, fit_steps=5).fit(images[0], labels[0])
+    segmenter = VideoSegmenter(sam, method, fit_steps=5).fit(images[0], labels[0])
     encoding = sam.encode(images[1])
     sam.passes.clear()
     segmenter.predict(encoding, labels[0])
     for known, (first, second, third) in zip(segmenter.objects, (sam.passes[:3], sam.passes[3:]), strict=True):
         box = grown_box(labels[0] == known.number)
         points = first[0]
-        assert len(points) == {"persam": 3, "persam-f": 2}[variant]  # the highest places, and the box's center last
+        assert len(points) == {"persam": 3, "persam-f": 2}[method]  # the highest places, and the box's center last
         assert points[-1].tolist() == [(box[0] + box[2]) // 2, (box[1] + box[3]) // 2]
         assert all((each[0] == points).all() and each[1].all() for each in (first, second, third))
         assert (first[2] == box).all() and first[3] is None
         logits, scores = second[4], second[5]
-        if variant == "persam":
+        if method == "persam":
             sizes = (sam.upscale(first[4], encoding) > 0).sum(dim=(1, 2))
             assert second[2] is None and torch.equal(second[3], first[4][sizes.argmax()])
         else:
@@ -166,12 +173,79 @@ def test_an_object_that_leaves_is_absent_and_returns_under_its_number():
     renders = [world.render(scene, 256) for number, scene in enumerate(scenes) if number in (0, 3, 10, 18)]
     truths = [davis.label_map(each) for each in renders]
     assert [(truth == 2).any() for truth in truths] == [True, True, False, True]
-    segmenter = VideoSegmenter(open_sam("toy", device="cpu"), "persam").fit(renders[0].image, truths[0])
+    toy = open_sam("toy", device="cpu")
+    first, *others = [toy.encode(each.image) for each in renders]
+    segmenter, published = (
+        VideoSegmenter(toy, "persam", published=each).fit(first, truths[0]) for each in (False, True)
+    )
     labels = truths[0]
-    for rendered, truth in zip(renders[1:], truths[1:], strict=True):
-        labels = segmenter.predict(rendered.image, labels)
+    for encoding, truth in zip(others, truths[1:], strict=True):
+        before, labels = labels, segmenter.predict(encoding, labels)
         assert jaccard(labels == 1, truth == 1) > 0.7
         assert jaccard(labels == 2, truth == 2) > 0.7  # 1 where neither is
+        if not truth[truth == 2].any():
+            assert (published.predict(encoding, before) == 2).any()  # no object is absent there
+
+
+def test_published_rules_take_the_largest_of_areas_modulo_256(sam, shown):
+    images, labels = shown
+    segmenter = VideoSegmenter(sam, "persam", published=True).fit(images[0], labels[0])
+    encodings = [sam.encode(image) for image in images[1:]]
+    different = 0
+    for encoding in encodings:
+        sam.passes.clear()
+        segmenter.predict(encoding, labels[0])
+        for first, second in (sam.passes[:2], sam.passes[3:5]):
+            sizes = [int((mask > 0).sum()) for mask in sam.upscale(first[4], encoding)]
+            wrapped = [size - 256 * (size // 256) for size in sizes]
+            assert torch.equal(second[3], first[4][np.argmax(wrapped)])
+            different += np.argmax(wrapped) != np.argmax(sizes)
+    assert different
+
+
+def test_published_rules_shift_the_boxes_when_an_object_is_lost(sam, shown):
+    """The second of two objects is seen: by the published rules, the first takes over its box and the search ends."""
+    images, labels = shown
+    before = np.where(labels[0] == 1, 0, labels[0])
+    ours, published = (
+        VideoSegmenter(sam, "persam", published=rules).fit(images[0], labels[0]) for rules in (False, True)
+    )
+    encoding = sam.encode(images[1])
+    sam.passes.clear()
+    found = published.predict(encoding, before)
+    assert len(sam.passes) == 3 and (sam.passes[0][2] == grown_box(before == 2)).all()
+    assert set(np.unique(found)) == {0, 1}
+    assert not published.predict(encoding, np.zeros_like(before)).any()  # none is searched again
+    sam.passes.clear()
+    ours.predict(encoding, before)
+    assert sam.passes[0][2] is None and (sam.passes[3][2] == grown_box(before == 2)).all()
+
+
+def test_published_rules_keep_an_empty_weighted_mask_as_the_prompt(sam, shown):
+    images, labels = shown
+    encoding = sam.encode(images[1])
+    for rules in (False, True):
+        segmenter = VideoSegmenter(sam, fit_steps=1, published=rules).fit(images[0], labels[0])
+        one, other = segmenter.objects
+        segmenter.objects = (replace(one, weights=np.zeros(3)), other)
+        sam.passes.clear()
+        segmenter.predict(encoding, labels[0])
+        first, second, _ = sam.passes[:3]
+        best = first[4][first[5].argmax()]
+        assert torch.equal(second[3], torch.zeros_like(best) if rules else best)
+        assert (second[2] == sam.mask_box(best, encoding)).all()
+
+
+def test_an_object_that_is_given_later_is_learned_from_its_frame(sam, shown):
+    images, labels = shown
+    only_two = np.where(labels[0] == 2, labels[0], 0).astype(np.uint8)
+    segmenter = VideoSegmenter(sam, "persam").fit(images[0], only_two)
+    [two] = segmenter.objects
+    segmenter.add(images[1], labels[1])
+    one, same = segmenter.objects
+    assert same is two and one.number == 1
+    expected, _ = VideoSegmenter(sam, "persam").fit(images[1], labels[1]).objects
+    assert torch.equal(one.target.mean, expected.target.mean)
 
 
 def test_a_first_frame_without_objects_is_refused(sam, shown):
@@ -196,11 +270,11 @@ def test_memory_does_not_grow_with_the_video(sam, tmp_path):
     def picture(number):
         return Image.fromarray(np.random.default_rng(number).integers(0, 255, (1024, 1024, 3), np.uint8))
 
-    frames = [Frame(number, str(number), lambda number=number: picture(number)) for number in range(30)]
+    frames = [Frame(number, str(number), str(number), lambda number=number: picture(number)) for number in range(30)]
     first = np.zeros((1024, 1024), np.uint8)
     first[200:400, 300:600] = 1
-    used = [in_use() for _ in follow(Video(frames[0], iter(frames[1:]), 30), first, VideoSegmenter(sam, "persam"),
-                                     tmp_path)]  # fmt: skip
+    whole = Video(frames[0], iter(frames[1:]), 30)
+    used = [in_use() for _ in follow(whole, {0: first}, VideoSegmenter(sam, "persam"), tmp_path)]
     assert max(used[6:]) - used[5] < 30
 
 
@@ -278,9 +352,9 @@ def test_objects_in_a_lossy_format_are_refused(tmp_path):
 # --- the command
 
 
-@VARIANTS
-def test_a_folder_of_frames_becomes_palette_masks_of_the_same_numbers(clip, tiny, shown, variant):
-    assert video(clip, tiny, "--segmenter", variant, "--overlay") == 0
+@METHODS
+def test_a_folder_of_frames_becomes_palette_masks_of_the_same_numbers(clip, tiny, shown, method):
+    assert video(clip, tiny, "--segmenter", method, "--overlay") == 0
     paths = sorted((clip / "out").glob("*.png"))
     assert [path.name for path in paths] == [f"{number:05}.png" for number in range(FRAMES)]
     assert (np.array(Image.open(paths[0])) == shown[1][0]).all()
@@ -304,8 +378,18 @@ def test_an_interrupted_video_goes_on_to_the_same_masks(clip, tiny):
 
 def test_masks_of_other_settings_are_not_gone_on_with(clip, tiny, capsys):
     assert video(clip, tiny, "--segmenter", "persam") == 0
-    assert video(clip, tiny) == 2
-    assert "holds masks of a video with other settings" in capsys.readouterr().err
+    before = written(clip / "out")
+    published = ["--segmenter", "persam", "--variant", "published"]
+    for more, told in (([], "segmenter: persam, not persam-f"), (published, "variant: default, not published")):
+        assert video(clip, tiny, *more) == 2
+        assert f"holds masks of a video with other settings ({told})" in capsys.readouterr().err
+    assert written(clip / "out") == before
+
+
+def test_a_wrong_name_of_a_sam_does_not_take_the_folder(clip, tiny):
+    assert video(clip, clip / "nowhere") == 2
+    assert not (clip / "out").exists()
+    assert video(clip, tiny, "--segmenter", "persam") == 0
 
 
 def test_numbers_may_begin_anywhere_and_the_mask_may_lie_among_the_frames(clip, tiny):
@@ -313,7 +397,141 @@ def test_numbers_may_begin_anywhere_and_the_mask_may_lie_among_the_frames(clip, 
         path.rename(path.with_name(f"shot_{int(path.stem) + 8}.png"))  # 9 comes before 10
     (clip / "first.png").rename(clip / "frames" / "first.png")
     assert video(clip, tiny, mask="frames/first.png") == 0
-    assert list(written(clip / "out")) == [f"{number:05}.png" for number in range(8, 8 + FRAMES)]
+    assert set(written(clip / "out")) == {f"shot_{number}.png" for number in range(8, 8 + FRAMES)}
+
+
+def test_frames_are_in_the_order_of_their_numbers_and_masks_keep_their_names(clip, tiny, shown):
+    """Numbers with gaps, with and without zeros in front, in several formats; the same masks as of the plain folder."""
+    assert video(clip, tiny, "--segmenter", "persam") == 0
+    names = ["img_2.png", "img_05.bmp", "img_10.tif", "frame015.png", "img_00020.webp", "IMG_25.PNG"]
+    (clip / "mixed").mkdir()
+    for name, image in zip(names, shown[0], strict=True):
+        image.save(clip / "mixed" / name, **({"lossless": True} if name.endswith("webp") else {}))
+    for leftover in ("Thumbs.db", ".DS_Store", "notes.txt", "._img_2.png"):
+        (clip / "mixed" / leftover).write_bytes(b"not a frame")
+    assert video(clip, tiny, "--segmenter", "persam", frames="mixed", output="named") == 0
+    masks, same = written(clip / "named"), written(clip / "out")
+    assert set(masks) == {f"{Path(name).stem}.png" for name in names}
+    assert [masks[f"{Path(name).stem}.png"] for name in names] == list(same.values())
+
+
+@pytest.mark.parametrize(
+    "numbers, warned",
+    [
+        ((0, 5, 10, 15), None),
+        ((0, 1, 2), None),
+        ((3,), None),
+        ((0, 1, 2, 4, 5, 9), "00002.png is followed by 00004.png"),
+    ],
+)
+def test_a_gap_is_told_if_the_other_frames_are_closer_together(tmp_path, caplog, numbers, warned):
+    for number in numbers:
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{number:05}.png")
+    assert open_video(tmp_path).numbers == numbers
+    assert (warned is None and not caplog.messages) or f"{tmp_path / warned} (2 such gaps)" in caplog.messages[0]
+
+
+def test_objects_that_appear_later_have_their_first_mask_in_a_later_frame(clip, tiny, shown, sam):
+    """A folder of masks with gaps: object 1 is given in the second frame, object 2 in the fourth."""
+    first, second = shown[1][1], shown[1][3]
+    save_labels(clip / "masks" / "1.png", np.where(first == 1, first, 0))
+    save_labels(clip / "masks" / "00003.png", second)  # object 1 is known by then
+    assert video(clip, tiny, "--segmenter", "persam", mask="masks") == 0
+    labels = [read_labels(clip / "out" / f"{number:05}.png") for number in range(FRAMES)]
+    assert not labels[0].any()
+    assert (labels[1] == np.where(first == 1, 1, 0)).all()
+    assert (labels[2] != 2).all()
+    segmenter = VideoSegmenter(sam, "persam").fit(shown[0][1], np.where(first == 1, first, 0))
+    for number in (2, 3):
+        tracked = segmenter.predict(shown[0][number], labels[number - 1])
+        assert (labels[number] == (tracked if number == 2 else np.where(second == 2, 2, tracked))).all()
+    segmenter.add(shown[0][3], second)
+    assert (labels[4] == segmenter.predict(shown[0][4], labels[3])).all()
+
+    whole = written(clip / "out")
+    for number in (2, 4, 5):
+        (clip / "out" / f"{number:05}.png").unlink()
+        assert video(clip, tiny, "--segmenter", "persam", mask="masks") == 0
+        assert written(clip / "out") == whole
+
+
+@pytest.mark.parametrize(
+    "damage, told",
+    [
+        ("no masks", "masks holds no masks: put a mask there with the number of its frame"),
+        ("no frame", "00009.png has no frame of its number"),
+        ("size", "00009.png is 40 x 50"),
+        ("color", "is stored as RGB: give a palette or gray PNG of object numbers"),
+        ("empty", "mark no object"),
+    ],
+)
+def test_a_folder_of_masks_that_cannot_be_used_is_named(clip, tiny, capsys, damage, told):
+    folder = clip / "masks"
+    folder.mkdir()
+    labels = np.zeros((96, 96), np.uint8)
+    if damage == "no frame":
+        save_labels(folder / "00009.png", labels)
+    elif damage == "size":
+        save_labels(folder / "00003.png", np.ones((50, 40), np.uint8))
+        told = told.replace("9", "3")
+    elif damage == "color":
+        Image.new("RGB", (96, 96), "red").save(folder / "00000.png")
+    elif damage == "empty":
+        save_labels(folder / "00000.png", labels)
+    assert video(clip, tiny, mask="masks") == 2
+    assert told in capsys.readouterr().err
+    assert not (clip / "out").exists()
+
+
+def test_files_of_others_are_not_overwritten(clip, tiny, capsys):
+    frames = written(clip / "frames")
+    assert video(clip, tiny, output="frames") == 2
+    assert "holds the frames, which masks would replace" in capsys.readouterr().err
+    assert written(clip / "frames") == frames
+    shutil.copytree(clip / "frames", clip / "drawn")
+    (clip / "drawn" / "00000.png").unlink()
+    assert video(clip, tiny, output="drawn") == 2
+    assert f"{clip / 'drawn' / '00001.png'} exists and is not of this program" in capsys.readouterr().err
+    assert not (clip / "drawn" / "00000.png").exists()
+
+
+def test_the_given_mask_may_be_the_first_one_of_the_output(clip, tiny):
+    (clip / "out").mkdir()
+    Image.fromarray((shown_square() * 255).astype(np.uint8)).save(clip / "out" / "00000.png")
+    given = (clip / "out" / "00000.png").read_bytes()
+    for _ in range(2):  # the second call resumes
+        assert video(clip, tiny, "--segmenter", "persam", mask="out/00000.png") == 0
+        assert (clip / "out" / "00000.png").read_bytes() == given
+        (clip / "out" / "00005.png").unlink()
+
+
+def test_the_picture_of_a_corrected_mask_is_made_again(clip, tiny):
+    assert video(clip, tiny, "--segmenter", "persam", "--overlay") == 0
+    pictures = {path.name: path.read_bytes() for path in (clip / "out" / "overlay").iterdir()}
+    save_labels(clip / "out" / "00003.png", shown_square().astype(np.uint8))  # by hand; the masks after it are stale
+    for number in (4, 5):
+        (clip / "out" / f"{number:05}.png").unlink()
+    assert video(clip, tiny, "--segmenter", "persam", "--overlay") == 0
+    drawn = {path.name: path for path in (clip / "out" / "overlay").iterdir()}
+    assert next(name for name in sorted(drawn) if drawn[name].read_bytes() != pictures[name]) == "00003.jpg"
+    for name, path in drawn.items():
+        assert path.stat().st_mtime_ns >= (clip / "out" / name).with_suffix(".png").stat().st_mtime_ns
+
+
+def test_one_frame_gives_its_mask(clip, tiny, shown):
+    for path in sorted((clip / "frames").iterdir())[1:]:
+        path.unlink()
+    assert video(clip, tiny, "--segmenter", "persam") == 0
+    assert (read_labels(clip / "out" / "00000.png") == shown[1][0]).all()
+
+
+def test_numbers_of_objects_may_be_high_and_the_border_void(clip, tiny, shown):
+    labels = np.where(shown[1][0] == 2, 40, shown[1][0]).astype(np.uint8)
+    labels[:5] = 255
+    save_labels(clip / "first.png", labels)
+    assert video(clip, tiny, "--segmenter", "persam") == 0
+    assert np.unique(read_labels(clip / "out" / "00000.png")).tolist() == [0, 1, 40]
+    assert set(np.unique(np.stack([np.array(Image.open(path)) for path in (clip / "out").glob("*.png")]))) == {0, 1, 40}
 
 
 def damaged(clip, damage):
@@ -332,9 +550,6 @@ def damaged(clip, damage):
     if damage == "no mask":
         (clip / "first.png").unlink()
         return "first.png does not exist", 0
-    if damage == "gap":
-        (frames / "00003.png").unlink()
-        return f"{frames / '00002.png'} is followed by 00004.png: frames are missing", 0
     if damage == "no number":
         (frames / "00003.png").rename(frames / "last.png")
         return f"{frames / 'last.png'} has no number", 0
@@ -356,7 +571,7 @@ def damaged(clip, damage):
 @pytest.mark.parametrize(
     "damage",
     [
-        "mask of another size", "mask without objects", "soft edges", "no mask", "gap", "no number", "same number",
+        "mask of another size", "mask without objects", "soft edges", "no mask", "no number", "same number",
         "no frames", "corrupt frame", "frame of another size",
     ],
 )  # fmt: skip
@@ -410,6 +625,23 @@ def test_a_video_file_goes_on_where_it_was_interrupted(clip, movie, tiny):
     assert written(clip / "out") == whole
 
 
+def test_an_animated_gif_is_a_video(clip, tiny, shown):
+    pytest.importorskip("av")
+    first, *others = shown[0]
+    first.save(clip / "clip.gif", save_all=True, append_images=others, duration=100)
+    assert video(clip, tiny, "--segmenter", "persam", frames="clip.gif") == 0
+    assert list(written(clip / "out")) == [f"{number:05}.png" for number in range(FRAMES)]
+
+
+def test_a_folder_of_only_a_video_file_says_so(clip, tiny, capsys):
+    (clip / "videos").mkdir()
+    (clip / "videos" / "clip.mp4").write_bytes(b"0")
+    assert video(clip, tiny, frames="videos") == 2
+    assert "holds no frames: put pictures 00000.jpg, 00001.jpg, and so on there, or name a video file" in (
+        capsys.readouterr().err
+    )
+
+
 def test_a_file_that_is_no_video_is_named(clip, movie, tiny, capsys):
     (clip / "notes.mp4").write_bytes(b"these are notes, not a video\n" * 100)
     assert video(clip, tiny, frames="notes.mp4") == 2
@@ -452,7 +684,9 @@ def test_without_the_decoder_its_extra_is_named(clip, tiny, monkeypatch, capsys)
     (clip / "movie.mp4").write_bytes(b"0")
     monkeypatch.setitem(sys.modules, "av", None)
     assert video(clip, tiny, frames="movie.mp4") == 2
-    assert 'pip install "persam-dreambooth[video]"' in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert 'pip install "persam-dreambooth[video]", or make a folder of frames' in error
+    assert f"ffmpeg -i {clip / 'movie.mp4'} -start_number 0 frames/%05d.png" in error
 
 
 def test_a_video_that_is_not_there_is_named(clip, tiny, capsys):

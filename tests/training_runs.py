@@ -22,7 +22,7 @@ from persam_dreambooth import cli, toy
 from persam_dreambooth.dreambooth.data import Crops
 from persam_dreambooth.dreambooth.families.latent_diffusion import LORA_WEIGHTS
 from persam_dreambooth.dreambooth.families.registry import FAMILIES, load_pipeline
-from persam_dreambooth.personalize import TrainOptions
+from persam_dreambooth.main_job import TrainOptions
 from persam_dreambooth.photos.folder import find_photos
 from persam_dreambooth.photos.mask_folder import load_masks
 from tools.toy import build
@@ -72,10 +72,12 @@ def variants(named, quick):
 
 
 def flags(**options):
-    """`rank=2, unmasked=True, mask=None` as `--rank 2 --unmasked`."""
+    """`rank=2, unmasked=True, mask=None` as `--rank 2 --unmasked`; a list repeats its flag."""
     listed = []
     for name, value in options.items():
-        if value is True:
+        if isinstance(value, list):
+            listed += [word for one in value for word in (f"--{name}", str(one))]
+        elif value is True:
             listed.append(f"--{name}")
         elif value is not None:
             listed += [f"--{name}", str(value)]

@@ -4,7 +4,9 @@ import gc
 import os
 from datetime import timedelta
 
+import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.state import AcceleratorState
 
 from persam_dreambooth.dreambooth.families.family import Family
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
@@ -32,6 +34,7 @@ def open_accelerator(options: TrainingOptions) -> Accelerator:
                 f"{name} is not supported: choose multi-GPU in accelerate config, or launch with "
                 "--config_file configs/accelerate/multi-gpu.yaml"
             )
+    AcceleratorState._reset_state()  # an earlier training in this process may have used another precision
     try:
         accelerator = Accelerator(
             mixed_precision=options.mixed_precision,
@@ -52,6 +55,11 @@ def open_accelerator(options: TrainingOptions) -> Accelerator:
             "GPUs, or set ACCELERATE_USE_CPU=1 to train together on CPUs"
         )
     return accelerator
+
+
+def frozen_dtype(accelerator: Accelerator) -> torch.dtype:
+    """The dtype of the frozen weights."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
 
 def end_processes(accelerator: Accelerator, family: Family) -> None:

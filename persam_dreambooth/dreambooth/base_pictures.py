@@ -6,14 +6,13 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from persam_dreambooth.dreambooth.prompts import in_front_of
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.files import check_writable, write_text
-from persam_dreambooth.photos.captions import read_prompts
+from persam_dreambooth.photos.captions import check_captions, read_prompts
 from persam_dreambooth.photos.folder import Photo, check_shapes, find_photos
+from persam_dreambooth.progress import steps
 from persam_dreambooth.report.pictures import save_picture
 
 if TYPE_CHECKING:
@@ -46,6 +45,7 @@ def _check_folder(folder: Path, described: bool = False) -> None:
         check_writable(folder)
         return
     pictures = find_pictures(folder)
+    check_captions(pictures)
     for picture, prompt in zip(pictures, read_prompts(pictures, ""), strict=True):
         if described and not prompt:
             path = picture.path
@@ -57,6 +57,15 @@ def find_pictures(folder: Path) -> list[Photo]:
     pictures = find_photos(folder, may_be_empty=True)
     check_shapes(pictures)
     return pictures
+
+
+def told_scenes(options: TrainingOptions) -> list[str]:
+    """The scenes that are added to training prompts, as far as they are known before images are generated."""
+    if not options.background_in_prompt:
+        return []
+    folder = options.background_folder
+    own = find_pictures(folder) if folder.is_dir() else []
+    return [*read_prompts(own, ""), *options.scenes]
 
 
 def class_prompts(options: TrainingOptions) -> list[str]:
@@ -147,7 +156,7 @@ def generate_pictures(
     """
     import torch
 
-    from persam_dreambooth.dreambooth.families.registry import fast_sampler
+    from persam_dreambooth.dreambooth.families.registry import FAMILIES, fast_sampler
 
     present = [photo.path for photo in find_pictures(folder)] if folder.is_dir() else []
     if len(present) >= count:
@@ -159,11 +168,12 @@ def generate_pictures(
     sampler = fast_sampler(pipeline)
     sampler.set_progress_bar_config(disable=True)
     sampler.vae.enable_slicing()  # one image at a time through the VAE, to save memory
-    for start in tqdm(range(0, len(missing), batch_size), desc=f"{kind} images", unit="batch"):
+    for start in steps(range(0, len(missing), batch_size), f"{kind} images", "batch"):
         numbers = missing[start : start + batch_size]
         told = [prompts[number % len(prompts)] for number in numbers]
         generators = [torch.Generator().manual_seed(seed + number) for number in numbers]
-        images = sampler(told, num_inference_steps=BASE_PICTURE_STEPS, generator=generators).images
+        arguments = FAMILIES[type(sampler).__name__].prompt_arguments(sampler, told)
+        images = sampler(**arguments, num_inference_steps=BASE_PICTURE_STEPS, generator=generators).images
         for number, image, prompt in zip(numbers, images, told, strict=True):
             path = folder / f"{kind}-{number:04}.png"
             beside = path.with_suffix(".txt")

@@ -74,7 +74,7 @@ def model_card(
         instance_yaml=json.dumps(subjects[0].prompt("instance"), ensure_ascii=False),
         tags="\n".join(f"- {tag}" for tag in tags),
         method=options.method,
-        title=", ".join(f"{subject.identifier} {subject.subject}" for subject in subjects),
+        title=", ".join(f"{subject.word} {subject.subject}" for subject in subjects),
         method_words={"lora": f"LoRA (rank {options.rank})", "full": "full fine-tuning"}[options.method],
         photos=len({photo.path for photo in crops.photos}),
         version=__version__,
@@ -101,7 +101,7 @@ def _sizes(crops: Crops) -> str:
 
 def _words(subjects: Sequence[SubjectOptions]) -> str:
     """How to name the subjects in prompts."""
-    told = [f'`{each.identifier} {each.subject}`; it was trained on "{each.prompt("instance")}".' for each in subjects]
+    told = [f'`{each.word} {each.subject}`; it was trained on "{each.prompt("instance")}".' for each in subjects]
     if len(told) == 1:
         return f"The subject in prompts is {told[0]}"
     return "\n- ".join(["The subjects in prompts; `[V]` is the first:\n", *told])

@@ -5,17 +5,18 @@ No random state is saved: it follows from the seed and the step (see `data`), an
 
 import logging
 import re
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
-from safetensors import SafetensorError
 
 from persam_dreambooth import models
 from persam_dreambooth.errors import InputNotFoundError, SaveError
-from persam_dreambooth.files import remove_whole, write_aside
+from persam_dreambooth.files import remove_whole
 
 logger = logging.getLogger(__name__)
 
@@ -76,28 +77,39 @@ def remove_later_checkpoints(run_dir: Path, step: int) -> None:
 
 
 @contextmanager
-def new_checkpoint(run_dir: Path, step: int) -> Iterator[Path]:
-    """Yields an empty folder that becomes `checkpoint-<step>` if the block succeeds.
+def rescuing(save: Callable[[Path, int], None], run_dir: Path, last_step: Callable[[], int]) -> Iterator[None]:
+    """If a file of a run cannot be written inside the block, saves its last step, and says where and how to resume.
 
-    Raises:
-        SaveError: the checkpoint cannot be written; earlier checkpoints are unchanged.
+    The checkpoint is saved to the run's folder, since a full disk may have room for it when another file is larger, or
+    else to the folder of temporary files.
+
+    Args:
+        save: writes the checkpoint of a step to a folder.
+        run_dir: the run's folder.
+        last_step: the last completed step; 0 for none.
     """
-    path = run_dir / f"checkpoint-{step}"
     try:
-        with write_aside(path) as folder:
-            folder.mkdir()
-            yield folder
-    except (OSError, RuntimeError, SafetensorError) as error:  # what torch and safetensors raise for a full disk
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        yield
+    except SaveError as error:
+        step = last_step()
+        if step and run_dir / f"checkpoint-{step}" not in list_checkpoints(run_dir):
+            for folder in (run_dir, Path(tempfile.gettempdir()) / f"persam-dreambooth-{uuid4().hex[:8]}"):
+                kept = folder / f"checkpoint-{step}"
+                try:
+                    save(folder, step)
+                except SaveError:
+                    continue
+                move = f"; step {step} is saved in {kept}" if folder == run_dir else f", and move {kept} into {run_dir}"
+                raise SaveError(f"{error}{move}") from error
         last = ([folder.name for folder in list_checkpoints(run_dir)] or ["none"])[-1]
-        message = f"{path} cannot be saved ({reason}); the last checkpoint is {last}: free some space and resume with"
-        raise SaveError(f"{message} --resume_from_checkpoint latest") from error
+        raise SaveError(f"{error}; the last checkpoint is {last}") from error
 
 
 def save_state(folder: Path, step: int, **parts: Any) -> None:
     """Saves the step and the `state_dict` of each part, such as the optimizer; a part may be None."""
     states = {name: part.state_dict() for name, part in parts.items() if part is not None}
-    torch.save({"step": step, **states}, folder / STATE)
+    with (folder / STATE).open("wb") as file:  # torch itself does not tell a full disk
+        torch.save({"step": step, **states}, file)
 
 
 def load_state(folder: Path, **parts: Any) -> int:

@@ -1,64 +1,169 @@
 """Loads pipelines for inference: a base model, a pipeline folder, or a training run."""
 
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 
 from persam_dreambooth import models, toy
-from persam_dreambooth.dreambooth.families.latent_diffusion import LORA_WEIGHTS, load_trained_parts
+from persam_dreambooth.dreambooth.families.latent_diffusion import LORA_WEIGHTS, LatentDiffusion, load_trained_parts
 from persam_dreambooth.dreambooth.families.registry import FAMILIES, family_of, load_pipeline
-from persam_dreambooth.dreambooth.subject_options import saved_subjects
+from persam_dreambooth.dreambooth.subject_options import SubjectOptions, saved_subjects
 from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.options import CONFIG, read_config
 
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt")
 
-def load_model(name: str) -> tuple[Any, str, str | None]:
-    """Loads a model for inference.
+
+@dataclass(frozen=True)
+class FoundModel:
+    """A model for inference that is found but not loaded.
 
     Args:
-        name: a run's folder or one of its checkpoints, a pipeline folder, a hub id, or `toy`.
+        folder: of a run, one of its checkpoints, a pipeline or a LoRA; for a hub id or `toy`, that name as a path.
+        config: the options of the run; empty for a model that is not a run.
+        weights: `lora` or `parts` if `folder` has trained weights to add to the base model, else None.
+        base: hub id, folder or `toy`: the base model, or the whole model.
+        revision: branch, tag or commit of the base model on the hub.
+        variant: variant of its weight files.
+    """
 
-    Returns:
-        The pipeline, the identifier of its first subject (`sks` if it has none), and a notice to show with its
-        images, or None.
+    folder: Path
+    config: dict[str, Any]
+    weights: Literal["lora", "parts"] | None
+    base: str
+    revision: str | None = None
+    variant: str | None = None
+
+    @cached_property
+    def source(self) -> str:
+        """The name or path of the base model for `from_pretrained`; see `models.resolve` for the errors."""
+        return models.resolve(self.base, "stable-diffusion", self.revision)
+
+    @property
+    def run_dir(self) -> Path | None:
+        """The folder of the run, if the model is a run or a checkpoint."""
+        return _run_dir(self.folder) if self.config else None
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether the model is a checkpoint of a run."""
+        return self.run_dir not in (None, self.folder)
+
+    @property
+    def subjects(self) -> list[SubjectOptions]:
+        """The subjects of the run; empty for a model that is not a run."""
+        return saved_subjects(self.config) if self.config else []
+
+    @property
+    def family(self) -> type[LatentDiffusion]:
+        """The model's family."""
+        return family_of(self.source, self.revision)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision for inference: half precision on an accelerator."""
+        return torch.float32 if inference_device().type == "cpu" else self.family.inference_dtype
+
+    @property
+    def notice(self) -> str | None:
+        """The notice to show with its images, or None."""
+        return model_notice(self.base if self.weights else self.config.get("pretrained_model_name_or_path", self.base))
+
+    def digest(self) -> str:
+        """Ten hexadecimal digits that identify the weights: a hash of the paths, sizes and times of their files."""
+        base = Path(self.source)
+        if not base.exists():  # the cache of the hub has a folder for each commit
+            cached = try_to_load_from_cache(self.source, "model_index.json", revision=self.revision)
+            base = Path(cached).parent if isinstance(cached, str) else base
+        told = [self.source]
+        for folder in (base, self.folder) if self.weights else (base,):
+            for path in [folder] if folder.is_file() else sorted(folder.rglob("*")):
+                inside = path.relative_to(folder).parts[:-1]
+                # The checkpoints of a run are models of their own.
+                if path.suffix in WEIGHT_SUFFIXES and not any(part.startswith("checkpoint-") for part in inside):
+                    told.append(f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}")
+        return hashlib.sha256("\n".join(told).encode("utf-8", "surrogateescape")).hexdigest()[:10]
+
+    def load(self, lora_scale: float | None = None) -> Any:
+        """Loads the pipeline on the CPU: in float32, or a large one in the precision for inference.
+
+        Args:
+            lora_scale: factor of the LoRA of the denoiser and of the text encoders; None is 1.
+        """
+        dtype = self.dtype if self.family.large else torch.float32
+        long_prompts = bool(self.config.get("long_prompts"))
+        pipeline = load_pipeline(self.source, self.revision, self.variant, dtype, long_prompts)
+        with models.loading(str(self.folder)):
+            if self.weights == "lora":
+                path = self.folder if self.folder.is_file() else self.folder / LORA_WEIGHTS
+                pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name="subject")
+                if not pipeline.get_list_adapters():
+                    raise InputError(f"{path} holds no LoRA of the base model {self.source}: name another base model")
+                if lora_scale is not None:
+                    pipeline.set_adapters("subject", lora_scale)
+            elif self.weights == "parts":
+                load_trained_parts(pipeline, self.folder)
+        return pipeline
+
+
+def find_model(name: str, base_model: str | None = None) -> FoundModel:
+    """Finds a model for inference, without loading it.
+
+    Args:
+        name: a run's folder or one of its checkpoints, a pipeline folder, a hub id, or `toy`; with `base_model` also a
+            LoRA of other programs, as a file or a folder.
+        base_model: hub id, local folder or `toy`; by default the base model of the run.
+
+    Raises:
+        InputError, InputNotFoundError: there is no such model, or it has no weights.
     """
     folder = Path(name)
-    run_dir = folder.parent if folder.name.startswith("checkpoint-") else folder
+    run_dir = _run_dir(folder)
     config = read_config(run_dir / CONFIG) if (run_dir / CONFIG).is_file() else {}
-    identifier = saved_subjects(config)[0].word
-    notice = model_notice(config.get("pretrained_model_name_or_path", name))
-    has_lora = (folder / LORA_WEIGHTS).is_file()
+    has_lora = (folder / LORA_WEIGHTS).is_file() or (base_model is not None and folder.is_file())
     if (folder / "model_index.json").is_file() or not (has_lora or config):
-        return _load(models.resolve(name, "stable-diffusion")), identifier, notice
+        if base_model:
+            raise InputError(f"--base_model has no effect: {name} is no LoRA")
+        return FoundModel(folder, config, None, name)
     has_denoiser = any((folder / family.denoiser_name).is_dir() for family in FAMILIES.values())
     if not has_lora and not has_denoiser:
         raise InputNotFoundError(f"{folder} holds no trained weights yet: finish its training, or name a checkpoint-N")
+    weights: Literal["lora", "parts"] = "lora" if has_lora else "parts"
+    if base_model:
+        return FoundModel(folder, config, weights, base_model)
     if not config:
         raise InputError(
-            f"{folder} has LoRA weights but no {CONFIG}, so its base model is unknown: name a run's folder"
+            f"{folder} has LoRA weights but no {CONFIG}, so its base model is unknown: name it with --base_model"
         )
-    base = models.resolve(config["pretrained_model_name_or_path"], "stable-diffusion", config.get("revision"))
-    pipeline = _load(base, config.get("revision"), config.get("variant"))
-    with models.loading(name):
-        if has_lora:
-            pipeline.load_lora_weights(folder, weight_name=LORA_WEIGHTS)
-        else:
-            load_trained_parts(pipeline, folder)
-    return pipeline, identifier, notice
+    base = config["pretrained_model_name_or_path"]
+    return FoundModel(folder, config, weights, base, config.get("revision"), config.get("variant"))
+
+
+def load_model(name: str) -> Any:
+    """Loads a model for inference on the CPU; arguments and errors as in `find_model`."""
+    return find_model(name).load()
+
+
+def inference_device() -> torch.device:
+    """The accelerator if there is one, else the CPU."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator or torch.device("cpu")
 
 
 def to_accelerator(pipeline: Any) -> Any:
     """Moves the pipeline to the accelerator in its family's half precision; unchanged if there is no accelerator."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return pipeline.to(accelerator, FAMILIES[type(pipeline).__name__].inference_dtype) if accelerator else pipeline
+    device = inference_device()
+    return pipeline if device.type == "cpu" else pipeline.to(device, FAMILIES[type(pipeline).__name__].inference_dtype)
 
 
-def _load(source: str, revision: str | None = None, variant: str | None = None) -> Any:
-    """Loads a pipeline in float32, or a large one in half precision if there is an accelerator."""
-    family = family_of(source, revision)
-    dtype = family.inference_dtype if family.large and torch.accelerator.is_available() else torch.float32
-    return load_pipeline(source, revision, variant, dtype)
+def _run_dir(folder: Path) -> Path:
+    """The folder of a run, for the run or one of its checkpoints."""
+    return folder.parent if folder.name.startswith("checkpoint-") else folder
 
 
 def model_notice(base: str) -> str | None:

@@ -1,23 +1,40 @@
-"""The results of a finished run: weights, samples, a model card, and an optional upload to the hub."""
+"""The results of a run: weights, a model card, samples, and an optional upload to the hub."""
 
 import logging
 
 from accelerate import Accelerator
 
 from persam_dreambooth.dreambooth import kohya
+from persam_dreambooth.dreambooth.accelerators import frozen_dtype
 from persam_dreambooth.dreambooth.card import model_card
 from persam_dreambooth.dreambooth.data import Crops
 from persam_dreambooth.dreambooth.families.family import Family
 from persam_dreambooth.dreambooth.families.registry import load_pipeline
 from persam_dreambooth.dreambooth.hub import push
 from persam_dreambooth.dreambooth.pipelines import model_notice
-from persam_dreambooth.dreambooth.samples import SAMPLES, sample, save_samples
-from persam_dreambooth.dreambooth.trainer import final_loss, frozen_dtype
+from persam_dreambooth.dreambooth.run_folder import MODEL_CARD, metrics_rows
+from persam_dreambooth.dreambooth.samples import SAMPLES, if_memory_lasts, save_run_samples
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
+from persam_dreambooth.errors import SaveError
 from persam_dreambooth.files import filled_aside, write_text
 from persam_dreambooth.photos.mask_folder import PhotoMask
 
 logger = logging.getLogger(__name__)
+
+
+def save_weights(options: TrainingOptions, family: Family, accelerator: Accelerator, base: str) -> None:
+    """Saves the trained weights, LoRA or a whole pipeline, to the run's folder; `base` is the base model's place."""
+    trained = {name: getattr(family.pipeline, name) for name in family.trained}
+    for part in trained.values():
+        # With mixed precision, accelerate's wrapper returns float32, which the other parts do not accept.
+        accelerator.unwrap_model(part, keep_fp32_wrapper=False).eval()
+    with filled_aside(options.run_dir) as folder:
+        if options.method == "lora":
+            family.save_weights(folder)
+            if options.export == "kohya":
+                kohya.export(family, folder)
+        else:  # frozen parts may be in half precision here, so they are loaded from the base model
+            load_pipeline(base, options.revision, options.variant, **trained).save_pretrained(folder)
 
 
 def save_results(
@@ -26,27 +43,28 @@ def save_results(
     accelerator: Accelerator,
     masks: list[PhotoMask],
     crops: Crops,
-    base: str,
 ) -> None:
-    """Saves the weights, samples and model card, and uploads them if asked."""
+    """Saves the model card and samples of a run whose weights are saved, and uploads it if asked.
+
+    Args:
+        options: of the run, resolved.
+        family: the trained model.
+        accelerator: frees the optimizer, which samples do not need.
+        masks: of all photos.
+        crops: the training crops.
+    """
     run_dir, pipeline = options.run_dir, family.pipeline
-    trained = {name: getattr(pipeline, name) for name in family.trained}
-    for part in trained.values():
-        # With mixed precision, accelerate's wrapper returns float32, which the other parts do not accept.
-        accelerator.unwrap_model(part, keep_fp32_wrapper=False).eval()
-    with filled_aside(run_dir) as folder:
-        if options.method == "lora":
-            family.save_weights(folder)
-            if options.export == "kohya":
-                kohya.export(family, folder)
-        else:  # frozen parts may be in half precision here, so they are loaded from the base model
-            load_pipeline(base, options.revision, options.variant, **trained).save_pretrained(folder)
+    accelerator.free_memory()
     notice = model_notice(options.pretrained_model_name_or_path)
+    final_loss = metrics_rows(run_dir)[-1]["loss"]
+    write_text(run_dir / MODEL_CARD, model_card(options, masks, crops, final_loss, family.tags, notice))
     if options.num_validation_images:
-        pipeline = pipeline.to(accelerator.device, frozen_dtype(accelerator))
-        for prompt in options.validation_prompts:
-            images = sample(pipeline, prompt, options.num_validation_images, options.seed)
-            save_samples(images, prompt, options.seed, run_dir / SAMPLES, notice)
-    write_text(run_dir / "README.md", model_card(options, masks, crops, final_loss(run_dir), family.tags, notice))
+        last_step = options.max_train_steps
+        try:
+            with if_memory_lasts(last_step):
+                pipeline = pipeline.to(accelerator.device, frozen_dtype(accelerator))
+                save_run_samples(options, pipeline, accelerator, run_dir / SAMPLES, last_step)
+        except SaveError as error:
+            raise SaveError(f"{error}; the weights are saved: persam-dreambooth generate makes pictures") from error
     if options.push_to_hub:
         logger.info("uploaded to %s", push(options, pipeline))

@@ -1,26 +1,34 @@
 """A run's folder: checks that it can be used, and saves the options."""
 
+import json
 import logging
-import shutil
-import subprocess
-from dataclasses import asdict, replace
-from importlib.metadata import version
+import os
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import yaml
 
 import persam_dreambooth
-from persam_dreambooth.dreambooth.subject_options import mask_folders, saved_subjects
+from persam_dreambooth.dreambooth.subject_options import SubjectOptions, mask_folders, saved_subjects
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.files import check_new, check_writable, write_text
-from persam_dreambooth.options import CONFIG, CONFIG_HEAD, read_config
+from persam_dreambooth.machine import commit, package_versions
+from persam_dreambooth.options import CONFIG, CONFIG_HEAD, Options, read_config
 from persam_dreambooth.photos.folder import MASK_INDEX
 
 logger = logging.getLogger(__name__)
 
+METRICS = "metrics.jsonl"
+
+MODEL_CARD = "README.md"
+"""The model card, written after the weights: a run that has it is finished."""
+
 OwnOptions = TypeVar("OwnOptions", bound=TrainingOptions)
+
+PATHS_OR_NAMES = ("pretrained_model_name_or_path", "sam_model", "dataset_name", "reference_image")
+"""Options whose value is a path or a name: on the hub, `toy`, or of a photo in its folder."""
 
 
 def beside_own_masks(options: OwnOptions) -> OwnOptions:
@@ -56,7 +64,8 @@ def check_run_folder(options: TrainingOptions) -> None:
 def check_same_model(options: TrainingOptions) -> None:
     """Raises `InputError` if options make a run's checkpoints incompatible with the model."""
     run_dir = options.run_dir
-    before = read_config(run_dir / CONFIG)
+    before = with_absolute_paths(read_config(run_dir / CONFIG), type(options))
+    current = with_absolute_paths(asdict(options), type(options))
     shapes = ("method", "rank", "lora_alpha", "lora_targets", "use_dora", "train_text_encoder")
     states = ("use_ema", "optimizer", "use_8bit_adam")
     if mask_folders(saved_subjects(before)) != mask_folders(options.each_subject):
@@ -66,7 +75,7 @@ def check_same_model(options: TrainingOptions) -> None:
             "use these subjects, or choose another folder with --output_dir"
         )
     for name in (*shapes, *states, "pretrained_model_name_or_path", "revision"):
-        now = getattr(options, name)
+        now = current[name]
         if name in before and before[name] != now:
             raise InputError(
                 f"--{name} is {now} but {run_dir} was trained with {before[name]}: "
@@ -74,27 +83,65 @@ def check_same_model(options: TrainingOptions) -> None:
             )
 
 
+def metrics_rows(run_dir: Path) -> list[dict[str, float]]:
+    """The lines of `metrics.jsonl`, without an incomplete line that a killed run may leave at the end."""
+    path = run_dir / METRICS
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def nothing_left(options: TrainingOptions, resume_from: Path | None) -> bool:
+    """Whether the run's folder holds a finished run with all steps of the options.
+
+    A named checkpoint that is earlier than the last step asks to train again from there.
+
+    Args:
+        options: of the run, with `resume_from_checkpoint`.
+        resume_from: the checkpoint to resume from, if there is one.
+
+    Raises:
+        InputError: the checkpoint is later than the last step, and the run is not finished.
+    """
+    from persam_dreambooth.dreambooth.families.latent_diffusion import LORA_WEIGHTS
+
+    run_dir, steps = options.run_dir, options.max_train_steps
+    start = int(resume_from.name.removeprefix("checkpoint-")) if resume_from else 0
+    rows, weights = metrics_rows(run_dir), (LORA_WEIGHTS, "model_index.json")
+    saved = (run_dir / MODEL_CARD).is_file() and any((run_dir / name).is_file() for name in weights)
+    finished = saved and bool(rows) and rows[-1]["step"] >= steps
+    if start > steps and not finished:
+        raise InputError(f"{resume_from} is later than --max_train_steps {steps}: give {start} or more")
+    return finished and (options.resume_from_checkpoint == "latest" or start >= steps)
+
+
 def write_config(options: TrainingOptions) -> None:
     """Writes `config.yaml`: a comment with versions, then the resolved options, which `--config` can load.
 
-    They do not say that the run was resumed: what loads them starts a run of its own.
+    Paths are absolute, so that the run can be used from any folder. The options do not say that the run was resumed:
+    what loads them starts a run of its own.
     """
-    path, resolved = options.run_dir / CONFIG, asdict(replace(options, resume_from_checkpoint=None))
+    path, kind = options.run_dir / CONFIG, type(options)
+    resolved = with_absolute_paths(asdict(replace(options, resume_from_checkpoint=None)), kind)
     if path.is_file():
-        before = read_config(path)
+        before = with_absolute_paths(read_config(path), kind)
         changed = [f"{key} {before.get(key)} -> {value}" for key, value in resolved.items() if before.get(key) != value]
         if changed:
             logger.info("options that changed since the run's start: %s", ", ".join(changed))
-    packages = ("torch", "diffusers", "transformers", "accelerate", "peft")
-    versions = ", ".join(f"{name} {version(name)}" for name in packages)
-    head = f"{CONFIG_HEAD} {persam_dreambooth.__version__}{_commit()}; {versions}\n"
+    packages = package_versions("torch", "diffusers", "transformers", "accelerate", "peft")
+    versions = ", ".join(f"{name} {version}" for name, version in packages.items())
+    source = f" (commit {found})" if (found := commit()) else ""
+    head = f"{CONFIG_HEAD} {persam_dreambooth.__version__}{source}; {versions}\n"
     write_text(path, head + yaml.safe_dump(resolved, sort_keys=False))
 
 
-def _commit() -> str:
-    """The commit of a source checkout, as ` (commit abc)`; empty for an installed package."""
-    root = Path(persam_dreambooth.__file__).parents[1]
-    if not (root / ".git").exists() or shutil.which("git") is None:
-        return ""
-    asked = subprocess.run(["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return f" (commit {asked.stdout.strip()})" if asked.returncode == 0 else ""
+def with_absolute_paths(values: dict[str, Any], kind: type[Options]) -> dict[str, Any]:
+    """Options by name, with absolute paths; names of models and of photos in their folder stay as they are."""
+    found = dict(values)
+    for name in (entry.name for entry in fields(kind) if entry.metadata["path"] and found.get(entry.name)):
+        value, folder = found[name], values.get("instance_dir")
+        in_folder = name == "reference_image" and folder and (Path(folder) / value).exists()
+        is_name = name in PATHS_OR_NAMES and (value == "toy" or in_folder or not os.path.exists(value))
+        found[name] = value if is_name else os.path.abspath(value)
+    if found.get("subjects"):
+        found["subjects"] = [with_absolute_paths(entry, SubjectOptions) for entry in found["subjects"]]
+    return found

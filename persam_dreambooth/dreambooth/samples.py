@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+import json
+import logging
+import os
 import re
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
+from PIL.PngImagePlugin import PngInfo
 
-from persam_dreambooth.report.pictures import grid, save_picture
+from persam_dreambooth import __version__
+from persam_dreambooth.errors import is_out_of_memory
+from persam_dreambooth.files import saving, write_aside
+from persam_dreambooth.progress import Progress, bar, tell
+from persam_dreambooth.report.pictures import grid
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -18,62 +31,209 @@ if TYPE_CHECKING:
     from persam_dreambooth.dreambooth.families.family import Family
     from persam_dreambooth.dreambooth.training_options import TrainingOptions
 
+logger = logging.getLogger(__name__)
+
 SAMPLES = "samples"
 """The folder in a run's folder."""
 
+PARAMETERS = "parameters"
+"""The text in a PNG that holds the settings of the image, by the name that other programs read."""
 
-def sample(
-    pipeline: Any,
-    prompt: str,
-    count: int,
-    seed: int,
-    num_inference_steps: int = 30,
-    guidance_scale: float | None = None,
-) -> list[Image.Image]:
-    """Generates images one at a time; image i depends only on seed + i. None is the pipeline's own guidance scale."""
+GRID_COLUMNS, GRID_IMAGES = 4, 64
+"""Columns, and maximum number of images, of a grid."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """Images to generate; None is the pipeline's own value.
+
+    Args:
+        prompt: the prompt.
+        seeds: the seed of each image.
+        num_inference_steps: denoising steps.
+        guidance_scale: guidance scale.
+        negative_prompt: what images should not show; only with a guidance scale above 1.
+        width: in pixels.
+        height: in pixels.
+        scheduler: a name in the family's `schedulers`.
+        batch_size: images per batch; they differ from single images only by rounding.
+    """
+
+    prompt: str
+    seeds: Sequence[int]
+    num_inference_steps: int = 30
+    guidance_scale: float | None = None
+    negative_prompt: str | None = None
+    width: int | None = None
+    height: int | None = None
+    scheduler: str | None = None
+    batch_size: int = 1
+
+
+def sample(pipeline: Any, request: Request) -> Iterator[Image.Image]:
+    """Generates images, batch by batch; each depends only on its own seed."""
     import torch
 
-    from persam_dreambooth.dreambooth.families.registry import fast_sampler
+    from persam_dreambooth.dreambooth.families.registry import FAMILIES, fast_sampler
 
-    pipeline = fast_sampler(pipeline)
-    guidance = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
+    pipeline = fast_sampler(pipeline, request.scheduler)
     pipeline.set_progress_bar_config(disable=True)
-    return [
-        pipeline(
-            prompt,
-            num_inference_steps=num_inference_steps,
-            **guidance,
-            generator=torch.Generator().manual_seed(seed + number),
-        ).images[0]
-        for number in tqdm(range(count), desc="sampling", unit="picture")
-    ]
+    if request.batch_size > 1:
+        pipeline.vae.enable_slicing()  # one image at a time through the VAE, to save memory
+    settings: dict[str, Any] = {"num_inference_steps": request.num_inference_steps}
+    if request.guidance_scale is not None:
+        settings["guidance_scale"] = request.guidance_scale
+    if request.width or request.height:  # diffusers ignores one of them alone
+        settings["width"], settings["height"] = image_size(pipeline, request)
+    family, total = FAMILIES[type(pipeline).__name__], len(request.seeds)
+    with bar(list[int](), "sampling", "picture", total, hidden=not total) as shown:
+        for start in range(0, total, request.batch_size):
+            seeds = request.seeds[start : start + request.batch_size]
+            told = family.prompt_arguments(pipeline, [request.prompt] * len(seeds), request.negative_prompt)
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+            for done, image in enumerate(pipeline(**told, **settings, generator=generators).images, start + 1):
+                yield image
+                shown.update()
+                tell(Progress("sampling", "picture", done, total))
 
 
 def save_samples(
-    images: list[Image.Image], prompt: str, seed: int, folder: Path, notice: str | None = None
-) -> list[Path]:
-    """Saves images as `<prompt>-<seed>.png` and a grid of them as JPEG; returns the paths, the grid last.
+    pipeline: Any, request: Request, folder: Path, notice: str | None = None, model: dict[str, Any] | None = None
+) -> Iterator[Path]:
+    """Generates images; saves each one at once as `<prompt>-<seed>.png`, and at the end a grid of them as JPEG.
+
+    The settings are in the text `parameters` of a PNG and in the comment of the grid. An image of other settings is
+    never replaced: the names of this request then contain a hash of its settings.
 
     Args:
-        images: the images.
-        prompt: their prompt.
-        seed: seed of the first image.
+        pipeline: the model.
+        request: prompt, seeds and settings.
         folder: the output folder.
         notice: a line to show above the grid.
+        model: settings that identify the model; images in the folder with the same settings are kept. Without it the
+            folder belongs to the model, and earlier images of the same prompt are replaced.
+
+    Yields:
+        The path of each image, the grid last.
     """
-    name = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:60]
-    seeds = range(seed, seed + len(images))
-    paths = [folder / f"{name}-{number}.png" for number in seeds]
-    for path, image in zip(paths, images, strict=True):
-        save_picture(image, path)
-    sheet = folder / f"{name}-grid.jpg"
-    save_picture(
-        grid(
-            images, [[f"seed {number}"] for number in seeds], columns=4, title="\n".join(filter(None, [prompt, notice]))
-        ),
-        sheet,
-    )
-    return [*paths, sheet]
+    settings = settings_text(pipeline, request, model or {})
+
+    def is_own(path: Path) -> bool:
+        found = read_settings(path).rpartition(", Seed")[0]
+        return _prompt_of(found) == _prompt_of(settings) if model is None else found == settings
+
+    stem = stem_of(request.prompt)
+    hashed = f"{stem}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
+    if any((path := folder / f"{stem}-{seed}.png").exists() and not is_own(path) for seed in request.seeds):
+        logger.info("%s has images %s with other settings: the new ones are named %s", folder, stem, hashed)
+        stem = hashed
+    paths = {seed: folder / f"{stem}-{seed}.png" for seed in request.seeds}
+    new = [seed for seed, path in paths.items() if model is None or not is_own(path)]
+    if len(new) < len(paths):
+        logger.info("%d of %d images are in %s already and are kept", len(paths) - len(new), len(paths), folder)
+    images = sample(pipeline, replace(request, seeds=new))
+    for seed, path in paths.items():
+        if seed in new:
+            info = PngInfo()
+            info.add_text(PARAMETERS, f"{settings}, Seed: {seed}")
+            paths[seed] = _save(next(images), [path, folder / f"{hashed}-{seed}.png"], is_own, pnginfo=info)
+        yield paths[seed]
+    next(images, None)  # completes the progress bar
+    seeds = "-".join(map(str, dict.fromkeys((request.seeds[0], request.seeds[-1]))))
+    told = f"{settings}, Seeds: {seeds}"
+    names = [f"{stem}-grid.jpg", f"{stem}-{seeds}-grid.jpg"]
+
+    def is_same(path: Path) -> bool:
+        return is_own(path) and (model is None or read_settings(path) == told)
+
+    sheet = _sheet(request, list(paths.values()), notice)
+    yield _save(sheet, [folder / name for name in names], is_same, quality=92, comment=told.encode())
+
+
+def image_size(pipeline: Any, request: Request) -> tuple[int, int]:
+    """Width and height of the images in pixels."""
+    native = getattr(pipeline, "default_sample_size", None) or pipeline.unet.config.sample_size
+    side = native * pipeline.vae_scale_factor
+    return request.width or side, request.height or side
+
+
+def settings_text(pipeline: Any, request: Request, model: dict[str, Any]) -> str:
+    """The settings of images except the seed, as other programs write and read them in a PNG."""
+    from persam_dreambooth.dreambooth.families.registry import FAMILIES
+
+    schedulers = FAMILIES[type(pipeline).__name__].schedulers
+    defaults = inspect.signature(type(pipeline).__call__).parameters
+    width, height = image_size(pipeline, request)
+    guidance = request.guidance_scale
+    known = {
+        "Steps": request.num_inference_steps,
+        "Sampler": request.scheduler or next(iter(schedulers), type(pipeline.scheduler).__name__),
+        "CFG scale": f"{defaults['guidance_scale'].default if guidance is None else guidance:g}",
+        "Size": f"{width}x{height}",
+        **model,
+        "Version": f"persam-dreambooth {__version__}",
+    }
+    lines = [request.prompt, *([f"Negative prompt: {request.negative_prompt}"] if request.negative_prompt else [])]
+    return "\n".join([*lines, ", ".join(f"{name}: {_quoted(str(value))}" for name, value in known.items())])
+
+
+def read_settings(path: Path) -> str:
+    """The settings that `save_samples` wrote to an image; "" if there are none, or there is no such image."""
+    try:
+        with Image.open(path) as image:
+            found = image.info.get(PARAMETERS) or image.info.get("comment", b"").decode("utf-8", "replace")
+    except (OSError, ValueError, SyntaxError):
+        return ""
+    return str(found)
+
+
+def stem_of(prompt: str) -> str:
+    """A prompt as the beginning of file names, at most 60 characters."""
+    short = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:60].encode()[:180].decode(errors="ignore")
+    return short.strip("-") or "image"
+
+
+def _prompt_of(settings: str) -> str:
+    return settings.rpartition("\nSteps: ")[0]
+
+
+def _quoted(value: str) -> str:
+    return json.dumps(value, ensure_ascii=False) if re.search(r"[,:\n]", value) else value
+
+
+def _save(image: Image.Image, paths: list[Path], is_own: Callable[[Path], bool], **how: Any) -> Path:
+    """Saves an image under the first of two names that is free or its own, else under the second; returns its path.
+
+    Another process may save other settings to the same folder at the same time.
+    """
+    first, second = paths
+    own = first.with_name(f".{os.getpid()}{first.suffix}")
+    try:
+        with write_aside(own) as aside:
+            image.save(aside, **how)
+        with saving(first):
+            try:
+                os.link(own, first)  # fails if the name is taken
+                return first
+            except FileExistsError:
+                path = first if is_own(first) else second
+            except OSError:  # a file system without links
+                path = first
+            os.replace(own, path)
+            return path
+    finally:
+        own.unlink(missing_ok=True)
+
+
+def _sheet(request: Request, paths: list[Path], notice: str | None) -> Image.Image:
+    """A grid of saved images, with the prompt as its title."""
+    shown = paths[:GRID_IMAGES]
+    more = f"the first {len(shown)} of {len(paths)}" if len(shown) < len(paths) else None
+    columns = min(GRID_COLUMNS, len(shown))
+    told = [request.prompt, *filter(None, [notice, more])]
+    lines = [line for text in told for line in textwrap.wrap(text, 38 * columns, max_lines=4, placeholder=" ...")]
+    captions = [[f"seed {seed}"] for seed in request.seeds[: len(shown)]]
+    return grid([Image.open(path) for path in shown], captions, columns=columns, title="\n".join(lines))
 
 
 def save_validation_samples(options: TrainingOptions, family: Family, accelerator: Accelerator, step: int) -> None:
@@ -82,15 +242,33 @@ def save_validation_samples(options: TrainingOptions, family: Family, accelerato
     Validation does not change training: the images have their own generators, and the randomness of each training
     step is seeded at its start.
     """
+    folder = options.run_dir / SAMPLES / f"step-{step}"
+    with if_memory_lasts(step), family.for_inference() as pipeline, accelerator.autocast():
+        save_run_samples(options, pipeline, accelerator, folder, step)
+
+
+def save_run_samples(
+    options: TrainingOptions, pipeline: Any, accelerator: Accelerator, folder: Path, step: int
+) -> None:
+    """Generates images for the validation prompts of a run, saves them to a folder and logs them to the trackers."""
     from persam_dreambooth.dreambooth.pipelines import model_notice
 
-    count, seed = options.num_validation_images, options.seed
-    with family.for_inference() as pipeline, accelerator.autocast():
-        images_of = {prompt: sample(pipeline, prompt, count, seed) for prompt in options.validation_prompts}
     notice = model_notice(options.pretrained_model_name_or_path)
-    for prompt, images in images_of.items():
-        save_samples(images, prompt, options.seed, options.run_dir / SAMPLES / f"step-{step}", notice)
-        pictures = np.stack([np.asarray(image) for image in images])
+    seeds = range(options.seed, options.seed + options.num_validation_images)
+    for prompt in options.validation_prompts:
+        *paths, _ = save_samples(pipeline, Request(prompt, seeds), folder, notice)
+        pictures = np.stack([np.asarray(Image.open(path)) for path in paths])
         for tracker in accelerator.trackers:
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({prompt: pictures}, step=step, **layout)
+
+
+@contextmanager
+def if_memory_lasts(step: int) -> Iterator[None]:
+    """Leaves the block, with a warning, if there is no memory for the samples of a step: the run goes on."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        logger.warning("no memory for samples of step %d: the weights are kept; generate can make them later", step)

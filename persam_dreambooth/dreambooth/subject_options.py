@@ -10,13 +10,20 @@ from typing import Any, Literal
 
 from persam_dreambooth.dreambooth.prompts import fill_identifier
 from persam_dreambooth.errors import InputError
-from persam_dreambooth.options import Options, option, require, typed_options, with_flag
+from persam_dreambooth.options import Condition, Options, option, require, typed_options, with_flag, without_flag
 
 MASKS = "masks"
 """The mask folder in a run's folder; see `mask_folders`."""
 
 IDENTIFIER = "sks"
 """The default identifier token."""
+
+
+def with_run_flag(flag: str) -> Condition:
+    """As `with_flag`, for an option of the run; an entry of `subjects` does not know the run's options."""
+    condition = with_flag(flag)
+    name = flag.removeprefix("--")
+    return Condition(lambda options: not hasattr(options, name) or condition.holds(options), condition.advice)
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,12 @@ class SubjectOptions(Options):
     invert_mask: bool = option(
         False, "black, or transparent, is the subject in the masks given", when=(with_flag("--mask", "--mask_dir"),)
     )
+    caption_from: Literal["filename"] | None = option(
+        None,
+        "a photo without a caption file has its file name as caption: a [V] cat on a sofa_2.jpg",
+        when=(without_flag("--dataset_name"),),
+        elsewhere=("caption_strategy",),
+    )
     class_name: str | None = option(None, "the subject's class; default: the name of --instance_dir")
     identifier: str | None = option(
         None,
@@ -82,8 +95,18 @@ class SubjectOptions(Options):
     instance_prompt: str | None = option(
         None, "training prompt; default: a [V] <class_name>", elsewhere=("class_tokens",)
     )
-    class_prompt: str | None = option(None, "prompt of class images; default: a <class_name>")
-    validation_prompt: str | None = option(None, "prompt of the samples; default: a [V] <class_name> on a beach")
+    class_prompt: str | None = option(
+        None,
+        "prompt of class images; default: a <class_name>",
+        when=(with_run_flag("--with_prior_preservation"),),
+    )
+    validation_prompt: list[str] | None = option(
+        None,
+        "prompt of the samples, or several by repeating the option; default: a [V] <class_name> on a beach",
+        many=True,
+        when=(with_run_flag("--num_validation_images"),),
+        elsewhere=("validation_prompts",),
+    )
 
     def check_subject(self, unmasked: bool) -> None:
         """Raises `InputError` for missing photos, masks or an empty identifier; `unmasked` needs no masks."""
@@ -128,20 +151,16 @@ class SubjectOptions(Options):
         """The folder of the photos, or a path made from the name of a data set."""
         return Path(self.instance_dir or str(self.dataset_name)).resolve()
 
-    @property
-    def words(self) -> dict[str, Any]:
-        """Class name, identifier and prompts with defaults filled in; [V] is not replaced."""
-        return {
-            "class_name": self.subject,
-            "identifier": self.word,
-            "instance_prompt": self.instance_prompt or f"a [V] {self.subject}",
-            "class_prompt": self.class_prompt or f"a {self.subject}",
-            "validation_prompt": self.validation_prompt or f"a [V] {self.subject} on a beach",
-        }
+    def prompt(self, kind: Literal["instance", "class"]) -> str:
+        """A prompt or its default, with [V] replaced by the identifier."""
+        default = {"instance": f"a [V] {self.subject}", "class": f"a {self.subject}"}[kind]
+        return fill_identifier(getattr(self, f"{kind}_prompt") or default, self.word)
 
-    def prompt(self, kind: Literal["instance", "class", "validation"]) -> str:
-        """A prompt, with [V] replaced by the identifier."""
-        return fill_identifier(self.words[f"{kind}_prompt"], self.word)
+    @property
+    def sample_prompts(self) -> list[str]:
+        """The subject's validation prompts or their default, with [V] replaced by the identifier."""
+        given = [prompt for prompt in self.validation_prompt or [] if prompt.strip()]
+        return [fill_identifier(prompt, self.word) for prompt in given or [f"a [V] {self.subject} on a beach"]]
 
 
 def read_subjects(entries: Any) -> list[SubjectOptions]:

@@ -3,7 +3,6 @@
 Shapes: B samples, C latent channels, h w latent size, H W training crop.
 """
 
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -15,13 +14,13 @@ import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
+from persam_dreambooth.dreambooth.accelerators import frozen_dtype
 from persam_dreambooth.dreambooth.checkpoint import (
     load_state,
-    new_checkpoint,
     remove_later_checkpoints,
     remove_old_checkpoints,
+    rescuing,
     save_state,
 )
 from persam_dreambooth.dreambooth.data import CLASS_SEED, DROPOUT, Crops, derived_seed, sample_noise
@@ -29,16 +28,17 @@ from persam_dreambooth.dreambooth.ema import AveragedWeights
 from persam_dreambooth.dreambooth.families.family import Embeddings, Family
 from persam_dreambooth.dreambooth.interruption import Interruption
 from persam_dreambooth.dreambooth.loss import latent_mask, masked_loss
+from persam_dreambooth.dreambooth.meter import Meter
 from persam_dreambooth.dreambooth.optimizers import effective_rate, make_optimizer
+from persam_dreambooth.dreambooth.results import save_weights
 from persam_dreambooth.dreambooth.samples import save_validation_samples
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
-from persam_dreambooth.errors import InputError
-from persam_dreambooth.files import write_text
-from persam_dreambooth.report.pictures import loss_curve
+from persam_dreambooth.files import write_aside
+from persam_dreambooth.models import building
+from persam_dreambooth.options import check_multiple
+from persam_dreambooth.progress import Progress, bar
 
 logger = logging.getLogger(__name__)
-
-METRICS = "metrics.jsonl"
 
 
 def train(
@@ -48,11 +48,12 @@ def train(
     class_images: Crops | None,
     run_dir: Path,
     accelerator: Accelerator,
+    base: str,
     resume_from: Path | None = None,
 ) -> None:
     """Trains on photos, and on class images for prior preservation; the trained weights are in `family`.
 
-    Writes `metrics.jsonl`, `loss.png` and checkpoints to the run's folder.
+    Writes `metrics.jsonl`, `loss.png`, checkpoints and the trained weights to the run's folder.
 
     Args:
         options: of the run, resolved.
@@ -61,17 +62,19 @@ def train(
         class_images: images of the class, without masks; or None.
         run_dir: the run's folder.
         accelerator: devices, precision, processes.
+        base: hub id or folder of the base model, from `models.resolve`.
         resume_from: a checkpoint to resume from.
 
     Raises:
         FloatingPointError: the loss is not finite; the message names the step and the photos.
-        SaveError: a checkpoint cannot be written.
-        Stopped: the process received SIGINT or SIGTERM; a checkpoint of the last step is saved.
+        SaveError: a file cannot be written; the message says where the last step is saved.
+        Stopped: the process received a signal to stop; a checkpoint of the last step is saved.
     """
     if options.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     torch.manual_seed(options.seed)  # LoRA's matrices are initialized at random
-    trained = family.make_trainable(options, accelerator.device, frozen_dtype(accelerator))
+    with building():
+        trained = family.make_trainable(options, accelerator.device, frozen_dtype(accelerator))
     prompts = [*photos.all_prompts(), *(class_images.all_prompts() if class_images else [])]
     with torch.no_grad():
         base_embeddings = dict(zip(prompts, family.encode_prompts(prompts), strict=True))
@@ -85,6 +88,8 @@ def train(
     average = AveragedWeights(trained, options.ema_decay) if options.use_ema else None
     as_saved = average.swapped_in if average else nullcontext
     first_step = 0
+    if options.init_lora and not resume_from:
+        family.init_lora(options)
     if resume_from:
         family.load_weights(resume_from)
         first_step = load_state(resume_from, optimizer=optimizer, scaler=accelerator.scaler, average=average)
@@ -114,15 +119,18 @@ def train(
 
     batches = numbered_batches(options, photos, first_step, accelerator)
     class_batches = numbered_batches(options, class_images, first_step, accelerator) if class_images else None
-    steps = tqdm(
-        range(first_step + 1, options.max_train_steps + 1),
-        total=options.max_train_steps,
-        initial=first_step,
-        desc="training",
-        unit="step",
-        disable=not accelerator.is_main_process,
-    )
-    with Interruption(accelerator) as interruption:
+    last_step, hidden = options.max_train_steps, not accelerator.is_main_process
+    steps = bar(range(first_step + 1, last_step + 1), "training", "step", last_step, first_step, hidden)
+
+    def save_checkpoint(parent: Path, step: int) -> None:
+        with write_aside(parent / f"checkpoint-{step}") as folder:
+            folder.mkdir()
+            save_state(folder, step, optimizer=optimizer, scaler=accelerator.scaler, average=average)
+            with as_saved():
+                family.save_weights(folder)
+
+    step = first_step
+    with Interruption(accelerator) as interruption, rescuing(save_checkpoint, run_dir, lambda: step):
         for step in steps:
             torch.manual_seed(derived_seed(options.seed, DROPOUT, step, accelerator.process_index))
             for _ in range(options.gradient_accumulation_steps):
@@ -141,17 +149,15 @@ def train(
             if average:
                 average.step()
 
-            last = step == options.max_train_steps
+            last = step == last_step
+            interruption.tell(Progress("training", "step", step, last_step))
             stopping = interruption.requested()
             checkpoint_due = stopping or step % options.checkpointing_steps == 0
             if step % options.logging_steps == 0 or last or checkpoint_due:
                 row = meter.write(step, rate)
                 steps.set_postfix(loss=f"{row['loss']:.4f}")
             if checkpoint_due and accelerator.is_main_process:
-                with new_checkpoint(run_dir, step) as folder:
-                    save_state(folder, step, optimizer=optimizer, scaler=accelerator.scaler, average=average)
-                    with as_saved():
-                        family.save_weights(folder)
+                save_checkpoint(run_dir, step)
                 remove_old_checkpoints(run_dir, options.checkpoints_total_limit)
             if stopping and not last:
                 raise interruption.stopped(step)
@@ -160,11 +166,13 @@ def train(
                     with as_saved():
                         save_validation_samples(options, family, accelerator, step)
                 accelerator.wait_for_everyone()
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            meter.draw(run_dir / "loss.png")
+            with as_saved():
+                save_weights(options, family, accelerator, base)
     if average:
         average.copy_to_weights()
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        meter.draw(run_dir / "loss.png")
 
 
 def batch_losses(
@@ -246,11 +254,6 @@ def numbered_batches(
     return iter(DataLoader(crops, batch_sampler=numbers, num_workers=options.dataloader_num_workers))
 
 
-def frozen_dtype(accelerator: Accelerator) -> torch.dtype:
-    """The dtype of the frozen weights."""
-    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-
-
 def learning_rate(options: TrainingOptions, processes: int) -> float:
     """The learning rate, scaled if `scale_lr` is set."""
     rate = options.learning_rate
@@ -260,70 +263,7 @@ def learning_rate(options: TrainingOptions, processes: int) -> float:
     return rate
 
 
-class Meter:
-    """Collects losses for the lines of `metrics.jsonl`; they stay on the device until a line is written.
-
-    Args:
-        run_dir: the run's folder; when a run resumes, lines after `first_step` are removed.
-        accelerator: averages over processes.
-        first_step: the last completed step.
-    """
-
-    def __init__(self, run_dir: Path, accelerator: Accelerator, first_step: int) -> None:
-        self.path = run_dir / METRICS
-        self.accelerator = accelerator
-        self.pending: list[tuple[int, dict[str, torch.Tensor], list[str]]] = []
-        self.rows: list[dict[str, float]] = []
-        if accelerator.is_main_process:
-            if first_step and self.path.is_file():
-                lines = self.path.read_text(encoding="utf-8").splitlines()
-                # A killed run may leave an incomplete line, always after the last checkpoint.
-                whole = [line for line in lines if line.endswith("}")]
-                self.rows = [row for row in map(json.loads, whole) if row["step"] <= first_step]
-            write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
-
-    def add(self, step: int, losses: dict[str, torch.Tensor], names: list[str]) -> None:
-        """Adds the losses of a batch by name, and the names of its photos."""
-        self.pending.append((step, {name: loss.detach() for name, loss in losses.items()}, names))
-
-    def write(self, step: int, rate: float) -> dict[str, float]:
-        """Writes the mean losses since the last line; raises `FloatingPointError` if one is not finite."""
-        stacked = {name: torch.stack([losses[name] for _, losses, _ in self.pending]) for name in self.pending[0][1]}
-        finite = torch.stack([torch.isfinite(losses) for losses in stacked.values()]).all(dim=0)
-        if not finite.all():
-            bad_step, _, names = self.pending[int((~finite).nonzero()[0])]
-            raise FloatingPointError(
-                f"the loss is not finite at step {bad_step} ({', '.join(names)}): lower --learning_rate, "
-                "or try --mixed_precision bf16 or no"
-            )
-        means = {name: self._mean(losses) for name, losses in stacked.items()}
-        row: dict[str, float] = {"step": step, "loss": means.pop("loss"), "learning_rate": rate, **means}
-        self.pending.clear()
-        self.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=step)
-        if self.accelerator.is_main_process:
-            self.rows.append(row)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-        return row
-
-    def draw(self, path: Path) -> None:
-        """Plots the loss curve."""
-        loss_curve([int(row["step"]) for row in self.rows], [row["loss"] for row in self.rows], path)
-
-    def _mean(self, losses: torch.Tensor) -> float:
-        return self.accelerator.gather(losses.float().mean()[None]).mean().item()
-
-
 def check_resolution(options: TrainingOptions, family: Family) -> int:
     """The training resolution; raises `InputError` if it is not a multiple of what the model needs."""
-    resolution = options.resolution or family.native_resolution
-    factor = family.granularity
-    if resolution % factor or resolution < factor:
-        nearest = max(factor, round(resolution / factor) * factor)
-        raise InputError(f"--resolution is {resolution}: this model needs a multiple of {factor}, such as {nearest}")
-    return resolution
-
-
-def final_loss(run_dir: Path) -> float:
-    """The loss of the last line of `metrics.jsonl`."""
-    return float(json.loads((run_dir / METRICS).read_text(encoding="utf-8").splitlines()[-1])["loss"])
+    check_multiple(options, family.granularity, "resolution")
+    return options.resolution or family.native_resolution

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from persam_dreambooth.dreambooth.albums import Album
+from persam_dreambooth.dreambooth.albums import Album, own_captions
+from persam_dreambooth.dreambooth.base_pictures import class_prompts, told_scenes
 from persam_dreambooth.dreambooth.data import Crops
-from persam_dreambooth.dreambooth.prompts import fill_identifier
+from persam_dreambooth.dreambooth.families.family import Family
+from persam_dreambooth.dreambooth.prompts import check_unread, fill_identifier, in_front_of
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.errors import InputError, counted
 from persam_dreambooth.photos.captions import read_prompts
@@ -49,6 +51,7 @@ def make_crops(options: TrainingOptions, album: Album, masks: list[PhotoMask], c
         "resolution": cut.resolution,
         "center_crop": options.center_crop,
         "seed": options.seed,
+        "caption_dropout": options.caption_dropout,
         "random_flip": options.random_flip,
         "buckets": cut.buckets,
         "alike": options.train_batch_size if cut.buckets else 1,
@@ -119,10 +122,14 @@ def _check_lost(options: TrainingOptions, album: Album, crops: Crops) -> None:
 
 def training_captions(album: Album, photos: list[Photo]) -> list[str]:
     """The prompt of each photo: its own caption, with [V] replaced by the identifier, or the instance prompt."""
-    subject, own = album.subject, read_prompts(photos, "")
+    subject, own = album.subject, own_captions(album.subject, photos)
     captions = [fill_identifier(text, subject.word) or subject.prompt("instance") for text in own]
     if any(own):
         logger.info("%s%d of %d photos have captions of their own", album.label, sum(map(bool, own)), len(photos))
+    if subject.caption_from and any(written := [text for text in read_prompts(photos, "") if text]):
+        logger.info("%s%d of them are from text files, which come before file names", album.label, len(written))
+    if all(own) and subject.instance_prompt:
+        logger.info("%s--instance_prompt is not used: all photos have captions", album.label)
     if not all(own):
         logger.info('%sthe training prompt is "%s"', album.label, subject.prompt("instance"))
     nameless = [photo.name for photo, text in zip(photos, captions, strict=True) if subject.word not in text]
@@ -131,3 +138,32 @@ def training_captions(album: Album, photos: list[Photo]) -> list[str]:
             "the identifier %s is not in the captions of %s: add [V] to them", subject.word, ", ".join(nameless)
         )
     return captions
+
+
+def check_prompts(options: TrainingOptions, albums: list[Album], family: Family) -> None:
+    """Logs the words of the run's prompts that the model does not read.
+
+    Raises:
+        InputError: the identifier of a subject is among them.
+    """
+    told: list[tuple[str, str, str | None, list[str]]] = []  # what it is, prompt, identifier, scenes added to it
+    for album in albums:
+        subject, label = album.subject, album.label
+        prompts: dict[str, str] = {}
+        for photo, text in zip(album.photos, own_captions(subject, album.photos), strict=True):
+            prompt = fill_identifier(text, subject.word) or subject.prompt("instance")
+            prompts.setdefault(prompt, f"the caption of {photo.name}" if text else "the training prompt")
+        scenes = told_scenes(options)
+        told += [(f"{label}{what}", prompt, subject.word, scenes) for prompt, what in prompts.items()]
+        if options.num_validation_images:
+            told += [(f"{label}the validation prompt", each, subject.word, []) for each in subject.sample_prompts]
+    if options.with_prior_preservation:
+        scenes = options.scenes if options.class_scenes else []
+        told += [("the class prompt", prompt, None, scenes) for prompt in class_prompts(options)]
+    advice = "" if "long_prompts" in family.without else ", or add --long_prompts"
+    for what, prompt, identifier, scenes in told:
+        for full in (prompt, *([in_front_of(prompt, max(scenes, key=len))] if scenes else [])):
+            unread = family.unread(family.pipeline, full)
+            check_unread(what, full, unread, identifier, advice)
+            if unread:
+                break

@@ -58,7 +58,11 @@ class TrainingOptions(SubjectOptions):
         path=True,
         elsewhere=("model", "base_model_name"),
     )
-    revision: str | None = option(None, "branch, tag or commit of the model on the hub")
+    revision: str | None = option(
+        None,
+        "branch, tag or commit of the model on the hub",
+        when=(Condition(lambda options: options.is_on_hub, "the model is not on the hub, remove it"),),
+    )
     variant: str | None = option(None, "variant of the weight files, such as fp16")
     method: Literal["lora", "full"] = option("lora", "train LoRA matrices, or the whole UNet of Stable Diffusion")
     rank: int = option(4, "rank of the LoRA matrices", when=WHEN_LORA, elsewhere=("network_dim", "lora_rank"))
@@ -70,6 +74,19 @@ class TrainingOptions(SubjectOptions):
         "attention, attention+feedforward, all, or name endings such as to_q,to_v; default: the family's",
         when=WHEN_LORA,
         elsewhere=("lora_layers", "target_modules"),
+    )
+    init_lora: str | None = option(
+        None,
+        "LoRA to start from: a run's folder, or a safetensors file with the key names of diffusers or kohya",
+        path=True,
+        when=(
+            *WHEN_LORA,
+            Condition(
+                lambda options: options.resume_from_checkpoint in (None, "latest"),
+                "a checkpoint has its own weights, remove it or --resume_from_checkpoint",
+            ),
+        ),
+        elsewhere=("network_weights",),
     )
     lora_dropout: float = option(0.0, "dropout inside LoRA, 0 to 1", when=WHEN_LORA)
     lora_init: Literal["gaussian", "kaiming"] = option(
@@ -85,6 +102,17 @@ class TrainingOptions(SubjectOptions):
         ),
     )
     train_text_encoder: bool = option(False, "also train CLIP's text encoders; T5 stays frozen")
+    long_prompts: bool = option(
+        False,
+        "read prompts longer than CLIP's 77 tokens in chunks; generate then does the same",
+        elsewhere=("max_token_length",),
+    )
+
+    caption_dropout: float = option(
+        0.0,
+        "fraction of the photos' samples trained with the empty prompt, 0 to below 1",
+        elsewhere=("caption_dropout_rate", "caption_dropout_probability", "proportion_empty_prompts"),
+    )
 
     # The masked loss
     mask_normalization: Literal["area", "none"] = option(
@@ -286,7 +314,7 @@ class TrainingOptions(SubjectOptions):
         within(self, -16, 16, "mask_dilation")
         within(self, 0, 8, "mask_feather")
         within(self, 0, LAST_SEED, "seed")
-        below_one(self, "adam_beta1", "adam_beta2")
+        below_one(self, "adam_beta1", "adam_beta2", "caption_dropout")
         above_zero(self, "max_grad_norm", "snr_gamma", "lora_alpha")
         super().check()
         buckets = self.aspect_ratio_buckets
@@ -348,6 +376,11 @@ class TrainingOptions(SubjectOptions):
         return any(subject.mask_dir or subject.mask_from for subject in self.each_subject)
 
     @property
+    def is_on_hub(self) -> bool:
+        """Whether the base model is named by its id on the hub."""
+        return self.pretrained_model_name_or_path != "toy" and not Path(self.pretrained_model_name_or_path).exists()
+
+    @property
     def class_dir(self) -> Path:
         """The folder of class images."""
         return Path(self.class_data_dir) if self.class_data_dir else self.run_dir / "class_images"
@@ -359,8 +392,8 @@ class TrainingOptions(SubjectOptions):
 
     @property
     def validation_prompts(self) -> list[str]:
-        """The validation prompts, without duplicates."""
-        return list(dict.fromkeys(subject.prompt("validation") for subject in self.each_subject))
+        """The validation prompts of all subjects, without duplicates."""
+        return list(dict.fromkeys(prompt for subject in self.each_subject for prompt in subject.sample_prompts))
 
     @property
     def scenes(self) -> list[str]:
@@ -385,7 +418,10 @@ class TrainingOptions(SubjectOptions):
         return Path(self.output_dir or f"outputs/{'-'.join(names)}")
 
     def resolved(self: Own, resolution: int, mixed_precision: Any, learning_rate: float) -> Own:
-        """The same options with every dynamic default filled in.
+        """The same options with dynamic defaults filled in.
+
+        Class name and prompts stay None if they follow from the photos' folder, so that saved options can be used with
+        other photos.
 
         Args:
             resolution: the training resolution; ignored if buckets are listed.
@@ -394,10 +430,12 @@ class TrainingOptions(SubjectOptions):
         """
         if self.optimizer == "prodigy":
             learning_rate = 1.0
-        filled = [{**asdict(subject), **subject.words} for subject in read_subjects(self.subjects or [])]
+        words: dict[str, Any] = {"identifier": self.word}
+        if self.subjects:
+            words = {"subjects": [{**asdict(each), "identifier": each.word} for each in read_subjects(self.subjects)]}
         return replace(
             self,
-            **({"subjects": filled} if self.subjects else self.words),
+            **words,
             learning_rate=learning_rate if self.learning_rate is None else self.learning_rate,
             output_dir=str(self.run_dir),
             resolution=None if self.bucket_list else resolution,

@@ -18,8 +18,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
 
-from tqdm import tqdm
-
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.evaluation.benchmark_cells import GUIDANCE_SCALE, BenchmarkCell, run_cell, training_settings
 from persam_dreambooth.evaluation.benchmark_data import prepare_data
@@ -29,6 +27,7 @@ from persam_dreambooth.evaluation.benchmark_subjects import personal
 from persam_dreambooth.evaluation.recipes import RECIPES
 from persam_dreambooth.files import check_writable, note_settings
 from persam_dreambooth.options import Options, option, within
+from persam_dreambooth.progress import steps
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +80,7 @@ def benchmark_background(options: BenchmarkOptions) -> Path:
     prepare_data(folder, personals, [RECIPES[name] for name in names])
     left = [cell for cell in cells if not cell.path(folder).is_file()]
     logger.info("%d cells, %d of them left", len(cells), len(left))
-    for cell in tqdm(_finished(left, folder, options), total=len(left), desc="benchmark", unit="cell"):
+    for cell in steps(_finished(left, folder, options), "benchmark", "cell", len(left)):
         logger.debug("%s", cell)
     write_benchmark(folder, [read_cell(cell.path(folder)) for cell in cells], names, options)
     return folder

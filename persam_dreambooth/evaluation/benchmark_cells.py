@@ -15,10 +15,10 @@ from persam_dreambooth import toy
 from persam_dreambooth.evaluation.benchmark_data import class_folder, mask_folder_of, photo_folder_of
 from persam_dreambooth.evaluation.benchmark_results import CellResult
 from persam_dreambooth.evaluation.benchmark_subjects import PICTURES, Personal, benchmark_prompts, other_backgrounds
-from persam_dreambooth.evaluation.peak_memory import read_peak_memory, reset_peak_memory
 from persam_dreambooth.evaluation.recipes import BASE, NONE, RECIPES
 from persam_dreambooth.files import write_json
-from persam_dreambooth.personalize import TrainOptions
+from persam_dreambooth.machine import read_peak_memory, reset_peak_memory
+from persam_dreambooth.main_job import TrainOptions
 from persam_dreambooth.report.pictures import save_picture
 from persam_dreambooth.toy import world
 
@@ -59,7 +59,7 @@ def run_cell(cell: BenchmarkCell, folder: Path, options: BenchmarkOptions) -> No
     import torch
 
     from persam_dreambooth.dreambooth.pipelines import load_model
-    from persam_dreambooth.personalize import personalize
+    from persam_dreambooth.main_job import personalize
     from persam_dreambooth.toy.evaluator import Evaluator
 
     recipe, model = RECIPES[cell.recipe], "toy"
@@ -71,7 +71,7 @@ def run_cell(cell: BenchmarkCell, folder: Path, options: BenchmarkOptions) -> No
         personalize(train_options(cell, folder, run_dir, training_settings(options)))
         model = str(run_dir)
     seconds, memory = time.monotonic() - started, read_peak_memory()
-    pipeline, _, _ = load_model(model)
+    pipeline = load_model(model)
     steps = options.num_inference_steps
     with torch.autocast(pipeline.device.type, torch.bfloat16, enabled=options.mixed_precision == "bf16"):
         pictures = {

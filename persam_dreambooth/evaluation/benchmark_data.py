@@ -15,8 +15,8 @@ from persam_dreambooth.dreambooth.prompts import in_front_of
 from persam_dreambooth.evaluation.benchmark_subjects import Personal
 from persam_dreambooth.evaluation.recipes import BASE, CLASS_IMAGES, EXACT, NONE, PERSAM_F, Recipe
 from persam_dreambooth.files import write_aside
-from persam_dreambooth.personalize import TrainOptions
-from persam_dreambooth.segmentation.segment import SegmentOptions, segment_photos
+from persam_dreambooth.main_job import TrainOptions
+from persam_dreambooth.segmentation.segment import SegmentOptions, segment
 from persam_dreambooth.toy import world
 
 PHOTO_SIDE = 512
@@ -58,9 +58,7 @@ def make_masks(folder: Path, owner: Personal, recipe: Recipe) -> None:
         return
     if recipe.masks == PERSAM_F:
         photos = photo_folder_of(folder, owner)
-        segment_photos(
-            SegmentOptions(images=str(photos), mask=str(exact / "00.png"), output=str(masks), sam_model="toy")
-        )
+        segment(SegmentOptions(images=str(photos), mask=str(exact / "00.png"), output=str(masks), sam_model="toy"))
         return
     with write_aside(masks) as aside:
         aside.mkdir()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -86,11 +86,16 @@ class EvaluateModelOptions(Options):
         return split_scenes(self.background_scenes)
 
 
-def evaluate_model(options: EvaluateModelOptions) -> dict[str, dict[str, float]]:
-    """Compares a run's model with its base; writes `figures.json`, `figures.md` and pictures of both with masks.
+@dataclass(frozen=True)
+class ModelScores:
+    """The figures of a run's model and of its base model, by the keys of `MODEL_FIGURES`."""
 
-    Returns:
-        The figures of `trained` and `base`.
+    trained: dict[str, float]
+    base: dict[str, float]
+
+
+def evaluate_model(options: EvaluateModelOptions) -> ModelScores:
+    """Compares a run's model with its base; writes `figures.json`, `figures.md` and pictures of both with masks.
 
     Raises:
         InputError, InputNotFoundError: the run, a model or a folder cannot be used.
@@ -120,11 +125,14 @@ def evaluate_model(options: EvaluateModelOptions) -> dict[str, dict[str, float]]
     for name, model in {"trained": str(run_dir), "base": base}.items():
         pictures = _generate(model, subject, options)
         figures[name] = _measure(pictures, masks, segmenter, clip, dino, subject, output / f"{name}.jpg", options)
-    write_json(output / "figures.json", figures)
-    trained, before = figures["trained"], figures["base"]
-    rows = [f"| {name} | {trained[name]:.3f} | {before[name]:.3f} | {text} |" for name, text in MODEL_FIGURES.items()]
+    scores = ModelScores(**figures)
+    write_json(output / "figures.json", asdict(scores))
+    trained, base_figures = scores.trained, scores.base
+    rows = [
+        f"| {name} | {trained[name]:.3f} | {base_figures[name]:.3f} | {text} |" for name, text in MODEL_FIGURES.items()
+    ]
     write_text(output / "figures.md", "\n".join(["| | trained | base | |", "|---|---|---|---|", *rows, ""]))
-    return figures
+    return scores
 
 
 def _find_subject(subjects: list[SubjectOptions], identifier: str | None) -> tuple[SubjectOptions, Path]:
@@ -149,15 +157,16 @@ def model_prompts(kind: str, owner: SubjectOptions, options: EvaluateModelOption
 
 def _generate(model: str, owner: SubjectOptions, options: EvaluateModelOptions) -> dict[str, list[Image.Image]]:
     from persam_dreambooth.dreambooth.pipelines import load_model, to_accelerator
-    from persam_dreambooth.dreambooth.samples import sample
+    from persam_dreambooth.dreambooth.samples import Request, sample
 
-    pipeline = to_accelerator(load_model(model)[0])
+    pipeline = to_accelerator(load_model(model))
     settings = (options.num_inference_steps, options.guidance_scale)
     sampled: dict[str, list[Image.Image]] = {}
     for kind in ("own", "class", "scenes"):
         prompts = [fill_identifier(prompt, owner.word) for prompt in model_prompts(kind, owner, options)]
         sampled[kind] = [
-            sample(pipeline, prompt, 1, options.seed + number, *settings)[0] for number, prompt in enumerate(prompts)
+            next(sample(pipeline, Request(prompt, [options.seed + number], *settings)))
+            for number, prompt in enumerate(prompts)
         ]
     return sampled
 

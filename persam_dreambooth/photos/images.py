@@ -88,7 +88,11 @@ def read_image(source: str | Path | Image.Image | np.ndarray, name: str | None =
         name = name or str(source)
         image = open_image(source)
     else:
-        raise InputError(f"an image must be a path, a PIL image or an array; this is a {type(source).__name__}")
+        advice = ": convert it to (H, W, 3) uint8, such as tensor.permute(1, 2, 0).cpu().numpy()"
+        raise InputError(
+            f"{name or 'an image'} must be a path, a PIL image or an array; this is "
+            f"{'None' if source is None else f'a {type(source).__name__}'}{advice if hasattr(source, 'numpy') else ''}"
+        )
     converted = _to_rgb(image, name)
     converted.info = {}
     return converted
@@ -243,7 +247,15 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
     if array.dtype == np.uint16 and array.size:
         array = _scaled_to_8_bits(array, name)
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
-        advice = ": scale it to 0 to 255 and round it to uint8" if array.dtype.kind == "f" else ""
+        advice = ""
+        if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[2] not in (3, 4):
+            advice = ": move its channels last with .transpose(1, 2, 0)"
+        elif array.dtype == bool:
+            advice = ": this is a mask, not a photo"
+        elif array.dtype.kind == "f":
+            advice = ": scale it to 0 to 255 and round it to uint8"
+        elif array.dtype.kind in "iu":
+            advice = ": convert it with .astype(numpy.uint8)"
         raise InputError(
             f"{name} must be (H, W, 3) uint8 RGB, (H, W, 4) RGBA or (H, W) gray; this is {array.shape} "
             f"{array.dtype}{advice}"

@@ -80,17 +80,17 @@ class MaskReading:
         return weights
 
 
-def read_mask(path: Path, invert: bool = False) -> np.ndarray:
-    """Reads any mask file as (H, W) bool, upright, by the rule above.
+def read_mask(source: str | Path | Image.Image | np.ndarray, invert: bool = False) -> np.ndarray:
+    """Reads any mask as (H, W) bool, upright, by the rule above.
 
     Args:
-        path: the file.
+        source: a file, or a mask in memory; see `as_mask`.
         invert: the subject is black, or transparent.
 
     Raises:
-        InputNotFoundError, InputError: see `images.open_image`.
+        InputNotFoundError, InputError: see `images.open_image` and `as_mask`.
     """
-    return _read(open_image(path)).mask ^ invert
+    return _read(open_image(source)).mask ^ invert if isinstance(source, (str, Path)) else as_mask(source, invert)
 
 
 def as_mask(mask: np.ndarray | Image.Image, invert: bool = False) -> np.ndarray:

@@ -7,10 +7,12 @@ import base64
 import html
 import io
 from collections.abc import Sequence
+from urllib.parse import quote
 
 from PIL import Image
 
-TableCell = str | float | None
+from persam_dreambooth.report.tables import Table, TableCell, cell_text
+
 _NUMBER = ' class="number"'
 
 
@@ -50,32 +52,34 @@ def section(name: str, heading: str, pictures: Sequence[str]) -> str:
     return f'<section id="{text(name)}"><h2>{text(heading)}</h2><div class="row">{"".join(pictures)}</div></section>'
 
 
-def html_table(headings: Sequence[str], rows: Sequence[Sequence[TableCell]], links: Sequence[str] = ()) -> str:
-    """A table that sorts by a column when its heading is clicked.
+def html_table(table: Table, links: Sequence[str] = ()) -> str:
+    """A table, with its note as its caption, that sorts by a column when its heading is clicked.
 
     Args:
-        headings: headings of the columns.
-        rows: cells of each row: text, a number (shown with two decimals), or None for an empty cell.
+        table: the table.
         links: for each row, the name of the section that the first cell links to; empty for no link.
     """
-    numeric = [isinstance(value, float) for value in rows[0]]
+    columns = list(zip(*table.rows, strict=True))
+    numeric = [any(isinstance(value, float) for value in column) for column in columns]
     head = "".join(
         f'<th scope="col"{_NUMBER if number else ""}><button type="button">{text(heading)}</button></th>'
-        for heading, number in zip(headings, numeric, strict=True)
+        for heading, number in zip(table.headings, numeric, strict=True)
     )
     lines = []
-    for number, row in enumerate(rows):
-        first, *rest = map(_cell, row)
-        if number < len(links) and links[number]:
-            first = first.replace("<td>", f'<td><a href="#{text(links[number])}">').replace("</td>", "</a></td>")
+    for place, row in enumerate(table.rows):
+        first, *rest = [_cell(value, number, table) for value, number in zip(row, numeric, strict=True)]
+        if place < len(links) and links[place]:
+            first = first.replace("<td>", f'<td><a href="#{quote(links[place])}">').replace("</td>", "</a></td>")
         lines.append(f"<tr>{first}{''.join(rest)}</tr>")
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    said = f"<strong>{text(table.title)}.</strong> {text(table.note)}" if table.title else text(table.note)
+    title = f"<caption>{said}</caption>" if said else ""
+    return (
+        f'<div class="wide"><table>{title}<thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+    )
 
 
-def _cell(value: TableCell) -> str:
-    if value is None:
-        return "<td></td>"
-    return f"<td>{text(value)}</td>" if isinstance(value, str) else f"<td{_NUMBER}>{value:.2f}</td>"
+def _cell(value: TableCell, number: bool, table: Table) -> str:
+    return f"<td{_NUMBER if number else ''}>{text(cell_text(value, table))}</td>"
 
 
 PAGE = """<!doctype html>
@@ -98,6 +102,8 @@ p { max-width: 50rem }
 a { color: var(--link) }
 img { max-width: 100%; height: auto; display: block }
 table { border-collapse: collapse; margin: 1rem 0 2rem }
+caption { text-align: left; padding-bottom: .3rem; max-width: 50rem }
+.wide { overflow-x: auto }
 th, td { text-align: left; padding: .25rem .8rem; border-bottom: 1px solid var(--line) }
 .number { text-align: right; font-variant-numeric: tabular-nums }
 th button { font: inherit; font-weight: 600; color: inherit; background: none; border: 0; padding: 0;

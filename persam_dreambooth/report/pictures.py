@@ -1,4 +1,4 @@
-"""Pictures for the user: photos with masks and heat maps, the overview, grids of samples, the loss curve."""
+"""Pictures for the user: photos with masks, heat maps and errors, the overview, grids of samples, the loss curve."""
 
 from pathlib import Path
 
@@ -21,6 +21,8 @@ ALARM = (200, 0, 0)
 PAPER = (255, 255, 255)
 BOX = (255, 200, 0)
 INCLUDED, EXCLUDED = (0, 150, 60), (220, 30, 30)
+MISSED, EXTRA = (220, 30, 30), (0, 110, 255)
+"""Colors of the pixels of a true mask that were not found, and of found pixels outside of it."""
 MARK = 7
 """Radius of a point, in pixels."""
 SCALE = 18
@@ -106,6 +108,21 @@ def outlined(
     return tile
 
 
+def mask_errors(photo: Image.Image, found: np.ndarray, truth: np.ndarray) -> Image.Image:
+    """The gray photo scaled into a tile, with missed pixels in red and pixels found in excess in blue.
+
+    Args:
+        photo: RGB.
+        found: (H, W) bool.
+        truth: (H, W) bool.
+    """
+    tile = _tile(photo).convert("L").convert("RGB")
+    for wrong, color in ((truth & ~found, MISSED), (found & ~truth, EXTRA)):
+        covered = Image.fromarray(wrong.astype(np.uint8) * 255).resize(tile.size, Image.Resampling.BOX)
+        tile.paste(color, mask=covered)
+    return tile
+
+
 def heat_map(
     photo: Image.Image,
     similarity: np.ndarray,
@@ -143,11 +160,16 @@ def heat_map(
 
 
 def overlay_labels(photo: Image.Image, labels: np.ndarray) -> Image.Image:
-    """The photo (RGB) with the objects of its label map ((H, W) uint8) blended over it in their colors."""
+    """The photo (RGB) with the objects of its label map ((H, W) uint8) in their colors, with light outlines."""
     colors = Image.fromarray(labels)
     colors.putpalette(davis_palette())
     inside = Image.fromarray((labels > 0).astype(np.uint8) * 255)
-    return Image.composite(Image.blend(photo, colors.convert("RGB"), 0.5), photo, inside)
+    colored = Image.composite(Image.blend(photo, colors.convert("RGB"), 0.5), photo, inside)
+    width = 1 + 2 * max(1, round(max(photo.size) / 600))
+    numbers = Image.fromarray(labels)
+    edge = ImageChops.difference(numbers.filter(ImageFilter.MaxFilter(width)), numbers)
+    colored.paste(HALO, mask=edge.point(lambda value: 255 if value else 0))
+    return colored
 
 
 def grid(

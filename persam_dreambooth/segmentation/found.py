@@ -17,7 +17,7 @@ SMALL_TARGET = "target smaller than a cell"
 """Values of `Found.flags`."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Step:
     """The result of one decoder pass.
 
@@ -31,13 +31,16 @@ class Step:
     scores: np.ndarray
     box: np.ndarray | None
 
+    def __repr__(self) -> str:
+        return f"Step({len(self.scores)} masks, best score {self.scores.max():.3f})"
+
     @property
     def best(self) -> int:
         """Index of the mask with the highest predicted IoU."""
         return int(self.scores.argmax())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Found:
     """The subject in one photo.
 
@@ -64,3 +67,11 @@ class Found:
     photo_cells: tuple[float, float]
     steps: tuple[Step, ...]
     flags: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        height, width = self.mask.shape
+        flags = f", flags={self.flags}" if self.flags else ""
+        return (
+            f"Found({width} x {height}, mask covers {self.mask.mean():.1%}, score={self.score:.3f}, "
+            f"presence={self.presence:.3f}{flags})"
+        )

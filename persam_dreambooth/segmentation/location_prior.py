@@ -6,7 +6,7 @@ PerSAM, section 3.2, Eq. 3 to 6. Shapes: 64 x 64 cells with C channels; H W phot
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from persam_dreambooth.segmentation.sams.sam import Encoding, Sam
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Target:
     """The subject's embedding in the reference photo.
 
@@ -34,6 +34,14 @@ class Target:
     peak: torch.Tensor
     background_similarity: float
     small: bool
+
+    def __repr__(self) -> str:
+        similar = f"background_similarity={self.background_similarity:.3f}"
+        return f"Target({len(self.mean)} channels, {similar}{', small' if self.small else ''})"
+
+    def to(self, device: torch.device) -> Target:
+        """The target on a device."""
+        return replace(self, mean=self.mean.to(device), peak=self.peak.to(device))
 
 
 def cell_weights(mask: np.ndarray, encoding: Encoding, target_coverage: float) -> tuple[torch.Tensor, bool]:

@@ -5,16 +5,16 @@ Shapes: H W photo; 64 x 64 cells; 256 x 256 low-resolution logits. Points and bo
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
 
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.segmentation.found import ABSENT_THRESHOLD, EMPTY_INTERMEDIATE, Found
-from persam_dreambooth.segmentation.location_prior import at_photo_size, location_prior, prior_points, suppressed
-from persam_dreambooth.segmentation.sams.sam import Sam
-from persam_dreambooth.segmentation.segmenter import ImageLike, Segmenter, decoder_step
+from persam_dreambooth.segmentation.location_prior import at_photo_size, prior_points
+from persam_dreambooth.segmentation.sams.sam import ImageLike, Sam
+from persam_dreambooth.segmentation.segmenter import Segmenter, decoder_step
 from persam_dreambooth.segmentation.target_guided_attention import attention_bias
 from persam_dreambooth.segmentation.target_semantic_prompting import Guidance
 
@@ -52,10 +52,17 @@ class PerSAM(Segmenter):
     ) -> None:
         if guidance not in ("persam", "published", "paper", "none"):
             raise InputError(f"guidance {guidance!r} is unknown: use persam, published, paper or none")
+        if up_to not in PARTS:
+            raise InputError(f"up_to is {up_to!r}: use one of {', '.join(PARTS)}")
         super().__init__(sam, target_coverage, absent_threshold)
         self.guidance = guidance
         self.alpha = alpha
+        self.up_to = up_to
         self._parts = PARTS[: PARTS.index(up_to) + 1]
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        return {**super()._settings, "guidance": self.guidance, "alpha": self.alpha, "up_to": self.up_to}
 
     @classmethod
     def from_options(cls, sam: Sam, options: SegmentationOptions) -> PerSAM:
@@ -69,10 +76,8 @@ class PerSAM(Segmenter):
 
     def predict(self, photo: ImageLike, without: np.ndarray | None = None) -> Found:
         """See `Segmenter.predict`."""
-        target, encoding = self.target, self._encoded(photo)
-        prior = location_prior(target.mean, encoding)
-        if without is not None:
-            prior = suppressed(prior, without, encoding, self.target_coverage)
+        target, encoding = self.target, self.sam.encode(photo)
+        prior = self._prior(target.mean, encoding, without)
         points, labels = prior_points(at_photo_size(prior, self.sam, encoding)), np.array([1, 0])
         if "negative" not in self._parts:
             points, labels = points[:1], labels[:1]

@@ -3,14 +3,17 @@
 Shapes: H W photo; 64 x 64 cells; 256 x 256 low-resolution logits. Points and boxes are xy in pixels of the photo.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 
+from persam_dreambooth.errors import InputError
 from persam_dreambooth.segmentation.found import ABSENT_THRESHOLD, EMPTY_INTERMEDIATE, Found
-from persam_dreambooth.segmentation.location_prior import at_photo_size, location_prior, prior_points, suppressed
-from persam_dreambooth.segmentation.sams.sam import Encoding, Sam
+from persam_dreambooth.segmentation.location_prior import at_photo_size, prior_points
+from persam_dreambooth.segmentation.sams.sam import Encoding, ImageLike, Sam
 from persam_dreambooth.segmentation.scale_weights import fit_scale_weights
-from persam_dreambooth.segmentation.segmenter import ImageLike, Segmenter, decoder_step, fitted
+from persam_dreambooth.segmentation.segmenter import Segmenter, decoder_step, fitted
 
 
 class PerSAMF(Segmenter):
@@ -32,8 +35,14 @@ class PerSAMF(Segmenter):
         fit_steps: int = 1000,
     ) -> None:
         super().__init__(sam, target_coverage, absent_threshold)
+        if fit_steps < 1:
+            raise InputError(f"fit_steps is {fit_steps}: give 1 or more")
         self.fit_steps = fit_steps
         self._weights: np.ndarray | None = None
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        return {**super()._settings, "fit_steps": self.fit_steps}
 
     @property
     def target_embedding(self) -> torch.Tensor:
@@ -44,6 +53,13 @@ class PerSAMF(Segmenter):
     def weights(self) -> np.ndarray:
         """(3,) scale weights, which sum to 1: 1 - w1 - w2, w1, w2."""
         return fitted(self._weights)
+
+    @property
+    def _learned(self) -> dict[str, torch.Tensor]:
+        return {"weights": torch.from_numpy(self.weights)}
+
+    def _restore(self, learned: dict[str, torch.Tensor]) -> None:
+        self._weights = learned["weights"].numpy()
 
     def _learn(self, references: list[tuple[np.ndarray, Encoding]]) -> None:
         """Fits the two scale weights.
@@ -59,7 +75,7 @@ class PerSAMF(Segmenter):
 
     def predict(self, photo: ImageLike, without: np.ndarray | None = None) -> Found:
         """See `Segmenter.predict`."""
-        weights, encoding = self.weights, self._encoded(photo)
+        weights, encoding = self.weights, self.sam.encode(photo)
         prior, points, labels = self._locate(encoding, without)
         logits, scores = self.sam.decode(encoding, points, labels)
         first = decoder_step(logits, scores)
@@ -81,7 +97,5 @@ class PerSAMF(Segmenter):
         self, encoding: Encoding, without: np.ndarray | None = None
     ) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
         """The location prior (64, 64), the positive point (1, 2) and its label."""
-        prior = location_prior(self.target_embedding, encoding)
-        if without is not None:
-            prior = suppressed(prior, without, encoding, self.target_coverage)
+        prior = self._prior(self.target_embedding, encoding, without)
         return prior, prior_points(at_photo_size(prior, self.sam, encoding))[:1], np.array([1])

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
+
+from persam_dreambooth.progress import bar
 
 ALPHA = 0.25
 """Weight of the subject's pixels in the focal loss; other pixels have 1 - ALPHA."""
@@ -85,7 +86,7 @@ def fit_scale_weights(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     history = np.empty((steps, 2))
     near = None
-    for step in tqdm(range(steps), desc="fitting the scale weights", unit="step", leave=False):
+    for step in bar(range(steps), "fitting the scale weights", "step", leave=False):
         weights = free.detach().numpy().astype(np.float64)
         if near is None or np.abs(weights - near.place).max() > REACH:
             near = mean([dice_and_focal(blocks, *weights) for blocks in photos])

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from tqdm import tqdm
 
-from persam_dreambooth.errors import InputError, SaveError, counted
-from persam_dreambooth.files import check_new, check_settings, check_writable, note_settings
-from persam_dreambooth.options import CONFIG, option, require, with_flag, within
+from persam_dreambooth.errors import SaveError, counted
+from persam_dreambooth.files import check_new, check_settings, check_writable, locked, note_settings
+from persam_dreambooth.options import CONFIG, option, require, takes_options, with_flag, within
 from persam_dreambooth.photos.folder import MASK_INDEX, Photo, find_photos
 from persam_dreambooth.photos.mask_folder import (
     SKIPPED,
@@ -24,11 +23,13 @@ from persam_dreambooth.photos.mask_folder import (
     mask_hash,
 )
 from persam_dreambooth.photos.references import Reference, find_reference, find_references
+from persam_dreambooth.progress import steps
 from persam_dreambooth.report.pictures import heat_map, save_overview, save_picture
 from persam_dreambooth.segmentation.found import ABSENT
 from persam_dreambooth.segmentation.segmenters import MaskFolderOptions, open_segmenter
 
 if TYPE_CHECKING:
+    from persam_dreambooth.segmentation.sams.sam import Encoding
     from persam_dreambooth.segmentation.segmenter import Segmenter
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,8 @@ class SegmentOptions(MaskFolderOptions):
         super().check()
 
 
-def segment_photos(options: SegmentOptions) -> list[PhotoMask]:
+@takes_options(SegmentOptions)
+def segment(options: SegmentOptions) -> list[PhotoMask]:
     """Makes a mask folder, with an `overview.jpg`, from one or a few photos with masks.
 
     A folder with masks of the same references and options is resumed: its masks are kept.
@@ -100,28 +102,25 @@ def segment_photos(options: SegmentOptions) -> list[PhotoMask]:
     if not check_settings(output, settings, "masks", "--output"):
         check_new(output, {CONFIG: "a training run", MASK_INDEX: "masks"})
     check_writable(output)
-    known = load_known(output, photos)
-    if known:
-        logger.info("%s has %s for %s: kept", output, counted(len(known), "mask"), counted(len(photos), "photo"))
-    heatmaps = output / "heatmaps" if options.heatmaps else None
-    segmenter = open_segmenter(options) if len(known) < len(photos) else None
     try:
-        if segmenter:
-            note_settings(output, settings, "masks", "--output")
-            masks = segment_folder(
-                photos, references, segmenter, output, options.instances, options.absent, heatmaps, known
-            )
-        else:
-            with MaskWriter(output, known.values()):
-                masks = [known[photo.name] for photo in photos]
-        save_overview(masks, output / "overview.jpg")  # not a PNG, which would be read as a mask
-    except InputError:
-        raise
-    except OSError as error:
-        place, reason = error.filename or output, error.strerror
-        raise SaveError(
-            f"{place} cannot be written ({reason}): make room or correct its permissions; the same command resumes"
-        ) from None
+        with locked(output):
+            known = load_known(output, photos)
+            if known:
+                told = counted(len(known), "mask"), counted(len(photos), "photo")
+                logger.info("%s has %s for %s: kept", output, *told)
+            if len(known) < len(photos):
+                segmenter = open_segmenter(options)
+                note_settings(output, settings, "masks", "--output")
+                heatmaps = output / "heatmaps" if options.heatmaps else None
+                masks = segment_folder(
+                    photos, references, segmenter, output, options.instances, options.absent, heatmaps, known
+                )
+            else:
+                with MaskWriter(output, known.values()):
+                    masks = [known[photo.name] for photo in photos]
+            save_overview(masks, output / "overview.jpg")  # not a PNG, which would be read as a mask
+    except SaveError as error:
+        raise SaveError(f"{error}; the same command resumes") from error
     return masks
 
 
@@ -158,8 +157,10 @@ def segment_folder(
     given = {reference.path: mask for reference, mask in references}
     found = dict(load_known(folder, photos) if known is None else known)
     fitted = False
+    waiting = [photo for photo in photos if photo.name not in found and photo.path not in given]
+    encodings = segmenter.sam.encode_each(photo.read() for photo in waiting)
     with MaskWriter(folder, found.values()) as writer:
-        for photo in tqdm(photos, desc="segmenting", unit="photo"):
+        for photo in steps(photos, "segmenting", "photo"):
             if photo.name in found:
                 continue
             if photo.path in given:
@@ -169,7 +170,7 @@ def segment_folder(
                 if not fitted:
                     segmenter.fit([reference.read() for reference, _ in references], list(given.values()))
                     fitted = True
-                mask, record = _predict(segmenter, photo, instances, absent, heatmaps)
+                mask, record = _predict(segmenter, photo, next(encodings), instances, absent, heatmaps)
             writer.save(record, mask)
             found[photo.name] = PhotoMask(photo, mask, record)
     return [found[photo.name] for photo in photos]
@@ -178,21 +179,20 @@ def segment_folder(
 def _predict(
     segmenter: Segmenter,
     photo: Photo,
+    encoding: Encoding,
     instances: int,
     absent: Literal["skip", "warn", "keep"],
     heatmaps: Path | None,
 ) -> tuple[np.ndarray, MaskRecord]:
     from persam_dreambooth.segmentation.segmenter import find_instances
 
-    picture = photo.read()
-    encoding = segmenter.sam.encode(picture)
     finds = find_instances(segmenter, encoding, instances) if instances > 1 else []
     if finds:
         logger.info("%s: found %s", photo.name, counted(len(finds), "time"))
     found = finds[0] if finds else segmenter.predict(encoding)
     mask = np.any([found.mask, *(each.mask for each in finds)], axis=0)
     if heatmaps:
-        heat = heat_map(picture, found.similarity, found.photo_cells)
+        heat = heat_map(photo.read(), found.similarity, found.photo_cells)
         save_picture(heat, (heatmaps / photo.name).with_suffix(".jpg"))
     flags = found.flags
     if ABSENT in flags and absent == "skip":

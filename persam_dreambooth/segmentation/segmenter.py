@@ -5,25 +5,40 @@ Shapes: H W photo; 64 x 64 cells; 256 x 256 low-resolution logits. Points and bo
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
-from persam_dreambooth.errors import InputError, counted
-from persam_dreambooth.photos.masks import as_mask
+from persam_dreambooth.errors import InputError, InputNotFoundError, counted
+from persam_dreambooth.files import write_aside
+from persam_dreambooth.photos.masks import read_mask
 from persam_dreambooth.segmentation.found import ABSENT, ABSENT_THRESHOLD, SMALL_TARGET, Found, Step
-from persam_dreambooth.segmentation.location_prior import Target, embed_target, pool_targets, presence
-from persam_dreambooth.segmentation.sams.sam import Encoding, Sam
+from persam_dreambooth.segmentation.location_prior import (
+    Target,
+    embed_target,
+    location_prior,
+    pool_targets,
+    presence,
+    suppressed,
+)
+from persam_dreambooth.segmentation.sams.sam import Encoding, ImageLike, Sam
 
 if TYPE_CHECKING:
     from persam_dreambooth.segmentation.segmenters import SegmentationOptions
 
+SEGMENTER = "segmenter.safetensors"
+"""The file in a saved segmenter's folder."""
+
 Learned = TypeVar("Learned")
 OwnSegmenter = TypeVar("OwnSegmenter", bound="Segmenter")
-ImageLike = Image.Image | np.ndarray | Encoding
-MaskLike = Image.Image | np.ndarray
+MaskLike = str | Path | Image.Image | np.ndarray
 
 
 class Segmenter:
@@ -43,10 +58,24 @@ class Segmenter:
     def __init__(self, sam: Sam, target_coverage: float = 0.5, absent_threshold: float = ABSENT_THRESHOLD) -> None:
         if not 0 <= target_coverage < 1:
             raise InputError(f"target_coverage is {target_coverage}: give a fraction from 0 to below 1")
+        if not 0 <= absent_threshold <= 1:
+            raise InputError(f"absent_threshold is {absent_threshold}: give a number from 0 to 1")
+        if not isinstance(sam, Sam):
+            raise InputError(f"sam is a {type(sam).__name__}: open it with open_sam")
         self.sam = sam
         self.target_coverage = target_coverage
         self.absent_threshold = absent_threshold
         self._target: Target | None = None
+
+    def __repr__(self) -> str:
+        state = "not fitted" if self._target is None else "fitted"
+        settings = "".join(f", {name}={value!r}" for name, value in self._settings.items())
+        return f"{type(self).__name__}({self.sam!r}{settings}; {state})"
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """The arguments of the constructor besides the SAM."""
+        return {"target_coverage": self.target_coverage, "absent_threshold": self.absent_threshold}
 
     @classmethod
     def from_options(cls: type[OwnSegmenter], sam: Sam, options: SegmentationOptions) -> OwnSegmenter:
@@ -56,17 +85,21 @@ class Segmenter:
     @property
     def target(self) -> Target:
         """The fitted target; its `mean` is the target embedding of PerSAM."""
-        return fitted(self._target)
+        return fitted(self._target).to(self.sam.device)
 
-    def fit(self: OwnSegmenter, image: ImageLike | list[ImageLike], mask: MaskLike | list[MaskLike]) -> OwnSegmenter:
+    def fit(
+        self: OwnSegmenter, image: ImageLike | Sequence[ImageLike], mask: MaskLike | Sequence[MaskLike]
+    ) -> OwnSegmenter:
         """Learns the subject from a photo and its mask, or from several.
 
         Args:
-            image: PIL image, array as for `read_image`, or an `Encoding` of one; a list for several references.
-            mask: the subject: (H, W) bool, or any input of `as_mask`; a list of the same length for several references.
+            image: a path, a PIL image, an array as for `read_image`, or an `Encoding`; a list for several references.
+            mask: the subject: a path, (H, W) bool, or any input of `as_mask`; a list of the same length for several
+                references.
 
         Raises:
-            InputError: a mask of another size, an empty mask, or different numbers of masks and photos.
+            InputError, InputNotFoundError: an image or a mask that cannot be read, a mask of another size, an empty
+                mask, different numbers of masks and photos, or an encoding of another SAM.
         """
         references = self._references(image, mask)
         self._target = pool_targets([embed_target(*reference, self.target_coverage) for reference in references])
@@ -81,27 +114,103 @@ class Segmenter:
             without: (H, W) bool, pixels to leave out of the search.
 
         Raises:
+            InputError, InputNotFoundError: a photo that cannot be read, an encoding of another SAM, or `without` of
+                another size.
             RuntimeError: `fit` was not called.
         """
         raise NotImplementedError
 
+    def save(self, folder: str | Path) -> Path:
+        """Saves the fitted segmenter to `SEGMENTER` in a folder, without the SAM; returns the file.
+
+        Raises:
+            RuntimeError: `fit` was not called.
+            SaveError: the file cannot be written.
+        """
+        path = Path(folder) / SEGMENTER
+        target = self.target
+        described = {
+            "method": self.method,
+            "settings": self._settings,
+            "sam": {"name": self.sam.name, "dtype": str(self.sam.dtype), "fingerprint": self.sam.fingerprint},
+            "background_similarity": target.background_similarity,
+            "small": target.small,
+        }
+        tensors = {"mean": target.mean, "peak": target.peak, **self._learned}
+        with write_aside(path) as aside:
+            cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+            save_file(cpu, aside, {"segmenter": json.dumps(described)})
+        return path
+
+    @classmethod
+    def load(cls: type[OwnSegmenter], folder: str | Path, sam: Sam) -> OwnSegmenter:
+        """Loads a segmenter that `save` wrote; it finds the same masks as before.
+
+        Args:
+            folder: the folder that was given to `save`.
+            sam: the SAM that it was fitted with, in the same precision.
+
+        Raises:
+            InputNotFoundError: the folder has no saved segmenter.
+            InputError: a broken file, a segmenter of another class, or another SAM.
+        """
+        path = Path(folder) / SEGMENTER
+        if not path.is_file():
+            raise InputNotFoundError(f"{folder} has no {SEGMENTER}: name a folder that a segmenter was saved to")
+        try:
+            with safe_open(path, "pt") as file:
+                described = json.loads(file.metadata()["segmenter"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
+            raise InputError(f"{path} is not a saved segmenter ({error}): fit it again") from error
+        if described["method"] != cls.method:
+            raise InputError(
+                f"{path} is a segmenter of the method {described['method']}, not {cls.method}: use its class"
+            )
+        made_by = described["sam"]
+        if made_by["fingerprint"] != sam.fingerprint:
+            raise InputError(
+                f"{path} was fitted with {made_by['name']} in {made_by['dtype']}, not with {sam!r}: open that SAM, or "
+                "fit it again"
+            )
+        loaded = cls(sam, **described["settings"])
+        similar, small = described["background_similarity"], described["small"]
+        loaded._target = Target(tensors.pop("mean"), tensors.pop("peak"), similar, small)
+        loaded._restore(tensors)
+        return loaded
+
+    @property
+    def _learned(self) -> dict[str, torch.Tensor]:
+        """The method's own fitted parameters, besides the target, for `save`."""
+        return {}
+
+    def _restore(self, learned: dict[str, torch.Tensor]) -> None:
+        """Sets what `_learned` gave."""
+
     def _learn(self, references: list[tuple[np.ndarray, Encoding]]) -> None:
         """Fits the method's own parameters, besides the target, from masks and encodings."""
 
-    def _encoded(self, photo: ImageLike) -> Encoding:
-        return photo if isinstance(photo, Encoding) else self.sam.encode(photo)
+    def _prior(self, target: torch.Tensor, encoding: Encoding, without: np.ndarray | None) -> torch.Tensor:
+        """The location prior (64, 64) of a target (C,), suppressed in the pixels `without`."""
+        prior = location_prior(target, encoding)
+        if without is None:
+            return prior
+        return suppressed(prior, sized_mask(without, encoding), encoding, self.target_coverage)
 
     def _references(
-        self, image: ImageLike | list[ImageLike], mask: MaskLike | list[MaskLike]
+        self, image: ImageLike | Sequence[ImageLike], mask: MaskLike | Sequence[MaskLike]
     ) -> list[tuple[np.ndarray, Encoding]]:
         """The mask and the encoding of each reference."""
-        images = image if isinstance(image, list) else [image]
-        masks = mask if isinstance(mask, list) else [mask]
+        images = list(image) if isinstance(image, (list, tuple)) else [cast(ImageLike, image)]
+        masks = list(mask) if isinstance(mask, (list, tuple)) else [cast(MaskLike, mask)]
         if not images or len(images) != len(masks):
             given = f"{counted(len(images), 'reference photo')} and {counted(len(masks), 'mask')}"
             raise InputError(f"got {given}: give one mask for each photo")
-        encodings = [self._encoded(one) for one in images]
-        return [(_checked_mask(one, encoding), encoding) for one, encoding in zip(masks, encodings, strict=True)]
+        encodings = [self.sam.encode(one) for one in images]
+        references = [(sized_mask(one, encoding), encoding) for one, encoding in zip(masks, encodings, strict=True)]
+        if not all(shown.any() for shown, _ in references):
+            raise InputError("the mask is empty: mark the subject")
+        return references
 
     def _refine(
         self,
@@ -156,7 +265,7 @@ def find_instances(segmenter: Segmenter, photo: ImageLike, most: int = 10) -> li
         photo: as for `Segmenter.fit`.
         most: maximum number of instances.
     """
-    encoding = segmenter._encoded(photo)
+    encoding = segmenter.sam.encode(photo)
     seen = np.zeros(encoding.size, bool)
     instances: list[Found] = []
     while len(instances) < most:
@@ -180,10 +289,9 @@ def fitted(value: Learned | None) -> Learned:
     return value
 
 
-def _checked_mask(mask: MaskLike, encoding: Encoding) -> np.ndarray:
-    mask = as_mask(mask)
+def sized_mask(mask: MaskLike, encoding: Encoding) -> np.ndarray:
+    """A mask as (H, W) bool; raises `InputError` if it cannot be read or its size is not the photo's."""
+    mask = read_mask(mask)
     if mask.shape != encoding.size:
         raise InputError(f"the mask is {mask.shape}, the image {encoding.size} (H, W): give one mask of this size")
-    if not mask.any():
-        raise InputError("the mask is empty: mark the subject")
     return mask

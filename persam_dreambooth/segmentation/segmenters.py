@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Literal
 
 from persam_dreambooth.errors import InputError
+from persam_dreambooth.models import log_device
 from persam_dreambooth.options import Condition, Options, below_one, option, with_flag, within
 from persam_dreambooth.segmentation.found import ABSENT_THRESHOLD
 
@@ -42,10 +43,15 @@ class SegmenterOptions(Options):
         path=True,
     )
     sam_dtype: Literal["float32", "float16", "bfloat16", "auto"] = option(
-        "float32", "precision of SAM's image encoder; auto: float32 on the CPU and on MPS, else bfloat16"
+        "float32",
+        "precision of SAM's image encoder; auto: float32 on the CPU and on MPS, else bfloat16",
+        when=(MAKES_MASKS,),
     )
     encoding_cache: str | None = option(
-        None, "folder that keeps SAM's encodings of photos for later runs with the same SAM", path=True
+        None,
+        "folder that keeps SAM's encodings of photos for later runs with the same SAM",
+        path=True,
+        when=(MAKES_MASKS,),
     )
     target_coverage: float = option(
         0.5,
@@ -72,6 +78,16 @@ class SegmentationOptions(SegmenterOptions):
         "persam",
         "PerSAM's guided attention: aligned, as published, as in the paper, or none",
         when=(MAKES_MASKS, with_flag("--segmenter persam")),
+    )
+
+
+@dataclass(frozen=True)
+class TrackingOptions(SegmenterOptions):
+    """How objects are tracked through videos."""
+
+    variant: Literal["default", "published"] = option(
+        "default",
+        "published: track as the published code does, where no object is absent and a lost object shifts the others",
     )
 
 
@@ -120,15 +136,18 @@ def open_segmenter(options: MaskFolderOptions) -> Segmenter:
     return segmenter
 
 
-def make_video_segmenter(options: SegmenterOptions, sam: Sam) -> VideoSegmenter:
+def make_video_segmenter(options: TrackingOptions, sam: Sam) -> VideoSegmenter:
     """An unfitted video segmenter of the method that options name."""
     from persam_dreambooth.segmentation.video_segmenter import VideoSegmenter
 
-    return VideoSegmenter(sam, options.segmenter, options.target_coverage)
+    published = options.variant == "published"
+    return VideoSegmenter(sam, options.segmenter, options.target_coverage, published=published)
 
 
 def open_sam_of(options: SegmenterOptions) -> Sam:
     """The SAM that options name; see `open_sam`."""
     from persam_dreambooth.segmentation.sams.checkpoints import open_sam
 
-    return open_sam(options.sam_model, dtype=options.sam_dtype, encoding_cache=options.encoding_cache)
+    sam = open_sam(options.sam_model, dtype=options.sam_dtype, encoding_cache=options.encoding_cache)
+    log_device(str(sam.device), str(sam.dtype))
+    return sam

@@ -9,6 +9,7 @@ Shapes: N tokens (IoU, masks, prompts), C channels, 4096 = 64 x 64 cells.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from torch import nn
 from persam_dreambooth.segmentation.target_guided_attention import BiasedAttention
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Guidance:
     """The guidance of one decoder pass.
 
@@ -35,25 +36,28 @@ class Guidance:
     form: Literal["code", "paper"] = "code"
 
 
+_guidance: ContextVar[Guidance | None] = ContextVar("guidance", default=None)
+"""The guidance of the pass that this thread runs, so that threads can share a model."""
+
+
 class GuidedTransformer(nn.Module):
     """SAM's or SAM 2's two-way transformer with optional `Guidance`; without it, the output is the original's."""
 
     def __init__(self, transformer: Any) -> None:
         super().__init__()
         self.transformer = transformer
-        self.guidance: Guidance | None = None
         for layer in transformer.layers:
             layer.cross_attn_token_to_image = BiasedAttention(layer.cross_attn_token_to_image)
         transformer.final_attn_token_to_image = BiasedAttention(transformer.final_attn_token_to_image)
 
     @contextmanager
     def guided_by(self, guidance: Guidance | None) -> Iterator[None]:
-        """Guides every pass inside the `with` block."""
-        self.guidance = guidance
+        """Guides every pass of this thread inside the `with` block."""
+        token = _guidance.set(guidance)
         try:
             yield
         finally:
-            self.guidance = None
+            _guidance.reset(token)
 
     def forward(
         self,
@@ -63,15 +67,16 @@ class GuidedTransformer(nn.Module):
         **others: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens (1, 1, N, C) and image (1, C, 64, 64) to attended (1, 1, N, C) and (1, 1, 4096, C)."""
-        if self.guidance is None:
+        guidance = _guidance.get()
+        if guidance is None:
             return self.transformer(
                 point_embeddings=point_embeddings,
                 image_embeddings=image_embeddings,
                 image_positional_embeddings=image_positional_embeddings,
                 **others,
             )
-        bias, target = self.guidance.bias, self.guidance.target
-        in_code = self.guidance.form == "code"
+        bias, target = guidance.bias, guidance.target
+        in_code = guidance.form == "code"
         queries = point_embeddings
         query_position = point_embeddings + target if in_code else point_embeddings
         keys = image_embeddings.flatten(2).transpose(1, 2).unsqueeze(1)

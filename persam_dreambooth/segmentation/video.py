@@ -1,4 +1,4 @@
-"""Segments the objects of a video's first frame in all its frames; see `video_segmenter`.
+"""Segments the objects of given masks in all frames of a video; see `video_segmenter`.
 
 A label map is (H, W) uint8: 0 for background, else the object's number.
 """
@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
-from persam_dreambooth.errors import InputError
-from persam_dreambooth.files import check_writable, note_settings
-from persam_dreambooth.options import option, require
+from persam_dreambooth.errors import InputError, InputNotFoundError
+from persam_dreambooth.files import check_settings, check_writable, locked, note_settings
+from persam_dreambooth.options import option, require, takes_options
 from persam_dreambooth.photos.labels import read_first_mask, read_labels, save_labels
+from persam_dreambooth.progress import steps
 from persam_dreambooth.report.pictures import overlay_labels, save_picture
-from persam_dreambooth.segmentation.frames import Frame, Video, open_video
-from persam_dreambooth.segmentation.segmenters import SegmenterOptions, make_video_segmenter, open_sam_of
+from persam_dreambooth.segmentation.frames import Frame, Video, list_numbered, open_video
+from persam_dreambooth.segmentation.segmenters import TrackingOptions, make_video_segmenter, open_sam_of
 
 if TYPE_CHECKING:
     from persam_dreambooth.segmentation.video_segmenter import VideoSegmenter
@@ -32,16 +32,19 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class VideoOptions(SegmenterOptions):
+class VideoOptions(TrackingOptions):
     """Masks for all frames of a video, from the mask of its first frame."""
 
     frames: str | None = option(None, "folder of frames (00000.jpg, 00001.jpg, ...), or a video file", path=True)
     mask: str | None = option(
         None,
-        "mask of the first frame: a palette or gray PNG of object numbers, or one object in any color on black",
+        "mask of the first frame: a palette or gray PNG of object numbers, or one object in any color on black; or a "
+        "folder of masks of some frames, with the frames' numbers, for objects that appear later",
         path=True,
     )
-    output: str | None = option(None, "folder for the masks, NNNNN.png; an interrupted video resumes there", path=True)
+    output: str | None = option(
+        None, "folder for the masks, named like the frames; an interrupted video resumes there", path=True
+    )
     overlay: bool = option(False, "also save the frames with their objects in color, in the folder overlay")
 
     def check(self) -> None:
@@ -50,8 +53,9 @@ class VideoOptions(SegmenterOptions):
         super().check()
 
 
+@takes_options(VideoOptions)
 def segment_video(options: VideoOptions) -> int:
-    """Writes OUTPUT/NNNNN.png, a palette PNG, for every frame of a video; returns the number of frames.
+    """Writes OUTPUT/<frame>.png, a palette PNG, for every frame of a video; returns the number of frames.
 
     Raises:
         InputError, InputNotFoundError: input that cannot be used; nothing is written then. If a later frame is broken,
@@ -59,70 +63,128 @@ def segment_video(options: VideoOptions) -> int:
     """
     options.check()
     source, mask, output = (Path(str(path)) for path in (options.frames, options.mask, options.output))
+    overlay = output / "overlay"
     check_writable(output)
-    labels, video = read_first_mask(mask), open_video(source, leave_out=mask)
-    check_first_mask(labels, mask, video)
-    segmenter = make_video_segmenter(options, open_sam_of(options))
-    settings = {
-        **{
-            name: getattr(options, name)
-            for name in ("frames", "segmenter", "sam_model", "sam_dtype", "target_coverage")
-        },
-        "mask_sha256": hashlib.sha256(mask.read_bytes()).hexdigest(),
-    }
-    note_settings(output, settings, "masks of a video", "--output")
-    overlay = output / "overlay" if options.overlay else None
-    steps = follow(video, labels, segmenter, output, overlay)
-    return sum(1 for _ in tqdm(steps, desc="segmenting", total=video.count, unit="frame"))
+    if source.resolve() in (output.resolve(), overlay.resolve()):
+        raise InputError(f"{output} holds the frames, which masks would replace: choose another --output")
+    if mask.is_dir():
+        video, masks = open_video(source), list_numbered(mask)
+        given = read_given_masks(masks, mask, video)
+    else:
+        first, video = read_first_mask(mask), open_video(source, leave_out=mask)
+        check_first_mask(first, mask, video)
+        masks, given = {video.first.number: mask}, {video.first.number: first}
+    names = ("frames", "segmenter", "variant", "sam_model", "sam_dtype", "target_coverage")
+    settings = {name: getattr(options, name) for name in names}
+    settings["mask_sha256"] = hashlib.sha256(b"".join(path.read_bytes() for path in masks.values())).hexdigest()
+    if not check_settings(output, settings, "masks of a video", "--output"):
+        _check_no_masks(output, set(masks.values()))
+    with locked(output):
+        segmenter = make_video_segmenter(options, open_sam_of(options))
+        note_settings(output, settings, "masks of a video", "--output")
+        frames = follow(video, given, segmenter, output, overlay if options.overlay else None)
+        return sum(1 for _ in steps(frames, "segmenting", "frame", video.count))
 
 
 def check_first_mask(labels: np.ndarray, mask: Path, video: Video) -> None:
     """Raises `InputError` if the label map of the first frame, read from `mask`, has another size or no object."""
-    image = video.first.read()
-    if labels.shape != image.size[::-1]:
-        raise InputError(f"{mask} is {_size(labels)}, {video.first.name} is {_size(image)}: give this frame's mask")
+    _check_size(labels, mask, video.first, video.first.read())
     if not labels.any():
         raise InputError(f"{mask} marks no object: give each object its own color")
 
 
+def read_given_masks(masks: dict[int, Path], folder: Path, video: Video) -> dict[int, np.ndarray]:
+    """The objects that masks show for the first time, as label maps by the number of their frame.
+
+    An object's first mask defines it. Its later masks are not used. So a folder may also hold masks of all frames.
+
+    Args:
+        masks: palette or gray PNGs of object numbers, by the number of their frame, in order.
+        folder: their folder, for messages.
+        video: the video.
+
+    Raises:
+        InputError, InputNotFoundError: no masks, a mask without a frame or of another size, no object in any mask.
+    """
+    if not masks:
+        raise InputNotFoundError(f"{folder} holds no masks: put a mask there with the number of its frame")
+    known, given, first = {0}, {}, video.first.read()
+    numbers = video.numbers or (range(video.count) if video.count else masks)
+    for number, path in masks.items():
+        if number not in numbers:
+            raise InputError(f"{path} has no frame of its number: rename or remove it")
+        labels = read_labels(path)
+        _check_size(labels, path, video.first, first)
+        if new := set(np.unique(labels).tolist()) - known:
+            given[number] = np.where(np.isin(labels, list(new)), labels, 0).astype(np.uint8)
+            known |= new
+    if not given:
+        raise InputError(f"the masks in {folder} mark no object: give each object a number from 1")
+    return given
+
+
 def follow(
-    video: Video, first: np.ndarray, segmenter: VideoSegmenter, output: Path, overlay: Path | None = None
+    video: Video, given: dict[int, np.ndarray], segmenter: VideoSegmenter, output: Path, overlay: Path | None = None
 ) -> Iterator[np.ndarray]:
     """Writes and yields the label map of every frame; existing label maps are not computed again.
 
-    A frame depends only on the first frame and on the previous label map. So memory use is constant, and an interrupted
-    video resumes from the written label maps.
+    A frame depends only on the given label maps and on the previous label map. So memory use is constant, and an
+    interrupted video resumes from the written label maps. Frames before the first given label map are empty.
 
     Args:
         video: the video; its frames are decoded one at a time.
-        first: the label map of the first frame, which is written unchanged.
+        given: label maps of new objects by the number of their frame; they are part of the frame's label map.
         segmenter: a segmenter that is not fitted yet.
-        output: folder for the label maps, NNNNN.png.
-        overlay: folder for the frames with their objects in color, NNNNN.jpg.
+        output: folder for the label maps, <frame>.png.
+        overlay: folder for the frames with their objects in color, <frame>.jpg.
 
     Raises:
         InputError: a frame or an existing label map cannot be decoded, or its size is not that of the first frame.
     """
-    reference, before = video.first.read(), first
+    reference = video.first.read()
+    before = np.zeros(reference.size[::-1], np.uint8)
+    unlearned: list[tuple[Frame, np.ndarray]] = []
     for frame in chain([video.first], video.others):
-        path = output / f"{frame.number:05}.png"
-        if frame is video.first:
-            labels = first
-            save_labels(path, labels)
-        elif path.is_file():
+        path, new = output / f"{frame.stem}.png", given.get(frame.number)
+        if path.is_file():
             labels = read_labels(path)
-            if labels.shape != first.shape:
-                raise InputError(f"{path} is {_size(labels)}, the frames are {_size(first)}: remove it")
+            if labels.shape != before.shape:
+                raise InputError(f"{path} is {_size(labels)}, the frames are {_size(before)}: remove it")
         else:
-            if not segmenter.objects:
-                segmenter.fit(reference, first)
-            labels = segmenter.predict(_read(frame, reference), before)
+            labels = before
+            if segmenter.objects or unlearned:
+                for earlier, objects in unlearned:
+                    segmenter.add(_read(earlier, reference), objects)
+                unlearned.clear()
+                labels = segmenter.predict(_read(frame, reference), before)
+            if new is not None:
+                labels = np.where(new > 0, new, labels)
             save_labels(path, labels)
-        _tell_changes(frame, before, labels)
-        if overlay and not (overlay / f"{frame.number:05}.jpg").is_file():
-            save_picture(overlay_labels(_read(frame, reference), labels), overlay / f"{frame.number:05}.jpg")
+        if new is not None:
+            unlearned.append((frame, new))
+        _tell_changes(frame, before, labels, new)
+        if overlay and _is_older(overlay / f"{frame.stem}.jpg", path):
+            save_picture(overlay_labels(_read(frame, reference), labels), overlay / f"{frame.stem}.jpg")
         yield labels
         before = labels
+
+
+def _check_size(labels: np.ndarray, mask: Path, frame: Frame, image: Image.Image) -> None:
+    if labels.shape != image.size[::-1]:
+        raise InputError(f"{mask} is {_size(labels)}, {frame.name} is {_size(image)}: give this frame's mask")
+
+
+def _check_no_masks(output: Path, given: set[Path]) -> None:
+    """Raises `InputError` if a folder without settings holds numbered PNGs other than the given masks."""
+    own = {path.resolve() for path in given}
+    for path in sorted(output.glob("[!.]*.png")):
+        if path.resolve() not in own and path.stem[-1:].isdigit():
+            raise InputError(f"{path} exists and is not of this program: choose another --output")
+
+
+def _is_older(picture: Path, mask: Path) -> bool:
+    """Whether a picture of a mask does not exist, or the mask was written after it."""
+    return not picture.is_file() or picture.stat().st_mtime_ns < mask.stat().st_mtime_ns
 
 
 def _read(frame: Frame, reference: Image.Image) -> Image.Image:
@@ -137,8 +199,9 @@ def _size(picture: Image.Image | np.ndarray) -> str:
     return f"{width} x {height}"
 
 
-def _tell_changes(frame: Frame, before: np.ndarray, labels: np.ndarray) -> None:
-    """Logs which objects left and which returned."""
+def _tell_changes(frame: Frame, before: np.ndarray, labels: np.ndarray, given: np.ndarray | None) -> None:
+    """Logs which objects left and which returned; `given` marks objects that are new."""
     then, now = set(np.unique(before).tolist()), set(np.unique(labels).tolist())
-    for number in sorted((then ^ now) - {0}):
+    new = set() if given is None else set(np.unique(given).tolist())
+    for number in sorted((then ^ now) - {0, *new}):
         logger.info("%s: object %d %s", frame.name, number, "returned" if number in now else "left")

@@ -1,13 +1,14 @@
-"""PerSAM and PerSAM-F on videos: tracks the objects of the first frame (Zhang et al. 2023, section 4.2).
+"""PerSAM and PerSAM-F on videos: tracks the objects of given label maps (Zhang et al. 2023, section 4.2).
 
-Each object keeps its target embedding, and for PerSAM-F its scale weights, from the first frame. Every other frame is
-encoded once. Each object is prompted with the maxima of the location prior, with the object's box in the previous
-frame, and with that box's center. So a frame depends only on the first frame and on the previous one.
+Each object keeps its target embedding, and for PerSAM-F its scale weights, from the first frame in which it is given.
+Every frame is encoded once. Each object is prompted with the maxima of the location prior, with the object's box in the
+previous frame, and with that box's center. So a frame depends only on the given label maps and on the previous frame.
 
 Shapes: H W frame; 256 x 256 low-resolution logits. Points and boxes are xy in pixels of the frame. A label map is
 (H, W) uint8: 0 for background, else the object's number.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,9 +23,9 @@ from persam_dreambooth.segmentation.location_prior import (
     location_prior,
     presence,
 )
-from persam_dreambooth.segmentation.sams.sam import Encoding, Sam
+from persam_dreambooth.segmentation.sams.sam import Encoding, ImageLike, Sam
 from persam_dreambooth.segmentation.scale_weights import fit_scale_weights
-from persam_dreambooth.segmentation.segmenter import ImageLike
+from persam_dreambooth.segmentation.segmenter import fitted
 
 MARGIN = 10
 """Pixels by which the box of the previous frame is grown on every side."""
@@ -37,9 +38,9 @@ OWN = 0.05
 another object's."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Known:
-    """An object of the first frame.
+    """An object of a given label map.
 
     Args:
         number: its number in label maps.
@@ -55,29 +56,49 @@ class Known:
 class VideoSegmenter:
     """Tracks objects through a video; follows the published code where it differs from the paper.
 
-    As in the published code, the target embedding is the mean of mean and maximum for both variants, attention is not
+    As in the published code, the target embedding is the mean of mean and maximum for both methods, attention is not
     guided, and PerSAM-F's learning rate is 4e-4 (the paper prints 4^-4).
 
-    There are two deviations from the published code. The largest of three masks is the one with the most pixels (the
-    published code counts modulo 256). Objects may leave and return: an absent object has no mask, keeps its number and
-    its target, and is searched in the whole frame (the published code keeps its box). An object is absent if its
-    presence is not above the background's, or if the found mask is another object's, see `OWN`.
+    By default, there are these deviations from the published code; `published` removes them.
+
+    - The largest of three masks is the one with the most pixels. The published code compares the counts modulo 256.
+    - Objects may leave and return: an absent object has no mask, keeps its number and its target, and is searched in
+      the whole frame. An object is absent if its presence is not above the background's, or if the found mask is
+      another object's, see `OWN`. In the published code, no object is absent.
+    - Each object has its own box. In the published code, the first object has the box of the first object that the
+      previous frame shows, and so on. So when an object has no pixel left, the objects after it move up by one box,
+      and the last object is not searched again.
+    - If PerSAM-F's weighted mask is empty, the best-scored mask replaces it. In the published code, it gives only the
+      box.
 
     Args:
         sam: see `open_sam`.
-        variant: `persam` takes the largest mask of the first pass; `persam-f` weighs the three by learned weights.
+        method: `persam` takes the largest mask of the first pass; `persam-f` weighs the three by learned weights.
         target_coverage: as for `PerSAM`.
         fit_steps: optimizer steps of PerSAM-F's fit.
+        published: whether to track by the published code's rules.
     """
 
     def __init__(
-        self, sam: Sam, variant: str = "persam-f", target_coverage: float = 0.5, fit_steps: int = FIT_STEPS
+        self,
+        sam: Sam,
+        method: str = "persam-f",
+        target_coverage: float = 0.5,
+        fit_steps: int = FIT_STEPS,
+        published: bool = False,
     ) -> None:
+        if method not in PRIOR_POINTS:
+            raise InputError(f"method {method!r} is unknown: use {' or '.join(PRIOR_POINTS)}")
         self.sam = sam
-        self.variant = variant
+        self.method = method
         self.target_coverage = target_coverage
         self.fit_steps = fit_steps
+        self.published = published
         self.objects: tuple[Known, ...] = ()
+
+    def __repr__(self) -> str:
+        state = f"{len(self.objects)} objects" if self.objects else "not fitted"
+        return f"VideoSegmenter({self.sam!r}, {self.method!r}; {state})"
 
     def fit(self, image: ImageLike, labels: np.ndarray) -> "VideoSegmenter":
         """Learns every object of the first frame.
@@ -89,15 +110,30 @@ class VideoSegmenter:
         Raises:
             InputError: a label map of another size, or without objects.
         """
-        encoding = self._encoded(image)
-        _check_labels(labels, encoding)
-        if not labels.any():
+        if isinstance(labels, np.ndarray) and not labels.any():
             raise InputError("the mask of the first frame marks no object: give each object a number from 1")
-        self.objects = tuple(self._learn(encoding, labels, int(number)) for number in np.unique(labels[labels > 0]))
+        self.objects = ()
+        return self.add(image, labels)
+
+    def add(self, image: ImageLike, labels: np.ndarray) -> "VideoSegmenter":
+        """Learns the objects of a later frame that are not known yet.
+
+        Args:
+            image: as for `PerSAM.fit`.
+            labels: its label map; known objects in it are left out.
+
+        Raises:
+            InputError: a label map of another size.
+        """
+        encoding = self.sam.encode(image)
+        _check_labels(labels, encoding)
+        new = np.setdiff1d(labels, [0, *(known.number for known in self.objects)]).tolist()
+        learned = [self._learn(encoding, labels, number) for number in new]
+        self.objects = tuple(sorted((*self.objects, *learned), key=lambda known: known.number))
         return self
 
     def predict(self, image: ImageLike, before: np.ndarray) -> np.ndarray:
-        """The label map of a frame; where objects overlap, the highest logit wins.
+        """The label map of a frame; where objects overlap, the highest logit wins. Call `fit` first.
 
         Args:
             image: as for `PerSAM.fit`.
@@ -105,18 +141,31 @@ class VideoSegmenter:
 
         Raises:
             InputError: a label map of another size.
+            RuntimeError: `fit` was not called.
         """
-        encoding = self._encoded(image)
+        encoding = self.sam.encode(image)
         _check_labels(before, encoding)
-        nearest = torch.stack([location_prior(known.target.mean, encoding) for known in self.objects]).argmax(dim=0)
-        highest = torch.zeros(encoding.size, device=nearest.device)
-        labels = torch.zeros(encoding.size, dtype=torch.uint8, device=nearest.device)
-        for place, known in enumerate(self.objects):
+        highest = torch.zeros(encoding.size, device=encoding.embedding.device)
+        labels = torch.zeros(encoding.size, dtype=torch.uint8, device=highest.device)
+        find = self._find_published if self.published else self._find_all
+        for number, logits in find(encoding, before):
+            labels[logits > highest] = number
+            highest = torch.maximum(logits, highest)
+        return labels.cpu().numpy()
+
+    def _find_all(self, encoding: Encoding, before: np.ndarray) -> Iterator[tuple[int, torch.Tensor]]:
+        """The number and the logits (H, W) of each object that is present."""
+        objects = fitted(self.objects or None)
+        nearest = torch.stack([location_prior(known.target.mean, encoding) for known in objects]).argmax(dim=0)
+        for place, known in enumerate(objects):
             logits = self._find(encoding, known, before == known.number)
             if self._is_present((logits > 0).cpu().numpy(), encoding, known.target, nearest == place):
-                labels[logits > highest] = known.number
-                highest = torch.maximum(logits, highest)
-        return labels.cpu().numpy()
+                yield known.number, logits
+
+    def _find_published(self, encoding: Encoding, before: np.ndarray) -> Iterator[tuple[int, torch.Tensor]]:
+        """The number and the logits (H, W) of each object for which the previous frame has a box left, in order."""
+        for known, visible in zip(fitted(self.objects or None), np.unique(before[before > 0]), strict=False):
+            yield known.number, self._find(encoding, known, before == visible)
 
     def _is_present(self, mask: np.ndarray, encoding: Encoding, target: Target, own: torch.Tensor) -> bool:
         """Whether a mask, (H, W) bool, shows its object; `own` (64, 64) marks cells most similar to this object."""
@@ -128,7 +177,7 @@ class VideoSegmenter:
     def _learn(self, encoding: Encoding, labels: np.ndarray, number: int) -> Known:
         mask = labels == number
         target = embed_target(mask, encoding, self.target_coverage)
-        if self.variant == "persam":
+        if self.method == "persam":
             return Known(number, target)
         points, box = self._prompts(encoding, target, mask)
         logits, _ = self._decode(encoding, points, box)
@@ -140,7 +189,7 @@ class VideoSegmenter:
         """Points (n, 2) and a box (4,): maxima of the prior, the box of the previous mask, and the box's center."""
         prior = location_prior((target.peak + target.mean) / 2, encoding)
         places = (
-            at_photo_size(prior, self.sam, encoding).flatten().topk(PRIOR_POINTS[self.variant]).indices.cpu().numpy()
+            at_photo_size(prior, self.sam, encoding).flatten().topk(PRIOR_POINTS[self.method]).indices.cpu().numpy()
         )
         points = np.stack([places % encoding.size[1], places // encoding.size[1]], axis=1)
         if not before.any():
@@ -155,13 +204,14 @@ class VideoSegmenter:
         logits, scores = self._decode(encoding, points, box)
         if known.weights is None:
             sizes = (self.sam.upscale(logits, encoding) > 0).sum(dim=(1, 2))
+            sizes = sizes % 256 if self.published else sizes
             chosen, box = logits[sizes.argmax()], None
         else:
             chosen = torch.tensordot(torch.as_tensor(known.weights).to(logits), logits, dims=1)
             box = self.sam.mask_box(chosen, encoding)
             if box is None:
-                chosen = logits[scores.argmax()]
-                box = self.sam.mask_box(chosen, encoding)
+                best = logits[scores.argmax()]
+                chosen, box = chosen if self.published else best, self.sam.mask_box(best, encoding)
         for _ in range(2):  # cascaded post-refinement, the second time with a tight box
             logits, scores = self._decode(encoding, points, box, chosen)
             chosen = logits[scores.argmax()]
@@ -175,9 +225,6 @@ class VideoSegmenter:
         """Logits of three masks (3, 256, 256) and their predicted IoUs (3,); every point is positive."""
         return self.sam.decode(encoding, points, np.ones(len(points), int), box, mask_logits)
 
-    def _encoded(self, image: ImageLike) -> Encoding:
-        return image if isinstance(image, Encoding) else self.sam.encode(image)
-
 
 def grown_box(mask: np.ndarray) -> np.ndarray:
     """The box (4,) of a nonempty mask, (H, W) bool, grown by `MARGIN` inside the frame."""
@@ -187,5 +234,8 @@ def grown_box(mask: np.ndarray) -> np.ndarray:
 
 
 def _check_labels(labels: np.ndarray, encoding: Encoding) -> None:
+    if not isinstance(labels, np.ndarray) or labels.dtype != np.uint8:
+        found = labels.dtype if isinstance(labels, np.ndarray) else type(labels).__name__
+        raise InputError(f"the label map is {found}: give (H, W) uint8, 0 for background and the objects' numbers")
     if labels.shape != encoding.size:
         raise InputError(f"the label map is {labels.shape}, the frame is {encoding.size} (H, W): give it this size")

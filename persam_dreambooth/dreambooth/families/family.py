@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
 
@@ -22,29 +23,36 @@ class Embeddings:
     Args:
         states: hidden states, one vector per token, (B, T, D).
         pooled: pooled embeddings, one vector per prompt, (B, P), if the family has them.
+        mask: which states belong to the prompt, (B, T) bool, if prompts have different lengths; None for all.
     """
 
     states: torch.Tensor
     pooled: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.states)
 
     def __getitem__(self, index: int | slice | list[int]) -> "Embeddings":
-        return Embeddings(self.states[index], None if self.pooled is None else self.pooled[index])
+        parts = (self.states, self.pooled, self.mask)
+        return Embeddings(*(None if part is None else part[index] for part in parts))
 
     def __iter__(self) -> Iterator["Embeddings"]:
         return (self[number] for number in range(len(self)))
 
     @staticmethod
     def stack(each: list["Embeddings"]) -> "Embeddings":
-        """Stacks embeddings of single prompts, states (T, D) and pooled (P,)."""
+        """Stacks embeddings of single prompts, states (T, D) and pooled (P,); shorter states are padded and masked."""
         pooled = [one.pooled for one in each if one.pooled is not None]
-        return Embeddings(torch.stack([one.states for one in each]), torch.stack(pooled) if pooled else None)
+        states, mask = pad_sequence([one.states for one in each], batch_first=True), None
+        if any(one.mask is not None or len(one.states) < states.shape[1] for one in each):
+            own = [states.new_ones(len(one.states), dtype=torch.bool) if one.mask is None else one.mask for one in each]
+            mask = pad_sequence(own, batch_first=True)
+        return Embeddings(states, torch.stack(pooled) if pooled else None, mask)
 
     def to(self, dtype: torch.dtype) -> "Embeddings":
         """Converts to another dtype."""
-        return Embeddings(self.states.to(dtype), None if self.pooled is None else self.pooled.to(dtype))
+        return Embeddings(self.states.to(dtype), None if self.pooled is None else self.pooled.to(dtype), self.mask)
 
 
 class Family(Protocol):
@@ -105,6 +113,14 @@ class Family(Protocol):
     def encode_prompts(self, prompts: list[str]) -> Embeddings:
         """Encodes prompts; the embeddings have gradients if the text encoders are trained."""
 
+    @classmethod
+    def unread(cls, pipeline: Any, prompt: str) -> str:
+        """The end of a prompt that no text encoder of a pipeline reads, because the prompt has too many tokens."""
+
+    @classmethod
+    def prompt_arguments(cls, pipeline: Any, prompts: list[str], negative_prompt: str | None = None) -> dict[str, Any]:
+        """The arguments of a pipeline's call for a batch of prompts: the prompts, or the embeddings of long ones."""
+
     def offload_text_encoders(self) -> None:
         """Moves frozen text encoders to the CPU, after every prompt has been encoded once."""
 
@@ -139,6 +155,9 @@ class Family(Protocol):
 
     def min_snr_weights(self, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
         """Loss weights (B,) at timesteps (B,); not called if `without` contains `snr_gamma`."""
+
+    def init_lora(self, options: TrainingOptions) -> None:
+        """Loads the LoRA that `options` name into the trained LoRA; `registry.open_family` checked that it fits."""
 
     def save_weights(self, folder: Path) -> None:
         """Saves the trained weights to an existing folder: LoRA in diffusers' format, or a folder for each part."""

@@ -27,7 +27,14 @@ class FlowMatching(LatentDiffusion):
     without: ClassVar = {
         "snr_gamma": "which learns a flow: its density of timesteps does what min-SNR does",
         "export": "whose LoRA ComfyUI reads as it is saved",
+        "long_prompts": "whose T5 reads long prompts",
+        "scheduler": "which has its own scheduler of flow matching",
     }
+    t5_tokenizer: ClassVar[str]
+    """The name of T5's tokenizer in the pipeline."""
+
+    t5_length: ClassVar[int]
+    """The number of tokens that T5 reads."""
 
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)
@@ -67,6 +74,12 @@ class FlowMatching(LatentDiffusion):
     def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """See `Family`: noise - latents, the derivative of `add_noise` with respect to t."""
         return noise - latents
+
+    @classmethod
+    def prompt_lengths(cls, pipeline: Any) -> dict[str, int]:
+        """See `LatentDiffusion`; T5 reads as many tokens as in the pipeline of diffusers."""
+        lengths = super().prompt_lengths(pipeline)
+        return {**lengths, **{name: cls.t5_length for name in lengths if name == cls.t5_tokenizer}}
 
     def t5_states(self, encoder: Any, tokenizer: Any, prompts: list[str], length: int) -> torch.Tensor:
         """The hidden states of T5 (B, length, D); each prompt is encoded once, because T5 is frozen."""

@@ -28,7 +28,12 @@ class Flux(FlowMatching):
     ]
     learning_rates: ClassVar = {"lora": 1e-4}
     tags: ClassVar = ["flux"]
+    without: ClassVar = {
+        **FlowMatching.without,
+        "negative_prompt": "whose guidance is distilled: it does not compare with another prompt",
+    }
     feedforward_targets: ClassVar = ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
+    t5_tokenizer = "tokenizer_2"
     t5_length = 512
     guidance = 1.0
 
@@ -38,6 +43,11 @@ class Flux(FlowMatching):
         pipeline = super().load_pipeline(*arguments, **settings)
         pipeline.default_sample_size = pipeline.vae.config.sample_size // pipeline.vae_scale_factor
         return pipeline
+
+    @staticmethod
+    def takes_guidance(pipeline: Any) -> bool:
+        """See `LatentDiffusion`: dev does, schnell does not."""
+        return bool(pipeline.transformer.config.guidance_embeds)
 
     @property
     def native_resolution(self) -> int:

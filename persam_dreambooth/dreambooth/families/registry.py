@@ -14,6 +14,7 @@ from persam_dreambooth.dreambooth.families.stable_diffusion_3 import StableDiffu
 from persam_dreambooth.dreambooth.families.stable_diffusion_xl import StableDiffusionXL
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.errors import InputError
+from persam_dreambooth.options import Options
 
 FAMILIES: dict[str, type[LatentDiffusion]] = {
     family.pipeline_class.__name__: family for family in (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux)
@@ -43,6 +44,7 @@ def load_pipeline(
     revision: str | None = None,
     variant: str | None = None,
     dtype: torch.dtype = torch.float32,
+    long_prompts: bool = False,
     **parts: Any,
 ) -> Any:
     """Loads a pipeline of any family, without a safety checker, which training does not use.
@@ -52,6 +54,7 @@ def load_pipeline(
         revision: branch, tag or commit on the hub.
         variant: variant of the weight files, such as fp16.
         dtype: dtype of the weights.
+        long_prompts: whether `prompt_arguments` reads long prompts in chunks, as in training with this option.
         parts: loaded parts, such as a trained `unet`, to use instead of the checkpoint's.
 
     Raises:
@@ -62,6 +65,7 @@ def load_pipeline(
     with models.loading(source):
         pipeline = family.load_pipeline(source, revision, variant, dtype, **parts)
     pipeline.set_progress_bar_config(leave=False)
+    pipeline.long_prompts = long_prompts
     return pipeline
 
 
@@ -78,18 +82,24 @@ def open_family(options: TrainingOptions, source: str, frozen_dtype: torch.dtype
     """
     family = family_of(source, options.revision)
     kind = family.pipeline_class.__name__
-    for name, why in family.without.items():
-        if options.given(name):
-            raise InputError(f"--{name} has no effect on a {kind}, {why}: leave it out")
+    check_supported(family, options)
     if options.method not in family.learning_rates:
         methods = " or ".join(family.learning_rates)
         raise InputError(f"--method {options.method} is not supported for a {kind}: use {methods}")
     dtype = frozen_dtype if family.large else torch.float32
-    opened = family(load_pipeline(source, options.revision, options.variant, dtype))
+    opened = family(load_pipeline(source, options.revision, options.variant, dtype, options.long_prompts))
     opened.check(options)
     return opened
 
 
-def fast_sampler(pipeline: Any) -> Any:
-    """Sets a sampler of the pipeline's family that needs only 20 to 30 denoising steps."""
-    return FAMILIES[type(pipeline).__name__].fast_sampler(pipeline)
+def check_supported(family: type[LatentDiffusion], options: Options) -> None:
+    """Raises `InputError` for options that a family does not support."""
+    for name, why in family.without.items():
+        if name in options.__dataclass_fields__ and options.given(name):
+            kind = family.pipeline_class.__name__
+            raise InputError(f"--{name} has no effect on a {kind}, {why}: leave it out")
+
+
+def fast_sampler(pipeline: Any, scheduler: str | None = None) -> Any:
+    """Sets a sampler of the pipeline's family by its name; by default one that needs only 20 to 30 denoising steps."""
+    return FAMILIES[type(pipeline).__name__].fast_sampler(pipeline, scheduler)

@@ -6,10 +6,20 @@ C 4, T 77, D 768 or 1024; other shapes as in `family`.
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    StableDiffusionPipeline,
+    UniPCMultistepScheduler,
+)
 
 from persam_dreambooth.dreambooth.families.family import Embeddings
-from persam_dreambooth.dreambooth.families.latent_diffusion import LatentDiffusion
+from persam_dreambooth.dreambooth.families.latent_diffusion import LatentDiffusion, reads_long_prompts
 from persam_dreambooth.errors import InputError
 
 
@@ -31,6 +41,16 @@ class StableDiffusion(LatentDiffusion):
     denoiser_targets: ClassVar = ["to_q", "to_k", "to_v", "to_out.0"]
     learning_rates: ClassVar = {"lora": 1e-4, "full": 5e-6}
     tags: ClassVar = ["stable-diffusion"]
+    schedulers: ClassVar = {
+        "dpm++_2m": (DPMSolverMultistepScheduler, {}),
+        "dpm++_2m_karras": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
+        "dpm++_2m_sde": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+        "euler": (EulerDiscreteScheduler, {}),
+        "euler_a": (EulerAncestralDiscreteScheduler, {}),
+        "heun": (HeunDiscreteScheduler, {}),
+        "ddim": (DDIMScheduler, {"clip_sample": False}),
+        "unipc": (UniPCMultistepScheduler, {}),
+    }
 
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)
@@ -39,12 +59,6 @@ class StableDiffusion(LatentDiffusion):
         self.noise_schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
         if self.prediction_type not in ("epsilon", "v_prediction"):
             raise InputError(f"the model predicts {self.prediction_type}: only epsilon and v_prediction are supported")
-
-    @staticmethod
-    def fast_sampler(pipeline: Any) -> Any:
-        """Sets the DPM-Solver++ sampler, which needs only 20 to 30 denoising steps."""
-        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
-        return pipeline
 
     @property
     def prediction_type(self) -> str:
@@ -67,8 +81,58 @@ class StableDiffusion(LatentDiffusion):
         return self.noise_schedule.config.num_train_timesteps
 
     def encode_prompts(self, prompts: list[str]) -> Embeddings:
-        """See `Family`: the last hidden states of CLIP."""
-        return Embeddings(self.part("text_encoder")(self.tokens(self.pipeline.tokenizer, prompts))[0])
+        """See `Family`.
+
+        With `long_prompts`, a prompt that is longer than CLIP's 77 tokens is encoded in chunks of 77, each with its own
+        start and end token, whose states are concatenated along the tokens. The pooled embedding is that of the first
+        chunk.
+        """
+        encoders = [self.part(name) for name in self.encoders]
+        tokenizers = [getattr(self.pipeline, name) for name in self.prompt_lengths(self.pipeline)]
+        if not reads_long_prompts(self.pipeline):
+            return self.encode_tokens(encoders, [self.tokens(tokenizer, prompts) for tokenizer in tokenizers])
+        ids = [[one.to(self.device) for one in chunks(tokenizer, prompts)] for tokenizer in tokenizers]
+        return self.encode_chunks(encoders, ids)
+
+    @staticmethod
+    def encode_tokens(encoders: list[Any], ids: list[torch.Tensor]) -> Embeddings:
+        """The embeddings of token ids (B, T) of each text encoder: the last hidden states of CLIP."""
+        return Embeddings(encoders[0](ids[0])[0])
+
+    @classmethod
+    def encode_chunks(cls, encoders: list[Any], ids: list[list[torch.Tensor]]) -> Embeddings:
+        """The embeddings of prompts, for each text encoder their `chunks`."""
+        encoded = cls.encode_tokens(encoders, [torch.cat(each) for each in ids])
+        joined, start = [], 0
+        for count in map(len, ids[0]):
+            one = encoded[start : start + count]
+            joined.append(Embeddings(one.states.flatten(0, 1), None if one.pooled is None else one.pooled[0]))
+            start += count
+        return Embeddings.stack(joined)
+
+    @classmethod
+    def prompt_arguments(cls, pipeline: Any, prompts: list[str], negative_prompt: str | None = None) -> dict[str, Any]:
+        """See `Family`; prompts with fewer chunks, and the negative prompt, are padded with chunks of the empty one."""
+        if not reads_long_prompts(pipeline):
+            return super().prompt_arguments(pipeline, prompts, negative_prompt)
+        told = [*prompts, negative_prompt or ""]
+        encoders = [part for name, part in pipeline.components.items() if "text_encoder" in name and part]
+        ids = [chunks(getattr(pipeline, name), [*told, ""]) for name in cls.prompt_lengths(pipeline)]
+        most = max(map(len, ids[0]))
+        if most == 1:
+            return super().prompt_arguments(pipeline, prompts, negative_prompt)
+        padded = [[torch.cat([one, *[each[-1]] * (most - len(one))]) for one in each[:-1]] for each in ids]
+        with torch.no_grad():
+            encoded = cls.encode_chunks(encoders, [[one.to(encoders[0].device) for one in each] for each in padded])
+        states, negative = encoded.states[:-1], encoded.states[-1:].expand(len(prompts), -1, -1)
+        arguments = {"prompt_embeds": states, "negative_prompt_embeds": negative}
+        if encoded.pooled is not None:
+            pooled, negative_pooled = encoded.pooled[:-1], encoded.pooled[-1:].expand(len(prompts), -1)
+            arguments |= {"pooled_prompt_embeds": pooled, "negative_pooled_prompt_embeds": negative_pooled}
+        if negative_prompt is None and pipeline.config.get("force_zeros_for_empty_prompt"):
+            zeros = {name: torch.zeros_like(part) for name, part in arguments.items() if name.startswith("negative")}
+            arguments |= zeros
+        return arguments
 
     def draw_timestep(self, generator: torch.Generator, shape: tuple[int, int, int]) -> torch.Tensor:
         """See `Family`: uniform from 0 to 999."""
@@ -101,13 +165,22 @@ class StableDiffusion(LatentDiffusion):
         self, denoiser: Any, noisy: torch.Tensor, timesteps: torch.Tensor, embeddings: Embeddings, crops: torch.Tensor
     ) -> torch.Tensor:
         """See `LatentDiffusion`."""
-        return denoiser(noisy, timesteps, encoder_hidden_states=embeddings.states).sample
+        text = {"encoder_hidden_states": embeddings.states, "encoder_attention_mask": embeddings.mask}
+        return denoiser(noisy, timesteps, **text).sample
 
     @staticmethod
     def published_lora_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """See `LatentDiffusion`; diffusers needs these names for all layers or for none."""
         renamed = {"lora_A": "lora.down", "lora_B": "lora.up"}
         return {_replaced(key, renamed): weight for key, weight in state.items()}
+
+
+def chunks(tokenizer: Any, prompts: list[str]) -> list[torch.Tensor]:
+    """The token ids of each prompt in chunks of CLIP's length, each with its own start and end token, (chunks, T)."""
+    settings = {"padding": "max_length", "truncation": True, "return_tensors": "pt", "verbose": False}
+    length = tokenizer.model_max_length
+    found = tokenizer(prompts, max_length=length, return_overflowing_tokens=True, **settings)
+    return [found.input_ids[found.overflow_to_sample_mapping == number] for number in range(len(prompts))]
 
 
 def _replaced(name: str, parts: dict[str, str]) -> str:

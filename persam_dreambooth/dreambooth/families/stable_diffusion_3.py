@@ -30,6 +30,7 @@ class StableDiffusion3(FlowMatching):
     learning_rates: ClassVar = {"lora": 1e-4}
     tags: ClassVar = ["sd3"]
     feedforward_targets: ClassVar = ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
+    t5_tokenizer = "tokenizer_3"
     t5_length = 256
 
     @classmethod

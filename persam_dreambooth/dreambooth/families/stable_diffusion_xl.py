@@ -47,10 +47,10 @@ class StableDiffusionXL(StableDiffusion):
             for unread in (encoder.encoder.layers[-1], encoder.final_layer_norm):
                 unread.requires_grad_(False)
 
-    def encode_prompts(self, prompts: list[str]) -> Embeddings:
-        """See `Family`: concatenated second-to-last states of CLIP-L and OpenCLIP-G; the latter's pooled embedding."""
-        first = self.part("text_encoder")(self.tokens(self.pipeline.tokenizer, prompts), output_hidden_states=True)
-        second = self.part("text_encoder_2")(self.tokens(self.pipeline.tokenizer_2, prompts), output_hidden_states=True)
+    @staticmethod
+    def encode_tokens(encoders: list[Any], ids: list[torch.Tensor]) -> Embeddings:
+        """See `StableDiffusion`: the second-to-last states of CLIP-L and OpenCLIP-G; the latter's pooled embedding."""
+        first, second = (encoder(own, output_hidden_states=True) for encoder, own in zip(encoders, ids, strict=True))
         return Embeddings(torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second.text_embeds)
 
     def denoise(
@@ -60,7 +60,8 @@ class StableDiffusionXL(StableDiffusion):
         target_size = torch.tensor([side * self.latent_factor for side in noisy.shape[-2:]], device=crops.device)
         time_ids = torch.cat([crops, target_size.expand(len(crops), 2)], dim=1)
         conditions = {"text_embeds": embeddings.pooled, "time_ids": time_ids.float()}
-        return denoiser(noisy, timesteps, encoder_hidden_states=embeddings.states, added_cond_kwargs=conditions).sample
+        text = {"encoder_hidden_states": embeddings.states, "encoder_attention_mask": embeddings.mask}
+        return denoiser(noisy, timesteps, **text, added_cond_kwargs=conditions).sample
 
 
 def in_own_precision(vae: Any, decode: Callable[..., Any], latents: torch.Tensor, **settings: Any) -> Any:

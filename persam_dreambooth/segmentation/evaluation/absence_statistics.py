@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from persam_dreambooth.segmentation.evaluation.metrics import BOOTSTRAP, bootstrap_intervals
+
 USED = "presence"
 """The score that segmentation thresholds."""
 
@@ -53,6 +55,7 @@ class Separation:
     Args:
         auc: area under the ROC curve: the probability that a present subject has a higher value than an absent one,
             0.5 to 1.
+        auc_interval: its 95 % interval by `bootstrap_intervals` over the objects that are searched for.
         threshold: the threshold with the lowest balanced error.
         error: that balanced error, 0 to 0.5.
         held_out_error: balanced error on one half of the objects at the threshold from the other half, averaged over
@@ -60,6 +63,7 @@ class Separation:
     """
 
     auc: float
+    auc_interval: tuple[float, float] | None
     threshold: float
     error: float
     held_out_error: float | None
@@ -74,18 +78,29 @@ class AbsenceScores:
         separations: one for each of `MEASURES`.
         absent_threshold: the threshold whose errors are reported, 0 to 1.
         made_by: the method and its SAM.
+        options: the options of the evaluation, by name.
+        made_with: see `provenance`.
     """
 
     pairs: tuple[Pair, ...]
     separations: dict[str, Separation]
     absent_threshold: float
     made_by: str
+    options: dict[str, Any]
+    made_with: dict[str, Any]
 
     @classmethod
-    def of(cls, pairs: Sequence[Pair], absent_threshold: float, made_by: str) -> "AbsenceScores":
+    def of(
+        cls,
+        pairs: Sequence[Pair],
+        absent_threshold: float,
+        made_by: str,
+        options: dict[str, Any],
+        made_with: dict[str, Any],
+    ) -> "AbsenceScores":
         """The scores of pairs."""
         separations = {name: separate(pairs, measure) for name, measure in MEASURES.items()}
-        return cls(tuple(pairs), separations, absent_threshold, made_by)
+        return cls(tuple(pairs), separations, absent_threshold, made_by, options, made_with)
 
     @property
     def used(self) -> Separation:
@@ -106,6 +121,9 @@ class AbsenceScores:
             "at_absent_threshold": {"threshold": self.absent_threshold, "missed": missed, "taken_for_present": taken},
             "measures": {name: asdict(each) for name, each in self.separations.items()},
             "made_by": self.made_by,
+            "bootstrap": BOOTSTRAP,
+            "options": self.options,
+            "made_with": self.made_with,
             "pairs": [asdict(pair) for pair in self.pairs],
         }
 
@@ -121,7 +139,27 @@ def separate(pairs: Sequence[Pair], measure: Callable[[Pair], float]) -> Separat
     if len(objects) >= 4:
         both_ways = (halves, halves[::-1])
         held_out = float(np.mean([errors(other, measure, best_threshold(one, measure)[0]) for one, other in both_ways]))
-    return Separation(float(auc), threshold, error, held_out)
+    return Separation(float(auc), _auc_interval(pairs, measure, objects), threshold, error, held_out)
+
+
+def _auc_interval(
+    pairs: Sequence[Pair], measure: Callable[[Pair], float], objects: list[str]
+) -> tuple[float, float] | None:
+    """The interval of the AUC; each object is drawn with all its pairs."""
+    present, absent = values(pairs, measure)
+    owners = [
+        np.array([[pair.asked == name for pair in pairs if pair.present is there] for name in objects], float)
+        for there in (True, False)
+    ]
+    wins = owners[0] @ ((present[:, None] > absent) + 0.5 * (present[:, None] == absent)) @ owners[1].T
+    counts = [each.sum(axis=1) for each in owners]
+
+    def auc(drawn: np.ndarray) -> dict[str, np.ndarray]:
+        compared = (drawn @ counts[0]) * (drawn @ counts[1])
+        won = ((drawn @ wins) * drawn).sum(axis=1)
+        return {"auc": np.divide(won, compared, out=np.full(len(drawn), np.nan), where=compared > 0)}
+
+    return bootstrap_intervals(len(objects), auc)["auc"]
 
 
 def best_threshold(pairs: Sequence[Pair], measure: Callable[[Pair], float]) -> tuple[float, float]:

@@ -1,12 +1,12 @@
 """Data sets for one-shot segmentation: objects or classes, each with images and their true masks."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from persam_dreambooth.errors import InputError
+from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.photos.images import read_image
 from persam_dreambooth.photos.masks import read_mask
 
@@ -25,12 +25,14 @@ class Item:
     images: dict[str, Path]
     annotations: dict[str, Path]
 
-    def reference(self, index: int) -> str:
-        """The stem of the reference image; raises `InputError` if there is no image with this index."""
+    def references(self, indices: tuple[int, ...]) -> list[str]:
+        """The stems of the reference images; raises `InputError` if one is missing or no other image is left."""
         stems = list(self.images)
-        if index >= len(stems):
-            raise InputError(f"{self.name} has {len(stems)} images: reference {index} is not among them")
-        return stems[index]
+        if max(indices) >= len(stems):
+            raise InputError(f"{self.name} has {len(stems)} images: reference {max(indices)} is not among them")
+        if len(indices) == len(stems):
+            raise InputError(f"{self.name} has {len(stems)} images: with all as references, none is left to score")
+        return [stems[index] for index in indices]
 
 
 @dataclass(frozen=True)
@@ -41,15 +43,16 @@ class DataSet:
         name: its name in papers.
         items: its objects or classes.
         read_truth: reads an annotation: bool (H, W).
-        published: published mIoU by row.
-        where: the source of `published`, in words.
     """
 
     name: str
     items: list[Item]
     read_truth: Callable[[Path], np.ndarray] = read_mask
-    published: dict[str, float] = field(default_factory=dict)
-    where: str = ""
+
+    @property
+    def images(self) -> int:
+        """The number of images of all items."""
+        return sum(len(item.images) for item in self.items)
 
     def truth(self, item: Item, stem: str) -> np.ndarray:
         """The true mask of an image, bool (H, W); raises `InputError` if its size is not the image's."""
@@ -62,7 +65,9 @@ class DataSet:
 
 
 def read_prediction(path: Path, truth: np.ndarray) -> np.ndarray:
-    """A prediction, bool (H, W); raises `InputError` if its size is not that of the true mask."""
+    """A prediction, bool (H, W); raises `InputError` if it is missing or its size is not that of the true mask."""
+    if not path.is_file():
+        raise InputNotFoundError(f"{path} is missing: give a mask of every image but the references")
     found = read_mask(path)
     if found.shape != truth.shape:
         raise InputError(f"{path} is {found.shape}, its annotation {truth.shape} (H, W): give it this size")

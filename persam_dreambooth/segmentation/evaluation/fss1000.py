@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +32,12 @@ class EvaluateFss1000Options(one_shot.OneShotOptions):
 
     data: str | None = option(None, "folder with <class>/1.jpg and 1.png, 2.jpg and 2.png ...", path=True)
     classes: str | None = option(None, "text file with the classes to score, one a line; default: all", path=True)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What all rows of an output folder share: the classes too."""
+        names = read_names(Path(self.classes)) if self.classes else None
+        return {**super().settings, **({"classes": names} if names else {})}
 
 
 def evaluate_fss1000(options: EvaluateFss1000Options) -> OneShotScores | None:
@@ -61,7 +68,11 @@ def read_classes(data: Path, names: Path | None) -> list[Item]:
         raise InputNotFoundError(f"{data} does not exist: name the folder that holds the classes with --data")
     folders = {path.name: path for path in sorted(data.iterdir()) if path.is_dir() and not path.name.startswith(".")}
     if names:
-        folders = {name: folders[name] for name in _read_names(names, data, list(folders))}
+        listed = read_names(names)
+        missing = [name for name in listed if name not in folders]
+        if missing:
+            raise InputNotFoundError(f"{names} names {missing[0]}, but {data / missing[0]} does not exist")
+        folders = {name: folders[name] for name in listed}
     if not folders:
         raise InputNotFoundError(f"{data} holds no classes: one folder of images and masks for each")
     return [_read_class(folder) for folder in folders.values()]
@@ -72,8 +83,8 @@ def read_truth(path: Path) -> np.ndarray:
     return np.asarray(open_image(path).convert("L")) >= WHITE
 
 
-def _read_names(path: Path, data: Path, known: list[str]) -> list[str]:
-    """The classes that a text file lists, sorted."""
+def read_names(path: Path) -> list[str]:
+    """The classes that a text file lists, sorted; raises `InputError` or `InputNotFoundError` if there are none."""
     if not path.is_file():
         raise InputNotFoundError(f"{path} does not exist: name a text file with a class on every line")
     try:
@@ -82,9 +93,6 @@ def _read_names(path: Path, data: Path, known: list[str]) -> list[str]:
         raise InputError(f"{path} is not text in UTF-8: write a class on every line") from None
     if not names:
         raise InputError(f"{path} names no classes: write one on every line")
-    missing = [name for name in names if name not in known]
-    if missing:
-        raise InputNotFoundError(f"{path} names {missing[0]}, but {data / missing[0]} does not exist")
     return names
 
 

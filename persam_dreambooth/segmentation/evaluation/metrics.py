@@ -1,10 +1,12 @@
-"""Metrics of masks: IoU, accuracy, boundary IoU, and DAVIS's J and F with their statistics.
+"""Metrics of masks: IoU, accuracy, boundary IoU, and DAVIS's J and F with their statistics; bootstrap intervals.
 
 Masks are (H, W) bool.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,6 +15,14 @@ BAND = 0.02
 """Width of boundary IoU's band, relative to the picture's diagonal."""
 TOLERANCE = 0.008
 """Largest distance between matching boundaries in F, relative to the picture's diagonal."""
+
+BOOTSTRAP: dict[str, Any] = {
+    "method": "percentile bootstrap over objects",
+    "level": 0.95,
+    "resamples": 10_000,
+    "seed": 0,
+}
+"""How `bootstrap_intervals` computes an interval."""
 
 
 def overlap(found: np.ndarray, truth: np.ndarray) -> tuple[int, int]:
@@ -66,6 +76,35 @@ def statistics(values: np.ndarray) -> Statistics:
     ends = np.round(np.linspace(1, len(values), 5) + 1e-10).astype(int) - 1
     first, last = values[ends[0] : ends[1] + 1], values[ends[3] : ends[4] + 1]
     return Statistics(float(values.mean()), float((values > 0.5).mean()), float(first.mean() - last.mean()))
+
+
+def bootstrap_intervals(
+    count: int, statistics_of: Callable[[np.ndarray], dict[str, np.ndarray]]
+) -> dict[str, tuple[float, float] | None]:
+    """The percentile bootstrap intervals of statistics of objects (Efron 1979), as `BOOTSTRAP` says.
+
+    Args:
+        count: number of objects, which are drawn with replacement.
+        statistics_of: from how often each object was drawn, (resamples, count), to values (resamples,) by name.
+
+    Returns:
+        Lower and upper end by name; None for fewer than two objects.
+    """
+    if count < 2:
+        return dict.fromkeys(statistics_of(np.ones((1, count))))
+    tail = 50 * (1 - BOOTSTRAP["level"])
+    found: dict[str, tuple[float, float] | None] = {}
+    for name, values in statistics_of(_draws(count)).items():
+        low, high = np.nanpercentile(values, [tail, 100 - tail])
+        found[name] = (float(low), float(high))
+    return found
+
+
+@lru_cache(maxsize=1)
+def _draws(count: int) -> np.ndarray:
+    """How often each of `count` objects is drawn in each resample: (resamples, count)."""
+    draws = np.random.default_rng(BOOTSTRAP["seed"]).multinomial(count, [1 / count] * count, BOOTSTRAP["resamples"])
+    return draws.astype(float)
 
 
 def _band(mask: np.ndarray, width: int) -> np.ndarray:

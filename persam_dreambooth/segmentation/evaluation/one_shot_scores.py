@@ -6,15 +6,23 @@ weighted, as in the published evaluations of PerSeg and of the few-shot data set
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+import re
+from dataclasses import asdict, astuple, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from persam_dreambooth.errors import InputError, InputNotFoundError
+from persam_dreambooth.segmentation.evaluation.costs import Cost, cost_summary, read_cost
 from persam_dreambooth.segmentation.evaluation.data_set import DataSet, read_prediction
-from persam_dreambooth.segmentation.evaluation.metrics import boundary_overlap, overlap
+from persam_dreambooth.segmentation.evaluation.metrics import (
+    BOOTSTRAP,
+    bootstrap_intervals,
+    boundary_overlap,
+    overlap,
+)
 
 TINY = 1e-10
 """Added to denominators, as in the published evaluation."""
@@ -67,26 +75,34 @@ class RowScores:
     """The scores of one row.
 
     Args:
-        name: name of the row.
-        predictions: folder of its masks, <object>/NN.png, with a method's traces beside them.
-        reference: index of each object's reference image, which is not scored.
+        method: what the row compares, such as `persam` or `persam-shrunk-75`.
+        references: indices of each object's reference images, which are not scored.
+        predictions: folder of its masks, <object>/NN.png, with a method's traces and costs beside them.
         counts: by object.
+        costs: of the objects that have one.
     """
 
-    name: str
+    method: str
+    references: tuple[int, ...]
     predictions: Path
-    reference: int
     counts: dict[str, Counts]
+    costs: tuple[Cost, ...] = ()
 
     @property
+    def name(self) -> str:
+        """The row's name."""
+        return row_name(self.method, self.references)
+
+    @cached_property
     def means(self) -> dict[str, float]:
         """Means over objects, in percent; FB-IoU is the mean of the pooled foreground's and background's IoU."""
-        figures = [each.figures for each in self.counts.values()]
-        pooled = sum(self.counts.values(), Counts())
-        return {
-            **{f"m{name}": float(np.mean([each[name] for each in figures])) for name in figures[0]},
-            "FB-IoU": (pooled.figures["IoU"] + pooled.background_iou) / 2,
-        }
+        once = np.ones((1, len(self.counts)))
+        return {name: float(mean[0]) for name, mean in self._means(once).items()}
+
+    @cached_property
+    def intervals(self) -> dict[str, tuple[float, float] | None]:
+        """The 95 % interval of each of `means`, in percent; None for a single object. See `bootstrap_intervals`."""
+        return bootstrap_intervals(len(self.counts), self._means)
 
     @property
     def worst_first(self) -> list[str]:
@@ -96,7 +112,32 @@ class RowScores:
     @property
     def result(self) -> dict[str, Any]:
         """The row's entry in `results.json`."""
-        return {**self.means, "objects": {name: counts.figures for name, counts in self.counts.items()}}
+        return {
+            **self.means,
+            "intervals": self.intervals,
+            "references": list(self.references),
+            "cost": cost_summary(self.costs) if self.costs else None,
+            "objects": {name: counts.figures for name, counts in self.counts.items()},
+        }
+
+    def _means(self, drawn: np.ndarray) -> dict[str, np.ndarray]:
+        """`means` of objects that are each drawn some number of times: (resamples, objects) to (resamples,)."""
+        figures = [each.figures for each in self.counts.values()]
+        number = drawn.sum(axis=1)
+        pooled = Counts(*(drawn @ np.array([astuple(each) for each in self.counts.values()])).T)
+        return {
+            **{f"m{name}": drawn @ np.array([each[name] for each in figures]) / number for name in figures[0]},
+            "FB-IoU": np.asarray(pooled.figures["IoU"] + pooled.background_iou) / 2,
+        }
+
+
+@dataclass(frozen=True)
+class ReferenceSpread:
+    """A method's mIoU over reference images: mean and (population) standard deviation in percent, and their number."""
+
+    mIoU: float
+    std: float
+    count: int
 
 
 @dataclass(frozen=True)
@@ -105,51 +146,77 @@ class OneShotScores:
 
     Args:
         data: the data set.
-        rows: the rows; the first is the method that the options name.
+        shown: the row whose objects are shown: that of the method that the options name.
+        rows: all rows in the folder, `shown` among them, in the order of the tables.
         made_by: the method and its SAM, or `predictions`.
+        options: the options of the evaluation, by name.
+        made_with: see `provenance`.
     """
 
     data: DataSet
+    shown: RowScores
     rows: tuple[RowScores, ...]
     made_by: str
+    options: dict[str, Any]
+    made_with: dict[str, Any]
+
+    def row(self, method: str) -> RowScores | None:
+        """The row of a method with the first image as its reference; None if it was not computed."""
+        return next((row for row in self.rows if (row.method, row.references) == (method, (0,))), None)
 
     @property
-    def first(self) -> RowScores:
-        """The row whose objects are shown."""
-        return self.rows[0]
+    def references(self) -> dict[str, ReferenceSpread]:
+        """The spread of each method that was evaluated with several images as its reference, one at a time."""
+        values: dict[str, list[float]] = {}
+        for row in self.rows:
+            if len(row.references) == 1:
+                values.setdefault(row.method, []).append(row.means["mIoU"])
+        return {
+            method: ReferenceSpread(float(np.mean(own)), float(np.std(own)), len(own))
+            for method, own in values.items()
+            if len(own) > 1
+        }
 
     @property
-    def published(self) -> dict[str, float]:
-        """The published mIoU of the rows that have one."""
-        return {row.name: self.data.published[row.name] for row in self.rows if row.name in self.data.published}
-
-    @property
-    def references(self) -> list[RowScores]:
-        """The rows with the first row's method, one for each reference."""
-        return [row for row in self.rows if row.name == row_name(self.first.name, row.reference)]
+    def sams(self) -> set[str]:
+        """The architectures of the SAMs that made the predictions; `unknown` for predictions without a cost."""
+        unknown = {"unknown"} if any(len(row.costs) < len(row.counts) for row in self.rows) else set()
+        return {cost.sam for row in self.rows for cost in row.costs} | unknown
 
     @property
     def results(self) -> dict[str, Any]:
         """The content of `results.json`."""
         content = {
-            **self.first.result,
-            "rows": {row.name: row.result for row in self.rows[1:]},
+            **self.shown.result,
+            "row": self.shown.name,
+            "rows": {row.name: row.result for row in self.rows},
             "made_by": self.made_by,
+            "data": {"name": self.data.name, "objects": len(self.data.items), "images": self.data.images},
+            "bootstrap": BOOTSTRAP,
+            "options": self.options,
+            "made_with": self.made_with,
         }
-        if len(self.references) > 1:
-            values = [row.means["mIoU"] for row in self.references]
-            content["references"] = {
-                "mIoU": float(np.mean(values)), "std": float(np.std(values)), "count": len(values)
-            }  # fmt: skip
+        if self.shown.method in self.references:
+            content["references"] = asdict(self.references[self.shown.method])
         return content
 
 
-def row_name(method: str, reference: int) -> str:
-    """A row's name; it includes a reference other than the first, so that its predictions have their own folder."""
-    return method + (f"-reference-{reference:02}" if reference else "")
+def row_name(method: str, references: tuple[int, ...]) -> str:
+    """A row's name; it tells references other than the first image, so that its predictions have their own folder."""
+    if len(references) > 1:
+        return f"{method}-shots-{len(references)}"
+    return method + (f"-reference-{references[0]:02}" if references[0] else "")
 
 
-def score_row(name: str, predictions: Path, data: DataSet, reference: int) -> RowScores:
+def read_row_name(name: str) -> tuple[str, tuple[int, ...]]:
+    """The method and the references in a row's name."""
+    match = re.fullmatch(r"(.+?)(?:-reference-(\d+)|-shots-(\d+))?", name)
+    assert match, name
+    method, reference, shots = match.groups()
+    return method, tuple(range(int(shots))) if shots else (int(reference or 0),)
+
+
+def score_row(method: str, references: tuple[int, ...], predictions: Path, data: DataSet) -> RowScores:
     """Scores a folder of <object>/NN.png.
 
     Raises:
@@ -163,10 +230,12 @@ def score_row(name: str, predictions: Path, data: DataSet, reference: int) -> Ro
         raise InputError(f"{predictions / min(unknown)} matches no object of the data set: remove it")
     counts = {}
     for item in data.items:
-        sums, reference_stem = Counts(), item.reference(reference)
+        given = item.references(references)
+        sums = Counts()
         for stem in item.images:
-            if stem != reference_stem:
+            if stem not in given:
                 truth = data.truth(item, stem)
                 sums += Counts.of(read_prediction(predictions / item.name / f"{stem}.png", truth), truth)
         counts[item.name] = sums
-    return RowScores(name, predictions, reference, counts)
+    costs = [read_cost(predictions / item.name) for item in data.items]
+    return RowScores(method, references, predictions, counts, tuple(cost for cost in costs if cost))

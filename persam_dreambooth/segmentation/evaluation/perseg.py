@@ -16,27 +16,14 @@ from persam_dreambooth.segmentation.evaluation import one_shot
 from persam_dreambooth.segmentation.evaluation.data_set import DataSet, Item
 from persam_dreambooth.segmentation.evaluation.one_shot import Row
 from persam_dreambooth.segmentation.evaluation.one_shot_scores import OneShotScores
+from persam_dreambooth.segmentation.evaluation.perseg_tables import (
+    KERNELS,
+    PERSEG_METHODS,
+    disturbed_method,
+    is_perseg,
+    perseg_tables,
+)
 from persam_dreambooth.segmentation.segmenters import METHODS, make_segmenter
-
-PAPER_MIOU = {
-    "persam": 89.32,
-    "persam-f": 95.33,
-    "ablation-positive": 69.11,
-    "ablation-negative": 72.47,
-    "ablation-refinement": 83.91,
-    "ablation-attention": 85.82,
-    "ablation-prompting": 89.32,
-    "ablation-persam-f": 95.33,
-    "persam-shrunk-95": 78.48,
-    "persam-shrunk-75": 81.10,
-    "persam-grown-75": 89.32,
-    "persam-grown-95": 88.92,
-    "persam-f-shrunk-95": 85.16,
-    "persam-f-shrunk-75": 88.28,
-    "persam-f-grown-75": 83.19,
-    "persam-f-grown-95": 81.19,
-}
-"""The paper's mIoU of each row, with SAM ViT-H on PerSeg (Tables 1, 3 and 4)."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +50,9 @@ def evaluate_perseg(options: EvaluatePersegOptions) -> OneShotScores | None:
     """
     options.check()
     items = read_perseg(Path(str(options.data)))
-    where = "the paper's figure for SAM ViT-H on PerSeg"
-    data = DataSet("PerSeg", items, published=PAPER_MIOU, where=where)
-    return one_shot.evaluate_one_shot(options, data, [] if options.predictions else chosen_rows(options, items))
+    rows = [] if options.predictions else chosen_rows(options, items)
+    name = "PerSeg" if is_perseg(items) else "Objects in PerSeg's layout"
+    return one_shot.evaluate_one_shot(options, DataSet(name, items), rows, PERSEG_METHODS, perseg_tables)
 
 
 def chosen_rows(options: EvaluatePersegOptions, items: list[Item]) -> list[Row]:
@@ -73,17 +60,15 @@ def chosen_rows(options: EvaluatePersegOptions, items: list[Item]) -> list[Row]:
     from persam_dreambooth.segmentation.persam import PARTS, PerSAM
 
     rows = one_shot.plain_rows(options, items)
-    reference = rows[0].reference
+    references = rows[0].references
     if options.ablation:
         persam = partial(PerSAM, guidance=options.guidance, target_coverage=options.target_coverage)
-        rows += [Row(f"ablation-{part}", partial(persam, up_to=part), reference) for part in PARTS]
-        rows.append(Row("ablation-persam-f", partial(make_segmenter, options, method="persam-f"), reference))
+        rows += [Row(f"ablation-{part}", partial(persam, up_to=part), references) for part in PARTS]
+        rows.append(Row("ablation-persam-f", partial(make_segmenter, options, method="persam-f"), references))
     if options.robustness:
         for method in METHODS:
             maker = partial(make_segmenter, options, method=method)
-            for growth in (-95, -75, 75, 95):
-                kind = "grown" if growth > 0 else "shrunk"
-                rows.append(Row(f"{method}-{kind}-{abs(growth)}", maker, reference, growth))
+            rows += [Row(disturbed_method(method, kernel), maker, references, kernel) for kernel in KERNELS]
     return rows
 
 

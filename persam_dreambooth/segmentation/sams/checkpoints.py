@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 
 
 def open_sam(
-    name: str,
-    device: str | None = None,
+    name: str | Path,
+    device: torch.device | str | None = None,
     dtype: torch.dtype | str = torch.float32,
     encoding_cache: Path | str | None = None,
+    revision: str | None = None,
 ) -> Sam:
     """Loads a checkpoint of SAM, SAM-HQ, MobileSAM, SAM 2 or SAM 2.1.
 
@@ -30,16 +31,17 @@ def open_sam(
         device: `cpu`, `cuda`, `mps`, ...; by default the accelerator if there is one.
         dtype: precision of the image encoder, as a type or a name such as `bfloat16`; see `precision` for `auto`.
         encoding_cache: folder that keeps encodings of photos for this and later runs; see `EncodingCache`.
+        revision: branch, tag or commit on the hub.
 
     Raises:
         InputNotFoundError: the model is not available.
-        InputError: the model is not a SAM.
+        InputError: the model is not a SAM, or this machine has no such device.
+        UnavailableError: the hub cannot be reached.
     """
-    source = models.resolve(name, "sam")
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    place = torch.device(device or accelerator or "cpu")
+    name, place = str(name), _device(device)
+    source = models.resolve(name, "sam", revision)
     with models.loading(name):
-        model = read_original(Path(source)) if Path(source).is_file() else _read_folder(source)
+        model = read_original(Path(source)) if Path(source).is_file() else _read_folder(source, revision)
     wrapper = {"sam": Sam, "sam_hq": SamHQ, "sam2": Sam2}[model.config.model_type]
     cache = Path(encoding_cache) if encoding_cache else None
     return wrapper(model.to(place, torch.float32), name, precision(dtype, place), cache)
@@ -56,18 +58,31 @@ def precision(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
     return getattr(torch, dtype)
 
 
-def _read_folder(source: str) -> "PreTrainedModel":
+def _device(name: torch.device | str | None) -> torch.device:
+    """A device of this machine; None is the accelerator if there is one."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if name is None:
+        return accelerator or torch.device("cpu")
+    try:
+        return torch.zeros((), device=name).device
+    except (RuntimeError, AssertionError) as error:  # unknown, absent, or torch is built without it
+        found = f"the accelerator is {accelerator}" if accelerator else "torch finds no accelerator"
+        raise InputError(f"device {str(name)!r} cannot be used, {found}: use cpu, or leave it out") from error
+
+
+def _read_folder(source: str, revision: str | None) -> "PreTrainedModel":
     """Loads a checkpoint in transformers' format: a folder or a hub id."""
     from transformers import AutoConfig, Sam2Config, Sam2Model, SamHQModel, SamModel
 
-    config = AutoConfig.from_pretrained(source)
+    config = AutoConfig.from_pretrained(source, revision=revision)
     if config.model_type == "sam2_video":  # the hub's SAM 2 checkpoints, which contain the image model
         config = Sam2Config.from_dict({**config.to_dict(), "model_type": "sam2"})
     loaders = {"sam": SamModel, "sam_hq": SamHQModel, "sam2": Sam2Model}
     if config.model_type not in loaders:
         kind = config.model_type
         raise InputError(f"{source} is a model of type {kind}: name a SAM, SAM-HQ or SAM 2 checkpoint, or toy")
-    model, found = loaders[config.model_type].from_pretrained(source, config=config, output_loading_info=True)
+    loader = loaders[config.model_type]
+    model, found = loader.from_pretrained(source, revision=revision, config=config, output_loading_info=True)
     if found["missing_keys"]:
         raise InputError(
             f"{source} lacks weights ({min(found['missing_keys'])}, ...): download it again, or name another model"

@@ -3,7 +3,6 @@
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from persam_dreambooth.errors import InputError
-from persam_dreambooth.files import check_writable
+from persam_dreambooth.files import check_writable, saving, share
 
 EMBEDDING = "embedding"
 
@@ -42,38 +41,39 @@ class EncodingCache:
             digest.update(value.cpu().flatten().view(torch.uint8).numpy().data)
         self._weights = digest.digest()
 
-    def __call__(
-        self, pixels: np.ndarray, device: torch.device, embed: Callable[[], tuple[torch.Tensor, dict[str, Any]]]
-    ) -> tuple[torch.Tensor, dict[str, Any]]:
-        """The embedding of a photo and `Encoding.extra`: from disk, or from `embed`, whose result is then saved.
+    def read(self, pixels: np.ndarray, device: torch.device) -> tuple[torch.Tensor, dict[str, Any]] | None:
+        """The embedding of a photo and `Encoding.extra`; None if they are not in the folder.
 
         Args:
             pixels: (h, w, 3) uint8, the encoder's input before normalization and padding.
             device: the device for the embedding.
-            embed: computes the embedding and `Encoding.extra`.
 
         Raises:
             InputError: a file of the cache cannot be read.
         """
-        key = hashlib.sha256(self._weights + str(pixels.shape).encode() + pixels.tobytes()).hexdigest()
-        path = self.folder / f"{key}.safetensors"
+        path = self._path(pixels)
         if not path.exists():
-            embedding, extra = embed()
-            self._keep(path, embedding, extra)
-            return embedding, extra
+            return None
         try:
             kept = load_file(path, device=str(device))
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path} cannot be read ({error}): remove it, and it is computed again") from error
-        extra = {}
+        extra: dict[str, Any] = {}
         for name in sorted(kept.keys() - {EMBEDDING}):
             extra.setdefault(name.split(".")[0], []).append(kept[name])
         return kept[EMBEDDING], extra
 
-    def _keep(self, path: Path, embedding: torch.Tensor, extra: dict[str, list[torch.Tensor]]) -> None:
+    def keep(self, pixels: np.ndarray, embedding: torch.Tensor, extra: dict[str, list[torch.Tensor]]) -> None:
+        """Saves the embedding of a photo and `Encoding.extra`."""
+        path = self._path(pixels)
         tensors = {f"{name}.{place:02}": one for name, values in extra.items() for place, one in enumerate(values)}
         # Written to a temporary name first, since another process may write the same photo.
-        with tempfile.TemporaryDirectory(dir=self.folder, prefix=".") as aside:
+        with saving(path), tempfile.TemporaryDirectory(dir=self.folder, prefix=".") as aside:
             whole = Path(aside) / path.name
             save_file({name: one.cpu().contiguous() for name, one in {**tensors, EMBEDDING: embedding}.items()}, whole)
+            share(whole)
             os.replace(whole, path)
+
+    def _path(self, pixels: np.ndarray) -> Path:
+        key = hashlib.sha256(self._weights + str(pixels.shape).encode() + pixels.tobytes()).hexdigest()
+        return self.folder / f"{key}.safetensors"

@@ -4,16 +4,23 @@ Shapes: H W photo, 1024 padded input, 64 x 64 grid of cells with C channels, 256
 Points and boxes are xy in pixels of the photo; a box is x0, y0, x1, y1 with inclusive bounds.
 """
 
+from __future__ import annotations
+
+import hashlib
 import math
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from persam_dreambooth.errors import InputError, is_out_of_memory
 from persam_dreambooth.photos.images import read_image
 from persam_dreambooth.segmentation.sams.encoding_cache import EncodingCache
 from persam_dreambooth.segmentation.target_semantic_prompting import Guidance, GuidedTransformer
@@ -21,8 +28,16 @@ from persam_dreambooth.segmentation.target_semantic_prompting import Guidance, G
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
 
+SAMPLED = 1024
+"""Values of each weight that `Sam.fingerprint` reads."""
 
-@dataclass(frozen=True)
+BATCH = 4
+"""Photos that `Sam.encode_each` encodes at once on an accelerator."""
+
+OwnSam = TypeVar("OwnSam", bound="Sam")
+
+
+@dataclass(frozen=True, eq=False)
 class Encoding:
     """The encoding of a photo by SAM's image encoder.
 
@@ -32,6 +47,7 @@ class Encoding:
         resized: (h, w) of the photo inside the padded input; the longer side is `padded`.
         padded: side of the padded input, 1024.
         extra: other inputs of this SAM's decoder.
+        sam: the fingerprint of the SAM that made it; None if unknown.
     """
 
     embedding: torch.Tensor
@@ -39,6 +55,16 @@ class Encoding:
     resized: tuple[int, int]
     padded: int
     extra: dict[str, Any] = field(default_factory=dict)
+    sam: str | None = None
+
+    def __repr__(self) -> str:
+        height, width = self.size
+        return f"Encoding({width} x {height} photo, {self.embedding.shape[1]} channels, {self.embedding.device})"
+
+    def to(self, device: torch.device | str) -> Encoding:
+        """The encoding on a device."""
+        extra = {name: [value.to(device) for value in values] for name, values in self.extra.items()}
+        return replace(self, embedding=self.embedding.to(device), extra=extra)
 
     @property
     def grid(self) -> int:
@@ -50,6 +76,9 @@ class Encoding:
         """Rows and columns of the embedding that the photo covers; the rest is padding."""
         height, width = self.resized
         return height * self.grid / self.padded, width * self.grid / self.padded
+
+
+ImageLike = str | Path | Image.Image | np.ndarray | Encoding
 
 
 class Sam:
@@ -70,11 +99,61 @@ class Sam:
         self.model = model.eval().requires_grad_(False)
         self.name = name
         self.dtype = dtype
+        transformer = model.mask_decoder.transformer
+        wrapped = isinstance(transformer, GuidedTransformer)
+        if wrapped and (used := next(self.encoder.parameters()).dtype) != dtype:
+            raise InputError(f"another Sam uses this model in {used}: load it again to use {dtype}")
         self.encoder.to(dtype)
         self.cache = EncodingCache(cache, model) if cache else None
         self.padded: int = model.config.prompt_encoder_config.image_size
-        self.transformer = GuidedTransformer(model.mask_decoder.transformer)
+        self.transformer = transformer if wrapped else GuidedTransformer(transformer)
         model.mask_decoder.transformer = self.transformer
+
+    @classmethod
+    def from_pretrained(
+        cls: type[OwnSam],
+        name: str | Path,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | str = torch.float32,
+        encoding_cache: Path | str | None = None,
+        revision: str | None = None,
+    ) -> OwnSam:
+        """The same as `open_sam`; also raises `InputError` if the model is not of this class."""
+        from persam_dreambooth.segmentation.sams.checkpoints import open_sam
+
+        sam = open_sam(name, device, dtype, encoding_cache, revision)
+        if not isinstance(sam, cls):
+            raise InputError(f"{name} is a {type(sam).__name__}, not a {cls.__name__}: use Sam.from_pretrained")
+        return sam
+
+    def __repr__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{type(self).__name__}({self.name!r}, {dtype}, {self.device})"
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the model; encodings and targets are moved to it when they are used."""
+        device: torch.device = self.model.device
+        return device
+
+    def to(self: OwnSam, device: torch.device | str) -> OwnSam:
+        """Moves the model to a device; returns the SAM."""
+        self.model.to(device)
+        return self
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the names, types and shapes of the weights and of `SAMPLED` values of each.
+
+        It identifies a SAM in encodings and in saved segmenters, and takes milliseconds.
+        """
+        digest = hashlib.sha256()
+        for name, value in self.model.state_dict().items():
+            flat = value.flatten()
+            some = flat[:: max(1, len(flat) // SAMPLED)].contiguous().cpu()
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(some.view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     @property
     def encoder(self) -> torch.nn.Module:
@@ -86,33 +165,86 @@ class Sam:
         scale = self.padded / max(width, height)
         return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
-    @torch.no_grad()
-    def encode(self, image: Image.Image | np.ndarray) -> Encoding:
+    def encode(self, image: ImageLike) -> Encoding:
         """Encodes a photo: resized to `input_size` (Pillow bilinear), normalized, zero-padded.
 
         Args:
-            image: PIL image, or (H, W, 3) uint8 RGB.
+            image: a path, a PIL image, or an array such as (H, W, 3) uint8 RGB; see `read_image`. An encoding of this
+                SAM is returned, on the SAM's device.
+
+        Raises:
+            InputError, InputNotFoundError: an image that cannot be read, or an encoding of another SAM.
         """
-        photo = read_image(image)
-        width, height = photo.size
-        resized = self.input_size(height, width)
-        pixels = np.asarray(photo.resize(resized[::-1], Image.Resampling.BILINEAR))
+        return self.encode_batch([image])[0]
 
-        def embed() -> tuple[torch.Tensor, dict[str, Any]]:
-            return self.embed(self.padded_input(pixels))
+    @torch.no_grad()
+    def encode_batch(self, images: Sequence[ImageLike]) -> list[Encoding]:
+        """Encodes photos in one pass of the image encoder, which is faster on an accelerator; see `encode`.
 
-        embedding, extra = self.cache(pixels, self.model.device, embed) if self.cache else embed()
-        return Encoding(embedding, (height, width), resized, self.padded, extra)
+        The photos can have different sizes. Memory grows with their number.
+        """
+        encodings: dict[int, Encoding] = {}
+        left: dict[int, tuple[tuple[int, int], np.ndarray]] = {}
+        for place, image in enumerate(images):
+            if isinstance(image, Encoding):
+                self.check_own(image)
+                encodings[place] = image if image.embedding.device == self.device else image.to(self.device)
+                continue
+            photo = read_image(image)
+            size = photo.size[::-1]
+            pixels = np.asarray(photo.resize(self.input_size(*size)[::-1], Image.Resampling.BILINEAR))
+            kept = self.cache.read(pixels, self.device) if self.cache else None
+            if kept:
+                encodings[place] = self._encoding(size, pixels, *kept)
+            else:
+                left[place] = size, pixels
+        if left:
+            embeddings, extras = self.embed(torch.cat([self.padded_input(pixels) for _, pixels in left.values()]))
+            for number, (place, (size, pixels)) in enumerate(left.items()):
+                own = slice(number, number + 1)
+                # In one memory layout, computed and cached encodings give the same bits.
+                embedding = embeddings[own].contiguous()
+                extra = {name: [value[own].contiguous() for value in values] for name, values in extras.items()}
+                if self.cache:
+                    self.cache.keep(pixels, embedding, extra)
+                encodings[place] = self._encoding(size, pixels, embedding, extra)
+        return [encodings[place] for place in range(len(images))]
+
+    def encode_each(self, images: Iterable[ImageLike]) -> Iterator[Encoding]:
+        """Encodes photos in their order: `BATCH` at once on an accelerator if memory allows, else one by one."""
+        at_once = 1 if self.device.type == "cpu" else BATCH
+        left = iter(images)
+        while group := list(islice(left, at_once)):
+            try:
+                batch = self.encode_batch(group) if at_once > 1 else None
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                at_once, batch = 1, None
+            yield from batch or map(self.encode, group)
+
+    def check_own(self, encoding: Encoding) -> None:
+        """Raises `InputError` for an encoding of another SAM."""
+        if encoding.sam not in (None, self.fingerprint):
+            raise InputError(
+                f"this encoding was made by another SAM than {self.name}: encode the photo with {self.name}"
+            )
+
+    def _encoding(
+        self, size: tuple[int, int], pixels: np.ndarray, embedding: torch.Tensor, extra: dict[str, Any]
+    ) -> Encoding:
+        height, width, _ = pixels.shape
+        return Encoding(embedding, size, (height, width), self.padded, extra, self.fingerprint)
 
     def padded_input(self, photo: np.ndarray) -> torch.Tensor:
         """A resized photo (h, w, 3) uint8 as the encoder's input: (1, 3, 1024, 1024), normalized, zero-padded."""
         pixels = (torch.from_numpy(photo.astype(np.float32)) - torch.tensor(PIXEL_MEAN)) / torch.tensor(PIXEL_STD)
         height, width, _ = photo.shape
         pixels = F.pad(pixels.permute(2, 0, 1), (0, self.padded - width, 0, self.padded - height))
-        return pixels[None].to(self.model.device, self.dtype)
+        return pixels[None].to(self.device, self.dtype)
 
     def embed(self, pixels: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
-        """Runs the image encoder: padded input (1, 3, 1024, 1024) to (1, C, 64, 64) and `Encoding.extra`, float32."""
+        """Runs the image encoder: padded inputs (B, 3, 1024, 1024) to (B, C, 64, 64) and `Encoding.extra`, float32."""
         return self.model.get_image_embeddings(pixels).float(), {}
 
     def features(self, encoding: Encoding) -> dict[str, Any]:
@@ -144,7 +276,8 @@ class Sam:
         Returns:
             Logits (masks, 256, 256) and predicted IoUs (masks,), float32; masks is 3 or 1.
         """
-        device = self.model.device
+        self.check_own(encoding)
+        device = self.device
         scale = np.array([encoding.resized[1] / encoding.size[1], encoding.resized[0] / encoding.size[0]])
         prompts: dict[str, Any] = {
             "input_points": torch.from_numpy((points * scale).astype(np.float32)).to(device)[None, None],

@@ -1,10 +1,19 @@
 """SAM-HQ."""
 
+from __future__ import annotations
+
+from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from persam_dreambooth.segmentation.sams.sam import Sam
+from persam_dreambooth.segmentation.sams.sam import Encoding, Sam
+from persam_dreambooth.segmentation.target_semantic_prompting import Guidance
+
+_head_scores: ContextVar[list[torch.Tensor] | None] = ContextVar("head_scores", default=None)
+"""Collects the predicted IoUs of the pass that this thread runs, in the order of the masks."""
 
 
 class SamHQ(Sam):
@@ -14,21 +23,39 @@ class SamHQ(Sam):
     features of the encoder into its masks.
     """
 
+    def __init__(self, model: Any, name: str, dtype: torch.dtype = torch.float32, cache: Path | None = None) -> None:
+        super().__init__(model, name, dtype, cache)
+        model.mask_decoder.iou_prediction_head.register_forward_hook(_note_scores)
+
     def embed(self, pixels: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
         """See `Sam.embed`; `Encoding.extra` holds the early features."""
         embedding, intermediate = self.model.get_image_embeddings(pixels)
         return embedding.float(), {"intermediate_embeddings": [early.float() for early in intermediate]}
 
-    def decode(self, *arguments: Any, multimask: bool = True, **prompts: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def decode(
+        self,
+        encoding: Encoding,
+        points: np.ndarray,
+        labels: np.ndarray,
+        box: np.ndarray | None = None,
+        mask_logits: torch.Tensor | np.ndarray | None = None,
+        multimask: bool = True,
+        guidance: Guidance | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Sam.decode`."""
         seen: list[torch.Tensor] = []
-        head = self.model.mask_decoder.iou_prediction_head
-        hook = head.register_forward_hook(lambda module, inputs, output: seen.append(output[0, 0, 1:]))
+        token = _head_scores.set(seen)
         try:
-            logits, scores = super().decode(*arguments, multimask=multimask, **prompts)
+            logits, scores = super().decode(encoding, points, labels, box, mask_logits, multimask, guidance)
         finally:
-            hook.remove()
+            _head_scores.reset(token)
         if not multimask:
             return logits, scores
         order = torch.sort(seen[0], descending=True).indices.argsort()
         return logits[order], scores[order]
+
+
+def _note_scores(head: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
+    seen = _head_scores.get()
+    if seen is not None:
+        seen.append(output[0, 0, 1:])

@@ -4,22 +4,43 @@ The run's folder contains `masks/`, `overview.png`, `loss.png`, `samples/`, the 
 and a model card. Heavy imports are inside the functions, after the input checks, so that a mistyped path fails at once.
 """
 
+from __future__ import annotations
+
 import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from persam_dreambooth import models
 from persam_dreambooth.dreambooth.albums import Album, read_albums
 from persam_dreambooth.dreambooth.base_pictures import check_base_pictures, class_crops, open_backgrounds
-from persam_dreambooth.dreambooth.run_folder import beside_own_masks, check_run_folder, check_same_model, write_config
+from persam_dreambooth.dreambooth.run_folder import (
+    MODEL_CARD,
+    beside_own_masks,
+    check_run_folder,
+    check_same_model,
+    nothing_left,
+    write_config,
+)
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
+from persam_dreambooth.errors import SaveError, UnavailableError
 from persam_dreambooth.extras import check_installed
+from persam_dreambooth.files import locked
+from persam_dreambooth.options import takes_options
 from persam_dreambooth.photos.mask_folder import MaskWriter, load_known, load_masks
 from persam_dreambooth.report.pictures import save_overview
 from persam_dreambooth.segmentation.segment import segment_folder
 from persam_dreambooth.segmentation.segmenters import MaskFolderOptions, open_segmenter
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 logger = logging.getLogger(__name__)
+
+_training = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -32,11 +53,26 @@ class TrainOptions(MaskFolderOptions, TrainingOptions):
         return any(subject.mask for subject in self.each_subject)
 
 
+@contextmanager
+def _only_training() -> Iterator[None]:
+    """Refuses a second training in this process: both would use torch's global random state and accelerate's state."""
+    if not _training.acquire(blocking=False):
+        raise UnavailableError("another training runs in this process: wait for its end, or train in another process")
+    try:
+        with models.quiet():
+            yield
+    finally:
+        _training.release()
+
+
+@takes_options(TrainOptions)
+@_only_training()
 def personalize(options: TrainOptions) -> Path:
     """Runs the main job; returns the run's folder.
 
     Raises:
         InputError, InputNotFoundError: input that cannot be used; nothing is written then.
+        UnavailableError: the hub cannot be reached, or another training runs in this process.
     """
     options.check()
     options = beside_own_masks(options)
@@ -47,15 +83,15 @@ def personalize(options: TrainOptions) -> Path:
     if options.makes_masks:
         models.resolve(options.sam_model, "sam")
 
-    from persam_dreambooth.dreambooth.accelerators import end_processes, open_accelerator
+    from persam_dreambooth.dreambooth.accelerators import end_processes, frozen_dtype, open_accelerator
     from persam_dreambooth.dreambooth.buckets import open_buckets
     from persam_dreambooth.dreambooth.checkpoint import find_checkpoint
     from persam_dreambooth.dreambooth.families.registry import open_family
     from persam_dreambooth.dreambooth.hub import check_login
     from persam_dreambooth.dreambooth.optimizers import check_optimizer
     from persam_dreambooth.dreambooth.results import save_results
-    from persam_dreambooth.dreambooth.trainer import check_resolution, frozen_dtype, train
-    from persam_dreambooth.dreambooth.training_crops import Cut, join_crops, make_crops
+    from persam_dreambooth.dreambooth.trainer import check_resolution, train
+    from persam_dreambooth.dreambooth.training_crops import Cut, check_prompts, join_crops, make_crops
 
     check_optimizer(options)
     if options.report_to:
@@ -65,8 +101,13 @@ def personalize(options: TrainOptions) -> Path:
     resume_from = find_checkpoint(run_dir, options.resume_from_checkpoint) if options.resume_from_checkpoint else None
     if resume_from:
         check_same_model(options)
+    if options.resume_from_checkpoint and nothing_left(options, resume_from):
+        logger.info("nothing is left to do: %s has all of its %d steps", run_dir, options.max_train_steps)
+        return run_dir
     accelerator = open_accelerator(options)
+    models.log_device(str(accelerator.device), str(frozen_dtype(accelerator)))
     family = open_family(options, base, frozen_dtype(accelerator))
+    check_prompts(options, albums, family)
     resolution = check_resolution(options, family)
     buckets = open_buckets(options, family, resolution)
     options = options.resolved(resolution, accelerator.mixed_precision, family.learning_rates[options.method])
@@ -74,28 +115,48 @@ def personalize(options: TrainOptions) -> Path:
     cut = Cut(resolution, buckets)
     known = [None if album.reference else make_crops(options, album, album.drawn, cut) for album in albums]
     accelerator.wait_for_everyone()  # all processes check the folders before one writes
-    if accelerator.is_main_process:
-        write_masks(options, albums)
-    accelerator.wait_for_everyone()
-    soft = options.soft_masks
-    masks = [[] if options.unmasked else load_masks(album.mask_dir, album.photos, soft=soft) for album in albums]
-    made = zip(known, albums, masks, strict=True)
-    photos = join_crops((crops or make_crops(options, album, own, cut) for crops, album, own in made), cut)
-    all_masks = [mask for own in masks for mask in own]
-    if all_masks and accelerator.is_main_process:
-        whose = [album.subject.word for album in albums for _ in album.photos] if len(albums) > 1 else None
-        save_overview(all_masks, run_dir / "overview.png", whose)
-    class_images = class_crops(options, family, accelerator, photos)
-    photos.backgrounds = open_backgrounds(options, family, accelerator)
+    with _writing(run_dir, accelerator):
+        if accelerator.is_main_process:
+            check_run_folder(options)  # again: another run may have ended here since
+            (run_dir / MODEL_CARD).unlink(missing_ok=True)
+            write_masks(options, albums)
+        accelerator.wait_for_everyone()
+        soft = options.soft_masks
+        masks = [[] if options.unmasked else load_masks(album.mask_dir, album.photos, soft=soft) for album in albums]
+        made = zip(known, albums, masks, strict=True)
+        photos = join_crops((crops or make_crops(options, album, own, cut) for crops, album, own in made), cut)
+        all_masks = [mask for own in masks for mask in own]
+        if all_masks and accelerator.is_main_process:
+            whose = [album.subject.word for album in albums for _ in album.photos] if len(albums) > 1 else None
+            save_overview(all_masks, run_dir / "overview.png", whose)
+        class_images = class_crops(options, family, accelerator, photos)
+        photos.backgrounds = open_backgrounds(options, family, accelerator)
 
-    if options.report_to:
-        described = {name: str(value) for name, value in asdict(options).items()}
-        accelerator.init_trackers("persam-dreambooth", described, {"wandb": {"name": run_dir.name, "dir": run_dir}})
-    train(options, family, photos, class_images, run_dir, accelerator, resume_from)
-    if accelerator.is_main_process:
-        save_results(options, family, accelerator, all_masks, photos, base)
+        if options.report_to:
+            described = {name: str(value) for name, value in asdict(options).items()}
+            accelerator.init_trackers("persam-dreambooth", described, {"wandb": {"name": run_dir.name, "dir": run_dir}})
+        train(options, family, photos, class_images, run_dir, accelerator, base, resume_from)
+        if accelerator.is_main_process:
+            save_results(options, family, accelerator, all_masks, photos)
     end_processes(accelerator, family)
     return run_dir
+
+
+@contextmanager
+def _writing(run_dir: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Locks the run's folder for the main process; what cannot be written there says how to go on.
+
+    Trackers keep what was logged, however the block ends.
+    """
+    try:
+        with locked(run_dir) if accelerator.is_main_process else nullcontext():
+            yield
+    except BaseException as error:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+        if isinstance(error, SaveError) and not (run_dir / MODEL_CARD).is_file():
+            raise SaveError(f"{error}; go on with --resume_from_checkpoint latest") from error
+        raise
 
 
 def write_masks(options: TrainOptions, albums: list[Album]) -> None:

@@ -1,0 +1,63 @@
+"""The losses of a run: `metrics.jsonl` and the curve."""
+
+import json
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from persam_dreambooth.dreambooth.accelerators import LOGS
+from persam_dreambooth.dreambooth.run_folder import METRICS, metrics_rows
+from persam_dreambooth.files import saving, write_text
+from persam_dreambooth.report.pictures import loss_curve
+
+
+class Meter:
+    """Collects losses for the lines of `metrics.jsonl`; they stay on the device until a line is written.
+
+    Args:
+        run_dir: the run's folder; when a run resumes, lines after `first_step` are removed.
+        accelerator: averages over processes.
+        first_step: the last completed step.
+    """
+
+    def __init__(self, run_dir: Path, accelerator: Accelerator, first_step: int) -> None:
+        self.path = run_dir / METRICS
+        self.accelerator = accelerator
+        self.pending: list[tuple[int, dict[str, torch.Tensor], list[str]]] = []
+        self.rows: list[dict[str, float]] = []
+        if accelerator.is_main_process:
+            self.rows = [row for row in metrics_rows(run_dir) if row["step"] <= first_step]
+            write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def add(self, step: int, losses: dict[str, torch.Tensor], names: list[str]) -> None:
+        """Adds the losses of a batch by name, and the names of its photos."""
+        self.pending.append((step, {name: loss.detach() for name, loss in losses.items()}, names))
+
+    def write(self, step: int, rate: float) -> dict[str, float]:
+        """Writes the mean losses since the last line; raises `FloatingPointError` if one is not finite."""
+        stacked = {name: torch.stack([losses[name] for _, losses, _ in self.pending]) for name in self.pending[0][1]}
+        finite = torch.stack([torch.isfinite(losses) for losses in stacked.values()]).all(dim=0)
+        if not finite.all():
+            bad_step, _, names = self.pending[int((~finite).nonzero()[0])]
+            raise FloatingPointError(
+                f"the loss is not finite at step {bad_step} ({', '.join(names)}): lower --learning_rate, "
+                "or try --mixed_precision bf16 or no"
+            )
+        means = {name: self._mean(losses) for name, losses in stacked.items()}
+        row: dict[str, float] = {"step": step, "loss": means.pop("loss"), "learning_rate": rate, **means}
+        self.pending.clear()
+        with saving(self.path.with_name(LOGS)):
+            self.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=step)
+        if self.accelerator.is_main_process:
+            self.rows.append(row)
+            with saving(self.path), self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        return row
+
+    def draw(self, path: Path) -> None:
+        """Plots the loss curve."""
+        loss_curve([int(row["step"]) for row in self.rows], [row["loss"] for row in self.rows], path)
+
+    def _mean(self, losses: torch.Tensor) -> float:
+        return self.accelerator.gather(losses.float().mean()[None]).mean().item()

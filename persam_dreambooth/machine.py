@@ -1,0 +1,67 @@
+"""What a result was computed with: versions, commit, device and peak memory."""
+
+import platform
+import shutil
+import subprocess
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import persam_dreambooth
+
+
+def provenance() -> dict[str, Any]:
+    """What a result file records of its origin: versions, commit, device, and the time in UTC."""
+    import torch
+
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    else:
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        device = str(accelerator or f"cpu, {platform.machine()}")
+    return {
+        "persam-dreambooth": persam_dreambooth.__version__,
+        "commit": commit(),
+        "python": platform.python_version(),
+        **package_versions("torch", "transformers", "numpy"),
+        "device": device,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def package_versions(*names: str) -> dict[str, str]:
+    """The installed versions of packages."""
+    return {name: version(name) for name in names}
+
+
+def commit() -> str | None:
+    """The short commit of a source checkout; None for an installed package."""
+    root = Path(persam_dreambooth.__file__).parents[1]
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        return None
+    asked = subprocess.run(["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return asked.stdout.strip() if asked.returncode == 0 else None
+
+
+def reset_peak_memory() -> None:
+    """Starts a new measurement, if the system supports it."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def read_peak_memory() -> float | None:
+    """Peak memory in MB of the accelerator, else of this process; None if neither is known."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(peak.split()[1]) / 1024
