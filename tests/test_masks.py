@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageFilter
 from PIL.PngImagePlugin import PngInfo
 
-from persam_dreambooth.errors import InputError, InputNotFoundError
+from persam_dreambooth.errors import InputError, InputNotFoundError, SaveError
 from persam_dreambooth.files import write_aside, write_json
 from persam_dreambooth.photos.folder import MASK_INDEX, Photo, find_photos
 from persam_dreambooth.photos.mask_folder import (
@@ -696,7 +696,7 @@ def test_a_broken_index_is_refused_and_left_as_it_is(tmp_path, photos, mask, con
 
 def test_a_mask_that_cannot_be_written_to_its_end_leaves_nothing(tmp_path, photos):
     noise = np.random.default_rng(0).random((HEIGHT, WIDTH)) < 0.5
-    with at_most(100), pytest.raises(OSError):
+    with at_most(100), pytest.raises(SaveError):
         save_mask(tmp_path / "masks", record(photos[0], noise), noise)
     assert files(tmp_path / "masks") == set()
 
@@ -705,18 +705,21 @@ def test_the_mask_before_stays_when_a_new_one_cannot_be_written_to_its_end(tmp_p
     save_mask(tmp_path / "masks", record(photos[0], mask), mask)
     before = {name: (tmp_path / "masks" / name).read_bytes() for name in files(tmp_path / "masks")}
     noise = np.random.default_rng(0).random((HEIGHT, WIDTH)) < 0.5
-    with at_most(500), pytest.raises(OSError):
+    with at_most(500), pytest.raises(SaveError):
         save_mask(tmp_path / "masks", record(photos[0], noise), noise)
     assert {name: (tmp_path / "masks" / name).read_bytes() for name in files(tmp_path / "masks")} == before
 
 
 def test_the_index_before_stays_when_a_new_one_cannot_be_written_to_its_end(tmp_path, photos, mask):
-    save_mask(tmp_path / "masks", record(photos[0], mask), mask)
-    before = (tmp_path / "masks" / MASK_INDEX).read_bytes()
-    with at_most(len(before)), pytest.raises(OSError):
-        save_mask(tmp_path / "masks", record(photos[1], mask), mask)
-    assert (tmp_path / "masks" / MASK_INDEX).read_bytes() == before
-    assert not [name for name in files(tmp_path / "masks") if ".partial" in name]
+    folder = tmp_path / "masks"
+    with MaskWriter(folder) as writer:
+        for number in range(10):
+            writer.save(MaskRecord(f"{number}.jpg", photos[0].sha256, "persam", 0.2), mask)
+    before = (folder / MASK_INDEX).read_bytes()
+    with at_most(len(before)), pytest.raises(SaveError, match=r"index\.json cannot be written"):
+        save_mask(folder, record(photos[0], mask), mask)
+    assert (folder / MASK_INDEX).read_bytes() == before
+    assert not [name for name in files(folder) if ".partial" in name]
 
 
 def test_what_a_killed_program_left_is_no_mask_and_is_cleared_away(tmp_path, photos, mask):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -140,17 +141,20 @@ def test_settings_that_are_none_are_refused(options, made, capsys):
     assert f"{made}/settings.json is not the settings of masks: remove it" in capsys.readouterr().err
 
 
-def test_what_cannot_be_written_is_told_and_the_masks_before_are_kept(options, made, album, capsys):
-    (made / "heatmaps").touch()
+def test_a_full_disk_is_told_and_the_masks_before_are_kept(options, made, album, capsys):
     for name in ("01.png", "02.png"):
         (made / name).unlink()
-    assert segment(options, heatmaps=True) == 1
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, unlimited[1]))
+    try:
+        assert segment(options) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith(f"error: {made}/heatmaps cannot be written (File exists): make room or correct")
-    (made / "heatmaps").unlink()
-    assert segment(options, heatmaps=True) == 0
+    assert said.startswith(f"error: {made}/01.png cannot be written (") and said.endswith("; the same command resumes")
+    assert {path.name for path in made.glob("*.png")} == {"00.png"}
+    assert segment(options) == 0
     assert methods(made, album) == ["given", "persam", "persam"]
-    assert sorted(path.name for path in (made / "heatmaps").iterdir()) == ["01.jpg", "02.jpg"]
 
 
 def test_one_photo_has_one_mask(options, album, tmp_path, capsys):
