@@ -178,7 +178,7 @@ def check_settings(folder: Path, settings: dict[str, Any], what: str, flag: str)
         told = [
             f"{name} {before.get(name)}, now {now.get(name)}"
             if isinstance(now.get(name), (str, int, float)) and "sha256" not in name
-            else f"other {name}"
+            else f"other {name.removesuffix('_sha256')}"
             for name in different
         ]
         raise InputError(f"{folder} holds {what} with other settings ({'; '.join(told)}): choose another {flag}")

@@ -219,7 +219,7 @@ def test_the_options_of_train_are_these():
         *("mask", "reference_image", "mask_dir", "mask_from", "invert_mask"),
         *("caption_from", "class_name", "identifier", "instance_prompt", "class_prompt", "validation_prompt"),
         *("subjects", "unmasked"),
-        *("pretrained_model_name_or_path", "revision", "variant"),
+        *("pretrained_model_name_or_path", "revision", "variant", "base_config"),
         *("method", "rank", "lora_alpha", "lora_targets", "init_lora", "lora_dropout", "lora_init", "use_dora"),
         *("export", "train_text_encoder", "long_prompts", "caption_dropout"),
         *(
@@ -275,7 +275,7 @@ ALWAYS: dict[str, tuple[str, ...]] = {
     "train": (
         *("instance_dir", "dataset_name", "mask", "mask_dir", "mask_from", "class_name", "identifier"),
         *("instance_prompt", "subjects", "unmasked"),
-        *("pretrained_model_name_or_path", "variant", "method", "train_text_encoder", "long_prompts"),
+        *("pretrained_model_name_or_path", "method", "train_text_encoder", "long_prompts"),
         *("caption_dropout", "snr_gamma", "noise_offset", "with_prior_preservation"),
         *("aspect_ratio_buckets", "center_crop", "random_flip"),
         *("seed", "max_train_steps", "train_batch_size", "gradient_accumulation_steps"),
@@ -286,7 +286,10 @@ ALWAYS: dict[str, tuple[str, ...]] = {
         *("num_validation_images", "report_to", "push_to_hub"),
         "sam_model",  # scripts name it once for runs with and without masks that are made
     ),
-    "generate": ("prompt", "model", "num_images", "seed", "output", "num_inference_steps", "guidance_scale"),
+    "generate": (
+        *("prompt", "model", "num_images", "seed", "output", "num_inference_steps", "guidance_scale"),
+        *("width", "height", "scheduler", "batch_size"),
+    ),
     "evaluate perseg": ("data", "output", "predictions", "reference_index", "sam_model"),
     "evaluate fss1000": ("data", "output", "predictions", "reference_index", "classes", "sam_model"),
     "evaluate absence": ("data", "output", "others", "absent_threshold", "sam_model", *METHOD_OPTIONS),
@@ -334,9 +337,13 @@ IDLE: dict[str, dict[tuple[str, ...], tuple[str, ...]]] = {
         (*MASKS_GIVEN, "--replace_background", "color"): ("cache_latents",),
         (*MASKS_GIVEN, "--optimizer", "prodigy"): ("use_8bit_adam",),
         (*MASKS_GIVEN, "--num_validation_images", "0"): ("validation_steps", "validation_prompt"),
-        (*MASKS_GIVEN, "--pretrained_model_name_or_path", "toy"): ("revision",),
+        (*MASKS_GIVEN, "--pretrained_model_name_or_path", "toy"): ("revision", "base_config"),
+        (*MASKS_GIVEN, "--pretrained_model_name_or_path", "sd.safetensors"): ("variant",),
     },
-    "generate": {("a sks cat", "--model", "toy"): ("identifier",)},
+    "generate": {
+        ("a sks cat", "--model", "toy"): ("identifier", "base_model", "base_config", "lora_scale"),
+        ("a cat", "--model", "toy", "--guidance_scale", "1"): ("negative_prompt",),
+    },
     "evaluate perseg": {SCORED: (*METHOD_OPTIONS, "guidance", "ablation", "robustness")},
     "evaluate fss1000": {SCORED: (*METHOD_OPTIONS, "guidance")},
     "evaluate absence": {PERSEG: ("guidance",)},

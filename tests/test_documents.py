@@ -1,10 +1,12 @@
 """The commands in the documents run as written, on photos of the duck and the checkpoints that ship."""
 
+import logging
 import re
 import shlex
 import shutil
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -160,6 +162,28 @@ def test_the_python_of_the_readme_runs(home, capsys):
     assert '"facebook/sam-vit-huge"' in snippet
     exec(snippet.replace("facebook/sam-vit-huge", "toy"), {})
     assert capsys.readouterr().out.startswith("(512, 512) ")
+
+
+def test_the_python_of_the_library_page_runs_in_its_order(home, encodings, capsys, monkeypatch):
+    """With the small checkpoints, short trainings and the encodings that the tests share."""
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(blocks) == 7
+    monkeypatch.setattr(logging, "basicConfig", lambda **_: None)  # the tests have their own
+    shared = f'sam_model="toy", encoding_cache={str(encodings)!r}'
+    short = 'pretrained_model_name_or_path="toy", resolution=32, max_train_steps=2, num_validation_images=0'
+    known: dict[str, Any] = {}
+    for block in blocks:
+        block = block.replace('"facebook/sam-vit-huge"', f'"toy", encoding_cache={str(encodings)!r}')
+        block = block.replace('segment(images="cat",', f'segment(images="cat", segmenter="persam", {shared},')
+        block = block.replace('instance_dir="cat",', f'instance_dir="cat", {short},')
+        block = block.replace("num_images=2,", "num_images=2, num_inference_steps=2,")
+        exec(block, known)
+    said = capsys.readouterr().out
+    assert said.startswith("Found(512 x 512, mask covers ") and "training 1 2\nthe user closed the page\n" in said
+    assert len(known["encodings"]) == 2 and all(path.is_file() for path in known["images"])
+    for run in ("cat", "cancelled"):
+        assert (home / "outputs" / run / "pytorch_lora_weights.safetensors").is_file()
 
 
 def test_every_make_target_in_the_documents_exists():

@@ -53,3 +53,15 @@ def test_offloaded_parts_return_for_inference_during_training(runs, tmp_path, pr
     assert runs.train(tmp_path / "plain", **fixed) == 0
     assert np.allclose(column(tmp_path / "watched"), column(tmp_path / "plain"), rtol=1e-2)
     assert len(list((tmp_path / "watched" / "samples" / "step-2").glob("*.png"))) == 1
+
+
+def test_a_sam_moves_and_what_belongs_to_it_follows(tmp_path):
+    sam = open_sam("toy")
+    photo, mask = toy.path("photos") / "duck" / "00.jpg", toy.path("photos") / "duck_mask" / "00.png"
+    encoding, segmenter = sam.encode(photo), PerSAMF(sam, fit_steps=10).fit(photo, mask)
+    there = segmenter.predict(encoding)
+    segmenter.save(tmp_path)
+    assert sam.to("cpu").device.type == "cpu"
+    for moved in (segmenter, PerSAMF.load(tmp_path, sam)):
+        here = moved.predict(encoding)
+        assert (here.mask & there.mask).sum() / (here.mask | there.mask).sum() > 0.99

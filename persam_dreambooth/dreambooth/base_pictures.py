@@ -61,11 +61,13 @@ def find_pictures(folder: Path) -> list[Photo]:
 
 def told_scenes(options: TrainingOptions) -> list[str]:
     """The scenes that are added to training prompts, as far as they are known before images are generated."""
-    if not options.background_in_prompt:
-        return []
-    folder = options.background_folder
-    own = find_pictures(folder) if folder.is_dir() else []
-    return [*read_prompts(own, ""), *options.scenes]
+    return [*captions_in(options.background_folder), *options.scenes] if options.background_in_prompt else []
+
+
+def captions_in(folder: Path) -> list[str]:
+    """The captions of the images that a folder of the base model's images has already, each once."""
+    captions = read_prompts(find_pictures(folder), "") if folder.is_dir() else []
+    return list(dict.fromkeys(filter(None, captions)))
 
 
 def class_prompts(options: TrainingOptions) -> list[str]:

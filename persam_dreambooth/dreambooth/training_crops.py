@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from persam_dreambooth.dreambooth.albums import Album, own_captions
-from persam_dreambooth.dreambooth.base_pictures import class_prompts, told_scenes
+from persam_dreambooth.dreambooth.base_pictures import captions_in, class_prompts, told_scenes
 from persam_dreambooth.dreambooth.data import Crops
 from persam_dreambooth.dreambooth.families.family import Family
 from persam_dreambooth.dreambooth.prompts import check_unread, fill_identifier, in_front_of
@@ -160,6 +160,7 @@ def check_prompts(options: TrainingOptions, albums: list[Album], family: Family)
     if options.with_prior_preservation:
         scenes = options.scenes if options.class_scenes else []
         told += [("the class prompt", prompt, None, scenes) for prompt in class_prompts(options)]
+        told += [("a class image's caption", prompt, None, []) for prompt in captions_in(options.class_dir)]
     advice = "" if "long_prompts" in family.without else ", or add --long_prompts"
     for what, prompt, identifier, scenes in told:
         for full in (prompt, *([in_front_of(prompt, max(scenes, key=len))] if scenes else [])):

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from persam_dreambooth import models
 from persam_dreambooth.dreambooth.prompts import SCENES, split_scenes
 from persam_dreambooth.dreambooth.subject_options import SubjectOptions, folder_name, read_subjects
 from persam_dreambooth.errors import InputError
@@ -54,7 +55,7 @@ class TrainingOptions(SubjectOptions):
     # The model
     pretrained_model_name_or_path: str = option(
         "stable-diffusion-v1-5/stable-diffusion-v1-5",
-        "Stable Diffusion 1.x, 2.x, XL, 3, 3.5 or FLUX.1: hub id, local folder, or toy",
+        "Stable Diffusion 1.x, 2.x, XL, 3, 3.5 or FLUX.1: hub id, local folder, single file, or toy",
         path=True,
         elsewhere=("model", "base_model_name"),
     )
@@ -63,7 +64,17 @@ class TrainingOptions(SubjectOptions):
         "branch, tag or commit of the model on the hub",
         when=(Condition(lambda options: options.is_on_hub, "the model is not on the hub, remove it"),),
     )
-    variant: str | None = option(None, "variant of the weight files, such as fp16")
+    variant: str | None = option(
+        None,
+        "variant of the weight files, such as fp16",
+        when=(Condition(lambda options: not options.is_single_file, "the model is a single file, remove it"),),
+    )
+    base_config: str | None = option(
+        None,
+        "model with the configuration and tokenizers of a single file: hub id or local folder; default: by its kind",
+        path=True,
+        when=(Condition(lambda options: options.is_single_file, "the model is not a single file, remove it"),),
+    )
     method: Literal["lora", "full"] = option("lora", "train LoRA matrices, or the whole UNet of Stable Diffusion")
     rank: int = option(4, "rank of the LoRA matrices", when=WHEN_LORA, elsewhere=("network_dim", "lora_rank"))
     lora_alpha: float | None = option(
@@ -379,6 +390,11 @@ class TrainingOptions(SubjectOptions):
     def is_on_hub(self) -> bool:
         """Whether the base model is named by its id on the hub."""
         return self.pretrained_model_name_or_path != "toy" and not Path(self.pretrained_model_name_or_path).exists()
+
+    @property
+    def is_single_file(self) -> bool:
+        """Whether the base model is a single file."""
+        return models.is_single_file(self.pretrained_model_name_or_path)
 
     @property
     def class_dir(self) -> Path:

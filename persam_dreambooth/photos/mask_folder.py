@@ -113,6 +113,10 @@ class PhotoMask:
         self.packed = PackedMask(mask)
         self.packed_weights = None if weights is None else PackedMask(weights)
 
+    def __repr__(self) -> str:
+        flags = f", flags={self.record.flags}" if self.record.flags else ""
+        return f"PhotoMask({self.photo.name!r}, {self.record.method}, covers {self.record.coverage:.1%}{flags})"
+
     @property
     def mask(self) -> np.ndarray:
         """The mask, unpacked at each access: (H, W) bool."""

@@ -80,17 +80,17 @@ class MaskReading:
         return weights
 
 
-def read_mask(path: Path, invert: bool = False) -> np.ndarray:
-    """Reads any mask file as (H, W) bool, upright, by the rule above.
+def read_mask(source: str | Path | Image.Image | np.ndarray, invert: bool = False) -> np.ndarray:
+    """Reads any mask as (H, W) bool, upright, by the rule above.
 
     Args:
-        path: the file.
+        source: a file, or a mask in memory; see `as_mask`.
         invert: the subject is black, or transparent.
 
     Raises:
-        InputNotFoundError, InputError: see `images.open_image`.
+        InputNotFoundError, InputError: see `images.open_image` and `as_mask`.
     """
-    return _read(open_image(path)).mask ^ invert
+    return _read(open_image(source)).mask ^ invert if isinstance(source, (str, Path)) else as_mask(source, invert)
 
 
 def as_mask(mask: np.ndarray | Image.Image, invert: bool = False) -> np.ndarray:
@@ -233,12 +233,18 @@ def _above(values: np.ndarray, lossy: bool = False, colored: bool = False) -> tu
     """The mask of gray values (H, W), and the number of levels if half of the maximum is the threshold, else 0."""
     if values.dtype == np.bool_:
         return values, 0
-    bytes_only = values.dtype == np.uint8  # a histogram is much faster than `np.unique`
-    levels = sum(map(bool, Image.fromarray(values).histogram())) if bytes_only else len(np.unique(values))
+    levels = _levels(values)
     if levels <= 2 or (levels <= FEW and not lossy) or colored:
         lowest = values.max() / 2 if lossy else 0  # black may be 4 in a JPEG of two levels
         return values > lowest, 0
     return values > values.max() / 2, levels
+
+
+def _levels(values: np.ndarray) -> int:
+    """The number of different values; for 8 bits, a histogram is much faster than `np.unique`."""
+    if values.dtype != np.uint8:
+        return len(np.unique(values))
+    return sum(count > 0 for count in Image.fromarray(values).histogram())
 
 
 def _values(image: Image.Image) -> tuple[np.ndarray, str]:

@@ -35,6 +35,10 @@ class Target:
     background_similarity: float
     small: bool
 
+    def __repr__(self) -> str:
+        similar = f"background_similarity={self.background_similarity:.3f}"
+        return f"Target({len(self.mean)} channels, {similar}{', small' if self.small else ''})"
+
     def to(self, device: torch.device) -> Target:
         """The target on a device."""
         return replace(self, mean=self.mean.to(device), peak=self.peak.to(device))

@@ -29,6 +29,7 @@ from persam_dreambooth.segmentation.found import ABSENT
 from persam_dreambooth.segmentation.segmenters import MaskFolderOptions, open_segmenter
 
 if TYPE_CHECKING:
+    from persam_dreambooth.segmentation.sams.sam import Encoding
     from persam_dreambooth.segmentation.segmenter import Segmenter
 
 logger = logging.getLogger(__name__)
@@ -156,6 +157,8 @@ def segment_folder(
     given = {reference.path: mask for reference, mask in references}
     found = dict(load_known(folder, photos) if known is None else known)
     fitted = False
+    waiting = [photo for photo in photos if photo.name not in found and photo.path not in given]
+    encodings = segmenter.sam.encode_each(photo.read() for photo in waiting)
     with MaskWriter(folder, found.values()) as writer:
         for photo in steps(photos, "segmenting", "photo"):
             if photo.name in found:
@@ -167,7 +170,7 @@ def segment_folder(
                 if not fitted:
                     segmenter.fit([reference.read() for reference, _ in references], list(given.values()))
                     fitted = True
-                mask, record = _predict(segmenter, photo, instances, absent, heatmaps)
+                mask, record = _predict(segmenter, photo, next(encodings), instances, absent, heatmaps)
             writer.save(record, mask)
             found[photo.name] = PhotoMask(photo, mask, record)
     return [found[photo.name] for photo in photos]
@@ -176,21 +179,20 @@ def segment_folder(
 def _predict(
     segmenter: Segmenter,
     photo: Photo,
+    encoding: Encoding,
     instances: int,
     absent: Literal["skip", "warn", "keep"],
     heatmaps: Path | None,
 ) -> tuple[np.ndarray, MaskRecord]:
     from persam_dreambooth.segmentation.segmenter import find_instances
 
-    picture = photo.read()
-    encoding = segmenter.sam.encode(picture)
     finds = find_instances(segmenter, encoding, instances) if instances > 1 else []
     if finds:
         logger.info("%s: found %s", photo.name, counted(len(finds), "time"))
     found = finds[0] if finds else segmenter.predict(encoding)
     mask = np.any([found.mask, *(each.mask for each in finds)], axis=0)
     if heatmaps:
-        heat = heat_map(picture, found.similarity, found.photo_cells)
+        heat = heat_map(photo.read(), found.similarity, found.photo_cells)
         save_picture(heat, (heatmaps / photo.name).with_suffix(".jpg"))
     flags = found.flags
     if ABSENT in flags and absent == "skip":

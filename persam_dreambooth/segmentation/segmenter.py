@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from persam_dreambooth.errors import InputError, InputNotFoundError, counted
 from persam_dreambooth.files import write_aside
-from persam_dreambooth.photos.masks import as_mask, read_mask
+from persam_dreambooth.photos.masks import read_mask
 from persam_dreambooth.segmentation.found import ABSENT, ABSENT_THRESHOLD, SMALL_TARGET, Found, Step
 from persam_dreambooth.segmentation.location_prior import (
     Target,
@@ -291,7 +291,7 @@ def fitted(value: Learned | None) -> Learned:
 
 def sized_mask(mask: MaskLike, encoding: Encoding) -> np.ndarray:
     """A mask as (H, W) bool; raises `InputError` if it cannot be read or its size is not the photo's."""
-    mask = read_mask(Path(mask)) if isinstance(mask, (str, Path)) else as_mask(mask)
+    mask = read_mask(mask)
     if mask.shape != encoding.size:
         raise InputError(f"the mask is {mask.shape}, the image {encoding.size} (H, W): give one mask of this size")
     return mask

@@ -110,7 +110,7 @@ class VideoSegmenter:
         Raises:
             InputError: a label map of another size, or without objects.
         """
-        if not labels.any():
+        if isinstance(labels, np.ndarray) and not labels.any():
             raise InputError("the mask of the first frame marks no object: give each object a number from 1")
         self.objects = ()
         return self.add(image, labels)

@@ -95,11 +95,14 @@ class LatentDiffusion(Family):
         revision: str | None = None,
         variant: str | None = None,
         dtype: torch.dtype = torch.float32,
+        base_config: str | None = None,
         **parts: Any,
     ) -> Any:
         """Loads a pipeline of this family; arguments as in `registry.load_pipeline`."""
-        settings = {"revision": revision, "variant": variant, "dtype": dtype, **cls.load_settings, **parts}
-        return cls.pipeline_class.from_pretrained(source, **settings)
+        settings = {"dtype": dtype, **cls.load_settings, **parts}
+        if models.is_single_file(source):
+            return cls.pipeline_class.from_single_file(source, config=base_config, **settings)
+        return cls.pipeline_class.from_pretrained(source, revision=revision, variant=variant, **settings)
 
     @classmethod
     def fast_sampler(cls, pipeline: Any, name: str | None = None) -> Any:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from persam_dreambooth.errors import InputError
+from persam_dreambooth.errors import InputError, is_out_of_memory
 from persam_dreambooth.photos.images import read_image
 from persam_dreambooth.segmentation.sams.encoding_cache import EncodingCache
 from persam_dreambooth.segmentation.target_semantic_prompting import Guidance, GuidedTransformer
@@ -29,6 +30,9 @@ PIXEL_STD = (58.395, 57.12, 57.375)
 
 SAMPLED = 1024
 """Values of each weight that `Sam.fingerprint` reads."""
+
+BATCH = 4
+"""Photos that `Sam.encode_each` encodes at once on an accelerator."""
 
 OwnSam = TypeVar("OwnSam", bound="Sam")
 
@@ -106,11 +110,18 @@ class Sam:
         model.mask_decoder.transformer = self.transformer
 
     @classmethod
-    def from_pretrained(cls: type[OwnSam], name: str, **options: Any) -> OwnSam:
-        """The same as `open_sam`, with its options; raises `InputError` if the model is not of this class."""
+    def from_pretrained(
+        cls: type[OwnSam],
+        name: str | Path,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | str = torch.float32,
+        encoding_cache: Path | str | None = None,
+        revision: str | None = None,
+    ) -> OwnSam:
+        """The same as `open_sam`; also raises `InputError` if the model is not of this class."""
         from persam_dreambooth.segmentation.sams.checkpoints import open_sam
 
-        sam = open_sam(name, **options)
+        sam = open_sam(name, device, dtype, encoding_cache, revision)
         if not isinstance(sam, cls):
             raise InputError(f"{name} is a {type(sam).__name__}, not a {cls.__name__}: use Sam.from_pretrained")
         return sam
@@ -198,6 +209,19 @@ class Sam:
                     self.cache.keep(pixels, embedding, extra)
                 encodings[place] = self._encoding(size, pixels, embedding, extra)
         return [encodings[place] for place in range(len(images))]
+
+    def encode_each(self, images: Iterable[ImageLike]) -> Iterator[Encoding]:
+        """Encodes photos in their order: `BATCH` at once on an accelerator if memory allows, else one by one."""
+        at_once = 1 if self.device.type == "cpu" else BATCH
+        left = iter(images)
+        while group := list(islice(left, at_once)):
+            try:
+                batch = self.encode_batch(group) if at_once > 1 else None
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                at_once, batch = 1, None
+            yield from batch or map(self.encode, group)
 
     def check_own(self, encoding: Encoding) -> None:
         """Raises `InputError` for an encoding of another SAM."""
