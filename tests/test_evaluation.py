@@ -214,29 +214,26 @@ def test_intervals_over_two_objects_end_at_them(evaluated):
     assert results["intervals"]["mIoU"] == pytest.approx([min(ious), max(ious)])
 
 
-def test_another_method_adds_its_rows(data, tmp_path, toy_sam, capsys):
-    command = ("--data", data, "--output", tmp_path, *toy_sam)
+def test_another_method_adds_its_rows(evaluated, data, tmp_path, toy_sam, capsys):
+    output = Path(shutil.copytree(evaluated, tmp_path / "copy"))
+    command = ("--data", data, "--output", output, *toy_sam)
+    before = read(output)["rows"]
+    masks = {path: path.stat().st_mtime_ns for path in output.glob("predictions/*/*/*.png")}
     assert evaluate(*command, "--segmenter", "persam") == 0
-    persam = read(tmp_path)
-    masks = {path: path.stat().st_mtime_ns for path in tmp_path.glob("predictions/persam/*/*.png")}
-    assert evaluate(*command) == 0
-    both = read(tmp_path)
-    assert list(both["rows"]) == ["persam", "persam-f"] and both["row"] == "persam-f"
-    assert both["rows"]["persam"] == persam["rows"]["persam"]
+    after = read(output)
+    assert list(after["rows"]) == ["persam", *before] and after["row"] == "persam"
+    assert {name: row for name, row in after["rows"].items() if name != "persam"} == before
     assert {path: path.stat().st_mtime_ns for path in masks} == masks
-    table = tables_of(tmp_path)["Table 1"]
-    assert table["PerSAM"][:2] == [f"{persam['mIoU']:.2f}", "0"] and table["PerSAM-F"][:2] == [
-        f"{both['mIoU']:.2f}",
-        "2",
-    ]
-    assert table["Improvement"][0] == f"{both['mIoU'] - persam['mIoU']:+.2f}"
+    table, persam, persam_f = tables_of(output)["Table 1"], after["mIoU"], before["persam-f"]["mIoU"]
+    assert table["PerSAM"][:2] == [f"{persam:.2f}", "0"] and table["PerSAM-F"][:2] == [f"{persam_f:.2f}", "2"]
+    assert table["Improvement"][0] == f"{persam_f - persam:+.2f}"
     capsys.readouterr()
     # With other settings it would be another experiment; and an interrupted method is not compared.
     assert evaluate(*command, "--segmenter", "persam", "--guidance", "none") == 2
     assert "holds an evaluation with other settings" in capsys.readouterr().err
-    shutil.rmtree(next((tmp_path / "predictions" / "persam").iterdir()))
+    shutil.rmtree(next((output / "predictions" / "persam").iterdir()))
     assert evaluate(*command) == 0
-    assert list(read(tmp_path)["rows"]) == ["persam-f"]
+    assert list(read(output)["rows"]) == list(before)
 
 
 def test_predictions_are_not_scored_into_a_methods_folder(evaluated, data, truth, capsys):
