@@ -271,7 +271,7 @@ ALWAYS: dict[str, tuple[str, ...]] = {
         *("images", "mask", "mask_dir", "invert_mask", "output", "instances", "heatmaps", "absent", "absent_threshold"),
         *("sam_model", *METHOD_OPTIONS),
     ),
-    "video": ("frames", "mask", "output", "overlay", "sam_model", *METHOD_OPTIONS),
+    "video": ("frames", "mask", "output", "overlay", "sam_model", "variant", *METHOD_OPTIONS),
     "train": (
         *("instance_dir", "dataset_name", "mask", "mask_dir", "mask_from", "class_name", "identifier"),
         *("instance_prompt", "subjects", "unmasked"),
@@ -347,7 +347,7 @@ IDLE: dict[str, dict[tuple[str, ...], tuple[str, ...]]] = {
     "evaluate perseg": {SCORED: (*METHOD_OPTIONS, "guidance", "ablation", "robustness")},
     "evaluate fss1000": {SCORED: (*METHOD_OPTIONS, "guidance")},
     "evaluate absence": {PERSEG: ("guidance",)},
-    "evaluate davis": {SCORED: METHOD_OPTIONS},
+    "evaluate davis": {SCORED: (*METHOD_OPTIONS, "variant")},
 }
 """Arguments of each command, and the options that have no effect beside them."""
 
