@@ -380,7 +380,7 @@ def test_masks_of_other_settings_are_not_gone_on_with(clip, tiny, capsys):
     assert video(clip, tiny, "--segmenter", "persam") == 0
     before = written(clip / "out")
     published = ["--segmenter", "persam", "--variant", "published"]
-    for more, told in (([], "segmenter: persam, not persam-f"), (published, "variant: default, not published")):
+    for more, told in (([], "segmenter persam, now persam-f"), (published, "variant default, now published")):
         assert video(clip, tiny, *more) == 2
         assert f"holds masks of a video with other settings ({told})" in capsys.readouterr().err
     assert written(clip / "out") == before
