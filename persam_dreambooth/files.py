@@ -20,9 +20,6 @@ logger = logging.getLogger(__name__)
 
 PARTIAL = ".partial"
 
-SETTINGS = "settings.json"
-"""The file in a folder of resumable work with its settings."""
-
 LOCK = ".lock"
 """The lock file of a folder that a process writes to."""
 
@@ -181,7 +178,7 @@ def check_settings(folder: Path, settings: dict[str, Any], what: str, flag: str)
         told = [
             f"{name} {before.get(name)}, now {now.get(name)}"
             if isinstance(now.get(name), (str, int, float)) and "sha256" not in name
-            else f"other {name}"
+            else f"other {name.removesuffix('_sha256')}"
             for name in different
         ]
         raise InputError(f"{folder} holds {what} with other settings ({'; '.join(told)}): choose another {flag}")

@@ -1,4 +1,4 @@
-"""Model names: a hub id, a local folder, or `toy` for the small checkpoints in this package."""
+"""Model names: a hub id, a local folder or file, or `toy` for the small checkpoints in this package."""
 
 import logging
 import os
@@ -16,6 +16,9 @@ logger = logging.getLogger(__name__)
 
 ORIGINAL_SAM = (".pth", ".pt")
 """Suffixes of SAM's published checkpoint files; see `segmentation.sams.original`."""
+
+SINGLE_FILES = (".safetensors", ".ckpt")
+"""Suffixes of a whole Stable Diffusion in one file, with the key names of the original program."""
 
 LIBRARIES = ("transformers", "diffusers")
 """Libraries that print messages which are not useful to users."""
@@ -36,7 +39,7 @@ def resolve(name: str, kind: str, revision: str | None = None) -> str:
     """Checks that a model is available; returns its name or path for `from_pretrained`.
 
     Args:
-        name: hub id, local folder, `toy`, or for a SAM a published checkpoint file.
+        name: hub id, local folder, `toy`, a published checkpoint file of SAM, or Stable Diffusion in a single file.
         kind: `sam` or `stable-diffusion`.
         revision: branch, tag or commit on the hub.
 
@@ -51,6 +54,10 @@ def resolve(name: str, kind: str, revision: str | None = None) -> str:
     folder = Path(name)
     if kind == "sam" and folder.is_file() and folder.suffix in ORIGINAL_SAM:
         return name
+    if kind == "stable-diffusion" and is_single_file(name):
+        if not folder.is_file():
+            raise InputNotFoundError(f"{name} does not exist: name a file, a hub id (owner/model), a folder, or toy")
+        return name
     if folder.is_dir():
         if not (folder / marker).is_file():
             raise InputNotFoundError(f"{folder} holds no {marker}: name a folder with a {kind} model, or toy")
@@ -59,6 +66,11 @@ def resolve(name: str, kind: str, revision: str | None = None) -> str:
         raise InputNotFoundError(f"{name} is not a model folder: name a hub id (owner/model), a local folder, or toy")
     _check_hub(name, marker, revision)
     return name
+
+
+def is_single_file(name: str) -> bool:
+    """Whether a name is that of a Stable Diffusion in a single file."""
+    return Path(name).suffix in SINGLE_FILES and not Path(name).is_dir()
 
 
 @contextmanager

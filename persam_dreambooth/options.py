@@ -97,6 +97,7 @@ def option(
     *,
     alias: str | None = None,
     path: bool = False,
+    many: bool = False,
     choices: Sequence[str] = (),
     rivals: Sequence[str] = (),
     when: Sequence[Condition] = (),
@@ -109,13 +110,14 @@ def option(
         help: one line of help.
         alias: another name that users know.
         path: whether the value is or can be a path; `~` is expanded then.
+        many: whether it takes several texts, list[str]: repeated flags, a list in YAML, or one text.
         choices: the allowed words.
         rivals: options that set the same thing in another way; only one of them can be given.
         when: the conditions for a value other than the default to have an effect.
         elsewhere: other trainers' names for it.
     """
-    known = {"help": help, "alias": alias, "path": path, "choices": choices, "rivals": rivals, "when": when}
-    return field(default=default, metadata={**known, "elsewhere": elsewhere})
+    known = {"help": help, "alias": alias, "path": path, "many": many, "choices": choices, "rivals": rivals}
+    return field(default=default, metadata={**known, "when": when, "elsewhere": elsewhere})
 
 
 @dataclass(frozen=True)
@@ -127,11 +129,14 @@ class Options:
             value = getattr(self, entry.name)
             if entry.metadata["path"] and isinstance(value, str) and value.startswith("~"):
                 object.__setattr__(self, entry.name, os.path.expanduser(value))
+            if entry.metadata["many"] and isinstance(value, str):
+                object.__setattr__(self, entry.name, [value])
 
     def given(self, name: str) -> bool:
         """Whether an option differs from its default."""
         value = getattr(self, name)
-        return bool(value != getattr(type(self), name) and value != "")  # empty, for example from a shell variable
+        default = getattr(type(self), name)
+        return bool(value != default and value not in ("", [], [""]))  # empty, for example from a shell variable
 
     def check(self) -> None:
         """Raises `InputError` for options that exclude one another or have no effect."""
@@ -397,7 +402,8 @@ def _make_parser(
             shown["help"] = argparse.SUPPRESS
             parser.add_argument(f"--no_{entry.name}", action="store_const", const=False, **shown)
         else:
-            parser.add_argument(*names, metavar=_metavar(entry, hints), **shown)
+            action = "append" if entry.metadata["many"] else "store"
+            parser.add_argument(*names, metavar=_metavar(entry, hints), action=action, **shown)
     return parser, flags
 
 
@@ -462,8 +468,10 @@ def _choices(name: str, kind: type[Options], hints: dict[str, Any]) -> tuple[str
 
 def _from_text(name: str, text: Any, kind: type[Options], hints: dict[str, Any]) -> Any:
     """The value of a flag; `null` means the default."""
-    if text == "null" or isinstance(text, bool):
-        return None if text == "null" else text
+    if text in ("null", ["null"]) or isinstance(text, bool):
+        return text if isinstance(text, bool) else None
+    if kind.__dataclass_fields__[name].metadata["many"]:
+        return text
     if get_origin(hints[name]) is list:
         raise InputError(f"--{name} is {text}: give a list in a YAML file, of entries such as instance_dir: cat/")
     if hints[name] in (int, float):
@@ -479,6 +487,12 @@ def _from_yaml(name: str, value: Any, kind: type[Options], hints: dict[str, Any]
     hint = hints[name]
     if value is None:
         return None
+    if kind.__dataclass_fields__[name].metadata["many"]:
+        texts = value if isinstance(value, list) else [value]
+        wrong = [text for text in texts if not isinstance(text, str)]
+        if wrong:
+            raise InputError(f"--{name} is {wrong[0]}: give {WANTED[str]}")
+        return texts
     if get_origin(hint) is list:
         if not isinstance(value, list):
             raise InputError(f"--{name} is {value}: give a list, of entries such as instance_dir: cat/")
@@ -516,4 +530,5 @@ def _metavar(entry: Any, hints: dict[str, Any]) -> str:
     words = get_args(hints[entry.name]) if get_origin(hints[entry.name]) is Literal else entry.metadata["choices"]
     if words:
         return "{" + ",".join(words) + "}"
-    return "PATH" if entry.metadata["path"] else METAVARS.get(hints[entry.name], "LIST")
+    hint = str if entry.metadata["many"] else hints[entry.name]
+    return "PATH" if entry.metadata["path"] else METAVARS.get(hint, "LIST")

@@ -73,7 +73,7 @@ def test_skipped_photos_have_no_mask_and_the_index_says_so(instances, tmp_path, 
     options = {**SEGMENT, "output": output, "absent": "skip", "absent_threshold": NEVER, "instances": instances}
     assert command("segment", *flags(**options, heatmaps=True, encoding_cache=encodings)) == 0
     assert pictures(output) == ["00.png"]
-    assert "1 masks in" in (said := capsys.readouterr().out) and "3 of 4 photos skipped" in said
+    assert "1 mask in" in (said := capsys.readouterr().out) and "3 of 4 photos skipped" in said
     assert notes(output)["02.jpg"]["flags"] == [ABSENT, SKIPPED] and notes(output)["02.jpg"]["coverage"] == 0
     assert [item.mask.any() for item in load_masks(output, find_photos(DUCK))] == [True, False, False, False]
     assert sorted(path.name for path in (output / "heatmaps").iterdir()) == ["01.jpg", "02.jpg", "03.jpg"]

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from persam_dreambooth.errors import InputError
-from persam_dreambooth.photos.captions import read_prompts
+from persam_dreambooth.photos.captions import caption_in_name, check_captions, read_prompts
 from persam_dreambooth.photos.folder import find_photos
 
 
@@ -90,6 +90,45 @@ def test_half_a_character_in_metadata_is_refused(tmp_path):
     (tmp_path / "metadata.jsonl").write_text(r'{"file_name": "a.jpg", "text": "a cat \ud83d"}')
     with pytest.raises(InputError, match=r"metadata\.jsonl, line 1, has no file name and text: write lines such as"):
         prompts(tmp_path, "a.jpg")
+
+
+@pytest.mark.parametrize(
+    ("name", "caption"),
+    [
+        *(("a red cat on a sofa", "a red cat on a sofa"), ("a_red_cat_0001", "a red cat"), ("a cat (2)", "a cat")),
+        *(("a cat 12", "a cat"), ("a cat-3", "a cat"), ("a_cat_(2)_(3)", "a cat"), ("a cat in 2024", "a cat in 2024")),
+        *(("3 cats", "3 cats"), ("a black-and-white cat", "a black-and-white cat"), ("[V] v1.5", "[V] v1.5")),
+        *(("00", ""), ("20240101_120000", ""), ("(1)", ""), ("_", ""), ("cafe\u0301_2", "café"), ("猫_2", "猫")),
+    ],
+)
+def test_the_name_of_a_file_is_its_caption_where_asked(name, caption):
+    assert caption_in_name(Path("photos") / f"{name}.jpg") == caption
+
+
+def test_texts_come_before_names_and_names_before_the_default(tmp_path):
+    (tmp_path / "a cat.txt").write_text("a dog")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "b cat.jpg", "text": "a bird"}')
+    names = ("a cat.jpg", "b cat.jpg", "c cat_2.jpg", "d1.jpg", "04.jpg")
+    assert prompts(tmp_path, *names) == ["a thing", "a dog", "a bird", "a thing", "a thing"]  # 04.jpg is first
+    assert read_prompts(find_photos(tmp_path), "a thing", from_names=True) == [
+        *("a thing", "a dog", "a bird", "c cat", "d1"),
+    ]
+
+
+def test_metadata_of_files_that_are_no_photos_is_told(tmp_path, caplog):
+    lines = [json.dumps({"file_name": name, "text": "a cat"}) for name in ("a.jpg", "A.jpg", "b.jpeg", "x/a.jpg")]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    prompts(tmp_path, "a.jpg", "b.jpg")
+    check_captions(find_photos(tmp_path))
+    assert caplog.messages == [
+        f"{tmp_path / 'metadata.jsonl'} has captions of no photo: A.jpg, b.jpeg, x/a.jpg; "
+        "correct the names or remove the lines"
+    ]
+    caplog.clear()
+    lines = [json.dumps({"file_name": f"{number}.jpg", "text": "a cat"}) for number in range(8)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    check_captions(find_photos(tmp_path))
+    assert "no photo: 0.jpg, 1.jpg, 2.jpg, 3.jpg, 4.jpg and 3 more; " in caplog.text
 
 
 def test_the_longest_name_has_a_caption(tmp_path):

@@ -217,11 +217,11 @@ def test_the_options_of_train_are_these():
     assert [entry.name for entry in fields(TrainOptions)] == [
         *("instance_dir", "dataset_name", "image_column", "caption_column"),
         *("mask", "reference_image", "mask_dir", "mask_from", "invert_mask"),
-        *("class_name", "identifier", "instance_prompt", "class_prompt", "validation_prompt"),
+        *("caption_from", "class_name", "identifier", "instance_prompt", "class_prompt", "validation_prompt"),
         *("subjects", "unmasked"),
-        *("pretrained_model_name_or_path", "revision", "variant"),
-        *("method", "rank", "lora_alpha", "lora_targets", "lora_dropout", "lora_init", "use_dora", "export"),
-        *("train_text_encoder", "long_prompts"),
+        *("pretrained_model_name_or_path", "revision", "variant", "base_config"),
+        *("method", "rank", "lora_alpha", "lora_targets", "init_lora", "lora_dropout", "lora_init", "use_dora"),
+        *("export", "train_text_encoder", "long_prompts", "caption_dropout"),
         *(
             "mask_normalization",
             "unmasked_weight",
@@ -275,8 +275,8 @@ ALWAYS: dict[str, tuple[str, ...]] = {
     "train": (
         *("instance_dir", "dataset_name", "mask", "mask_dir", "mask_from", "class_name", "identifier"),
         *("instance_prompt", "subjects", "unmasked"),
-        *("pretrained_model_name_or_path", "variant", "method", "train_text_encoder", "long_prompts"),
-        *("snr_gamma", "noise_offset", "with_prior_preservation"),
+        *("pretrained_model_name_or_path", "method", "train_text_encoder", "long_prompts"),
+        *("caption_dropout", "snr_gamma", "noise_offset", "with_prior_preservation"),
         *("aspect_ratio_buckets", "center_crop", "random_flip"),
         *("seed", "max_train_steps", "train_batch_size", "gradient_accumulation_steps"),
         *("optimizer", "learning_rate", "scale_lr", "lr_scheduler"),
@@ -286,7 +286,10 @@ ALWAYS: dict[str, tuple[str, ...]] = {
         *("num_validation_images", "report_to", "push_to_hub"),
         "sam_model",  # scripts name it once for runs with and without masks that are made
     ),
-    "generate": ("prompt", "model", "num_images", "seed", "output", "num_inference_steps", "guidance_scale"),
+    "generate": (
+        *("prompt", "model", "num_images", "seed", "output", "num_inference_steps", "guidance_scale"),
+        *("width", "height", "scheduler", "batch_size"),
+    ),
     "evaluate perseg": ("data", "output", "predictions", "reference_index", "sam_model"),
     "evaluate fss1000": ("data", "output", "predictions", "reference_index", "classes", "sam_model"),
     "evaluate absence": ("data", "output", "others", "absent_threshold", "sam_model", *METHOD_OPTIONS),
@@ -325,16 +328,22 @@ IDLE: dict[str, dict[tuple[str, ...], tuple[str, ...]]] = {
             *("mask_normalization", "unmasked_weight", "unmasked_probability", "mask_dilation", "mask_feather"),
             *("masked_prior_preservation_weight", "replace_background", "soft_masks"),
         ),
+        ("--dataset_name", "me/cat", "--mask_dir", "m"): ("caption_from",),
         (*MASKS_GIVEN, "--method", "full"): (
-            *("rank", "lora_alpha", "lora_targets", "lora_dropout", "lora_init", "use_dora", "export"),
+            *("rank", "lora_alpha", "lora_targets", "init_lora", "lora_dropout", "lora_init", "use_dora"),
+            "export",
         ),
         (*MASKS_GIVEN, "--aspect_ratio_buckets", "64,64"): ("resolution",),
         (*MASKS_GIVEN, "--replace_background", "color"): ("cache_latents",),
         (*MASKS_GIVEN, "--optimizer", "prodigy"): ("use_8bit_adam",),
         (*MASKS_GIVEN, "--num_validation_images", "0"): ("validation_steps", "validation_prompt"),
-        (*MASKS_GIVEN, "--pretrained_model_name_or_path", "toy"): ("revision",),
+        (*MASKS_GIVEN, "--pretrained_model_name_or_path", "toy"): ("revision", "base_config"),
+        (*MASKS_GIVEN, "--pretrained_model_name_or_path", "sd.safetensors"): ("variant",),
     },
-    "generate": {("a sks cat", "--model", "toy"): ("identifier",)},
+    "generate": {
+        ("a sks cat", "--model", "toy"): ("identifier", "base_model", "base_config", "lora_scale"),
+        ("a cat", "--model", "toy", "--guidance_scale", "1"): ("negative_prompt",),
+    },
     "evaluate perseg": {SCORED: (*METHOD_OPTIONS, "guidance", "ablation", "robustness")},
     "evaluate fss1000": {SCORED: (*METHOD_OPTIONS, "guidance")},
     "evaluate absence": {PERSEG: ("guidance",)},
@@ -393,15 +402,35 @@ def test_the_identifier_stands_for_v_in_every_prompt():
         instance_dir="cat", identifier="zwx", instance_prompt="photo of [V] cat, [V]", class_prompt="photo of cat",
         validation_prompt="[V] in space",
     )  # fmt: skip
-    prompts = {kind: options.prompt(kind) for kind in ("instance", "class", "validation")}
-    assert prompts == {"instance": "photo of zwx cat, zwx", "class": "photo of cat", "validation": "zwx in space"}
+    prompts = {kind: options.prompt(kind) for kind in ("instance", "class")}
+    assert prompts == {"instance": "photo of zwx cat, zwx", "class": "photo of cat"}
+    assert options.sample_prompts == ["zwx in space"]
     assert fill_identifier("a [v] cat", "zwx") == "a [v] cat"
 
 
 def test_prompts_follow_from_identifier_and_class():
     options = TrainOptions(instance_dir="photos", class_name="cat")
-    prompts = [options.prompt(kind) for kind in ("instance", "class", "validation")]
+    prompts = [options.prompt("instance"), options.prompt("class"), *options.sample_prompts]
     assert prompts == ["a sks cat", "a cat", "a sks cat on a beach"]
+
+
+def test_validation_prompts_are_one_or_several(config, capsys):
+    def asked(*arguments: str) -> list[str]:
+        return parse("--instance_dir", "cat", *arguments).validation_prompts
+
+    one, two = ["--validation_prompt", "[V], one"], ["--validation_prompt=a [V] two"]
+    assert asked(*one) == ["sks, one"]
+    assert asked(*one, *two, *one) == ["sks, one", "a sks two"]
+    assert asked("--config", config("validation_prompt: a [V] three")) == ["a sks three"]
+    listed = config("validation_prompt:\n- a [V] three\n- '[V], four'\n")
+    assert asked("--config", listed) == ["a sks three", "sks, four"]
+    assert asked("--config", listed, *one) == ["sks, one"]
+    for none in ([], ["--validation_prompt", ""], ["--config", listed, "--validation_prompt", "null"]):
+        assert asked(*none) == ["a sks cat on a beach"]
+    assert asked("--config", config("validation_prompt: []")) == ["a sks cat on a beach"]
+    assert TrainOptions(validation_prompt="a [V] five").validation_prompts == ["a sks five"]
+    path = config("validation_prompt: [a cat, 3]")
+    assert refused(capsys, "train", "--config", path).endswith("--validation_prompt is 3: give text, in quotes")
 
 
 @pytest.mark.parametrize(
@@ -454,6 +483,7 @@ OUT_OF_RANGE = {
     "lora_dropout": ("-0.5", "give a number from 0 to 1"),
     "target_coverage": ("1.0", "give a number from 0 to below 1"),
     "adam_beta1": ("1.0", "give a number from 0 to below 1"),
+    "caption_dropout": ("1.0", "give a number from 0 to below 1"),
     "adam_beta2": ("-0.1", "give a number from 0 to below 1"),
     "max_grad_norm": ("0.0", "give more than 0"),
     "snr_gamma": ("0.0", "give more than 0"),
@@ -834,7 +864,7 @@ def test_saved_options_with_other_photos_are_for_their_class(config):
     saved = TrainOptions(instance_dir="photos/cat", mask="m.png", identifier="zwx").resolved(64, "no", 1e-4)
     path = config(yaml.safe_dump(asdict(saved)))
     options = parse("--config", path, "--instance_dir", "photos/dog")
-    prompts = [options.prompt(kind) for kind in ("instance", "class", "validation")]
+    prompts = [options.prompt("instance"), options.prompt("class"), *options.sample_prompts]
     assert prompts == ["a zwx dog", "a dog", "a zwx dog on a beach"]
     given = TrainOptions(instance_dir="photos/1", mask="m.png", class_name="cat", instance_prompt="[V], a pet")
     path = config(yaml.safe_dump(asdict(given.resolved(64, "no", 1e-4))))

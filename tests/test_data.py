@@ -9,6 +9,7 @@ import torch
 from PIL import Image, ImageDraw
 from training_runs import toy_pipeline, uniform
 
+from persam_dreambooth.dreambooth.backgrounds import Backgrounds
 from persam_dreambooth.dreambooth.data import Crops, derived_seed, sample_noise
 from persam_dreambooth.dreambooth.families.stable_diffusion import StableDiffusion
 from persam_dreambooth.photos.folder import Photo, find_photos
@@ -215,6 +216,18 @@ def test_unmasked_samples_are_as_many_as_asked_and_follow_from_the_number(album)
     assert 0.2 < np.mean(whole) < 0.4  # 300 draws of 0.3 have a standard deviation of 0.026
     assert [bool((often[number]["mask"] == 1).all()) for number in reversed(range(300))] == whole[::-1]
     assert all(torch.equal(often[number]["pixels"], never[number]["pixels"]) for number in range(20))
+
+
+def test_captions_are_dropped_as_often_as_asked_and_follow_from_the_number(album):
+    backgrounds = Backgrounds("color")
+    usual, other = (Crops(*album, 32, False, 0, "a cat", backgrounds, caption_dropout=rate) for rate in (0.0, 0.3))
+    prompts = [other[number]["prompt"] for number in range(300)]
+    assert 0.2 < prompts.count("") / 300 < 0.4  # 300 draws of 0.3 have a standard deviation of 0.026
+    assert prompts.count("") + prompts.count("a cat") == 300
+    assert [other[number]["prompt"] for number in reversed(range(300))] == prompts[::-1]
+    assert [usual[number]["prompt"] for number in range(20)] == ["a cat"] * 20
+    assert all(torch.equal(other[number]["pixels"], usual[number]["pixels"]) for number in range(20))
+    assert (usual.all_prompts(), other.all_prompts()) == (["a cat"], ["a cat", ""])
 
 
 def test_other_seeds_give_other_orders_and_other_crops(album):

@@ -128,13 +128,23 @@ def test_the_commands_of_the_families_run_in_their_order(home, toy_sam):
     assert made == ["cat-3", "cat-flux", "cat-xl"]
 
 
+def test_the_commands_of_the_training_options_run(home, toy_sam, complete):
+    shutil.copytree(complete, home / "outputs" / "cat")
+    listed = commands(ROOT / "docs" / "training.md")
+    assert len(listed) == 2
+    for command in listed:
+        run(command, home, toy_sam)
+    assert len(list((home / "outputs/cat/generated").glob("*.png"))) == 6
+
+
 def test_the_commands_of_davis_run_in_their_order(home, toy_sam):
     ran = [command for command in commands(ROOT / "docs" / "evaluation.md") if "davis" in command]
-    assert len(ran) == 3
+    assert len(ran) == 4
     for command in ran:
         run(command, home, toy_sam)
-    assert "the paper's persam-f" in (home / "davis-persam-f" / "results.md").read_text(encoding="utf-8")
-    assert '"J&F-Mean": 1.0' in (home / "davis-of-others" / "results.json").read_text(encoding="utf-8")
+    table = (home / "davis-scores" / "results.md").read_text(encoding="utf-8")
+    assert "| PerSAM, published rules | no |" in table and "| PerSAM-F | no |" in table
+    assert '"J&F-Mean": 100.0' in (home / "davis-of-others" / "results.json").read_text(encoding="utf-8")
 
 
 def test_the_command_of_videos_runs(home, toy_sam):

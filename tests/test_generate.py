@@ -239,8 +239,8 @@ def test_no_image_is_replaced_by_one_of_other_settings(runs, complete, tmp_path)
         after = generate(**options)
         assert all(after[path] == content for path, content in before.items()), options
         assert len([path for path in after if path.suffix == ".png"]) == number, options
-        assert generate(**options) == after
         before = after
+    assert generate(**others[-1]) == before
     assert {path.name for path in generate(seed=1)} - {path.name for path in before} == {
         *("a-duck-1.png", "a-duck-1-grid.jpg")
     }
@@ -306,7 +306,7 @@ def test_a_run_folder_that_cannot_be_written_names_output(complete, tmp_path, ca
 
 
 def test_an_interruption_keeps_the_images_and_the_same_command_goes_on(tmp_path, pictures):
-    options = {"model": "toy", "num_images": 4, "num_inference_steps": 8, "output": tmp_path / "out"}
+    options = {"model": "toy", "num_images": 10, "num_inference_steps": 2, "output": tmp_path / "out"}
     words = ["generate", "a duck", *flags(**options)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     program = [sys.executable, "-m", "persam_dreambooth", *words]
@@ -319,14 +319,16 @@ def test_an_interruption_keeps_the_images_and_the_same_command_goes_on(tmp_path,
         said = process.communicate(timeout=300)[1]
     assert process.returncode == 128 + signal.SIGINT
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
-    assert 1 <= len(kept) < 4
-    assert said.endswith(
-        f"interrupted: {len(kept)} of 4 images are saved in {tmp_path / 'out'}; the same command generates the others\n"
+    found = re.search(
+        r"interrupted: (\d+) of 10 images are saved in (.+); the same command generates the others\n$", said
     )
+    assert found and found[2] == str(tmp_path / "out")
+    # The signal may come after an image is saved and before it is counted.
+    assert len(kept) - 1 <= int(found[1]) <= len(kept) < 10
     assert command(*words) == 0
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     made = {path.name: np.asarray(Image.open(path)) for path in sorted((tmp_path / "out").glob("*.png"))}
-    assert alike(made, pictures("toy", "a duck", 4, num_inference_steps=8))
+    assert alike(made, pictures("toy", "a duck", 10))
 
 
 # --- the model

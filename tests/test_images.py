@@ -131,6 +131,14 @@ def test_8_bit_gray_in_16_bits_is_kept(tmp_path, suffix):
     assert pixels[0].tolist() == [[value] * 3 for value in (0, 7, 128, 255)]
 
 
+def test_8_bit_colors_in_16_bits_are_refused_instead_of_black(tmp_path):
+    values = np.full((4, 6, 3), (250, 100, 0), dtype=np.uint16)
+    with pytest.raises(InputError, match=r"a\.png has 16 bits and no value above 255, which would be black: save it"):
+        read_image(png(tmp_path / "a.png", values, color_type=2))
+    Image.fromarray(np.zeros((4, 6), dtype=np.uint16)).save(tmp_path / "gray.png")
+    assert not np.asarray(read_image(tmp_path / "gray.png")).any(), "of gray, Pillow reads all bits"
+
+
 def test_16_bit_rgb_is_scaled_not_clipped(tmp_path):
     values = np.array([[[65535, 32768, 0], [0, 257, 65535]]], dtype=np.uint16)
     pixels = np.asarray(read_image(png(tmp_path / "a.png", values, color_type=2)))

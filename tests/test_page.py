@@ -57,7 +57,7 @@ def test_a_click_on_a_heading_sorts_by_number_and_another_turns_it_around(tmp_pa
 UNTIDY = Table(
     "Objects of persam_f",
     ["object", "IoU", "gain"],
-    [["cat_statue", 20.0, "+1.50"], ["R&B 50% #1 {a}", None, "-"], ['a|b, "c" ~^\\ $x$ *', 3.14159, None]],
+    [["cat_statue", 20.0, "+1.50"], ["R&B 50% #1 {a}", None, "-0.25"], ['a|b, "c" ~^\\ $x$ *', 3.14159, None]],
     "Percent, 90 % ± 2.",
 )
 """Names with what means something in one of the formats."""
@@ -71,7 +71,7 @@ def test_every_cell_of_a_csv_comes_back_with_two_decimals():
     assert lines[:4] == [
         ["Objects of persam_f", "object", "IoU", "gain", ""],
         ["Objects of persam_f", "cat_statue", "20.00", "+1.50", ""],
-        ["Objects of persam_f", "R&B 50% #1 {a}", "", "-", ""],
+        ["Objects of persam_f", "R&B 50% #1 {a}", "", "-0.25", ""],
         ["Objects of persam_f", 'a|b, "c" ~^\\ $x$ *', "3.14", "", ""],
     ]
     assert lines[5] == ["B", "1", "2.00", "3.00", "4.00"]
@@ -94,7 +94,8 @@ def test_latex_has_as_many_cells_as_columns_and_no_bare_sign():
     rows = [re.split(r"(?<!\\)&", line.removesuffix(" \\\\")) for line in body.splitlines()]
     assert {len(row) for row in rows} == {len(columns)} == {3} and len(rows) == 4
     assert rows[1][0].strip() == r"cat\_statue" and rows[2][0].strip() == r"R\&B 50\% \#1 \{a\}"
+    assert [cell.strip() for cell in rows[2][1:]] == ["", "$-$0.25"]
     assert rows[3][0].strip() == r'a\textbar{}b, "c" \textasciitilde{}\textasciicircum{}\textbackslash{} \$x\$ *'
     # Braces balance, and what starts a comment, mathematics or a subscript is escaped.
-    bare = re.sub(r"\\[\\{}$&#%_]", "", text.split("\n", 1)[1].replace("$\\pm$", "±"))
+    bare = re.sub(r"\\[\\{}$&#%_]", "", text.split("\n", 1)[1].replace("$\\pm$", "±").replace("$-$", "-"))
     assert bare.count("{") == bare.count("}") and not set(bare) & set("%$#_^~")

@@ -40,6 +40,17 @@ def test_run_folder_holds_all_that_is_promised(complete, photos):
         assert sample.size == (64, 64)
 
 
+def test_each_validation_prompt_has_pictures_of_its_own(runs):
+    """Also where prompts differ in signs only, which file names leave out."""
+    prompts = ["a [V] duck!", "a [V] duck?"]
+    run = runs(validation_prompt=prompts, num_validation_images=1, max_train_steps=1)
+    assert yaml.safe_load((run / "config.yaml").read_text())["validation_prompt"] == prompts
+    one, two = sorted((run / "samples").glob("a-sks-duck-*.png"), key=lambda path: len(path.name))
+    assert one.name == "a-sks-duck-0.png"
+    assert re.fullmatch(r"a-sks-duck-[0-9a-f]{8}-0\.png", two.name)
+    assert one.read_bytes() != two.read_bytes()
+
+
 def test_saved_options_are_resolved_and_headed_by_versions(complete):
     text = (complete / "config.yaml").read_text()
     options = yaml.safe_load(text)

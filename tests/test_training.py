@@ -569,6 +569,7 @@ EFFECTIVE = {
     "mask_normalization": "none",
     "unmasked_weight": 0.2,
     "unmasked_probability": 0.5,
+    "caption_dropout": 0.5,
     "mask_dilation": 1,
     "mask_feather": 0.5,
     "masked_prior_preservation_weight": 1.0,
@@ -609,6 +610,25 @@ def test_captions_of_the_photos_are_what_they_are_trained_with(runs, tmp_path, c
     assert runs.train(tmp_path / "other", **options) == 0
     assert not same_weights(tmp_path / "other", runs())
     assert f"the identifier sks is not in the captions of {names[0]}: add [V] to them" in caplog.text
+
+
+def test_names_of_files_are_captions_where_asked(runs, tmp_path, caplog):
+    photos = shutil.copytree(runs.photos, tmp_path / "photos")
+    masks = shutil.copytree(runs.photos.parent / "masks", tmp_path / "masks")
+    for number, path in enumerate(sorted(photos.glob("*.png"))):
+        for folder in (photos, masks):
+            (folder / path.name).rename(folder / f"a [V]_duck ({number}).png")
+    caplog.set_level("INFO")
+    options = {"instance_dir": photos, "mask_dir": masks, "caption_from": "filename"}
+    assert runs.train(tmp_path / "named", instance_prompt="a bird", **options) == 0
+    assert same_weights(tmp_path / "named", runs())  # what the instance prompt says without captions
+    assert "4 of 4 photos have captions of their own" in caplog.messages
+    assert "--instance_prompt is not used: all photos have captions" in caplog.messages
+    (photos / "a [V]_duck (0).txt").write_text("a red duck")
+    caplog.clear()
+    assert runs.train(tmp_path / "texts", max_train_steps=1, **options) == 0
+    assert "1 of them are from text files, which come before file names" in caplog.messages
+    assert "the identifier sks is not in the captions of a [V]_duck (0).png: add [V] to them" in caplog.messages
 
 
 @pytest.mark.parametrize("logging_steps", [1, 50])

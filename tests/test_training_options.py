@@ -18,6 +18,7 @@ from PIL import Image
 from tiny_families import save_tiny, toy_or_tiny
 from torch.utils.data import default_collate
 from training_runs import (
+    ALL_AGAINST_BACKGROUNDS,
     RESOLUTION,
     SLOW,
     STEPS,
@@ -169,6 +170,20 @@ def test_noise_offset_reaches_every_family(runs, checkpoints, name):
     assert not same_weights(one, two)
 
 
+# --- caption dropout
+
+
+@pytest.mark.parametrize("text_encoder", [None, pytest.param(True, marks=SLOW)])
+def test_dropped_captions_leave_class_images_their_prompt(runs, text_encoder):
+    """Beside backgrounds that prompts name; what is dropped is trained with the embedding of the empty prompt."""
+    options = runs.sharing({**ALL_AGAINST_BACKGROUNDS, "train_text_encoder": text_encoder})
+    usual, dropped = runs(**options), runs(caption_dropout=0.99, **options)
+    assert column(usual, "prior_loss")[0] == column(dropped, "prior_loss")[0]
+    assert column(usual)[0] != column(dropped)[0]
+    if not text_encoder:  # no prompt of a photo is left
+        assert column(dropped) == column(runs(caption_dropout=0.99, **{**options, "background_in_prompt": None}))
+
+
 # --- LoRA
 
 
@@ -287,6 +302,77 @@ def test_dora_learns_the_length_of_weights_and_keeps_the_base_at_hand(runs):
     lengths = [name for name in weights(run) if "magnitude" in name]
     assert len(lengths) == sum(bool(UP.search(name)) for name in weights(run))
     assert column(run, "preservation_loss")[0] == pytest.approx(0, abs=1e-8)
+
+
+# --- starting from a LoRA
+
+FROM_LORA = {
+    "sd": {"train_text_encoder": True, "export": "kohya"},
+    "sdxl": {"train_text_encoder": True, "export": "kohya"},
+    "sd3": {"lora_targets": "to_q,to_v", "rank": 2},
+    "flux": {"lora_alpha": 2.0},
+    "dora": {"use_dora": True, "lora_alpha": 3.0},
+}
+
+
+@pytest.mark.parametrize(("name", "options"), variants({key: (key, value) for key, value in FROM_LORA.items()}, ["sd"]))
+def test_a_run_starts_from_the_lora_it_is_given(runs, checkpoints, tmp_path, name, options):
+    model = toy_or_tiny("sd" if name == "dora" else name, checkpoints)
+    options = {"pretrained_model_name_or_path": model, "learning_rate": 0.01, **options}
+    first = runs(**options)
+    files = [first, first / LORA_WEIGHTS, *first.glob("lora-kohya.safetensors")]
+    assert len(files) == 2 + ("export" in options)
+    for number, file in enumerate(files):
+        # A step of no length: what is saved is what it started from.
+        run, still = tmp_path / f"{number}", {**options, "learning_rate": 0.0, "max_train_steps": 1}
+        assert runs.train(run, init_lora=file, **still) == 0
+        assert same_weights(run, first)
+        assert column(run)[0] != column(first)[0]
+
+
+def test_a_lora_of_another_alpha_starts_with_the_same_product(runs, tmp_path):
+    first = runs(lora_alpha=8.0, learning_rate=0.01)
+    given = {"init_lora": first, "learning_rate": 0.0, "max_train_steps": 1}
+    losses = []
+    for alpha in (8.0, 2.0):
+        assert runs.train(tmp_path / f"{alpha}", lora_alpha=alpha, **given) == 0
+        losses += column(tmp_path / f"{alpha}")
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    again, before = weights(tmp_path / "2.0"), weights(first)
+    ups = [key for key in before if UP.search(key)]
+    assert ups
+    assert all(torch.equal(again[key], 4 * before[key]) for key in ups)
+
+
+def test_a_run_from_a_lora_resumes_from_its_own_checkpoint(runs, tmp_path):
+    options = {"init_lora": runs(learning_rate=0.01), "checkpointing_steps": 2}
+    straight = runs(**options)
+    assert runs.train(tmp_path / "run", resume_from_checkpoint="latest", **{**options, "max_train_steps": 2}) == 0
+    assert runs.train(tmp_path / "run", resume_from_checkpoint="latest", **options) == 0
+    assert same_weights(tmp_path / "run", straight)
+
+
+def test_a_lora_that_does_not_fit_is_refused_in_a_line(runs, checkpoints, tmp_path, capsys):
+    first, text = runs(), runs(train_text_encoder=True)
+    (tmp_path / "lora.bin").write_bytes(b"")
+    (tmp_path / "broken.safetensors").write_bytes(b"x")
+    other = runs(pretrained_model_name_or_path=save_tiny("flux", checkpoints))
+    name = LORA_WEIGHTS
+    for options, said in (
+        ({"init_lora": tmp_path / "none"}, f"--init_lora: {tmp_path / 'none'} does not exist: name a run's folder"),
+        ({"init_lora": tmp_path}, f"--init_lora: {tmp_path / name} does not exist"),
+        ({"init_lora": tmp_path / "lora.bin"}, f"--init_lora: {tmp_path / 'lora.bin'} is not a safetensors file"),
+        ({"init_lora": tmp_path / "broken.safetensors"}, f"{tmp_path / 'broken.safetensors'} cannot be loaded ("),
+        ({"init_lora": other}, f"{other / name} holds no LoRA of a StableDiffusionPipeline: name one of this family"),
+        ({"init_lora": first, "rank": 8}, f"{first / name} has rank 4: set --rank to it"),
+        ({"init_lora": first, "use_dora": True}, f"{first / name} is no DoRA: remove --use_dora"),
+        ({"init_lora": first, "lora_targets": "to_q,to_k"}, f"{first / name} adapts 56 layers, which end in to_k, "),
+        ({"init_lora": text}, f"{text / name} also adapts the text_encoder: add --train_text_encoder, or name another"),
+        ({"init_lora": first, "resume_from_checkpoint": "checkpoint-2"}, "--init_lora has no effect: a checkpoint has"),
+        ({"init_lora": first, "method": "full"}, "--init_lora has no effect: add --method lora"),
+    ):
+        line = refused(runs, capsys, tmp_path / "run", **options)
+        assert line.startswith(f"error: {said}"), line
 
 
 # --- the average
@@ -559,7 +645,8 @@ def test_tensorboard_is_told_losses_and_samples(runs):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    told = {"report_to": "tensorboard", "validation_steps": 2, "num_validation_images": 2}
+    prompts = ["a [V] duck!", "a [V] duck?"]
+    told = {"report_to": "tensorboard", "validation_steps": 2, "num_validation_images": 1, "validation_prompt": prompts}
     run = runs(masked_prior_preservation_weight=1.0, **told)
     assert same_weights(run, runs(masked_prior_preservation_weight=1.0))
     events = EventAccumulator(str(run / "logs" / "persam-dreambooth"), {"images": 0})
@@ -567,10 +654,13 @@ def test_tensorboard_is_told_losses_and_samples(runs):
     for name in ("loss", "preservation_loss", "learning_rate"):
         assert [event.value for event in events.Scalars(name)] == pytest.approx(column(run, name))
         assert [event.step for event in events.Scalars(name)] == column(run, "step")
-    [tag] = {tag.rsplit("/", 1)[0] for tag in events.Tags()["images"]}
-    assert tag == "a sks duck on a beach"
+    assert {tag.rsplit("/", 1)[0] for tag in events.Tags()["images"]} == {"a sks duck!", "a sks duck?"}
     for image in events.Tags()["images"]:
         assert [event.step for event in events.Images(image)] == [2, STEPS]
+    for folder in (run / "samples", run / "samples" / "step-2"):
+        one, two = sorted(folder.glob("a-sks-duck-*.png"), key=lambda path: len(path.name))
+        assert one.name == "a-sks-duck-0.png"
+        assert one.read_bytes() != two.read_bytes()
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])

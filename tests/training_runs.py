@@ -72,10 +72,12 @@ def variants(named, quick):
 
 
 def flags(**options):
-    """`rank=2, unmasked=True, mask=None` as `--rank 2 --unmasked`."""
+    """`rank=2, unmasked=True, mask=None` as `--rank 2 --unmasked`; a list repeats its flag."""
     listed = []
     for name, value in options.items():
-        if value is True:
+        if isinstance(value, list):
+            listed += [word for one in value for word in (f"--{name}", str(one))]
+        elif value is True:
             listed.append(f"--{name}")
         elif value is not None:
             listed += [f"--{name}", str(value)]

@@ -7,7 +7,7 @@ from pathlib import Path
 from persam_dreambooth.dreambooth.subject_options import SubjectOptions, mask_folders
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.errors import InputError
-from persam_dreambooth.photos.captions import read_prompts
+from persam_dreambooth.photos.captions import check_captions, read_prompts
 from persam_dreambooth.photos.datasets import photo_folder
 from persam_dreambooth.photos.folder import Photo, check_shapes, find_photos
 from persam_dreambooth.photos.mask_folder import PhotoMask, check_names, cut_out, load_masks
@@ -90,7 +90,7 @@ def read_album(
     photos = find_photos(folder, (*no_photos, *(other for _, other in apart)))
     check_names(photos)
     check_shapes(photos)
-    read_prompts(photos, "")  # reports broken captions before anything is written
+    check_captions(photos)
     reference, drawn = None, list[PhotoMask]()
     if subject.mask:
         mask_path = Path(subject.mask)
@@ -102,11 +102,16 @@ def read_album(
     return Album(subject, photos, reference, drawn, mask_dir, label)
 
 
+def own_captions(subject: SubjectOptions, photos: list[Photo]) -> list[str]:
+    """The caption of each photo of a subject, with [V] as it is written; empty for the instance prompt."""
+    return read_prompts(photos, "", from_names=subject.caption_from == "filename")
+
+
 def _check_captions(albums: list[Album]) -> None:
     """Raises `InputError` for [V] in the caption of a photo of several subjects, where [V] is ambiguous."""
     for album in albums:
         named = [other.subject.word for other in albums if other.subject.folder == album.subject.folder]
-        for photo, text in zip(album.photos, read_prompts(album.photos, ""), strict=True):
+        for photo, text in zip(album.photos, own_captions(album.subject, album.photos), strict=True):
             if len(named) > 1 and "[V]" in text:
                 words = " or ".join(named)
                 raise InputError(f"the caption of {photo.path} says [V], which may be {words}: write which is meant")

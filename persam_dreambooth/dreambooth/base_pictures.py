@@ -10,7 +10,7 @@ from persam_dreambooth.dreambooth.prompts import in_front_of
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.files import check_writable, write_text
-from persam_dreambooth.photos.captions import read_prompts
+from persam_dreambooth.photos.captions import check_captions, read_prompts
 from persam_dreambooth.photos.folder import Photo, check_shapes, find_photos
 from persam_dreambooth.progress import steps
 from persam_dreambooth.report.pictures import save_picture
@@ -45,6 +45,7 @@ def _check_folder(folder: Path, described: bool = False) -> None:
         check_writable(folder)
         return
     pictures = find_pictures(folder)
+    check_captions(pictures)
     for picture, prompt in zip(pictures, read_prompts(pictures, ""), strict=True):
         if described and not prompt:
             path = picture.path
@@ -60,11 +61,13 @@ def find_pictures(folder: Path) -> list[Photo]:
 
 def told_scenes(options: TrainingOptions) -> list[str]:
     """The scenes that are added to training prompts, as far as they are known before images are generated."""
-    if not options.background_in_prompt:
-        return []
-    folder = options.background_folder
-    own = find_pictures(folder) if folder.is_dir() else []
-    return [*read_prompts(own, ""), *options.scenes]
+    return [*captions_in(options.background_folder), *options.scenes] if options.background_in_prompt else []
+
+
+def captions_in(folder: Path) -> list[str]:
+    """The captions of the images that a folder of the base model's images has already, each once."""
+    captions = read_prompts(find_pictures(folder), "") if folder.is_dir() else []
+    return list(dict.fromkeys(filter(None, captions)))
 
 
 def class_prompts(options: TrainingOptions) -> list[str]:

@@ -18,7 +18,7 @@ from persam_dreambooth.dreambooth.backgrounds import Backgrounds
 from persam_dreambooth.dreambooth.buckets import covering_side, nearest_bucket
 from persam_dreambooth.photos.folder import Photo
 
-ORDER, CROP, NOISE, DROPOUT, BACKGROUND, UNMASKED, FLIP = range(7)
+ORDER, CROP, NOISE, DROPOUT, BACKGROUND, UNMASKED, FLIP, CAPTION = range(8)
 """The random streams of a run."""
 
 CLASS_SEED = 1
@@ -67,6 +67,7 @@ class Crops(Dataset):
         prompts: the prompt of each photo, or one for all of them.
         backgrounds: replacements of the photos' backgrounds, or None.
         unmasked_probability: probability that a sample's mask is replaced by ones, 0 to 1.
+        caption_dropout: probability that a sample's prompt is replaced by the empty one, 0 to 1.
         random_flip: flip half of the crops left to right, with their masks.
         buckets: (width, height) of crops instead of squares; each photo is cropped to the nearest.
         alike: number of consecutive samples in one bucket.
@@ -82,6 +83,7 @@ class Crops(Dataset):
         prompts: list[str] | str = "",
         backgrounds: Backgrounds | None = None,
         unmasked_probability: float = 0.0,
+        caption_dropout: float = 0.0,
         random_flip: bool = False,
         buckets: list[tuple[int, int]] | None = None,
         alike: int = 1,
@@ -95,6 +97,7 @@ class Crops(Dataset):
         self.counts = [len(photos)]
         self.backgrounds = backgrounds
         self.unmasked_probability = unmasked_probability
+        self.caption_dropout = caption_dropout
         self.random_flip = random_flip
         self.sizes = [nearest_bucket(photo.size, buckets or [(resolution, resolution)]) for photo in photos]
         self.alike = alike
@@ -128,6 +131,9 @@ class Crops(Dataset):
         if self.unmasked_probability:
             drawn_whole = np.random.default_rng([self.seed, UNMASKED, number]).random() < self.unmasked_probability
             weights = torch.ones_like(weights) if drawn_whole else weights
+        if self.caption_dropout:
+            dropped = np.random.default_rng([self.seed, CAPTION, number]).random() < self.caption_dropout
+            prompt = "" if dropped else prompt
         (width, height), top = self.photos[index].size, window[1]
         left = mask.width - window[2] if flipped else window[0]
         crop = torch.tensor([height, width, top, left])
@@ -148,6 +154,8 @@ class Crops(Dataset):
         prompts = dict.fromkeys(self.prompts)
         if self.backgrounds:
             prompts = {told: None for prompt in prompts for told in self.backgrounds.all_prompts(prompt)}
+        if self.caption_dropout:
+            prompts[""] = None
         return list(prompts)
 
     def size(self, number: int) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from persam_dreambooth.dreambooth.samples import Request, save_samples
 from persam_dreambooth.dreambooth.subject_options import IDENTIFIER, SubjectOptions
 from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.files import check_writable
-from persam_dreambooth.models import quiet
+from persam_dreambooth.models import is_single_file, quiet
 from persam_dreambooth.options import (
     CONFIG,
     LAST_SEED,
@@ -55,12 +55,23 @@ class GenerateOptions(Options):
     prompt: str | None = option(None, "the prompt; [V] is replaced by the subject's identifier")
     model: str | None = option(
         None,
-        "a training run's folder, a pipeline folder, a hub id, or toy; default: the latest finished run in outputs",
+        "folder of a run or a pipeline, a single file, a hub id, or toy; default: the latest finished run in outputs",
         path=True,
         elsewhere=("pretrained_model_name_or_path", "ckpt"),
     )
     base_model: str | None = option(
         None, "base model of a LoRA, as a hub id, local folder or toy; default: the run's own", path=True
+    )
+    base_config: str | None = option(
+        None,
+        "model with the configuration of a single file: hub id or local folder; default: by its kind",
+        path=True,
+        when=(
+            Condition(
+                lambda options: is_single_file(str(options.base_model or options.model)),
+                "the model is not a single file, remove it",
+            ),
+        ),
     )
     num_images: int = option(
         4, "number of images", elsewhere=("num_images_per_prompt", "images_per_prompt", "num_outputs")
@@ -117,11 +128,11 @@ def generate(options: GenerateOptions) -> list[Path]:
         KeyboardInterrupt: with a message that says how many images are saved.
     """
     options.check()
-    name = _find_name(options.model)
+    name = _find_name(options.model or None)
 
     from persam_dreambooth.dreambooth.pipelines import find_model, inference_device, to_accelerator
 
-    model = find_model(name, options.base_model)
+    model = find_model(name, options.base_model, options.base_config)
     _check_supported(options, model)
     prompt = name_subjects(str(options.prompt), model.subjects, options.identifier)
     folder = Path(options.output) if options.output else _default_folder(model)
@@ -137,6 +148,9 @@ def generate(options: GenerateOptions) -> list[Path]:
         words = [options.identifier] if options.identifier else [subject.word for subject in model.subjects]
         named = next((word for word in words if word in prompt), None)
         check_unread("the prompt", prompt, model.family.unread(pipeline, prompt), named)
+        if options.negative_prompt:
+            unread = model.family.unread(pipeline, options.negative_prompt)
+            check_unread("the negative prompt", options.negative_prompt, unread)
         request = Request(
             prompt,
             range(options.seed, options.seed + options.num_images),

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from safetensors import safe_open
 
 from persam_dreambooth import models, toy
 from persam_dreambooth.dreambooth.families.latent_diffusion import LORA_WEIGHTS, LatentDiffusion, load_trained_parts
@@ -30,6 +31,7 @@ class FoundModel:
         base: hub id, folder or `toy`: the base model, or the whole model.
         revision: branch, tag or commit of the base model on the hub.
         variant: variant of its weight files.
+        base_config: the configuration of a base model in a single file; see `registry.single_file_config`.
     """
 
     folder: Path
@@ -38,6 +40,7 @@ class FoundModel:
     base: str
     revision: str | None = None
     variant: str | None = None
+    base_config: str | None = None
 
     @cached_property
     def source(self) -> str:
@@ -62,7 +65,7 @@ class FoundModel:
     @property
     def family(self) -> type[LatentDiffusion]:
         """The model's family."""
-        return family_of(self.source, self.revision)
+        return family_of(self.source, self.revision, self.base_config)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -97,7 +100,7 @@ class FoundModel:
         """
         dtype = self.dtype if self.family.large else torch.float32
         long_prompts = bool(self.config.get("long_prompts"))
-        pipeline = load_pipeline(self.source, self.revision, self.variant, dtype, long_prompts)
+        pipeline = load_pipeline(self.source, self.revision, self.variant, dtype, long_prompts, self.base_config)
         with models.loading(str(self.folder)):
             if self.weights == "lora":
                 path = self.folder if self.folder.is_file() else self.folder / LORA_WEIGHTS
@@ -111,13 +114,14 @@ class FoundModel:
         return pipeline
 
 
-def find_model(name: str, base_model: str | None = None) -> FoundModel:
+def find_model(name: str, base_model: str | None = None, base_config: str | None = None) -> FoundModel:
     """Finds a model for inference, without loading it.
 
     Args:
-        name: a run's folder or one of its checkpoints, a pipeline folder, a hub id, or `toy`; with `base_model` also a
-            LoRA of other programs, as a file or a folder.
-        base_model: hub id, local folder or `toy`; by default the base model of the run.
+        name: a run's folder or one of its checkpoints, a pipeline folder or single file, a hub id, or `toy`; with
+            `base_model` also a LoRA of other programs, as a file or a folder.
+        base_model: hub id, local folder or file, or `toy`; by default the base model of the run.
+        base_config: the configuration of a single file; see `registry.single_file_config`.
 
     Raises:
         InputError, InputNotFoundError: there is no such model, or it has no weights.
@@ -129,24 +133,27 @@ def find_model(name: str, base_model: str | None = None) -> FoundModel:
     if (folder / "model_index.json").is_file() or not (has_lora or config):
         if base_model:
             raise InputError(f"--base_model has no effect: {name} is no LoRA")
-        return FoundModel(folder, config, None, name)
+        if _is_lora_file(folder):
+            raise InputError(f"{folder} holds a LoRA, so its base model is unknown: name it with --base_model")
+        return FoundModel(folder, config, None, name, base_config=base_config)
     has_denoiser = any((folder / family.denoiser_name).is_dir() for family in FAMILIES.values())
     if not has_lora and not has_denoiser:
         raise InputNotFoundError(f"{folder} holds no trained weights yet: finish its training, or name a checkpoint-N")
     weights: Literal["lora", "parts"] = "lora" if has_lora else "parts"
     if base_model:
-        return FoundModel(folder, config, weights, base_model)
+        return FoundModel(folder, config, weights, base_model, base_config=base_config)
     if not config:
         raise InputError(
             f"{folder} has LoRA weights but no {CONFIG}, so its base model is unknown: name it with --base_model"
         )
     base = config["pretrained_model_name_or_path"]
-    return FoundModel(folder, config, weights, base, config.get("revision"), config.get("variant"))
+    settings = (config.get(name) for name in ("revision", "variant", "base_config"))
+    return FoundModel(folder, config, weights, base, *settings)
 
 
-def load_model(name: str) -> Any:
+def load_model(name: str, base_config: str | None = None) -> Any:
     """Loads a model for inference on the CPU; arguments and errors as in `find_model`."""
-    return find_model(name).load()
+    return find_model(name, base_config=base_config).load()
 
 
 def inference_device() -> torch.device:
@@ -159,6 +166,14 @@ def to_accelerator(pipeline: Any) -> Any:
     """Moves the pipeline to the accelerator in its family's half precision; unchanged if there is no accelerator."""
     device = inference_device()
     return pipeline if device.type == "cpu" else pipeline.to(device, FAMILIES[type(pipeline).__name__].inference_dtype)
+
+
+def _is_lora_file(path: Path) -> bool:
+    """Whether a file of weights holds a LoRA."""
+    if not (path.is_file() and path.suffix == ".safetensors"):
+        return False
+    with models.loading(str(path)), safe_open(path, "pt") as weights:
+        return any("lora" in key for key in list(weights.keys()))
 
 
 def _run_dir(folder: Path) -> Path:

@@ -34,7 +34,8 @@ def save_weights(options: TrainingOptions, family: Family, accelerator: Accelera
             if options.export == "kohya":
                 kohya.export(family, folder)
         else:  # frozen parts may be in half precision here, so they are loaded from the base model
-            load_pipeline(base, options.revision, options.variant, **trained).save_pretrained(folder)
+            settings = {"base_config": options.base_config, **trained}
+            load_pipeline(base, options.revision, options.variant, **settings).save_pretrained(folder)
 
 
 def save_results(

@@ -27,7 +27,7 @@ MODEL_CARD = "README.md"
 
 OwnOptions = TypeVar("OwnOptions", bound=TrainingOptions)
 
-PATHS_OR_NAMES = ("pretrained_model_name_or_path", "sam_model", "dataset_name", "reference_image")
+PATHS_OR_NAMES = ("pretrained_model_name_or_path", "base_config", "sam_model", "dataset_name", "reference_image")
 """Options whose value is a path or a name: on the hub, `toy`, or of a photo in its folder."""
 
 

@@ -132,12 +132,13 @@ def save_samples(
     if len(new) < len(paths):
         logger.info("%d of %d images are in %s already and are kept", len(paths) - len(new), len(paths), folder)
     images = sample(pipeline, replace(request, seeds=new))
-    for image, seed in zip(images, new, strict=True):
-        info = PngInfo()
-        info.add_text(PARAMETERS, f"{settings}, Seed: {seed}")
-        paths[seed] = _save(image, [paths[seed], folder / f"{hashed}-{seed}.png"], is_own, pnginfo=info)
+    for seed, path in paths.items():
+        if seed in new:
+            info = PngInfo()
+            info.add_text(PARAMETERS, f"{settings}, Seed: {seed}")
+            paths[seed] = _save(next(images), [path, folder / f"{hashed}-{seed}.png"], is_own, pnginfo=info)
         yield paths[seed]
-    yield from (path for seed, path in paths.items() if seed not in new)
+    next(images, None)  # completes the progress bar
     seeds = "-".join(map(str, dict.fromkeys((request.seeds[0], request.seeds[-1]))))
     told = f"{settings}, Seeds: {seeds}"
     names = [f"{stem}-grid.jpg", f"{stem}-{seeds}-grid.jpg"]
@@ -207,16 +208,21 @@ def _save(image: Image.Image, paths: list[Path], is_own: Callable[[Path], bool],
     """
     first, second = paths
     own = first.with_name(f".{os.getpid()}{first.suffix}")
-    with write_aside(own) as aside:
-        image.save(aside, **how)
-    with saving(first):
-        try:
-            first.touch(exist_ok=False)
-            path = first
-        except FileExistsError:
-            path = first if is_own(first) else second
-        os.replace(own, path)
-    return path
+    try:
+        with write_aside(own) as aside:
+            image.save(aside, **how)
+        with saving(first):
+            try:
+                os.link(own, first)  # fails if the name is taken
+                return first
+            except FileExistsError:
+                path = first if is_own(first) else second
+            except OSError:  # a file system without links
+                path = first
+            os.replace(own, path)
+            return path
+    finally:
+        own.unlink(missing_ok=True)
 
 
 def _sheet(request: Request, paths: list[Path], notice: str | None) -> Image.Image:

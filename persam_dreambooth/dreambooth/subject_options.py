@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from persam_dreambooth.dreambooth.prompts import fill_identifier
 from persam_dreambooth.errors import InputError
-from persam_dreambooth.options import Condition, Options, option, require, typed_options, with_flag
+from persam_dreambooth.options import Condition, Options, option, require, typed_options, with_flag, without_flag
 
 MASKS = "masks"
 """The mask folder in a run's folder; see `mask_folders`."""
@@ -80,6 +80,12 @@ class SubjectOptions(Options):
     invert_mask: bool = option(
         False, "black, or transparent, is the subject in the masks given", when=(with_flag("--mask", "--mask_dir"),)
     )
+    caption_from: Literal["filename"] | None = option(
+        None,
+        "a photo without a caption file has its file name as caption: a [V] cat on a sofa_2.jpg",
+        when=(without_flag("--dataset_name"),),
+        elsewhere=("caption_strategy",),
+    )
     class_name: str | None = option(None, "the subject's class; default: the name of --instance_dir")
     identifier: str | None = option(
         None,
@@ -94,10 +100,12 @@ class SubjectOptions(Options):
         "prompt of class images; default: a <class_name>",
         when=(with_run_flag("--with_prior_preservation"),),
     )
-    validation_prompt: str | None = option(
+    validation_prompt: list[str] | None = option(
         None,
-        "prompt of the samples; default: a [V] <class_name> on a beach",
+        "prompt of the samples, or several by repeating the option; default: a [V] <class_name> on a beach",
+        many=True,
         when=(with_run_flag("--num_validation_images"),),
+        elsewhere=("validation_prompts",),
     )
 
     def check_subject(self, unmasked: bool) -> None:
@@ -143,14 +151,16 @@ class SubjectOptions(Options):
         """The folder of the photos, or a path made from the name of a data set."""
         return Path(self.instance_dir or str(self.dataset_name)).resolve()
 
-    def prompt(self, kind: Literal["instance", "class", "validation"]) -> str:
+    def prompt(self, kind: Literal["instance", "class"]) -> str:
         """A prompt or its default, with [V] replaced by the identifier."""
-        defaults = {
-            "instance": f"a [V] {self.subject}",
-            "class": f"a {self.subject}",
-            "validation": f"a [V] {self.subject} on a beach",
-        }
-        return fill_identifier(getattr(self, f"{kind}_prompt") or defaults[kind], self.word)
+        default = {"instance": f"a [V] {self.subject}", "class": f"a {self.subject}"}[kind]
+        return fill_identifier(getattr(self, f"{kind}_prompt") or default, self.word)
+
+    @property
+    def sample_prompts(self) -> list[str]:
+        """The subject's validation prompts or their default, with [V] replaced by the identifier."""
+        given = [prompt for prompt in self.validation_prompt or [] if prompt.strip()]
+        return [fill_identifier(prompt, self.word) for prompt in given or [f"a [V] {self.subject} on a beach"]]
 
 
 def read_subjects(entries: Any) -> list[SubjectOptions]:

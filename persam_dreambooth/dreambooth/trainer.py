@@ -88,6 +88,8 @@ def train(
     average = AveragedWeights(trained, options.ema_decay) if options.use_ema else None
     as_saved = average.swapped_in if average else nullcontext
     first_step = 0
+    if options.init_lora and not resume_from:
+        family.init_lora(options)
     if resume_from:
         family.load_weights(resume_from)
         first_step = load_state(resume_from, optimizer=optimizer, scaler=accelerator.scaler, average=average)

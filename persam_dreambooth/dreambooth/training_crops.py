@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from persam_dreambooth.dreambooth.albums import Album
-from persam_dreambooth.dreambooth.base_pictures import class_prompts, told_scenes
+from persam_dreambooth.dreambooth.albums import Album, own_captions
+from persam_dreambooth.dreambooth.base_pictures import captions_in, class_prompts, told_scenes
 from persam_dreambooth.dreambooth.data import Crops
 from persam_dreambooth.dreambooth.families.family import Family
 from persam_dreambooth.dreambooth.prompts import check_unread, fill_identifier, in_front_of
@@ -51,6 +51,7 @@ def make_crops(options: TrainingOptions, album: Album, masks: list[PhotoMask], c
         "resolution": cut.resolution,
         "center_crop": options.center_crop,
         "seed": options.seed,
+        "caption_dropout": options.caption_dropout,
         "random_flip": options.random_flip,
         "buckets": cut.buckets,
         "alike": options.train_batch_size if cut.buckets else 1,
@@ -121,10 +122,12 @@ def _check_lost(options: TrainingOptions, album: Album, crops: Crops) -> None:
 
 def training_captions(album: Album, photos: list[Photo]) -> list[str]:
     """The prompt of each photo: its own caption, with [V] replaced by the identifier, or the instance prompt."""
-    subject, own = album.subject, read_prompts(photos, "")
+    subject, own = album.subject, own_captions(album.subject, photos)
     captions = [fill_identifier(text, subject.word) or subject.prompt("instance") for text in own]
     if any(own):
         logger.info("%s%d of %d photos have captions of their own", album.label, sum(map(bool, own)), len(photos))
+    if subject.caption_from and any(written := [text for text in read_prompts(photos, "") if text]):
+        logger.info("%s%d of them are from text files, which come before file names", album.label, len(written))
     if all(own) and subject.instance_prompt:
         logger.info("%s--instance_prompt is not used: all photos have captions", album.label)
     if not all(own):
@@ -147,16 +150,17 @@ def check_prompts(options: TrainingOptions, albums: list[Album], family: Family)
     for album in albums:
         subject, label = album.subject, album.label
         prompts: dict[str, str] = {}
-        for photo, text in zip(album.photos, read_prompts(album.photos, ""), strict=True):
+        for photo, text in zip(album.photos, own_captions(subject, album.photos), strict=True):
             prompt = fill_identifier(text, subject.word) or subject.prompt("instance")
             prompts.setdefault(prompt, f"the caption of {photo.name}" if text else "the training prompt")
         scenes = told_scenes(options)
         told += [(f"{label}{what}", prompt, subject.word, scenes) for prompt, what in prompts.items()]
         if options.num_validation_images:
-            told.append((f"{label}the validation prompt", subject.prompt("validation"), subject.word, []))
+            told += [(f"{label}the validation prompt", each, subject.word, []) for each in subject.sample_prompts]
     if options.with_prior_preservation:
         scenes = options.scenes if options.class_scenes else []
         told += [("the class prompt", prompt, None, scenes) for prompt in class_prompts(options)]
+        told += [("a class image's caption", prompt, None, []) for prompt in captions_in(options.class_dir)]
     advice = "" if "long_prompts" in family.without else ", or add --long_prompts"
     for what, prompt, identifier, scenes in told:
         for full in (prompt, *([in_front_of(prompt, max(scenes, key=len))] if scenes else [])):

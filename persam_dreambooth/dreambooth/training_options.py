@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from persam_dreambooth import models
 from persam_dreambooth.dreambooth.prompts import SCENES, split_scenes
 from persam_dreambooth.dreambooth.subject_options import SubjectOptions, folder_name, read_subjects
 from persam_dreambooth.errors import InputError
@@ -54,7 +55,7 @@ class TrainingOptions(SubjectOptions):
     # The model
     pretrained_model_name_or_path: str = option(
         "stable-diffusion-v1-5/stable-diffusion-v1-5",
-        "Stable Diffusion 1.x, 2.x, XL, 3, 3.5 or FLUX.1: hub id, local folder, or toy",
+        "Stable Diffusion 1.x, 2.x, XL, 3, 3.5 or FLUX.1: hub id, local folder, single file, or toy",
         path=True,
         elsewhere=("model", "base_model_name"),
     )
@@ -63,7 +64,17 @@ class TrainingOptions(SubjectOptions):
         "branch, tag or commit of the model on the hub",
         when=(Condition(lambda options: options.is_on_hub, "the model is not on the hub, remove it"),),
     )
-    variant: str | None = option(None, "variant of the weight files, such as fp16")
+    variant: str | None = option(
+        None,
+        "variant of the weight files, such as fp16",
+        when=(Condition(lambda options: not options.is_single_file, "the model is a single file, remove it"),),
+    )
+    base_config: str | None = option(
+        None,
+        "model with the configuration and tokenizers of a single file: hub id or local folder; default: by its kind",
+        path=True,
+        when=(Condition(lambda options: options.is_single_file, "the model is not a single file, remove it"),),
+    )
     method: Literal["lora", "full"] = option("lora", "train LoRA matrices, or the whole UNet of Stable Diffusion")
     rank: int = option(4, "rank of the LoRA matrices", when=WHEN_LORA, elsewhere=("network_dim", "lora_rank"))
     lora_alpha: float | None = option(
@@ -74,6 +85,19 @@ class TrainingOptions(SubjectOptions):
         "attention, attention+feedforward, all, or name endings such as to_q,to_v; default: the family's",
         when=WHEN_LORA,
         elsewhere=("lora_layers", "target_modules"),
+    )
+    init_lora: str | None = option(
+        None,
+        "LoRA to start from: a run's folder, or a safetensors file with the key names of diffusers or kohya",
+        path=True,
+        when=(
+            *WHEN_LORA,
+            Condition(
+                lambda options: options.resume_from_checkpoint in (None, "latest"),
+                "a checkpoint has its own weights, remove it or --resume_from_checkpoint",
+            ),
+        ),
+        elsewhere=("network_weights",),
     )
     lora_dropout: float = option(0.0, "dropout inside LoRA, 0 to 1", when=WHEN_LORA)
     lora_init: Literal["gaussian", "kaiming"] = option(
@@ -93,6 +117,12 @@ class TrainingOptions(SubjectOptions):
         False,
         "read prompts longer than CLIP's 77 tokens in chunks; generate then does the same",
         elsewhere=("max_token_length",),
+    )
+
+    caption_dropout: float = option(
+        0.0,
+        "fraction of the photos' samples trained with the empty prompt, 0 to below 1",
+        elsewhere=("caption_dropout_rate", "caption_dropout_probability", "proportion_empty_prompts"),
     )
 
     # The masked loss
@@ -295,7 +325,7 @@ class TrainingOptions(SubjectOptions):
         within(self, -16, 16, "mask_dilation")
         within(self, 0, 8, "mask_feather")
         within(self, 0, LAST_SEED, "seed")
-        below_one(self, "adam_beta1", "adam_beta2")
+        below_one(self, "adam_beta1", "adam_beta2", "caption_dropout")
         above_zero(self, "max_grad_norm", "snr_gamma", "lora_alpha")
         super().check()
         buckets = self.aspect_ratio_buckets
@@ -362,6 +392,11 @@ class TrainingOptions(SubjectOptions):
         return self.pretrained_model_name_or_path != "toy" and not Path(self.pretrained_model_name_or_path).exists()
 
     @property
+    def is_single_file(self) -> bool:
+        """Whether the base model is a single file."""
+        return models.is_single_file(self.pretrained_model_name_or_path)
+
+    @property
     def class_dir(self) -> Path:
         """The folder of class images."""
         return Path(self.class_data_dir) if self.class_data_dir else self.run_dir / "class_images"
@@ -373,8 +408,8 @@ class TrainingOptions(SubjectOptions):
 
     @property
     def validation_prompts(self) -> list[str]:
-        """The validation prompts, without duplicates."""
-        return list(dict.fromkeys(subject.prompt("validation") for subject in self.each_subject))
+        """The validation prompts of all subjects, without duplicates."""
+        return list(dict.fromkeys(prompt for subject in self.each_subject for prompt in subject.sample_prompts))
 
     @property
     def scenes(self) -> list[str]:

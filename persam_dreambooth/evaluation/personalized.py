@@ -123,7 +123,7 @@ def evaluate_model(options: EvaluateModelOptions) -> ModelScores:
     base = str(config["pretrained_model_name_or_path"])
     figures = {}
     for name, model in {"trained": str(run_dir), "base": base}.items():
-        pictures = _generate(model, subject, options)
+        pictures = _generate(model, config.get("base_config"), subject, options)
         figures[name] = _measure(pictures, masks, segmenter, clip, dino, subject, output / f"{name}.jpg", options)
     scores = ModelScores(**figures)
     write_json(output / "figures.json", asdict(scores))
@@ -155,11 +155,13 @@ def model_prompts(kind: str, owner: SubjectOptions, options: EvaluateModelOption
     return [in_front_of(f"a [V] {subject}", scenes[number % len(scenes)]) for number in range(count)]
 
 
-def _generate(model: str, owner: SubjectOptions, options: EvaluateModelOptions) -> dict[str, list[Image.Image]]:
+def _generate(
+    model: str, base_config: str | None, owner: SubjectOptions, options: EvaluateModelOptions
+) -> dict[str, list[Image.Image]]:
     from persam_dreambooth.dreambooth.pipelines import load_model, to_accelerator
     from persam_dreambooth.dreambooth.samples import Request, sample
 
-    pipeline = to_accelerator(load_model(model))
+    pipeline = to_accelerator(load_model(model, base_config))
     settings = (options.num_inference_steps, options.guidance_scale)
     sampled: dict[str, list[Image.Image]] = {}
     for kind in ("own", "class", "scenes"):

@@ -191,6 +191,7 @@ def _decoded(image: Image.Image, name: str) -> Image.Image:
     if width * height > MOST_PIXELS:
         found, most = round(width * height / 1e6), MOST_PIXELS // 10**6
         raise InputError(f"{name} is {width} x {height} ({found} megapixels): reduce it to at most {most}")
+    deep = any(";16" in str(tile) for tile in getattr(image, "tile", ()))  # colors, of which Pillow reads 8 bits
     with _pillow_settings():
         try:
             image.load()
@@ -198,6 +199,8 @@ def _decoded(image: Image.Image, name: str) -> Image.Image:
             upright = image.copy() if turn is None else image.transpose(turn)
         except Exception as error:  # decoders raise errors of many kinds on damaged files
             raise _unreadable(name, error) from None
+    if deep and upright.mode in ("RGB", "RGBA") and not any(np.ravel(upright.getextrema())):
+        raise InputError(f"{name} has 16 bits and no value above 255, which would be black: save it with 8 bits")
     # A PNG may also have text chunks with these names.
     kinds: dict[str, tuple[type, ...]] = {
         "transparency": (bytes, int, tuple),

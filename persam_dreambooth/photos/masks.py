@@ -233,12 +233,18 @@ def _above(values: np.ndarray, lossy: bool = False, colored: bool = False) -> tu
     """The mask of gray values (H, W), and the number of levels if half of the maximum is the threshold, else 0."""
     if values.dtype == np.bool_:
         return values, 0
-    bytes_only = values.dtype == np.uint8  # a histogram is much faster than `np.unique`
-    levels = sum(map(bool, Image.fromarray(values).histogram())) if bytes_only else len(np.unique(values))
+    levels = _levels(values)
     if levels <= 2 or (levels <= FEW and not lossy) or colored:
         lowest = values.max() / 2 if lossy else 0  # black may be 4 in a JPEG of two levels
         return values > lowest, 0
     return values > values.max() / 2, levels
+
+
+def _levels(values: np.ndarray) -> int:
+    """The number of different values; for 8 bits, a histogram is much faster than `np.unique`."""
+    if values.dtype != np.uint8:
+        return len(np.unique(values))
+    return sum(count > 0 for count in Image.fromarray(values).histogram())
 
 
 def _values(image: Image.Image) -> tuple[np.ndarray, str]:

@@ -160,11 +160,16 @@ def heat_map(
 
 
 def overlay_labels(photo: Image.Image, labels: np.ndarray) -> Image.Image:
-    """The photo (RGB) with the objects of its label map ((H, W) uint8) blended over it in their colors."""
+    """The photo (RGB) with the objects of its label map ((H, W) uint8) in their colors, with light outlines."""
     colors = Image.fromarray(labels)
     colors.putpalette(davis_palette())
     inside = Image.fromarray((labels > 0).astype(np.uint8) * 255)
-    return Image.composite(Image.blend(photo, colors.convert("RGB"), 0.5), photo, inside)
+    colored = Image.composite(Image.blend(photo, colors.convert("RGB"), 0.5), photo, inside)
+    width = 1 + 2 * max(1, round(max(photo.size) / 600))
+    numbers = Image.fromarray(labels)
+    edge = ImageChops.difference(numbers.filter(ImageFilter.MaxFilter(width)), numbers)
+    colored.paste(HALO, mask=edge.point(lambda value: 255 if value else 0))
+    return colored
 
 
 def grid(

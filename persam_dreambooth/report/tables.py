@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -90,7 +91,8 @@ def _markdown_row(cells: Sequence[str]) -> str:
 
 
 def _latex_row(cells: Sequence[str]) -> str:
-    return f"{' & '.join(map(_in_latex, cells))} \\\\"
+    """The cells with the minus of negative numbers, which would be a hyphen."""
+    return " & ".join(re.sub(r"^-(?=\d)", "$-$", _in_latex(cell)) for cell in cells) + " \\\\"
 
 
 def _in_markdown(words: str) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from persam_dreambooth.errors import InputError, InputNotFoundError
-from persam_dreambooth.files import SETTINGS, check_settings, check_writable, locked, note_settings
+from persam_dreambooth.files import check_settings, check_writable, locked, note_settings
 from persam_dreambooth.options import option, require, takes_options
 from persam_dreambooth.photos.labels import read_first_mask, read_labels, save_labels
 from persam_dreambooth.progress import steps
@@ -77,8 +77,7 @@ def segment_video(options: VideoOptions) -> int:
     names = ("frames", "segmenter", "variant", "sam_model", "sam_dtype", "target_coverage")
     settings = {name: getattr(options, name) for name in names}
     settings["mask_sha256"] = hashlib.sha256(b"".join(path.read_bytes() for path in masks.values())).hexdigest()
-    check_settings(output, settings, "masks of a video", "--output")
-    if not (output / SETTINGS).is_file():
+    if not check_settings(output, settings, "masks of a video", "--output"):
         _check_no_masks(output, set(masks.values()))
     with locked(output):
         segmenter = make_video_segmenter(options, open_sam_of(options))

@@ -156,6 +156,9 @@ class Family(Protocol):
     def min_snr_weights(self, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
         """Loss weights (B,) at timesteps (B,); not called if `without` contains `snr_gamma`."""
 
+    def init_lora(self, options: TrainingOptions) -> None:
+        """Loads the LoRA that `options` name into the trained LoRA; `registry.open_family` checked that it fits."""
+
     def save_weights(self, folder: Path) -> None:
         """Saves the trained weights to an existing folder: LoRA in diffusers' format, or a folder for each part."""
 

@@ -5,6 +5,8 @@ A family declares its parts and defaults and implements the rest: prompts, noise
 """
 
 import copy
+import json
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,14 +21,18 @@ from diffusers.utils import (
     convert_unet_state_dict_to_peft,
 )
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file
 
+from persam_dreambooth import models
 from persam_dreambooth.dreambooth.families.family import Embeddings, Family
 from persam_dreambooth.dreambooth.latent_cache import PosteriorCache
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
-from persam_dreambooth.errors import InputError
+from persam_dreambooth.errors import InputError, InputNotFoundError
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
+LORA_SETTINGS = "lora_adapter_metadata"
+"""The entry of diffusers' settings, alpha among them, in the metadata of a LoRA file."""
 TEXT_LEVEL = "text_model."
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 TEXT_FEEDFORWARD = ["fc1", "fc2"]
@@ -89,11 +95,14 @@ class LatentDiffusion(Family):
         revision: str | None = None,
         variant: str | None = None,
         dtype: torch.dtype = torch.float32,
+        base_config: str | None = None,
         **parts: Any,
     ) -> Any:
         """Loads a pipeline of this family; arguments as in `registry.load_pipeline`."""
-        settings = {"revision": revision, "variant": variant, "dtype": dtype, **cls.load_settings, **parts}
-        return cls.pipeline_class.from_pretrained(source, **settings)
+        settings = {"dtype": dtype, **cls.load_settings, **parts}
+        if models.is_single_file(source):
+            return cls.pipeline_class.from_single_file(source, config=base_config, **settings)
+        return cls.pipeline_class.from_pretrained(source, revision=revision, variant=variant, **settings)
 
     @classmethod
     def fast_sampler(cls, pipeline: Any, name: str | None = None) -> Any:
@@ -134,7 +143,7 @@ class LatentDiffusion(Family):
         self, options: TrainingOptions, device: torch.device, frozen_dtype: torch.dtype
     ) -> list[torch.nn.Parameter]:
         """See `Family`."""
-        names = [self.denoiser_name, *(self.trainable_encoders if options.train_text_encoder else [])]
+        names = self.trained_names(options)
         for name in (self.denoiser_name, *self.encoders):
             whole = options.method == "full" and name in names
             getattr(self.pipeline, name).to(device, torch.float32 if whole else frozen_dtype)
@@ -146,6 +155,10 @@ class LatentDiffusion(Family):
             self.free(name, options)
         return [weight for part in self.trained.values() for weight in part.parameters() if weight.requires_grad]
 
+    def trained_names(self, options: TrainingOptions) -> list[str]:
+        """The names of the trained parts, the denoiser first."""
+        return [self.denoiser_name, *(self.trainable_encoders if options.train_text_encoder else [])]
+
     def check(self, options: TrainingOptions) -> None:
         """Raises `InputError` for options that this model does not support."""
         layers = adaptable_layers(getattr(self.pipeline, self.denoiser_name))
@@ -153,6 +166,13 @@ class LatentDiffusion(Family):
             if not any(f".{layer}".endswith(f".{ending}") for layer in layers):
                 known = ", ".join(self.denoiser_targets)
                 raise InputError(f"--lora_targets: no layer of the {self.denoiser_name} ends in {ending}: try {known}")
+        if options.init_lora:
+            path, trained = lora_file(options.init_lora), self.trained_names(options)
+            for name, state in self.read_lora(options).items():
+                if name not in trained:
+                    raise InputError(f"{path} also adapts the {name}: add --train_text_encoder, or name another LoRA")
+                layers = adaptable_layers(getattr(self.pipeline, name))
+                check_lora(path, state, layers, self.part_targets(name, options), options)
 
     def lora_targets(self, options: TrainingOptions) -> list[str]:
         """Name endings of the denoiser's layers that LoRA adapts; call it only before LoRA is added."""
@@ -180,7 +200,7 @@ class LatentDiffusion(Family):
                     lora_dropout=options.lora_dropout,
                     init_lora_weights=INITS[options.lora_init],
                     use_dora=options.use_dora,
-                    target_modules=self.lora_targets(options) if is_denoiser else text_targets(options),
+                    target_modules=self.part_targets(name, options),
                 )
             )
             cast_training_params(part, dtype=torch.float32)
@@ -336,15 +356,57 @@ class LatentDiffusion(Family):
             return
         state = load_file(folder / LORA_WEIGHTS)
         for name in self.trained:
-            part = getattr(self.pipeline, name)
-            own = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
-            if name == self.denoiser_name:
-                own = convert_unet_state_dict_to_peft(own)
-            else:
-                level = TEXT_LEVEL if hasattr(part, "text_model") else ""
-                own = convert_state_dict_to_peft(own)
-                own = {level + key.removeprefix(TEXT_LEVEL): value for key, value in own.items()}
-            set_peft_model_state_dict(part, own, adapter_name="default")
+            own = self.lora_of_part(name, state)
+            set_peft_model_state_dict(getattr(self.pipeline, name), own, adapter_name="default")
+
+    def lora_of_part(self, name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The LoRA of one part, with peft's names, from a state with the names of diffusers."""
+        own = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+        if name == self.denoiser_name or not own:
+            return convert_unet_state_dict_to_peft(own)
+        level = TEXT_LEVEL if hasattr(getattr(self.pipeline, name), "text_model") else ""
+        return {level + key.removeprefix(TEXT_LEVEL): value for key, value in convert_state_dict_to_peft(own).items()}
+
+    def init_lora(self, options: TrainingOptions) -> None:
+        """See `Family`."""
+        for name, state in self.read_lora(options).items():
+            set_peft_model_state_dict(getattr(self.pipeline, name), state, adapter_name="default")
+
+    def read_lora(self, options: TrainingOptions) -> dict[str, dict[str, torch.Tensor]]:
+        """The LoRA of each trained part in the file that `init_lora` names, with peft's names.
+
+        If its alpha is not that of the options, the second matrices are scaled, so that the product stays the same.
+
+        Raises:
+            InputError, InputNotFoundError: no such file, or no LoRA of this family.
+        """
+        path = lora_file(str(options.init_lora))
+        with models.loading(str(path)):
+            state = load_file(path)
+            with safe_open(path, "pt") as opened:
+                settings = json.loads((opened.metadata() or {}).get(LORA_SETTINGS, "{}"))
+            denoiser = getattr(self.pipeline, self.denoiser_name)
+            shapes = {"unet_config": denoiser.config} if self.denoiser_name == "unet" else {}
+            converted = self.pipeline_class.lora_state_dict(state, **shapes)
+        state, alphas = converted if isinstance(converted, tuple) else (converted, None)
+        found = {name: self.lora_of_part(name, state) for name in (self.denoiser_name, *self.encoders)}
+        found = {name: own for name, own in found.items() if own}
+        if self.denoiser_name not in found:
+            raise InputError(f"{path} holds no LoRA of a {self.pipeline_class.__name__}: name one of this family")
+        given = {float(alpha) for alpha in (alphas or {}).values()}
+        given |= {float(value) for key, value in settings.items() if key.endswith(".lora_alpha")}
+        if len(given) > 1:
+            raise InputError(f"{path} has several alphas ({', '.join(map(str, sorted(given)))}): name another LoRA")
+        alpha = given.pop() if given else float(options.rank)
+        factor = alpha / (options.lora_alpha or options.rank)
+        return {
+            name: {key: value * factor if ".lora_B" in key else value for key, value in own.items()}
+            for name, own in found.items()
+        }
+
+    def part_targets(self, name: str, options: TrainingOptions) -> list[str]:
+        """Name endings of the layers of a part that LoRA adapts."""
+        return self.lora_targets(options) if name == self.denoiser_name else text_targets(options)
 
 
 def adaptable_layers(part: torch.nn.Module) -> list[str]:
@@ -356,6 +418,43 @@ def text_targets(options: TrainingOptions) -> list[str]:
     """Name endings of a text encoder's layers that LoRA adapts: attention, and feed-forward layers if asked."""
     more = options.lora_targets in ("attention+feedforward", "all")
     return [*TEXT_TARGETS, *(TEXT_FEEDFORWARD if more else [])]
+
+
+def lora_file(name: str) -> Path:
+    """The safetensors file of a LoRA that is named by its file or its folder; raises `InputNotFoundError`."""
+    path = Path(name) / LORA_WEIGHTS if Path(name).is_dir() else Path(name)
+    if not path.is_file() or path.suffix != ".safetensors":
+        found = "is not a safetensors file" if path.is_file() else "does not exist"
+        raise InputNotFoundError(f"--init_lora: {path} {found}: name a run's folder, or a LoRA in a safetensors file")
+    return path
+
+
+def check_lora(
+    path: Path, state: dict[str, torch.Tensor], layers: list[str], targets: list[str], options: TrainingOptions
+) -> None:
+    """Raises `InputError` for a LoRA of other layers, rank or kind than the options'.
+
+    Args:
+        path: its file, for the message.
+        state: the LoRA of one part, with peft's names.
+        layers: the layers of this part that LoRA can adapt.
+        targets: name endings of those that it will adapt.
+        options: rank, DoRA.
+    """
+    adapted = {key.split(".lora_")[0] for key in state}
+    wanted = {layer for layer in layers if any(f".{layer}".endswith(f".{ending}") for ending in targets)}
+    if adapted != wanted:
+        endings = {re.sub(r".*?([^.]+(\.\d+)?)$", r"\1", layer) for layer in adapted}
+        raise InputError(
+            f"{path} adapts {len(adapted)} layers, which end in {', '.join(sorted(endings))}; "
+            f"this run adapts {len(wanted)}, which end in {', '.join(targets)}: set --lora_targets"
+        )
+    ranks = {value.shape[0] for key, value in state.items() if ".lora_A" in key}
+    if ranks != {options.rank}:
+        raise InputError(f"{path} has rank {', '.join(map(str, sorted(ranks)))}: set --rank to it")
+    if any(DORA_LENGTH in key for key in state) != options.use_dora:
+        found, advice = ("no DoRA", "remove") if options.use_dora else ("a DoRA", "add")
+        raise InputError(f"{path} is {found}: {advice} --use_dora")
 
 
 def adapter_settings(part: Any) -> dict[str, Any]:

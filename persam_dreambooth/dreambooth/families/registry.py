@@ -1,10 +1,17 @@
 """The registry of model families; it finds the family of a checkpoint."""
 
+import pickle
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.loaders.single_file_utils import (
+    DIFFUSERS_DEFAULT_PIPELINE_PATHS,
+    SingleFileComponentError,
+    infer_diffusers_model_type,
+)
 from diffusers.utils.logging import disable_progress_bar
+from safetensors import safe_open
 
 from persam_dreambooth import models
 from persam_dreambooth.dreambooth.families.flux import Flux
@@ -13,7 +20,7 @@ from persam_dreambooth.dreambooth.families.stable_diffusion import StableDiffusi
 from persam_dreambooth.dreambooth.families.stable_diffusion_3 import StableDiffusion3
 from persam_dreambooth.dreambooth.families.stable_diffusion_xl import StableDiffusionXL
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
-from persam_dreambooth.errors import InputError
+from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.options import Options
 
 FAMILIES: dict[str, type[LatentDiffusion]] = {
@@ -22,16 +29,68 @@ FAMILIES: dict[str, type[LatentDiffusion]] = {
 """The families by the pipeline class in `model_index.json`."""
 
 
-def family_of(source: str, revision: str | None = None) -> type[LatentDiffusion]:
+ANY_STABLE_DIFFUSION = "model.diffusion_model.input_blocks.0.0.weight"
+"""A weight of every UNet in a single file."""
+
+
+def single_file_config(source: str, base_config: str | None = None) -> str:
+    """The folder or hub id with the configuration and the tokenizers of a model in a single file.
+
+    Args:
+        source: the file, from `models.resolve`.
+        base_config: the option; None for the published model of the same kind, which the names of the weights tell.
+
+    Raises:
+        InputError, InputNotFoundError: the file has no Stable Diffusion, or its configuration is not available.
+    """
+    with models.loading(source):
+        weights = _shapes(source)
+        if ANY_STABLE_DIFFUSION not in weights:
+            raise InputError(
+                f"{source} holds no Stable Diffusion with its original key names: name another file, or for a "
+                "LoRA the folder of its run"
+            )
+        if base_config:
+            return models.resolve(base_config, "stable-diffusion")
+        name = DIFFUSERS_DEFAULT_PIPELINE_PATHS[infer_diffusers_model_type(weights)]["pretrained_model_name_or_path"]
+    try:
+        return models.resolve(name, "stable-diffusion")
+    except InputNotFoundError:
+        raise InputNotFoundError(
+            f"{source} needs the configuration and the tokenizers of {name}, which are neither on this machine nor can "
+            "be downloaded: connect, or name a model folder of the same kind with --base_config"
+        ) from None
+
+
+def _shapes(source: str) -> dict[str, torch.Tensor]:
+    """The weights of a single file by name; those of a safetensors file have their shapes only."""
+    if source.endswith(".safetensors"):
+        with safe_open(source, "pt") as opened:
+            return {
+                name: torch.empty(opened.get_slice(name).get_shape(), device="meta") for name in sorted(opened.keys())
+            }
+    try:
+        weights = torch.load(source, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise InputError(
+            f"{source} holds more than weights, and loading it could run a program: convert it to safetensors"
+        ) from None
+    return weights.get("state_dict", weights)
+
+
+def family_of(source: str, revision: str | None = None, base_config: str | None = None) -> type[LatentDiffusion]:
     """The family of a checkpoint.
 
     Args:
-        source: hub id or folder, from `models.resolve`.
+        source: hub id, folder or single file, from `models.resolve`.
         revision: branch, tag or commit on the hub.
+        base_config: the configuration of a single file; see `single_file_config`.
 
     Raises:
         InputError: an unsupported pipeline, or a broken checkpoint.
     """
+    if models.is_single_file(source):
+        source = single_file_config(source, base_config)
     with models.loading(source):
         kind = DiffusionPipeline.load_config(source, revision=revision).get("_class_name")
         if kind not in FAMILIES:
@@ -45,25 +104,31 @@ def load_pipeline(
     variant: str | None = None,
     dtype: torch.dtype = torch.float32,
     long_prompts: bool = False,
+    base_config: str | None = None,
     **parts: Any,
 ) -> Any:
     """Loads a pipeline of any family, without a safety checker, which training does not use.
 
     Args:
-        source: hub id or folder, from `models.resolve`.
+        source: hub id, folder or single file, from `models.resolve`.
         revision: branch, tag or commit on the hub.
         variant: variant of the weight files, such as fp16.
         dtype: dtype of the weights.
         long_prompts: whether `prompt_arguments` reads long prompts in chunks, as in training with this option.
+        base_config: the configuration of a single file; see `single_file_config`.
         parts: loaded parts, such as a trained `unet`, to use instead of the checkpoint's.
 
     Raises:
         InputError: an unsupported pipeline, or a broken checkpoint.
     """
     disable_progress_bar()
-    family = family_of(source, revision)
+    base_config = single_file_config(source, base_config) if models.is_single_file(source) else None
+    family = family_of(base_config or source, None if base_config else revision)
     with models.loading(source):
-        pipeline = family.load_pipeline(source, revision, variant, dtype, **parts)
+        try:
+            pipeline = family.load_pipeline(source, revision, variant, dtype, base_config=base_config, **parts)
+        except SingleFileComponentError as error:
+            raise InputError(f"{source} lacks a part ({error.message.splitlines()[0]}): name a whole model") from None
     pipeline.set_progress_bar_config(leave=False)
     pipeline.long_prompts = long_prompts
     return pipeline
@@ -74,20 +139,21 @@ def open_family(options: TrainingOptions, source: str, frozen_dtype: torch.dtype
 
     Args:
         options: method, revision, variant.
-        source: hub id or folder, from `models.resolve`.
+        source: hub id, folder or single file, from `models.resolve`.
         frozen_dtype: dtype of the frozen weights.
 
     Raises:
         InputError: as in `load_pipeline`; or a method or an option that the family does not support.
     """
-    family = family_of(source, options.revision)
+    family = family_of(source, options.revision, options.base_config)
     kind = family.pipeline_class.__name__
     check_supported(family, options)
     if options.method not in family.learning_rates:
         methods = " or ".join(family.learning_rates)
         raise InputError(f"--method {options.method} is not supported for a {kind}: use {methods}")
     dtype = frozen_dtype if family.large else torch.float32
-    opened = family(load_pipeline(source, options.revision, options.variant, dtype, options.long_prompts))
+    settings = (options.revision, options.variant, dtype, options.long_prompts, options.base_config)
+    opened = family(load_pipeline(source, *settings))
     opened.check(options)
     return opened
 

@@ -34,11 +34,14 @@ class StableDiffusion3(FlowMatching):
     t5_length = 256
 
     @classmethod
-    def load_pipeline(cls, source: str, revision: str | None = None, *arguments: Any, **settings: Any) -> Any:
+    def load_pipeline(
+        cls, source: str, revision: str | None = None, *arguments: Any, base_config: str | None = None, **settings: Any
+    ) -> Any:
         """See `LatentDiffusion`; passes None for the parts that the checkpoint does not have, as diffusers requires."""
-        index = cls.pipeline_class.load_config(source, revision=revision)
+        index = cls.pipeline_class.load_config(base_config or source, revision=revision)
         left_out = {name: None for name, kind in index.items() if kind == [None, None]}
-        return super().load_pipeline(source, revision, *arguments, **{**left_out, **settings})
+        settings = {"base_config": base_config, **left_out, **settings}
+        return super().load_pipeline(source, revision, *arguments, **settings)
 
     @property
     def native_resolution(self) -> int:

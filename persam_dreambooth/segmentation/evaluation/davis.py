@@ -52,7 +52,7 @@ class EvaluateDavisOptions(TrackingOptions):
         None,
         "score this folder of <sequence>/00000.png, palette or gray, instead of running a method",
         path=True,
-        rivals=("segmenter", "target_coverage", "sam_dtype", "encoding_cache"),
+        rivals=("segmenter", "variant", "target_coverage", "sam_dtype", "encoding_cache"),
     )
 
     @property
@@ -67,12 +67,9 @@ class EvaluateDavisOptions(TrackingOptions):
         return {name: getattr(self, name) for name in names}
 
     def check(self) -> None:
-        """Raises `InputError` for options that are missing, out of range or without effect."""
+        """Raises `InputError` for options that are missing, out of range or in conflict."""
         require(self, "data", "output")
         super().check()
-        for name in ("segmenter", "variant", "target_coverage"):
-            if self.predictions and self.given(name):
-                raise InputError(f"--{name} has no effect: remove it or --predictions")
 
 
 def evaluate_davis(options: EvaluateDavisOptions) -> DavisScores | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -49,13 +50,13 @@ PAPER_TABLE_2 = {
 }  # fmt: skip
 """The paper's Table 2, in percent: trained on videos, J&F, J and F."""
 
-ABOUT = (
+ABOUT_DAVIS = (
     "A method was given the mask of each object in the first frame that shows it, and marked the object in all later "
     "frames. The marks are compared with true masks. J is the overlap of both, relative to their union. F says how "
     "well their outlines agree. J&F is the mean of J and F."
 )
 
-LEGEND = (
+DAVIS_LEGEND = (
     "The sequences below are those of {row}, sorted from worst to best. The columns are frames; the first is the one "
     "whose mask was given. The rows are the true masks, the masks that were found, and the errors: red is missed or "
     "marked as another object, blue is in excess. Each object has its own color."
@@ -64,7 +65,7 @@ LEGEND = (
 PAGE_WIDTH = 230
 """Width of a picture on the page, in pixels."""
 
-SHOWN = 40
+SEQUENCES_SHOWN = 40
 """Maximum number of sequences on the page; with more it would be too large to open."""
 
 FRAMES_SHOWN = 4
@@ -72,6 +73,30 @@ FRAMES_SHOWN = 4
 
 NO_FRAME = (128, 128, 128)
 """The color in place of a frame that is not there, for predictions of other programs."""
+
+
+@dataclass(frozen=True)
+class ShownFrame:
+    """A frame in the pictures.
+
+    Args:
+        stem: the file name of its annotation, without suffix.
+        says: its J&F, or that its mask was given.
+        true: the frame with the true objects.
+        found: the frame with the found objects.
+        wrong: the gray frame with the errors.
+    """
+
+    stem: str
+    says: str
+    true: Image.Image
+    found: Image.Image
+    wrong: Image.Image
+
+    @property
+    def pictures(self) -> tuple[Image.Image, ...]:
+        """The three pictures, from top to bottom."""
+        return self.true, self.found, self.wrong
 
 
 def write_davis_report(output: Path, scores: DavisScores) -> None:
@@ -82,21 +107,16 @@ def write_davis_report(output: Path, scores: DavisScores) -> None:
     write_tables(output, TITLE, _heading(scores), [*tables, *lists])
     sections: list[str] = []
     for sequence in steps(row.sequences, "pictures", "sequence"):
-        pictures, captions = look_at_sequence(scores.data, row.predictions, sequence)
-        sheet = grid([tile for line in zip(*pictures, strict=True) for tile in line],
-                     [[caption] for caption in captions] + [["found"]] * len(pictures) + [["errors"]] * len(pictures),
-                     columns=len(pictures), title=f"{sequence}: {_said(row, sequence)}")  # fmt: skip
-        save_picture(sheet, output / "overlays" / f"{sequence}.jpg")
-        if len(sections) < SHOWN:
-            strips = [_strip(line, f"{sequence}: {caption}", caption)
-                      for line, caption in zip(pictures, captions, strict=True)]  # fmt: skip
-            sections.append(page.section(sequence, f"{sequence}: {_said(row, sequence)}", strips))
-    legend = LEGEND.format(row=row.name)
-    if len(row.sequences) > SHOWN:
-        legend += f" {SHOWN} of {len(row.sequences)} sequences are shown here; the folder overlays has all."
-    links = list(row.sequences)[:SHOWN]
+        shown, title = show_frames(scores.data, row.predictions, sequence), f"{sequence}: {_said(row, sequence)}"
+        save_picture(_sheet(shown, title), output / "overlays" / f"{sequence}.jpg")
+        if len(sections) < SEQUENCES_SHOWN:
+            sections.append(page.section(sequence, title, [_strip(frame, sequence) for frame in shown]))
+    legend = DAVIS_LEGEND.format(row=row.name)
+    if len(row.sequences) > SEQUENCES_SHOWN:
+        legend += f" {SEQUENCES_SHOWN} of {len(row.sequences)} sequences are shown here; the folder overlays has all."
+    links = list(row.sequences)[:SEQUENCES_SHOWN]
     blocks = [
-        *map(page.paragraph, [ABOUT, *_heading(scores)]),
+        *map(page.paragraph, [ABOUT_DAVIS, *_heading(scores)]),
         *map(page.html_table, tables),
         page.html_table(lists[0], links),
         page.html_table(lists[1], [each.sequence if each.sequence in links else "" for each in _worst_first(row)]),
@@ -105,32 +125,22 @@ def write_davis_report(output: Path, scores: DavisScores) -> None:
     write_text(output / "report.html", page.page(TITLE, *blocks, *sections))
 
 
-def look_at_sequence(data: VideoSet, predictions: Path, sequence: str) -> tuple[list[list[Image.Image]], list[str]]:
-    """Some annotated frames of a sequence, evenly spaced; the last frame, which is not scored, is not among them.
-
-    Returns:
-        For each frame, its pictures with the true objects, with the found objects, and with the errors; captions.
-    """
+def show_frames(data: VideoSet, predictions: Path, sequence: str) -> list[ShownFrame]:
+    """Some annotated frames of a sequence, evenly spaced, without the last one, which is not scored."""
     annotations = data.list_annotations(sequence)
     frames = list_numbered(data.frames / sequence) if (data.frames / sequence).is_dir() else {}
-    found_paths = list_numbered(predictions / sequence)
-    scored = list(annotations)[:-1]
-    chosen = sorted({scored[round(place)] for place in np.linspace(0, len(scored) - 1, FRAMES_SHOWN)})
-    pictures, captions = [], []
-    for number in chosen:
-        truth = read_labels(annotations[number])
-        found = truth if number == scored[0] else read_labels(found_paths[number])
-        size = (truth.shape[1], truth.shape[0])
-        photo = read_image(frames[number]) if number in frames else Image.new("RGB", size, NO_FRAME)
-        photo = photo if photo.size == size else photo.resize(size, Image.Resampling.LANCZOS)
+    paths = list_numbered(predictions / sequence)
+    numbers = list(annotations)[:-1]
+    shown = []
+    for number in sorted({numbers[round(place)] for place in np.linspace(0, len(numbers) - 1, FRAMES_SHOWN)}):
+        truth, given = read_labels(annotations[number]), number == numbers[0]
+        found = truth if given else read_labels(paths[number])
+        photo = read_image(frames[number]) if number in frames else Image.new("RGB", truth.shape[::-1], NO_FRAME)
+        photo = photo.resize(truth.shape[::-1], Image.Resampling.LANCZOS)
         right = np.where(truth > 0, found == truth, found > 0)
-        pictures.append([
-            overlay_labels(photo, truth), overlay_labels(photo, found), mask_errors(photo, right, truth > 0)
-        ])  # fmt: skip
-        captions.append(
-            f"frame {annotations[number].stem}" + (", given" if number == scored[0] else _frame_said(found, truth))
-        )
-    return pictures, captions
+        pictures = (overlay_labels(photo, truth), overlay_labels(photo, found), mask_errors(photo, right, truth > 0))
+        shown.append(ShownFrame(annotations[number].stem, "given" if given else _frame_said(found, truth), *pictures))
+    return shown
 
 
 def _frame_said(found: np.ndarray, truth: np.ndarray) -> str:
@@ -139,16 +149,26 @@ def _frame_said(found: np.ndarray, truth: np.ndarray) -> str:
     values = [
         (jaccard(found == each, truth == each) + boundary_f(found == each, truth == each)) / 2 for each in objects
     ]
-    return f", J&F {100 * float(np.mean(values)):.1f} %" if values else ", no object"
+    return f"J&F {100 * float(np.mean(values)):.1f} %" if values else "no object"
 
 
-def _strip(tiles: list[Image.Image], says: str, caption: str) -> str:
+def _sheet(frames: list[ShownFrame], title: str) -> Image.Image:
+    """The frames in a row; below them the found objects and the errors."""
+    tiles = [tile for line in zip(*(frame.pictures for frame in frames), strict=True) for tile in line]
+    captions = [f"frame {frame.stem}: true masks" for frame in frames]
+    captions += [f"found, {frame.says}" if frame.says != "given" else "given" for frame in frames]
+    captions += ["missed or another's: red, in excess: blue"] * len(frames)
+    return grid(tiles, [[caption] for caption in captions], columns=len(frames), title=title)
+
+
+def _strip(frame: ShownFrame, sequence: str) -> str:
     """The pictures of a frame in a column, for the page."""
-    height = max(1, round(PAGE_WIDTH * tiles[0].height / tiles[0].width))
-    strip = Image.new("RGB", (PAGE_WIDTH, height * len(tiles)))
-    for place, tile in enumerate(tiles):
+    height = max(1, round(PAGE_WIDTH * frame.true.height / frame.true.width))
+    strip = Image.new("RGB", (PAGE_WIDTH, height * len(frame.pictures)))
+    for place, tile in enumerate(frame.pictures):
         strip.paste(tile.resize((PAGE_WIDTH, height), Image.Resampling.LANCZOS), (0, place * height))
-    return page.picture(strip, f"{says}: truth, found, errors", [caption])
+    caption = f"frame {frame.stem}, {frame.says}"
+    return page.picture(strip, f"{sequence}, {caption}: true masks, found masks, errors", [caption])
 
 
 def _said(row: VideoRow, sequence: str) -> str:
@@ -196,7 +216,7 @@ def table_2(scores: DavisScores) -> list[Table]:
     for row in sorted(ours, key=lambda row: list(TABLE_2_ROWS).index(row.name)):
         figures = [row.overall[name] for name in ("J&F-Mean", "J-Mean", "F-Mean")]
         rows.append([TABLE_2_ROWS[row.name], "no", *figures])
-    more = "" if published else " The paper's figures are shown for DAVIS 2017's validation set and SAM ViT-H."
+    more = "" if published else " The paper's figures are shown only for DAVIS 2017's validation set and SAM ViT-H."
     headings = ["method", "trained on videos", "J&F", "J", "F"]
     return [Table("Table 2: video object segmentation", headings, rows, f"Percent.{more}", decimals=1)]
 

@@ -29,7 +29,7 @@ from persam_dreambooth.report.tables import Table
 from persam_dreambooth.segmentation.evaluation.costs import COST, Stopwatch, save_cost
 from persam_dreambooth.segmentation.evaluation.data_set import DataSet, Item
 from persam_dreambooth.segmentation.evaluation.one_shot_report import write_one_shot_report
-from persam_dreambooth.segmentation.evaluation.one_shot_scores import OneShotScores, read_row_name, row_name, score_row
+from persam_dreambooth.segmentation.evaluation.one_shot_scores import OneShotScores, read_row_name, row_name, score_rows
 from persam_dreambooth.segmentation.evaluation.one_shot_tables import (
     heading,
     objects_table,
@@ -162,7 +162,7 @@ def evaluate_one_shot(
     else:
         made_by = "predictions"
         found = [(made_by, options.references, Path(str(options.predictions)))]
-    scored = [score_row(*row, data) for row in steps(found, "scoring", "row")]
+    scored = score_rows(found, data)
     order = {method: place for place, method in enumerate([made_by, *methods])}
     ordered = sorted(scored, key=lambda row: (order[row.method], len(row.references), row.references))
     scores = OneShotScores(data, scored[0], tuple(ordered), made_by, effective(options), provenance())

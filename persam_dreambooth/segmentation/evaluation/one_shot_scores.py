@@ -7,6 +7,7 @@ weighted, as in the published evaluations of PerSeg and of the few-shot data set
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from persam_dreambooth.errors import InputError, InputNotFoundError
+from persam_dreambooth.progress import steps
 from persam_dreambooth.segmentation.evaluation.costs import Cost, cost_summary, read_cost
 from persam_dreambooth.segmentation.evaluation.data_set import DataSet, read_prediction
 from persam_dreambooth.segmentation.evaluation.metrics import (
@@ -216,26 +218,35 @@ def read_row_name(name: str) -> tuple[str, tuple[int, ...]]:
     return method, tuple(range(int(shots))) if shots else (int(reference or 0),)
 
 
-def score_row(method: str, references: tuple[int, ...], predictions: Path, data: DataSet) -> RowScores:
-    """Scores a folder of <object>/NN.png.
+def score_rows(rows: Sequence[tuple[str, tuple[int, ...], Path]], data: DataSet) -> list[RowScores]:
+    """Scores folders of <object>/NN.png; each true mask is read once for all.
+
+    Args:
+        rows: method, references and folder of each row; see `RowScores`.
+        data: the data set.
 
     Raises:
         InputError, InputNotFoundError: a missing or broken prediction, a prediction of another size, or a folder of an
             object that is not in the data set.
     """
-    if not predictions.is_dir():
-        raise InputNotFoundError(f"{predictions} does not exist: name a folder of predictions")
-    unknown = {path.name for path in predictions.iterdir() if path.is_dir()} - {item.name for item in data.items}
-    if unknown:
-        raise InputError(f"{predictions / min(unknown)} matches no object of the data set: remove it")
-    counts = {}
-    for item in data.items:
-        given = item.references(references)
-        sums = Counts()
+    for _, _, predictions in rows:
+        if not predictions.is_dir():
+            raise InputNotFoundError(f"{predictions} does not exist: name a folder of predictions")
+        unknown = {path.name for path in predictions.iterdir() if path.is_dir()} - {item.name for item in data.items}
+        if unknown:
+            raise InputError(f"{predictions / min(unknown)} matches no object of the data set: remove it")
+    counts: list[dict[str, Counts]] = [{} for _ in rows]
+    for item in steps(data.items, "scoring", "object"):
         for stem in item.images:
-            if stem not in given:
-                truth = data.truth(item, stem)
-                sums += Counts.of(read_prediction(predictions / item.name / f"{stem}.png", truth), truth)
-        counts[item.name] = sums
-    costs = [read_cost(predictions / item.name) for item in data.items]
-    return RowScores(method, references, predictions, counts, tuple(cost for cost in costs if cost))
+            scored = [place for place, row in enumerate(rows) if stem not in item.references(row[1])]
+            if not scored:
+                continue
+            truth = data.truth(item, stem)
+            for place in scored:
+                found = read_prediction(rows[place][2] / item.name / f"{stem}.png", truth)
+                counts[place][item.name] = counts[place].get(item.name, Counts()) + Counts.of(found, truth)
+    costs = [[read_cost(predictions / item.name) for item in data.items] for _, _, predictions in rows]
+    return [
+        RowScores(*row, own, tuple(cost for cost in each if cost))
+        for row, own, each in zip(rows, counts, costs, strict=True)
+    ]

@@ -45,7 +45,7 @@ VARIANTS = {
 }
 """The rows of the paper's Table 3."""
 
-WHOLE = {"persam": "ablation-prompting", "persam-f": "ablation-persam-f"}
+WHOLE_METHODS = {"persam": "ablation-prompting", "persam-f": "ablation-persam-f"}
 """The variants that are a whole method."""
 
 PAPER_TABLE_3 = dict(zip(VARIANTS, (69.11, 72.47, 83.91, 85.82, 89.32, 95.33), strict=True))
@@ -90,7 +90,7 @@ def is_perseg(items: Sequence[Item]) -> bool:
 
 def _table_1(scores: OneShotScores, published: bool) -> Table | None:
     """mIoU of the methods and IoU of ten objects."""
-    found = {name: row for name in METHODS if (row := scores.row(name) or scores.row(WHOLE[name]))}
+    found = {name: row for name in METHODS if (row := scores.row(name) or scores.row(WHOLE_METHODS[name]))}
     if not found:
         return None
     own = [item.name for item in scores.data.items]
