@@ -41,3 +41,20 @@ def is_out_of_memory(error: BaseException) -> bool:
 def counted(count: int, noun: str) -> str:
     """The number and its noun for a message: `1 photo`, `2 photos`."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def may_pass(error: BaseException | None) -> bool:
+    """Whether an error comes from the network or from a busy hub, so that another try may succeed."""
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.utils import httpx
+
+    chain: list[BaseException] = []
+    while error:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    if any(isinstance(each, OfflineModeIsEnabled) for each in chain):
+        return False
+    answers = [each.response.status_code for each in chain if isinstance(each, HfHubHTTPError)]
+    if answers:
+        return answers[0] in (408, 429) or answers[0] >= 500
+    return any(isinstance(each, (httpx.TransportError, ConnectionError, TimeoutError)) for each in chain)

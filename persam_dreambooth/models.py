@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from persam_dreambooth import toy
-from persam_dreambooth.errors import InputError, InputNotFoundError, UnavailableError
+from persam_dreambooth.errors import InputError, InputNotFoundError, UnavailableError, may_pass
 from persam_dreambooth.progress import shows_bars
 
 logger = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ def loading(name: str) -> Iterator[None]:
         raise
     except (OSError, ValueError, KeyError, EOFError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if _may_pass(error):
+        if may_pass(error):
             raise UnavailableError(f"{name} cannot be downloaded ({reason}): try again") from error
         raise InputError(f"{name} cannot be loaded ({reason}): download it again, or name another model") from error
 
@@ -226,20 +226,6 @@ def _check_hub(name: str, marker: str, revision: str | None) -> None:
         message = f"{name} is not on this machine and the hub cannot be reached ({reason}): connect, {ways_out}"
         if isinstance(error, OfflineModeIsEnabled):
             raise InputNotFoundError(message) from None
-        if _may_pass(error):
+        if may_pass(error):
             raise UnavailableError(message) from None
         raise InputError(f"the hub refuses {name} ({reason}): log in with hf auth login, {ways_out}") from None
-
-
-def _may_pass(error: BaseException | None) -> bool:
-    """Whether an error comes from the network or from a busy hub, so that another try may succeed."""
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-    from huggingface_hub.utils import httpx
-
-    while error and not isinstance(error, OfflineModeIsEnabled):
-        if isinstance(error, HfHubHTTPError):
-            return error.response.status_code in (408, 429) or error.response.status_code >= 500
-        if isinstance(error, (httpx.TransportError, ConnectionError, TimeoutError)):
-            return True
-        error = error.__cause__ or error.__context__
-    return False

@@ -41,6 +41,7 @@ from persam_dreambooth import (
     segment,
     toy,
 )
+from persam_dreambooth.dreambooth.hub import check_login
 from persam_dreambooth.main_job import TrainOptions
 from persam_dreambooth.options import read_config
 from persam_dreambooth.photos.folder import Photo
@@ -529,13 +530,18 @@ def hub(monkeypatch):
             self.send_response(self.status)
             self.end_headers()
 
+        do_GET = do_HEAD
+
         def log_message(self, *arguments):
             pass
 
     server = HTTPServer(("127.0.0.1", 0), Answer)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    place = f"http://127.0.0.1:{server.server_port}" + "/{repo_id}/resolve/{revision}/{filename}"
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    place = address + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", place)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+    monkeypatch.setenv("HF_TOKEN", "hf_known")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     yield lambda status: setattr(Answer, "status", status)
     server.shutdown()
@@ -552,9 +558,19 @@ def test_a_busy_hub_may_answer_on_another_try(hub, status):
         models.loading("owner/model"),
     ):
         huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url("owner/model", "config.json"))
+    with pytest.raises(UnavailableError, match=r"--push_to_hub: the hub cannot be reached \(.*\): try again"):
+        check_login()
 
 
 def test_a_hub_that_refuses_will_refuse_again(hub):
     hub(403)
     with pytest.raises(InputError, match=r"the hub refuses owner/model .*: log in"):
         open_sam("owner/model", revision="v1")
+    with pytest.raises(InputError, match="--push_to_hub: no user is logged in"):
+        check_login()
+
+
+def test_a_machine_that_is_told_to_stay_offline_needs_no_other_try(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputNotFoundError, match="owner/model is not on this machine and the hub cannot be reached"):
+        open_sam("owner/model")

@@ -8,7 +8,7 @@ from huggingface_hub.utils import LocalTokenNotFoundError, httpx
 
 from persam_dreambooth.dreambooth.families.latent_diffusion import LORA_WEIGHTS
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
-from persam_dreambooth.errors import InputError
+from persam_dreambooth.errors import InputError, UnavailableError, may_pass
 from persam_dreambooth.options import CONFIG
 
 PUBLISHED = ["README.md", CONFIG, LORA_WEIGHTS, "model_index.json", "samples/*"]
@@ -16,11 +16,18 @@ PUBLISHED = ["README.md", CONFIG, LORA_WEIGHTS, "model_index.json", "samples/*"]
 
 
 def check_login() -> None:
-    """Raises `InputError` if no user is logged in to the hub; called before training, which takes hours."""
+    """Checks the login to the hub; called before training, which takes hours.
+
+    Raises:
+        InputError: no user is logged in.
+        UnavailableError: the hub cannot be reached.
+    """
     try:
         HfApi().whoami()
     except (LocalTokenNotFoundError, HfHubHTTPError, httpx.HTTPError, OSError) as error:
         reason = str(error).splitlines()[0]
+        if may_pass(error):
+            raise UnavailableError(f"--push_to_hub: the hub cannot be reached ({reason}): try again") from None
         raise InputError(f"--push_to_hub: no user is logged in to the hub ({reason}): run `hf auth login`") from None
 
 

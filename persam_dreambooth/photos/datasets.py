@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from persam_dreambooth.errors import InputError
+from persam_dreambooth.errors import InputError, UnavailableError, may_pass
 from persam_dreambooth.photos.images import decode_image, read_image
 
 
@@ -28,6 +28,7 @@ def photo_folder(name: str, image_column: str, caption_column: str | None) -> Pa
 
     Raises:
         InputError: the data set cannot be loaded, a column is missing, or a picture cannot be read.
+        UnavailableError: the hub cannot be reached.
     """
     import datasets
 
@@ -35,6 +36,8 @@ def photo_folder(name: str, image_column: str, caption_column: str | None) -> Pa
         data = datasets.load_dataset(name, split="train")
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
+        if may_pass(error):
+            raise UnavailableError(f"--dataset_name {name} cannot be downloaded ({reason}): try again") from None
         raise InputError(
             f"--dataset_name {name} cannot be loaded ({reason}): name another data set, or use --instance_dir"
         ) from None
