@@ -271,7 +271,7 @@ ALWAYS: dict[str, tuple[str, ...]] = {
         *("images", "mask", "mask_dir", "invert_mask", "output", "instances", "heatmaps", "absent", "absent_threshold"),
         *("sam_model", *METHOD_OPTIONS),
     ),
-    "video": ("frames", "mask", "output", "overlay", "sam_model", *METHOD_OPTIONS),
+    "video": ("frames", "mask", "output", "overlay", "variant", "sam_model", *METHOD_OPTIONS),
     "train": (
         *("instance_dir", "dataset_name", "mask", "mask_dir", "mask_from", "class_name", "identifier"),
         *("instance_prompt", "subjects", "unmasked"),
@@ -344,10 +344,16 @@ IDLE: dict[str, dict[tuple[str, ...], tuple[str, ...]]] = {
         ("a sks cat", "--model", "toy"): ("identifier", "base_model", "base_config", "lora_scale"),
         ("a cat", "--model", "toy", "--guidance_scale", "1"): ("negative_prompt",),
     },
-    "evaluate perseg": {SCORED: (*METHOD_OPTIONS, "guidance", "ablation", "robustness")},
-    "evaluate fss1000": {SCORED: (*METHOD_OPTIONS, "guidance")},
+    "evaluate perseg": {
+        SCORED: (*METHOD_OPTIONS, "guidance", "ablation", "robustness"),
+        (*PERSEG, "--reference_index", "1"): ("shots",),
+    },
+    "evaluate fss1000": {
+        SCORED: (*METHOD_OPTIONS, "guidance"),
+        (*PERSEG, "--reference_index", "1"): ("shots",),
+    },
     "evaluate absence": {PERSEG: ("guidance",)},
-    "evaluate davis": {SCORED: METHOD_OPTIONS},
+    "evaluate davis": {SCORED: (*METHOD_OPTIONS, "variant")},
 }
 """Arguments of each command, and the options that have no effect beside them."""
 
