@@ -344,8 +344,14 @@ IDLE: dict[str, dict[tuple[str, ...], tuple[str, ...]]] = {
         ("a sks cat", "--model", "toy"): ("identifier", "base_model", "base_config", "lora_scale"),
         ("a cat", "--model", "toy", "--guidance_scale", "1"): ("negative_prompt",),
     },
-    "evaluate perseg": {SCORED: (*METHOD_OPTIONS, "guidance", "ablation", "robustness")},
-    "evaluate fss1000": {SCORED: (*METHOD_OPTIONS, "guidance")},
+    "evaluate perseg": {
+        SCORED: (*METHOD_OPTIONS, "guidance", "ablation", "robustness"),
+        (*PERSEG, "--reference_index", "1"): ("shots",),
+    },
+    "evaluate fss1000": {
+        SCORED: (*METHOD_OPTIONS, "guidance"),
+        (*PERSEG, "--reference_index", "1"): ("shots",),
+    },
     "evaluate absence": {PERSEG: ("guidance",)},
     "evaluate davis": {SCORED: (*METHOD_OPTIONS, "variant")},
 }
