@@ -354,7 +354,9 @@ def test_what_is_not_this_segmenter_is_not_loaded(sam, kinds, tmp_path):
 # Encodings
 
 
-@pytest.mark.parametrize("kind", ["sam", "sam-hq", "sam-2", "mobile-sam"])
+@pytest.mark.parametrize(
+    "kind", ["sam-hq", "sam-2", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("sam", "mobile-sam"))]
+)
 def test_a_batch_of_photos_of_any_size_is_encoded_as_one_by_one(kind, kinds, tmp_path):
     sam = open_sam(kinds[kind], device="cpu", encoding_cache=tmp_path)
     photos = [Image.open(PHOTOS / "01.jpg"), Image.open(PHOTOS / "02.jpg").crop((0, 60, 512, 400))]
