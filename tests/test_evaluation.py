@@ -428,6 +428,22 @@ def test_predictions_of_another_sam_are_not_gone_on_with(evaluated, data, capsys
     assert "holds an evaluation with other settings" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("what", ["perseg", "absence"])
+def test_a_mistyped_sam_leaves_the_folder_to_another_command(what, data, tmp_path, toy_sam, capsys):
+    given = ["evaluate", what, "--data", str(data), "--output", str(tmp_path / "out"), "--segmenter", "persam"]
+    assert main([*given, "--sam_model", "toyy"]) == 2
+    assert "toyy is not a model folder" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_folder_may_be_written_in_several_ways(evaluated, data, capsys):
+    settings = (evaluated / "settings.json").read_bytes()
+    assert json.loads(settings)["data"] == str(data)
+    assert evaluate("--data", f"{data.parent}/./{data.name}/", "--output", evaluated, "--sam_model", "another") == 2
+    assert "(sam_model toy, now another)" in capsys.readouterr().err  # and not the data
+    assert (evaluated / "settings.json").read_bytes() == settings
+
+
 def test_every_image_may_be_the_reference(data, tmp_path, toy_sam):
     assert evaluate("--data", data, "--output", tmp_path, *toy_sam, "--reference_index", "all") == 0
     results = read(tmp_path)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from persam_dreambooth.errors import InputError
-from persam_dreambooth.files import check_writable, locked, note_settings, write_json
+from persam_dreambooth.files import check_settings, check_writable, locked, note_settings, write_json
 from persam_dreambooth.machine import provenance
 from persam_dreambooth.options import option, require, within
 from persam_dreambooth.photos.images import read_image
@@ -40,8 +40,8 @@ class EvaluateAbsenceOptions(SegmentationOptions):
     @property
     def settings(self) -> dict[str, Any]:
         """What all pairs of an output folder share."""
-        names = ("data", "segmenter", "sam_model", "sam_dtype", "guidance", "target_coverage", "others")
-        return {name: getattr(self, name) for name in names}
+        names = ("segmenter", "sam_model", "sam_dtype", "guidance", "target_coverage", "others")
+        return {"data": str(Path(str(self.data))), **{name: getattr(self, name) for name in names}}
 
     def check(self) -> None:
         """Raises `InputError` for options that are missing, out of range or in conflict."""
@@ -64,7 +64,7 @@ def evaluate_absence(options: EvaluateAbsenceOptions) -> AbsenceScores:
         raise InputError(f"{options.data} holds one object: absent objects need images of others")
     check_writable(output)
     with locked(output):
-        note_settings(output, options.settings, "an evaluation", "--output")
+        check_settings(output, options.settings, "an evaluation", "--output")
         look_for(data, options, output)
         pairs = [pair for item in data.items for pair in read_pairs(_pairs_file(output, item))]
         made_by = f"{options.segmenter}, SAM: {options.sam_model}"
@@ -81,9 +81,10 @@ def look_for(data: DataSet, options: EvaluateAbsenceOptions, output: Path) -> No
         for number, item in enumerate(data.items)
         if not _pairs_file(output, item).is_file()
     }
-    if not searches:
+    sam = open_sam_of(options) if searches else None
+    note_settings(output, options.settings, "an evaluation", "--output")
+    if sam is None:
         return
-    sam = open_sam_of(options)
     fitted, own = {}, {}
     wanted = sorted({asked for search in searches.values() for numbers in search.values() for asked in numbers})
     for number in steps(wanted, "references", "object"):

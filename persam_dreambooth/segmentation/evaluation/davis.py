@@ -63,8 +63,8 @@ class EvaluateDavisOptions(TrackingOptions):
     @property
     def settings(self) -> dict[str, Any]:
         """What all rows of an output folder share, since their figures are compared."""
-        names = ("data", "predictions") if self.predictions else ("data", "sam_model", "sam_dtype", "target_coverage")
-        return {name: getattr(self, name) for name in names}
+        names = ("predictions",) if self.predictions else ("sam_model", "sam_dtype", "target_coverage")
+        return {"data": str(Path(str(self.data))), **{name: getattr(self, name) for name in names}}
 
     def check(self) -> None:
         """Raises `InputError` for options that are missing, out of range or in conflict."""

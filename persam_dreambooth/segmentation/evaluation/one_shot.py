@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from persam_dreambooth.errors import InputError
-from persam_dreambooth.files import check_writable, locked, note_settings, write_aside, write_json
+from persam_dreambooth.files import check_settings, check_writable, locked, note_settings, write_aside, write_json
 from persam_dreambooth.machine import provenance, reset_peak_memory
 from persam_dreambooth.options import option, require, within
 from persam_dreambooth.photos.images import read_image
@@ -82,8 +82,8 @@ class OneShotOptions(SegmentationOptions):
     @property
     def settings(self) -> dict[str, Any]:
         """What all rows of an output folder share, since their figures are compared."""
-        names = ("data", "sam_model", "sam_dtype", "guidance", "target_coverage")
-        return {name: getattr(self, name) for name in names}
+        names = ("sam_model", "sam_dtype", "guidance", "target_coverage")
+        return {"data": str(Path(str(self.data))), **{name: getattr(self, name) for name in names}}
 
     def check(self) -> None:
         """Raises `InputError` for options that are missing, out of range or in conflict."""
@@ -206,14 +206,15 @@ def plain_rows(options: OneShotOptions, items: list[Item]) -> list[Row]:
 
 def predict_objects(rows: list[Row], data: DataSet, output: Path, options: OneShotOptions, state: PartialState) -> None:
     """Writes the missing predictions; under `accelerate launch`, each process takes a part of the objects."""
+    check_settings(output, options.settings, "an evaluation", "--output")
+    own, folders = own_part(data.items, state), {row.name: output / "predictions" / row.name for row in rows}
+    left = {item.name: [row for row in rows if not _done(folders[row.name], item)] for item in own}
+    sam = open_sam_of(options) if any(left.values()) else None
     if state.is_main_process:  # processes would overwrite one another's file
         note_settings(output, options.settings, "an evaluation", "--output")
     state.wait_for_everyone()
-    own, folders = own_part(data.items, state), {row.name: output / "predictions" / row.name for row in rows}
-    left = {item.name: [row for row in rows if not _done(folders[row.name], item)] for item in own}
-    if not any(left.values()):
+    if sam is None:
         return
-    sam = open_sam_of(options)
     reset_peak_memory()
     for item in steps(own, "segmenting", "object", hidden=not state.is_main_process):
         if left[item.name]:
