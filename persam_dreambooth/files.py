@@ -219,11 +219,13 @@ def first_existing(path: AnyPath, exists: Callable[[AnyPath], bool]) -> AnyPath 
 
 
 def check_name(path: Path) -> None:
-    """Raises `InputError` for a path that is not UTF-8, which cannot be written to JSON, YAML or a log."""
+    """Raises `InputError` for a path that is not UTF-8, as JSON, YAML and logs are, or whose names are too long."""
     try:
         str(path).encode("utf-8")
     except UnicodeEncodeError:
         raise InputError(f"{readable_name(path)} has a name that is not UTF-8: rename it") from None
+    if any(len(os.fsencode(name)) > LONGEST_NAME for name in path.parts):
+        raise InputError(f"{path} is longer than a name may be: choose a shorter one")
 
 
 def readable_name(path: Path) -> str:

@@ -505,7 +505,8 @@ def _from_yaml(name: str, value: Any, kind: type[Options], hints: dict[str, Any]
     wanted = str if get_origin(hint) is Literal else hint
     if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
         words = _choices(name, kind, hints)
-        raise InputError(f"--{name} is {value}: give {_one_of(words) if words else WANTED[wanted]}")
+        shown = f"of type {type(value).__name__}" if "\n" in str(value) else value
+        raise InputError(f"--{name} is {shown}: give {_one_of(words) if words else WANTED[wanted]}")
     return _chosen(name, value, kind, hints)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -33,7 +33,7 @@ class Progress:
 
 
 _callback: ContextVar[Callable[[Progress], None] | None] = ContextVar("callback", default=None)
-_bars: ContextVar[bool] = ContextVar("bars", default=False)
+_bars: ContextVar["list[tqdm[Any]] | None"] = ContextVar("bars", default=None)
 
 
 @contextmanager
@@ -51,17 +51,23 @@ def reporting(callback: Callable[[Progress], None]) -> Iterator[None]:
 
 @contextmanager
 def showing_bars() -> Iterator[None]:
-    """Shows progress bars for the work inside the block, as on the command line."""
-    token = _bars.set(True)
+    """Shows progress bars for the work inside the block, as on the command line.
+
+    If the block raises, the bars of unfinished work are closed, so that a message gets a line of its own.
+    """
+    shown: list[tqdm[Any]] = []
+    token = _bars.set(shown)
     try:
         yield
     finally:
+        for unfinished in shown:
+            unfinished.close()
         _bars.reset(token)
 
 
 def shows_bars() -> bool:
     """Whether this is inside `showing_bars`."""
-    return _bars.get()
+    return _bars.get() is not None
 
 
 def tell(progress: Progress) -> None:
@@ -90,8 +96,11 @@ def bar(
         hidden: shows no bar, for example in all processes but one.
         leave: the bar stays visible at its end.
     """
-    disable = hidden or not shows_bars()
-    return tqdm(items, what, total, initial=initial, unit=unit, disable=disable, leave=leave)
+    shown = _bars.get()
+    made = tqdm(items, what, total, initial=initial, unit=unit, disable=hidden or shown is None, leave=leave)
+    if shown is not None:
+        shown.append(made)
+    return made
 
 
 def steps(

@@ -54,6 +54,7 @@ from persam_dreambooth.segmentation.target_semantic_prompting import GuidedTrans
 ROOT = Path(__file__).parents[1]
 PHOTOS = toy.path("photos") / "duck"
 MASK = toy.path("photos") / "duck_mask" / "00.png"
+PICTURE = np.zeros((64, 48, 3), np.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +124,17 @@ def test_bars_are_shown_where_they_are_asked_for(capfd):
     shown = capfd.readouterr().err
     assert "reading: 100%" in shown and "2/2" in shown
     assert "other" not in shown and "silently" not in shown
+
+
+def test_the_bar_of_unfinished_work_ends_its_line(capfd):
+    def work(letters):  # the error's traceback keeps `letters`, so that nothing else closes the bar
+        for _ in letters:
+            raise InputError("broken")
+
+    with pytest.raises(InputError) as caught, showing_bars():
+        work(steps("ab", "reading", "letter"))
+    assert "letters" in caught.traceback[-1].frame.f_locals
+    assert re.search(r"reading: .* 0/2 .*\n$", capfd.readouterr().err)
 
 
 def test_a_training_is_cancelled_at_a_step_and_resumes(tmp_path, encodings):
@@ -207,6 +219,7 @@ def test_a_job_takes_options_by_name_or_as_one_object(tmp_path, encodings):
         ({"imags": "cat/"}, "unknown option imags: did you mean images?"),
         ({"output_dir": "masks/"}, "unknown option output_dir: it is output here"),
         ({"images": 3}, "--images is 3: give text, in quotes"),
+        ({"images": np.zeros((2, 2))}, "--images is of type ndarray: give text, in quotes"),
         ({"images": "cat/", "output": "masks"}, "--mask is missing"),
         ({"absent": "drop"}, "--absent is drop: give one of 'skip', 'warn', 'keep'"),
     ],
@@ -343,6 +356,9 @@ def test_what_is_not_this_segmenter_is_not_loaded(sam, kinds, tmp_path):
         PerSAM.load(tmp_path, open_sam(kinds["sam"], device="cpu"))
     with pytest.raises(InputError, match=r"was fitted with toy in torch.float32, not with .*bfloat16"):
         PerSAM.load(tmp_path, open_sam("toy", device="cpu", dtype="bfloat16"))
+    for folder, told in ((path / "cat", "is not a folder"), ("a" * 256, "is longer than a name may be")):
+        with pytest.raises(InputError, match=told):
+            PerSAM.load(tmp_path, sam).save(folder)
     shutil.copy(toy.path("sam") / "model.safetensors", path)
     with pytest.raises(InputError, match="is not a saved segmenter"):
         PerSAM.load(tmp_path, sam)
@@ -445,6 +461,15 @@ def test_sam_hq_takes_its_arguments_in_the_order_of_sam(kinds, encodings):
         (lambda sam: PerSAM("toy"), "sam is a str: open it with open_sam"),
         (lambda sam: VideoSegmenter(sam, "sam-2"), "method 'sam-2' is unknown: use persam or persam-f"),
         (lambda sam: open_sam("toy", device="gpu0"), "device 'gpu0' cannot be used, .*: use cpu, or leave it out"),
+        (lambda sam: sam.to("gpu0"), "device 'gpu0' cannot be used, .*: use cpu, or leave it out"),
+        (lambda sam: open_sam("toy", device="cpu", dtype=torch.int8), "precision torch.int8 is unknown: use float32"),
+        (lambda sam: VideoSegmenter(None), "sam is a NoneType: open it with open_sam"),
+        (lambda sam: PerSAM.load(sam, "folder"), "sam is a str: open it with open_sam"),
+        (lambda sam: sam.encode_batch("00.jpg"), "images is one str: give a list of images"),
+        (lambda sam: sam.encode_batch(PICTURE), "images is one ndarray: give a list of images"),
+        (lambda sam: PerSAM(sam).fit(MASK, PHOTOS / "00.jpg"), "00.jpg looks like a photo, not a mask: paint the"),
+        (lambda sam: read_mask(Image.open(PHOTOS / "00.jpg")), "this mask looks like a photo, not a mask"),
+        (lambda sam: read_mask(np.asarray(Image.open(PHOTOS / "00.jpg"))), "this mask looks like a photo, not a mask"),
         (lambda sam: SamHQ.from_pretrained("toy", device="cpu"), "toy is a Sam, not a SamHQ: use Sam.from_pretrained"),
     ],
 )
@@ -488,9 +513,6 @@ def test_results_with_arrays_are_compared_and_shown(sam):
     assert repr(mask) == "PhotoMask('00.jpg', persam-f, covers 25.0%)"
 
 
-PICTURE = np.zeros((64, 48, 3), np.uint8)
-
-
 @pytest.mark.parametrize(
     "image, told",
     [
@@ -500,6 +522,8 @@ PICTURE = np.zeros((64, 48, 3), np.uint8)
         (PICTURE.transpose(2, 0, 1), r"\(3, 64, 48\) uint8: move its channels last with .transpose\(1, 2, 0\)"),
         (PICTURE / 255, r"\(64, 48, 3\) float64: scale it to 0 to 255 and round it to uint8"),
         (PICTURE.astype(int), r"\(64, 48, 3\) int64: convert it with .astype\(numpy.uint8\)"),
+        (PICTURE[None], r"\(1, 64, 48, 3\) uint8: give one picture of the batch"),
+        (PICTURE[..., :1], r"\(64, 48, 1\) uint8: remove the last axis with \[..., 0\]"),
         (PICTURE[..., 0] > 0, r"\(64, 48\) bool: this is a mask, not a photo"),
         ("no-such-photo.jpg", "no-such-photo.jpg does not exist: name an image file"),
     ],

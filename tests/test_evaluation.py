@@ -726,6 +726,7 @@ def test_davis_scores_objects_in_the_frames_between(video, tmp_path):
         ("object", "has an object 3, the sequence has 2"),
         ("size", "give it this size"),
         ("missing", "does not exist"),
+        ("all", "does not exist: name a folder of predictions"),
     ],
 )
 def test_davis_names_what_cannot_be_scored(damage, told, video, tmp_path, capsys):
@@ -737,8 +738,10 @@ def test_davis_names_what_cannot_be_scored(damage, told, video, tmp_path, capsys
         Image.fromarray(labels).save(path)
     elif damage == "size":
         Image.open(path).resize((30, 20)).save(path)
-    else:
+    elif damage == "missing":
         path.unlink()
+    else:
+        shutil.rmtree(predictions)
     assert davis("--data", data, "--predictions", predictions, "--output", tmp_path / "out") == 2
     assert told in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -254,7 +254,11 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
             advice = ": this is a mask, not a photo"
         elif array.dtype.kind == "f":
             advice = ": scale it to 0 to 255 and round it to uint8"
-        elif array.dtype.kind in "iu":
+        elif array.ndim == 4 and array.dtype == np.uint8:
+            advice = ": give one picture of the batch"
+        elif array.ndim == 3 and array.shape[2] == 1 and array.dtype == np.uint8:
+            advice = ": remove the last axis with [..., 0]"
+        elif array.dtype.kind in "iu" and array.dtype != np.uint8:
             advice = ": convert it with .astype(numpy.uint8)"
         raise InputError(
             f"{name} must be (H, W, 3) uint8 RGB, (H, W, 4) RGBA or (H, W) gray; this is {array.shape} "

@@ -90,7 +90,11 @@ def read_mask(source: str | Path | Image.Image | np.ndarray, invert: bool = Fals
     Raises:
         InputNotFoundError, InputError: see `images.open_image` and `as_mask`.
     """
-    return _read(open_image(source)).mask ^ invert if isinstance(source, (str, Path)) else as_mask(source, invert)
+    if not isinstance(source, (str, Path)):
+        return as_mask(source, invert)
+    image = open_image(source)
+    _refuse_photo(image, str(source))
+    return _read(image).mask ^ invert
 
 
 def as_mask(mask: np.ndarray | Image.Image, invert: bool = False) -> np.ndarray:
@@ -102,11 +106,13 @@ def as_mask(mask: np.ndarray | Image.Image, invert: bool = False) -> np.ndarray:
         invert: the subject is 0, black or transparent.
 
     Raises:
-        InputError: the mask has another shape or type, negative numbers, or numbers that are not finite.
+        InputError: the mask has another shape or type, negative numbers, or numbers that are not finite, or it is a
+            photo.
     """
     if isinstance(mask, Image.Image):
         upright = ImageOps.exif_transpose(mask)
         upright.format = mask.format
+        _refuse_photo(upright, "this mask")
         return _read(upright).mask ^ invert
     if not isinstance(mask, np.ndarray) and not hasattr(mask, "__array__"):
         raise InputError(f"this mask is a {type(mask).__name__}: {NO_MASK}")
@@ -123,6 +129,8 @@ def as_mask(mask: np.ndarray | Image.Image, invert: bool = False) -> np.ndarray:
         inside, _ = _above(values[..., -1])
         values = values[..., :-1] if inside.all() or not inside.any() else values[..., -1]
     if values.ndim == 3:
+        if values.dtype == np.uint8 and values.shape[2] == 3:
+            _refuse_photo(Image.fromarray(values), "this mask")
         values = values.max(axis=2)
     return _above(values)[0] ^ invert
 
@@ -214,6 +222,17 @@ def _check_size(size: tuple[int, ...], photo: "Photo", mask_path: Path, advice: 
         width, height = photo.size
         raise InputError(
             f"{mask_path} is {size[0]} x {size[1]} but {photo.path} is {width} x {height} (upright): {advice}"
+        )
+
+
+def _refuse_photo(image: Image.Image, name: str) -> None:
+    """Raises `InputError` for a colored photo without a transparent background; a palette may be of labels."""
+    if image.mode == "P" or _alpha(image) is not None:
+        return
+    if not image.convert("RGB").getcolors(FEW) and looks_like_photo(image):
+        raise InputError(
+            f"{name} looks like a photo, not a mask: paint the subject white on black, or cut it out on a transparent "
+            "background"
         )
 
 

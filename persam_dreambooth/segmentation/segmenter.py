@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from persam_dreambooth.errors import InputError, InputNotFoundError, counted
-from persam_dreambooth.files import write_aside
+from persam_dreambooth.files import check_writable, write_aside
 from persam_dreambooth.photos.masks import read_mask
 from persam_dreambooth.segmentation.found import ABSENT, ABSENT_THRESHOLD, SMALL_TARGET, Found, Step
 from persam_dreambooth.segmentation.location_prior import (
@@ -28,7 +28,7 @@ from persam_dreambooth.segmentation.location_prior import (
     presence,
     suppressed,
 )
-from persam_dreambooth.segmentation.sams.sam import Encoding, ImageLike, Sam
+from persam_dreambooth.segmentation.sams.sam import Encoding, ImageLike, Sam, check_sam
 
 if TYPE_CHECKING:
     from persam_dreambooth.segmentation.segmenters import SegmentationOptions
@@ -60,8 +60,7 @@ class Segmenter:
             raise InputError(f"target_coverage is {target_coverage}: give a fraction from 0 to below 1")
         if not 0 <= absent_threshold <= 1:
             raise InputError(f"absent_threshold is {absent_threshold}: give a number from 0 to 1")
-        if not isinstance(sam, Sam):
-            raise InputError(f"sam is a {type(sam).__name__}: open it with open_sam")
+        check_sam(sam)
         self.sam = sam
         self.target_coverage = target_coverage
         self.absent_threshold = absent_threshold
@@ -125,10 +124,12 @@ class Segmenter:
 
         Raises:
             RuntimeError: `fit` was not called.
+            InputError: there can be no such folder.
             SaveError: the file cannot be written.
         """
         path = Path(folder) / SEGMENTER
         target = self.target
+        check_writable(path.parent)
         described = {
             "method": self.method,
             "settings": self._settings,
@@ -154,6 +155,7 @@ class Segmenter:
             InputNotFoundError: the folder has no saved segmenter.
             InputError: a broken file, a segmenter of another class, or another SAM.
         """
+        check_sam(sam)
         path = Path(folder) / SEGMENTER
         if not path.is_file():
             raise InputNotFoundError(f"{folder} has no {SEGMENTER}: name a folder that a segmenter was saved to")

@@ -23,7 +23,7 @@ from persam_dreambooth.segmentation.location_prior import (
     location_prior,
     presence,
 )
-from persam_dreambooth.segmentation.sams.sam import Encoding, ImageLike, Sam
+from persam_dreambooth.segmentation.sams.sam import Encoding, ImageLike, Sam, check_sam
 from persam_dreambooth.segmentation.scale_weights import fit_scale_weights
 from persam_dreambooth.segmentation.segmenter import fitted
 
@@ -87,6 +87,7 @@ class VideoSegmenter:
         fit_steps: int = FIT_STEPS,
         published: bool = False,
     ) -> None:
+        check_sam(sam)
         if method not in PRIOR_POINTS:
             raise InputError(f"method {method!r} is unknown: use {' or '.join(PRIOR_POINTS)}")
         self.sam = sam

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from persam_dreambooth.errors import InputError
+from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.files import check_settings, check_writable, locked, note_settings, write_json
 from persam_dreambooth.machine import provenance, reset_peak_memory
 from persam_dreambooth.options import option, require
@@ -90,6 +90,8 @@ def evaluate_davis(options: EvaluateDavisOptions) -> DavisScores | None:
     check_writable(output)
     data = read_video_set(Path(str(options.data)))
     check_settings(output, options.settings, "an evaluation", "--output")
+    if options.predictions and not Path(options.predictions).is_dir():
+        raise InputNotFoundError(f"{options.predictions} does not exist: name a folder of predictions")
     state = open_processes()
     if not options.predictions:
         predict_videos(data, output, options, state)

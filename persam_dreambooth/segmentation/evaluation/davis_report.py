@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from persam_dreambooth.errors import counted
 from persam_dreambooth.files import write_text
 from persam_dreambooth.photos.images import read_image
 from persam_dreambooth.photos.labels import read_labels
@@ -182,8 +183,9 @@ def _heading(scores: DavisScores) -> list[str]:
     """What was evaluated and with what, as sentences."""
     name = "DAVIS 2017, validation set" if _is_davis(scores.data) else "videos that are not DAVIS 2017's validation set"
     return [
-        f"Data: {name}, from {scores.options['data']}: {len(scores.data.sequences)} sequences, "
-        f"{len(scores.shown.objects)} objects, {scores.frames} scored frames. Made by {scores.made_by}.",
+        f"Data: {name}, from {scores.options['data']}: {counted(len(scores.data.sequences), 'sequence')}, "
+        f"{counted(len(scores.shown.objects), 'object')}, {counted(scores.frames, 'scored frame')}. "
+        f"Made by {scores.made_by}.",
         "Figures are in percent and means over objects, not sequences. The first and the last annotated frame of a "
         "sequence are not scored. Recall is the share of frames above 50 %. Decay is the mean of the first quarter of "
         "the frames minus that of the last.",

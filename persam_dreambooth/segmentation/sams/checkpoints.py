@@ -8,7 +8,7 @@ import torch
 from persam_dreambooth import models
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.segmentation.sams.original import read_original
-from persam_dreambooth.segmentation.sams.sam import Sam
+from persam_dreambooth.segmentation.sams.sam import Sam, find_device
 from persam_dreambooth.segmentation.sams.sam2 import Sam2
 from persam_dreambooth.segmentation.sams.sam_hq import SamHQ
 
@@ -38,7 +38,7 @@ def open_sam(
         InputError: the model is not a SAM, or this machine has no such device.
         UnavailableError: the hub cannot be reached.
     """
-    name, place = str(name), _device(device)
+    name, place = str(name), find_device(device)
     source = models.resolve(name, "sam", revision)
     with models.loading(name):
         model = read_original(Path(source)) if Path(source).is_file() else _read_folder(source, revision)
@@ -49,25 +49,13 @@ def open_sam(
 
 def precision(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
     """The torch type for `dtype` of `open_sam`: `auto` is float32 on the CPU and on MPS, and bfloat16 elsewhere."""
-    if isinstance(dtype, torch.dtype):
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
         return dtype
     if dtype == "auto":
         return torch.float32 if device.type in ("cpu", "mps") else torch.bfloat16
     if dtype not in ("float32", "float16", "bfloat16"):
         raise InputError(f"precision {dtype!r} is unknown: use float32, float16, bfloat16 or auto")
     return getattr(torch, dtype)
-
-
-def _device(name: torch.device | str | None) -> torch.device:
-    """A device of this machine; None is the accelerator if there is one."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if name is None:
-        return accelerator or torch.device("cpu")
-    try:
-        return torch.zeros((), device=name).device
-    except (RuntimeError, AssertionError) as error:  # unknown, absent, or torch is built without it
-        found = f"the accelerator is {accelerator}" if accelerator else "torch finds no accelerator"
-        raise InputError(f"device {str(name)!r} cannot be used, {found}: use cpu, or leave it out") from error
 
 
 def _read_folder(source: str, revision: str | None) -> "PreTrainedModel":

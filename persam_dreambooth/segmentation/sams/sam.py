@@ -137,8 +137,8 @@ class Sam:
         return device
 
     def to(self: OwnSam, device: torch.device | str) -> OwnSam:
-        """Moves the model to a device; returns the SAM."""
-        self.model.to(device)
+        """Moves the model to a device; returns the SAM. Raises `InputError` if this machine has no such device."""
+        self.model.to(find_device(device))
         return self
 
     @cached_property
@@ -182,7 +182,12 @@ class Sam:
         """Encodes photos in one pass of the image encoder, which is faster on an accelerator; see `encode`.
 
         The photos can have different sizes. Memory grows with their number.
+
+        Raises:
+            InputError, InputNotFoundError: as for `encode`; also for one image that is not in a list.
         """
+        if isinstance(images, (str, Path, Image.Image, np.ndarray, Encoding)):
+            raise InputError(f"images is one {type(images).__name__}: give a list of images")
         encodings: dict[int, Encoding] = {}
         left: dict[int, tuple[tuple[int, int], np.ndarray]] = {}
         for place, image in enumerate(images):
@@ -306,3 +311,21 @@ class Sam:
         if len(rows) == 0:
             return None
         return torch.stack([columns[0], rows[0], columns[-1], rows[-1]]).flatten().cpu().numpy()
+
+
+def check_sam(sam: Sam) -> None:
+    """Raises `InputError` for anything but a `Sam`."""
+    if not isinstance(sam, Sam):
+        raise InputError(f"sam is a {type(sam).__name__}: open it with open_sam")
+
+
+def find_device(name: torch.device | str | None) -> torch.device:
+    """A device of this machine; None is the accelerator if there is one."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if name is None:
+        return accelerator or torch.device("cpu")
+    try:
+        return torch.zeros((), device=name).device
+    except (RuntimeError, AssertionError) as error:  # unknown, absent, or torch is built without it
+        found = f"the accelerator is {accelerator}" if accelerator else "torch finds no accelerator"
+        raise InputError(f"device {str(name)!r} cannot be used, {found}: use cpu, or leave it out") from error
