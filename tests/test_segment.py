@@ -101,6 +101,18 @@ def test_a_photo_added_later_is_segmented_and_the_others_are_kept(options, made,
     assert list(json.loads((made / MASK_INDEX).read_text())["masks"]) == ["00.jpg", "01.jpg", "02.jpg", "03.jpg"]
 
 
+def test_kept_masks_without_a_heat_map_are_named(options, made, caplog):
+    (made / "02.png").unlink()
+    assert segment(options, heatmaps=True) == 0
+    assert "01.jpg: no heat map is made for a mask that is kept; remove the mask" in caplog.text
+    assert [path.name for path in (made / "heatmaps").iterdir()] == ["02.jpg"]
+    (made / "01.png").unlink()
+    caplog.clear()
+    assert segment(options, heatmaps=True) == 0
+    assert sorted(path.name for path in (made / "heatmaps").iterdir()) == ["01.jpg", "02.jpg"]
+    assert "no heat map" not in caplog.text
+
+
 def test_other_settings_are_refused_with_what_differs(options, made, tmp_path, capsys):
     half = np.array(Image.open(MASK))
     half[:, 256:] = 0

@@ -26,7 +26,7 @@ from persam_dreambooth.photos.references import Reference, find_reference, find_
 from persam_dreambooth.progress import steps
 from persam_dreambooth.report.pictures import heat_map, save_overview, save_picture
 from persam_dreambooth.segmentation.found import ABSENT
-from persam_dreambooth.segmentation.segmenters import MaskFolderOptions, open_segmenter
+from persam_dreambooth.segmentation.segmenters import METHODS, MaskFolderOptions, open_segmenter
 
 if TYPE_CHECKING:
     from persam_dreambooth.segmentation.sams.sam import Encoding
@@ -104,14 +104,17 @@ def segment(options: SegmentOptions) -> list[PhotoMask]:
     check_writable(output)
     try:
         with locked(output):
-            known = load_known(output, photos)
+            known, heatmaps = load_known(output, photos), output / "heatmaps" if options.heatmaps else None
             if known:
                 told = counted(len(known), "mask"), counted(len(photos), "photo")
                 logger.info("%s has %s for %s: kept", output, *told)
+            without = [name for name, mask in known.items() if heatmaps and _lacks_heat_map(mask.record, heatmaps)]
+            if without:
+                logger.warning("%s: no heat map is made for a mask that is kept; remove the mask, or choose another "
+                               "--output", ", ".join(without[:5]) + ", ..." * (len(without) > 5))  # fmt: skip
             if len(known) < len(photos):
                 segmenter = open_segmenter(options)
                 note_settings(output, settings, "masks", "--output")
-                heatmaps = output / "heatmaps" if options.heatmaps else None
                 masks = segment_folder(
                     photos, references, segmenter, output, options.instances, options.absent, heatmaps, known
                 )
@@ -176,6 +179,15 @@ def segment_folder(
     return [found[photo.name] for photo in photos]
 
 
+def _heat_map_file(heatmaps: Path, name: str) -> Path:
+    return (heatmaps / name).with_suffix(".jpg")
+
+
+def _lacks_heat_map(record: MaskRecord, heatmaps: Path) -> bool:
+    """Whether a mask was found by a segmenter and its photo has no heat map."""
+    return record.method in METHODS and not _heat_map_file(heatmaps, record.photo).is_file()
+
+
 def _predict(
     segmenter: Segmenter,
     photo: Photo,
@@ -193,7 +205,7 @@ def _predict(
     mask = np.any([found.mask, *(each.mask for each in finds)], axis=0)
     if heatmaps:
         heat = heat_map(photo.read(), found.similarity, found.photo_cells)
-        save_picture(heat, (heatmaps / photo.name).with_suffix(".jpg"))
+        save_picture(heat, _heat_map_file(heatmaps, photo.name))
     flags = found.flags
     if ABSENT in flags and absent == "skip":
         logger.warning("%s: the subject is absent (presence %.2f); the photo is skipped", photo.name, found.presence)

@@ -23,7 +23,7 @@ def one_shot_tables(scores: OneShotScores) -> list[Table]:
                 "Spread over references",
                 ["method", "references", "mean mIoU", "standard deviation"],
                 [[method, str(spread.count), spread.mIoU, spread.std] for method, spread in spreads],
-                "Percent. Each image is the only reference in turn.",
+                "Percent. Each image is the only reference in turn, up to the number of images that all objects have.",
             )
         )
     costly = [row for row in scores.rows if row.costs]
