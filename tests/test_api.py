@@ -11,6 +11,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import numpy as np
@@ -41,7 +42,7 @@ from persam_dreambooth import (
     segment,
     toy,
 )
-from persam_dreambooth.dreambooth.hub import check_login
+from persam_dreambooth.dreambooth.hub import check_login, push
 from persam_dreambooth.main_job import TrainOptions
 from persam_dreambooth.options import read_config
 from persam_dreambooth.photos.folder import Photo
@@ -556,7 +557,7 @@ def hub(monkeypatch):
             self.send_response(self.status)
             self.end_headers()
 
-        do_GET = do_HEAD
+        do_GET = do_POST = do_HEAD
 
         def log_message(self, *arguments):
             pass
@@ -586,6 +587,17 @@ def test_a_busy_hub_may_answer_on_another_try(hub, status):
         huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url("owner/model", "config.json"))
     with pytest.raises(UnavailableError, match=r"--push_to_hub: the hub cannot be reached \(.*\): try again"):
         check_login()
+
+
+def test_a_failed_upload_says_that_the_run_is_whole(hub):
+    hub(500)
+    options, parts = (
+        TrainOptions(instance_dir="cat", output_dir="out", hub_model_id="me/cat"),
+        SimpleNamespace(components={}),
+    )
+    line = r"out is finished, but its upload failed \(.*\): hf upload me/cat out"
+    with pytest.raises(UnavailableError, match=line):
+        push(options, parts)
 
 
 def test_a_hub_that_refuses_will_refuse_again(hub):

@@ -290,8 +290,8 @@ ALWAYS: dict[str, tuple[str, ...]] = {
         *("prompt", "model", "num_images", "seed", "output", "num_inference_steps", "guidance_scale"),
         *("width", "height", "scheduler", "batch_size"),
     ),
-    "evaluate perseg": ("data", "output", "predictions", "reference_index", "shots", "sam_model"),
-    "evaluate fss1000": ("data", "output", "predictions", "reference_index", "shots", "classes", "sam_model"),
+    "evaluate perseg": ("data", "output", "predictions", "reference_index", "sam_model"),
+    "evaluate fss1000": ("data", "output", "predictions", "reference_index", "classes", "sam_model"),
     "evaluate absence": ("data", "output", "others", "absent_threshold", "sam_model", *METHOD_OPTIONS),
     "evaluate davis": ("data", "output", "predictions", "sam_model"),
     "evaluate model": (

@@ -119,7 +119,7 @@ def test_a_run_is_trained_again_from_its_mended_masks_beside_itself(given, tmp_p
     }  # fmt: skip
     assert index["01.png"]["model"] is None and index["01.png"]["presence"] is None
     config = read_config(tmp_path / "run-2" / "config.yaml")
-    assert (config["rank"], config["mask"], config["mask_dir"]) == (2, None, "run/masks")
+    assert (config["rank"], config["mask"], config["mask_dir"]) == (2, None, str(tmp_path / "run" / "masks"))
     assert "(masks: drawn, given, persam)" in (tmp_path / "run-2" / "README.md").read_text()
     assert np.array_equal(kept(tmp_path, "run-2")["01.png"], mended)
 
@@ -132,5 +132,5 @@ def test_a_folder_in_kohyas_form_gives_identifier_and_class(given, tmp_path):
     )
     assert command("train", *words) == 0
     config = read_config(tmp_path / "run" / "config.yaml")
-    assert (config["identifier"], config["class_name"]) == ("zwx", "red duck")
+    assert (config["identifier"], config["class_name"]) == ("zwx", None)  # the class follows from the folder again
     assert 'instance_prompt: "a zwx red duck"' in (tmp_path / "run" / "README.md").read_text()

@@ -102,7 +102,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(runs, tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="the failing disk needs a C compiler")
-@pytest.mark.parametrize("shares", [3, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("shares", [2, pytest.param(0, marks=pytest.mark.slow)])
 def test_whichever_write_fails_is_one_line_and_the_run_goes_on(shares, runs, tmp_path):
     source, shim = Path(__file__).with_name("failing_disk.c"), tmp_path / "failing_disk.so"
     subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", shim, source, "-ldl"], check=True)

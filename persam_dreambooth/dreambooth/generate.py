@@ -145,7 +145,8 @@ def generate(options: GenerateOptions) -> list[Path]:
     try:
         pipeline = to_accelerator(model.load(options.lora_scale))
         _check_loaded(options, model.family, pipeline)
-        words = [options.identifier] if options.identifier else [subject.word for subject in model.subjects]
+        known = [subject.word for subject in model.subjects] or [IDENTIFIER]
+        words = [options.identifier] if options.identifier else known
         named = next((word for word in words if word in prompt), None)
         check_unread("the prompt", prompt, model.family.unread(pipeline, prompt), named)
         if options.negative_prompt:

@@ -32,15 +32,24 @@ def check_login() -> None:
 
 
 def push(options: TrainingOptions, pipeline: Any) -> str:
-    """Uploads a finished run to a private repository, created if missing; returns its URL."""
+    """Uploads a finished run to a private repository, created if missing; returns its URL.
+
+    Raises:
+        UnavailableError: the hub does not take it; the run is whole.
+    """
     api = HfApi()
     name = options.hub_model_id or options.run_dir.resolve().name
-    repository = api.create_repo(name, private=True, exist_ok=True)
     parts = [f"{part}/*" for part in pipeline.components]
-    api.upload_folder(
-        repo_id=repository.repo_id,
-        folder_path=options.run_dir,
-        allow_patterns=[*PUBLISHED, *parts],
-        commit_message=f"{options.max_train_steps} steps of training",
-    )
+    try:
+        repository = api.create_repo(name, private=True, exist_ok=True)
+        api.upload_folder(
+            repo_id=repository.repo_id,
+            folder_path=options.run_dir,
+            allow_patterns=[*PUBLISHED, *parts],
+            commit_message=f"{options.max_train_steps} steps of training",
+        )
+    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        message = f"{options.run_dir} is finished, but its upload failed ({reason}): hf upload {name} {options.run_dir}"
+        raise UnavailableError(message) from None
     return str(repository)

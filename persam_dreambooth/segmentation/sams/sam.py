@@ -149,10 +149,11 @@ class Sam:
         """
         digest = hashlib.sha256()
         for name, value in self.model.state_dict().items():
-            flat = value.flatten()
-            some = flat[:: max(1, len(flat) // SAMPLED)].contiguous().cpu()
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(some.view(torch.uint8).numpy().data)
+            if not value.is_meta:
+                flat = value.flatten()
+                some = flat[:: max(1, len(flat) // SAMPLED)].contiguous().cpu()
+                digest.update(some.view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     @property
