@@ -148,6 +148,42 @@ def test_a_checkpoint_past_the_last_step_of_an_unfinished_run_is_refused(runs, t
     assert said == f"error: {folder / 'checkpoint-4'} is later than --max_train_steps 3: give 4 or more"
 
 
+@pytest.mark.parametrize("left", ["", '{"step": 1, "lo', '[]\n{}\n{"step": 1, "loss"}\n'])
+def test_a_checkpoint_has_the_metrics_that_the_file_lost(left, runs, tmp_path):
+    whole, folder = runs(checkpointing_steps=2), tmp_path / "run"
+    shutil.copytree(whole, folder)
+    (folder / "metrics.jsonl").write_text(left)
+    assert runs.train(folder, checkpointing_steps=2, resume_from_checkpoint="latest") == 0
+    assert same_metrics(folder, whole)
+    assert f"| final loss | {column(whole)[-1]:.4f} |" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "left", "reason"),
+    [
+        (STATE, b"broken", ""),
+        (STATE, b"", ""),
+        (STATE, b"PK\x03\x04", "PytorchStreamReader"),
+        (LORA_WEIGHTS, b"broken", "header too small"),
+        (LORA_WEIGHTS, None, f"there is neither {LORA_WEIGHTS} nor unet in it"),
+    ],
+)
+def test_a_broken_checkpoint_is_one_line(name, left, reason, runs, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(runs(checkpointing_steps=2), folder)
+    broken = folder / "checkpoint-4"
+    (broken / name).unlink() if left is None else (broken / name).write_bytes(left)
+    (folder / "README.md").unlink()
+    capsys.readouterr()
+    assert runs.train(folder, checkpointing_steps=2, resume_from_checkpoint="latest") == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"error: {broken} cannot be loaded (") and reason in said
+    assert said.endswith("): remove it, and the run resumes from the checkpoint before it")
+    shutil.rmtree(broken)
+    assert runs.train(folder, checkpointing_steps=2, resume_from_checkpoint="latest") == 0
+    assert same_weights(folder, runs())
+
+
 def test_a_cancelled_run_saves_its_last_step_and_goes_on(runs, tmp_path):
     folder = tmp_path / "run"
     options = TrainOptions(**{key: str(v) if isinstance(v, Path) else v for key, v in runs.options().items()})
