@@ -1,6 +1,8 @@
 """Class images: generated, counted, reused, never masked."""
 
 import io
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from training_runs import (
 
 from persam_dreambooth.dreambooth.data import CLASS_SEED, Crops
 from persam_dreambooth.dreambooth.trainer import batch_losses
+from persam_dreambooth.files import locked
 from persam_dreambooth.main_job import TrainOptions
 from persam_dreambooth.photos.folder import find_photos
 from tools.toy import build
@@ -78,6 +81,24 @@ def test_missing_class_images_are_filled_up_beside_the_users_own(runs, tmp_path)
     after = class_pictures(own)
     assert len(after) == 3
     assert before.items() <= after.items()
+
+
+def test_a_run_waits_for_the_class_images_of_another(runs, tmp_path, caplog):
+    folder = tmp_path / "class"
+    until = time.monotonic() + 300
+    run = threading.Thread(target=runs.train, args=[tmp_path / "run"], kwargs={**PRIOR, "class_data_dir": folder})
+    with caplog.at_level("INFO"):
+        with locked(folder):
+            run.start()
+            while f"another run is writing to {folder}: waiting for its end" not in caplog.text:
+                assert run.is_alive() and time.monotonic() < until
+                time.sleep(0.01)
+            for number in range(PRIOR["num_class_images"]):
+                Image.new("RGB", (64, 64), (60 * number, 0, 99)).save(folder / f"class-{number:04}.png")
+            made = {path.name: path.read_bytes() for path in folder.glob("*.png")}
+        run.join()
+    assert class_pictures(folder) == made
+    assert (tmp_path / "run" / "README.md").is_file()
 
 
 def test_class_image_that_was_deleted_is_replaced(runs, tmp_path):

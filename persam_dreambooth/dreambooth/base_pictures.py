@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from persam_dreambooth.dreambooth.prompts import in_front_of
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.errors import InputError
-from persam_dreambooth.files import check_writable, write_text
+from persam_dreambooth.files import check_writable, locked, write_text
 from persam_dreambooth.photos.captions import check_captions, read_prompts
 from persam_dreambooth.photos.folder import Photo, check_shapes, find_photos
 from persam_dreambooth.progress import steps
@@ -123,10 +124,14 @@ def _base_pictures(
     kind: str,
     default: str | None = None,
 ) -> list[Photo]:
-    """The images of a folder, filled up to `count` by the base model; arguments as in `generate_pictures`."""
+    """The images of a folder, filled up to `count` by the base model; arguments as in `generate_pictures`.
+
+    Several runs may use one folder: while one of them fills it, the others wait.
+    """
     if accelerator.is_main_process:
         pipeline = family.pipeline.to(accelerator.device)
-        with accelerator.autocast():
+        full = folder.is_dir() and len(find_pictures(folder)) >= count  # such a folder may be read-only
+        with accelerator.autocast(), nullcontext() if full else locked(folder, wait=True):
             generate_pictures(pipeline, prompts, folder, count, options.sample_batch_size, options.seed, kind, default)
     accelerator.wait_for_everyone()
     return find_pictures(folder)
