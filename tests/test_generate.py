@@ -258,6 +258,15 @@ def test_a_resumed_run_does_not_replace_the_images_of_its_earlier_weights(runs, 
         seen = now
 
 
+def test_samples_of_a_run_replace_those_without_settings(tmp_path):
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "a-duck-0.png")
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "a-duck-grid.jpg")
+    made = list(save_samples(toy_pipeline(), Request("a duck", [0], 1), tmp_path))
+    assert made == [tmp_path / "a-duck-0.png", tmp_path / "a-duck-grid.jpg"]
+    assert "a duck" in Image.open(made[0]).text["parameters"]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_two_processes_in_one_folder_keep_the_images_of_both(tmp_path):
     pipeline = toy_pipeline()
     one = save_samples(pipeline, Request("a duck", [0, 1], 1), tmp_path, model={"Model": "one"})

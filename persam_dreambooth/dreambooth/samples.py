@@ -112,7 +112,7 @@ def save_samples(
         folder: the output folder.
         notice: a line to show above the grid.
         model: settings that identify the model; images in the folder with the same settings are kept. Without it the
-            folder belongs to the model, and earlier images of the same prompt are replaced.
+            folder belongs to the model, and earlier images of the same prompt, or without settings, are replaced.
 
     Yields:
         The path of each image, the grid last.
@@ -121,7 +121,9 @@ def save_samples(
 
     def is_own(path: Path) -> bool:
         found = read_settings(path).rpartition(", Seed")[0]
-        return _prompt_of(found) == _prompt_of(settings) if model is None else found == settings
+        if model is None:  # version 0.1.0 saved no settings
+            return not found or _prompt_of(found) == _prompt_of(settings)
+        return found == settings
 
     stem = stem_of(request.prompt)
     hashed = f"{stem}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
