@@ -36,11 +36,7 @@ def find_checkpoint(run_dir: Path, name: str) -> Path | None:
         InputNotFoundError: the named checkpoint does not exist.
     """
     if name == "latest":
-        present = list_checkpoints(run_dir)
-        if not present:
-            logger.info("no checkpoint in %s yet: training starts from the beginning", run_dir)
-            return None
-        return present[-1]
+        return next(reversed(list_checkpoints(run_dir)), None)
     folder = run_dir / Path(name).name
     elsewhere = len(Path(name).parts) > 1 and Path(name).resolve() != folder.resolve()
     if elsewhere or not (folder / STATE).is_file():
