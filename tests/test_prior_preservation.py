@@ -1,6 +1,8 @@
 """Class images: generated, counted, reused, never masked."""
 
 import io
+import os
+import subprocess
 import threading
 import time
 
@@ -69,6 +71,30 @@ def test_own_class_pictures_suffice(runs, tmp_path):
     assert class_pictures(own) == before
     assert not (run / "class_images").exists()
     assert column(run, "prior_loss")[0] != column(runs(**PRIOR), "prior_loss")[0]
+
+
+@pytest.fixture
+def read_only(tmp_path):
+    """A read-only folder with three images, for root too."""
+    folder = tmp_path / "read-only"
+    folder.mkdir()
+    is_root = os.geteuid() == 0
+    if is_root and subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("mount is not allowed here")
+    for number in range(3):
+        Image.new("RGB", (70, 90), (60 * number, 0, 99)).save(folder / f"{number}.png")
+    subprocess.run(["mount", "-o", "remount,ro", folder] if is_root else ["chmod", "555", folder], check=True)
+    yield folder
+    subprocess.run(["umount", folder] if is_root else ["chmod", "755", folder], check=True)
+
+
+def test_a_read_only_folder_of_class_images_must_be_full(read_only, runs, tmp_path, capsys):
+    assert runs.train(tmp_path / "full", max_train_steps=1, **PRIOR, class_data_dir=read_only) == 0
+    options = {**PRIOR, "num_class_images": 4, "class_data_dir": read_only}
+    assert runs.train(tmp_path / "more", **options) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == f"error: {read_only} is not writable: choose another folder or fix its permissions"
+    assert not (tmp_path / "more").exists()
 
 
 def test_missing_class_images_are_filled_up_beside_the_users_own(runs, tmp_path):

@@ -30,22 +30,25 @@ logger = logging.getLogger(__name__)
 def check_base_pictures(options: TrainingOptions) -> None:
     """Raises `InputError` for folders of class images or backgrounds that cannot be used or created."""
     if options.with_prior_preservation:
-        _check_folder(options.class_dir, described=len(class_prompts(options)) > 1)
+        _check_folder(options.class_dir, options.num_class_images, described=len(class_prompts(options)) > 1)
     if options.replace_background == "generated":
-        _check_folder(options.background_folder, described=options.background_in_prompt)
+        _check_folder(options.background_folder, options.num_background_images, options.background_in_prompt)
 
 
-def _check_folder(folder: Path, described: bool = False) -> None:
-    """Raises `InputError` for a folder whose images cannot be used, or that cannot be created.
+def _check_folder(folder: Path, count: int, described: bool) -> None:
+    """Raises `InputError` for a folder whose images cannot be used, or that cannot be created or filled.
 
     Args:
         folder: the folder of the base model's images or of the user's own.
+        count: the number of images that it must hold.
         described: whether each image must have a caption file.
     """
     if not folder.is_dir():
         check_writable(folder)
         return
     pictures = find_pictures(folder)
+    if len(pictures) < count:
+        check_writable(folder)
     check_captions(pictures)
     for picture, prompt in zip(pictures, read_prompts(pictures, ""), strict=True):
         if described and not prompt:
