@@ -111,7 +111,9 @@ COMMANDS = {
         'pictures of the subject: "a [V] cat on a beach"',
         "dreambooth.generate:GenerateOptions",
         "dreambooth.generate:generate",
-        lambda options, paths: f"{options.num_images} pictures in {paths[-1].parent}; a grid of all in {paths[-1]}",
+        lambda options, paths: (
+            f"{counted(options.num_images, 'picture')} in {paths[-1].parent}; a grid of all in {paths[-1]}"
+        ),
         positional="prompt",
     ),
     "evaluate perseg": Command(

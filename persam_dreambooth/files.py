@@ -101,11 +101,15 @@ def saving(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, wait: bool = False) -> Iterator[None]:
     """Holds the lock of an output folder, which is created if missing.
 
+    Args:
+        folder: the folder.
+        wait: waits while another process writes to the folder, as to images that several runs use.
+
     Raises:
-        InputError: another process, or another thread of this one, writes to the folder.
+        InputError: another process, or another thread of this one, writes to the folder, and `wait` is not given.
         SaveError: the disk is full or read-only.
     """
     path = folder / LOCK
@@ -115,9 +119,11 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            raise InputError(
-                f"another run is writing to {folder}: wait for its end, or choose another folder"
-            ) from None
+            if not wait:
+                message = f"another run is writing to {folder}: wait for its end, or choose another folder"
+                raise InputError(message) from None
+            logger.info("another run is writing to %s: waiting for its end", folder)
+            lock.acquire()
     try:
         yield
     finally:

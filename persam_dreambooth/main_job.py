@@ -104,6 +104,8 @@ def personalize(options: TrainOptions) -> Path:
     if options.resume_from_checkpoint and nothing_left(options, resume_from):
         logger.info("nothing is left to do: %s has all of its %d steps", run_dir, options.max_train_steps)
         return run_dir
+    if options.resume_from_checkpoint and not resume_from:
+        logger.info("no checkpoint in %s yet: training starts from the beginning", run_dir)
     accelerator = open_accelerator(options)
     models.log_device(str(accelerator.device), str(frozen_dtype(accelerator)))
     family = open_family(options, base, frozen_dtype(accelerator))
@@ -118,7 +120,6 @@ def personalize(options: TrainOptions) -> Path:
     with _writing(run_dir, accelerator):
         if accelerator.is_main_process:
             check_run_folder(options)  # again: another run may have ended here since
-            (run_dir / MODEL_CARD).unlink(missing_ok=True)
             write_masks(options, albums)
         accelerator.wait_for_everyone()
         soft = options.soft_masks
@@ -168,6 +169,7 @@ def write_masks(options: TrainOptions, albums: list[Album]) -> None:
         if album.reference and len(masks) < len(album.photos)
     ]
     segmenter = open_segmenter(options) if missing else None
+    (options.run_dir / MODEL_CARD).unlink(missing_ok=True)
     write_config(options)
     if segmenter:
         for album, reference, masks in missing:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from pickle import UnpicklingError
 
 from persam_dreambooth import toy
 from persam_dreambooth.errors import InputError, InputNotFoundError, UnavailableError, may_pass
@@ -117,8 +118,8 @@ def building() -> Iterator[None]:
 
 
 @contextmanager
-def loading(name: str) -> Iterator[None]:
-    """Converts errors of a broken checkpoint inside the block to an `InputError` of one line.
+def loading(name: str, remedy: str = "download it again, or name another model") -> Iterator[None]:
+    """Converts errors of a broken checkpoint inside the block to an `InputError` of one line, which ends in `remedy`.
 
     An interrupted download is an `UnavailableError`.
 
@@ -134,11 +135,11 @@ def loading(name: str) -> Iterator[None]:
             yield
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, EOFError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, LookupError, EOFError, RuntimeError, UnpicklingError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if may_pass(error):
             raise UnavailableError(f"{name} cannot be downloaded ({reason}): try again") from error
-        raise InputError(f"{name} cannot be loaded ({reason}): download it again, or name another model") from error
+        raise InputError(f"{name} cannot be loaded ({reason}): {remedy}") from error
 
 
 @contextmanager

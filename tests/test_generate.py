@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from persam_dreambooth.dreambooth.families.latent_diffusion import LORA_WEIGHTS
 from persam_dreambooth.dreambooth.generate import name_subjects
 from persam_dreambooth.dreambooth.samples import Request, sample, save_samples
 from persam_dreambooth.dreambooth.subject_options import SubjectOptions
+from persam_dreambooth.errors import SaveError
 
 
 @pytest.fixture
@@ -256,6 +258,15 @@ def test_a_resumed_run_does_not_replace_the_images_of_its_earlier_weights(runs, 
         seen = now
 
 
+def test_samples_of_a_run_replace_those_without_settings(tmp_path):
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "a-duck-0.png")
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "a-duck-grid.jpg")
+    made = list(save_samples(toy_pipeline(), Request("a duck", [0], 1), tmp_path))
+    assert made == [tmp_path / "a-duck-0.png", tmp_path / "a-duck-grid.jpg"]
+    assert "a duck" in Image.open(made[0]).text["parameters"]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_two_processes_in_one_folder_keep_the_images_of_both(tmp_path):
     pipeline = toy_pipeline()
     one = save_samples(pipeline, Request("a duck", [0, 1], 1), tmp_path, model={"Model": "one"})
@@ -266,6 +277,20 @@ def test_two_processes_in_one_folder_keep_the_images_of_both(tmp_path):
     models_of = [re.search(r"Model: (\w+)", Image.open(path).text["parameters"])[1] for path in (first, second, third)]
     assert models_of == ["one", "one", "two"]
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_an_image_that_cannot_be_written_is_named(tmp_path):
+    images = save_samples(toy_pipeline(), Request("a duck", [3], 1), tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # bytes
+    try:
+        with pytest.raises(SaveError) as told:
+            next(images)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    path = tmp_path / "a-duck-3.png"
+    assert str(told.value) == f"{path} cannot be written (File too large): free some space"
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_settings_are_in_the_text_of_a_png(complete, tmp_path):

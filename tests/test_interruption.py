@@ -125,17 +125,34 @@ def test_whichever_write_fails_is_one_line_and_the_run_goes_on(shares, runs, tmp
         assert same_weights(tmp_path / ended["folder"], tmp_path / "whole-ENOSPC")
 
 
-@pytest.mark.parametrize("steps", [4, 2])
-def test_a_finished_run_has_nothing_left_to_do(steps, runs, tmp_path, caplog):
+def stored(folder):
+    """Time and content of each file of a folder."""
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(("steps", "every"), [(4, 2), (2, 2), (4, 5)])
+def test_a_finished_run_has_nothing_left_to_do(steps, every, runs, tmp_path, caplog):
+    folder = tmp_path / "run"
+    shutil.copytree(runs(checkpointing_steps=every), folder)
+    before = stored(folder)
+    with caplog.at_level("INFO"):
+        caplog.clear()
+        assert (
+            runs.train(folder, checkpointing_steps=every, max_train_steps=steps, resume_from_checkpoint="latest") == 0
+        )
+    assert f"nothing is left to do: {folder} has all of its {steps} steps" in caplog.text
+    assert "training starts" not in caplog.text
+    assert stored(folder) == before
+
+
+def test_a_finished_run_that_cannot_go_on_stays_finished(runs, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(runs(checkpointing_steps=2), folder)
-    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
-    with caplog.at_level("INFO"):
-        assert runs.train(folder, checkpointing_steps=2, max_train_steps=steps, resume_from_checkpoint="latest") == 0
-    assert f"nothing is left to do: {folder} has all of its {steps} steps" in caplog.text
-    assert {
-        path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()
-    } == before
+    shutil.copy(folder / "masks" / "00.png", folder / "masks" / "09.png")  # its photo was removed
+    before = stored(folder)
+    assert runs.train(folder, checkpointing_steps=2, max_train_steps=6, resume_from_checkpoint="latest") == 2
+    assert f"error: {folder / 'masks' / '09.png'} matches no photo" in capsys.readouterr().err
+    assert stored(folder) == before
 
 
 def test_a_checkpoint_past_the_last_step_of_an_unfinished_run_is_refused(runs, tmp_path, capsys):
@@ -146,6 +163,42 @@ def test_a_checkpoint_past_the_last_step_of_an_unfinished_run_is_refused(runs, t
     assert runs.train(folder, checkpointing_steps=2, max_train_steps=3, resume_from_checkpoint="latest") == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert said == f"error: {folder / 'checkpoint-4'} is later than --max_train_steps 3: give 4 or more"
+
+
+@pytest.mark.parametrize("left", ["", '{"step": 1, "lo', '[]\n{}\n{"step": 1, "loss"}\n'])
+def test_a_checkpoint_has_the_metrics_that_the_file_lost(left, runs, tmp_path):
+    whole, folder = runs(checkpointing_steps=2), tmp_path / "run"
+    shutil.copytree(whole, folder)
+    (folder / "metrics.jsonl").write_text(left)
+    assert runs.train(folder, checkpointing_steps=2, resume_from_checkpoint="latest") == 0
+    assert same_metrics(folder, whole)
+    assert f"| final loss | {column(whole)[-1]:.4f} |" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "left", "reason"),
+    [
+        (STATE, b"broken", ""),
+        (STATE, b"", ""),
+        (STATE, b"PK\x03\x04", "PytorchStreamReader"),
+        (LORA_WEIGHTS, b"broken", "header too small"),
+        (LORA_WEIGHTS, None, f"there is neither {LORA_WEIGHTS} nor unet in it"),
+    ],
+)
+def test_a_broken_checkpoint_is_one_line(name, left, reason, runs, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(runs(checkpointing_steps=2), folder)
+    broken = folder / "checkpoint-4"
+    (broken / name).unlink() if left is None else (broken / name).write_bytes(left)
+    (folder / "README.md").unlink()
+    capsys.readouterr()
+    assert runs.train(folder, checkpointing_steps=2, resume_from_checkpoint="latest") == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"error: {broken} cannot be loaded (") and reason in said
+    assert said.endswith("): remove it, and the run resumes from the checkpoint before it")
+    shutil.rmtree(broken)
+    assert runs.train(folder, checkpointing_steps=2, resume_from_checkpoint="latest") == 0
+    assert same_weights(folder, runs())
 
 
 def test_a_cancelled_run_saves_its_last_step_and_goes_on(runs, tmp_path):

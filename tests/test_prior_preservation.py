@@ -1,6 +1,10 @@
 """Class images: generated, counted, reused, never masked."""
 
 import io
+import os
+import subprocess
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -20,6 +24,7 @@ from training_runs import (
 
 from persam_dreambooth.dreambooth.data import CLASS_SEED, Crops
 from persam_dreambooth.dreambooth.trainer import batch_losses
+from persam_dreambooth.files import locked
 from persam_dreambooth.main_job import TrainOptions
 from persam_dreambooth.photos.folder import find_photos
 from tools.toy import build
@@ -68,6 +73,30 @@ def test_own_class_pictures_suffice(runs, tmp_path):
     assert column(run, "prior_loss")[0] != column(runs(**PRIOR), "prior_loss")[0]
 
 
+@pytest.fixture
+def read_only(tmp_path):
+    """A read-only folder with three images, for root too."""
+    folder = tmp_path / "read-only"
+    folder.mkdir()
+    is_root = os.geteuid() == 0
+    if is_root and subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("mount is not allowed here")
+    for number in range(3):
+        Image.new("RGB", (70, 90), (60 * number, 0, 99)).save(folder / f"{number}.png")
+    subprocess.run(["mount", "-o", "remount,ro", folder] if is_root else ["chmod", "555", folder], check=True)
+    yield folder
+    subprocess.run(["umount", folder] if is_root else ["chmod", "755", folder], check=True)
+
+
+def test_a_read_only_folder_of_class_images_must_be_full(read_only, runs, tmp_path, capsys):
+    assert runs.train(tmp_path / "full", max_train_steps=1, **PRIOR, class_data_dir=read_only) == 0
+    options = {**PRIOR, "num_class_images": 4, "class_data_dir": read_only}
+    assert runs.train(tmp_path / "more", **options) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == f"error: {read_only} is not writable: choose another folder or fix its permissions"
+    assert not (tmp_path / "more").exists()
+
+
 def test_missing_class_images_are_filled_up_beside_the_users_own(runs, tmp_path):
     own = tmp_path / "own"
     own.mkdir()
@@ -78,6 +107,24 @@ def test_missing_class_images_are_filled_up_beside_the_users_own(runs, tmp_path)
     after = class_pictures(own)
     assert len(after) == 3
     assert before.items() <= after.items()
+
+
+def test_a_run_waits_for_the_class_images_of_another(runs, tmp_path, caplog):
+    folder = tmp_path / "class"
+    until = time.monotonic() + 300
+    run = threading.Thread(target=runs.train, args=[tmp_path / "run"], kwargs={**PRIOR, "class_data_dir": folder})
+    with caplog.at_level("INFO"):
+        with locked(folder):
+            run.start()
+            while f"another run is writing to {folder}: waiting for its end" not in caplog.text:
+                assert run.is_alive() and time.monotonic() < until
+                time.sleep(0.01)
+            for number in range(PRIOR["num_class_images"]):
+                Image.new("RGB", (64, 64), (60 * number, 0, 99)).save(folder / f"class-{number:04}.png")
+            made = {path.name: path.read_bytes() for path in folder.glob("*.png")}
+        run.join()
+    assert class_pictures(folder) == made
+    assert (tmp_path / "run" / "README.md").is_file()
 
 
 def test_class_image_that_was_deleted_is_replaced(runs, tmp_path):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from persam_dreambooth.dreambooth.prompts import in_front_of
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.errors import InputError
-from persam_dreambooth.files import check_writable, write_text
+from persam_dreambooth.files import check_writable, locked, write_text
 from persam_dreambooth.photos.captions import check_captions, read_prompts
 from persam_dreambooth.photos.folder import Photo, check_shapes, find_photos
 from persam_dreambooth.progress import steps
@@ -29,22 +30,25 @@ logger = logging.getLogger(__name__)
 def check_base_pictures(options: TrainingOptions) -> None:
     """Raises `InputError` for folders of class images or backgrounds that cannot be used or created."""
     if options.with_prior_preservation:
-        _check_folder(options.class_dir, described=len(class_prompts(options)) > 1)
+        _check_folder(options.class_dir, options.num_class_images, described=len(class_prompts(options)) > 1)
     if options.replace_background == "generated":
-        _check_folder(options.background_folder, described=options.background_in_prompt)
+        _check_folder(options.background_folder, options.num_background_images, options.background_in_prompt)
 
 
-def _check_folder(folder: Path, described: bool = False) -> None:
-    """Raises `InputError` for a folder whose images cannot be used, or that cannot be created.
+def _check_folder(folder: Path, count: int, described: bool) -> None:
+    """Raises `InputError` for a folder whose images cannot be used, or that cannot be created or filled.
 
     Args:
         folder: the folder of the base model's images or of the user's own.
+        count: the number of images that it must hold.
         described: whether each image must have a caption file.
     """
     if not folder.is_dir():
         check_writable(folder)
         return
     pictures = find_pictures(folder)
+    if len(pictures) < count:
+        check_writable(folder)
     check_captions(pictures)
     for picture, prompt in zip(pictures, read_prompts(pictures, ""), strict=True):
         if described and not prompt:
@@ -123,10 +127,14 @@ def _base_pictures(
     kind: str,
     default: str | None = None,
 ) -> list[Photo]:
-    """The images of a folder, filled up to `count` by the base model; arguments as in `generate_pictures`."""
+    """The images of a folder, filled up to `count` by the base model; arguments as in `generate_pictures`.
+
+    Several runs may use one folder: while one of them fills it, the others wait.
+    """
     if accelerator.is_main_process:
         pipeline = family.pipeline.to(accelerator.device)
-        with accelerator.autocast():
+        full = folder.is_dir() and len(find_pictures(folder)) >= count  # such a folder may be read-only
+        with accelerator.autocast(), nullcontext() if full else locked(folder, wait=True):
             generate_pictures(pipeline, prompts, folder, count, options.sample_batch_size, options.seed, kind, default)
     accelerator.wait_for_everyone()
     return find_pictures(folder)

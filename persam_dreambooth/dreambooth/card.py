@@ -38,7 +38,7 @@ persam-dreambooth generate "a [V] {subject} on a beach" --model {folder}
 | learning rate | {rate:g}{scaled} |
 | resolution | {resolution} |
 | masks | {coverage} |
-| final loss | {loss:.4f} |
+| final loss | {loss} |
 
 All options are in `config.yaml`{where}. The license of the base model applies.
 """
@@ -48,7 +48,7 @@ def model_card(
     options: TrainingOptions,
     masks: list[PhotoMask],
     crops: Crops,
-    final_loss: float,
+    final_loss: float | None,
     tags: list[str],
     notice: str | None,
 ) -> str:
@@ -58,7 +58,7 @@ def model_card(
         options: the resolved options of the run.
         masks: the masks of all photos; empty for a run on whole photos.
         crops: the training crops.
-        final_loss: the loss in the last line of `metrics.jsonl`.
+        final_loss: the loss in the last line of `metrics.jsonl`; None if the file is lost.
         tags: the tags of the model family.
         notice: a notice about the base model, for example that it is a toy; or None.
     """
@@ -90,7 +90,7 @@ def model_card(
         resolution=_sizes(crops) if options.aspect_ratio_buckets else crops.resolution,
         coverage=coverage,
         where=where,
-        loss=final_loss,
+        loss="unknown" if final_loss is None else f"{final_loss:.4f}",
     )
 
 

@@ -14,7 +14,6 @@ from uuid import uuid4
 
 import torch
 
-from persam_dreambooth import models
 from persam_dreambooth.errors import InputNotFoundError, SaveError
 from persam_dreambooth.files import remove_whole
 
@@ -37,11 +36,7 @@ def find_checkpoint(run_dir: Path, name: str) -> Path | None:
         InputNotFoundError: the named checkpoint does not exist.
     """
     if name == "latest":
-        present = list_checkpoints(run_dir)
-        if not present:
-            logger.info("no checkpoint in %s yet: training starts from the beginning", run_dir)
-            return None
-        return present[-1]
+        return next(reversed(list_checkpoints(run_dir)), None)
     folder = run_dir / Path(name).name
     elsewhere = len(Path(name).parts) > 1 and Path(name).resolve() != folder.resolve()
     if elsewhere or not (folder / STATE).is_file():
@@ -113,10 +108,9 @@ def save_state(folder: Path, step: int, **parts: Any) -> None:
 
 
 def load_state(folder: Path, **parts: Any) -> int:
-    """Loads what `save_state` saved and returns the step; raises `InputError` if it cannot be loaded."""
-    with models.loading(str(folder)):
-        states = torch.load(folder / STATE, map_location="cpu", weights_only=True)
-        for name, part in parts.items():
-            if part is not None and name in states:  # a run may resume in a precision that needs no scaler
-                part.load_state_dict(states[name])
-        return int(states["step"])
+    """Loads what `save_state` saved and returns the step."""
+    states = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+    for name, part in parts.items():
+        if part is not None and name in states:  # a run may resume in a precision that needs no scaler
+            part.load_state_dict(states[name])
+    return int(states["step"])

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -15,19 +16,31 @@ from persam_dreambooth.report.pictures import loss_curve
 class Meter:
     """Collects losses for the lines of `metrics.jsonl`; they stay on the device until a line is written.
 
+    A checkpoint stores the lines too, since a full disk or a power failure may lose some of the file.
+
     Args:
-        run_dir: the run's folder; when a run resumes, lines after `first_step` are removed.
+        run_dir: the run's folder.
         accelerator: averages over processes.
-        first_step: the last completed step.
     """
 
-    def __init__(self, run_dir: Path, accelerator: Accelerator, first_step: int) -> None:
+    def __init__(self, run_dir: Path, accelerator: Accelerator) -> None:
         self.path = run_dir / METRICS
         self.accelerator = accelerator
         self.pending: list[tuple[int, dict[str, torch.Tensor], list[str]]] = []
-        self.rows: list[dict[str, float]] = []
-        if accelerator.is_main_process:
-            self.rows = [row for row in metrics_rows(run_dir) if row["step"] <= first_step]
+        self.rows = metrics_rows(run_dir)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The lines, for a checkpoint."""
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes the lines of a checkpoint."""
+        self.rows = list(state["rows"])
+
+    def start(self, first_step: int) -> None:
+        """Writes the lines up to the last completed step to the file, which loses those after it."""
+        self.rows = [row for row in self.rows if row["step"] <= first_step]
+        if self.accelerator.is_main_process:
             write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def add(self, step: int, losses: dict[str, torch.Tensor], names: list[str]) -> None:
@@ -47,10 +60,10 @@ class Meter:
         means = {name: self._mean(losses) for name, losses in stacked.items()}
         row: dict[str, float] = {"step": step, "loss": means.pop("loss"), "learning_rate": rate, **means}
         self.pending.clear()
+        self.rows.append(row)
         with saving(self.path.with_name(LOGS)):
             self.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=step)
         if self.accelerator.is_main_process:
-            self.rows.append(row)
             with saving(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         return row

@@ -57,7 +57,8 @@ def save_results(
     run_dir, pipeline = options.run_dir, family.pipeline
     accelerator.free_memory()
     notice = model_notice(options.pretrained_model_name_or_path)
-    final_loss = metrics_rows(run_dir)[-1]["loss"]
+    rows = metrics_rows(run_dir)
+    final_loss = rows[-1]["loss"] if rows else None
     write_text(run_dir / MODEL_CARD, model_card(options, masks, crops, final_loss, family.tags, notice))
     if options.num_validation_images:
         last_step = options.max_train_steps

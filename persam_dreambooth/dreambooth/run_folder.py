@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -84,10 +85,12 @@ def check_same_model(options: TrainingOptions) -> None:
 
 
 def metrics_rows(run_dir: Path) -> list[dict[str, float]]:
-    """The lines of `metrics.jsonl`, without an incomplete line that a killed run may leave at the end."""
-    path = run_dir / METRICS
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    """The lines of `metrics.jsonl`, without those that a killed run or a power failure left broken."""
+    path, rows = run_dir / METRICS, []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        with suppress(ValueError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict) and {"step", "loss"} <= row.keys()]
 
 
 def nothing_left(options: TrainingOptions, resume_from: Path | None) -> bool:

@@ -10,10 +10,11 @@ import os
 import re
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import numpy as np
 from PIL import Image
@@ -21,7 +22,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from persam_dreambooth import __version__
 from persam_dreambooth.errors import is_out_of_memory
-from persam_dreambooth.files import saving, write_aside
+from persam_dreambooth.files import PARTIAL, saving
 from persam_dreambooth.progress import Progress, bar, tell
 from persam_dreambooth.report.pictures import grid
 
@@ -111,7 +112,7 @@ def save_samples(
         folder: the output folder.
         notice: a line to show above the grid.
         model: settings that identify the model; images in the folder with the same settings are kept. Without it the
-            folder belongs to the model, and earlier images of the same prompt are replaced.
+            folder belongs to the model, and earlier images of the same prompt, or without settings, are replaced.
 
     Yields:
         The path of each image, the grid last.
@@ -120,7 +121,9 @@ def save_samples(
 
     def is_own(path: Path) -> bool:
         found = read_settings(path).rpartition(", Seed")[0]
-        return _prompt_of(found) == _prompt_of(settings) if model is None else found == settings
+        if model is None:  # version 0.1.0 saved no settings
+            return not found or _prompt_of(found) == _prompt_of(settings)
+        return found == settings
 
     stem = stem_of(request.prompt)
     hashed = f"{stem}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
@@ -207,11 +210,11 @@ def _save(image: Image.Image, paths: list[Path], is_own: Callable[[Path], bool],
     Another process may save other settings to the same folder at the same time.
     """
     first, second = paths
-    own = first.with_name(f".{os.getpid()}{first.suffix}")
+    own = first.with_name(f".{uuid4().hex[:8]}{PARTIAL}{first.suffix}")
     try:
-        with write_aside(own) as aside:
-            image.save(aside, **how)
         with saving(first):
+            first.parent.mkdir(parents=True, exist_ok=True)
+            image.save(own, **how)
             try:
                 os.link(own, first)  # fails if the name is taken
                 return first
@@ -222,7 +225,8 @@ def _save(image: Image.Image, paths: list[Path], is_own: Callable[[Path], bool],
             os.replace(own, path)
             return path
     finally:
-        own.unlink(missing_ok=True)
+        with suppress(OSError):
+            own.unlink(missing_ok=True)
 
 
 def _sheet(request: Request, paths: list[Path], notice: str | None) -> Image.Image:

@@ -34,7 +34,7 @@ from persam_dreambooth.dreambooth.results import save_weights
 from persam_dreambooth.dreambooth.samples import save_validation_samples
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.files import write_aside
-from persam_dreambooth.models import building
+from persam_dreambooth.models import building, loading
 from persam_dreambooth.options import check_multiple
 from persam_dreambooth.progress import Progress, bar
 
@@ -87,12 +87,14 @@ def train(
     optimizer, settings = make_optimizer(options, trained, rate)
     average = AveragedWeights(trained, options.ema_decay) if options.use_ema else None
     as_saved = average.swapped_in if average else nullcontext
-    first_step = 0
+    meter, first_step = Meter(run_dir, accelerator), 0
     if options.init_lora and not resume_from:
         family.init_lora(options)
     if resume_from:
-        family.load_weights(resume_from)
-        first_step = load_state(resume_from, optimizer=optimizer, scaler=accelerator.scaler, average=average)
+        states = {"optimizer": optimizer, "scaler": accelerator.scaler, "average": average, "meter": meter}
+        with loading(str(resume_from), "remove it, and the run resumes from the checkpoint before it"):
+            family.load_weights(resume_from)
+            first_step = load_state(resume_from, **states)
         logger.info("resuming from %s at step %d", resume_from, first_step)
     for group in optimizer.param_groups:  # options override the checkpoint if they changed
         group.update(settings, initial_lr=rate)
@@ -110,7 +112,7 @@ def train(
     family.trained = dict(zip(family.trained, models, strict=True))
     if accelerator.is_main_process:
         remove_later_checkpoints(run_dir, first_step)
-    meter = Meter(run_dir, accelerator, first_step)
+    meter.start(first_step)
     weights = {
         "loss": 1.0,
         "prior_loss": options.prior_loss_weight,
@@ -125,7 +127,7 @@ def train(
     def save_checkpoint(parent: Path, step: int) -> None:
         with write_aside(parent / f"checkpoint-{step}") as folder:
             folder.mkdir()
-            save_state(folder, step, optimizer=optimizer, scaler=accelerator.scaler, average=average)
+            save_state(folder, step, optimizer=optimizer, scaler=accelerator.scaler, average=average, meter=meter)
             with as_saved():
                 family.save_weights(folder)
 

@@ -352,6 +352,9 @@ class LatentDiffusion(Family):
     def load_weights(self, folder: Path) -> None:
         """See `Family`."""
         if not (folder / LORA_WEIGHTS).is_file():
+            for name in self.trained:
+                if not (folder / name).is_dir():
+                    raise FileNotFoundError(f"there is neither {LORA_WEIGHTS} nor {name} in it")
             load_trained_parts(self.pipeline, folder)
             return
         state = load_file(folder / LORA_WEIGHTS)
