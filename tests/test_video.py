@@ -707,7 +707,7 @@ def test_three_hundred_frames_need_no_more_memory_than_fifty(tmp_path, capsys):
     first = read_labels(marked / "00000.png")
     segmenter = VideoSegmenter(open_sam("toy", device="cpu"))
     used, scores, ghosts = [], {1: [], 2: []}, 0
-    for number, labels in enumerate(follow(open_video(shown), first, segmenter, tmp_path / "masks")):
+    for number, labels in enumerate(follow(open_video(shown), {0: first}, segmenter, tmp_path / "masks")):
         used.append(in_use())  # not the process's peak, which an earlier test may have set
         truth = read_labels(marked / f"{number:05}.png")
         for each in scores:
