@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -256,32 +257,35 @@ def guarded(command: Callable[[], None]) -> int:
     try:
         with showing_bars():
             command()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except UnavailableError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return TRY_AGAIN
-    except KeyboardInterrupt as stop:
-        print(str(stop) or "interrupted", file=sys.stderr)
-        return 128 + getattr(stop, "number", signal.SIGINT)
-    except (FloatingPointError, SaveError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        return 0
+    except (Exception, KeyboardInterrupt) as error:
+        ending = _ending(error)
+        if not ending:
             raise
-        print(f"error: out of memory: {MEMORY_REMEDIES}", file=sys.stderr)
-        return 1
-    except PermissionError as error:
-        print(f"error: {error.filename} cannot be read or written: correct its permissions", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
-            raise
-        print(f"error: {error.filename} is longer than a name may be: choose a shorter one", file=sys.stderr)
-        return 2
-    return 0
+    line, code = ending
+    with suppress(OSError):  # the terminal may be closed
+        print(line, file=sys.stderr)
+    return code
+
+
+def _ending(error: BaseException) -> tuple[str, int] | None:
+    """The last line and the exit code for an error; None for a fault of the program."""
+    match error:
+        case InputError():
+            return f"error: {error}", 2
+        case UnavailableError():
+            return f"error: {error}", TRY_AGAIN
+        case KeyboardInterrupt():
+            return str(error) or "interrupted", 128 + getattr(error, "number", signal.SIGINT)
+        case FloatingPointError() | SaveError():
+            return f"error: {error}", 1
+        case RuntimeError() | MemoryError() if is_out_of_memory(error):
+            return f"error: out of memory: {MEMORY_REMEDIES}", 1
+        case PermissionError():
+            return f"error: {error.filename} cannot be read or written: correct its permissions", 2
+        case OSError(errno=errno.ENAMETOOLONG):
+            return f"error: {error.filename} is longer than a name may be: choose a shorter one", 2
+    return None
 
 
 def is_main_process() -> bool:
