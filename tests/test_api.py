@@ -257,6 +257,7 @@ assert logging.getLogger("transformers").level == logging.getLogger("diffusers")
 """
 
 
+@pytest.mark.slow
 def test_a_program_segments_trains_in_several_precisions_and_generates_without_a_word(tmp_path, encodings):
     quiet = {name: value for name, value in os.environ.items() if not name.endswith("_VERBOSITY")}
     done = subprocess.run(

@@ -316,6 +316,7 @@ def test_a_rendered_set_is_shown_without_the_papers_figures(evaluated):
         assert "published" not in (evaluated / name).read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_masks_that_version_0_1_shrank_are_made_again(data, tmp_path, toy_sam):
     """It also wrote neither costs nor where a photo ends in a trace; its other masks are kept."""
     options = perseg_evaluation.EvaluatePersegOptions(
@@ -444,6 +445,7 @@ def test_one_folder_may_be_written_in_several_ways(evaluated, data, capsys):
     assert (evaluated / "settings.json").read_bytes() == settings
 
 
+@pytest.mark.slow
 def test_every_image_may_be_the_reference(data, tmp_path, toy_sam):
     assert evaluate("--data", data, "--output", tmp_path, *toy_sam, "--reference_index", "all") == 0
     results = read(tmp_path)

@@ -172,7 +172,7 @@ def test_one_unreadable_photo_is_named(tmp_path):
 def test_a_missing_folder_is_refused(tmp_path):
     with pytest.raises(InputNotFoundError, match="none does not exist: name the folder"):
         find_photos(tmp_path / "none")
-    with pytest.raises(InputNotFoundError, match="aaa does not exist: name the folder"):
+    with pytest.raises(InputError, match="aaa is longer than a name may be: choose a shorter one"):
         find_photos(tmp_path / ("a" * 300))
 
 

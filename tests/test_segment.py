@@ -65,6 +65,7 @@ def methods(folder: Path, album: Path) -> list[str]:
     return [item.record.method for item in load_masks(folder, find_photos(album))]
 
 
+@pytest.mark.slow
 def test_a_folder_killed_at_any_moment_ends_as_one_left_alone(options, album, tmp_path):
     (album / "02.jpg").unlink()
     script, log = Path(__file__).with_name("killed_segment.py"), tmp_path / "log"

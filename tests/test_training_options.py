@@ -641,6 +641,7 @@ def test_every_family_paints_during_training_in_half_precision(runs, checkpoints
     assert len(list((watched / "samples" / "step-2").glob("*.png"))) == 1
 
 
+@pytest.mark.slow
 def test_tensorboard_is_told_losses_and_samples(runs):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

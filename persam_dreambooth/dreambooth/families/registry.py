@@ -20,7 +20,7 @@ from persam_dreambooth.dreambooth.families.stable_diffusion import StableDiffusi
 from persam_dreambooth.dreambooth.families.stable_diffusion_3 import StableDiffusion3
 from persam_dreambooth.dreambooth.families.stable_diffusion_xl import StableDiffusionXL
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
-from persam_dreambooth.errors import InputError, InputNotFoundError
+from persam_dreambooth.errors import InputError, InputNotFoundError, UnavailableError
 from persam_dreambooth.options import Options
 
 FAMILIES: dict[str, type[LatentDiffusion]] = {
@@ -41,7 +41,8 @@ def single_file_config(source: str, base_config: str | None = None) -> str:
         base_config: the option; None for the published model of the same kind, which the names of the weights tell.
 
     Raises:
-        InputError, InputNotFoundError: the file has no Stable Diffusion, or its configuration is not available.
+        InputError, InputNotFoundError, UnavailableError: the file has no Stable Diffusion, or its configuration is not
+            available.
     """
     with models.loading(source):
         weights = _shapes(source)
@@ -55,8 +56,8 @@ def single_file_config(source: str, base_config: str | None = None) -> str:
         name = DIFFUSERS_DEFAULT_PIPELINE_PATHS[infer_diffusers_model_type(weights)]["pretrained_model_name_or_path"]
     try:
         return models.resolve(name, "stable-diffusion")
-    except InputNotFoundError:
-        raise InputNotFoundError(
+    except (InputNotFoundError, UnavailableError) as error:
+        raise type(error)(
             f"{source} needs the configuration and the tokenizers of {name}, which are neither on this machine nor can "
             "be downloaded: connect, or name a model folder of the same kind with --base_config"
         ) from None
