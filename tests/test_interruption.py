@@ -76,6 +76,7 @@ def test_a_run_asked_to_stop_saves_says_how_to_go_on_and_goes_on(runs, tmp_path,
     assert same_metrics(folder, tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(runs, tmp_path):
     folder = tmp_path / "run"
     assert runs.train(folder, **{**OPTIONS, "max_train_steps": 2}) == 0
