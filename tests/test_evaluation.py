@@ -17,7 +17,7 @@ from tiny_sam import tiny_model
 from training_runs import in_two_processes
 
 from persam_dreambooth.cli import main
-from persam_dreambooth.files import write_json
+from persam_dreambooth.files import locked, write_json
 from persam_dreambooth.photos.labels import save_labels
 from persam_dreambooth.photos.masks import read_mask
 from persam_dreambooth.report.pictures import TILE
@@ -972,3 +972,17 @@ def test_a_broken_frame_is_named_and_finished_sequences_stay(rendered, tmp_path,
     assert f"{broken} cannot be read" in capsys.readouterr().err
     folders = sorted((tmp_path / "out" / "predictions" / "persam").iterdir())
     assert [len(list(folder.glob("*.png"))) for folder in folders] == [5, 2]
+
+
+@pytest.mark.parametrize("data", ["perseg", "davis"])
+def test_a_folder_that_another_evaluation_writes_to_is_refused(tmp_path, capsys, data):
+    if data == "davis":
+        rendered_videos.write_davis(rendered_videos.ToyDavisOptions(str(tmp_path / data), 1, 3))
+    else:
+        perseg.write_perseg(perseg.ToyPersegOptions(str(tmp_path / data), 1))
+    words = ["evaluate", data, "--data", str(tmp_path / data), "--output", str(tmp_path / "out"), "--sam_model", "toy"]
+    with locked(tmp_path / "out"):
+        assert main(words) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == f"error: another run is writing to {tmp_path / 'out'}: wait for its end, or choose another folder"
+    assert not (tmp_path / "out").exists()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,6 +69,18 @@ def architecture(sam: Sam) -> str:
     encoder = config.vision_config
     size = (getattr(encoder, "hidden_size", 0), getattr(encoder, "num_hidden_layers", 0))
     return _VISION_TRANSFORMERS.get(size, "another SAM")
+
+
+def sams_of(rows: Iterable[tuple[Sequence[Cost], int]]) -> set[str]:
+    """The architectures of the SAMs that made the predictions of rows; `unknown` for predictions without a cost.
+
+    Args:
+        rows: the costs of each row, and its number of objects or sequences.
+    """
+    found: set[str] = set()
+    for costs, count in rows:
+        found |= {cost.sam for cost in costs} | ({"unknown"} if len(costs) < count else set())
+    return found
 
 
 def save_cost(folder: Path, sam: Sam, encode: list[float], fit: list[float], predict: list[float]) -> None:

@@ -13,6 +13,7 @@ that an interrupted evaluation resumes, and another method or variant can add it
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,28 +94,31 @@ def evaluate_davis(options: EvaluateDavisOptions) -> DavisScores | None:
     if options.predictions and not Path(options.predictions).is_dir():
         raise InputNotFoundError(f"{options.predictions} does not exist: name a folder of predictions")
     state = open_processes()
-    if not options.predictions:
-        predict_videos(data, output, options, state)
-    state.wait_for_everyone()
-    if not state.is_main_process:
-        return None
-    if options.predictions:
-        made_by = f"predictions in {options.predictions}"
-        found = {PREDICTIONS: Path(options.predictions)}
-    else:
-        made_by = f"{options.row}, SAM: {options.sam_model}"
-        found = {name: output / PREDICTIONS / name for name in [options.row, *_earlier_rows(output, data, options.row)]}
-    rows = [
-        score_videos(name, folder, data, steps(data.sequences, f"scoring {name}", "sequence"))
-        for name, folder in found.items()
-    ]
-    ordered = tuple(sorted(rows, key=lambda row: row.name))
-    scores = DavisScores(data, rows[0], ordered, made_by, asdict(options), provenance())
-    if options.predictions:
-        note_settings(output, options.settings, "an evaluation", "--output")
-    write_json(output / "results.json", scores.results)
-    write_davis_report(output, scores)
-    return scores
+    with locked(output) if state.is_main_process else nullcontext():
+        if not options.predictions:
+            predict_videos(data, output, options, state)
+        state.wait_for_everyone()
+        if not state.is_main_process:
+            return None
+        if options.predictions:
+            made_by = f"predictions in {options.predictions}"
+            found = {PREDICTIONS: Path(options.predictions)}
+        else:
+            made_by = f"{options.row}, SAM: {options.sam_model}"
+            found = {
+                name: output / PREDICTIONS / name for name in [options.row, *_earlier_rows(output, data, options.row)]
+            }
+        rows = [
+            score_videos(name, folder, data, steps(data.sequences, f"scoring {name}", "sequence"))
+            for name, folder in found.items()
+        ]
+        ordered = tuple(sorted(rows, key=lambda row: row.name))
+        scores = DavisScores(data, rows[0], ordered, made_by, asdict(options), provenance())
+        if options.predictions:
+            note_settings(output, options.settings, "an evaluation", "--output")
+        write_json(output / "results.json", scores.results)
+        write_davis_report(output, scores)
+        return scores
 
 
 def predict_videos(data: VideoSet, output: Path, options: EvaluateDavisOptions, state: PartialState) -> None:
@@ -147,15 +151,14 @@ def predict_videos(data: VideoSet, output: Path, options: EvaluateDavisOptions, 
         return
     reset_peak_memory()
     for place, sequence in enumerate(left, start=1):
-        with locked(folders[sequence]):
-            given = read_given_masks(data.list_annotations(sequence), data.annotations / sequence, videos[sequence])
-            before = len(list(folders[sequence].glob("[!.]*.png")))
-            frames = follow(videos[sequence], given, make_video_segmenter(options, sam), folders[sequence])
-            title = f"{sequence}, {place} of {len(left)}"
-            watch, seconds = Stopwatch(), []
-            for _ in steps(frames, title, "frame", videos[sequence].count, hidden=not state.is_main_process):
-                seconds.append(watch.lap())
-            save_cost(folders[sequence], sam, [], [], [] if sam.cache else seconds[max(before, 1) :])
+        given = read_given_masks(data.list_annotations(sequence), data.annotations / sequence, videos[sequence])
+        before = len(list(folders[sequence].glob("[!.]*.png")))
+        frames = follow(videos[sequence], given, make_video_segmenter(options, sam), folders[sequence])
+        title = f"{sequence}, {place} of {len(left)}"
+        watch, seconds = Stopwatch(), []
+        for _ in steps(frames, title, "frame", videos[sequence].count, hidden=not state.is_main_process):
+            seconds.append(watch.lap())
+        save_cost(folders[sequence], sam, [], [], [] if sam.cache else seconds[max(before, 1) :])
 
 
 def _is_done(folder: Path, video: Video) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 
 from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.photos.labels import read_labels
-from persam_dreambooth.segmentation.evaluation.costs import Cost, cost_summary, read_cost
+from persam_dreambooth.segmentation.evaluation.costs import Cost, cost_summary, read_cost, sams_of
 from persam_dreambooth.segmentation.evaluation.metrics import (
     BOOTSTRAP,
     Statistics,
@@ -198,9 +198,8 @@ class DavisScores:
 
     @property
     def sams(self) -> set[str]:
-        """The architectures of the SAMs that made the predictions; `unknown` for predictions without a cost."""
-        unknown = {"unknown"} if any(len(row.costs) < len(row.sequences) for row in self.rows) else set()
-        return {cost.sam for row in self.rows for cost in row.costs} | unknown
+        """The architectures of the SAMs that made the predictions; see `sams_of`."""
+        return sams_of((row.costs, len(row.sequences)) for row in self.rows)
 
     @property
     def results(self) -> dict[str, Any]:

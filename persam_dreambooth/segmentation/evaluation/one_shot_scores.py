@@ -17,7 +17,7 @@ import numpy as np
 
 from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.progress import steps
-from persam_dreambooth.segmentation.evaluation.costs import Cost, cost_summary, read_cost
+from persam_dreambooth.segmentation.evaluation.costs import Cost, cost_summary, read_cost, sams_of
 from persam_dreambooth.segmentation.evaluation.data_set import DataSet, read_prediction
 from persam_dreambooth.segmentation.evaluation.metrics import (
     BOOTSTRAP,
@@ -181,9 +181,8 @@ class OneShotScores:
 
     @property
     def sams(self) -> set[str]:
-        """The architectures of the SAMs that made the predictions; `unknown` for predictions without a cost."""
-        unknown = {"unknown"} if any(len(row.costs) < len(row.counts) for row in self.rows) else set()
-        return {cost.sam for row in self.rows for cost in row.costs} | unknown
+        """The architectures of the SAMs that made the predictions; see `sams_of`."""
+        return sams_of((row.costs, len(row.counts)) for row in self.rows)
 
     @property
     def results(self) -> dict[str, Any]:

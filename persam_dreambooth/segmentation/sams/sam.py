@@ -296,7 +296,11 @@ class Sam:
             logits = torch.as_tensor(mask_logits, dtype=torch.float32).clamp(-self.logit_limit, self.logit_limit)
             prompts["input_masks"] = logits.to(device)[None, None]
         with self.transformer.guided_by(guidance):
-            output = self.model(multimask_output=multimask, **prompts, **self.features(encoding))
+            return self.run_decoder(multimask, {**prompts, **self.features(encoding)})
+
+    def run_decoder(self, multimask: bool, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Runs the model on its inputs by argument name; other arguments and the result as in `decode`."""
+        output = self.model(multimask_output=multimask, **inputs)
         return output.pred_masks[0, 0], output.iou_scores[0, 0]
 
     def upscale(self, maps: torch.Tensor, encoding: Encoding) -> torch.Tensor:

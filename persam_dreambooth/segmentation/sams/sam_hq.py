@@ -6,11 +6,9 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from persam_dreambooth.segmentation.sams.sam import Encoding, Sam
-from persam_dreambooth.segmentation.target_semantic_prompting import Guidance
+from persam_dreambooth.segmentation.sams.sam import Sam
 
 _head_scores: ContextVar[list[torch.Tensor] | None] = ContextVar("head_scores", default=None)
 """Collects the predicted IoUs of the pass that this thread runs, in the order of the masks."""
@@ -32,21 +30,12 @@ class SamHQ(Sam):
         embedding, intermediate = self.model.get_image_embeddings(pixels)
         return embedding.float(), {"intermediate_embeddings": [early.float() for early in intermediate]}
 
-    def decode(
-        self,
-        encoding: Encoding,
-        points: np.ndarray,
-        labels: np.ndarray,
-        box: np.ndarray | None = None,
-        mask_logits: torch.Tensor | np.ndarray | None = None,
-        multimask: bool = True,
-        guidance: Guidance | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Sam.decode`."""
+    def run_decoder(self, multimask: bool, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Sam.run_decoder`."""
         seen: list[torch.Tensor] = []
         token = _head_scores.set(seen)
         try:
-            logits, scores = super().decode(encoding, points, labels, box, mask_logits, multimask, guidance)
+            logits, scores = super().run_decoder(multimask, inputs)
         finally:
             _head_scores.reset(token)
         if not multimask:
