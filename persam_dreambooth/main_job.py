@@ -28,7 +28,7 @@ from persam_dreambooth.dreambooth.run_folder import (
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.errors import SaveError, UnavailableError
 from persam_dreambooth.extras import check_installed
-from persam_dreambooth.files import locked
+from persam_dreambooth.files import locked, saving
 from persam_dreambooth.options import takes_options
 from persam_dreambooth.photos.mask_folder import MaskWriter, load_known, load_masks
 from persam_dreambooth.report.pictures import save_overview
@@ -169,7 +169,8 @@ def write_masks(options: TrainOptions, albums: list[Album]) -> None:
         if album.reference and len(masks) < len(album.photos)
     ]
     segmenter = open_segmenter(options) if missing else None
-    (options.run_dir / MODEL_CARD).unlink(missing_ok=True)
+    with saving(card := options.run_dir / MODEL_CARD):
+        card.unlink(missing_ok=True)
     write_config(options)
     if segmenter:
         for album, reference, masks in missing:
