@@ -190,3 +190,4 @@ def generate_pictures(
             if prompt != default or beside.exists():  # a deleted image may have left its text file
                 write_text(beside, prompt + "\n")
             save_picture(image, path)
+    sampler.vae.disable_slicing()  # sliced batches round otherwise, and other runs find the images already made
