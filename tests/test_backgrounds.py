@@ -55,10 +55,10 @@ def drawn_by(kind, pictures, places=None):
     return Backgrounds(kind, pictures if kind == "generated" else None, places)
 
 
-def draw(backgrounds, seed, number, prompt="a sks duck", side=RESOLUTION):
-    """The background (3, R, R) of a sample in -1..1, and its prompt."""
-    drawn, prompt = backgrounds.draw(np.random.default_rng([seed, BACKGROUND, number]), prompt, (side, side))
-    return torch.from_numpy(drawn.astype(np.float32)).permute(2, 0, 1) / 127.5 - 1, prompt
+def draw(backgrounds, seed, number, side=RESOLUTION):
+    """The background (3, R, R) of a sample in -1..1, and its place."""
+    drawn, place = backgrounds.draw(np.random.default_rng([seed, BACKGROUND, number]), (side, side))
+    return torch.from_numpy(drawn.astype(np.float32)).permute(2, 0, 1) / 127.5 - 1, place
 
 
 def as_bytes(pixels):

@@ -230,7 +230,7 @@ def test_the_options_of_train_are_these():
             "soft_masks",
             "mask_feather",
         ),
-        *("masked_prior_preservation_weight",),
+        *("masked_prior_preservation_weight", "class_preservation_weight"),
         *("snr_gamma", "noise_offset"),
         *("replace_background", "background_dir", "num_background_images"),
         *("background_scenes", "background_in_prompt"),
@@ -276,7 +276,7 @@ ALWAYS: dict[str, tuple[str, ...]] = {
         *("instance_dir", "dataset_name", "mask", "mask_dir", "mask_from", "class_name", "identifier"),
         *("instance_prompt", "subjects", "unmasked"),
         *("pretrained_model_name_or_path", "method", "train_text_encoder", "long_prompts"),
-        *("caption_dropout", "snr_gamma", "noise_offset", "with_prior_preservation"),
+        *("caption_dropout", "snr_gamma", "noise_offset", "with_prior_preservation", "class_preservation_weight"),
         *("aspect_ratio_buckets", "center_crop", "random_flip"),
         *("seed", "max_train_steps", "train_batch_size", "gradient_accumulation_steps"),
         *("optimizer", "learning_rate", "scale_lr", "lr_scheduler"),
@@ -299,7 +299,16 @@ ALWAYS: dict[str, tuple[str, ...]] = {
         *("dino_model", "num_images", "background_scenes", "seed", "num_inference_steps", "guidance_scale"),
     ),
     "benchmark background": (
-        *("output_dir", "recipes", "subjects", "seeds", "max_train_steps", "num_inference_steps", "processes"),
+        *(
+            "output_dir",
+            "recipes",
+            "subjects",
+            "seeds",
+            "at_steps",
+            "guidance_scales",
+            "num_inference_steps",
+            "processes",
+        ),
         "mixed_precision",
     ),
     "toy perseg": ("output_dir", "objects"),
@@ -478,6 +487,7 @@ COUNTS = (
 AMOUNTS = (
     *("learning_rate", "prior_loss_weight", "lr_warmup_steps", "adam_weight_decay", "adam_epsilon"),
     *("dataloader_num_workers", "num_validation_images", "masked_prior_preservation_weight"),
+    "class_preservation_weight",
 )
 OUT_OF_RANGE = {
     **dict.fromkeys(COUNTS, ("0", "give 1 or more")),

@@ -197,7 +197,8 @@ def test_what_is_trained_is_single_precision_whatever_the_rest(frozen):
 )
 def test_a_training_step_reaches_every_trained_weight(version, options):
     model = family(version)
-    options = TrainOptions(train_text_encoder=True, masked_prior_preservation_weight=1.0, **options)
+    kept = {"masked_prior_preservation_weight": 1.0, "class_preservation_weight": 5.0}
+    options = TrainOptions(train_text_encoder=True, **kept, **options)
     weights = model.make_trainable(options, META, torch.float32)
     side = model.native_resolution
     batch = {
@@ -205,13 +206,15 @@ def test_a_training_step_reaches_every_trained_weight(version, options):
         "mask": torch.ones(2, 1, side, side),
         "crop": torch.zeros(2, 4),
         "prompt": ["a sks cat", "a sks cat"],
+        "asks_class": torch.tensor([False, True]),
+        "class_prompt": ["a cat", ""],
         "number": torch.tensor([0, 1]),
     }
     class_batch = {**batch, "prompt": ["a cat", "a cat"]}
-    prompts = ["a sks cat", "a cat"]
+    prompts = ["a sks cat", "a cat", ""]
     embeddings = dict(zip(prompts, model.encode_prompts(prompts), strict=True))
     losses = batch_losses(options, model, batch, class_batch, embeddings)
-    assert list(losses) == ["loss", "prior_loss", "preservation_loss"]
+    assert list(losses) == ["loss", "prior_loss", "preservation_loss", "class_loss"]
     assert {loss.shape for loss in losses.values()} == {()}
     sum(losses.values()).backward()
     assert all(weight.grad is not None and weight.grad.shape == weight.shape for weight in weights)

@@ -203,7 +203,8 @@ def test_lora_has_as_many_parameters_as_its_layers_ask_for(name):
 @pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW.get(name, ())) for name in PIPELINES])
 def test_a_training_step_reaches_every_trained_weight(name):
     model = family(name)
-    options = TrainOptions(train_text_encoder=True, masked_prior_preservation_weight=1.0)
+    kept = {"masked_prior_preservation_weight": 1.0, "class_preservation_weight": 5.0}
+    options = TrainOptions(train_text_encoder=True, **kept)
     weights = model.make_trainable(options, META, torch.float32)
     assert {weight.dtype for weight in weights} == {torch.float32}
     batch = {
@@ -211,11 +212,13 @@ def test_a_training_step_reaches_every_trained_weight(name):
         "mask": torch.ones(1, 1, 256, 256),
         "crop": torch.zeros(1, 4),
         "prompt": ["a sks cat"],
+        "asks_class": torch.tensor([True]),
+        "class_prompt": [""],
         "number": torch.tensor([0]),
     }
-    prompts = ["a sks cat", "a cat"]
+    prompts = ["a sks cat", "a cat", ""]
     embeddings = dict(zip(prompts, model.encode_prompts(prompts), strict=True))
     losses = batch_losses(options, model, batch, {**batch, "prompt": ["a cat"]}, embeddings)
-    assert list(losses) == ["loss", "prior_loss", "preservation_loss"]
+    assert list(losses) == ["loss", "prior_loss", "preservation_loss", "class_loss"]
     sum(losses.values()).backward()
     assert all(weight.grad is not None and weight.grad.shape == weight.shape for weight in weights)

@@ -272,8 +272,8 @@ def watched(family):
     return Watched
 
 
-def watched_family(prompts=("a sks duck", "a duck"), model=None, **options):
-    """A family that is ready to train, and its base embeddings of the instance and the class prompt, or of others.
+def watched_family(prompts=("a sks duck", "a duck", ""), model=None, **options):
+    """A family that is ready to train, and its base embeddings of prompts, by default of all that a run may need.
 
     It is that of the toy, or of another checkpoint's folder.
     """

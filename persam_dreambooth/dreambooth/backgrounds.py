@@ -36,27 +36,27 @@ class Backgrounds:
         self.places = places
         self._resized: dict[tuple[int, tuple[int, int]], Image.Image] = {}
 
-    def draw(self, random: np.random.Generator, prompt: str, size: tuple[int, int]) -> tuple[np.ndarray, str]:
+    def draw(self, random: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndarray, str | None]:
         """Samples a background of (width, height) in pixels.
 
         Returns:
-            The background (H, W, 3) uint8, and the prompt for a subject in front of it.
+            The background (H, W, 3) uint8, and the place that it shows, to add to prompts; None if it is not known.
         """
         width, height = size
         if self.kind == "color":
-            return np.broadcast_to(random.integers(0, 256, 3, dtype=np.uint8), (height, width, 3)), prompt
+            return np.broadcast_to(random.integers(0, 256, 3, dtype=np.uint8), (height, width, 3)), None
         if self.kind == "noise":
             cells = Image.fromarray(random.integers(0, 256, (NOISE_CELLS, NOISE_CELLS, 3), dtype=np.uint8))
-            return np.asarray(cells.resize(size, Image.Resampling.BICUBIC)), prompt
+            return np.asarray(cells.resize(size, Image.Resampling.BICUBIC)), None
         index = int(random.integers(len(self.pictures)))
         picture = self._picture(index, size)
         left = int(random.integers(picture.width - width, endpoint=True))
         top = int(random.integers(picture.height - height, endpoint=True))
         crop = np.asarray(picture.crop((left, top, left + width, top + height)))
-        return crop, in_front_of(prompt, self.places[index]) if self.places else prompt
+        return crop, self.places[index] if self.places else None
 
     def all_prompts(self, prompt: str) -> list[str]:
-        """All prompts that `draw` can return for a prompt."""
+        """All prompts that a prompt can become with the place of a background."""
         return [in_front_of(prompt, place) for place in dict.fromkeys(self.places)] if self.places else [prompt]
 
     def _picture(self, index: int, size: tuple[int, int]) -> Image.Image:

@@ -126,4 +126,6 @@ def _use_of_masks(options: TrainingOptions) -> str:
         told.append("the loss counts inside and outside masks equally")
     if options.masked_prior_preservation_weight:
         told.append("outside masks the prediction of the base model is preserved")
+    if options.class_preservation_weight:
+        told.append("the prediction of the base model is preserved for the class prompt")
     return "; ".join(told)

@@ -16,6 +16,18 @@ def fill_identifier(prompt: str, identifier: str) -> str:
     return prompt.replace("[V]", identifier)
 
 
+def unnamed(prompt: str, identifier: str, class_name: str) -> str:
+    """Replaces a subject's name in a prompt by its class: "a sks cat" and "a sks" are both "a cat".
+
+    The identifier is removed if the class is also in the prompt, else the class replaces it. A prompt without the
+    identifier is unchanged.
+    """
+    word = rf"(?<!\w){re.escape(identifier)}(?!\w)"
+    without = " ".join(re.sub(word, " ", prompt).split())
+    has_class = re.search(rf"(?<!\w){re.escape(class_name)}(?!\w)", without, re.IGNORECASE)
+    return without if has_class else re.sub(word, lambda _: class_name, prompt)
+
+
 def split_scenes(scenes: str) -> list[str]:
     """Splits scenes at commas."""
     return [scene.strip() for scene in scenes.split(",") if scene.strip()]

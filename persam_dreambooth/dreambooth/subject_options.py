@@ -19,10 +19,10 @@ IDENTIFIER = "sks"
 """The default identifier token."""
 
 
-def with_run_flag(flag: str) -> Condition:
-    """As `with_flag`, for an option of the run; an entry of `subjects` does not know the run's options."""
-    condition = with_flag(flag)
-    name = flag.removeprefix("--")
+def with_run_flag(*flags: str) -> Condition:
+    """As `with_flag`, for options of the run; an entry of `subjects` does not know the run's options."""
+    condition = with_flag(*flags)
+    name = flags[0].removeprefix("--")
     return Condition(lambda options: not hasattr(options, name) or condition.holds(options), condition.advice)
 
 
@@ -97,8 +97,8 @@ class SubjectOptions(Options):
     )
     class_prompt: str | None = option(
         None,
-        "prompt of class images; default: a <class_name>",
-        when=(with_run_flag("--with_prior_preservation"),),
+        "prompt of class images, and of --class_preservation_weight; default: a <class_name>",
+        when=(with_run_flag("--with_prior_preservation", "--class_preservation_weight"),),
     )
     validation_prompt: list[str] | None = option(
         None,

@@ -23,7 +23,7 @@ from persam_dreambooth.dreambooth.checkpoint import (
     rescuing,
     save_state,
 )
-from persam_dreambooth.dreambooth.data import CLASS_SEED, DROPOUT, Crops, derived_seed, sample_noise
+from persam_dreambooth.dreambooth.data import CLASS_SEED, CLASS_SHARE, DROPOUT, Crops, derived_seed, sample_noise
 from persam_dreambooth.dreambooth.ema import AveragedWeights
 from persam_dreambooth.dreambooth.families.family import Embeddings, Family
 from persam_dreambooth.dreambooth.interruption import Interruption
@@ -117,6 +117,7 @@ def train(
         "loss": 1.0,
         "prior_loss": options.prior_loss_weight,
         "preservation_loss": options.masked_prior_preservation_weight,
+        "class_loss": options.class_preservation_weight,
     }
 
     batches = numbered_batches(options, photos, first_step, accelerator)
@@ -190,13 +191,17 @@ def batch_losses(
     - `prior_loss`: the loss of the class images, if any; never masked.
     - `preservation_loss`: the distance outside the masks from the base model's prediction on the same noisy latents and
       prompt, if `masked_prior_preservation_weight` is not 0.
+    - `class_loss`: the distance from the base model's prediction on the same noisy latents with the class prompt or the
+      empty one, inside and outside the masks, if `class_preservation_weight` is not 0. It is measured on the samples
+      that ask for it, and divided by their expected number.
 
-    `snr_gamma` weights each sample of all three losses by its timestep. It applies to the last one too, because the
-    effect of an error on the image depends on the timestep in the same way outside the mask as inside, and because the
-    proportions of the losses stay the same.
+    `snr_gamma` weights each sample of all losses by its timestep. It applies to the last two as well, because the
+    effect of an error on the image depends on the timestep in the same way for all of them, and because the proportions
+    of the losses stay the same.
 
     Args:
-        batch: `Sample`s stacked: pixels (B, 3, H, W), mask (B, 1, H, W), crop (B, 4), prompt, name, number (B,).
+        batch: `Sample`s stacked: pixels (B, 3, H, W), mask (B, 1, H, W), crop (B, 4), prompt, asks_class (B,),
+            class_prompt, name, number (B,).
         class_batch: the same for class images; or None.
         base_embeddings: the embeddings of each prompt before training, on the training device.
     """
@@ -214,13 +219,18 @@ def batch_losses(
     x, e, t = torch.cat(latents), torch.cat(noise), torch.cat(timesteps)
     prompts = [prompt for half, _ in halves for prompt in half["prompt"]]
     crops = torch.cat([half["crop"] for half, _ in halves]).to(device)
+    noisy, target = family.add_noise(x, e, t), family.target(x, e, t)
+
+    # Rows: photos, class images, and once more the photos that ask for the class.
+    photos, all_images = len(batch["number"]), len(t)
+    asking = batch["asks_class"].nonzero().flatten().tolist() if options.class_preservation_weight else []
+    prompts += [batch["class_prompt"][index] for index in asking]
     base_text = Embeddings.stack([base_embeddings[prompt] for prompt in prompts])
     text = encode_together(family, prompts) if options.train_text_encoder else base_text
-    noisy = family.add_noise(x, e, t).to(base_text.states.dtype)
-    prediction = family.predict(noisy, t, text, crops)
-    target = family.target(x, e, t)
+    noisy = noisy.to(base_text.states.dtype)
+    inputs = [torch.cat([each, each[asking]]) if asking else each for each in (noisy, t, crops)]
+    prediction = family.predict(inputs[0], inputs[1], text, inputs[2])
 
-    photos = len(batch["number"])
     weight = family.min_snr_weights(t, options.snr_gamma) if options.snr_gamma else torch.ones(len(t), device=device)
     mask = None
     if not options.unmasked:
@@ -229,11 +239,20 @@ def batch_losses(
     own = masked_loss(prediction[:photos], target[:photos], mask, normalization, options.unmasked_weight)
     losses = {"loss": (weight[:photos] * own).mean()}
     if class_batch is not None:
-        losses["prior_loss"] = (weight[photos:] * masked_loss(prediction[photos:], target[photos:])).mean()
-    if options.masked_prior_preservation_weight and mask is not None:
-        base = family.predict_base(noisy[:photos], t[:photos], base_text[:photos], crops[:photos])
-        kept = masked_loss(prediction[:photos], base, 1 - mask, normalization)
+        prior = masked_loss(prediction[photos:all_images], target[photos:])
+        losses["prior_loss"] = (weight[photos:] * prior).mean()
+    outside = 1 - mask if options.masked_prior_preservation_weight and mask is not None else None
+    rows = [*(() if outside is None else range(photos)), *range(all_images, len(prompts))]
+    base = target[:0]
+    if rows:
+        noisy, t, crops = (each[rows] for each in inputs)
+        base = family.predict_base(noisy, t, base_text[rows], crops)
+    if outside is not None:
+        kept = masked_loss(prediction[:photos], base[:photos], outside, normalization)
         losses["preservation_loss"] = (weight[:photos] * kept).mean()
+    if options.class_preservation_weight:
+        kept = masked_loss(prediction[all_images:], base[len(base) - len(asking) :])
+        losses["class_loss"] = (weight[asking] * kept).sum() / (CLASS_SHARE * photos)
     return losses
 
 

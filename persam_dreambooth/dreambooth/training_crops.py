@@ -12,7 +12,7 @@ from persam_dreambooth.dreambooth.albums import Album, own_captions
 from persam_dreambooth.dreambooth.base_pictures import captions_in, class_prompts, told_scenes
 from persam_dreambooth.dreambooth.data import Crops
 from persam_dreambooth.dreambooth.families.family import Family
-from persam_dreambooth.dreambooth.prompts import check_unread, fill_identifier, in_front_of
+from persam_dreambooth.dreambooth.prompts import check_unread, fill_identifier, in_front_of, unnamed
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.errors import InputError, counted
 from persam_dreambooth.photos.captions import read_prompts
@@ -56,19 +56,25 @@ def make_crops(options: TrainingOptions, album: Album, masks: list[PhotoMask], c
         "buckets": cut.buckets,
         "alike": options.train_batch_size if cut.buckets else 1,
     }
+
+    def prompts(photos: list[Photo]) -> dict[str, Any]:
+        captions = training_captions(album, photos)
+        of_class = class_captions(options, album, captions) if options.class_preservation_weight else None
+        return {"prompts": captions, "class_prompts": of_class}
+
     if options.unmasked:
         logger.warning(
             "%straining on %s as a whole, without masks: the background will be learned too",
             album.label, counted(len(album.photos), "photo"),
         )  # fmt: skip
-        return Crops(album.photos, None, prompts=training_captions(album, album.photos), **shared)
+        return Crops(album.photos, None, **prompts(album.photos), **shared)
     used = _used_masks(album, masks)
     photos = [item.photo for item in used]
     crops = Crops(
         photos,
         [item.packed_weights or item.packed for item in used],
-        prompts=training_captions(album, photos),
         unmasked_probability=options.unmasked_probability,
+        **prompts(photos),
         **shared,
     )
     _check_lost(options, album, crops)
@@ -138,6 +144,20 @@ def training_captions(album: Album, photos: list[Photo]) -> list[str]:
             "the identifier %s is not in the captions of %s: add [V] to them", subject.word, ", ".join(nameless)
         )
     return captions
+
+
+def class_captions(options: TrainingOptions, album: Album, captions: list[str]) -> list[str]:
+    """Captions of a subject with classes in place of the names of the run's subjects.
+
+    The class prompt stands for the instance prompt, and for a caption that names no subject.
+    """
+    own, told = album.subject, []
+    for caption in captions:
+        plain = caption
+        for subject in options.each_subject:
+            plain = unnamed(plain, subject.word, subject.subject)
+        told.append(own.prompt("class") if plain == caption or caption == own.prompt("instance") else plain)
+    return told
 
 
 def check_prompts(options: TrainingOptions, albums: list[Album], family: Family) -> None:

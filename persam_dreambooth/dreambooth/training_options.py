@@ -146,6 +146,12 @@ class TrainingOptions(SubjectOptions):
         0.0, "weight of preserving the base model's prediction outside the mask", when=WHEN_MASKED
     )
 
+    class_preservation_weight: float = option(
+        0.0,
+        'weight of preserving the base model\'s prediction for "a cat", so that only "a [V] cat" changes',
+        elsewhere=("diff_output_preservation_multiplier", "diff_output_preservation", "blank_prompt_preservation"),
+    )
+
     # The noise
     snr_gamma: float | None = option(
         None, "min-SNR loss weighting: gamma, such as 5; not for flow matching", elsewhere=("min_snr_gamma",)
@@ -318,8 +324,9 @@ class TrainingOptions(SubjectOptions):
             "checkpoints_total_limit", "logging_steps", "num_background_images", "validation_steps",
         )  # fmt: skip
         within(
-            self, 0, math.inf, "prior_loss_weight", "masked_prior_preservation_weight", "learning_rate",
-            "lr_warmup_steps", "adam_weight_decay", "adam_epsilon", "dataloader_num_workers", "num_validation_images",
+            self, 0, math.inf, "prior_loss_weight", "masked_prior_preservation_weight", "class_preservation_weight",
+            "learning_rate", "lr_warmup_steps", "adam_weight_decay", "adam_epsilon", "dataloader_num_workers",
+            "num_validation_images",
         )  # fmt: skip
         within(self, 0, 1, "unmasked_weight", "unmasked_probability", "lora_dropout", "noise_offset", "ema_decay")
         within(self, -16, 16, "mask_dilation")
@@ -385,6 +392,11 @@ class TrainingOptions(SubjectOptions):
     def has_drawn_masks(self) -> bool:
         """Whether masks of all photos of a subject are given."""
         return any(subject.mask_dir or subject.mask_from for subject in self.each_subject)
+
+    @property
+    def preserves_base(self) -> bool:
+        """Whether a loss compares the model with its base."""
+        return bool(self.masked_prior_preservation_weight or self.class_preservation_weight)
 
     @property
     def is_on_hub(self) -> bool:

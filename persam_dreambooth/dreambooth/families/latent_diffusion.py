@@ -149,7 +149,7 @@ class LatentDiffusion(Family):
             getattr(self.pipeline, name).to(device, torch.float32 if whole else frozen_dtype)
         self.vae.to(device, self.vae_dtype(frozen_dtype))
         self.trained = {name: getattr(self.pipeline, name) for name in names}
-        if options.masked_prior_preservation_weight and options.method == "full":
+        if options.preserves_base and options.method == "full":
             self.base_denoiser = copy.deepcopy(self.trained[self.denoiser_name]).to(frozen_dtype)
         for name in names:
             self.free(name, options)
