@@ -13,7 +13,7 @@ from persam_dreambooth.evaluation import background, benchmark_subjects
 from persam_dreambooth.evaluation.benchmark_results import RecipeRow, Spread, front
 from persam_dreambooth.evaluation.recipes import RECIPES
 
-SMALL = ["--subjects", "1", "--seeds", "1", "--max_train_steps", "2", "--num_inference_steps", "2"]
+SMALL = ["--subjects", "1", "--seeds", "1", "--at_steps", "2", "--guidance_scales", "5", "--num_inference_steps", "2"]
 UNTOLD = {"seconds", "memory"}
 """Figures that differ from run to run."""
 
@@ -39,23 +39,28 @@ def finished(tmp_path_factory):
 
 def test_every_cell_has_all_figures_and_a_row_of_the_table(finished):
     folder, result = finished
-    assert [cell["recipe"] for cell in result["cells"]] == ["base", "masked", "masked-persam-f"]
+    assert {cell["recipe"] for cell in result["cells"]} == {"base", "masked", "masked-persam-f"}
     for cell in result["cells"]:
-        assert all(0 <= value <= 1 for value in figures(result)[cell["recipe"]].values())
+        found = figures(result)[cell["recipe"]]
+        assert all(0 <= value <= 1 for name, value in found.items() if name not in ("binding", "swelling"))
+        assert found["binding"] == pytest.approx(found["fidelity_own"] - found["class_fidelity"])
+        assert found["swelling"] > 0
         assert cell["figures"]["seconds"] >= 0 and cell["figures"]["memory"] > 100
     table = (folder / "table.md").read_text(encoding="utf-8")
     assert all(f"| {RECIPES[name].name} |" in table for name in ("base", "masked", "masked-persam-f"))
     assert "no other recipe beats" in table
-    assert Image.open(folder / "front.png").width == 1200
+    assert Image.open(folder / "front.png").width == 1760
     grid = Image.open(folder / "grids" / "0-cat.jpg")
-    assert grid.width == 12 * 64 * 2
+    assert grid.width == 14 * 64 * 2
     assert not list((folder / "runs").iterdir())  # nothing heavy stays
 
 
 def test_the_front_holds_what_no_other_recipe_beats():
-    def row(recipe, leak, fidelity, silhouette):
-        values = {"leak_own": leak, "fidelity_scenes": fidelity, "silhouette": silhouette}
-        return RecipeRow(recipe, {name: Spread(value, 0.0, 1) for name, value in values.items()})
+    def row(recipe, leak, fidelity, silhouette, drift=0.5):
+        values = {
+            "leak_own": leak, "fidelity_scenes": fidelity, "silhouette": silhouette, "class_fidelity": drift
+        }  # fmt: skip
+        return RecipeRow(recipe, 50, 5.0, {name: Spread(value, 0.0, 1) for name, value in values.items()})
 
     rows = [
         row("base", 0.0, 0.9, 0.99),  # not trained, so no recipe
@@ -64,8 +69,9 @@ def test_the_front_holds_what_no_other_recipe_beats():
         row("masked-mean", 0.1, 0.6, 0.8),  # as good: neither beats the other
         row("masked-floor", 0.2, 0.5, 0.8),
         row("said", 0.1, 0.7, 0.7),
+        row("generated", 0.1, 0.5, 0.7, drift=0.2),  # worse in all but the drift
     ]
-    assert [each.recipe for each in front(rows)] == ["plain", "masked", "masked-mean", "said"]
+    assert [each.recipe for each in front(rows)] == ["plain", "masked", "masked-mean", "said", "generated"]
 
 
 def test_training_changes_the_figures(finished):
@@ -113,7 +119,7 @@ def test_masks_are_what_a_recipe_asks_for(finished):
 
 def test_other_settings_in_the_same_folder_are_refused(finished, capsys):
     folder, _ = finished
-    given = ["--max_train_steps", "3", "--recipes", "base"]
+    given = ["--num_inference_steps", "3", "--recipes", "base"]
     assert main(["benchmark", "background", "--output_dir", str(folder), *SMALL, *given]) == 2
     assert "other settings" in capsys.readouterr().err
 
@@ -124,6 +130,8 @@ def test_other_settings_in_the_same_folder_are_refused(finished, capsys):
         (["--recipes", "mask"], "there is no recipe 'mask'"),
         (["--subjects", "7"], "--subjects is 7"),
         (["--seeds", "0"], "--seeds is 0"),
+        (["--at_steps", "50,0"], "--at_steps is 50,0: give numbers of steps, such as 50,100"),
+        (["--guidance_scales", "0.5"], "--guidance_scales is 0.5: give numbers from 1, such as 2,5"),
         (["--processes", "0"], "--processes is 0"),
     ],
 )
@@ -138,7 +146,7 @@ def test_bad_options_are_one_line_and_write_nothing(arguments, message, tmp_path
 def test_the_demo_ends_with_a_page_that_holds_its_pictures_and_figures(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "STEPS", 2)
     monkeypatch.setattr(demo, "DENOISING_STEPS", 2)
-    monkeypatch.setattr(benchmark_subjects, "PICTURES", {"own": 6, "class": 2, "scenes": 7})
+    monkeypatch.setattr(benchmark_subjects, "PICTURES", {"own": 6, "class": 2, "scenes": 7, "renamed": 2})
     assert main(["demo", "--output_dir", str(tmp_path / "demo")]) == 0
     page = (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")
     assert len(re.findall(r'src="data:image/png;base64,', page)) == 1

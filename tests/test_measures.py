@@ -9,9 +9,8 @@ import pytest
 
 from persam_dreambooth.evaluation import benchmark_cells, benchmark_data, measures
 from persam_dreambooth.evaluation import benchmark_subjects as subjects
-from persam_dreambooth.evaluation.background import BenchmarkOptions
 from persam_dreambooth.evaluation.benchmark_report import benchmark_table
-from persam_dreambooth.evaluation.benchmark_results import COLUMNS, CellResult, RecipeRow, Spread
+from persam_dreambooth.evaluation.benchmark_results import COLUMNS, CellResult, RecipeRow, Spread, front, rows_of
 from persam_dreambooth.evaluation.recipes import BASE, RECIPES
 from persam_dreambooth.toy import world
 
@@ -141,6 +140,11 @@ def test_a_perfect_model_and_a_leaking_one_get_the_figures_that_they_deserve():
         "own": [world.random_scene(rng, subject, place, 0) for place in places],
         "class": [world.random_scene(rng, world.random_subject(rng, subject.kind), distractors=0) for _ in range(16)],
         "scenes": [world.random_scene(rng, subject, others[n % len(others)], 0) for n in range(14)],
+        "renamed": [
+            world.random_scene(rng, dataclasses.replace(subject, kind=subjects.other_kind(OWNER)), distractors=0)
+            for _ in range(6)
+        ],
+        "twin": [world.random_scene(rng, subjects.twin(OWNER).subject, distractors=0) for _ in range(12)],
     }
     photo = OWNER.scenes[0]
     leaking = {kind: [photo] * len(scenes) for kind, scenes in perfect.items()}
@@ -159,6 +163,11 @@ def test_a_perfect_model_and_a_leaking_one_get_the_figures_that_they_deserve():
     assert bad["class_fidelity"] == 1 and good["class_fidelity"] < 0.6
     assert bad["class_variety"] == 0 and good["class_variety"] > 0.6
     assert bad["similarity_own"] > good["similarity_own"] + 0.3
+    assert good["renamed"] == 1 and bad["renamed"] == 0
+    assert good["binding"] > 0.4 and bad["binding"] == 0
+    assert good["twin_fidelity"] == 1 and good["twin_mixed"] < 0.6
+    assert bad["twin_mixed"] > good["twin_mixed"] and bad["twin_fidelity"] < 0.6
+    assert 0.5 < good["swelling"] < 2
     assert set(good) <= set(COLUMNS)
 
 
@@ -180,16 +189,18 @@ def test_every_recipe_is_a_training_that_can_be(name, tmp_path):
         benchmark_cells.BenchmarkCell(name, OWNER, 1), tmp_path, tmp_path / "run", {**BASE, "max_train_steps": 10}
     )
     options.check()
-    assert options.seed == 1 and options.max_train_steps == 10
+    assert options.seed == 1 and options.max_train_steps == RECIPES[name].options.get("max_train_steps", 10)
     assert {option: getattr(options, option) for option in RECIPES[name].options} == RECIPES[name].options
 
 
 def test_the_table_shows_every_recipe_with_mean_and_spread():
     figures = [{"leak_own": 0.0, "seconds": 10.0, "memory": None}, {"leak_own": 0.5, "seconds": 20.0, "memory": None}]
-    row = RecipeRow.of("plain", [CellResult("plain", "0-cat", seed, each) for seed, each in enumerate(figures)])
+    results = [CellResult("plain", "0-cat", seed, 50, 2.0, each) for seed, each in enumerate(figures)]
+    others = [CellResult("plain", "0-cat", 0, *key, {"leak_own": 1.0}) for key in ((100, 2.0), (50, 5.0))]
+    row = RecipeRow.of("plain", 50, 2.0, [*results, *others])
     assert row.figures["leak_own"] == Spread(0.25, 0.25, 2)
-    text = benchmark_table([row], BenchmarkOptions())
-    assert "| plain loss | 0.25 ± 0.25 |" in text and "| plain loss | 15 ± 5 |" in text
+    text = benchmark_table([row])
+    assert "| plain loss | 50 | 2 | 2 | 0.25 ± 0.25 |" in text and "| plain loss | 50 | 2 | 2 | 15 ± 5 |" in text
     assert "memory" not in text
 
 
@@ -197,13 +208,15 @@ def test_the_stored_table_follows_from_the_stored_cells():
     folder = Path(__file__).parents[1] / "benchmarks" / "results" / "background"
     stored = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     results = [CellResult(**cell) for cell in stored["cells"]]
-    rows = [RecipeRow.of(name, results) for name in stored["recipes"]]
+    rows = rows_of(results)
+    assert [row.name for row in rows] == list(stored["recipes"])
     for row in rows:
-        assert row.figures.keys() == stored["recipes"][row.recipe].keys()
-        for name, spread in stored["recipes"][row.recipe].items():
+        assert row.figures.keys() == stored["recipes"][row.name].keys()
+        for name, spread in stored["recipes"][row.name].items():
             assert dataclasses.asdict(row.figures[name]) == pytest.approx(spread)
-    options = BenchmarkOptions(**stored["options"])
-    assert benchmark_table(rows, options) == (folder / "table.md").read_text(encoding="utf-8")
+    steps, scale = (stored["options"][name].split(",")[0] for name in ("at_steps", "guidance_scales"))
+    compared = [row for row in rows if row.steps in (0, int(steps)) and row.scale == float(scale)]
+    assert benchmark_table(rows, front(compared)) == (folder / "table.md").read_text(encoding="utf-8")
 
 
 def test_base_options_are_training_options():

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -19,11 +20,11 @@ from pathlib import Path
 from typing import Literal
 
 from persam_dreambooth.errors import InputError
-from persam_dreambooth.evaluation.benchmark_cells import GUIDANCE_SCALE, BenchmarkCell, run_cell, training_settings
+from persam_dreambooth.evaluation.benchmark_cells import BenchmarkCell, run_cell, training_settings
 from persam_dreambooth.evaluation.benchmark_data import prepare_data
 from persam_dreambooth.evaluation.benchmark_report import write_benchmark
-from persam_dreambooth.evaluation.benchmark_results import read_cell
-from persam_dreambooth.evaluation.benchmark_subjects import personal
+from persam_dreambooth.evaluation.benchmark_results import read_cells
+from persam_dreambooth.evaluation.benchmark_subjects import personal, twin
 from persam_dreambooth.evaluation.recipes import RECIPES
 from persam_dreambooth.files import check_writable, locked, note_settings
 from persam_dreambooth.options import Options, option, within
@@ -42,16 +43,31 @@ class BenchmarkOptions(Options):
     recipes: str = option("all", "recipes, separated by commas")
     subjects: int = option(4, "number of personal subjects, 1 to 6")
     seeds: int = option(3, "training runs for each subject and recipe")
-    max_train_steps: int = option(50, "optimizer steps of a training run")
+    at_steps: str = option("50", "optimizer steps after which pictures are measured, separated by commas")
+    guidance_scales: str = option("2,5", "guidance scales of the pictures, separated by commas")
     num_inference_steps: int = option(12, "denoising steps of the pictures")
     processes: int = option(1, "parallel training runs")
     mixed_precision: Literal["no", "bf16"] = option("no", "bf16 is faster on processors that support it")
 
     def check(self) -> None:
         """Raises `InputError` for options that are out of range."""
-        within(self, 1, math.inf, "seeds", "max_train_steps", "processes")
+        within(self, 1, math.inf, "seeds", "processes")
+        if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", self.at_steps):
+            raise InputError(f"--at_steps is {self.at_steps}: give numbers of steps, such as 50,100")
+        if not re.fullmatch(r"[1-9][\d.]*(,[1-9][\d.]*)*", self.guidance_scales):
+            raise InputError(f"--guidance_scales is {self.guidance_scales}: give numbers from 1, such as 2,5")
         within(self, 1, 1000, "num_inference_steps")
         within(self, 1, 6, "subjects")
+
+    @property
+    def steps(self) -> list[int]:
+        """The numbers of steps, ascending."""
+        return sorted({int(steps) for steps in self.at_steps.split(",")})
+
+    @property
+    def scales(self) -> list[float]:
+        """The guidance scales, ascending."""
+        return sorted({float(scale) for scale in self.guidance_scales.split(",")})
 
     def chosen_recipes(self, known: Iterable[str]) -> list[str]:
         """The recipes that the options name; raises `InputError` for an unknown one."""
@@ -64,7 +80,10 @@ class BenchmarkOptions(Options):
 
 
 def benchmark_background(options: BenchmarkOptions) -> Path:
-    """Runs the missing cells of the benchmark; writes `results.json`, `table.md` and `grids/`; returns the folder.
+    """Runs the missing cells of the benchmark; returns its folder.
+
+    `results.json`, `table.md`, `front.png` and `grids/` show all cells of the folder, also those of earlier calls with
+    other recipes, subjects, seeds, steps or guidance scales.
 
     Raises:
         InputError: options are out of range, or the folder contains a benchmark with other options.
@@ -75,15 +94,18 @@ def benchmark_background(options: BenchmarkOptions) -> Path:
     check_writable(folder)
     personals = [personal(number) for number in range(options.subjects)]
     cells = [BenchmarkCell(name, owner, seed) for name in names for owner in personals for seed in range(options.seeds)]
-    sampling = {"num_inference_steps": options.num_inference_steps, "guidance_scale": GUIDANCE_SCALE}
+    sampling = {"num_inference_steps": options.num_inference_steps}
     with locked(folder):
         note_settings(folder, training_settings(options) | {"sampling": sampling}, "a benchmark", "--output_dir")
-        prepare_data(folder, personals, [RECIPES[name] for name in names])
-        left = [cell for cell in cells if not cell.path(folder).is_file()]
+        recipes = [RECIPES[name] for name in names]
+        twins = [twin(owner) for owner in personals] if any(recipe.twin for recipe in recipes) else []
+        prepare_data(folder, [*personals, *twins], recipes)
+        paths = {cell: cell.paths(folder, options).values() for cell in cells}
+        left = [cell for cell in cells if not all(path.is_file() for path in paths[cell])]
         logger.info("%d cells, %d of them left", len(cells), len(left))
         for cell in steps(_finished(left, folder, options), "benchmark", "cell", len(left)):
             logger.debug("%s", cell)
-        write_benchmark(folder, [read_cell(cell.path(folder)) for cell in cells], names, options)
+        write_benchmark(folder, read_cells(folder / "cells"), options)
         return folder
 
 

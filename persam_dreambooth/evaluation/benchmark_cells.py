@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from dataclasses import asdict, dataclass
@@ -14,11 +15,20 @@ from PIL import Image
 from persam_dreambooth import toy
 from persam_dreambooth.evaluation.benchmark_data import class_folder, mask_folder_of, photo_folder_of
 from persam_dreambooth.evaluation.benchmark_results import CellResult
-from persam_dreambooth.evaluation.benchmark_subjects import PICTURES, Personal, benchmark_prompts, other_backgrounds
+from persam_dreambooth.evaluation.benchmark_subjects import (
+    PICTURES,
+    TWIN_IDENTIFIER,
+    Personal,
+    benchmark_prompts,
+    other_backgrounds,
+    other_kind,
+    twin,
+)
 from persam_dreambooth.evaluation.recipes import BASE, NONE, RECIPES
 from persam_dreambooth.files import write_json
 from persam_dreambooth.machine import read_peak_memory, reset_peak_memory
 from persam_dreambooth.main_job import TrainOptions
+from persam_dreambooth.progress import Progress, reporting
 from persam_dreambooth.report.pictures import save_picture
 from persam_dreambooth.toy import world
 
@@ -28,12 +38,10 @@ if TYPE_CHECKING:
     from persam_dreambooth.evaluation.background import BenchmarkOptions
     from persam_dreambooth.toy.evaluator import Evaluator
 
-GUIDANCE_SCALE = 5.0
-
 
 @dataclass(frozen=True)
 class BenchmarkCell:
-    """One training run and its measurements."""
+    """One training run and its measurements at one or several steps."""
 
     recipe: str
     personal: Personal
@@ -44,69 +52,98 @@ class BenchmarkCell:
         """The name of its file."""
         return f"{self.recipe}.{self.personal.name}.{self.seed}"
 
-    def path(self, folder: Path) -> Path:
-        """Its file in the benchmark's folder."""
-        return folder / "cells" / f"{self.name}.json"
+    def paths(self, folder: Path, options: BenchmarkOptions) -> dict[tuple[int, float], Path]:
+        """The file for each number of steps and each guidance scale, in the benchmark's folder."""
+        return {
+            (steps, scale): folder / "cells" / f"{self.name}.{steps}.{scale:g}.json"
+            for steps in measured_steps(self.recipe, options)
+            for scale in options.scales
+        }
 
 
 def training_settings(options: BenchmarkOptions) -> dict[str, Any]:
     """The options that all training runs share."""
-    return {**BASE, "max_train_steps": options.max_train_steps, "mixed_precision": options.mixed_precision}
+    return {**BASE, "mixed_precision": options.mixed_precision}
+
+
+def measured_steps(recipe: str, options: BenchmarkOptions) -> list[int]:
+    """The steps at which a recipe is measured.
+
+    A recipe with a number of steps of its own, such as one whose learning rate decays, is measured at its end.
+    """
+    own = RECIPES[recipe].options
+    if own is None:
+        return [0]
+    return [own["max_train_steps"]] if "max_train_steps" in own else options.steps
 
 
 def run_cell(cell: BenchmarkCell, folder: Path, options: BenchmarkOptions) -> None:
-    """Trains one cell, generates and measures its pictures, and writes its file and a strip of pictures."""
+    """Trains one cell, generates and measures its pictures, and writes its files and strips of pictures."""
     import torch
 
     from persam_dreambooth.dreambooth.pipelines import load_model
     from persam_dreambooth.main_job import personalize
     from persam_dreambooth.toy.evaluator import Evaluator
 
-    recipe, model = RECIPES[cell.recipe], "toy"
+    recipe, models, seconds = RECIPES[cell.recipe], {0: "toy"}, {0: 0.0}
+    paths = cell.paths(folder, options)
     run_dir = folder / "runs" / cell.name
     shutil.rmtree(run_dir, ignore_errors=True)
     reset_peak_memory()
     started = time.monotonic()
+
+    def note_time(progress: Progress) -> None:
+        if progress.what == "training":
+            seconds[progress.done] = time.monotonic() - started
+
     if recipe.options is not None:
-        personalize(train_options(cell, folder, run_dir, training_settings(options)))
-        model = str(run_dir)
-    seconds, memory = time.monotonic() - started, read_peak_memory()
-    pipeline = load_model(model)
-    steps = options.num_inference_steps
-    with torch.autocast(pipeline.device.type, torch.bfloat16, enabled=options.mixed_precision == "bf16"):
-        pictures = {
-            kind: sample_prompts(pipeline, benchmark_prompts(kind, cell.personal), cell.seed, steps)
-            for kind in PICTURES
-        }
-    figures: dict[str, float | None] = dict(measure(pictures, cell.personal, Evaluator.load(toy.path("evaluator"))))
-    strip = [*pictures["own"][:4], *pictures["class"][:2], *pictures["scenes"][:6]]
-    save_picture(Image.fromarray(np.concatenate(strip, axis=1)), folder / "strips" / f"{cell.name}.png")
+        measured = measured_steps(cell.recipe, options)
+        counts = {"max_train_steps": max(measured), "checkpointing_steps": math.gcd(*measured)}
+        with reporting(note_time):
+            personalize(train_options(cell, folder, run_dir, {**training_settings(options), **counts}))
+        models = {steps: str(run_dir / f"checkpoint-{steps}") for steps in measured}
+    memory = read_peak_memory()
+    for (steps, scale), path in paths.items():
+        pipeline = load_model(models[steps])
+        with torch.autocast(pipeline.device.type, torch.bfloat16, enabled=options.mixed_precision == "bf16"):
+            pictures = {
+                kind: sample_prompts(
+                    pipeline, benchmark_prompts(kind, cell.personal), cell.seed, options.num_inference_steps, scale
+                )
+                for kind in (*PICTURES, *(["twin"] if recipe.twin else []))
+            }
+        figures: dict[str, float | None] = dict(measure(pictures, cell.personal, Evaluator.load(toy.path("evaluator"))))
+        strip = [*pictures["own"][:4], *pictures.get("twin", pictures["class"])[:4], *pictures["scenes"][:6]]
+        save_picture(Image.fromarray(np.concatenate(strip, axis=1)), folder / "strips" / f"{path.stem}.png")
+        figures |= {"seconds": seconds[steps], "memory": memory}
+        write_json(path, asdict(CellResult(cell.recipe, cell.personal.name, cell.seed, steps, scale, figures)))
     shutil.rmtree(run_dir, ignore_errors=True)
-    figures |= {"seconds": seconds, "memory": memory}
-    result = CellResult(cell.recipe, cell.personal.name, cell.seed, figures)
-    write_json(cell.path(folder), asdict(result))
 
 
 def train_options(cell: BenchmarkCell, folder: Path, run_dir: Path, shared: dict[str, Any]) -> TrainOptions:
     """The options of a cell's training run: the shared options and those of its recipe."""
-    recipe, kind = RECIPES[cell.recipe], cell.personal.subject.kind
+    recipe, owner = RECIPES[cell.recipe], cell.personal
+    kind = owner.subject.kind
     given: dict[str, Any] = {**shared, **(recipe.options or {})}
-    if recipe.masks != NONE:
-        given["mask_dir"] = str(mask_folder_of(folder, cell.personal, recipe))
+
+    def subject(each: Personal) -> dict[str, Any]:
+        masks = {} if recipe.masks == NONE else {"mask_dir": str(mask_folder_of(folder, each, recipe))}
+        return {"instance_dir": str(photo_folder_of(folder, each)), "class_name": kind, **masks}
+
+    if recipe.twin:
+        given["subjects"] = [subject(owner), {**subject(twin(owner)), "identifier": TWIN_IDENTIFIER}]
+    else:
+        given |= subject(owner)
     if given.get("with_prior_preservation"):
         given["class_data_dir"] = str(class_folder(folder, kind, bool(given.get("class_scenes"))))
     if given.get("replace_background") == "generated":
         given["background_dir"] = str(folder / "backgrounds")
-    return TrainOptions(
-        instance_dir=str(photo_folder_of(folder, cell.personal)),
-        class_name=kind,
-        output_dir=str(run_dir),
-        seed=cell.seed,
-        **given,
-    )
+    return TrainOptions(output_dir=str(run_dir), seed=cell.seed, **given)
 
 
-def sample_prompts(pipeline: StableDiffusionPipeline, prompts: list[str], seed: int, steps: int) -> np.ndarray:
+def sample_prompts(
+    pipeline: StableDiffusionPipeline, prompts: list[str], seed: int, steps: int, guidance_scale: float
+) -> np.ndarray:
     """Generates a picture for each prompt.
 
     Args:
@@ -114,6 +151,7 @@ def sample_prompts(pipeline: StableDiffusionPipeline, prompts: list[str], seed: 
         prompts: N prompts.
         seed: picture i depends only on the seed, i and its prompt.
         steps: denoising steps.
+        guidance_scale: scale of classifier-free guidance.
 
     Returns:
         (N, S, S, 3) uint8.
@@ -125,7 +163,7 @@ def sample_prompts(pipeline: StableDiffusionPipeline, prompts: list[str], seed: 
     pipeline = fast_sampler(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(1000 * seed + number) for number in range(len(prompts))]
-    settings = {"num_inference_steps": steps, "guidance_scale": GUIDANCE_SCALE}
+    settings = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
     return np.stack([np.asarray(image) for image in pipeline(prompts, generator=generators, **settings).images])
 
 
@@ -141,7 +179,7 @@ def measure(pictures: dict[str, np.ndarray], owner: Personal, evaluator: Evaluat
     others = other_backgrounds(owner)
     wanted = [others[number % len(others)] for number in range(len(pictures["scenes"]))]
     own_masks = np.concatenate([seen["own"]["mask"], seen["scenes"]["mask"]])
-    return {
+    figures = {
         "leak_own": measures.share(seen["own"]["background"], owner.background),
         "leak_class": measures.share(seen["class"]["background"], owner.background),
         "leak_scenes": measures.share(seen["scenes"]["background"], owner.background),
@@ -154,6 +192,15 @@ def measure(pictures: dict[str, np.ndarray], owner: Personal, evaluator: Evaluat
         "fidelity_scenes": measures.fidelity(seen["scenes"], owner.subject),
         "silhouette": measures.silhouette_iou(own_masks, bank),
         "area": float(own_masks.mean()),
+        "swelling": float(own_masks.mean() / masks.mean()),
         "class_fidelity": measures.fidelity(seen["class"], owner.subject),
         "class_variety": measures.variety(seen["class"]),
+        "renamed": measures.share(seen["renamed"]["kind"], other_kind(owner)),
     }
+    figures["binding"] = figures["fidelity_own"] - figures["class_fidelity"]
+    if "twin" in seen:
+        other = twin(owner).subject
+        figures["twin_fidelity"] = measures.fidelity(seen["twin"], other)
+        mixed = [measures.fidelity(seen["own"], other), measures.fidelity(seen["twin"], owner.subject)]
+        figures["twin_mixed"] = float(np.mean(mixed))
+    return figures

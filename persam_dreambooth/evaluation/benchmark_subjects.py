@@ -23,8 +23,12 @@ SUBJECT_SEED = 2_000_000
 """Seeds of the personal subjects, which are not in the training data of the toy checkpoints."""
 
 PHOTOS = 5
-PICTURES = {"own": 12, "class": 12, "scenes": 14}
-"""Number of pictures of "a [V] cat", of "a cat", and of "a [V] cat" in each other background in turn."""
+PICTURES = {"own": 12, "class": 12, "scenes": 14, "renamed": 6}
+"""Number of pictures of "a [V] cat", of "a cat", of "a [V] cat" in each other background in turn, and of "a [V] dog"
+for a cat."""
+
+TWIN_IDENTIFIER = "zwx"
+"""The identifier of a second subject of the same kind in one training run."""
 
 
 @dataclass(frozen=True)
@@ -61,15 +65,29 @@ def personal(number: int) -> Personal:
 
 
 def benchmark_prompts(kind: str, owner: Personal) -> list[str]:
-    """The prompts of one kind of pictures; see `PICTURES`."""
-    count, name = PICTURES[kind], owner.subject.kind
+    """The prompts of one kind of pictures; see `PICTURES`. Those of a `twin` are as many as those of the subject."""
+    count, name = PICTURES["own" if kind == "twin" else kind], owner.subject.kind
     if kind == "class":
         return [f"a {name}"] * count
+    if kind == "renamed":
+        return [fill_identifier(f"a [V] {other_kind(owner)}", "sks")] * count
+    if kind == "twin":
+        return [fill_identifier(f"a [V] {name}", TWIN_IDENTIFIER)] * count
     own = fill_identifier(f"a [V] {name}", "sks")
     if kind == "own":
         return [own] * count
     others = other_backgrounds(owner)
     return [f"{own} {world.PHRASES[others[number % len(others)]]}" for number in range(count)]
+
+
+def twin(owner: Personal) -> Personal:
+    """Another personal subject of the same kind, with photos in the same place."""
+    return personal(owner.number + len(SUBJECTS))
+
+
+def other_kind(owner: Personal) -> str:
+    """The kind after the subject's own in the list of all kinds."""
+    return world.KINDS[(world.KINDS.index(owner.subject.kind) + 1) % len(world.KINDS)]
 
 
 def other_backgrounds(owner: Personal) -> list[str]:

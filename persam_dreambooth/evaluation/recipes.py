@@ -31,21 +31,26 @@ class Recipe:
         masks: `exact`, `persam-f` (made by the toy SAM from the first photo's mask), or `none`.
         grown: dilation of the exact masks in latent cells (4 pixels at 64); negative erodes.
         options: training options that differ from `BASE`; None for the base model, untrained.
+        twin: whether a second subject of the same kind is trained in the same run.
     """
 
     name: str
     masks: str = EXACT
     grown: float = 0.0
     options: dict[str, Any] | None = field(default_factory=dict)
+    twin: bool = False
 
 
 PRESERVE = {"masked_prior_preservation_weight": 1.0}
+OUTSIDE_FREE = {"masked_prior_preservation_weight": 0.0}
 WHOLE = {"unmasked_weight": 1.0}
 CLASS_IMAGES = 64
 """Class images of the recipes with prior preservation."""
 
 CLASS = {"with_prior_preservation": True, "num_class_images": CLASS_IMAGES}
 CLASS_IN_SCENES = {**CLASS, "class_scenes": True}
+TEXT = {"train_text_encoder": True}
+BOUND = {**PRESERVE, **TEXT, "class_preservation_weight": 5.0}
 COLOR, ON_NOISE = {"replace_background": "color"}, {"replace_background": "noise"}
 ON_SCENES = {"replace_background": "generated"}
 SAID = {**ON_SCENES, "background_in_prompt": True}
@@ -79,7 +84,26 @@ RECIPES: dict[str, Recipe] = {
     "masked-preserve-persam-f": Recipe("masked, base preserved outside, PerSAM-F", PERSAM_F, options=PRESERVE),
     "said-persam-f": Recipe("on generated scenes, said, PerSAM-F", PERSAM_F, options={**SAID, **WHOLE}),
     "said-grown": Recipe("on generated scenes, said, masks grown 1 cell", grown=1, options={**SAID, **WHOLE}),
-    "masked-text": Recipe("masked, text encoder too", options={"train_text_encoder": True}),
+    "masked-text": Recipe("masked, text encoder too", options=TEXT),
     "masked-rank-4": Recipe("masked, rank 4", options={"rank": 4}),
     "masked-rank-64": Recipe("masked, rank 64", options={"rank": 64}),
+    "plain-text": Recipe("plain loss, text encoder too", NONE, options={"unmasked": True, **TEXT}),
+    "preserve-text": Recipe("masked, base preserved outside, text encoder too", options={**PRESERVE, **TEXT}),
+    "preserve-class": Recipe("masked, base preserved outside, prior preservation", options={**PRESERVE, **CLASS}),
+    "bound": Recipe("masked, base preserved outside and for the class", options=BOUND),
+    "bound-persam-f": Recipe("the same, masks by PerSAM-F", PERSAM_F, options=BOUND),
+    "bound-1": Recipe("the same, weight 1", options={**BOUND, "class_preservation_weight": 1.0}),
+    "bound-2": Recipe("the same, weight 2", options={**BOUND, "class_preservation_weight": 2.0}),
+    "bound-10": Recipe("the same, weight 10", options={**BOUND, "class_preservation_weight": 10.0}),
+    "bound-unet": Recipe("the same, text encoder frozen", options={**BOUND, "train_text_encoder": False}),
+    "bound-inside": Recipe("the same, nothing preserved outside", options={**BOUND, **OUTSIDE_FREE}),
+    "bound-floor": Recipe("the same, floor 0.1", options={**BOUND, **OUTSIDE_FREE, "unmasked_weight": 0.1}),
+    "bound-feather": Recipe("the same, feather 1 cell", options={**BOUND, **OUTSIDE_FREE, "mask_feather": 1.0}),
+    "bound-plain": Recipe("the same, without masks", NONE, options={**BOUND, **OUTSIDE_FREE, "unmasked": True}),
+    "bound-class": Recipe("the same, prior preservation", options={**BOUND, **CLASS}),
+    "bound-slow": Recipe("the same, half the learning rate", options={**BOUND, "learning_rate": 1e-3}),
+    "bound-rank-4": Recipe("the same, rank 4", options={**BOUND, "rank": 4}),
+    "bound-rank-64": Recipe("the same, rank 64", options={**BOUND, "rank": 64}),
+    "twins-preserve": Recipe("two of a kind: masked, base preserved outside", options=PRESERVE, twin=True),
+    "twins-bound": Recipe("two of a kind: the class preserved too", options=BOUND, twin=True),
 }
