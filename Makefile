@@ -34,6 +34,7 @@ bench: .venv/ready
 	$(BIN)/python -m benchmarks.segmentation
 	$(BIN)/python -m benchmarks.picture_size
 	$(BIN)/python -m benchmarks.training
+	$(BIN)/python -m benchmarks.binding
 
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
