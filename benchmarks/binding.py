@@ -56,7 +56,7 @@ def predictions(pipeline: Any, noisy: torch.Tensor, steps: torch.Tensor, prompt:
 
 @torch.no_grad()
 def changes(base: Any, trained: Any, owner: Personal) -> dict[str, float]:
-    """The mean squared difference of predictions inside the masks, for each kind of prompt."""
+    """The mean squared difference of predictions inside the masks, under each kind of prompt."""
     noisy, steps, masks = probe(base, owner)
     kind = owner.subject.kind
     found = {}
@@ -71,6 +71,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=150, help="optimizer steps of a run")
     parser.add_argument("--every", type=int, default=25, help="steps between measurements")
     given = parser.parse_args()
+    if given.every < 1 or given.steps % given.every:
+        parser.error("--steps must be a multiple of --every")
     base, owners = load_model("toy"), [personal(number) for number in SUBJECTS]
     curves: dict[str, dict[str, list[float]]] = {}
     measured = list(range(given.every, given.steps + 1, given.every))

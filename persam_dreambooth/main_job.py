@@ -132,6 +132,7 @@ def personalize(options: TrainOptions) -> Path:
             save_overview(all_masks, run_dir / "overview.png", whose)
         class_images = class_crops(options, family, accelerator, photos)
         photos.backgrounds = open_backgrounds(options, family, accelerator)
+        photos.preserves_empty &= "negative_prompt" not in family.without
 
         if options.report_to:
             described = {name: str(value) for name, value in asdict(options).items()}

@@ -40,9 +40,16 @@ _bars: ContextVar["list[tqdm[Any]] | None"] = ContextVar("bars", default=None)
 def reporting(callback: Callable[[Progress], None]) -> Iterator[None]:
     """Calls `callback` after each photo, image or training step of the work inside the block, in the same thread.
 
-    The callback can raise `Cancelled` to stop the work; see there.
+    The callback can raise `Cancelled` to stop the work; see there. The callback of an outer block is called too.
     """
-    token = _callback.set(callback)
+    outer = _callback.get()
+
+    def both(progress: Progress) -> None:
+        callback(progress)
+        if outer:
+            outer(progress)
+
+    token = _callback.set(both)
     try:
         yield
     finally:

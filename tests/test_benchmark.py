@@ -131,6 +131,7 @@ def test_other_settings_in_the_same_folder_are_refused(finished, capsys):
         (["--subjects", "7"], "--subjects is 7"),
         (["--seeds", "0"], "--seeds is 0"),
         (["--at_steps", "50,0"], "--at_steps is 50,0: give numbers of steps, such as 50,100"),
+        (["--guidance_scales", "2.5.1"], "--guidance_scales is 2.5.1: give numbers from 1"),
         (["--guidance_scales", "0.5"], "--guidance_scales is 0.5: give numbers from 1, such as 2,5"),
         (["--processes", "0"], "--processes is 0"),
     ],

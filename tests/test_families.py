@@ -448,6 +448,16 @@ def test_timesteps_depend_on_seed_and_number_not_on_the_place_in_the_batch(model
     assert len(set(together[2].tolist())) == 3
 
 
+@pytest.mark.parametrize("name", ["sdxl"])
+def test_the_empty_prompt_is_what_guidance_subtracts(model):
+    family = registry.open_family(TrainOptions(), str(model), torch.float32)
+    found = family.encode_prompts(["", "a cat"])
+    states, empty, pooled, empty_pooled = family.pipeline.encode_prompt("a cat")
+    torch.testing.assert_close(found.states, torch.cat([empty, states]))
+    torch.testing.assert_close(found.pooled, torch.cat([empty_pooled, pooled]))
+    assert found.states[1].abs().max() > 0
+
+
 @every_family
 def test_accumulated_batches_equal_one_large_batch(runs, model):
     options = {"pretrained_model_name_or_path": model, "train_text_encoder": True}
@@ -463,7 +473,7 @@ def test_two_processes_equal_one_of_the_same_global_batch(runs, model, tmp_path)
     arguments = runs.options(output_dir=tmp_path / "two", **options)
     in_two_processes(ROOT / "train_dreambooth_masked.py", *flags(**arguments))
     whole = runs(train_batch_size=2, **options)
-    assert column(whole, "class_loss")[-1] > 0
+    assert column(whole, "class_preservation_loss")[-1] > 0
     assert_same_trajectory(whole, tmp_path / "two")
 
 

@@ -206,7 +206,7 @@ def test_a_training_step_reaches_every_trained_weight(version, options):
         "mask": torch.ones(2, 1, side, side),
         "crop": torch.zeros(2, 4),
         "prompt": ["a sks cat", "a sks cat"],
-        "asks_class": torch.tensor([False, True]),
+        "preserves_class": torch.tensor([False, True]),
         "class_prompt": ["a cat", ""],
         "number": torch.tensor([0, 1]),
     }
@@ -214,7 +214,7 @@ def test_a_training_step_reaches_every_trained_weight(version, options):
     prompts = ["a sks cat", "a cat", ""]
     embeddings = dict(zip(prompts, model.encode_prompts(prompts), strict=True))
     losses = batch_losses(options, model, batch, class_batch, embeddings)
-    assert list(losses) == ["loss", "prior_loss", "preservation_loss", "class_loss"]
+    assert list(losses) == ["loss", "prior_loss", "preservation_loss", "class_preservation_loss"]
     assert {loss.shape for loss in losses.values()} == {()}
     sum(losses.values()).backward()
     assert all(weight.grad is not None and weight.grad.shape == weight.shape for weight in weights)

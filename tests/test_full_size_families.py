@@ -212,13 +212,13 @@ def test_a_training_step_reaches_every_trained_weight(name):
         "mask": torch.ones(1, 1, 256, 256),
         "crop": torch.zeros(1, 4),
         "prompt": ["a sks cat"],
-        "asks_class": torch.tensor([True]),
+        "preserves_class": torch.tensor([True]),
         "class_prompt": [""],
         "number": torch.tensor([0]),
     }
     prompts = ["a sks cat", "a cat", ""]
     embeddings = dict(zip(prompts, model.encode_prompts(prompts), strict=True))
     losses = batch_losses(options, model, batch, {**batch, "prompt": ["a cat"]}, embeddings)
-    assert list(losses) == ["loss", "prior_loss", "preservation_loss", "class_loss"]
+    assert list(losses) == ["loss", "prior_loss", "preservation_loss", "class_preservation_loss"]
     sum(losses.values()).backward()
     assert all(weight.grad is not None and weight.grad.shape == weight.shape for weight in weights)

@@ -9,6 +9,7 @@ import pytest
 
 from persam_dreambooth.evaluation import benchmark_cells, benchmark_data, measures
 from persam_dreambooth.evaluation import benchmark_subjects as subjects
+from persam_dreambooth.evaluation.background import BenchmarkOptions
 from persam_dreambooth.evaluation.benchmark_report import benchmark_table
 from persam_dreambooth.evaluation.benchmark_results import COLUMNS, CellResult, RecipeRow, Spread, front, rows_of
 from persam_dreambooth.evaluation.recipes import BASE, RECIPES
@@ -189,7 +190,7 @@ def test_every_recipe_is_a_training_that_can_be(name, tmp_path):
         benchmark_cells.BenchmarkCell(name, OWNER, 1), tmp_path, tmp_path / "run", {**BASE, "max_train_steps": 10}
     )
     options.check()
-    assert options.seed == 1 and options.max_train_steps == RECIPES[name].options.get("max_train_steps", 10)
+    assert options.seed == 1 and options.max_train_steps == 10
     assert {option: getattr(options, option) for option in RECIPES[name].options} == RECIPES[name].options
 
 
@@ -214,8 +215,8 @@ def test_the_stored_table_follows_from_the_stored_cells():
         assert row.figures.keys() == stored["recipes"][row.name].keys()
         for name, spread in stored["recipes"][row.name].items():
             assert dataclasses.asdict(row.figures[name]) == pytest.approx(spread)
-    steps, scale = (stored["options"][name].split(",")[0] for name in ("at_steps", "guidance_scales"))
-    compared = [row for row in rows if row.steps in (0, int(steps)) and row.scale == float(scale)]
+    options = BenchmarkOptions(**stored["options"])
+    compared = [row for row in rows if row.steps in (0, options.steps[0]) and row.scale == options.scales[0]]
     assert benchmark_table(rows, front(compared)) == (folder / "table.md").read_text(encoding="utf-8")
 
 

@@ -68,6 +68,8 @@ def model_card(
         covered = [item.record.coverage for item in masks if item.mask.any()]
         how = f"{_use_of_masks(options)} (masks: {', '.join(sorted({item.record.method for item in masks}))})"
         coverage = f"{len(covered)}, covering {min(covered):.0%} to {max(covered):.0%} of a photo"
+    if options.class_preservation_weight:
+        how += "; the prediction of the base model is preserved for the class prompt and for the empty one"
     subjects = options.each_subject
     return CARD.format(
         base=options.pretrained_model_name_or_path,
@@ -126,6 +128,4 @@ def _use_of_masks(options: TrainingOptions) -> str:
         told.append("the loss counts inside and outside masks equally")
     if options.masked_prior_preservation_weight:
         told.append("outside masks the prediction of the base model is preserved")
-    if options.class_preservation_weight:
-        told.append("the prediction of the base model is preserved for the class prompt")
     return "; ".join(told)

@@ -23,10 +23,10 @@ ORDER, CROP, NOISE, DROPOUT, BACKGROUND, UNMASKED, FLIP, CAPTION, CLASS = range(
 """The random streams of a run."""
 
 CLASS_SHARE = 0.5
-"""Fraction of the samples that also ask for the class: half of them with the class prompt, half with the empty one.
+"""Fraction of the samples with class preservation: half of them with the class prompt, half with the empty one.
 
-Classifier-free guidance with scale w generates from w * prediction(prompt) - (w - 1) * prediction(empty prompt), so
-what changes under the empty prompt shows in all images, and nearly as much. In trials, asking all samples cost more and
+Classifier-free guidance with scale w generates from w * prediction(prompt) - (w - 1) * prediction(empty prompt). What
+changes under the empty prompt therefore shows in all images. In trials, class preservation of all samples cost more and
 gave the same.
 """
 
@@ -37,7 +37,7 @@ CLASS_SEED = 1
 class Sample(TypedDict):
     """One training sample; H W are its height and width.
 
-    pixels (3, H, W) in -1..1, mask (1, H, W) in 0..1, the prompt, whether the sample also asks for the class and with
+    pixels (3, H, W) in -1..1, mask (1, H, W) in 0..1, the prompt, whether the sample has class preservation and with
     which prompt, the photo's name, the sample's number, and the position of the crop, (4,) in pixels: height and width
     of the photo, top and left of the crop in the resized photo (after the flip, if any).
     """
@@ -46,7 +46,7 @@ class Sample(TypedDict):
     mask: torch.Tensor
     crop: torch.Tensor
     prompt: str
-    asks_class: bool
+    preserves_class: bool
     class_prompt: str
     name: str
     number: int
@@ -115,6 +115,8 @@ class Crops(Dataset):
         self.random_flip = random_flip
         self.sizes = [nearest_bucket(photo.size, buckets or [(resolution, resolution)]) for photo in photos]
         self.alike = alike
+        self.preserves_empty = not caption_dropout
+        """Whether half of the class preservation is for the empty prompt, which caption dropout trains."""
         self.shaped_like: Crops | None = None
         """Other crops; each sample gets the shape of their sample with the same number."""
         self._resized: dict[tuple[int, tuple[int, int]], tuple[Image.Image, Image.Image]] = {}
@@ -141,7 +143,7 @@ class Crops(Dataset):
         prompt, class_prompt = self.prompts[index], self.class_prompts[index]
         if self.backgrounds:
             drawn, place = self.backgrounds.draw(np.random.default_rng([self.seed, BACKGROUND, number]), size)
-            if place:
+            if place is not None:
                 prompt, class_prompt = in_front_of(prompt, place), in_front_of(class_prompt, place)
             behind = torch.from_numpy(drawn.astype(np.float32)).permute(2, 0, 1) / 127.5 - 1
             pixels = weights * pixels + (1 - weights) * behind
@@ -152,7 +154,7 @@ class Crops(Dataset):
             dropped = np.random.default_rng([self.seed, CAPTION, number]).random() < self.caption_dropout
             prompt = "" if dropped else prompt
         drawn_class = np.random.default_rng([self.seed, CLASS, number]).random()
-        if drawn_class < CLASS_SHARE / 2:
+        if drawn_class < CLASS_SHARE / 2 and self.preserves_empty:
             class_prompt = ""
         (width, height), top = self.photos[index].size, window[1]
         left = mask.width - window[2] if flipped else window[0]
@@ -163,7 +165,7 @@ class Crops(Dataset):
             mask=weights,
             crop=crop,
             prompt=prompt,
-            asks_class=drawn_class < CLASS_SHARE,
+            preserves_class=drawn_class < CLASS_SHARE,
             class_prompt=class_prompt,
             name=name,
             number=number,
@@ -183,7 +185,7 @@ class Crops(Dataset):
         prompts = dict.fromkeys([*self.prompts, *filter(None, self.class_prompts)])
         if self.backgrounds:
             prompts = {told: None for prompt in prompts for told in self.backgrounds.all_prompts(prompt)}
-        if self.caption_dropout or any(self.class_prompts):
+        if self.caption_dropout or (self.preserves_empty and any(self.class_prompts)):
             prompts[""] = None
         return list(prompts)
 

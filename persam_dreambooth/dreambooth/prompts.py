@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections.abc import Mapping
 
 from persam_dreambooth.errors import InputError
 
@@ -11,21 +12,38 @@ SCENES = "a beach, snow, a jungle, a sofa, a desert, a city at night, grass, wat
 """The default scenes."""
 
 
+WORD_SIGN = r"(?:(?![\u2e80-\uffff])\w)"
+"""A letter, digit or underscore of a script that separates words by spaces."""
+
+NOT_IN_NOUN_PHRASES = "a|an|the|and|or|with|without|of|in|on|at|by|to|from|for|near|beside|behind|under|over"
+"""English words that do not stand between a name and its class."""
+
+
 def fill_identifier(prompt: str, identifier: str) -> str:
     """Replaces `[V]` in a prompt with the identifier."""
     return prompt.replace("[V]", identifier)
 
 
-def unnamed(prompt: str, identifier: str, class_name: str) -> str:
-    """Replaces a subject's name in a prompt by its class: "a sks cat" and "a sks" are both "a cat".
+def replace_identifiers(prompt: str, classes: Mapping[str, str]) -> str:
+    """Replaces the names of subjects in a prompt by their classes: "a sks cat" and "a sks" are both "a cat".
 
-    The identifier is removed if the class is also in the prompt, else the class replaces it. A prompt without the
-    identifier is unchanged.
+    An identifier is removed if its class follows, at once or after at most two words of the same noun phrase, as in "a
+    sks fluffy cat". Else its class replaces it. Upper and lower case are equal, as for CLIP.
+
+    Args:
+        prompt: the prompt.
+        classes: the class name of each identifier.
     """
-    word = rf"(?<!\w){re.escape(identifier)}(?!\w)"
-    without = " ".join(re.sub(word, " ", prompt).split())
-    has_class = re.search(rf"(?<!\w){re.escape(class_name)}(?!\w)", without, re.IGNORECASE)
-    return without if has_class else re.sub(word, lambda _: class_name, prompt)
+    start, end = rf"(?<!{WORD_SIGN})", rf"(?!{WORD_SIGN})"  # East Asian scripts have no spaces between words
+    between, plural = rf"(?:(?!(?:{NOT_IN_NOUN_PHRASES})\b)\w+\s+){{0,2}}", "(?:s|es)?"
+    for_group: dict[str, str] = {}
+    parts = []
+    for number, identifier in enumerate(sorted(classes, key=len, reverse=True)):
+        name, kind = f"{re.escape(identifier)}{end}", re.escape(classes[identifier])
+        parts += [rf"(?P<before{number}>{name}\s*(?={between}{kind}{plural}{end}))", f"(?P<alone{number}>{name})"]
+        for_group |= {f"before{number}": "", f"alone{number}": classes[identifier]}
+    pattern = re.compile(f"{start}(?:{'|'.join(parts)})", re.IGNORECASE)
+    return pattern.sub(lambda match: for_group[str(match.lastgroup)], prompt)
 
 
 def split_scenes(scenes: str) -> list[str]:
@@ -55,7 +73,7 @@ def check_unread(what: str, prompt: str, unread: str, identifier: str | None = N
         return
     read = prompt[: len(prompt) - len(unread)]
     # A word may be cut inside. East Asian scripts have no spaces between words.
-    begun = re.search(r"(?:(?![\u2e80-\uffff])\w)*$", read) if re.match(r"\w", unread) else None
+    begun = re.search(f"{WORD_SIGN}*$", read) if re.match(r"\w", unread) else None
     words = " ".join(((begun[0] if begun else "") + unread).split())
     told = f'{what} is too long: the model does not read "{words}"'
     if identifier and identifier in prompt and identifier not in read:

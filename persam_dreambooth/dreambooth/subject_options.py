@@ -127,7 +127,7 @@ class SubjectOptions(Options):
     def word(self) -> str:
         """The identifier: the given one, else from a folder name such as `5_sks cat`, else the default."""
         repeats = self._folder_words
-        return self.identifier or (repeats[0] if repeats else IDENTIFIER)
+        return (self.identifier or "").strip() or (repeats[0] if repeats else IDENTIFIER)
 
     @property
     def subject(self) -> str:

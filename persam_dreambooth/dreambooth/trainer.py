@@ -117,7 +117,7 @@ def train(
         "loss": 1.0,
         "prior_loss": options.prior_loss_weight,
         "preservation_loss": options.masked_prior_preservation_weight,
-        "class_loss": options.class_preservation_weight,
+        "class_preservation_loss": options.class_preservation_weight,
     }
 
     batches = numbered_batches(options, photos, first_step, accelerator)
@@ -191,17 +191,17 @@ def batch_losses(
     - `prior_loss`: the loss of the class images, if any; never masked.
     - `preservation_loss`: the distance outside the masks from the base model's prediction on the same noisy latents and
       prompt, if `masked_prior_preservation_weight` is not 0.
-    - `class_loss`: the distance from the base model's prediction on the same noisy latents with the class prompt or the
-      empty one, inside and outside the masks, if `class_preservation_weight` is not 0. It is measured on the samples
-      that ask for it, and divided by their expected number.
+    - `class_preservation_loss`: the distance from the base model's prediction on the same noisy latents with the class
+      prompt or the empty one, inside and outside the masks, if `class_preservation_weight` is not 0. It is the sum over
+      the samples with class preservation, divided by their expected number.
 
     `snr_gamma` weights each sample of all losses by its timestep. It applies to the last two as well, because the
     effect of an error on the image depends on the timestep in the same way for all of them, and because the proportions
     of the losses stay the same.
 
     Args:
-        batch: `Sample`s stacked: pixels (B, 3, H, W), mask (B, 1, H, W), crop (B, 4), prompt, asks_class (B,),
-            class_prompt, name, number (B,).
+        batch: `Sample`s stacked: pixels (B, 3, H, W), mask (B, 1, H, W), crop (B, 4), prompt, preserves_class
+            (B,), class_prompt, name, number (B,).
         class_batch: the same for class images; or None.
         base_embeddings: the embeddings of each prompt before training, on the training device.
     """
@@ -221,14 +221,14 @@ def batch_losses(
     crops = torch.cat([half["crop"] for half, _ in halves]).to(device)
     noisy, target = family.add_noise(x, e, t), family.target(x, e, t)
 
-    # Rows: photos, class images, and once more the photos that ask for the class.
-    photos, all_images = len(batch["number"]), len(t)
-    asking = batch["asks_class"].nonzero().flatten().tolist() if options.class_preservation_weight else []
-    prompts += [batch["class_prompt"][index] for index in asking]
+    # Rows: photos, class images, and once more the photos with class preservation.
+    photos, images = len(batch["number"]), len(t)
+    again = batch["preserves_class"].nonzero().flatten().tolist() if options.class_preservation_weight else []
+    prompts += [batch["class_prompt"][index] for index in again]
     base_text = Embeddings.stack([base_embeddings[prompt] for prompt in prompts])
     text = encode_together(family, prompts) if options.train_text_encoder else base_text
     noisy = noisy.to(base_text.states.dtype)
-    inputs = [torch.cat([each, each[asking]]) if asking else each for each in (noisy, t, crops)]
+    inputs = [torch.cat([each, each[again]]) if again else each for each in (noisy, t, crops)]
     prediction = family.predict(inputs[0], inputs[1], text, inputs[2])
 
     weight = family.min_snr_weights(t, options.snr_gamma) if options.snr_gamma else torch.ones(len(t), device=device)
@@ -239,20 +239,20 @@ def batch_losses(
     own = masked_loss(prediction[:photos], target[:photos], mask, normalization, options.unmasked_weight)
     losses = {"loss": (weight[:photos] * own).mean()}
     if class_batch is not None:
-        prior = masked_loss(prediction[photos:all_images], target[photos:])
+        prior = masked_loss(prediction[photos:images], target[photos:])
         losses["prior_loss"] = (weight[photos:] * prior).mean()
     outside = 1 - mask if options.masked_prior_preservation_weight and mask is not None else None
-    rows = [*(() if outside is None else range(photos)), *range(all_images, len(prompts))]
-    base = target[:0]
+    rows = [*(() if outside is None else range(photos)), *range(images, len(prompts))]
+    base = prediction[:0]
     if rows:
-        noisy, t, crops = (each[rows] for each in inputs)
-        base = family.predict_base(noisy, t, base_text[rows], crops)
+        base_inputs = [each[rows] for each in inputs]
+        base = family.predict_base(base_inputs[0], base_inputs[1], base_text[rows], base_inputs[2])
     if outside is not None:
         kept = masked_loss(prediction[:photos], base[:photos], outside, normalization)
         losses["preservation_loss"] = (weight[:photos] * kept).mean()
     if options.class_preservation_weight:
-        kept = masked_loss(prediction[all_images:], base[len(base) - len(asking) :])
-        losses["class_loss"] = (weight[asking] * kept).sum() / (CLASS_SHARE * photos)
+        kept = masked_loss(prediction[images:], base[len(rows) - len(again) :])
+        losses["class_preservation_loss"] = (weight[again] * kept).sum() / (CLASS_SHARE * photos)
     return losses
 
 

@@ -12,7 +12,7 @@ from persam_dreambooth.dreambooth.albums import Album, own_captions
 from persam_dreambooth.dreambooth.base_pictures import captions_in, class_prompts, told_scenes
 from persam_dreambooth.dreambooth.data import Crops
 from persam_dreambooth.dreambooth.families.family import Family
-from persam_dreambooth.dreambooth.prompts import check_unread, fill_identifier, in_front_of, unnamed
+from persam_dreambooth.dreambooth.prompts import check_unread, fill_identifier, in_front_of, replace_identifiers
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.errors import InputError, counted
 from persam_dreambooth.photos.captions import read_prompts
@@ -59,7 +59,11 @@ def make_crops(options: TrainingOptions, album: Album, masks: list[PhotoMask], c
 
     def prompts(photos: list[Photo]) -> dict[str, Any]:
         captions = training_captions(album, photos)
-        of_class = class_captions(options, album, captions) if options.class_preservation_weight else None
+        of_class = None
+        if options.class_preservation_weight:
+            of_class = class_captions(options, album, captions)
+            listed = '", "'.join(dict.fromkeys(of_class))
+            logger.info('%sthe base model is preserved for "%s"', album.label, listed)
         return {"prompts": captions, "class_prompts": of_class}
 
     if options.unmasked:
@@ -150,13 +154,25 @@ def class_captions(options: TrainingOptions, album: Album, captions: list[str]) 
     """Captions of a subject with classes in place of the names of the run's subjects.
 
     The class prompt stands for the instance prompt, and for a caption that names no subject.
+
+    Raises:
+        InputError: a prompt would be trained and preserved at the same time.
     """
     own, told = album.subject, []
+    classes = {subject.word: subject.subject for subject in options.each_subject}
     for caption in captions:
-        plain = caption
-        for subject in options.each_subject:
-            plain = unnamed(plain, subject.word, subject.subject)
+        plain = replace_identifiers(caption, classes)
         told.append(own.prompt("class") if plain == caption or caption == own.prompt("instance") else plain)
+    for caption, plain in zip(captions, told, strict=True):
+        if caption == plain:
+            raise InputError(
+                f'{album.label}"{caption}" is trained, but --class_preservation_weight preserves it: write [V] before '
+                "the class in prompts and captions, or set --class_name"
+            )
+        if replace_identifiers(plain, classes) != plain:
+            raise InputError(
+                f'{album.label}the class prompt "{plain}" names the subject: set --class_prompt without it'
+            )
     return told
 
 
@@ -177,6 +193,9 @@ def check_prompts(options: TrainingOptions, albums: list[Album], family: Family)
         told += [(f"{label}{what}", prompt, subject.word, scenes) for prompt, what in prompts.items()]
         if options.num_validation_images:
             told += [(f"{label}the validation prompt", each, subject.word, []) for each in subject.sample_prompts]
+        if options.class_preservation_weight:
+            of_class = class_captions(options, album, list(prompts))
+            told += [(f"{label}the class prompt", prompt, None, scenes) for prompt in dict.fromkeys(of_class)]
     if options.with_prior_preservation:
         scenes = options.scenes if options.class_scenes else []
         told += [("the class prompt", prompt, None, scenes) for prompt in class_prompts(options)]

@@ -148,8 +148,11 @@ class TrainingOptions(SubjectOptions):
 
     class_preservation_weight: float = option(
         0.0,
-        'weight of preserving the base model\'s prediction for "a cat", so that only "a [V] cat" changes',
-        elsewhere=("diff_output_preservation_multiplier", "diff_output_preservation", "blank_prompt_preservation"),
+        'weight of preserving the base model\'s prediction for the class prompt ("a cat") and the empty one',
+        elsewhere=(
+            *("diff_output_preservation", "diff_output_preservation_multiplier"),
+            *("blank_prompt_preservation", "blank_prompt_preservation_multiplier"),
+        ),
     )
 
     # The noise

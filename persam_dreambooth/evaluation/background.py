@@ -54,7 +54,7 @@ class BenchmarkOptions(Options):
         within(self, 1, math.inf, "seeds", "processes")
         if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", self.at_steps):
             raise InputError(f"--at_steps is {self.at_steps}: give numbers of steps, such as 50,100")
-        if not re.fullmatch(r"[1-9][\d.]*(,[1-9][\d.]*)*", self.guidance_scales):
+        if not re.fullmatch(r"[1-9]\d*(\.\d+)?(,[1-9]\d*(\.\d+)?)*", self.guidance_scales):
             raise InputError(f"--guidance_scales is {self.guidance_scales}: give numbers from 1, such as 2,5")
         within(self, 1, 1000, "num_inference_steps")
         within(self, 1, 6, "subjects")

@@ -67,14 +67,8 @@ def training_settings(options: BenchmarkOptions) -> dict[str, Any]:
 
 
 def measured_steps(recipe: str, options: BenchmarkOptions) -> list[int]:
-    """The steps at which a recipe is measured.
-
-    A recipe with a number of steps of its own, such as one whose learning rate decays, is measured at its end.
-    """
-    own = RECIPES[recipe].options
-    if own is None:
-        return [0]
-    return [own["max_train_steps"]] if "max_train_steps" in own else options.steps
+    """The numbers of steps after which a recipe is measured; 0 for the base model."""
+    return [0] if RECIPES[recipe].options is None else options.steps
 
 
 def run_cell(cell: BenchmarkCell, folder: Path, options: BenchmarkOptions) -> None:

@@ -47,6 +47,15 @@ class StableDiffusionXL(StableDiffusion):
             for unread in (encoder.encoder.layers[-1], encoder.final_layer_norm):
                 unread.requires_grad_(False)
 
+    def encode_prompts(self, prompts: list[str]) -> Embeddings:
+        """See `Family`; the empty prompt is zeros, as in the pipeline, if the model's configuration says so."""
+        encoded = super().encode_prompts(prompts)
+        if not self.pipeline.config.get("force_zeros_for_empty_prompt") or "" not in prompts:
+            return encoded
+        read = torch.tensor([float(prompt != "") for prompt in prompts], device=encoded.states.device)
+        read, pooled = read.to(encoded.states.dtype)[:, None], encoded.pooled
+        return Embeddings(encoded.states * read[..., None], None if pooled is None else pooled * read, encoded.mask)
+
     @staticmethod
     def encode_tokens(encoders: list[Any], ids: list[torch.Tensor]) -> Embeddings:
         """See `StableDiffusion`: the second-to-last states of CLIP-L and OpenCLIP-G; the latter's pooled embedding."""
