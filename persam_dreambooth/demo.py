@@ -82,7 +82,7 @@ def run_demo(options: DemoOptions) -> tuple[Path, list[str]]:
     photos, mask, truth = render_photos(owner, output)
     logger.info("1/4 five photos of one %s in %s, and a mask of the first: %s", owner.subject.kind, photos, mask)
     models = [generate_and_measure("base model, before training", "toy", owner)]
-    recipes = {"plain": RECIPES["plain"], "masked": RECIPES["bound"]}
+    recipes = {"plain": RECIPES["plain"], "masked": RECIPES["bound-10"]}
     for number, (name, recipe) in enumerate(recipes.items(), start=2):
         logger.info("%d/4 %s: %d steps", number, recipe.name, STEPS)
         given = (
@@ -97,7 +97,7 @@ def run_demo(options: DemoOptions) -> tuple[Path, list[str]]:
             **{**BASE, "max_train_steps": STEPS, **given},
         )
         personalize(training)
-        models.append(generate_and_measure(recipe.name, str(output / name), owner))
+        models.append(generate_and_measure(recipe.name.partition(" (")[0], str(output / name), owner))
     logger.info("4/4 the report")
     path = output / "report.html"
     found = load_masks(output / "masked" / MASKS, find_photos(photos))

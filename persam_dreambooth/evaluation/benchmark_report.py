@@ -33,7 +33,8 @@ PANELS = (("leak_own", "fidelity_scenes"), ("class_fidelity", "fidelity_scenes")
 def write_benchmark(folder: Path, results: list[CellResult], options: BenchmarkOptions) -> None:
     """Writes `results.json`, `table.md`, `front.png` and `grids/` of finished cells to the folder.
 
-    The Pareto front compares the rows of one number of steps and one guidance scale, the first of the options.
+    The Pareto front and the grids compare the rows of one number of steps and one guidance scale: the first of the
+    options.
 
     Args:
         folder: the benchmark's folder.
@@ -52,7 +53,7 @@ def write_benchmark(folder: Path, results: list[CellResult], options: BenchmarkO
             f"{row.title}, {row.steps} steps, guidance {row.scale:g}": folder
             / "strips"
             / f"{row.recipe}.{subject}.0.{row.steps}.{row.scale:g}.png"
-            for row in rows
+            for row in compared
         }
         strips = [(title, Image.open(path)) for title, path in paths.items() if path.is_file()]
         save_picture(sheet(strips), folder / "grids" / f"{subject}.jpg")
@@ -70,7 +71,7 @@ def draw_front(rows: Sequence[RecipeRow], path: Path) -> None:
             color = "#222222" if not row.trained else "#c2185b" if row in best else "#999999"
             shape = "o" if row.trained else "s"
             axes.errorbar(x.mean, y.mean, y.error, x.error, fmt=shape, color=color, elinewidth=0.6)
-            axes.annotate(row.name, (x.mean, y.mean), (4, 4), textcoords="offset points", fontsize=8, color=color)
+            axes.annotate(row.recipe, (x.mean, y.mean), (4, 4), textcoords="offset points", fontsize=8, color=color)
         axes.set(xlabel=COLUMNS[across][2], ylabel=COLUMNS[up][0])
         axes.grid(alpha=0.3)
     with write_aside(path) as aside:

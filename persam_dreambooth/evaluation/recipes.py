@@ -11,11 +11,9 @@ BASE: dict[str, Any] = {
     "method": "lora",
     "rank": 16,
     "learning_rate": 2e-3,
-    "max_train_steps": 200,
     "train_batch_size": 4,
     "num_validation_images": 0,
     "logging_steps": 50,
-    "checkpointing_steps": 100_000,
 }
 """The options that all recipes share."""
 
@@ -90,11 +88,17 @@ RECIPES: dict[str, Recipe] = {
     "plain-text": Recipe("plain loss, text encoder too", NONE, options={"unmasked": True, **TEXT}),
     "preserve-text": Recipe("masked, base preserved outside, text encoder too", options={**PRESERVE, **TEXT}),
     "preserve-class": Recipe("masked, base preserved outside, prior preservation", options={**PRESERVE, **CLASS}),
-    "bound": Recipe("masked, base preserved outside and for the class", options=BOUND),
+    "bound": Recipe("masked, outside and class preserved (weight 5)", options=BOUND),
     "bound-persam-f": Recipe("class preserved, masks by PerSAM-F", PERSAM_F, options=BOUND),
-    "bound-1": Recipe("class preserved, weight 1", options={**BOUND, "class_preservation_weight": 1.0}),
-    "bound-2": Recipe("class preserved, weight 2", options={**BOUND, "class_preservation_weight": 2.0}),
-    "bound-10": Recipe("class preserved, weight 10", options={**BOUND, "class_preservation_weight": 10.0}),
+    "bound-1": Recipe(
+        "masked, outside and class preserved (weight 1)", options={**BOUND, "class_preservation_weight": 1.0}
+    ),
+    "bound-2": Recipe(
+        "masked, outside and class preserved (weight 2)", options={**BOUND, "class_preservation_weight": 2.0}
+    ),
+    "bound-10": Recipe(
+        "masked, outside and class preserved (weight 10)", options={**BOUND, "class_preservation_weight": 10.0}
+    ),
     "bound-unet": Recipe("class preserved, text encoder frozen", options={**BOUND, "train_text_encoder": False}),
     "bound-inside": Recipe("class preserved, nothing preserved outside", options={**BOUND, **OUTSIDE_FREE}),
     "bound-floor": Recipe("class preserved, floor 0.1", options={**BOUND, **OUTSIDE_FREE, "unmasked_weight": 0.1}),
