@@ -247,7 +247,7 @@ def test_any_subject_of_a_run_can_be_evaluated(pair, home, tmp_path, monkeypatch
         ([DUCK, {**ROBOT, "mask": "m.png"}], r"subject 2 \(zwx\): --mask and --mask_dir exclude one another"),
         ([DUCK, {"mask_dir": "robot-masks", "identifier": "zwx"}], r"subject 2 \(zwx\): --instance_dir is missing"),
         ([DUCK, {**ROBOT, "identifier": "sks"}], "subjects 1 and 2 share the identifier sks: give each a rare word"),
-        ([DUCK, {**ROBOT, "identifier": "SKS "}], "share the identifier sks and SKS : give each a rare word"),
+        ([DUCK, {**ROBOT, "identifier": "SKS "}], "share the identifier sks and SKS: give each a rare word"),
         ([DUCK, {**ROBOT, "identifier": "***"}], "subject 2: identifier is '[*]{3}': give it letters or digits"),
         ([DUCK, {**DUCK, "identifier": "zwx"}], "subjects 1 and 2 have the same photos and masks"),
         ([{**DUCK, "instance_dir": "."}, ROBOT], "subjects 1 and 2: .*robot lies inside .*, whose photos it would add"),

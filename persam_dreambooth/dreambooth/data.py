@@ -19,7 +19,7 @@ from persam_dreambooth.dreambooth.buckets import covering_side, nearest_bucket
 from persam_dreambooth.dreambooth.prompts import in_front_of
 from persam_dreambooth.photos.folder import Photo
 
-ORDER, CROP, NOISE, DROPOUT, BACKGROUND, UNMASKED, FLIP, CAPTION, CLASS = range(9)
+ORDER, CROP, NOISE, DROPOUT, BACKGROUND, UNMASKED, FLIP, CAPTION, CLASS_PROMPT = range(9)
 """The random streams of a run."""
 
 CLASS_SHARE = 0.5
@@ -153,7 +153,7 @@ class Crops(Dataset):
         if self.caption_dropout:
             dropped = np.random.default_rng([self.seed, CAPTION, number]).random() < self.caption_dropout
             prompt = "" if dropped else prompt
-        drawn_class = np.random.default_rng([self.seed, CLASS, number]).random()
+        drawn_class = np.random.default_rng([self.seed, CLASS_PROMPT, number]).random()
         if drawn_class < CLASS_SHARE / 2 and self.preserves_empty:
             class_prompt = ""
         (width, height), top = self.photos[index].size, window[1]
