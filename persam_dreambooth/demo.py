@@ -42,7 +42,7 @@ DENOISING_STEPS = 12
 SCENE = "beach"
 PICTURES_SHOWN = 6
 GUIDANCE_SCALE = 2.0
-"""The better one of the benchmark's two, for both of the recipes that the demo compares."""
+"""The scale of the section of docs/benchmark.md on the name; a higher one makes colors and bodies too strong."""
 
 GRAY = (110, 110, 110)
 DEMO_FIGURES = (

@@ -357,9 +357,13 @@ def test_each_of_several_subjects_has_its_class_and_all_their_names_are_replaced
             '"a cat" is trained, but --class_preservation_weight preserves it: write [V] before',
         ),
         (["a cat"], {"instance_prompt": "a cat"}, '"a cat" is trained'),
-        (["a sks cat"], {"class_prompt": "a [V] cat"}, '"a sks cat" is trained'),
+        (
+            ["a sks cat"],
+            {"class_prompt": "a [V] cat"},
+            'the class prompt "a sks cat" names the subject: set --class_pro',
+        ),
         (["sks on a sofa"], {"class_prompt": "photo of sks", "instance_prompt": "sks on a sofa"}, "names the subject"),
-        (["a cat"], {"identifier": "cat", "instance_prompt": "a cat"}, "names the subject|is trained"),
+        (["a cat"], {"identifier": "cat"}, '"a cat" is trained'),
     ],
 )
 def test_what_is_trained_is_not_preserved(captions, options, message):
@@ -373,7 +377,7 @@ def test_a_class_prompt_that_is_too_long_is_told(runs, tmp_path, caplog):
         assert runs.train(tmp_path / "run", **options) == 0
     assert any("the class prompt is too long" in message for message in caplog.messages)
     assert any('the base model is preserved for "a duck on' in message for message in caplog.messages)
-    assert "preserved for the class prompt and for the empty one" in (tmp_path / "run" / "README.md").read_text()
+    assert "preserved for prompts that do not name the subject" in (tmp_path / "run" / "README.md").read_text()
 
 
 def test_subjects_of_one_class_share_its_prompt_and_samples_keep_theirs(photos):

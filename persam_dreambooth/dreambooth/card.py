@@ -69,7 +69,7 @@ def model_card(
         how = f"{_use_of_masks(options)} (masks: {', '.join(sorted({item.record.method for item in masks}))})"
         coverage = f"{len(covered)}, covering {min(covered):.0%} to {max(covered):.0%} of a photo"
     if options.class_preservation_weight:
-        how += "; the prediction of the base model is preserved for the class prompt and for the empty one"
+        how += "; the prediction of the base model is preserved for prompts that do not name the subject"
     subjects = options.each_subject
     return CARD.format(
         base=options.pretrained_model_name_or_path,

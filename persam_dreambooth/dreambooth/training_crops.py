@@ -164,14 +164,14 @@ def class_captions(options: TrainingOptions, album: Album, captions: list[str]) 
         plain = replace_identifiers(caption, classes)
         told.append(own.prompt("class") if plain == caption or caption == own.prompt("instance") else plain)
     for caption, plain in zip(captions, told, strict=True):
+        if replace_identifiers(plain, classes) != plain:
+            raise InputError(
+                f'{album.label}the class prompt "{plain}" names the subject: set --class_prompt without it'
+            )
         if caption == plain:
             raise InputError(
                 f'{album.label}"{caption}" is trained, but --class_preservation_weight preserves it: write [V] before '
                 "the class in prompts and captions, or set --class_name"
-            )
-        if replace_identifiers(plain, classes) != plain:
-            raise InputError(
-                f'{album.label}the class prompt "{plain}" names the subject: set --class_prompt without it'
             )
     return told
 
