@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
 from torch.nn.functional import interpolate
 
 from benchmarks.measuring import RESULTS, record
@@ -108,7 +107,6 @@ def draw(steps: list[int], curves: dict[str, dict[str, list[float]]], path: Path
     panels[0].set_ylabel("change of the prediction inside the mask")
     panels[0].legend()
     figure.savefig(path, dpi=80)
-    Image.open(path).convert("RGB").save(path, optimize=True)
 
 
 if __name__ == "__main__":

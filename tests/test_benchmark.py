@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -95,6 +96,15 @@ def test_an_interrupted_benchmark_does_only_what_is_left(finished, tmp_path, mon
     assert done == ["masked"]
     assert figures(again) == figures(result)
     assert lost.is_file()
+
+
+def test_a_further_guidance_scale_leaves_the_cells_that_are_done(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "copy")
+    [done] = (tmp_path / "copy").glob("cells/base.*.5.json")
+    before = done.read_bytes(), done.stat().st_mtime_ns
+    run(tmp_path / "copy", "--recipes", "base", "--guidance_scales", "2,5")
+    assert (done.read_bytes(), done.stat().st_mtime_ns) == before
+    assert len(list((tmp_path / "copy").glob("cells/base.*.2.json"))) == 1
 
 
 @pytest.mark.slow

@@ -9,18 +9,19 @@ import torch
 from torch.utils.data import default_collate
 from training_runs import (
     column,
+    every_method,
     metrics,
+    moved_family,
+    noisy_latents,
     same_metrics,
     same_state,
     same_weights,
     toy_pipeline,
     training_crops,
-    uniform,
     watched_family,
     weights,
 )
 
-from persam_dreambooth.dreambooth.data import sample_noise
 from persam_dreambooth.dreambooth.families.family import Embeddings
 from persam_dreambooth.dreambooth.loss import latent_mask
 from persam_dreambooth.dreambooth.trainer import batch_losses
@@ -28,26 +29,13 @@ from persam_dreambooth.main_job import TrainOptions
 from tools.toy import build
 
 KEEP = {"masked_prior_preservation_weight": 1.0}
-METHODS = {
-    "lora": {},
-    "lora, text encoder": {"train_text_encoder": True},
-    "full": {"method": "full"},
-    "full, text encoder": {"method": "full", "train_text_encoder": True},
-}
-every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 
 
-def moved_family(**options):
-    """A family under training whose trained weights have all moved away from where they start."""
+def moved_run(**options):
+    """Options, a family under training whose trained weights have all moved, and its base embeddings."""
     options = TrainOptions(**KEEP, **options)
-    family, embeddings = watched_family(**KEEP, method=options.method, train_text_encoder=options.train_text_encoder)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for part in family.trained.values():
-            for weight in part.parameters():
-                if weight.requires_grad:
-                    weight += 0.02 * torch.randn(weight.shape, generator=generator)
-    return options, family, embeddings
+    given = {"method": options.method, "train_text_encoder": options.train_text_encoder}
+    return options, *moved_family(**KEEP, **given)
 
 
 def two_photos(photos):
@@ -57,17 +45,12 @@ def two_photos(photos):
 
 def base_predictions(batch):
     """What the base model predicts for a batch of the run of seed 0, by plain diffusers: (B, C, h, w), float64."""
-    pipeline, answers = toy_pipeline(), []
+    pipeline = toy_pipeline()
     tokens = pipeline.tokenizer(["a sks duck"], padding="max_length", return_tensors="pt").input_ids
-    text = pipeline.text_encoder(tokens)[0]
-    for number, pixels in zip(batch["number"].tolist(), batch["pixels"], strict=True):
-        vae_noise, noise, step = sample_noise(0, [number], (build.LATENT_CHANNELS, 8, 8), uniform)
-        posterior = pipeline.vae.encode(pixels[None]).latent_dist
-        latents = (posterior.mean + posterior.std * vae_noise) * 0.18215
-        kept = pipeline.scheduler.alphas_cumprod[step]
-        noisy = kept.sqrt() * latents + (1 - kept).sqrt() * noise
-        with torch.no_grad():
-            answers.append(pipeline.unet(noisy, step, encoder_hidden_states=text).sample[0])
+    with torch.no_grad():
+        text = pipeline.text_encoder(tokens)[0]
+        each = zip(*noisy_latents(pipeline, batch), strict=True)
+        answers = [pipeline.unet(noisy[None], step, encoder_hidden_states=text).sample[0] for noisy, step in each]
     return torch.stack(answers).double().numpy()
 
 
@@ -77,7 +60,7 @@ def base_predictions(batch):
 @every_method
 @pytest.mark.parametrize("normalization", ["area", "none"])
 def test_it_is_the_formula_worked_out_with_plain_diffusers(photos, method, normalization):
-    options, family, embeddings = moved_family(**method, mask_normalization=normalization)
+    options, family, embeddings = moved_run(**method, mask_normalization=normalization)
     batch = two_photos(photos)
     loss = batch_losses(options, family, batch, None, embeddings)["preservation_loss"]
     prediction = family.prediction.detach().double().numpy()
@@ -93,7 +76,7 @@ def test_it_is_the_formula_worked_out_with_plain_diffusers(photos, method, norma
 
 @every_method
 def test_it_teaches_nothing_inside_the_mask(photos, method):
-    options, family, embeddings = moved_family(**method)
+    options, family, embeddings = moved_run(**method)
     batch = two_photos(photos)
     batch_losses(options, family, batch, None, embeddings)["preservation_loss"].backward()
     gradient = family.prediction.grad
@@ -105,7 +88,7 @@ def test_it_teaches_nothing_inside_the_mask(photos, method):
 
 @pytest.mark.parametrize("normalization", ["area", "none"])
 def test_a_mask_of_the_whole_crop_leaves_nothing_to_keep(photos, normalization):
-    options, family, embeddings = moved_family(mask_normalization=normalization)
+    options, family, embeddings = moved_run(mask_normalization=normalization)
     batch = two_photos(photos)
     batch["mask"] = torch.ones_like(batch["mask"])
     loss = batch_losses(options, family, batch, None, embeddings)["preservation_loss"]
@@ -115,7 +98,7 @@ def test_a_mask_of_the_whole_crop_leaves_nothing_to_keep(photos, normalization):
 
 
 def test_class_images_have_no_part_in_it(photos):
-    options, family, embeddings = moved_family()
+    options, family, embeddings = moved_run()
     batch = two_photos(photos)
     class_batch = {**batch, "prompt": ["a duck", "a duck"], "pixels": batch["pixels"].flip(3)}
     alone = batch_losses(options, family, batch, None, embeddings)["preservation_loss"]
@@ -142,7 +125,7 @@ def probe():
 
 @every_method
 def test_the_base_is_the_model_before_training_to_the_bit(method):
-    _, family, _ = moved_family(**method)
+    _, family, _ = moved_run(**method)
     inputs = probe()
     with torch.no_grad():
         before = toy_pipeline().unet(inputs[0], inputs[1], encoder_hidden_states=inputs[2].states).sample
@@ -154,7 +137,7 @@ def test_the_base_is_the_model_before_training_to_the_bit(method):
 
 
 def test_lora_counts_again_after_the_base_was_asked_and_also_where_that_failed():
-    _, family, _ = moved_family()
+    _, family, _ = moved_run()
     inputs = probe()
     trained = [weight for weight in family.pipeline.unet.parameters() if weight.requires_grad]
     moved = family.predict(*inputs)
@@ -168,7 +151,7 @@ def test_lora_counts_again_after_the_base_was_asked_and_also_where_that_failed()
 
 
 def test_gradients_are_those_without_asking_the_base_in_between():
-    _, family, _ = moved_family()
+    _, family, _ = moved_run()
     inputs = probe()
     trained = [weight for weight in family.pipeline.unet.parameters() if weight.requires_grad]
     plain = torch.autograd.grad(family.predict(*inputs).square().sum(), trained)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 import persam_dreambooth
 from persam_dreambooth import cli, toy
-from persam_dreambooth.dreambooth.data import Crops
+from persam_dreambooth.dreambooth.data import Crops, sample_noise
 from persam_dreambooth.dreambooth.families.latent_diffusion import LORA_WEIGHTS
 from persam_dreambooth.dreambooth.families.registry import FAMILIES, load_pipeline
 from persam_dreambooth.main_job import TrainOptions
@@ -252,6 +252,40 @@ def training_crops(photos, masks=None, resolution=RESOLUTION, seed=0, background
     loaded = load_masks(masks or photos.parent / "masks", found)
     masks = [item.mask for item in loaded]
     return Crops(found, masks, resolution, center_crop, seed, "a sks duck", backgrounds, **options)
+
+
+METHODS = {
+    "lora": {},
+    "lora, text encoder": {"train_text_encoder": True},
+    "full": {"method": "full"},
+    "full, text encoder": {"method": "full", "train_text_encoder": True},
+}
+every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+
+
+def moved_family(**options):
+    """As `watched_family`, but all trained weights have moved away from where they start."""
+    family, embeddings = watched_family(**options)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for part in family.trained.values():
+            for weight in part.parameters():
+                if weight.requires_grad:
+                    weight += 0.02 * torch.randn(weight.shape, generator=generator)
+    return family, embeddings
+
+
+def noisy_latents(pipeline, batch):
+    """The noisy latents (B, C, 8, 8) of a batch of the run of seed 0 and their timesteps (B,), by plain diffusers."""
+    found, steps = [], []
+    for number, pixels in zip(batch["number"].tolist(), batch["pixels"], strict=True):
+        vae_noise, noise, step = sample_noise(0, [number], (build.LATENT_CHANNELS, 8, 8), uniform)
+        posterior = pipeline.vae.encode(pixels[None]).latent_dist
+        latents = (posterior.mean + posterior.std * vae_noise) * 0.18215
+        kept = pipeline.scheduler.alphas_cumprod[step]
+        found.append(kept.sqrt() * latents + (1 - kept).sqrt() * noise)
+        steps.append(step)
+    return torch.cat(found), torch.cat(steps)
 
 
 def watched(family):

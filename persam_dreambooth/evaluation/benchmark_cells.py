@@ -72,7 +72,7 @@ def measured_steps(recipe: str, options: BenchmarkOptions) -> list[int]:
 
 
 def run_cell(cell: BenchmarkCell, folder: Path, options: BenchmarkOptions) -> None:
-    """Trains one cell, generates and measures its pictures, and writes its files and strips of pictures."""
+    """Trains one cell, generates and measures its pictures, and writes its missing files and strips of pictures."""
     import torch
 
     from persam_dreambooth.dreambooth.pipelines import load_model
@@ -80,7 +80,7 @@ def run_cell(cell: BenchmarkCell, folder: Path, options: BenchmarkOptions) -> No
     from persam_dreambooth.toy.evaluator import Evaluator
 
     recipe, models, seconds = RECIPES[cell.recipe], {0: "toy"}, {0: 0.0}
-    paths = cell.paths(folder, options)
+    paths = {key: path for key, path in cell.paths(folder, options).items() if not path.is_file()}
     run_dir = folder / "runs" / cell.name
     shutil.rmtree(run_dir, ignore_errors=True)
     reset_peak_memory()
@@ -91,14 +91,15 @@ def run_cell(cell: BenchmarkCell, folder: Path, options: BenchmarkOptions) -> No
             seconds[progress.done] = time.monotonic() - started
 
     if recipe.options is not None:
-        measured = measured_steps(cell.recipe, options)
+        measured = sorted({steps for steps, _ in paths})
         counts = {"max_train_steps": max(measured), "checkpointing_steps": math.gcd(*measured)}
         with reporting(note_time):
             personalize(train_options(cell, folder, run_dir, {**training_settings(options), **counts}))
         models = {steps: str(run_dir / f"checkpoint-{steps}") for steps in measured}
-    memory = read_peak_memory()
+    memory, evaluator = read_peak_memory(), Evaluator.load(toy.path("evaluator"))
+    pipelines = {steps: load_model(model) for steps, model in models.items()}
     for (steps, scale), path in paths.items():
-        pipeline = load_model(models[steps])
+        pipeline = pipelines[steps]
         with torch.autocast(pipeline.device.type, torch.bfloat16, enabled=options.mixed_precision == "bf16"):
             pictures = {
                 kind: sample_prompts(
@@ -106,7 +107,7 @@ def run_cell(cell: BenchmarkCell, folder: Path, options: BenchmarkOptions) -> No
                 )
                 for kind in (*PICTURES, *(["twin"] if recipe.twin else []))
             }
-        figures: dict[str, float | None] = dict(measure(pictures, cell.personal, Evaluator.load(toy.path("evaluator"))))
+        figures: dict[str, float | None] = dict(measure(pictures, cell.personal, evaluator))
         strip = [*pictures["own"][:4], *pictures.get("twin", pictures["class"])[:4], *pictures["scenes"][:6]]
         save_picture(Image.fromarray(np.concatenate(strip, axis=1)), folder / "strips" / f"{path.stem}.png")
         figures |= {"seconds": seconds[steps], "memory": memory}
