@@ -154,7 +154,7 @@ def photos():
 @pytest.mark.parametrize("number", range(8))
 @pytest.mark.parametrize("composites", [0.0, 1.0])
 def test_pairs_show_one_subject_twice_with_masks_that_fit(photos, number, composites):
-    for picture in pairs.random_pair(np.random.default_rng(number), 128, photos, composites):
+    for picture in pairs.random_album(np.random.default_rng(number), 128, photos, composites):
         assert picture.image.shape == (128, 128, 3) and picture.subject.shape == (128, 128)
         assert picture.subject.any()
         shared = sum((other & picture.subject).sum() for other in picture.others)
@@ -350,7 +350,7 @@ def test_objects_of_photos_are_shown_with_their_masks(tmp_path, photos):
     turned = 0
     for number in range(10):
         hues = []
-        for picture in pairs.object_pair(np.random.default_rng(number), 128, photos, albums):
+        for picture in pairs.object_album(np.random.default_rng(number), 128, photos, albums):
             shown = Image.fromarray(np.median(picture.image[picture.subject], axis=0).astype(np.uint8)[None, None])
             hue, saturation, _ = shown.convert("HSV").getpixel((0, 0))
             assert saturation > 150
