@@ -34,6 +34,16 @@ SAM_2 = {
     "prompt_encoder_config": {"hidden_size": 64},
     "mask_decoder_config": {"hidden_size": 64, "mlp_dim": 128, "iou_head_hidden_dim": 64},
 }
+MEMORY = {
+    "memory_attention_hidden_size": 64,
+    "memory_attention_num_layers": 2,
+    "memory_attention_feed_forward_hidden_size": 128,
+    "memory_encoder_hidden_size": 64,
+    "mask_downsampler_embed_dim": 64,
+    "memory_fuser_embed_dim": 64,
+    "memory_fuser_intermediate_dim": 128,
+}
+"""The memory of `SAM_2`."""
 SAM_HQ = {
     "vision_config": {
         "hidden_size": 48,
@@ -65,8 +75,7 @@ def save_sam2(folder):
 
 def save_sam2_video(folder):
     """A SAM 2 as the hub's are saved, with the memory of videos: the folder, and the model."""
-    memory = {"memory_attention_hidden_size": 64, "memory_encoder_hidden_size": 64}
-    model = fill(Sam2VideoModel(Sam2VideoConfig(**SAM_2, **memory)))
+    model = fill(Sam2VideoModel(Sam2VideoConfig(**SAM_2, **MEMORY)))
     model.save_pretrained(folder)
     return folder, model
 
