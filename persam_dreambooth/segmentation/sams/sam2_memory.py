@@ -17,7 +17,11 @@ from typing import Any
 
 import torch
 from transformers import Sam2Config, Sam2Model, Sam2VideoConfig
-from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoMemoryAttention, Sam2VideoMemoryEncoder
+from transformers.models.sam2_video.modeling_sam2_video import (
+    Sam2VideoMemoryAttention,
+    Sam2VideoMemoryEncoder,
+    Sam2VideoVisionRotaryEmbedding,
+)
 
 MASK_SCALE, MASK_BIAS = 20.0, -10.0
 """A mask of 0 and 1 enters the memory encoder as -10 and 10, without the sigmoid that predicted logits pass first."""
@@ -35,6 +39,18 @@ class Sam2MemoryModel(Sam2Model):
         config._attn_implementation = self.config._attn_implementation
         self.memory_attention = Sam2VideoMemoryAttention(config)
         self.memory_encoder = Sam2VideoMemoryEncoder(config)
+
+    def set_positions(self) -> None:
+        """Computes the memory attention's positions and frequencies, which no checkpoint holds."""
+        attention = self.memory_attention
+        attention.position_ids = attention.precompute_positions(attention.config)
+        attention.rotary_emb = Sam2VideoVisionRotaryEmbedding(attention.config)
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        """Called by `from_pretrained` for modules with weights or buffers that a checkpoint lacks."""
+        super()._init_weights(module)
+        if isinstance(module, Sam2VideoMemoryAttention):
+            self.set_positions()
 
 
 @dataclass(frozen=True, eq=False)
