@@ -89,12 +89,17 @@ def draw_episodes():
     return photos, rng.random((4, SHOTS + 1, 8, 8)) < 0.4
 
 
-def as_batch(photos, masks, shots):
-    """Episodes as their loader gives them: each photo is enlarged to `SIDE` and normalized."""
+def enlarged(values, side):
+    """Square values (..., n, n) to `side`, without smoothing."""
+    factor = side // values.shape[-1]
+    return values.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
+
+
+def as_batch(photos, masks, shots, side=SIDE):
+    """Episodes as their loader gives them: each photo is enlarged to `side` and normalized."""
     pixels = torch.from_numpy(photos).permute(0, 1, 4, 2, 3).float() / 255
     mean, std = (torch.tensor(three).view(3, 1, 1) for three in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    pixels = ((pixels - mean) / std).repeat_interleave(SIDE // 16, -1).repeat_interleave(SIDE // 16, -2)
-    marked = torch.from_numpy(masks).repeat_interleave(SIDE // 8, -1).repeat_interleave(SIDE // 8, -2).to(torch.uint8)
+    pixels, marked = (enlarged(values, side) for values in ((pixels - mean) / std, torch.from_numpy(masks).byte()))
     return {
         "support_imgs": pixels[:, :shots],
         "support_masks": marked[:, :shots],
@@ -179,6 +184,26 @@ def record_forward(model, photos, masks):
     found["memory"] = torch.stack(out["maskmem_features"], 1)[..., ::8, ::8]
     found["positions"] = out["maskmem_pos_enc"][0][0, :, ::4, ::4]
     return {name: value.numpy().astype(np.float32) for name, value in found.items()}
+
+
+@torch.no_grad()
+def record_file(prediction, build_sam2, folder):
+    """The forward pass of SAM 2.1 tiny from a file under its published names; the photo is annotated and the query."""
+    with np.load(HERE.parent / "published_files" / "sam2.1_hiera_tiny.npz") as golden:
+        weights = seeded_weights(golden["names"], golden["shapes"])
+    file = Path(folder) / "sam2.1_hiera_tiny.pt"
+    torch.save({"model": weights}, file)
+    config = "configs/sam2.1/sam2.1_hiera_t.yaml"
+    with patch.object(prediction, "build_sam2", lambda *_: build_sam2(config, str(file), device="cpu")):
+        model = prediction.SAM2_pred()
+    model.model.sam_mask_decoder.dynamic_multimask_via_stability = False
+    photo = np.random.default_rng(1).integers(0, 256, (1, 1, 32, 32, 3), dtype=np.uint8)
+    mask = np.random.default_rng(9).random((1, 1, 8, 8)) < 0.4
+    batch = as_batch(photo, mask, 1, side=1024)
+    out = model(batch["query_img"], batch["query_mask"], prev_out={})
+    memory = out["maskmem_features"][0]
+    logits = model(batch["query_img"], prev_out=out)["pred_masks"]
+    return {"mask": mask[0, 0], "memory": memory[0, :, ::16, ::16].numpy(), "logits": logits[0, 0, ::8, ::8].numpy()}
 
 
 def record_training(program, photos, masks):
@@ -324,6 +349,7 @@ def main():
             "adapted": record_forward(adapted, photos, masks),
             "training": {**record_training(program, photos, masks), **record_loss(plain)},
             "metrics": record_metrics(),
+            "file": record_file(prediction, build_sam2, folder),
         }
         ranges, arrays["augmentation"] = record_augmentation(dataset)
     for name, recorded in arrays.items():
