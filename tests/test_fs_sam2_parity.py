@@ -62,7 +62,6 @@ def base_model():
     weights = recorded("weights")
     model = Sam2MemoryModel(Sam2VideoConfig(**SMALL))
     model.load_state_dict(rename_sam2(seeded_weights(weights["names"], weights["shapes"])))
-    model.mask_decoder.dynamic_multimask_via_stability = False
     return model.eval()
 
 
@@ -83,6 +82,7 @@ def run(model, shots):
     finer, cells = image_features(model, pixels[:, -1])
     conditioned = recall(model, cells, join_memories(memories))
     logits, scores, visible = decode_cells(model, conditioned, finer)
+    replaced, best, _ = decode_cells(model, conditioned, finer, replaced=True)
     tokens, positions = (
         torch.stack([getattr(memory, name) for memory in memories], 1).transpose(2, 3).unflatten(3, (16, 16))
         for name in ("tokens", "positions")
@@ -95,6 +95,8 @@ def run(model, shots):
         f"logits_{shots}": logits[:, 0, ::2, ::2],
         f"iou_{shots}": scores,
         f"visible_{shots}": visible,
+        f"stable_logits_{shots}": replaced[:, 0, ::2, ::2],
+        f"stable_iou_{shots}": best,
     }
 
 

@@ -108,7 +108,7 @@ def recall(model: Any, cells: torch.Tensor, memory: Memory) -> torch.Tensor:
 
 
 def decode_cells(
-    model: Any, cells: torch.Tensor, finer: Sequence[torch.Tensor], multimask: bool = False
+    model: Any, cells: torch.Tensor, finer: Sequence[torch.Tensor], multimask: bool = False, replaced: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Decodes cells without a prompt, which is one padding point.
 
@@ -117,6 +117,8 @@ def decode_cells(
         cells: (B, C, 64, 64).
         finer: the finer features of the same photos.
         multimask: returns three masks, else the single-mask output.
+        replaced: an unstable single mask is replaced by the best of three, unless the decoder is in training mode.
+            FS-SAM2 was evaluated so: it is the default of SAM 2's program.
 
     Returns:
         Logits (B, masks, 256, 256), predicted IoUs (B, masks) and the logit that an object is visible (B, 1).
@@ -125,12 +127,17 @@ def decode_cells(
     points = torch.zeros(count, 1, 1, 2, device=device)
     labels = -torch.ones(count, 1, 1, dtype=torch.int64, device=device)
     sparse, dense = model.prompt_encoder(points, labels, None, None)
-    masks, scores, _, visible = model.mask_decoder(
-        image_embeddings=cells,
-        image_positional_embeddings=model.get_image_wide_positional_embeddings().repeat(count, 1, 1, 1),
-        sparse_prompt_embeddings=sparse,
-        dense_prompt_embeddings=dense,
-        multimask_output=multimask,
-        high_resolution_features=list(finer),
-    )
+    decoder = model.mask_decoder
+    before, decoder.dynamic_multimask_via_stability = decoder.dynamic_multimask_via_stability, replaced
+    try:
+        masks, scores, _, visible = decoder(
+            image_embeddings=cells,
+            image_positional_embeddings=model.get_image_wide_positional_embeddings().repeat(count, 1, 1, 1),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=multimask,
+            high_resolution_features=list(finer),
+        )
+    finally:
+        decoder.dynamic_multimask_via_stability = before
     return masks[:, 0], scores[:, 0], visible[:, 0]
