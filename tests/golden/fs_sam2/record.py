@@ -277,6 +277,39 @@ def record_augmentation(dataset):
     }
 
 
+def record_sampling():
+    """The episodes that their three data sets draw from made-up images: class, query and supports of each."""
+    from data.coco import DatasetCOCO
+    from data.fss1000 import DatasetFSS
+    from data.pascal import DatasetPASCAL
+
+    rng = np.random.default_rng(10)
+    images = [f"2007_{number:06}" for number in range(40)]
+    shown = {name: sorted(rng.choice([5, 6, 7, 8], 1 + rng.integers(2), replace=False).tolist()) for name in images}
+    members = {category: [name for name in images if category in shown[name]] for category in (5, 6, 7, 8)}
+    folders = ["ab_wheel", "zebra"]
+    numbered = {folder: [f"{folder}/{number}" for number in range(1, 11)] for folder in folders}
+    files = [f"{name}.jpg" for folder in folders for name in sorted(numbered[folder])]
+    blank = MagicMock()
+    made = {}
+    for kind in (DatasetPASCAL, DatasetCOCO, DatasetFSS):
+        data = made[kind.__name__.removeprefix("Dataset").lower()] = kind.__new__(kind)
+        data.seed, data.split, data.class_ids, data.img_metadata_classwise = 3, "trn", [5, 6, 7, 8], members
+        data.img_metadata, data.categories = (files, folders) if kind is DatasetFSS else (images, None)
+        data.read_img = lambda name: blank
+        data.read_mask = lambda name: torch.tensor([0, 255, *(one + 1 for one in shown.get(name, []))])
+    drawn = []
+    with patch.object(sys.modules["data.fss1000"], "Image", blank):
+        for name, data in made.items():
+            for shots, epoch, index in ((1, -1, 0), (1, -1, 7), (5, -1, 1), (5, -1, 13), (1, 0, 7), (5, 2, 19)):
+                data.shot, data.epoch = shots, epoch
+                query, _, _, supports, _, _, category = data.sample_episode(index)
+                names = [one.removesuffix(".jpg") for one in (str(query), *supports)]
+                category = folders[category] if name == "fss" else str(category)
+                drawn.append([name, shots, data.seed, index, epoch + 1, category, *names])
+    return {"shown": {name: list(map(str, classes)) for name, classes in shown.items()}, "drawn": drawn}
+
+
 def record_metrics():
     """Their mIoU and FB-IoU of six predictions of three classes, some pixels ignored."""
     from common.evaluation import Evaluator
@@ -351,11 +384,12 @@ def main():
             "metrics": record_metrics(),
             "file": record_file(prediction, build_sam2, folder),
         }
+        sampling = record_sampling()
         ranges, arrays["augmentation"] = record_augmentation(dataset)
     for name, recorded in arrays.items():
         np.savez_compressed(options.output / f"{name}.npz", **recorded)
-    for name, numbers in {"published": published, "augmentation": ranges}.items():
-        (options.output / f"{name}.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    for name, numbers in {"published": published, "augmentation": ranges, "sampling": sampling}.items():
+        (options.output / f"{name}.json").write_text(json.dumps(numbers) + "\n")
 
 
 if __name__ == "__main__":
