@@ -174,6 +174,15 @@ COMMANDS = {
             f"{options.sequences} videos of {options.frames} frames in {options.output_dir}, as in DAVIS 2017"
         ),
     ),
+    "toy episodes": Command(
+        "a rendered few-shot data set in the layout of FSS-1000",
+        "toy.rendered_episodes:ToyEpisodesOptions",
+        "toy.rendered_episodes:write_episodes",
+        lambda options, _: (
+            f"6 kinds of {options.images} images in {options.output_dir}, as in FSS-1000; the classes of each fold are "
+            "in splits"
+        ),
+    ),
     "demo": Command(
         "plain and masked training side by side, without network",
         "demo:DemoOptions",
