@@ -96,7 +96,7 @@ def is_perseg(items: Sequence[Item]) -> bool:
 
 def _table_1(scores: OneShotScores, published: bool) -> Table | None:
     """mIoU of the methods and IoU of ten objects."""
-    found = {name: row for name in METHODS if (row := scores.row(name) or scores.row(WHOLE_METHODS[name]))}
+    found = {name: row for name in METHODS if (row := scores.row(name) or scores.row(WHOLE_METHODS.get(name, "")))}
     if not found:
         return None
     own = [item.name for item in scores.data.items]
