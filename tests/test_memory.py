@@ -46,6 +46,12 @@ def sam(folder):
 
 
 @pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The folder of one with an input of 256 pixels."""
+    return save_sam2_video(tmp_path_factory.mktemp("small_sam2"), side=256)[0]
+
+
+@pytest.fixture(scope="module")
 def photos():
     """Four photos that are not square."""
     return [Image.open(toy.path("photos") / "duck" / f"0{n}.jpg").crop((0, 0, 512, 320)) for n in range(4)]
@@ -85,7 +91,9 @@ def test_one_reference_gives_the_mask_of_the_video_model_of_transformers(video_m
         theirs.memory_temporal_positional_encoding.zero_()
         theirs.mask_decoder.pred_obj_score_head.proj_out.bias.fill_(1e6)
     frames = [np.array(photo.resize((1024, 1024), Image.Resampling.BILINEAR)) for photo in photos[:2]]
-    session = Sam2VideoInferenceSession(torch.cat([sam.padded_input(frame) for frame in frames]), 1024, 1024, dtype=torch.float32)
+    session = Sam2VideoInferenceSession(
+        torch.cat([sam.padded_input(frame) for frame in frames]), 1024, 1024, dtype=torch.float32
+    )
     square = np.array(Image.fromarray(mask).resize((1024, 1024), Image.Resampling.NEAREST))
     session.add_mask_inputs(session.obj_id_to_idx(1), 0, torch.from_numpy(square)[None, None].float())
     session.obj_with_new_inputs = [1]
@@ -183,7 +191,7 @@ def test_other_weights_of_the_memory_are_another_sam(fitted, folder, tmp_path):
     fitted.save(tmp_path / "memory")
     other = open_sam(folder, device="cpu")
     other.model.memory_encoder.projection.bias.data += 0.1
-    with pytest.raises(InputError, match="was fitted with other weights of .* open that SAM, or fit it again"):
+    with pytest.raises(InputError, match=r"was fitted with other weights of .* open that SAM, or fit it again"):
         MemorySegmenter.load(tmp_path / "memory", other)
 
 
@@ -271,19 +279,14 @@ def objects(photos, masks, tmp_path_factory):
         ("evaluate absence", ("--others", "1"), None),
     ],
 )
-def test_evaluations_take_it(objects, folder, tmp_path, command, more, rows, encodings_folder, capsys):
-    options = {"data": objects, "output": tmp_path / "out", "encoding_cache": encodings_folder}
-    assert run(command, *more, **options, sam_model=folder) == 0
+def test_evaluations_take_it(objects, small, tmp_path, command, more, rows, capsys):
+    options = {"data": objects, "output": tmp_path / "out"}
+    assert run(command, *more, **options, sam_model=small) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert rows is None or results["rows"].keys() == rows
     assert run(command, *more, **{**options, "output": tmp_path / "no"}, sam_model="toy") == 2
     assert "is a SAM without a memory" in capsys.readouterr().err
     assert not (tmp_path / "no" / "settings.json").exists()
-
-
-@pytest.fixture(scope="module")
-def encodings_folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("encodings")
 
 
 # --- videos
@@ -314,11 +317,53 @@ def track(clip, folder, output):
     return [read_labels(path) for path in sorted((clip / output).glob("*.png"))]
 
 
-def test_an_interrupted_video_resumes_to_the_same_masks(clip, tmp_path):
-    folder, _ = save_sam2_video(tmp_path / "sam2", side=256)
-    tracked = track(clip, folder, "out")
+def test_an_interrupted_video_resumes_to_the_same_masks(clip, small):
+    tracked = track(clip, small, "out")
     assert len(tracked) == FRAMES and all((labels == 1).any() for labels in tracked)
     for left in (1, 2, 3, FRAMES - 1):
         for number in range(left, FRAMES):
             (clip / "out" / f"{number:05}.png").unlink()
-        assert all((one == other).all() for one, other in zip(tracked, track(clip, folder, "out"), strict=True))
+        assert all((one == other).all() for one, other in zip(tracked, track(clip, small, "out"), strict=True))
+
+
+def test_a_frame_is_recalled_from_the_given_one_and_the_last_ones(clip, small):
+    sam = open_sam(small, device="cpu")
+    frames = [sam.encode(path) for path in sorted((clip / "frames").glob("*.png"))]
+    given = read_labels(clip / "masks" / "00000.png")
+    segmenter = VideoSegmenter(sam, "memory").fit(frames[0], given)
+    for frame in frames[1:-1]:
+        segmenter.remember(frame, given)
+    kept = frames[-1 - RECENT : -1]
+    memory = join_memories([remember(sam, frame, given == 1) for frame in (frames[0], *kept)])
+    logits, _ = segment_from(sam, frames[-1], memory)
+    expected = (sam.upscale(logits, frames[-1])[0] > 0).numpy()
+    assert expected.any() and (segmenter.predict(frames[-1], given) == expected).all()
+    segmenter.fit(frames[0], given)  # forgets
+    one, _ = segment_from(sam, frames[-1], remember(sam, frames[0], given == 1))
+    assert ((sam.upscale(one, frames[-1])[0] > 0).numpy() == segmenter.predict(frames[-1], given)).all()
+
+
+def test_a_frame_without_the_object_adds_nothing(clip, small):
+    sam = open_sam(small, device="cpu")
+    frame, given = sam.encode(clip / "frames" / "00000.png"), read_labels(clip / "masks" / "00000.png")
+    segmenter = VideoSegmenter(sam, "memory").fit(frame, given)
+    before = segmenter.predict(frame, given)
+    segmenter.remember(frame, np.zeros_like(given))
+    assert (segmenter.predict(frame, given) == before).all()
+    with pytest.raises(InputError, match="the label map is int64: give"):
+        segmenter.remember(frame, given.astype(int))
+    with pytest.raises(InputError, match="published is for persam and persam-f: leave it out for memory"):
+        VideoSegmenter(sam, "memory", published=True)
+
+
+def test_rules_of_persam_are_not_for_memory(clip, small, capsys):
+    options = {"frames": clip / "frames", "mask": clip / "masks", "sam_model": small, "output": clip / "no"}
+    assert run("video", "--variant", "published", **options) == 2
+    said = "--variant has no effect: add --segmenter persam or --segmenter persam-f"
+    assert said in capsys.readouterr().err and not (clip / "no").exists()
+
+
+def test_davis_has_a_row_of_it(small, tmp_path):
+    rendered_davis.write_davis(rendered_davis.ToyDavisOptions(str(tmp_path / "DAVIS"), 1, 3))
+    assert run("evaluate davis", data=tmp_path / "DAVIS", output=tmp_path / "out", sam_model=small) == 0
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["rows"].keys() == {"memory"}

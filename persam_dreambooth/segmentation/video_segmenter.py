@@ -172,12 +172,10 @@ class VideoSegmenter:
         """
         if not self.reach:
             return
+        encoding = self.sam.encode(image)
+        _check_labels(labels, encoding)
         shown = [known.number for known in self.objects if (labels == known.number).any()]
-        encoding = self.sam.encode(image) if shown else None
-        kept = {}
-        if encoding:
-            _check_labels(labels, encoding)
-            kept = {number: remember(self.sam, encoding, labels == number) for number in shown}
+        kept = {number: remember(self.sam, encoding, labels == number) for number in shown}
         self._recent.append(kept)
 
     def predict(self, image: ImageLike, before: np.ndarray) -> np.ndarray:
