@@ -58,7 +58,7 @@ def adapt_fs_sam2(options: AdaptFsSam2Options) -> dict[str, Any]:
 
     from persam_dreambooth.segmentation.adaptation.training import run_adaptation
 
-    return run_adaptation(options, partial(open_few_shot, options))
+    return run_adaptation(options, open_few_shot)
 
 
 def read_episode_images(options: AdaptFsSam2Options) -> tuple[FewShotData, FewShotData]:
