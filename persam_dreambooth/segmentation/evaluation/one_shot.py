@@ -254,7 +254,7 @@ def segment_item(item: Item, rows: list[Row], data: DataSet, sam: Sam, output: P
                     if stem not in given:
                         mask = found.mask
                 Image.fromarray(mask.astype(np.uint8) * 255).save(aside / f"{stem}.png")
-            save_cost(aside, sam, encode, fit, predict)
+            save_cost(aside / COST, sam, encode, fit, predict)
 
 
 def disturbed(mask: np.ndarray, growth: int) -> np.ndarray:
