@@ -84,7 +84,7 @@ def write_one_shot_report(output: Path, scores: OneShotScores, tables: Sequence[
         save_picture(contact_sheet(f"{name}: {shown.name}", looks), output / "overlays" / f"{name}.jpg")
         if len(sections) < SHOWN:
             title = f"{name}: IoU {shown.counts[name].figures['IoU']:.2f} %"
-            sections.append(page.section(name, title, [photo_strip(each, f"{name}: ") for each in looks]))
+            sections.append(page.section(name, title, [_strip(each, f"{name}: ") for each in looks]))
     about = [ABOUT if scores.options["predictions"] is None else ABOUT_PREDICTIONS, *heading(scores)]
     legend = f"The objects below are those of {shown.name}, sorted from worst to best. {LEGEND}"
     legend += TRACE_LEGEND if traced else ""
@@ -141,7 +141,7 @@ def contact_sheet(title: str, looks: Sequence[Look]) -> Image.Image:
     return grid(tiles, captions, columns=len(looks), title=title)
 
 
-def photo_strip(look: Look, of: str) -> str:
+def _strip(look: Look, of: str) -> str:
     """A photo, its true mask, its heat map, its mask and the errors in a column, for the page."""
     height = max(1, round(PAGE_SIDE * look.photo.height / look.photo.width))
     size = (PAGE_SIDE, height)
