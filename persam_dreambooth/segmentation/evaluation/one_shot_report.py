@@ -104,13 +104,26 @@ def look(data: DataSet, item: Item, folder: Path, references: tuple[int, ...]) -
     span = (float(min(map(np.min, values))), float(max(map(np.max, values)))) if values else None
     looks = []
     for stem, path in item.images.items():
-        photo, truth, trace = read_image(path), data.truth(item, stem), traces[stem]
-        found = truth if stem in given else read_prediction(folder / f"{stem}.png", truth)
-        prompts = (trace.points, trace.box) if trace and stem not in given else ()
-        says = "reference" if stem in given else f"IoU {100 * jaccard(found, truth):.2f} %"
-        pictures = (outlined(photo, truth), outlined(photo, found, *prompts), mask_errors(photo, found, truth))
-        looks.append(Look(photo, trace, span, *pictures, [path.name, says]))
+        truth, trace = data.truth(item, stem), traces[stem]
+        found = None if stem in given else read_prediction(folder / f"{stem}.png", truth)
+        looks.append(photo_look(path.name, read_image(path), truth, found, trace, span))
     return looks
+
+
+def photo_look(
+    name: str,
+    photo: Image.Image,
+    truth: np.ndarray,
+    found: np.ndarray | None,
+    trace: Trace | None = None,
+    span: tuple[float, float] | None = None,
+) -> Look:
+    """One photo with its true mask and the mask that was found, each (H, W) bool; without it, it is a reference."""
+    prompts = (trace.points, trace.box) if trace and found is not None else ()
+    says = "reference" if found is None else f"IoU {100 * jaccard(found, truth):.2f} %"
+    shown = truth if found is None else found
+    pictures = (outlined(photo, truth), outlined(photo, shown, *prompts), mask_errors(photo, shown, truth))
+    return Look(photo, trace, span, *pictures, [name, says])
 
 
 def contact_sheet(title: str, looks: Sequence[Look]) -> Image.Image:
