@@ -40,9 +40,9 @@ LEGEND = (
 )
 TRACE_LEGEND = (
     " The colored picture is the photo's similarity to the target: yellow is the highest, and the numbers are cosine "
-    "similarities, on one scale for all photos of an object. A plus marks the positive point, a minus the negative "
-    "point, and a rectangle the last box."
+    "similarities, on one scale for all photos of an object."
 )
+PROMPT_LEGEND = " A plus marks the positive point, a minus the negative point, and a rectangle the last box."
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,11 @@ def write_one_shot_report(output: Path, scores: OneShotScores, tables: Sequence[
     data, shown = scores.data, scores.shown
     items = {item.name: item for item in data.items}
     sections: list[str] = []
-    traced = False
+    traced = prompted = False
     for name in steps(shown.worst_first, "pictures", "object"):
         looks = look(data, items[name], shown.predictions / name, shown.references)
         traced = traced or any(each.trace for each in looks)
+        prompted = prompted or any(each.trace and len(each.trace.points) for each in looks)
         save_picture(contact_sheet(f"{name}: {shown.name}", looks), output / "overlays" / f"{name}.jpg")
         if len(sections) < SHOWN:
             title = f"{name}: IoU {shown.counts[name].figures['IoU']:.2f} %"
@@ -88,6 +89,7 @@ def write_one_shot_report(output: Path, scores: OneShotScores, tables: Sequence[
     about = [ABOUT if scores.options["predictions"] is None else ABOUT_PREDICTIONS, *heading(scores)]
     legend = f"The objects below are those of {shown.name}, sorted from worst to best. {LEGEND}"
     legend += TRACE_LEGEND if traced else ""
+    legend += PROMPT_LEGEND if prompted else ""
     if len(items) > SHOWN:
         legend += f" {SHOWN} of {len(items)} objects are shown here; the folder overlays has all."
     links = shown.worst_first[:SHOWN]
