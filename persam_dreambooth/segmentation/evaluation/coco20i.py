@@ -159,8 +159,12 @@ class _Instances:
             self.sizes = dict(sorted(listed.values()))
             self.shapes: dict[str, dict[str, list[Any]]] = {image: {} for image in self.sizes}
             for entry in content["annotations"]:
-                if entry["image_id"] not in listed:
-                    raise InputError(f"{path} has an annotation of image {entry['image_id']}, which it does not list")
+                for kind, known in (("image", listed), ("category", names)):
+                    if entry[f"{kind}_id"] not in known:
+                        raise InputError(
+                            f"{path} has an annotation of {kind} {entry[f'{kind}_id']}, which it does not list: "
+                            "download it again"
+                        )
                 own = self.shapes[listed[entry["image_id"]][0]]
                 own.setdefault(names[entry["category_id"]], []).append(entry["segmentation"])
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
