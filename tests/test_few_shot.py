@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,20 +10,21 @@ import pytest
 import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
-from small_sams import SMALL_SAM
+from tiny_sam import save_tiny_sam
 from training_runs import in_two_processes
 
 from persam_dreambooth.cli import main
+from persam_dreambooth.errors import InputNotFoundError
 from persam_dreambooth.photos.labels import davis_palette
 from persam_dreambooth.photos.masks import read_mask
 from persam_dreambooth.report.tables import markdown_table
 from persam_dreambooth.segmentation import PerSAM, open_sam
-from persam_dreambooth.segmentation.evaluation import few_shot, few_shot_scores
+from persam_dreambooth.segmentation.evaluation import coco20i, few_shot, few_shot_scores, pascal5i
 from persam_dreambooth.segmentation.evaluation.coco20i import COCO_CLASSES, read_coco20i
 from persam_dreambooth.segmentation.evaluation.episodes import FewShotData, sample_episode
 from persam_dreambooth.segmentation.evaluation.few_shot_report import shot_tables
 from persam_dreambooth.segmentation.evaluation.fss1000 import FSS_1000_PUBLISHED, read_fss1000
-from persam_dreambooth.segmentation.evaluation.pascal5i import VOC_CLASSES, read_pascal5i
+from persam_dreambooth.segmentation.evaluation.pascal5i import PASCAL_5I_PUBLISHED, VOC_CLASSES, read_pascal5i
 from persam_dreambooth.toy import rendered_episodes, world
 from persam_dreambooth.toy.rendered_davis import label_map
 
@@ -100,6 +102,26 @@ def test_fewer_episodes_than_images_are_spread_over_the_classes():
     assert [(episode.number, episode.query) for episode in spread] == [(0, "a"), (2, "c"), (4, "e"), (6, "g")]
     every = few_shot_scores.EpisodeRun(data, 1, 0, None).episodes
     assert [episode.query for episode in every] == list("abcdefgh") and spread[1] == every[2]
+
+
+def test_the_episodes_of_a_seed_are_those_of_fs_sam2():
+    """What its program draws with seed 42 for five shots, recorded from commit 699cdf3."""
+    fss = data_of(True, **{f"{kind:03}": [f"{kind:03}/{number}" for number in range(1, 11)] for kind in range(240)})
+    for index, query, supports in (
+        (0, "000/1", "6 5 8 2 10"), (1, "000/10", "4 9 5 2 7"), (1234, "123/4", "1 6 3 10 2"),
+        (2399, "239/9", "1 5 4 7 3"),
+    ):  # fmt: skip
+        episode = sample_episode(fss, 5, 42, index)
+        assert episode.query == query
+        assert [name.split("/")[1] for name in episode.supports] == supports.split()
+    coco = data_of(False, **{str(kind): [f"{kind}-{number}" for number in range(10 + kind)]
+                             for kind in range(1, 80, 4)})  # fmt: skip
+    for index, query, supports in (
+        (0, "5-11", "5 4 1 6 12"), (1, "49-46", "24 13 52 48 23"), (999, "1-4", "5 9 8 1 2")
+    ):  # fmt: skip
+        episode = sample_episode(coco, 5, 42, index)
+        assert episode.query == query
+        assert [name.split("-")[1] for name in episode.supports] == supports.split()
 
 
 # PASCAL-5i
@@ -323,6 +345,15 @@ def test_the_class_maps_of_the_few_shot_papers_are_read_in_place_of_json(coco):
     assert read_coco20i(coco, 3).images_of("toothbrush") == ("COCO_val2014_000000000003",)
 
 
+def test_a_list_chooses_the_images_of_coco_and_their_order(coco):
+    listed = coco / "val.txt"
+    listed.write_text("".join(f"val2014/COCO_val2014_{number:012}.jpg annotations/x.png\n" for number in (2, 1)))
+    assert read_coco20i(coco, 2).images_of("kind 3") == ("COCO_val2014_000000000002", "COCO_val2014_000000000001")
+    listed.write_text("COCO_val2014_000000000002\nCOCO_val2014_000000000009\n")
+    with pytest.raises(InputNotFoundError, match=r"val.txt names COCO_val2014_000000000009, of which .* has no annot"):
+        read_coco20i(coco, 2)
+
+
 def test_bad_coco_data_is_one_line(coco, tmp_path, capsys):
     path = coco / "annotations" / "instances_val2014.json"
 
@@ -408,31 +439,37 @@ def test_bad_fss_data_is_one_line(fss, tmp_path, capsys):
     assert told() == "FSS/test.txt names no classes: write one on every line"
 
 
-def run_fss(fss, output, *more):
-    return evaluate("fss1000", "--data", fss, "--output", output, "--sam_model", SMALL_SAM, *more)
+@pytest.fixture(scope="module")
+def method(tmp_path_factory):
+    """Options that name PerSAM and a SAM of random weights."""
+    return ["--segmenter", "persam", "--sam_model", save_tiny_sam(tmp_path_factory.mktemp("tiny"))]
 
 
-def test_a_mask_of_another_size_is_named_and_finished_episodes_stay(fss, tmp_path, capsys):
+def run_fss(fss, output, method, *more):
+    return evaluate("fss1000", "--data", fss, "--output", output, *method, *more)
+
+
+def test_a_mask_of_another_size_is_named_and_finished_episodes_stay(fss, tmp_path, method, capsys):
     save(fss / "box" / "1.png", np.zeros((10, 20), np.uint8), palette=False)
-    assert run_fss(fss, tmp_path / "out", "--segmenter", "persam") == 2
+    assert run_fss(fss, tmp_path / "out", method) == 2
     assert f"the annotation of {fss / 'box' / '1.jpg'} is (10, 20), the image (64, 64)" in capsys.readouterr().err
     done = [path.stem for path in (tmp_path / "out" / "predictions" / "persam" / "shots1-seed0").glob("*.png")]
     assert {"0000", "0001", "0002"} <= set(done)
 
 
-def test_an_interrupted_evaluation_segments_only_the_episodes_that_are_left(fss, tmp_path, caplog):
+def test_an_interrupted_evaluation_segments_only_the_episodes_that_are_left(fss, tmp_path, method, caplog):
     output = tmp_path / "out"
-    assert run_fss(fss, output, "--segmenter", "persam") == 0
+    assert run_fss(fss, output, method) == 0
     before = read(output)
     folder = output / "predictions" / "persam" / "shots1-seed0"
     assert sorted(path.stem for path in folder.glob("*.png")) == [f"{number:04}" for number in range(6)]
     (folder / "0004.png").unlink()
     times = {path: path.stat().st_mtime_ns for path in folder.glob("*.png")}
     # Another number of shots adds its row; the incomplete one is not compared.
-    assert run_fss(fss, output, "--segmenter", "persam", "--shots", "2") == 0
+    assert run_fss(fss, output, method, "--shots", "2") == 0
     assert list(read(output)["rows"]) == ["persam-shots-2"]
     assert f"{folder} is left out of the tables: 1 of its 6 episodes are not segmented yet" in caplog.text
-    assert run_fss(fss, output, "--segmenter", "persam") == 0
+    assert run_fss(fss, output, method) == 0
     assert {path: path.stat().st_mtime_ns for path in times} == times
     after = read(output)
     assert list(after["rows"]) == ["persam-shots-1", "persam-shots-2"] and after["row"] == "persam-shots-1"
@@ -440,16 +477,15 @@ def test_an_interrupted_evaluation_segments_only_the_episodes_that_are_left(fss,
     assert after["cost"]["predict_seconds"] > 0
 
 
-def test_another_experiment_is_refused_before_the_work(fss, tmp_path, capsys):
+def test_another_experiment_is_refused_before_the_work(fss, tmp_path, method, capsys):
     output = tmp_path / "out"
-    assert run_fss(fss, output, "--segmenter", "persam", "--episodes", "2") == 0
+    assert run_fss(fss, output, method, "--episodes", "2") == 0
 
     def told(*more):
         line = refusal(capsys, "fss1000", "--data", fss, "--output", output, *more)
         assert line.startswith(f"{output} holds an evaluation with other settings (")
         return line
 
-    method = ("--segmenter", "persam", "--sam_model", SMALL_SAM)
     assert "(guidance persam, now none)" in told(*method, "--episodes", 2, "--guidance", "none")
     assert "(episodes 2, now 4)" in told(*method, "--episodes", 4)
     assert f"predictions None, now {fss}" in told("--episodes", 2, "--predictions", fss)
@@ -457,8 +493,8 @@ def test_another_experiment_is_refused_before_the_work(fss, tmp_path, capsys):
     assert "(other classes)" in told(*method, "--episodes", 2)
 
 
-def test_encodings_that_no_longer_fit_into_memory_are_made_again(fss, monkeypatch):
-    data, sam = read_fss1000(fss), open_sam(SMALL_SAM, device="cpu")
+def test_encodings_that_no_longer_fit_into_memory_are_made_again(fss, method, monkeypatch):
+    data, sam = read_fss1000(fss), open_sam(method[-1], device="cpu")
     encoder = few_shot.RecentEncodings(sam)
     first, second = encoder(data, "ball/1"), encoder(data, "ball/2")
     assert encoder(data, "ball/1") is first and len(encoder.take_seconds()) == 2 and encoder.take_seconds() == []
@@ -487,23 +523,63 @@ def test_the_interval_over_seeds_is_that_of_student():
     assert row.intervals["FB-IoU"] == pytest.approx((32.5 - 2.5 * 12.7062, 32.5 + 2.5 * 12.7062), abs=1e-3)
 
 
-@pytest.mark.parametrize("classes, images, split", [(240, 10, "test"), (239, 10, "test"), (240, 9, "test"),
-                                                    (240, 10, "val")])  # fmt: skip
-def test_the_papers_figures_stand_beside_the_papers_data_alone(classes, images, split, tmp_path):
-    names = [f"class{number:03}" for number in range(classes)]
+def test_figures_of_a_data_set_are_means_over_its_four_folds():
+    data = data_of(True, ball=["a", "b"])
+    runs = [run for fold, iou in enumerate((10, 20, 30, 60))
+            for run in row_of(replace(data, fold=fold), [iou, iou + 4]).runs]  # fmt: skip
+    row = few_shot_scores.FewShotRow("persam", 1, tuple(runs))
+    assert [row.fold_means(fold)["mIoU"] for fold in range(4)] == [12, 22, 32, 62]
+    # Over the folds, the seeds have 30 and 34: mean 32, standard error 2.
+    assert row.means["mIoU"] == 32 and row.intervals["mIoU"] == pytest.approx((6.5876, 57.4124), abs=1e-4)
+    three = few_shot_scores.FewShotRow("persam-f", 1, tuple(runs[2:]))
+    [table] = shot_tables(few_shot_scores.FewShotScores(row, (row, three), "a test", {}, {}), PASCAL_5I_PUBLISHED)
+    assert table.headings == ["method", *(f"fold {fold}" for fold in range(4)), "mIoU", "FB-IoU", "seeds",
+                              "95 % interval"]  # fmt: skip
+    text = markdown_table(table)
+    assert "| persam | 12.00 | 22.00 | 32.00 | 62.00 | 32.00 | 16.00 | 2 seeds | 6.59 to 57.41 |" in text
+    assert "| persam-f |  | 22.00 | 32.00 | 62.00 |  |  | 2 seeds |  |" in text and "published" not in text
+
+
+def test_the_papers_figures_stand_beside_the_papers_data_alone(tmp_path):
+    names = [f"class{number:03}" for number in range(240)]
     for name in names:
-        for number in range(1, images + 1):
-            for suffix in ("jpg", "png"):
-                (tmp_path / name).mkdir(exist_ok=True)
-                (tmp_path / name / f"{number}.{suffix}").touch()
-    (tmp_path / f"{split}.txt").write_text("\n".join(names))
-    data = read_fss1000(tmp_path, None, split)
-    row = row_of(data, [50])
-    [table] = shot_tables(few_shot_scores.FewShotScores(row, (row,), "a test", {}, {}), FSS_1000_PUBLISHED)
-    genuine = (classes, images) == (240, 10)
-    assert ("| FS-SAM2, SAM 2.1 B+ (published) | 90.60 |" in markdown_table(table)) == (genuine and split == "test")
-    assert table.title == ("FSS-1000: 1 shot" if genuine else "Images in the layout of FSS-1000: 1 shot")
-    assert "| persam | 50.00 | 25.00 | 1 seed |" in markdown_table(table)
+        (tmp_path / name).mkdir()
+        for number in range(1, 11):
+            (tmp_path / name / f"{number}.jpg").touch()
+            (tmp_path / name / f"{number}.png").touch()
+    (tmp_path / "test.txt").write_text("\n".join(names))
+    (tmp_path / "val.txt").write_text("\n".join(names))
+
+    def table_of(split):
+        row = row_of(read_fss1000(tmp_path, None, split), [50])
+        [table] = shot_tables(few_shot_scores.FewShotScores(row, (row,), "a test", {}, {}), FSS_1000_PUBLISHED)
+        return table.title, markdown_table(table)
+
+    title, text = table_of("test")
+    assert title == "FSS-1000: 1 shot" and "| FS-SAM2, SAM 2.1 B+ (published) | 90.60 |" in text
+    assert "| persam | 50.00 | 25.00 | 1 seed |" in text
+    title, text = table_of("val")
+    assert title == "FSS-1000: 1 shot" and "published" not in text
+    (tmp_path / "class007" / "3.jpg").unlink()
+    (tmp_path / "class007" / "3.png").unlink()
+    title, text = table_of("test")
+    assert title == "Images in the layout of FSS-1000: 1 shot" and "published" not in text
+
+
+def test_voc_and_coco_are_known_by_the_number_of_their_images(voc, coco, monkeypatch):
+    assert (pascal5i.VOC_VAL_IMAGES, coco20i.COCO_IMAGES["val2014"]) == (1449, (40_137, 40_504))
+    monkeypatch.setattr(pascal5i, "VOC_VAL_IMAGES", 10)
+    monkeypatch.setattr(coco20i, "COCO_IMAGES", {"val2014": (3,)})
+    assert read_pascal5i(voc, 0).genuine and not read_coco20i(coco, 0).genuine  # eight categories are not COCO's
+    shutil.copytree(voc / "SegmentationClass", coco / "annotations" / "val2014")
+    for number, path in enumerate(sorted((coco / "annotations" / "val2014").iterdir())):
+        path.rename(path.with_name(f"COCO_val2014_{number:012}.png"))
+    for path in sorted((coco / "annotations" / "val2014").iterdir())[4:]:
+        path.unlink()
+    shutil.copy(coco / "val2014" / "COCO_val2014_000000000001.jpg", coco / "val2014" / "COCO_val2014_000000000000.jpg")
+    assert not read_coco20i(coco, 0).genuine  # four images
+    (coco / "annotations" / "val2014" / "COCO_val2014_000000000003.png").unlink()
+    assert read_coco20i(coco, 0).genuine
 
 
 # The toy world
@@ -549,25 +625,24 @@ def test_toy_images_are_written_once(rendered, capsys):
     assert f"{rendered / 'cat'} exists: remove it or choose another folder" in capsys.readouterr().err
 
 
-def test_the_toy_sam_segments_episodes_from_two_supports(rendered, tmp_path, toy_sam):
-    """The masks are those of the method on the images that the file of episodes names."""
+def test_the_toy_sam_segments_an_episode_from_two_supports(rendered, tmp_path, toy_sam):
+    """The mask is that of the method on the images that the file of episodes names."""
     command = ["--data", rendered, "--splits", rendered / "splits" / "fold0", "--output", tmp_path, *toy_sam]
-    assert evaluate("fss1000", *command, "--segmenter", "persam", "--shots", 2, "--episodes", 2) == 0
+    assert evaluate("fss1000", *command, "--segmenter", "persam", "--shots", 2, "--episodes", 1) == 0
     results = read(tmp_path)
-    assert 0 < results["mIoU"] < 100 and set(results["folds"]["all"]["seeds"]["0"]["classes"]) == {"cat", "dog"}
+    assert 0 < results["mIoU"] < 100 and list(results["folds"]["all"]["seeds"]["0"]["classes"]) == ["cat"]
     written = json.loads((tmp_path / "episodes" / "shots2-seed0.json").read_text(encoding="utf-8"))
-    episode = written["episodes"][1]
+    [episode] = written["episodes"]
     masks = [read_mask(Path(path).with_suffix(".png")) for path in episode["supports"]]
     sam = open_sam("toy", device="cpu", encoding_cache=toy_sam[3])
     found = PerSAM(sam).fit(episode["supports"], masks).predict(episode["query"]).mask
-    assert (read_mask(tmp_path / "predictions" / "persam" / "shots2-seed0" / "0004.png") == found).all()
-    assert episode["number"] == 4 and episode["query"] == str(rendered / "dog" / "1.jpg")
+    assert (read_mask(tmp_path / "predictions" / "persam" / "shots2-seed0" / "0000.png") == found).all()
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="two processes want two accelerators, or none")
-def test_two_processes_share_the_episodes(fss, tmp_path):
-    command = ("fss1000", "--data", fss, "--sam_model", SMALL_SAM, "--segmenter", "persam")
+def test_two_processes_share_the_episodes(fss, method, tmp_path):
+    command = ("fss1000", "--data", fss, *method)
     said, _ = in_two_processes("-m", "persam_dreambooth", "evaluate", *command, "--output", tmp_path / "two")
     assert said.count("done: ") == 1
     assert evaluate(*command, "--output", tmp_path / "one") == 0
