@@ -74,6 +74,12 @@ def _separated(options: Any, scores: Any) -> str:
     )
 
 
+def _adapted(options: Any, settings: Any) -> str:
+    step, *figures = settings["best"].items()
+    told = "".join(f", {name} {value:.4f}" for name, value in figures)
+    return f"done: {options.output} (step {step[1]}{told}); use it with --adapter {options.output}"
+
+
 def _scored_videos(options: Any, scores: Any) -> str:
     figures = ", ".join(f"{name} {value:.1f}" for name, value in scores.shown.overall.items())
     return f"{scores.shown.name}: {figures}\ndone: {options.output}/results.md; see report.html beside it"
@@ -108,6 +114,13 @@ COMMANDS = {
         _trained,
         resume="a training run resumes with --resume_from_checkpoint latest",
     ),
+    "adapt fs-sam2": Command(
+        "trains SAM 2's memory on episodes of a few-shot data set (FS-SAM2), for --segmenter memory",
+        "segmentation.adaptation.fs_sam2:AdaptFsSam2Options",
+        "segmentation.adaptation.fs_sam2:adapt_fs_sam2",
+        _adapted,
+        resume="it resumes with --resume_from_checkpoint latest",
+    ),
     "generate": Command(
         'pictures of the subject: "a [V] cat on a beach"',
         "dreambooth.generate:GenerateOptions",
@@ -124,8 +137,22 @@ COMMANDS = {
         _scored,
         resume=SAME_COMMAND,
     ),
+    "evaluate pascal5i": Command(
+        "the same by few-shot episodes on PASCAL-5i: mIoU and FB-IoU",
+        "segmentation.evaluation.pascal5i:EvaluatePascal5iOptions",
+        "segmentation.evaluation.pascal5i:evaluate_pascal5i",
+        _scored,
+        resume=SAME_COMMAND,
+    ),
+    "evaluate coco20i": Command(
+        "the same by episodes on COCO-20i",
+        "segmentation.evaluation.coco20i:EvaluateCoco20iOptions",
+        "segmentation.evaluation.coco20i:evaluate_coco20i",
+        _scored,
+        resume=SAME_COMMAND,
+    ),
     "evaluate fss1000": Command(
-        "the same on FSS-1000",
+        "the same by episodes on FSS-1000",
         "segmentation.evaluation.fss1000:EvaluateFss1000Options",
         "segmentation.evaluation.fss1000:evaluate_fss1000",
         _scored,
@@ -172,6 +199,15 @@ COMMANDS = {
         "toy.rendered_davis:write_davis",
         lambda options, _: (
             f"{options.sequences} videos of {options.frames} frames in {options.output_dir}, as in DAVIS 2017"
+        ),
+    ),
+    "toy episodes": Command(
+        "a rendered few-shot data set in the layout of FSS-1000",
+        "toy.rendered_episodes:ToyEpisodesOptions",
+        "toy.rendered_episodes:write_episodes",
+        lambda options, _: (
+            f"6 kinds of {options.images} images in {options.output_dir}, as in FSS-1000; the classes of each fold are "
+            "in splits"
         ),
     ),
     "demo": Command(

@@ -264,6 +264,7 @@ WHOLE_PHOTOS = ("--instance_dir", "cat", "--unmasked")
 CUT_OUTS = ("--instance_dir", "cat", "--mask_from", "alpha")
 PERSEG = ("--data", "d", "--output", "o")
 SCORED = (*PERSEG, "--predictions", "p")
+EPISODES = ("data", "output", "predictions", "shots", "episodes", "seed", "seeds", "sam_model")
 METHOD_OPTIONS = ("segmenter", "target_coverage", "sam_dtype", "encoding_cache")
 
 ALWAYS: dict[str, tuple[str, ...]] = {
@@ -271,7 +272,7 @@ ALWAYS: dict[str, tuple[str, ...]] = {
         *("images", "mask", "mask_dir", "invert_mask", "output", "instances", "heatmaps", "absent", "absent_threshold"),
         *("sam_model", *METHOD_OPTIONS),
     ),
-    "video": ("frames", "mask", "output", "overlay", "variant", "sam_model", *METHOD_OPTIONS),
+    "video": ("frames", "mask", "output", "overlay", "sam_model", *METHOD_OPTIONS),
     "train": (
         *("instance_dir", "dataset_name", "mask", "mask_dir", "mask_from", "class_name", "identifier"),
         *("instance_prompt", "subjects", "unmasked"),
@@ -291,7 +292,9 @@ ALWAYS: dict[str, tuple[str, ...]] = {
         *("width", "height", "scheduler", "batch_size"),
     ),
     "evaluate perseg": ("data", "output", "predictions", "reference_index", "sam_model"),
-    "evaluate fss1000": ("data", "output", "predictions", "reference_index", "classes", "sam_model"),
+    "evaluate pascal5i": (*EPISODES, "fold"),
+    "evaluate coco20i": (*EPISODES, "fold"),
+    "evaluate fss1000": (*EPISODES, "splits", "split"),
     "evaluate absence": ("data", "output", "others", "absent_threshold", "sam_model", *METHOD_OPTIONS),
     "evaluate davis": ("data", "output", "predictions", "sam_model"),
     "evaluate model": (
@@ -313,6 +316,7 @@ ALWAYS: dict[str, tuple[str, ...]] = {
     ),
     "toy perseg": ("output_dir", "objects"),
     "toy davis": ("output_dir", "sequences", "frames"),
+    "toy episodes": ("output_dir", "images", "size"),
     "demo": ("output_dir",),
 }
 """The options of each command that have an effect beside any other option.
@@ -321,6 +325,7 @@ A new option stands here, or in `IDLE` with what takes its effect away.
 """
 
 IDLE: dict[str, dict[tuple[str, ...], tuple[str, ...]]] = {
+    "video": {("--frames", "f", "--mask", "m.png", "--output", "o", "--segmenter", "memory"): ("variant",)},
     "segment": {
         ("--images", "cat", "--mask_dir", "m", "--output", "o"): ("reference_image",),
         ("--images", "cat", "--mask", "m.png", "--output", "o"): ("guidance",),
@@ -357,10 +362,9 @@ IDLE: dict[str, dict[tuple[str, ...], tuple[str, ...]]] = {
         SCORED: (*METHOD_OPTIONS, "guidance", "ablation", "robustness"),
         (*PERSEG, "--reference_index", "1"): ("shots",),
     },
-    "evaluate fss1000": {
-        SCORED: (*METHOD_OPTIONS, "guidance"),
-        (*PERSEG, "--reference_index", "1"): ("shots",),
-    },
+    "evaluate pascal5i": {SCORED: (*METHOD_OPTIONS, "guidance")},
+    "evaluate coco20i": {SCORED: (*METHOD_OPTIONS, "guidance")},
+    "evaluate fss1000": {SCORED: (*METHOD_OPTIONS, "guidance")},
     "evaluate absence": {PERSEG: ("guidance",)},
     "evaluate davis": {SCORED: (*METHOD_OPTIONS, "variant")},
 }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from persam_dreambooth.errors import InputError
@@ -19,9 +20,17 @@ if TYPE_CHECKING:
     from persam_dreambooth.segmentation.segmenter import Segmenter
     from persam_dreambooth.segmentation.video_segmenter import VideoSegmenter
 
-METHODS = {"persam": "persam:PerSAM", "persam-f": "persam_f:PerSAMF"}
+METHODS = {"persam": "persam:PerSAM", "persam-f": "persam_f:PerSAMF", "memory": "memory:MemorySegmenter"}
 """The methods by name: their module in this package, and their class."""
 
+VIDEO_METHODS = ("persam", "persam-f", "memory")
+"""The methods that `VideoSegmenter` has."""
+
+USUAL_SAM = "facebook/sam-vit-huge"
+"""The SAM of the PerSAM paper, the default of `--sam_model`."""
+
+USUAL_SAMS = {"memory": "facebook/sam2.1-hiera-large"}
+"""The defaults of methods that need another SAM."""
 
 MAKES_MASKS = Condition(lambda options: options.makes_masks, "no masks are made without --mask")
 """Options of a method have an effect only if it makes masks."""
@@ -33,19 +42,26 @@ class SegmenterOptions(Options):
 
     segmenter: str = option(
         "persam-f",
-        "PerSAM (training-free) or PerSAM-F (fits two scale weights first)",
+        "PerSAM (training-free), PerSAM-F (fits two scale weights first), or SAM 2's memory (training-free)",
         choices=tuple(METHODS),
         when=(MAKES_MASKS,),
     )
     sam_model: str = option(
-        "facebook/sam-vit-huge",
-        "SAM, SAM-HQ, SAM 2 or MobileSAM: hub id, local folder, published checkpoint file, or toy",
+        None,
+        "SAM, SAM-HQ, SAM 2 or MobileSAM: hub id, local folder, published checkpoint file, or toy (default: "
+        f"{USUAL_SAM}; for memory {USUAL_SAMS['memory']})",
         path=True,
     )
     sam_dtype: Literal["float32", "float16", "bfloat16", "auto"] = option(
         "float32",
         "precision of SAM's image encoder; auto: float32 on the CPU and on MPS, else bfloat16",
         when=(MAKES_MASKS,),
+    )
+    adapter: str | None = option(
+        None,
+        "folder with an adapter of this SAM, from persam-dreambooth adapt",
+        path=True,
+        when=(MAKES_MASKS, with_flag("--segmenter memory", "--segmenter plm")),
     )
     encoding_cache: str | None = option(
         None,
@@ -58,6 +74,11 @@ class SegmenterOptions(Options):
         "a cell (of 64 x 64) is target if the mask covers more of its center than this, 0 to 1",
         when=(MAKES_MASKS,),
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.sam_model:
+            object.__setattr__(self, "sam_model", USUAL_SAMS.get(self.segmenter, USUAL_SAM))
 
     @property
     def makes_masks(self) -> bool:
@@ -85,9 +106,15 @@ class SegmentationOptions(SegmenterOptions):
 class TrackingOptions(SegmenterOptions):
     """How objects are tracked through videos."""
 
+    segmenter: str = option(
+        "persam-f",
+        "PerSAM, PerSAM-F (fits two scale weights to each object), or SAM 2's memory of the first and the last frames",
+        choices=VIDEO_METHODS,
+    )
     variant: Literal["default", "published"] = option(
         "default",
         "published: track as the published code does, where no object is absent and a lost object shifts the others",
+        when=(with_flag("--segmenter persam", "--segmenter persam-f"),),
     )
 
 
@@ -145,9 +172,22 @@ def make_video_segmenter(options: TrackingOptions, sam: Sam) -> VideoSegmenter:
 
 
 def open_sam_of(options: SegmenterOptions) -> Sam:
-    """The SAM that options name; see `open_sam`."""
-    from persam_dreambooth.segmentation.sams.checkpoints import open_sam
+    """The SAM that options name, see `open_sam`, with the LoRA of `--adapter` merged for `--segmenter memory`.
 
-    sam = open_sam(options.sam_model, dtype=options.sam_dtype, encoding_cache=options.encoding_cache)
+    Raises:
+        InputError, InputNotFoundError: see `open_sam` and `merge_lora`; also for a SAM that the method cannot use.
+    """
+    from persam_dreambooth.segmentation.sams.checkpoints import open_sam, precision
+
+    method = method_class(options.segmenter)
+    if options.segmenter == "memory" and options.adapter:
+        from persam_dreambooth.segmentation.adaptation.lora import merge_lora
+
+        sam = open_sam(options.sam_model)
+        cache = Path(options.encoding_cache) if options.encoding_cache else None
+        sam = merge_lora(sam, Path(options.adapter), precision(options.sam_dtype, sam.device), cache)
+    else:
+        sam = open_sam(options.sam_model, dtype=options.sam_dtype, encoding_cache=options.encoding_cache)
+    method.check_sam(sam)
     log_device(str(sam.device), str(sam.dtype))
     return sam

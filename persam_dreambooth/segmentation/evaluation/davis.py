@@ -64,7 +64,7 @@ class EvaluateDavisOptions(TrackingOptions):
     @property
     def settings(self) -> dict[str, Any]:
         """What all rows of an output folder share, since their figures are compared."""
-        names = ("predictions",) if self.predictions else ("sam_model", "sam_dtype", "target_coverage")
+        names = ("predictions",) if self.predictions else ("sam_model", "sam_dtype", "adapter", "target_coverage")
         return {"data": str(Path(str(self.data))), **{name: getattr(self, name) for name in names}}
 
     def check(self) -> None:
@@ -158,7 +158,7 @@ def predict_videos(data: VideoSet, output: Path, options: EvaluateDavisOptions, 
         watch, seconds = Stopwatch(), []
         for _ in steps(frames, title, "frame", videos[sequence].count, hidden=not state.is_main_process):
             seconds.append(watch.lap())
-        save_cost(folders[sequence], sam, [], [], [] if sam.cache else seconds[max(before, 1) :])
+        save_cost(folders[sequence] / COST, sam, [], [], [] if sam.cache else seconds[max(before, 1) :])
 
 
 def _is_done(folder: Path, video: Video) -> bool:

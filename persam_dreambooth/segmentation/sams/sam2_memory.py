@@ -17,7 +17,11 @@ from typing import Any
 
 import torch
 from transformers import Sam2Config, Sam2Model, Sam2VideoConfig
-from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoMemoryAttention, Sam2VideoMemoryEncoder
+from transformers.models.sam2_video.modeling_sam2_video import (
+    Sam2VideoMemoryAttention,
+    Sam2VideoMemoryEncoder,
+    Sam2VideoVisionRotaryEmbedding,
+)
 
 MASK_SCALE, MASK_BIAS = 20.0, -10.0
 """A mask of 0 and 1 enters the memory encoder as -10 and 10, without the sigmoid that predicted logits pass first."""
@@ -25,6 +29,8 @@ MASK_SCALE, MASK_BIAS = 20.0, -10.0
 
 class Sam2MemoryModel(Sam2Model):
     """`Sam2Model` with the memory attention and the memory encoder of `Sam2VideoModel`, under the same names.
+
+    The mask decoder does not replace unstable masks by itself.
 
     Args:
         config: of the video model; `config` of this model is that of the image model.
@@ -35,6 +41,19 @@ class Sam2MemoryModel(Sam2Model):
         config._attn_implementation = self.config._attn_implementation
         self.memory_attention = Sam2VideoMemoryAttention(config)
         self.memory_encoder = Sam2VideoMemoryEncoder(config)
+        self.mask_decoder.dynamic_multimask_via_stability = False  # see `decode_cells`
+
+    def set_positions(self) -> None:
+        """Computes the memory attention's positions and frequencies, which no checkpoint holds."""
+        attention = self.memory_attention
+        attention.position_ids = attention.precompute_positions(attention.config)
+        attention.rotary_emb = Sam2VideoVisionRotaryEmbedding(attention.config)
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        """Called by `from_pretrained` for modules with weights or buffers that a checkpoint lacks."""
+        super()._init_weights(module)
+        if isinstance(module, Sam2VideoMemoryAttention):
+            self.set_positions()
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +67,10 @@ class Memory:
 
     tokens: torch.Tensor
     positions: torch.Tensor
+
+    def to(self, device: torch.device) -> Memory:
+        """The memory on a device."""
+        return Memory(self.tokens.to(device), self.positions.to(device))
 
 
 def has_memory(model: Any) -> bool:
@@ -73,6 +96,14 @@ def encode_memory(model: Any, cells: torch.Tensor, masks: torch.Tensor) -> Memor
     return Memory(tokens.flatten(2).transpose(1, 2), positions.flatten(2).transpose(1, 2))
 
 
+def restore_memory(model: Any, tokens: torch.Tensor) -> Memory:
+    """The memory of tokens (B, K * 4096, M); the positions are those of `encode_memory`."""
+    side, width = model.prompt_encoder.image_embedding_size[0], tokens.shape[-1]
+    encoding = model.memory_encoder.position_encoding
+    positions = encoding((1, width, side, side), tokens.device, tokens.dtype).flatten(2).transpose(1, 2)
+    return Memory(tokens, positions.repeat(len(tokens), tokens.shape[1] // side**2, 1))
+
+
 def join_memories(memories: Sequence[Memory]) -> Memory:
     """The memory of several annotated photos."""
     return Memory(*(torch.cat([getattr(one, name) for one in memories], dim=1) for name in ("tokens", "positions")))
@@ -92,7 +123,7 @@ def recall(model: Any, cells: torch.Tensor, memory: Memory) -> torch.Tensor:
 
 
 def decode_cells(
-    model: Any, cells: torch.Tensor, finer: Sequence[torch.Tensor], multimask: bool = False
+    model: Any, cells: torch.Tensor, finer: Sequence[torch.Tensor], multimask: bool = False, replaced: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Decodes cells without a prompt, which is one padding point.
 
@@ -101,6 +132,8 @@ def decode_cells(
         cells: (B, C, 64, 64).
         finer: the finer features of the same photos.
         multimask: returns three masks, else the single-mask output.
+        replaced: an unstable single mask is replaced by the best of three. FS-SAM2 was evaluated so: it is the default
+            of SAM 2's program.
 
     Returns:
         Logits (B, masks, 256, 256), predicted IoUs (B, masks) and the logit that an object is visible (B, 1).
@@ -109,12 +142,23 @@ def decode_cells(
     points = torch.zeros(count, 1, 1, 2, device=device)
     labels = -torch.ones(count, 1, 1, dtype=torch.int64, device=device)
     sparse, dense = model.prompt_encoder(points, labels, None, None)
-    masks, scores, _, visible = model.mask_decoder(
-        image_embeddings=cells,
-        image_positional_embeddings=model.get_image_wide_positional_embeddings().repeat(count, 1, 1, 1),
-        sparse_prompt_embeddings=sparse,
-        dense_prompt_embeddings=dense,
-        multimask_output=multimask,
-        high_resolution_features=list(finer),
-    )
+
+    def decoded(multimask: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        masks, scores, _, visible = model.mask_decoder(
+            image_embeddings=cells,
+            image_positional_embeddings=model.get_image_wide_positional_embeddings().repeat(count, 1, 1, 1),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=multimask,
+            high_resolution_features=list(finer),
+        )
+        return masks, scores, visible
+
+    masks, scores, visible = decoded(multimask)
+    if replaced:
+        # The decoder can do so in one pass, but by an attribute that other threads would see.
+        every_mask, every_score = (
+            torch.cat(pair, dim=2) for pair in zip((masks, scores), decoded(True)[:2], strict=True)
+        )
+        masks, scores = model.mask_decoder._dynamic_multimask_via_stability(every_mask, every_score)
     return masks[:, 0], scores[:, 0], visible[:, 0]
