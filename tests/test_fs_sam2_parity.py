@@ -87,18 +87,21 @@ def base_model():
     return model.eval()
 
 
-def read_episodes(chosen=slice(0, 2)):
-    """Pixels (B, photos, 3, S, S), normalized, and masks (B, photos, 1, S, S); the last photo is the query."""
+def recorded_episodes():
+    """Photos (4, 6, 3, S, S) and masks (4, 6, 1, S, S) of the episodes, uint8; the sixth photo is the query."""
     episodes = recorded("episodes")
-    photos = episodes["photos"][chosen].repeat(16, 2).repeat(16, 3)
-    pixels = torch.from_numpy((photos - np.float32(PIXEL_MEAN)) / np.float32(PIXEL_STD)).permute(0, 1, 4, 2, 3)
-    masks = torch.from_numpy(episodes["masks"][chosen].repeat(32, 2).repeat(32, 3)).float()
-    return pixels, masks[:, :, None]
+    photos, masks = (
+        torch.from_numpy(episodes[name].repeat(factor, 2).repeat(factor, 3))
+        for name, factor in (("photos", 16), ("masks", 32))
+    )
+    return photos.permute(0, 1, 4, 2, 3), masks.byte()[:, :, None]
 
 
 def run(model, shots):
     """Each stage of the forward pass, by the name of its record."""
-    pixels, masks = read_episodes()
+    photos, masks = (values[:2].float() for values in recorded_episodes())
+    mean, std = (torch.tensor(three).reshape(3, 1, 1) for three in (PIXEL_MEAN, PIXEL_STD))
+    pixels = (photos - mean) / std
     supports = [image_features(model, pixels[:, shot])[1] for shot in range(shots)]
     memories = [encode_memory(model, cells, masks[:, shot]) for shot, cells in enumerate(supports)]
     finer, cells = image_features(model, pixels[:, -1])
@@ -205,13 +208,19 @@ def test_each_stage_with_adapters_is_that_of_the_authors(shots):
     assert_stages(adapted_model(), recorded("adapted"), shots)
 
 
+@torch.no_grad()
+def test_a_batch_of_five_shot_episodes_gives_the_logits_of_the_authors():
+    photos, masks = (values[:2] for values in recorded_episodes())
+    batch = {"supports": photos[:, :SHOTS], "masks": masks[:, :SHOTS], "query": photos[:, SHOTS]}
+    logits = FewShot(adapted_model()).eval().logits(batch)
+    assert_same(logits[:, 0, ::2, ::2], recorded("adapted")["logits_5"])
+
+
 class FixedEpisodes(Dataset):
     """The recorded one-shot episodes in turn."""
 
     def __init__(self):
-        episodes = recorded("episodes")
-        photos = torch.from_numpy(episodes["photos"].repeat(16, 2).repeat(16, 3)).permute(0, 1, 4, 2, 3)
-        masks = torch.from_numpy(episodes["masks"].repeat(32, 2).repeat(32, 3)).byte()[:, :, None]
+        photos, masks = recorded_episodes()
         self.episodes = [
             {"supports": seen[:1], "masks": marked[:1], "query": seen[-1], "truth": marked[-1], "name": "episode"}
             for seen, marked in zip(photos, masks, strict=True)

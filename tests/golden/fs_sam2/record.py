@@ -174,7 +174,6 @@ def record_forward(model, photos, masks):
             out = model(batch["query_img"], prev_out=out)
             found[f"{name}logits_{shots}"] = out["pred_masks"][:, 0, ::2, ::2]
             found[f"{name}iou_{shots}"] = out["ious"]
-            found[f"{name}input_logits_{shots}"] = out["logit_mask"][:, 0, ::16, ::16]
         for hook in hooks:
             hook.remove()
         found[f"visible_{shots}"] = out["object_score_logits"]
