@@ -219,7 +219,6 @@ def record_training(program, photos, masks):
         "decay": np.array([groups[0][1] for groups, _ in seen["steps"]]),
         "gradient_norms": np.array([float(first[1][name].norm()) for name in first[1]], np.float32),
         "gradient_names": np.array(list(first[1])),
-        "after_norms": np.array([float(after[name].norm()) for name in first[1]], np.float32),
         "after_first": np.array([after[name].flatten()[:8].tolist() for name in first[1]], np.float32),
         "steps": np.array(steps),
     }
