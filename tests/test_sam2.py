@@ -13,6 +13,7 @@ from persam_dreambooth.photos.masks import read_mask
 from persam_dreambooth.segmentation import PerSAM, PerSAMF, open_sam
 from persam_dreambooth.segmentation.location_prior import location_prior
 from persam_dreambooth.segmentation.sams.sam2 import Sam2
+from persam_dreambooth.segmentation.sams.sam2_memory import has_memory
 from persam_dreambooth.segmentation.target_guided_attention import BiasedAttention, attention_bias
 from persam_dreambooth.segmentation.target_semantic_prompting import Guidance, GuidedTransformer
 
@@ -216,14 +217,15 @@ def test_persam_end_to_end(kind, sam, encoding, mask):
     assert all(np.isfinite(step.low_res_logits).all() for step in found.steps)
 
 
-def test_a_checkpoint_for_videos_gives_its_image_part(tmp_path):
+def test_a_checkpoint_for_videos_gives_its_image_part_and_its_memory(tmp_path):
     """As on the hub, where SAM 2 and 2.1 lie as `sam2_video`."""
     folder, video = save_sam2_video(tmp_path / "video")
     opened = open_sam(str(folder), device="cpu")
-    assert isinstance(opened, Sam2) and type(opened.model) is Sam2Model
+    assert isinstance(opened, Sam2) and has_memory(opened.model)
     expected = video.state_dict()
     found = {as_saved(name): value for name, value in opened.model.state_dict().items()}
     assert all(torch.equal(value, expected[name]) for name, value in found.items())
+    assert "memory_attention.layers.0.cross_attn_image.k_proj.weight" in found
 
 
 def as_saved(name):

@@ -60,12 +60,13 @@ def precision(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
 
 def _read_folder(source: str, revision: str | None) -> "PreTrainedModel":
     """Loads a checkpoint in transformers' format: a folder or a hub id."""
-    from transformers import AutoConfig, Sam2Config, Sam2Model, SamHQModel, SamModel
+    from transformers import AutoConfig, Sam2Model, SamHQModel, SamModel
+
+    from persam_dreambooth.segmentation.sams.sam2_memory import Sam2MemoryModel
 
     config = AutoConfig.from_pretrained(source, revision=revision)
-    if config.model_type == "sam2_video":  # the hub's SAM 2 checkpoints, which contain the image model
-        config = Sam2Config.from_dict({**config.to_dict(), "model_type": "sam2"})
-    loaders = {"sam": SamModel, "sam_hq": SamHQModel, "sam2": Sam2Model}
+    # The hub's SAM 2 checkpoints are of type sam2_video.
+    loaders = {"sam": SamModel, "sam_hq": SamHQModel, "sam2": Sam2Model, "sam2_video": Sam2MemoryModel}
     if config.model_type not in loaders:
         kind = config.model_type
         raise InputError(f"{source} is a model of type {kind}: name a SAM, SAM-HQ or SAM 2 checkpoint, or toy")

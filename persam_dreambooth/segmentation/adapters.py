@@ -1,0 +1,69 @@
+"""Adapters of a SAM: the folder that `adapt` writes and `--adapter` reads.
+
+`adapter.json` says which method the weights beside it belong to, which SAM they were trained on, and how.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from persam_dreambooth.errors import InputError, InputNotFoundError
+from persam_dreambooth.files import write_json
+
+if TYPE_CHECKING:
+    from persam_dreambooth.segmentation.sams.sam import Sam
+
+ADAPTER = "adapter.json"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The description of an adapter.
+
+    Args:
+        method: `fs-sam2` or `plm`.
+        sam: the name of the SAM that it was trained on.
+        fingerprint: see `Sam.fingerprint`.
+        settings: how it was trained, by option.
+    """
+
+    method: str
+    sam: str
+    fingerprint: str
+    settings: dict[str, Any]
+
+    def save(self, folder: Path) -> None:
+        """Writes `ADAPTER` into an existing folder."""
+        write_json(folder / ADAPTER, asdict(self))
+
+
+def read_adapter(folder: Path, method: str, sam: Sam) -> Adapter:
+    """Reads the description of an adapter, and checks that it fits.
+
+    Args:
+        folder: the folder that `adapt` wrote.
+        method: the method that its weights are wanted for.
+        sam: the SAM that it is wanted for, without an adapter.
+
+    Raises:
+        InputNotFoundError: the folder holds no adapter.
+        InputError: a broken file, an adapter of another method, or for another SAM.
+    """
+    path = folder / ADAPTER
+    if not path.is_file():
+        raise InputNotFoundError(f"{folder} holds no {ADAPTER}: name a folder that persam-dreambooth adapt wrote")
+    try:
+        adapter = Adapter(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path} does not describe an adapter ({error}): train it again") from None
+    if adapter.method != method:
+        raise InputError(f"{folder} is an adapter of {adapter.method}, not of {method}: name another folder")
+    if adapter.fingerprint != sam.fingerprint:
+        raise InputError(
+            f"{folder} was trained on another SAM ({adapter.sam}) than {sam.name}: name that SAM with --sam_model, or "
+            "train an adapter on this one"
+        )
+    return adapter

@@ -1,0 +1,120 @@
+"""SAM 2's memory on single photos: annotated photos are earlier frames, the photo to segment is the next one.
+
+The forward pass of FS-SAM2 (Forni et al. 2025): spatial memory only, without object pointers and temporal positions, so
+that the order of the annotated photos does not matter. All functions take batches and are differentiable. They call the
+modules of transformers' models directly, since `Sam2VideoModel.forward` runs in inference mode, replaces the masks of
+objects that it takes as occluded, and changes the memory of these.
+
+Shapes: B photos (or objects), K annotated photos of each; S = 1024 pixels a side; 64 x 64 cells with C = 256 channels,
+4096 memory tokens of M = 64 channels a photo; finer features (B, C / 8, 256, 256) and (B, C / 4, 128, 128).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import Sam2Config, Sam2Model, Sam2VideoConfig
+from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoMemoryAttention, Sam2VideoMemoryEncoder
+
+MASK_SCALE, MASK_BIAS = 20.0, -10.0
+"""A mask of 0 and 1 enters the memory encoder as -10 and 10, without the sigmoid that predicted logits pass first."""
+
+
+class Sam2MemoryModel(Sam2Model):
+    """`Sam2Model` with the memory attention and the memory encoder of `Sam2VideoModel`, under the same names.
+
+    Args:
+        config: of the video model; `config` of this model is that of the image model.
+    """
+
+    def __init__(self, config: Sam2VideoConfig) -> None:
+        super().__init__(Sam2Config.from_dict({**config.to_dict(), "model_type": "sam2"}))
+        config._attn_implementation = self.config._attn_implementation
+        self.memory_attention = Sam2VideoMemoryAttention(config)
+        self.memory_encoder = Sam2VideoMemoryEncoder(config)
+
+
+@dataclass(frozen=True, eq=False)
+class Memory:
+    """The memory of annotated photos.
+
+    Args:
+        tokens: (B, K * 4096, M).
+        positions: (B, K * 4096, M), the same for each photo.
+    """
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+
+
+def has_memory(model: Any) -> bool:
+    """Whether a SAM 2 has the modules for its memory; the image model of transformers has none."""
+    return hasattr(model, "memory_attention") and hasattr(model, "memory_encoder")
+
+
+def image_features(model: Any, pixels: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Encodes photos: (B, 3, S, S) normalized to finer features and cells (B, C, 64, 64), without the no-memory vector.
+
+    The mask decoder's two convolutions of the finer features are applied.
+    """
+    maps = model.get_image_features(pixels, return_dict=True).fpn_hidden_states
+    sizes = [round(len(one) ** 0.5) for one in maps]
+    *finer, cells = [one.permute(1, 2, 0).unflatten(2, (side, side)) for one, side in zip(maps, sizes, strict=True)]
+    return finer, cells
+
+
+def encode_memory(model: Any, cells: torch.Tensor, masks: torch.Tensor) -> Memory:
+    """The memory of one annotated photo: cells (B, C, 64, 64) and its mask (B, 1, S, S), 0 to 1."""
+    tokens, positions = model.memory_encoder(cells, masks * MASK_SCALE + MASK_BIAS)
+    positions = positions.expand_as(tokens)
+    return Memory(tokens.flatten(2).transpose(1, 2), positions.flatten(2).transpose(1, 2))
+
+
+def join_memories(memories: Sequence[Memory]) -> Memory:
+    """The memory of several annotated photos."""
+    return Memory(*(torch.cat([getattr(one, name) for one in memories], dim=1) for name in ("tokens", "positions")))
+
+
+def recall(model: Any, cells: torch.Tensor, memory: Memory) -> torch.Tensor:
+    """Conditions cells (B, C, 64, 64) on a memory: (B, C, 64, 64)."""
+    positions = model.vision_encoder.neck.position_encoding(cells.shape, cells.device, cells.dtype)
+    conditioned = model.memory_attention(
+        current_vision_features=cells.flatten(2).permute(2, 0, 1),
+        current_vision_position_embeddings=positions.expand_as(cells).flatten(2).permute(2, 0, 1),
+        memory=memory.tokens.transpose(0, 1),
+        memory_posision_embeddings=memory.positions.transpose(0, 1),  # transformers spells it so
+        num_object_pointer_tokens=0,
+    )
+    return conditioned[0].transpose(1, 2).reshape(cells.shape)  # from (1, B, 4096, C)
+
+
+def decode_cells(
+    model: Any, cells: torch.Tensor, finer: Sequence[torch.Tensor], multimask: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Decodes cells without a prompt, which is one padding point.
+
+    Args:
+        model: see `has_memory`.
+        cells: (B, C, 64, 64).
+        finer: the finer features of the same photos.
+        multimask: returns three masks, else the single-mask output.
+
+    Returns:
+        Logits (B, masks, 256, 256), predicted IoUs (B, masks) and the logit that an object is visible (B, 1).
+    """
+    count, device = len(cells), cells.device
+    points = torch.zeros(count, 1, 1, 2, device=device)
+    labels = -torch.ones(count, 1, 1, dtype=torch.int64, device=device)
+    sparse, dense = model.prompt_encoder(points, labels, None, None)
+    masks, scores, _, visible = model.mask_decoder(
+        image_embeddings=cells,
+        image_positional_embeddings=model.get_image_wide_positional_embeddings().repeat(count, 1, 1, 1),
+        sparse_prompt_embeddings=sparse,
+        dense_prompt_embeddings=dense,
+        multimask_output=multimask,
+        high_resolution_features=list(finer),
+    )
+    return masks[:, 0], scores[:, 0], visible[:, 0]
