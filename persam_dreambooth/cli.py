@@ -174,6 +174,12 @@ COMMANDS = {
             f"{options.sequences} videos of {options.frames} frames in {options.output_dir}, as in DAVIS 2017"
         ),
     ),
+    "toy parts": Command(
+        "a rendered data set of the parts of animals: head, scarf, tail",
+        "toy.rendered_parts:ToyPartsOptions",
+        "toy.rendered_parts:write_parts",
+        lambda options, _: f"{counted(options.images, 'image')} in {options.output_dir}/images, masks beside them",
+    ),
     "demo": Command(
         "plain and masked training side by side, without network",
         "demo:DemoOptions",
