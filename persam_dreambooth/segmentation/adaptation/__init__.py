@@ -1,0 +1,1 @@
+"""Trains adapters of a SAM."""
