@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from persam_dreambooth.progress import Progress as Progress
     from persam_dreambooth.progress import reporting as reporting
     from persam_dreambooth.segmentation.found import Found as Found
+    from persam_dreambooth.segmentation.memory import MemorySegmenter as MemorySegmenter
     from persam_dreambooth.segmentation.persam import PerSAM as PerSAM
     from persam_dreambooth.segmentation.persam_f import PerSAMF as PerSAMF
     from persam_dreambooth.segmentation.sams.checkpoints import open_sam as open_sam
@@ -38,6 +39,7 @@ _PLACES = {
     "Found": "segmentation.found",
     "InputError": "errors",
     "InputNotFoundError": "errors",
+    "MemorySegmenter": "segmentation.memory",
     "PerSAM": "segmentation.persam",
     "PerSAMF": "segmentation.persam_f",
     "Progress": "progress",

@@ -1,4 +1,4 @@
-"""One-shot personalized segmentation with SAM: PerSAM and PerSAM-F (Zhang et al. 2023, arXiv 2305.03048)."""
+"""One-shot personalized segmentation: PerSAM, PerSAM-F (Zhang et al. 2023, arXiv 2305.03048) and SAM 2's memory."""
 
 from importlib import import_module
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 PUBLIC = {
     "Encoding": "sams.sam",
     "Found": "found",
+    "MemorySegmenter": "memory",
     "PerSAM": "persam",
     "PerSAMF": "persam_f",
     "Sam": "sams.sam",

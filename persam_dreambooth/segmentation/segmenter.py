@@ -60,7 +60,7 @@ class Segmenter:
             raise InputError(f"target_coverage is {target_coverage}: give a fraction from 0 to below 1")
         if not 0 <= absent_threshold <= 1:
             raise InputError(f"absent_threshold is {absent_threshold}: give a number from 0 to 1")
-        check_sam(sam)
+        self.check_sam(sam)
         self.sam = sam
         self.target_coverage = target_coverage
         self.absent_threshold = absent_threshold
@@ -80,6 +80,11 @@ class Segmenter:
     def from_options(cls: type[OwnSegmenter], sam: Sam, options: SegmentationOptions) -> OwnSegmenter:
         """The method with the values of the options."""
         return cls(sam, target_coverage=options.target_coverage)
+
+    @classmethod
+    def check_sam(cls, sam: Sam) -> None:
+        """Raises `InputError` for anything but a `Sam` that the method can use."""
+        check_sam(sam)
 
     @property
     def target(self) -> Target:
@@ -155,7 +160,7 @@ class Segmenter:
             InputNotFoundError: the folder has no saved segmenter.
             InputError: a broken file, a segmenter of another class, or another SAM.
         """
-        check_sam(sam)
+        cls.check_sam(sam)
         path = Path(folder) / SEGMENTER
         if not path.is_file():
             raise InputNotFoundError(f"{folder} has no {SEGMENTER}: name a folder that a segmenter was saved to")
@@ -171,9 +176,10 @@ class Segmenter:
             )
         made_by = described["sam"]
         if made_by["fingerprint"] != sam.fingerprint:
+            same = (made_by["name"], made_by["dtype"]) == (sam.name, str(sam.dtype))
             raise InputError(
-                f"{path} was fitted with {made_by['name']} in {made_by['dtype']}, not with {sam!r}: open that SAM, or "
-                "fit it again"
+                f"{path} was fitted with {'other weights of ' * same}{made_by['name']} in {made_by['dtype']}, not with "
+                f"{sam!r}: open that SAM, or fit it again"
             )
         loaded = cls(sam, **described["settings"])
         similar, small = described["background_similarity"], described["small"]
@@ -236,8 +242,12 @@ class Segmenter:
         chosen: torch.Tensor,
         score: float,
         flags: list[str],
+        without: np.ndarray | None = None,
     ) -> Found:
+        """The result of the steps, whose mask is that of the logits `chosen` (256, 256), less the pixels `without`."""
         mask = (self.sam.upscale(chosen[None], encoding)[0] > 0).cpu().numpy()
+        if without is not None:
+            mask &= ~sized_mask(without, encoding)
         similar = presence(mask, encoding, self.target, self.target_coverage)
         if not mask.any() or similar < self.absent_threshold:
             flags = [ABSENT, *flags]

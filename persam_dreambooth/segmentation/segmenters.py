@@ -19,9 +19,17 @@ if TYPE_CHECKING:
     from persam_dreambooth.segmentation.segmenter import Segmenter
     from persam_dreambooth.segmentation.video_segmenter import VideoSegmenter
 
-METHODS = {"persam": "persam:PerSAM", "persam-f": "persam_f:PerSAMF"}
+METHODS = {"persam": "persam:PerSAM", "persam-f": "persam_f:PerSAMF", "memory": "memory:MemorySegmenter"}
 """The methods by name: their module in this package, and their class."""
 
+VIDEO_METHODS = ("persam", "persam-f", "memory")
+"""The methods that `VideoSegmenter` has."""
+
+USUAL_SAM = "facebook/sam-vit-huge"
+"""The SAM of the PerSAM paper, the default of `--sam_model`."""
+
+USUAL_SAMS = {"memory": "facebook/sam2.1-hiera-large"}
+"""The defaults of methods that need another SAM."""
 
 MAKES_MASKS = Condition(lambda options: options.makes_masks, "no masks are made without --mask")
 """Options of a method have an effect only if it makes masks."""
@@ -33,13 +41,14 @@ class SegmenterOptions(Options):
 
     segmenter: str = option(
         "persam-f",
-        "PerSAM (training-free) or PerSAM-F (fits two scale weights first)",
+        "PerSAM (training-free), PerSAM-F (fits two scale weights first), or SAM 2's memory (training-free)",
         choices=tuple(METHODS),
         when=(MAKES_MASKS,),
     )
     sam_model: str = option(
-        "facebook/sam-vit-huge",
-        "SAM, SAM-HQ, SAM 2 or MobileSAM: hub id, local folder, published checkpoint file, or toy",
+        None,
+        "SAM, SAM-HQ, SAM 2 or MobileSAM: hub id, local folder, published checkpoint file, or toy (default: "
+        f"{USUAL_SAM}; for memory {USUAL_SAMS['memory']})",
         path=True,
     )
     sam_dtype: Literal["float32", "float16", "bfloat16", "auto"] = option(
@@ -58,6 +67,11 @@ class SegmenterOptions(Options):
         "a cell (of 64 x 64) is target if the mask covers more of its center than this, 0 to 1",
         when=(MAKES_MASKS,),
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.sam_model:
+            object.__setattr__(self, "sam_model", USUAL_SAMS.get(self.segmenter, USUAL_SAM))
 
     @property
     def makes_masks(self) -> bool:
@@ -85,9 +99,15 @@ class SegmentationOptions(SegmenterOptions):
 class TrackingOptions(SegmenterOptions):
     """How objects are tracked through videos."""
 
+    segmenter: str = option(
+        "persam-f",
+        "PerSAM, PerSAM-F (fits two scale weights to each object), or SAM 2's memory of the first and the last frames",
+        choices=VIDEO_METHODS,
+    )
     variant: Literal["default", "published"] = option(
         "default",
         "published: track as the published code does, where no object is absent and a lost object shifts the others",
+        when=(with_flag("--segmenter persam", "--segmenter persam-f"),),
     )
 
 
@@ -145,9 +165,10 @@ def make_video_segmenter(options: TrackingOptions, sam: Sam) -> VideoSegmenter:
 
 
 def open_sam_of(options: SegmenterOptions) -> Sam:
-    """The SAM that options name; see `open_sam`."""
+    """The SAM that options name, see `open_sam`; raises `InputError` if their method cannot use it."""
     from persam_dreambooth.segmentation.sams.checkpoints import open_sam
 
     sam = open_sam(options.sam_model, dtype=options.sam_dtype, encoding_cache=options.encoding_cache)
+    method_class(options.segmenter).check_sam(sam)
     log_device(str(sam.device), str(sam.dtype))
     return sam

@@ -26,6 +26,7 @@ from persam_dreambooth.segmentation.frames import Frame, Video, list_numbered, o
 from persam_dreambooth.segmentation.segmenters import TrackingOptions, make_video_segmenter, open_sam_of
 
 if TYPE_CHECKING:
+    from persam_dreambooth.segmentation.sams.sam import Encoding
     from persam_dreambooth.segmentation.video_segmenter import VideoSegmenter
 
 logger = logging.getLogger(__name__)
@@ -128,8 +129,9 @@ def follow(
 ) -> Iterator[np.ndarray]:
     """Writes and yields the label map of every frame; existing label maps are not computed again.
 
-    A frame depends only on the given label maps and on the previous label map. So memory use is constant, and an
-    interrupted video resumes from the written label maps. Frames before the first given label map are empty.
+    A frame depends only on the given label maps and on the last frames and their label maps, see
+    `VideoSegmenter.remember`. So memory use is constant, and an interrupted video resumes from the written label maps.
+    Frames before the first given label map are empty.
 
     Args:
         video: the video; its frames are decoded one at a time.
@@ -143,25 +145,30 @@ def follow(
     """
     reference = video.first.read()
     before = np.zeros(reference.size[::-1], np.uint8)
-    unlearned: list[tuple[Frame, np.ndarray]] = []
+    unseen: list[tuple[Frame | Encoding, np.ndarray, np.ndarray | None]] = []  # frames, label maps and new objects
     for frame in chain([video.first], video.others):
         path, new = output / f"{frame.stem}.png", given.get(frame.number)
+        seen: Frame | Encoding = frame
         if path.is_file():
             labels = read_labels(path)
             if labels.shape != before.shape:
                 raise InputError(f"{path} is {_size(labels)}, the frames are {_size(before)}: remove it")
         else:
             labels = before
-            if segmenter.objects or unlearned:
-                for earlier, objects in unlearned:
-                    segmenter.add(_read(earlier, reference), objects)
-                unlearned.clear()
-                labels = segmenter.predict(_read(frame, reference), before)
+            if segmenter.objects or any(objects is not None for _, _, objects in unseen):
+                for earlier, shown, objects in unseen:
+                    image = _read(earlier, reference) if isinstance(earlier, Frame) else earlier
+                    segmenter.remember(image, shown)
+                    if objects is not None:
+                        segmenter.add(image, objects)
+                unseen.clear()
+                seen = segmenter.sam.encode(_read(frame, reference))
+                labels = segmenter.predict(seen, before)
             if new is not None:
                 labels = np.where(new > 0, new, labels)
             save_labels(path, labels)
-        if new is not None:
-            unlearned.append((frame, new))
+        unseen.append((seen, labels, new))
+        unseen = [one for left, one in enumerate(unseen, -len(unseen)) if left >= -segmenter.reach or one[2] is not None]
         _tell_changes(frame, before, labels, new)
         if overlay and _is_older(overlay / f"{frame.stem}.jpg", path):
             save_picture(overlay_labels(_read(frame, reference), labels), overlay / f"{frame.stem}.jpg")

@@ -1,13 +1,17 @@
-"""PerSAM and PerSAM-F on videos: tracks the objects of given label maps (Zhang et al. 2023, section 4.2).
+"""PerSAM, PerSAM-F and SAM 2's memory on videos: tracks the objects of given label maps.
 
-Each object keeps its target embedding, and for PerSAM-F its scale weights, from the first frame in which it is given.
-Every frame is encoded once. Each object is prompted with the maxima of the location prior, with the object's box in the
-previous frame, and with that box's center. So a frame depends only on the given label maps and on the previous frame.
+Each object keeps its target embedding from the first frame in which it is given, for PerSAM-F also its scale weights,
+and for memory its memory. Every frame is encoded once.
+
+PerSAM (Zhang et al. 2023, section 4.2) prompts each object with the maxima of the location prior, with the object's box
+in the previous frame, and with that box's center. So a frame depends only on the given label maps and on the previous
+one. With memory, each object is recalled from the frame in which it is given and from the last frames, see `RECENT`.
 
 Shapes: H W frame; 256 x 256 low-resolution logits. Points and boxes are xy in pixels of the frame. A label map is
 (H, W) uint8: 0 for background, else the object's number.
 """
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -23,9 +27,12 @@ from persam_dreambooth.segmentation.location_prior import (
     location_prior,
     presence,
 )
-from persam_dreambooth.segmentation.sams.sam import Encoding, ImageLike, Sam, check_sam
+from persam_dreambooth.segmentation.memory import remember, segment_from
+from persam_dreambooth.segmentation.sams.sam import Encoding, ImageLike, Sam
+from persam_dreambooth.segmentation.sams.sam2_memory import Memory, join_memories
 from persam_dreambooth.segmentation.scale_weights import fit_scale_weights
 from persam_dreambooth.segmentation.segmenter import fitted
+from persam_dreambooth.segmentation.segmenters import VIDEO_METHODS, method_class
 
 MARGIN = 10
 """Pixels by which the box of the previous frame is grown on every side."""
@@ -36,6 +43,8 @@ FIT_STEPS, LEARNING_RATE = 800, 4e-4
 OWN = 0.05
 """Minimum fraction of a mask's cells that must be most similar to its own object; below it, the mask is taken as
 another object's."""
+RECENT = 6
+"""Previous frames that `memory` recalls besides the frame in which an object is given, as in SAM 2."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,15 +55,17 @@ class Known:
         number: its number in label maps.
         target: its embedding.
         weights: (3,) scale weights, for PerSAM-F.
+        memory: its memory of the frame in which it is given, for the method `memory`.
     """
 
     number: int
     target: Target
     weights: np.ndarray | None = None
+    memory: Memory | None = None
 
 
 class VideoSegmenter:
-    """Tracks objects through a video; follows the published code where it differs from the paper.
+    """Tracks objects through a video; PerSAM follows the published code where it differs from the paper.
 
     As in the published code, the target embedding is the mean of mean and maximum for both methods, attention is not
     guided, and PerSAM-F's learning rate is 4e-4 (the paper prints 4^-4).
@@ -71,12 +82,17 @@ class VideoSegmenter:
     - If PerSAM-F's weighted mask is empty, the best-scored mask replaces it. In the published code, it gives only the
       box.
 
+    With SAM 2's memory, masks of the last frames are as they are in the label maps, so that a video can be resumed; SAM
+    2 remembers logits. As for photos, there are neither object pointers nor temporal positions. The first two deviations
+    hold too.
+
     Args:
         sam: see `open_sam`.
-        method: `persam` takes the largest mask of the first pass; `persam-f` weighs the three by learned weights.
+        method: `persam` takes the largest mask of the first pass; `persam-f` weighs the three by learned weights;
+            `memory` recalls earlier frames, see `MemorySegmenter`.
         target_coverage: as for `PerSAM`.
         fit_steps: optimizer steps of PerSAM-F's fit.
-        published: whether to track by the published code's rules.
+        published: whether to track by the published code's rules; not for `memory`.
     """
 
     def __init__(
@@ -87,19 +103,27 @@ class VideoSegmenter:
         fit_steps: int = FIT_STEPS,
         published: bool = False,
     ) -> None:
-        check_sam(sam)
-        if method not in PRIOR_POINTS:
-            raise InputError(f"method {method!r} is unknown: use {' or '.join(PRIOR_POINTS)}")
+        if method not in VIDEO_METHODS:
+            raise InputError(f"method {method!r} is unknown: use {' or '.join(VIDEO_METHODS)}")
+        if published and method == "memory":
+            raise InputError("published is for persam and persam-f: leave it out for memory")
+        method_class(method).check_sam(sam)
         self.sam = sam
         self.method = method
         self.target_coverage = target_coverage
         self.fit_steps = fit_steps
         self.published = published
         self.objects: tuple[Known, ...] = ()
+        self._recent: deque[dict[int, Memory]] = deque(maxlen=self.reach)
 
     def __repr__(self) -> str:
         state = f"{len(self.objects)} objects" if self.objects else "not fitted"
         return f"VideoSegmenter({self.sam!r}, {self.method!r}; {state})"
+
+    @property
+    def reach(self) -> int:
+        """The number of previous frames for `remember`."""
+        return RECENT if self.method == "memory" else 0
 
     def fit(self, image: ImageLike, labels: np.ndarray) -> "VideoSegmenter":
         """Learns every object of the first frame.
@@ -114,6 +138,7 @@ class VideoSegmenter:
         if isinstance(labels, np.ndarray) and not labels.any():
             raise InputError("the mask of the first frame marks no object: give each object a number from 1")
         self.objects = ()
+        self._recent.clear()
         return self.add(image, labels)
 
     def add(self, image: ImageLike, labels: np.ndarray) -> "VideoSegmenter":
@@ -132,6 +157,29 @@ class VideoSegmenter:
         learned = [self._learn(encoding, labels, number) for number in new]
         self.objects = tuple(sorted((*self.objects, *learned), key=lambda known: known.number))
         return self
+
+    def remember(self, image: ImageLike, labels: np.ndarray) -> None:
+        """Keeps the objects of a frame after `fit` or `add`, for `memory`; does nothing for the other methods.
+
+        Only the last `reach` frames are kept. Call it for every frame, in order, before the next `predict`. For a frame
+        with new objects, call it before `add`.
+
+        Args:
+            image: as for `PerSAM.fit`.
+            labels: its label map.
+
+        Raises:
+            InputError: a label map of another size.
+        """
+        if not self.reach:
+            return
+        shown = [known.number for known in self.objects if (labels == known.number).any()]
+        encoding = self.sam.encode(image) if shown else None
+        kept = {}
+        if encoding:
+            _check_labels(labels, encoding)
+            kept = {number: remember(self.sam, encoding, labels == number) for number in shown}
+        self._recent.append(kept)
 
     def predict(self, image: ImageLike, before: np.ndarray) -> np.ndarray:
         """The label map of a frame; where objects overlap, the highest logit wins. Call `fit` first.
@@ -180,6 +228,8 @@ class VideoSegmenter:
         target = embed_target(mask, encoding, self.target_coverage)
         if self.method == "persam":
             return Known(number, target)
+        if self.method == "memory":
+            return Known(number, target, memory=remember(self.sam, encoding, mask))
         points, box = self._prompts(encoding, target, mask)
         logits, _ = self._decode(encoding, points, box)
         problem = self.sam.upscale(logits, encoding), mask
@@ -201,6 +251,10 @@ class VideoSegmenter:
 
     def _find(self, encoding: Encoding, known: Known, before: np.ndarray) -> torch.Tensor:
         """Logits (H, W) of an object; `before` (H, W) bool is its mask in the previous frame."""
+        if known.memory:
+            memories = [known.memory, *(kept[known.number] for kept in self._recent if known.number in kept)]
+            logits, _ = segment_from(self.sam, encoding, join_memories(memories))
+            return self.sam.upscale(logits, encoding)[0]
         points, box = self._prompts(encoding, known.target, before)
         logits, scores = self._decode(encoding, points, box)
         if known.weights is None:

@@ -1,7 +1,7 @@
 """Loads SAM 2 and 2.1 files such as `sam2.1_hiera_tiny.pt` into transformers' SAM 2.
 
-Only the weights for single photos are loaded, without the video memory. The shapes do not give a stage's heads and
-windows, nor the blocks with global attention, so these come from a table of the four published sizes.
+Weights that only videos need, for object pointers and temporal positions, are left out. The shapes do not give a
+stage's heads and windows, nor the blocks with global attention, so these come from a table of the four published sizes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import torch
 from persam_dreambooth.errors import InputError
 
 if TYPE_CHECKING:
-    from transformers import Sam2Config, Sam2Model
+    from transformers import Sam2VideoConfig
+
+    from persam_dreambooth.segmentation.sams.sam2_memory import Sam2MemoryModel
 
 SAM2_POSITIONS = "sam_prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
 POINTS = "sam_prompt_encoder.point_embeddings.{}.weight"
@@ -56,9 +58,23 @@ DECODER = (
 )
 """Patterns in the weight names of the prompt encoder and mask decoder, for SAM and SAM 2, with replacements."""
 
+MEMORY = (
+    (r"memory_encoder\.out_proj\.", "memory_encoder.projection."),
+    (r"\.pix_feat_proj\.", ".feature_projection."),
+    (r"\.encoder\.12\.", ".final_conv."),
+    *((rf"\.encoder\.{3 * layer}\.", f".layers.{layer}.conv.") for layer in range(4)),
+    *((rf"\.encoder\.{3 * layer + 1}\.", f".layers.{layer}.layer_norm.") for layer in range(4)),
+    (r"\.fuser\.", ".memory_fuser."),
+    (r"\.dwconv\.", ".depthwise_conv."),
+    (r"\.pwconv(\d)\.", r".pointwise_conv\1."),
+    (r"\.gamma$", ".scale"),
+    (r"\.norm\.", ".layer_norm."),
+)
+"""Patterns in the weight names of the memory encoder and the memory attention, with replacements."""
+
 SAM2_RENAMED = (
+    *MEMORY,
     (SAM2_POSITIONS, "shared_image_embedding.positional_embedding"),
-    ("no_mem_embed", "no_memory_embedding"),
     (r"image_encoder\.trunk\.", "vision_encoder.backbone."),
     (r"image_encoder\.neck\.convs\.(\d)\.conv\.", r"vision_encoder.neck.convs.\1."),
     (r"\.patch_embed\.proj\.", ".patch_embed.projection."),
@@ -70,13 +86,13 @@ SAM2_RENAMED = (
 """Patterns in SAM 2's weight names and transformers' replacements; all are applied, in order."""
 
 
-def read_sam2(weights: dict[str, torch.Tensor], path: Path) -> Sam2Model:
+def read_sam2(weights: dict[str, torch.Tensor], path: Path) -> Sam2MemoryModel:
     """SAM 2 from weights with the original names; `path` is their file, for messages.
 
     Raises:
         InputError: weights of another model, or of a size that is not published.
     """
-    from transformers import Sam2Model
+    from persam_dreambooth.segmentation.sams.sam2_memory import Sam2MemoryModel
 
     if SAM2_POSITIONS not in weights or SAM2_BACKGROUND not in weights:
         raise InputError(f"{path} holds no weights of a SAM 2: name a file such as sam2.1_hiera_tiny.pt")
@@ -87,32 +103,33 @@ def read_sam2(weights: dict[str, torch.Tensor], path: Path) -> Sam2Model:
             f"{path} is not a published size of SAM 2 ({depth} blocks from {width} channels): name its folder"
         )
     with torch.device("meta"):
-        model = Sam2Model(read_sam2_config(width, depth, tuple(weights[SAM2_BACKGROUND].shape[2:])))
+        model = Sam2MemoryModel(read_sam2_config(width, depth, tuple(weights[SAM2_BACKGROUND].shape[2:])))
     model.load_state_dict(rename_sam2(weights), assign=True)
     return model.float()
 
 
 def rename_sam2(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights for single photos, under transformers' names."""
+    """The weights of a `Sam2MemoryModel`, under transformers' names."""
     renamed = {}
     for name, value in weights.items():
-        if re.match(r"image_encoder\.|sam_prompt_encoder\.|sam_mask_decoder\.|no_mem_embed", name):
+        if re.match(r"(image_encoder|sam_prompt_encoder|sam_mask_decoder|memory_attention|memory_encoder)\.", name):
             for pattern, replacement in SAM2_RENAMED:
                 name = re.sub(pattern, replacement, name)
             if ".point_embeddings." not in name:
                 renamed[name] = value
+    renamed["no_memory_embedding"] = weights["no_mem_embed"]
     renamed["prompt_encoder.shared_embedding.positional_embedding"] = weights[SAM2_POSITIONS]
     renamed["prompt_encoder.point_embed.weight"] = torch.cat([weights[POINTS.format(kind)] for kind in range(4)])
     return renamed
 
 
-def read_sam2_config(width: int, depth: int, background: tuple[int, int]) -> Sam2Config:
+def read_sam2_config(width: int, depth: int, background: tuple[int, int]) -> Sam2VideoConfig:
     """The architecture of a published size; other parameters are transformers' defaults, the same for all sizes."""
-    from transformers import Sam2Config
+    from transformers import Sam2VideoConfig
 
     size = SIZES[width, depth]
     widths = [width * 2**stage for stage in range(4)]
-    return Sam2Config(
+    return Sam2VideoConfig(
         vision_config={
             "backbone_config": {
                 "model_type": "sam2_hiera_det_model",

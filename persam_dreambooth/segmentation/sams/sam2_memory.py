@@ -49,6 +49,10 @@ class Memory:
     tokens: torch.Tensor
     positions: torch.Tensor
 
+    def to(self, device: torch.device) -> Memory:
+        """The memory on a device."""
+        return Memory(self.tokens.to(device), self.positions.to(device))
+
 
 def has_memory(model: Any) -> bool:
     """Whether a SAM 2 has the modules for its memory; the image model of transformers has none."""
@@ -71,6 +75,14 @@ def encode_memory(model: Any, cells: torch.Tensor, masks: torch.Tensor) -> Memor
     tokens, positions = model.memory_encoder(cells, masks * MASK_SCALE + MASK_BIAS)
     positions = positions.expand_as(tokens)
     return Memory(tokens.flatten(2).transpose(1, 2), positions.flatten(2).transpose(1, 2))
+
+
+def restore_memory(model: Any, tokens: torch.Tensor) -> Memory:
+    """The memory of tokens (B, K * 4096, M); the positions are those of `encode_memory`."""
+    side, width = model.prompt_encoder.image_embedding_size[0], tokens.shape[-1]
+    encoding = model.memory_encoder.position_encoding
+    positions = encoding((1, width, side, side), tokens.device, tokens.dtype).flatten(2).transpose(1, 2)
+    return Memory(tokens, positions.repeat(len(tokens), tokens.shape[1] // side**2, 1))
 
 
 def join_memories(memories: Sequence[Memory]) -> Memory:
