@@ -180,6 +180,15 @@ COMMANDS = {
         "toy.rendered_parts:write_parts",
         lambda options, _: f"{counted(options.images, 'image')} in {options.output_dir}/images, masks beside them",
     ),
+    "toy episodes": Command(
+        "a rendered few-shot data set in the layout of FSS-1000",
+        "toy.rendered_episodes:ToyEpisodesOptions",
+        "toy.rendered_episodes:write_episodes",
+        lambda options, _: (
+            f"6 kinds of {options.images} images in {options.output_dir}, as in FSS-1000; the classes of each fold are "
+            "in splits"
+        ),
+    ),
     "demo": Command(
         "plain and masked training side by side, without network",
         "demo:DemoOptions",

@@ -8,6 +8,7 @@ EXTRAS = {
     "bitsandbytes": "optimizers",
     "pillow_heif": "heic",
     "prodigyopt": "optimizers",
+    "pycocotools": "coco",
     "tensorboard": "tracking",
     "wandb": "tracking",
 }

@@ -7,12 +7,8 @@ and a model card. Heavy imports are inside the functions, after the input checks
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from persam_dreambooth import models
 from persam_dreambooth.dreambooth.albums import Album, read_albums
@@ -26,21 +22,16 @@ from persam_dreambooth.dreambooth.run_folder import (
     write_config,
 )
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
-from persam_dreambooth.errors import SaveError, UnavailableError
 from persam_dreambooth.extras import check_installed
-from persam_dreambooth.files import locked, saving
+from persam_dreambooth.files import saving
 from persam_dreambooth.options import takes_options
 from persam_dreambooth.photos.mask_folder import MaskWriter, load_known, load_masks
 from persam_dreambooth.report.pictures import save_overview
 from persam_dreambooth.segmentation.segment import segment_folder
 from persam_dreambooth.segmentation.segmenters import MaskFolderOptions, open_segmenter
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
+from persam_dreambooth.training.only_training import only_training
 
 logger = logging.getLogger(__name__)
-
-_training = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -53,20 +44,8 @@ class TrainOptions(MaskFolderOptions, TrainingOptions):
         return any(subject.mask for subject in self.each_subject)
 
 
-@contextmanager
-def _only_training() -> Iterator[None]:
-    """Refuses a second training in this process: both would use torch's global random state and accelerate's state."""
-    if not _training.acquire(blocking=False):
-        raise UnavailableError("another training runs in this process: wait for its end, or train in another process")
-    try:
-        with models.quiet():
-            yield
-    finally:
-        _training.release()
-
-
 @takes_options(TrainOptions)
-@_only_training()
+@only_training()
 def personalize(options: TrainOptions) -> Path:
     """Runs the main job; returns the run's folder.
 
@@ -83,15 +62,15 @@ def personalize(options: TrainOptions) -> Path:
     if options.makes_masks:
         models.resolve(options.sam_model, "sam")
 
-    from persam_dreambooth.dreambooth.accelerators import end_processes, frozen_dtype, open_accelerator
     from persam_dreambooth.dreambooth.buckets import open_buckets
-    from persam_dreambooth.dreambooth.checkpoint import find_checkpoint
     from persam_dreambooth.dreambooth.families.registry import open_family
     from persam_dreambooth.dreambooth.hub import check_login
     from persam_dreambooth.dreambooth.optimizers import check_optimizer
     from persam_dreambooth.dreambooth.results import save_results
     from persam_dreambooth.dreambooth.trainer import check_resolution, train
     from persam_dreambooth.dreambooth.training_crops import Cut, check_prompts, join_crops, make_crops
+    from persam_dreambooth.training.accelerators import end_processes, frozen_dtype, open_accelerator, writing
+    from persam_dreambooth.training.checkpoint import find_checkpoint
 
     check_optimizer(options)
     if options.report_to:
@@ -106,7 +85,9 @@ def personalize(options: TrainOptions) -> Path:
         return run_dir
     if options.resume_from_checkpoint and not resume_from:
         logger.info("no checkpoint in %s yet: training starts from the beginning", run_dir)
-    accelerator = open_accelerator(options)
+    accelerator = open_accelerator(
+        options.mixed_precision, options.gradient_accumulation_steps, options.report_to, run_dir
+    )
     models.log_device(str(accelerator.device), str(frozen_dtype(accelerator)))
     family = open_family(options, base, frozen_dtype(accelerator))
     check_prompts(options, albums, family)
@@ -117,7 +98,7 @@ def personalize(options: TrainOptions) -> Path:
     cut = Cut(resolution, buckets)
     known = [None if album.reference else make_crops(options, album, album.drawn, cut) for album in albums]
     accelerator.wait_for_everyone()  # all processes check the folders before one writes
-    with _writing(run_dir, accelerator):
+    with writing(run_dir, accelerator, last_written=MODEL_CARD):
         if accelerator.is_main_process:
             check_run_folder(options)  # again: another run may have ended here since
             write_masks(options, albums)
@@ -140,25 +121,9 @@ def personalize(options: TrainOptions) -> Path:
         train(options, family, photos, class_images, run_dir, accelerator, base, resume_from)
         if accelerator.is_main_process:
             save_results(options, family, accelerator, all_masks, photos)
-    end_processes(accelerator, family)
+    family.trained = {name: getattr(family.pipeline, name) for name in family.trained}  # frees the DDP wrappers
+    end_processes(accelerator)
     return run_dir
-
-
-@contextmanager
-def _writing(run_dir: Path, accelerator: Accelerator) -> Iterator[None]:
-    """Locks the run's folder for the main process; what cannot be written there says how to go on.
-
-    Trackers keep what was logged, however the block ends.
-    """
-    try:
-        with locked(run_dir) if accelerator.is_main_process else nullcontext():
-            yield
-    except BaseException as error:
-        for tracker in accelerator.trackers:
-            tracker.finish()
-        if isinstance(error, SaveError) and not (run_dir / MODEL_CARD).is_file():
-            raise SaveError(f"{error}; go on with --resume_from_checkpoint latest") from error
-        raise
 
 
 def write_masks(options: TrainOptions, albums: list[Album]) -> None:

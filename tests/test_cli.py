@@ -313,6 +313,7 @@ ALWAYS: dict[str, tuple[str, ...]] = {
     ),
     "toy perseg": ("output_dir", "objects"),
     "toy davis": ("output_dir", "sequences", "frames"),
+    "toy episodes": ("output_dir", "images", "size"),
     "demo": ("output_dir",),
 }
 """The options of each command that have an effect beside any other option.

@@ -10,10 +10,11 @@ from PIL import Image, ImageDraw
 from training_runs import toy_pipeline, uniform
 
 from persam_dreambooth.dreambooth.backgrounds import Backgrounds
-from persam_dreambooth.dreambooth.data import Crops, derived_seed, sample_noise
+from persam_dreambooth.dreambooth.data import Crops, sample_noise
 from persam_dreambooth.dreambooth.families.stable_diffusion import StableDiffusion
 from persam_dreambooth.photos.folder import Photo, find_photos
 from persam_dreambooth.photos.mask_folder import load_masks
+from persam_dreambooth.training.seeds import derived_seed
 
 SIZES = ((64, 64), (100, 40), (50, 70), (33, 91), (300, 200))
 RESOLUTIONS = (32, 48, 64)

@@ -19,11 +19,11 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from training_runs import ROOT, column, flags, same_metrics, same_weights
 
-from persam_dreambooth.dreambooth.checkpoint import STATE, list_checkpoints
 from persam_dreambooth.dreambooth.families.latent_diffusion import LORA_WEIGHTS
 from persam_dreambooth.errors import Cancelled
 from persam_dreambooth.main_job import TrainOptions, personalize
 from persam_dreambooth.progress import reporting
+from persam_dreambooth.training.checkpoint import STATE, list_checkpoints
 
 OPTIONS = {"max_train_steps": 6, "checkpointing_steps": 1, "checkpoints_total_limit": 2}
 ALONE = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

@@ -42,6 +42,7 @@ ROOMS = (
     ("errors", "extras", "files", "machine", "options", "progress"),
     ("photos",),
     ("toy", "models", "report"),
+    ("training",),
     ("segmentation", "dreambooth"),
     ("main_job",),
     ("evaluation",),

@@ -18,6 +18,7 @@ from persam_dreambooth.dreambooth.backgrounds import Backgrounds
 from persam_dreambooth.dreambooth.buckets import covering_side, nearest_bucket
 from persam_dreambooth.dreambooth.prompts import in_front_of
 from persam_dreambooth.photos.folder import Photo
+from persam_dreambooth.training.seeds import derived_seed
 
 ORDER, CROP, NOISE, DROPOUT, BACKGROUND, UNMASKED, FLIP, CAPTION, CLASS_PROMPT = range(9)
 """The random streams of a run."""
@@ -50,11 +51,6 @@ class Sample(TypedDict):
     class_prompt: str
     name: str
     number: int
-
-
-def derived_seed(*key: int) -> int:
-    """A seed for a key such as (run's seed, stream, sample number); different keys give unrelated seeds."""
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
 
 
 class Crops(Dataset):

@@ -5,19 +5,20 @@ import logging
 from accelerate import Accelerator
 
 from persam_dreambooth.dreambooth import kohya
-from persam_dreambooth.dreambooth.accelerators import frozen_dtype
 from persam_dreambooth.dreambooth.card import model_card
 from persam_dreambooth.dreambooth.data import Crops
 from persam_dreambooth.dreambooth.families.family import Family
 from persam_dreambooth.dreambooth.families.registry import load_pipeline
 from persam_dreambooth.dreambooth.hub import push
 from persam_dreambooth.dreambooth.pipelines import model_notice
-from persam_dreambooth.dreambooth.run_folder import MODEL_CARD, metrics_rows
+from persam_dreambooth.dreambooth.run_folder import MODEL_CARD
 from persam_dreambooth.dreambooth.samples import SAMPLES, if_memory_lasts, save_run_samples
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.errors import SaveError
 from persam_dreambooth.files import filled_aside, write_text
 from persam_dreambooth.photos.mask_folder import PhotoMask
+from persam_dreambooth.training.accelerators import frozen_dtype
+from persam_dreambooth.training.meter import metrics_rows
 
 logger = logging.getLogger(__name__)
 

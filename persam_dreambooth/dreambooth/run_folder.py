@@ -1,9 +1,7 @@
 """A run's folder: checks that it can be used, and saves the options."""
 
-import json
 import logging
 import os
-from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,8 +18,6 @@ from persam_dreambooth.options import CONFIG, CONFIG_HEAD, Options, read_config
 from persam_dreambooth.photos.folder import MASK_INDEX
 
 logger = logging.getLogger(__name__)
-
-METRICS = "metrics.jsonl"
 
 MODEL_CARD = "README.md"
 """The model card, written after the weights: a run that has it is finished."""
@@ -84,15 +80,6 @@ def check_same_model(options: TrainingOptions) -> None:
             )
 
 
-def metrics_rows(run_dir: Path) -> list[dict[str, float]]:
-    """The lines of `metrics.jsonl`, without those that a killed run or a power failure left broken."""
-    path, rows = run_dir / METRICS, []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-        with suppress(ValueError):
-            rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict) and {"step", "loss"} <= row.keys()]
-
-
 def nothing_left(options: TrainingOptions, resume_from: Path | None) -> bool:
     """Whether the run's folder holds a finished run with all steps of the options.
 
@@ -106,6 +93,7 @@ def nothing_left(options: TrainingOptions, resume_from: Path | None) -> bool:
         InputError: the checkpoint is later than the last step, and the run is not finished.
     """
     from persam_dreambooth.dreambooth.families.latent_diffusion import LORA_WEIGHTS
+    from persam_dreambooth.training.meter import metrics_rows
 
     run_dir, steps = options.run_dir, options.max_train_steps
     start = int(resume_from.name.removeprefix("checkpoint-")) if resume_from else 0

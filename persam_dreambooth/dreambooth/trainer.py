@@ -4,7 +4,6 @@ Shapes: B samples, C latent channels, h w latent size, H W training crop.
 """
 
 import logging
-from collections.abc import Iterator
 from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
@@ -13,22 +12,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
-from torch.utils.data import DataLoader
 
-from persam_dreambooth.dreambooth.accelerators import frozen_dtype
-from persam_dreambooth.dreambooth.checkpoint import (
-    load_state,
-    remove_later_checkpoints,
-    remove_old_checkpoints,
-    rescuing,
-    save_state,
-)
-from persam_dreambooth.dreambooth.data import CLASS_SEED, CLASS_SHARE, DROPOUT, Crops, derived_seed, sample_noise
+from persam_dreambooth.dreambooth.data import CLASS_SEED, CLASS_SHARE, DROPOUT, Crops, sample_noise
 from persam_dreambooth.dreambooth.ema import AveragedWeights
 from persam_dreambooth.dreambooth.families.family import Embeddings, Family
-from persam_dreambooth.dreambooth.interruption import Interruption
 from persam_dreambooth.dreambooth.loss import latent_mask, masked_loss
-from persam_dreambooth.dreambooth.meter import Meter
 from persam_dreambooth.dreambooth.optimizers import effective_rate, make_optimizer
 from persam_dreambooth.dreambooth.results import save_weights
 from persam_dreambooth.dreambooth.samples import save_validation_samples
@@ -37,6 +25,18 @@ from persam_dreambooth.files import write_aside
 from persam_dreambooth.models import building, loading
 from persam_dreambooth.options import check_multiple
 from persam_dreambooth.progress import Progress, bar
+from persam_dreambooth.training.accelerators import frozen_dtype
+from persam_dreambooth.training.batches import numbered_batches
+from persam_dreambooth.training.checkpoint import (
+    load_state,
+    remove_later_checkpoints,
+    remove_old_checkpoints,
+    rescuing,
+    save_state,
+)
+from persam_dreambooth.training.interruption import Interruption
+from persam_dreambooth.training.meter import Meter
+from persam_dreambooth.training.seeds import derived_seed
 
 logger = logging.getLogger(__name__)
 
@@ -120,9 +120,12 @@ def train(
         "class_preservation_loss": options.class_preservation_weight,
     }
 
-    batches = numbered_batches(options, photos, first_step, accelerator)
-    class_batches = numbered_batches(options, class_images, first_step, accelerator) if class_images else None
-    last_step, hidden = options.max_train_steps, not accelerator.is_main_process
+    last_step = options.max_train_steps
+    batches = numbered_batches(photos, options, first_step, last_step, accelerator)
+    class_batches = None
+    if class_images:
+        class_batches = numbered_batches(class_images, options, first_step, last_step, accelerator)
+    hidden = not accelerator.is_main_process
     steps = bar(range(first_step + 1, last_step + 1), "training", "step", last_step, first_step, hidden)
 
     def save_checkpoint(parent: Path, step: int) -> None:
@@ -260,19 +263,6 @@ def encode_together(family: Family, prompts: list[str]) -> Embeddings:
     """Embeddings of prompts; equal prompts are encoded once."""
     different = list(dict.fromkeys(prompts))
     return family.encode_prompts(different)[[different.index(prompt) for prompt in prompts]]
-
-
-def numbered_batches(
-    options: TrainingOptions, crops: Crops, first_step: int, accelerator: Accelerator
-) -> Iterator[dict[str, Any]]:
-    """The batches of this process, starting at a step; `data` explains how samples are numbered."""
-    size, accumulation = options.train_batch_size, options.gradient_accumulation_steps
-    processes, rank = accelerator.num_processes, accelerator.process_index
-    first, last = first_step * accumulation, options.max_train_steps * accumulation
-    numbers = [
-        [(batch * processes + rank) * size + position for position in range(size)] for batch in range(first, last)
-    ]
-    return iter(DataLoader(crops, batch_sampler=numbers, num_workers=options.dataloader_num_workers))
 
 
 def learning_rate(options: TrainingOptions, processes: int) -> float:

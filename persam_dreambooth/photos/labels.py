@@ -55,6 +55,29 @@ def read_labels(path: Path) -> np.ndarray:
     return labels
 
 
+def read_class_map(path: Path, count: int) -> np.ndarray:
+    """Reads a palette or gray PNG of class numbers: uint8 (H, W), 0 for background, `VOID` as it is.
+
+    Args:
+        path: the file.
+        count: the number of classes.
+
+    Raises:
+        InputError, InputNotFoundError: see `images.open_image`; also for an image of another mode, and for a value that
+            is neither a class nor `VOID`.
+    """
+    image = open_image(path)
+    if image.mode not in ("P", "L"):
+        raise InputError(f"{path} is stored as {image.mode}: give a palette or gray PNG of class numbers")
+    labels = np.asarray(image)
+    wrong = labels[(labels > count) & (labels != VOID)]
+    if wrong.size:
+        raise InputError(
+            f"{path} has the value {wrong[0]}, and classes are 1 to {count}: give class numbers, not colors"
+        )
+    return labels
+
+
 def read_first_mask(path: Path) -> np.ndarray:
     """Reads the given mask of a video's first frame, uint8 (H, W), 0 for background.
 

@@ -39,6 +39,17 @@ class Adapter:
         """Writes `ADAPTER` into an existing folder."""
         write_json(folder / ADAPTER, asdict(self))
 
+    @classmethod
+    def read(cls, folder: Path) -> Adapter:
+        """Reads `ADAPTER`; raises `InputNotFoundError` if it is missing, and `InputError` if it is broken."""
+        path = folder / ADAPTER
+        if not path.is_file():
+            raise InputNotFoundError(f"{folder} holds no {ADAPTER}: name a folder that persam-dreambooth adapt wrote")
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{path} does not describe an adapter ({error}): train it again") from None
+
 
 def read_adapter(folder: Path, method: str, sam: Sam) -> Adapter:
     """Reads the description of an adapter, and checks that it fits.
@@ -52,13 +63,7 @@ def read_adapter(folder: Path, method: str, sam: Sam) -> Adapter:
         InputNotFoundError: the folder holds no adapter.
         InputError: a broken file, an adapter of another method, or for another SAM.
     """
-    path = folder / ADAPTER
-    if not path.is_file():
-        raise InputNotFoundError(f"{folder} holds no {ADAPTER}: name a folder that persam-dreambooth adapt wrote")
-    try:
-        adapter = Adapter(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path} does not describe an adapter ({error}): train it again") from None
+    adapter = Adapter.read(folder)
     if adapter.method != method:
         raise InputError(f"{folder} is an adapter of {adapter.method}, not of {method}: name another folder")
     if adapter.fingerprint != sam.fingerprint:

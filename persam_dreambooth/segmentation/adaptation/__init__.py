@@ -1,1 +1,1 @@
-"""Trains adapters of a SAM."""
+"""Trains adapters of a SAM, for `--adapter`."""

@@ -9,6 +9,7 @@ query.) `--reference_index all` uses each image as the support in turn.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,15 @@ from persam_dreambooth.options import option
 from persam_dreambooth.photos.images import open_image
 from persam_dreambooth.segmentation.evaluation import one_shot
 from persam_dreambooth.segmentation.evaluation.data_set import DataSet, Item
+from persam_dreambooth.segmentation.evaluation.episodes import FewShotData
 from persam_dreambooth.segmentation.evaluation.one_shot_scores import OneShotScores
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg")
 WHITE = 128
 """A pixel of this gray level or a higher one belongs to the class, as in the published evaluations."""
+
+TEST_CLASSES = 240
+"""The number of classes in the test split of FSS-1000, each of ten images."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,35 @@ def evaluate_fss1000(options: EvaluateFss1000Options) -> OneShotScores | None:
     items = read_classes(Path(str(options.data)), Path(options.classes) if options.classes else None)
     rows = [] if options.predictions else one_shot.plain_rows(options, items)
     return one_shot.evaluate_one_shot(options, DataSet("FSS-1000", items, read_truth), rows)
+
+
+def read_fss1000(data: Path, splits: Path | None = None, split: str = "test") -> FewShotData:
+    """Lists the images of a split, by class.
+
+    Args:
+        data: the folder of class folders.
+        splits: the folder with the lists of classes; None for `data`.
+        split: `train`, `val` or `test`.
+
+    Raises:
+        InputError, InputNotFoundError: no such folder, list or class, a class without images, an image without a mask
+            or a mask without an image.
+    """
+    if not data.is_dir():
+        raise InputNotFoundError(f"{data} does not exist: name the folder that holds the classes with --data")
+    listed = (splits or data) / f"{split}.txt"
+    if split == "train" and not listed.is_file():
+        listed = listed.with_name("trn.txt")
+    members: dict[str, tuple[str, ...]] = {}
+    for name in read_names(listed):
+        if not (data / name).is_dir():
+            raise InputNotFoundError(f"{listed} names {name}, but {data / name} does not exist")
+        members[name] = tuple(f"{name}/{stem}" for stem in _stems(data / name))
+    counts = {len(images) for images in members.values()}
+    published = split == "test" and len(members) == TEST_CLASSES and counts == {10}
+    return FewShotData(
+        "FSS-1000", split, members, partial(_photo_path, data), partial(_read_mask, data), True, published
+    )
 
 
 def read_classes(data: Path, names: Path | None) -> list[Item]:
@@ -109,3 +143,26 @@ def _read_class(folder: Path) -> Item:
         if stem not in images:
             raise InputNotFoundError(f"{masks[stem]} has no image: {folder / stem}.jpg is missing")
     return Item(folder.name, images, masks)
+
+
+def _stems(folder: Path) -> list[str]:
+    paths = sorted(folder.iterdir(), key=lambda path: (int(path.stem) if path.stem.isdecimal() else 0, path.stem))
+    images = {path.stem: path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES}
+    masks = {path.stem: path for path in paths if path.suffix.lower() == ".png"}
+    for stem in images:
+        if stem not in masks:
+            raise InputNotFoundError(f"{images[stem]} has no mask: {folder / stem}.png is missing")
+    for stem in masks:
+        if stem not in images:
+            raise InputNotFoundError(f"{masks[stem]} has no image: {folder / stem}.jpg is missing")
+    return list(images)
+
+
+def _photo_path(data: Path, image: str) -> Path:
+    found = [path for suffix in IMAGE_SUFFIXES if (path := data / f"{image}{suffix}").is_file()]
+    return found[0] if found else data / f"{image}.jpg"
+
+
+def _read_mask(data: Path, image: str, category: str) -> tuple[np.ndarray, np.ndarray]:
+    mask = np.asarray(open_image(data / f"{image}.png").convert("L")) >= WHITE
+    return mask, np.zeros_like(mask)

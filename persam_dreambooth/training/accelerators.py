@@ -2,15 +2,17 @@
 
 import gc
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 
-from persam_dreambooth.dreambooth.families.family import Family
-from persam_dreambooth.dreambooth.training_options import TrainingOptions
-from persam_dreambooth.errors import InputError
+from persam_dreambooth.errors import InputError, SaveError
+from persam_dreambooth.files import locked
 
 LOGS = "logs"
 """The folder in a run's folder that trackers write to."""
@@ -26,8 +28,20 @@ We check the variables and not the `Accelerator`, because on CPUs accelerate sil
 """
 
 
-def open_accelerator(options: TrainingOptions) -> Accelerator:
-    """Opens the accelerator; raises `InputError` for what this machine or this trainer does not support."""
+def open_accelerator(
+    mixed_precision: str | None, gradient_accumulation_steps: int, report_to: str | None, run_dir: Path
+) -> Accelerator:
+    """Opens the accelerator.
+
+    Args:
+        mixed_precision: `no`, `fp16` or `bf16`; None for that of the accelerate configuration.
+        gradient_accumulation_steps: batches per optimizer step.
+        report_to: a tracker, or None.
+        run_dir: the run's folder.
+
+    Raises:
+        InputError: for what this machine or this trainer does not support.
+    """
     for variable, name in SHARDING.items():
         if os.environ.get(variable, "false").lower() == "true":
             raise InputError(
@@ -37,15 +51,15 @@ def open_accelerator(options: TrainingOptions) -> Accelerator:
     AcceleratorState._reset_state()  # an earlier training in this process may have used another precision
     try:
         accelerator = Accelerator(
-            mixed_precision=options.mixed_precision,
-            gradient_accumulation_steps=options.gradient_accumulation_steps,
-            log_with=options.report_to,
-            project_dir=options.run_dir / LOGS,
+            mixed_precision=mixed_precision,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            log_with=report_to,
+            project_dir=run_dir / LOGS,
             # The other processes wait while the main process makes masks and class images.
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
         )
     except ValueError as error:
-        raise InputError(f"--mixed_precision {options.mixed_precision} is not supported here: {error}") from error
+        raise InputError(f"--mixed_precision {mixed_precision} is not supported here: {error}") from error
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise InputError("--mixed_precision fp16 needs an accelerator: use bf16 or no on a CPU")
     launched = int(os.environ.get("WORLD_SIZE", 1))
@@ -57,19 +71,40 @@ def open_accelerator(options: TrainingOptions) -> Accelerator:
     return accelerator
 
 
+@contextmanager
+def writing(run_dir: Path, accelerator: Accelerator, last_written: str) -> Iterator[None]:
+    """Locks the run's folder for the main process; the error of a full disk says how to resume.
+
+    Trackers keep what was logged, however the block ends.
+
+    Args:
+        run_dir: the run's folder.
+        accelerator: of the run.
+        last_written: the file that a run writes last: with it, there is nothing to resume.
+    """
+    try:
+        with locked(run_dir) if accelerator.is_main_process else nullcontext():
+            yield
+    except BaseException as error:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+        if isinstance(error, SaveError) and not (run_dir / last_written).is_file():
+            raise SaveError(f"{error}; go on with --resume_from_checkpoint latest") from error
+        raise
+
+
 def frozen_dtype(accelerator: Accelerator) -> torch.dtype:
     """The dtype of the frozen weights."""
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
 
-def end_processes(accelerator: Accelerator, family: Family) -> None:
-    """Ends the process group after the DDP wrappers are freed.
+def end_processes(accelerator: Accelerator) -> None:
+    """Ends the process group after the DDP wrappers are freed; the caller keeps none of them.
 
     A wrapper that outlives the process group holds its last reference. When Python frees the wrapper, it joins the
     group's threads while it holds the GIL, and these threads may be waiting for the GIL: one process in a dozen runs
     never ended.
     """
-    family.trained = {name: getattr(family.pipeline, name) for name in family.trained}
     accelerator.free_memory()
     gc.collect()
     accelerator.end_training()

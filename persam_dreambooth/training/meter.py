@@ -1,16 +1,18 @@
 """The losses of a run: `metrics.jsonl` and the curve."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from persam_dreambooth.dreambooth.accelerators import LOGS
-from persam_dreambooth.dreambooth.run_folder import METRICS, metrics_rows
 from persam_dreambooth.files import saving, write_text
 from persam_dreambooth.report.pictures import loss_curve
+from persam_dreambooth.training.accelerators import LOGS
+
+METRICS = "metrics.jsonl"
 
 
 class Meter:
@@ -47,8 +49,12 @@ class Meter:
         """Adds the losses of a batch by name, and the names of its photos."""
         self.pending.append((step, {name: loss.detach() for name, loss in losses.items()}, names))
 
-    def write(self, step: int, rate: float) -> dict[str, float]:
-        """Writes the mean losses since the last line; raises `FloatingPointError` if one is not finite."""
+    def write(self, step: int, rate: float, figures: dict[str, float] | None = None) -> dict[str, float]:
+        """Writes the mean losses since the last line, and other figures of the step, by name.
+
+        Raises:
+            FloatingPointError: a loss is not finite.
+        """
         stacked = {name: torch.stack([losses[name] for _, losses, _ in self.pending]) for name in self.pending[0][1]}
         finite = torch.stack([torch.isfinite(losses) for losses in stacked.values()]).all(dim=0)
         if not finite.all():
@@ -58,7 +64,13 @@ class Meter:
                 "or try --mixed_precision bf16 or no"
             )
         means = {name: self._mean(losses) for name, losses in stacked.items()}
-        row: dict[str, float] = {"step": step, "loss": means.pop("loss"), "learning_rate": rate, **means}
+        row: dict[str, float] = {
+            "step": step,
+            "loss": means.pop("loss"),
+            "learning_rate": rate,
+            **means,
+            **(figures or {}),
+        }
         self.pending.clear()
         self.rows.append(row)
         with saving(self.path.with_name(LOGS)):
@@ -74,3 +86,12 @@ class Meter:
 
     def _mean(self, losses: torch.Tensor) -> float:
         return self.accelerator.gather(losses.float().mean()[None]).mean().item()
+
+
+def metrics_rows(run_dir: Path) -> list[dict[str, float]]:
+    """The lines of `metrics.jsonl`, without those that a killed run or a power failure left broken."""
+    path, rows = run_dir / METRICS, []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        with suppress(ValueError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict) and {"step", "loss"} <= row.keys()]

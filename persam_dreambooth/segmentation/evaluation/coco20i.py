@@ -1,0 +1,172 @@
+"""COCO-20i (Nguyen and Todorovic 2019): COCO 2014 in four folds of twenty classes.
+
+    DIR/val2014/COCO_val2014_000000000042.jpg     images of the test episodes; train2014 for training
+    DIR/annotations/instances_val2014.json        the annotations of COCO; or, as the few-shot papers use:
+    DIR/annotations/val2014/COCO_val2014_...png   0 background, 1 to 80 the classes, in the order of COCO's ids
+
+Fold f tests classes f, f + 4, f + 8 ... of the 80, counted from 0. Training leaves out images that show a class of the
+fold. A class's mask is the union of its objects and crowds.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from persam_dreambooth.errors import InputError, InputNotFoundError
+from persam_dreambooth.extras import check_installed
+from persam_dreambooth.photos.labels import read_class_map
+from persam_dreambooth.progress import steps
+from persam_dreambooth.segmentation.evaluation.episodes import FOLDS, LEAST_PIXELS, FewShotData
+
+COCO_CLASSES = (
+    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
+    "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow", "elephant",
+    "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard",
+    "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle",
+    "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple", "sandwich", "orange", "broccoli",
+    "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch", "potted plant", "bed", "dining table", "toilet",
+    "tv", "laptop", "mouse", "remote", "keyboard", "cell phone", "microwave", "oven", "toaster", "sink",
+    "refrigerator", "book", "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
+)  # fmt: skip
+"""The classes of COCO in the order of their ids; a class's value in the papers' masks is its place here, from 1."""
+
+COCO_VAL_IMAGES = (40_137, 40_504)
+"""The numbers of images in COCO 2014's validation set: those with annotations, and all."""
+
+Rle = dict[str, Any]
+"""A mask as pycocotools encodes it."""
+
+
+def read_coco20i(data: Path, fold: int, split: str = "test") -> FewShotData:
+    """Lists the images of a fold, by class.
+
+    Args:
+        data: the folder of COCO 2014.
+        fold: 0 to 3.
+        split: `test`: the fold's classes in val2014; `train`: the other classes in train2014.
+
+    Raises:
+        InputError, InputNotFoundError: a folder or file that is missing or broken, an annotation without its image, and
+            a mask with a value that is no class. For JSON, also if pycocotools is not installed.
+    """
+    part = "val2014" if split == "test" else "train2014"
+    if not (data / part).is_dir():
+        raise InputNotFoundError(f"{data / part} does not exist: name the folder of COCO 2014 with --data")
+    folder = data / "annotations" / part
+    found = _ClassMaps(folder) if folder.is_dir() else _Instances(data / "annotations" / f"instances_{part}.json")
+    tested = [category for place, category in enumerate(found.categories) if place % FOLDS == fold]
+    wanted = [category for category in found.categories if (category in tested) == (split == "test")]
+    members: dict[str, list[str]] = {category: [] for category in wanted}
+    for image in steps(found.images, "reading annotations", "image"):
+        if not (data / part / f"{image}.jpg").is_file():
+            raise InputNotFoundError(f"{found.path} has an annotation of {data / part / image}.jpg, which is missing")
+        pixels = found.pixels(image)
+        if split == "train" and any(pixels.get(category) for category in tested):
+            continue
+        for category in wanted:
+            if pixels.get(category, 0) >= LEAST_PIXELS:
+                members[category].append(image)
+    return FewShotData(
+        "COCO-20i",
+        split,
+        {category: tuple(shown) for category, shown in members.items()},
+        partial(_photo_path, data / part),
+        found.mask,
+        in_turn=False,
+        published=split == "test" and found.categories == COCO_CLASSES and len(found.images) in COCO_VAL_IMAGES,
+        fold=fold,
+    )
+
+
+class _ClassMaps:
+    """A folder of class maps."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder
+        self.categories: tuple[str, ...] = COCO_CLASSES
+        self.images = sorted(path.stem for path in folder.glob("*.png"))
+        if not self.images:
+            raise InputNotFoundError(f"{folder} holds no masks: give a PNG of every image, or remove the folder")
+
+    def pixels(self, image: str) -> dict[str, int]:
+        counts = np.bincount(self._labels(image).ravel(), minlength=256)
+        return {category: int(counts[place]) for place, category in enumerate(COCO_CLASSES, start=1)}
+
+    def mask(self, image: str, category: str) -> tuple[np.ndarray, np.ndarray]:
+        mask = self._labels(image) == COCO_CLASSES.index(category) + 1
+        return mask, np.zeros_like(mask)
+
+    def _labels(self, image: str) -> np.ndarray:
+        return read_class_map(self.path / f"{image}.png", len(COCO_CLASSES))
+
+
+class _Instances:
+    """The annotations of COCO's JSON: polygons and run lengths."""
+
+    def __init__(self, path: Path) -> None:
+        check_installed("pycocotools", "COCO's JSON")
+        self.path = path
+        if not path.is_file():
+            raise InputNotFoundError(
+                f"{path} does not exist: unpack the annotations of COCO 2014 there, or the masks of the papers into "
+                f"{path.parent / path.stem.removeprefix('instances_')}"
+            )
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            names = {entry["id"]: entry["name"] for entry in sorted(content["categories"], key=lambda each: each["id"])}
+            listed = {
+                entry["id"]: (Path(entry["file_name"]).stem, (entry["height"], entry["width"]))
+                for entry in content["images"]
+            }
+            self.categories = tuple(names.values())
+            self.sizes = dict(sorted(listed.values()))
+            self.shapes: dict[str, dict[str, list[Any]]] = {image: {} for image in self.sizes}
+            for entry in content["annotations"]:
+                if entry["image_id"] not in listed:
+                    raise InputError(f"{path} has an annotation of image {entry['image_id']}, which it does not list")
+                own = self.shapes[listed[entry["image_id"]][0]]
+                own.setdefault(names[entry["category_id"]], []).append(entry["segmentation"])
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise InputError(f"{path} is not JSON ({error}): download it again") from None
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path} is not COCO's annotations of instances ({error!r}): download it again") from None
+        self.images = [image for image, shapes in self.shapes.items() if shapes]
+
+    def pixels(self, image: str) -> dict[str, int]:
+        from pycocotools import mask
+
+        return {category: int(mask.area(self._union(image, category))) for category in self.shapes[image]}
+
+    def mask(self, image: str, category: str) -> tuple[np.ndarray, np.ndarray]:
+        from pycocotools import mask
+
+        shown = mask.decode(self._union(image, category)).astype(bool)
+        return shown, np.zeros_like(shown)
+
+    def _union(self, image: str, category: str) -> Rle:
+        """The union of a class's objects in an image."""
+        from pycocotools import mask
+
+        height, width = self.sizes[image]
+        parts: list[Rle] = []
+        try:
+            for shape in self.shapes[image][category]:
+                made = mask.frPyObjects(shape, height, width) if _is_plain(shape) else shape
+                parts += made if isinstance(made, list) else [made]
+            return mask.merge(parts)
+        except (TypeError, ValueError, KeyError, IndexError) as error:
+            raise InputError(f"{self.path} has a broken mask of {category} in {image} ({error}): remove it") from None
+
+
+def _is_plain(shape: Any) -> bool:
+    """Whether a mask is a list of polygons, or has its run lengths as a list of numbers."""
+    return isinstance(shape, list) or isinstance(shape["counts"], list)
+
+
+def _photo_path(folder: Path, image: str) -> Path:
+    return folder / f"{image}.jpg"

@@ -1,0 +1,153 @@
+"""Episodes of few-shot segmentation: a class, support images with its masks, and a query image (Shaban et al. 2017).
+
+An episode depends only on the data set, the number of shots, a seed and its index, so that any process can sample any
+of them. The readers of data sets are `pascal5i`, `coco20i` and `fss1000`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from persam_dreambooth.errors import InputError, counted
+from persam_dreambooth.photos.images import read_image
+
+FOLDS = 4
+"""Number of folds of PASCAL-5i and COCO-20i."""
+
+LEAST_PIXELS = 2 * 32 * 32
+"""Pixels of a class from which an image counts for it in PASCAL-5i and COCO-20i, as in the papers' lists."""
+
+
+@dataclass(frozen=True)
+class Episode:
+    """An episode.
+
+    Args:
+        number: its index among the episodes of a seed.
+        category: the class.
+        query: the image to segment, by its name in the data set.
+        supports: the images whose masks are given, by name; none is the query.
+    """
+
+    number: int
+    category: str
+    query: str
+    supports: tuple[str, ...]
+
+
+class LabeledPhoto(NamedTuple):
+    """A photo with the pixels of a class.
+
+    Args:
+        photo: RGB, H x W.
+        mask: (H, W) bool, the pixels of the class.
+        ignore: (H, W) bool, pixels that are neither the class nor background.
+    """
+
+    photo: Image.Image
+    mask: np.ndarray
+    ignore: np.ndarray
+
+
+@dataclass(frozen=True)
+class FewShotData:
+    """The images of a split of a data set, by the class that they show.
+
+    Args:
+        name: its name in papers, or that of its layout.
+        split: `train`, `val` or `test`.
+        members: the images of each class, by name, in order.
+        photo: the photo of an image.
+        mask: from an image and a class, the pixels of the class and the pixels to ignore, each (H, W) bool.
+        in_turn: whether the images are queries in turn, each with one of its classes; otherwise, a class is drawn, and
+            then a query of it.
+        published: whether the images are those of the papers.
+        fold: the number of the fold; None for a data set without folds.
+    """
+
+    name: str
+    split: str
+    members: dict[str, tuple[str, ...]]
+    photo: Callable[[str], Path]
+    mask: Callable[[str, str], tuple[np.ndarray, np.ndarray]]
+    in_turn: bool
+    published: bool = False
+    fold: int | None = None
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The classes of the split and fold."""
+        return tuple(self.members)
+
+    def images_of(self, category: str) -> tuple[str, ...]:
+        """The images that count for a class."""
+        return self.members[category]
+
+    @cached_property
+    def classes_of(self) -> dict[str, tuple[str, ...]]:
+        """All images in order, each with the classes for which it counts."""
+        found: dict[str, tuple[str, ...]] = {}
+        for category, images in self.members.items():
+            for image in images:
+                found[image] = (*found.get(image, ()), category)
+        return dict(sorted(found.items()))
+
+    @cached_property
+    def images(self) -> tuple[str, ...]:
+        """All images in order; their number is the length of an epoch of training."""
+        return tuple(self.classes_of)
+
+    def read(self, image: str, category: str) -> LabeledPhoto:
+        """Reads an image and its mask of a class.
+
+        Raises:
+            InputError, InputNotFoundError: a missing or broken file, a value that is no class, or a wrong size.
+        """
+        path = self.photo(image)
+        photo, (mask, ignore) = read_image(path), self.mask(image, category)
+        if mask.shape != (photo.height, photo.width):
+            raise InputError(
+                f"the annotation of {path} is {mask.shape}, the image {(photo.height, photo.width)} (H, W): give it "
+                "this size"
+            )
+        return LabeledPhoto(photo, mask, ignore)
+
+    def check_shots(self, shots: int) -> None:
+        """Raises `InputError` for a class with too few images for a query and its supports."""
+        for category, images in self.members.items():
+            if len(images) <= shots:
+                raise InputError(
+                    f"{category} has {counted(len(images), 'image')} in the {self.split} split: an episode of "
+                    f"{counted(shots, 'shot')} needs {shots + 1}"
+                )
+
+
+def sample_episode(data: FewShotData, shots: int, seed: int, index: int, epoch: int = 0) -> Episode:
+    """Samples an episode; its supports are drawn without replacement. See `FewShotData.check_shots` for few images.
+
+    Args:
+        data: the images by class.
+        shots: number of supports.
+        seed, index, epoch: these alone determine the episode; evaluation uses epoch 0.
+    """
+    rng = np.random.default_rng([seed, index, epoch])
+    if data.in_turn:
+        query = data.images[index % len(data.images)]
+        category = _drawn(rng, data.classes_of[query])
+    else:
+        category = _drawn(rng, data.classes)
+        query = _drawn(rng, data.images_of(category))
+    others = [image for image in data.images_of(category) if image != query]
+    supports = rng.choice(len(others), shots, replace=False)
+    return Episode(index, category, query, tuple(others[place] for place in supports))
+
+
+def _drawn(rng: np.random.Generator, names: tuple[str, ...]) -> str:
+    return names[rng.choice(len(names))]
