@@ -87,7 +87,7 @@ def outline(values: np.ndarray, count: int = POINTS) -> np.ndarray | None:
     from contourpy import contour_generator
 
     bounded = np.pad(values.astype(np.float64), 1, constant_values=min(-1.0, float(values.min())))
-    pieces = contour_generator(z=bounded).lines(0.0)
+    pieces = [np.asarray(piece) for piece in contour_generator(z=bounded).lines(0.0)]
     areas = [_area(piece) for piece in pieces]
     if not pieces or max(areas) <= 0:
         return None

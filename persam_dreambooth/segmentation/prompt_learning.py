@@ -9,13 +9,15 @@ Shapes: B prompts, N prompt tokens with C channels, 64 x 64 cells, 256 x 256 low
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import nn
 
 from persam_dreambooth.segmentation.sams.sam import Encoding, Sam
+
+PromptKind = Literal["point", "box"]
 
 MLP_RATIO = 8
 """Hidden channels of the PLM's MLP, relative to its width."""
@@ -92,7 +94,8 @@ def decode_prompts(
     Returns:
         Logits (B, masks, 256, 256) and predicted IoUs (B, masks); masks is 3 or 1.
     """
-    with torch.no_grad():
+    # In half precision, a coordinate would be off by pixels.
+    with torch.no_grad(), torch.autocast(sam.device.type, enabled=False):
         tokens, dense = _embed(sam, encodings, prompts)
         image = torch.cat([encoding.embedding for encoding in encodings])
         position = sam.model.get_image_wide_positional_embeddings()
@@ -115,9 +118,7 @@ def decode_prompts(
     return logits[:, 0], scores[:, 0]
 
 
-def _embed(
-    sam: Sam, encodings: Sequence[Encoding], prompts: Sequence[np.ndarray]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _embed(sam: Sam, encodings: Sequence[Encoding], prompts: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
     """SAM's prompt features: tokens (B, 1, N, C) and dense (B, C, 64, 64)."""
     placed = [
         prompt.reshape(-1, 2) * encoding.scale for encoding, prompt in zip(encodings, prompts, strict=True)

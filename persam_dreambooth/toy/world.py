@@ -263,7 +263,9 @@ def part_masks(subject: Subject, pose: Pose, size: int) -> dict[str, np.ndarray]
     """
     figure = subjects.figure(subject.kind, pose.gait)
     worn = subjects.accessory(subject.accessory, figure)
-    names = ["head" if place in figure.head else "tail" if place in figure.tail else "" for place in range(len(figure.parts))]
+    names = [
+        "head" if place in figure.head else "tail" if place in figure.tail else "" for place in range(len(figure.parts))
+    ]
     names += [subject.accessory] * len(worn)
     side = 4 * size
     labels = Image.new("L", (side, side))

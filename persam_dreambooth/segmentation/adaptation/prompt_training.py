@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,10 +22,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torch.utils.data import Dataset, default_collate
 
 from persam_dreambooth.errors import InputError
+from persam_dreambooth.photos.masks import read_mask
+from persam_dreambooth.progress import bar
 from persam_dreambooth.segmentation.point_matching import POINTS, PointMatching, outline, point_matching_loss
-from persam_dreambooth.segmentation.prompt_learning import PromptLearning, decode_prompts, make_plm
+from persam_dreambooth.segmentation.prompt_learning import PromptKind, decode_prompts, make_plm
 from persam_dreambooth.segmentation.segmenter import MaskLike, sized_mask
 
 if TYPE_CHECKING:
@@ -35,6 +38,7 @@ Learned = Literal["plm", "plm-pmm", "sam-f"]
 """What is trained: a PLM, a PLM with the PMM beside it, or a copy of the mask decoder."""
 
 LEARNING_RATES: dict[Learned, float] = {"plm": 1e-3, "plm-pmm": 1e-3, "sam-f": 1e-4}
+WEIGHT_DECAY = 1e-6
 FOCAL_WEIGHT, DICE_WEIGHT, IOU_WEIGHT, POINT_WEIGHT = 20.0, 1.0, 1.0, 1.0
 LOW_RES = 256
 KEPT = 256
@@ -50,13 +54,19 @@ class Example:
 
     Args:
         image: its photo, or the encoding.
-        mask: any input of `read_mask`.
+        mask: any input of `read_mask`, or a function that returns the mask, (H, W) bool.
+        name: for messages.
         point: (2,) a point that half of the prompts are, besides points drawn in the mask; None for none.
     """
 
     image: ImageLike
-    mask: MaskLike
+    mask: MaskLike | Callable[[], np.ndarray]
+    name: str = ""
     point: np.ndarray | None = None
+
+    def read_mask(self) -> np.ndarray:
+        """The mask, (H, W) bool."""
+        return self.mask() if callable(self.mask) else read_mask(self.mask)
 
 
 @dataclass(frozen=True)
@@ -68,147 +78,164 @@ class PromptTraining:
         prompt: points drawn in the masks, or the masks' boxes.
         steps: optimizer steps.
         batch_size: prompts of a step.
-        learning_rate: initial learning rate; None for that of `LEARNING_RATES`.
+        learning_rate: of AdamW at the first step; None for that of `LEARNING_RATES`.
         seed: of weights, order and prompts.
         points: outline points of the PMM.
+        mlp: see `PromptLearning`.
     """
 
     learned: Learned = "plm-pmm"
-    prompt: Literal["point", "box"] = "point"
+    prompt: PromptKind = "point"
     steps: int = 300
     batch_size: int = 4
     learning_rate: float | None = None
     seed: int = 0
     points: int = POINTS
+    mlp: bool = True
+
+
+class PromptSamples(Dataset):
+    """Prompts for masks, by number: each epoch has all masks in a random order. Its length is that of an epoch."""
+
+    def __init__(self, examples: Sequence[Example], how: PromptTraining) -> None:
+        self.examples, self.how = examples, how
+        self.mask = lru_cache(maxsize=KEPT)(self._mask)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """The example's `place`, a `prompt` for it, and the photo's `name`."""
+        epoch, index = divmod(number, len(self.examples))
+        place = int(np.random.default_rng([self.how.seed, epoch]).permutation(len(self.examples))[index])
+        example, rng = self.examples[place], np.random.default_rng([self.how.seed, number, 1])
+        prompt = draw_prompt(self.mask(place), self.how.prompt, rng, example.point, JITTER)
+        return {"place": place, "prompt": torch.from_numpy(prompt.astype(np.float32)), "name": example.name}
+
+    def _mask(self, place: int) -> np.ndarray:
+        return self.examples[place].read_mask()
 
 
 @dataclass(frozen=True, eq=False)
-class Loaded:
-    """An example with its photo's encoding, its mask (H, W) bool, and truths at low resolution.
+class Truth:
+    """An example's photo, and its mask at low resolution.
 
     Args:
-        truth: (256, 256) float, 1 where the mask covers at least half of a cell.
+        encoding: the photo.
+        mask: (256, 256) float, 1 where the mask covers at least half of a cell.
         inside: (256, 256) float, 1 in the photo and 0 in the padding.
         outline: (P, 2) points of the true outline, or None.
     """
 
     encoding: Encoding
-    mask: np.ndarray
-    truth: torch.Tensor
+    mask: torch.Tensor
     inside: torch.Tensor
     outline: np.ndarray | None
 
 
-class PromptTrainer:
-    """The weights that are trained, and their optimizer.
+class PromptLearner(nn.Module):
+    """What is trained, with the losses of a batch.
 
     Args:
         sam: the frozen SAM.
-        examples: the masks.
+        samples: the masks.
         how: the training.
 
     Raises:
         InputError: there is no mask.
     """
 
-    def __init__(self, sam: Sam, examples: Sequence[Example], how: PromptTraining) -> None:
-        if not examples:
+    def __init__(self, sam: Sam, samples: PromptSamples, how: PromptTraining) -> None:
+        super().__init__()
+        if not len(samples):
             raise InputError("there is no mask to learn: give one or more")
-        self.sam, self.examples, self.how = sam, examples, how
+        self.sam, self.samples, self.how = sam, samples, how
         # A copy of the decoder, so that neither training nor the hook changes what other users of this SAM see.
         self.decoder = copy.deepcopy(sam.model.mask_decoder).requires_grad_(how.learned == "sam-f")
-        self.plm: PromptLearning | None = None
+        self.plm = make_plm(sam, how.seed, how.mlp) if how.learned != "sam-f" else None
         self.pmm: PointMatching | None = None
-        if how.learned != "sam-f":
-            self.plm = make_plm(sam, how.seed)
         if how.learned == "plm-pmm":
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(how.seed)
                 self.pmm = PointMatching(self.decoder.upscale_conv2.out_channels).to(sam.device)
         self._upscaled: list[torch.Tensor] = []
         self.decoder.activation.register_forward_hook(self._note)
-        trained = [value for part in self.parts.values() for value in part.parameters()]
-        self.rate = LEARNING_RATES[how.learned] if how.learning_rate is None else how.learning_rate
-        self.optimizer = torch.optim.AdamW(trained, lr=self.rate, weight_decay=1e-4)
-        self.load = lru_cache(maxsize=KEPT)(self._load)
+        self.truth = lru_cache(maxsize=KEPT)(self._truth)
 
-    @property
-    def parts(self) -> dict[str, nn.Module]:
-        """The trained modules by name."""
-        known: dict[str, Any] = {"plm": self.plm, "pmm": self.pmm}
-        return {name: part for name, part in known.items() if part is not None} or {"decoder": self.decoder}
-
-    def step(self, number: int) -> dict[str, float]:
-        """Takes a step, from 0; returns its losses: `focal`, `dice`, `iou`, with the PMM `point`, and their sum `loss`.
-
-        Raises:
-            FloatingPointError: the loss is not finite.
-        """
-        rng = np.random.default_rng([self.how.seed, number])
-        places = [self._turn(number * self.how.batch_size + index) for index in range(self.how.batch_size)]
-        loaded = [self.load(place) for place in places]
-        prompts = [
-            draw_prompt(each.mask, self.how.prompt, rng, self.examples[place].point, JITTER)
-            for place, each in zip(places, loaded, strict=True)
-        ]
-        losses = self._losses(loaded, prompts)
-        loss = torch.stack(list(losses.values())).sum()
-        if not bool(torch.isfinite(loss)):
-            raise FloatingPointError(f"the loss is {float(loss)} at step {number + 1}: lower --learning_rate")
-        self.optimizer.param_groups[0]["lr"] = self.rate * (1 + math.cos(math.pi * number / self.how.steps)) / 2
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
-        return {**{name: float(value) for name, value in losses.items()}, "loss": float(loss)}
-
-    def state_dict(self) -> dict[str, Any]:
-        """The weights and the optimizer's state, for checkpoints."""
-        weights = {name: part.state_dict() for name, part in self.parts.items()}
-        return {**weights, "optimizer": self.optimizer.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned."""
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
-        self.optimizer.load_state_dict(state["optimizer"])
-
-    def _losses(self, loaded: list[Loaded], prompts: list[np.ndarray]) -> dict[str, torch.Tensor]:
+    def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """The losses `focal`, `dice`, `iou`, with the PMM `point`, and their sum `loss`, for samples of `samples`."""
+        truths = [self.truth(place) for place in batch["place"].tolist()]
         self._upscaled.clear()
-        encodings = [each.encoding for each in loaded]
-        logits, scores = decode_prompts(self.sam, encodings, prompts, self.plm, self.decoder)
-        truth, inside = (
-            torch.stack([getattr(each, name) for each in loaded]).to(logits.device) for name in ("truth", "inside")
-        )
-        losses = mask_losses(logits[:, 0], scores[:, 0], truth, inside)
+        logits, scores = self.decode([each.encoding for each in truths], list(batch["prompt"].cpu().numpy()))
+        mask, inside = (torch.stack([getattr(each, name) for each in truths]) for name in ("mask", "inside"))
+        losses = mask_losses(logits, scores, mask, inside)
         if self.pmm is not None:
-            shown = logits[:, 0].masked_fill(inside == 0, -1)
-            truths = [each.outline for each in loaded]
-            losses["point"] = POINT_WEIGHT * point_matching_loss(self.pmm, self._upscaled[0], shown, truths)
-        return losses
+            shown = logits.masked_fill(inside == 0, -1)
+            outlines = [each.outline for each in truths]
+            upscaled = self._upscaled[0].float()
+            losses["point"] = POINT_WEIGHT * point_matching_loss(self.pmm, upscaled, shown, outlines)
+        return {**losses, "loss": torch.stack(list(losses.values())).sum()}
 
-    def _turn(self, place: int) -> int:
-        """The example in a place of the endless order, in which each epoch has its own random order."""
-        epoch, index = divmod(place, len(self.examples))
-        return int(np.random.default_rng([self.how.seed, epoch, 1]).permutation(len(self.examples))[index])
+    def decode(self, encodings: Sequence[Encoding], prompts: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (B, 256, 256) and predicted IoUs (B,) of prompts, with what is learned."""
+        logits, scores = decode_prompts(self.sam, encodings, prompts, self.plm, self.decoder)
+        return logits[:, 0].float(), scores[:, 0].float()
 
-    def _load(self, place: int) -> Loaded:
-        example = self.examples[place]
+    @torch.no_grad()
+    def find(self, encoding: Encoding, prompt: np.ndarray) -> np.ndarray:
+        """The mask that a prompt gives, (H, W) bool."""
+        logits, _ = self.decode([encoding], [prompt])
+        return (self.sam.upscale(logits, encoding)[0] > 0).cpu().numpy()
+
+    def _truth(self, place: int) -> Truth:
+        example = self.samples.examples[place]
         encoding = self.sam.encode(example.image)
-        mask = sized_mask(example.mask, encoding)
-        coverage = low_res(mask, encoding)
-        inside = low_res(np.ones_like(mask), encoding)
-        return Loaded(
-            encoding,
-            mask,
-            torch.from_numpy((coverage >= 0.5).astype(np.float32)),
-            torch.from_numpy((inside >= 0.5).astype(np.float32)),
-            outline(coverage - 0.5, self.how.points),
+        mask = sized_mask(example.read_mask(), encoding)
+        coverage, inside = (low_res(each, encoding) for each in (mask, np.ones_like(mask)))
+        shown, valid = (
+            torch.from_numpy((each >= 0.5).astype(np.float32)).to(self.sam.device) for each in (coverage, inside)
         )
+        return Truth(encoding, shown, valid, outline(coverage - 0.5, self.how.points))
 
     def _note(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
         """Keeps the decoder's upscaled features, (B, C, 256, 256), the first of this size that are activated."""
-        if output.shape[-1] == LOW_RES and self.pmm is not None:
+        if self.pmm is not None and output.shape[-1] == LOW_RES:
             self._upscaled.append(output)
+
+
+def learn_prompts(sam: Sam, examples: Sequence[Example], how: PromptTraining, shown: str) -> PromptLearner:
+    """Trains in memory, for a few masks; the same masks give the same weights.
+
+    Args:
+        sam: the frozen SAM.
+        examples: the masks.
+        how: the training.
+        shown: what the progress bar says.
+
+    Raises:
+        InputError: there is no mask, or a mask cannot be used.
+        FloatingPointError: the loss is not finite.
+    """
+    samples = PromptSamples(examples, how)
+    learner = PromptLearner(sam, samples, how)
+    trained = [value for value in learner.parameters() if value.requires_grad]
+    rate = LEARNING_RATES[how.learned] if how.learning_rate is None else how.learning_rate
+    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=WEIGHT_DECAY)
+    with torch.enable_grad():
+        for step in (shown_steps := bar(range(how.steps), shown, "step", leave=False)):
+            drawn = [samples[step * how.batch_size + index] for index in range(how.batch_size)]
+            loss = learner(default_collate(drawn))["loss"]
+            if not bool(torch.isfinite(loss)):
+                raise FloatingPointError(
+                    f"the loss is {float(loss)} at step {step + 1} of {shown}: lower the learning rate"
+                )
+            optimizer.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * step / how.steps)) / 2
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            if step % 10 == 0:
+                shown_steps.set_postfix(loss=f"{loss.item():.4f}")
+    return learner.eval()
 
 
 def mask_losses(
@@ -240,7 +267,7 @@ def mask_losses(
 
 def draw_prompt(
     mask: np.ndarray,
-    kind: Literal["point", "box"],
+    kind: PromptKind,
     rng: np.random.Generator,
     point: np.ndarray | None = None,
     jitter: float = 0.0,
