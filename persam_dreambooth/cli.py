@@ -117,6 +117,16 @@ COMMANDS = {
         ),
         positional="prompt",
     ),
+    "adapt plm": Command(
+        "learns a task from a folder of masks: a PLM, for --segmenter plm --adapter",
+        "segmentation.adaptation.plm_task:AdaptPlmOptions",
+        "segmentation.adaptation.plm_task:adapt_plm",
+        lambda options, settings: (
+            f"{options.output} has the weights of step {settings['best']['step']}; use them with --segmenter plm "
+            f"--adapter {options.output}"
+        ),
+        resume="it resumes with --resume_from_checkpoint latest",
+    ),
     "evaluate perseg": Command(
         "scores of a method's masks, or of any masks, on PerSeg: mIoU, accuracy, boundary IoU",
         "segmentation.evaluation.perseg:EvaluatePersegOptions",

@@ -1,7 +1,7 @@
 """The prompt learning module (PLM) between a frozen SAM's prompt encoder and its mask decoder.
 
 Kim et al. 2024, "Task-Specific Adaptation of Segmentation Foundation Model via Prompt Learning" (arXiv 2403.09199),
-section 4.1. A prompt is an array: (2,) is a positive point, xy in pixels of the photo; (4,) is a box, x0, y0, x1, y1.
+section 4.1. A prompt is as in `prompts`.
 
 Shapes: B prompts, N prompt tokens with C channels, 64 x 64 cells, 256 x 256 low-resolution logits.
 """
@@ -9,15 +9,22 @@ Shapes: B prompts, N prompt tokens with C channels, 64 x 64 cells, 256 x 256 low
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from persam_dreambooth.errors import InputError
+from persam_dreambooth.files import write_aside
+from persam_dreambooth.segmentation.adapters import Adapter, read_adapter
 from persam_dreambooth.segmentation.sams.sam import Encoding, Sam
 
-PromptKind = Literal["point", "box"]
+PLM_WEIGHTS = "plm.safetensors"
+"""The file in an adapter's folder."""
 
 MLP_RATIO = 8
 """Hidden channels of the PLM's MLP, relative to its width."""
@@ -71,6 +78,28 @@ def make_plm(sam: Sam, seed: int = 0, mlp: bool = True) -> PromptLearning:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return PromptLearning(sam.model.config.prompt_encoder_config.hidden_size, mlp=mlp).to(sam.device)
+
+
+def save_plm(plm: PromptLearning, folder: Path) -> None:
+    """Writes a PLM's weights into a folder, for `load_plm`; the adapter's description is written beside them."""
+    with write_aside(folder / PLM_WEIGHTS) as aside:
+        save_file({name: value.cpu().contiguous() for name, value in plm.state_dict().items()}, aside)
+
+
+def load_plm(folder: Path, sam: Sam) -> tuple[PromptLearning, Adapter]:
+    """The PLM of a folder that `adapt plm` wrote, for a SAM, and its description.
+
+    Raises:
+        InputNotFoundError: the folder holds no adapter.
+        InputError: a broken file, an adapter of another method, or for another SAM.
+    """
+    adapter, path = read_adapter(folder, "plm", sam), folder / PLM_WEIGHTS
+    plm = make_plm(sam)
+    try:
+        plm.load_state_dict(load_file(path, device=str(sam.device)))
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise InputError(f"{path} holds no PLM ({str(error).splitlines()[0]}): train it again") from error
+    return plm.eval().requires_grad_(False), adapter
 
 
 def decode_prompts(

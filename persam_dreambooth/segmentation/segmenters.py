@@ -19,7 +19,12 @@ if TYPE_CHECKING:
     from persam_dreambooth.segmentation.segmenter import Segmenter
     from persam_dreambooth.segmentation.video_segmenter import VideoSegmenter
 
-METHODS = {"persam": "persam:PerSAM", "persam-f": "persam_f:PerSAMF", "memory": "memory:MemorySegmenter"}
+METHODS = {
+    "persam": "persam:PerSAM",
+    "persam-f": "persam_f:PerSAMF",
+    "memory": "memory:MemorySegmenter",
+    "plm": "plm:PLMSegmenter",
+}
 """The methods by name: their module in this package, and their class."""
 
 VIDEO_METHODS = ("persam", "persam-f", "memory")
@@ -41,7 +46,8 @@ class SegmenterOptions(Options):
 
     segmenter: str = option(
         "persam-f",
-        "PerSAM (training-free), PerSAM-F (fits two scale weights first), or SAM 2's memory (training-free)",
+        "PerSAM (training-free), PerSAM-F (fits two scale weights first), SAM 2's memory (training-free), or PLM (fits "
+        "prompts to the masks first)",
         choices=tuple(METHODS),
         when=(MAKES_MASKS,),
     )
@@ -66,6 +72,13 @@ class SegmenterOptions(Options):
         0.5,
         "a cell (of 64 x 64) is target if the mask covers more of its center than this, 0 to 1",
         when=(MAKES_MASKS,),
+    )
+
+    adapter: str | None = option(
+        None,
+        "folder that persam-dreambooth adapt wrote; plm uses it instead of a fit",
+        path=True,
+        when=(MAKES_MASKS, with_flag("--segmenter memory", "--segmenter plm")),
     )
 
     def __post_init__(self) -> None:

@@ -28,7 +28,8 @@ from persam_dreambooth.errors import InputError
 from persam_dreambooth.photos.masks import read_mask
 from persam_dreambooth.progress import bar
 from persam_dreambooth.segmentation.point_matching import POINTS, PointMatching, outline, point_matching_loss
-from persam_dreambooth.segmentation.prompt_learning import PromptKind, decode_prompts, make_plm
+from persam_dreambooth.segmentation.prompt_learning import decode_prompts, make_plm
+from persam_dreambooth.segmentation.prompts import JITTER, PromptKind, draw_prompt
 from persam_dreambooth.segmentation.segmenter import MaskLike, sized_mask
 
 if TYPE_CHECKING:
@@ -43,9 +44,6 @@ FOCAL_WEIGHT, DICE_WEIGHT, IOU_WEIGHT, POINT_WEIGHT = 20.0, 1.0, 1.0, 1.0
 LOW_RES = 256
 KEPT = 256
 """Masks whose encodings are kept in memory, 4 MB each with SAM; others are encoded, or read from the cache, again."""
-JITTER, MOST_JITTER = 0.1, 20.0
-"""Boxes are moved in training by noise with this standard deviation relative to their sides, at most so many pixels,
-as for SAM (Kirillov et al. 2023)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -263,35 +261,6 @@ def mask_losses(
         "dice": DICE_WEIGHT * dice.mean(),
         "iou": IOU_WEIGHT * F.mse_loss(scores, reached),
     }
-
-
-def draw_prompt(
-    mask: np.ndarray,
-    kind: PromptKind,
-    rng: np.random.Generator,
-    point: np.ndarray | None = None,
-    jitter: float = 0.0,
-) -> np.ndarray:
-    """A prompt for a mask: a point drawn from its pixels, or its tight box.
-
-    Args:
-        mask: (H, W) bool with at least one pixel.
-        kind: the kind of the prompt.
-        rng: draws the point, or the box's noise.
-        point: (2,) xy, taken instead of a drawn point in half of the draws; None for never.
-        jitter: standard deviation of the box's noise, relative to its sides.
-    """
-    if kind == "point":
-        if point is not None and rng.random() < 0.5:
-            return point
-        return np.array(divmod(int(rng.choice(np.flatnonzero(mask))), mask.shape[1])[::-1])
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    box = np.array([columns[0], rows[0], columns[-1], rows[-1]], float)
-    if not jitter:
-        return box
-    sides = np.tile(box[2:] - box[:2] + 1, 2)
-    moved = box + np.clip(rng.normal(0, jitter, 4) * sides, -MOST_JITTER, MOST_JITTER)
-    return np.clip(moved, 0, np.tile(mask.shape[::-1], 2) - 1)
 
 
 def low_res(mask: np.ndarray, encoding: Encoding) -> np.ndarray:
