@@ -141,6 +141,13 @@ COMMANDS = {
         _scored,
         resume=SAME_COMMAND,
     ),
+    "evaluate task": Command(
+        "a task learned from a few masks of each part: SAM, SAM-F, PLM, PLM with PMM",
+        "segmentation.evaluation.task:EvaluateTaskOptions",
+        "segmentation.evaluation.task:evaluate_task",
+        _scored,
+        resume=SAME_COMMAND,
+    ),
     "evaluate absence": Command(
         "how well presence separates photos with the subject from photos without it",
         "segmentation.evaluation.absence:EvaluateAbsenceOptions",
