@@ -1,4 +1,4 @@
-"""Parity with the authors' FS-SAM2 on a small SAM 2 with seeded weights; `golden/fs_sam2/README.md` says what was recorded.
+"""Parity with the authors' FS-SAM2 on a small SAM 2 with seeded weights; see `golden/fs_sam2/README.md`.
 
 B = 2 episodes of K = 5 annotated photos and a query, 256 pixels a side, 16 x 16 cells of C = 32 channels.
 """
@@ -8,8 +8,9 @@ import pytest
 import torch
 from seeded_weights import seeded_weights
 from small_sams import GOLDEN
-from transformers import Sam2VideoConfig
+from transformers import Sam2VideoConfig, Sam2VideoModel
 
+from persam_dreambooth.segmentation import open_sam
 from persam_dreambooth.segmentation.sams.original_sam2 import rename_sam2
 from persam_dreambooth.segmentation.sams.sam import PIXEL_MEAN, PIXEL_STD
 from persam_dreambooth.segmentation.sams.sam2_memory import (
@@ -61,7 +62,6 @@ def base_model():
     weights = recorded("weights")
     model = Sam2MemoryModel(Sam2VideoConfig(**SMALL))
     model.load_state_dict(rename_sam2(seeded_weights(weights["names"], weights["shapes"])))
-    model.mask_decoder.dynamic_multimask_via_stability = False
     return model.eval()
 
 
@@ -82,6 +82,7 @@ def run(model, shots):
     finer, cells = image_features(model, pixels[:, -1])
     conditioned = recall(model, cells, join_memories(memories))
     logits, scores, visible = decode_cells(model, conditioned, finer)
+    replaced, best, _ = decode_cells(model, conditioned, finer, replaced=True)
     tokens, positions = (
         torch.stack([getattr(memory, name) for memory in memories], 1).transpose(2, 3).unflatten(3, (16, 16))
         for name in ("tokens", "positions")
@@ -94,6 +95,8 @@ def run(model, shots):
         f"logits_{shots}": logits[:, 0, ::2, ::2],
         f"iou_{shots}": scores,
         f"visible_{shots}": visible,
+        f"stable_logits_{shots}": replaced[:, 0, ::2, ::2],
+        f"stable_iou_{shots}": best,
     }
 
 
@@ -121,3 +124,12 @@ def test_each_stage_of_the_forward_pass_is_that_of_the_authors(model, shots):
         else:
             wanted = expected[stage]
         assert_same(found, wanted)
+
+
+@torch.no_grad()
+def test_a_folder_as_on_the_hub_remembers_the_same(model, tmp_path):
+    video = Sam2VideoModel(Sam2VideoConfig(**SMALL))
+    video.load_state_dict(model.state_dict(), strict=False)
+    video.save_pretrained(tmp_path)
+    opened = open_sam(str(tmp_path), device="cpu").model
+    assert_same(run(opened, 1)["conditioned_1"], recorded("plain")["conditioned_1"])

@@ -12,6 +12,7 @@ from persam_dreambooth.errors import InputError
 from persam_dreambooth.photos.masks import read_mask
 from persam_dreambooth.segmentation import open_sam
 from persam_dreambooth.segmentation.sams.sam2 import Sam2
+from persam_dreambooth.segmentation.sams.sam2_memory import decode_cells, encode_memory, recall
 
 FILES = ["mobile_sam", "sam2.1_hiera_tiny"]
 
@@ -60,6 +61,23 @@ def test_against_the_original_mask_decoder_for_every_prompt(published, prompted)
     logits, scores = sam.decode(encoding, points, labels, **more)
     check(logits[:, ::8, ::8].numpy(), golden[prompted])
     check(scores.numpy(), golden[f"{prompted}_scores"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("published", ["sam2.1_hiera_tiny"], indirect=True)
+def test_against_the_memory_of_fs_sam2(published):
+    """The photo is both the annotated one and the query."""
+    sam, encoding, _ = published
+    with np.load(GOLDEN.parent / "fs_sam2" / "file.npz") as golden:
+        mask, memory, logits = (golden[name] for name in ("mask", "memory", "logits"))
+    cells = encoding.embedding - sam.model.no_memory_embedding.reshape(1, -1, 1, 1)
+    marked = torch.from_numpy(mask.repeat(128, 0).repeat(128, 1)).float()[None, None]
+    remembered = encode_memory(sam.model, cells, marked)
+    check(remembered.tokens[0].T.unflatten(1, (64, 64))[:, ::16, ::16].numpy(), memory)
+    found, _, _ = decode_cells(
+        sam.model, recall(sam.model, cells, remembered), encoding.extra["high_resolution_features"]
+    )
+    check(found[0, 0, ::8, ::8].numpy(), logits)
 
 
 @pytest.fixture(scope="module")

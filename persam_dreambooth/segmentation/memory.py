@@ -44,9 +44,7 @@ class MemorySegmenter(Segmenter):
 
     method = "memory"
 
-    def __init__(
-        self, sam: Sam, target_coverage: float = 0.5, absent_threshold: float = ABSENT_THRESHOLD
-    ) -> None:
+    def __init__(self, sam: Sam, target_coverage: float = 0.5, absent_threshold: float = ABSENT_THRESHOLD) -> None:
         super().__init__(sam, target_coverage, absent_threshold)
         self._memory: Memory | None = None
 

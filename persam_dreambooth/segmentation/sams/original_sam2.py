@@ -105,6 +105,7 @@ def read_sam2(weights: dict[str, torch.Tensor], path: Path) -> Sam2MemoryModel:
     with torch.device("meta"):
         model = Sam2MemoryModel(read_sam2_config(width, depth, tuple(weights[SAM2_BACKGROUND].shape[2:])))
     model.load_state_dict(rename_sam2(weights), assign=True)
+    model.set_positions()
     return model.float()
 
 

@@ -17,7 +17,11 @@ from typing import Any
 
 import torch
 from transformers import Sam2Config, Sam2Model, Sam2VideoConfig
-from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoMemoryAttention, Sam2VideoMemoryEncoder
+from transformers.models.sam2_video.modeling_sam2_video import (
+    Sam2VideoMemoryAttention,
+    Sam2VideoMemoryEncoder,
+    Sam2VideoVisionRotaryEmbedding,
+)
 
 MASK_SCALE, MASK_BIAS = 20.0, -10.0
 """A mask of 0 and 1 enters the memory encoder as -10 and 10, without the sigmoid that predicted logits pass first."""
@@ -35,6 +39,18 @@ class Sam2MemoryModel(Sam2Model):
         config._attn_implementation = self.config._attn_implementation
         self.memory_attention = Sam2VideoMemoryAttention(config)
         self.memory_encoder = Sam2VideoMemoryEncoder(config)
+
+    def set_positions(self) -> None:
+        """Computes the memory attention's positions and frequencies, which no checkpoint holds."""
+        attention = self.memory_attention
+        attention.position_ids = attention.precompute_positions(attention.config)
+        attention.rotary_emb = Sam2VideoVisionRotaryEmbedding(attention.config)
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        """Called by `from_pretrained` for modules with weights or buffers that a checkpoint lacks."""
+        super()._init_weights(module)
+        if isinstance(module, Sam2VideoMemoryAttention):
+            self.set_positions()
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +120,7 @@ def recall(model: Any, cells: torch.Tensor, memory: Memory) -> torch.Tensor:
 
 
 def decode_cells(
-    model: Any, cells: torch.Tensor, finer: Sequence[torch.Tensor], multimask: bool = False
+    model: Any, cells: torch.Tensor, finer: Sequence[torch.Tensor], multimask: bool = False, replaced: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Decodes cells without a prompt, which is one padding point.
 
@@ -113,6 +129,8 @@ def decode_cells(
         cells: (B, C, 64, 64).
         finer: the finer features of the same photos.
         multimask: returns three masks, else the single-mask output.
+        replaced: an unstable single mask is replaced by the best of three, unless the decoder is in training mode.
+            FS-SAM2 was evaluated so: it is the default of SAM 2's program.
 
     Returns:
         Logits (B, masks, 256, 256), predicted IoUs (B, masks) and the logit that an object is visible (B, 1).
@@ -121,12 +139,17 @@ def decode_cells(
     points = torch.zeros(count, 1, 1, 2, device=device)
     labels = -torch.ones(count, 1, 1, dtype=torch.int64, device=device)
     sparse, dense = model.prompt_encoder(points, labels, None, None)
-    masks, scores, _, visible = model.mask_decoder(
-        image_embeddings=cells,
-        image_positional_embeddings=model.get_image_wide_positional_embeddings().repeat(count, 1, 1, 1),
-        sparse_prompt_embeddings=sparse,
-        dense_prompt_embeddings=dense,
-        multimask_output=multimask,
-        high_resolution_features=list(finer),
-    )
+    decoder = model.mask_decoder
+    before, decoder.dynamic_multimask_via_stability = decoder.dynamic_multimask_via_stability, replaced
+    try:
+        masks, scores, _, visible = decoder(
+            image_embeddings=cells,
+            image_positional_embeddings=model.get_image_wide_positional_embeddings().repeat(count, 1, 1, 1),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=multimask,
+            high_resolution_features=list(finer),
+        )
+    finally:
+        decoder.dynamic_multimask_via_stability = before
     return masks[:, 0], scores[:, 0], visible[:, 0]

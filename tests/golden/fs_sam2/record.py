@@ -89,12 +89,17 @@ def draw_episodes():
     return photos, rng.random((4, SHOTS + 1, 8, 8)) < 0.4
 
 
-def as_batch(photos, masks, shots):
-    """Episodes as their loader gives them: each photo is enlarged to `SIDE` and normalized."""
+def enlarged(values, side):
+    """Square values (..., n, n) to `side`, without smoothing."""
+    factor = side // values.shape[-1]
+    return values.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
+
+
+def as_batch(photos, masks, shots, side=SIDE):
+    """Episodes as their loader gives them: each photo is enlarged to `side` and normalized."""
     pixels = torch.from_numpy(photos).permute(0, 1, 4, 2, 3).float() / 255
     mean, std = (torch.tensor(three).view(3, 1, 1) for three in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    pixels = ((pixels - mean) / std).repeat_interleave(SIDE // 16, -1).repeat_interleave(SIDE // 16, -2)
-    marked = torch.from_numpy(masks).repeat_interleave(SIDE // 8, -1).repeat_interleave(SIDE // 8, -2).to(torch.uint8)
+    pixels, marked = (enlarged(values, side) for values in ((pixels - mean) / std, torch.from_numpy(masks).byte()))
     return {
         "support_imgs": pixels[:, :shots],
         "support_masks": marked[:, :shots],
@@ -181,6 +186,26 @@ def record_forward(model, photos, masks):
     return {name: value.numpy().astype(np.float32) for name, value in found.items()}
 
 
+@torch.no_grad()
+def record_file(prediction, build_sam2, folder):
+    """The forward pass of SAM 2.1 tiny from a file under its published names; the photo is annotated and the query."""
+    with np.load(HERE.parent / "published_files" / "sam2.1_hiera_tiny.npz") as golden:
+        weights = seeded_weights(golden["names"], golden["shapes"])
+    file = Path(folder) / "sam2.1_hiera_tiny.pt"
+    torch.save({"model": weights}, file)
+    config = "configs/sam2.1/sam2.1_hiera_t.yaml"
+    with patch.object(prediction, "build_sam2", lambda *_: build_sam2(config, str(file), device="cpu")):
+        model = prediction.SAM2_pred()
+    model.model.sam_mask_decoder.dynamic_multimask_via_stability = False
+    photo = np.random.default_rng(1).integers(0, 256, (1, 1, 32, 32, 3), dtype=np.uint8)
+    mask = np.random.default_rng(9).random((1, 1, 8, 8)) < 0.4
+    batch = as_batch(photo, mask, 1, side=1024)
+    out = model(batch["query_img"], batch["query_mask"], prev_out={})
+    memory = out["maskmem_features"][0]
+    logits = model(batch["query_img"], prev_out=out)["pred_masks"]
+    return {"mask": mask[0, 0], "memory": memory[0, :, ::16, ::16].numpy(), "logits": logits[0, 0, ::8, ::8].numpy()}
+
+
 def record_training(program, photos, masks):
     """Losses, rates, gradients and adapters of their training on two batches of two one-shot episodes."""
     batches = [as_batch(photos[at : at + 2], masks[at : at + 2], 1) for at in (0, 2)]
@@ -250,6 +275,39 @@ def record_augmentation(dataset):
         "rotation": np.array(7.5),
         "sigma": np.array(1.3),
     }
+
+
+def record_sampling():
+    """The episodes that their three data sets draw from made-up images: class, query and supports of each."""
+    from data.coco import DatasetCOCO
+    from data.fss1000 import DatasetFSS
+    from data.pascal import DatasetPASCAL
+
+    rng = np.random.default_rng(10)
+    images = [f"2007_{number:06}" for number in range(40)]
+    shown = {name: sorted(rng.choice([5, 6, 7, 8], 1 + rng.integers(2), replace=False).tolist()) for name in images}
+    members = {category: [name for name in images if category in shown[name]] for category in (5, 6, 7, 8)}
+    folders = ["ab_wheel", "zebra"]
+    numbered = {folder: [f"{folder}/{number}" for number in range(1, 11)] for folder in folders}
+    files = [f"{name}.jpg" for folder in folders for name in sorted(numbered[folder])]
+    blank = MagicMock()
+    made = {}
+    for kind in (DatasetPASCAL, DatasetCOCO, DatasetFSS):
+        data = made[kind.__name__.removeprefix("Dataset").lower()] = kind.__new__(kind)
+        data.seed, data.split, data.class_ids, data.img_metadata_classwise = 3, "trn", [5, 6, 7, 8], members
+        data.img_metadata, data.categories = (files, folders) if kind is DatasetFSS else (images, None)
+        data.read_img = lambda name: blank
+        data.read_mask = lambda name: torch.tensor([0, 255, *(one + 1 for one in shown.get(name, []))])
+    drawn = []
+    with patch.object(sys.modules["data.fss1000"], "Image", blank):
+        for name, data in made.items():
+            for shots, epoch, index in ((1, -1, 0), (1, -1, 7), (5, -1, 1), (5, -1, 13), (1, 0, 7), (5, 2, 19)):
+                data.shot, data.epoch = shots, epoch
+                query, _, _, supports, _, _, category = data.sample_episode(index)
+                names = [one.removesuffix(".jpg") for one in (str(query), *supports)]
+                category = folders[category] if name == "fss" else str(category)
+                drawn.append([name, shots, data.seed, index, epoch + 1, category, *names])
+    return {"shown": {name: list(map(str, classes)) for name, classes in shown.items()}, "drawn": drawn}
 
 
 def record_metrics():
@@ -324,12 +382,14 @@ def main():
             "adapted": record_forward(adapted, photos, masks),
             "training": {**record_training(program, photos, masks), **record_loss(plain)},
             "metrics": record_metrics(),
+            "file": record_file(prediction, build_sam2, folder),
         }
+        sampling = record_sampling()
         ranges, arrays["augmentation"] = record_augmentation(dataset)
     for name, recorded in arrays.items():
         np.savez_compressed(options.output / f"{name}.npz", **recorded)
-    for name, numbers in {"published": published, "augmentation": ranges}.items():
-        (options.output / f"{name}.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    for name, numbers in {"published": published, "augmentation": ranges, "sampling": sampling}.items():
+        (options.output / f"{name}.json").write_text(json.dumps(numbers) + "\n")
 
 
 if __name__ == "__main__":
