@@ -74,6 +74,12 @@ def _separated(options: Any, scores: Any) -> str:
     )
 
 
+def _adapted(options: Any, settings: Any) -> str:
+    step, *figures = settings["best"].items()
+    told = "".join(f", {name} {value:.4f}" for name, value in figures)
+    return f"done: {options.output} (step {step[1]}{told}); use it with --adapter {options.output}"
+
+
 def _scored_videos(options: Any, scores: Any) -> str:
     figures = ", ".join(f"{name} {value:.1f}" for name, value in scores.shown.overall.items())
     return f"{scores.shown.name}: {figures}\ndone: {options.output}/results.md; see report.html beside it"
@@ -107,6 +113,13 @@ COMMANDS = {
         "main_job:personalize",
         _trained,
         resume="a training run resumes with --resume_from_checkpoint latest",
+    ),
+    "adapt fs-sam2": Command(
+        "trains SAM 2's memory on episodes of a few-shot data set (FS-SAM2), for --segmenter memory",
+        "segmentation.adaptation.fs_sam2:AdaptFsSam2Options",
+        "segmentation.adaptation.fs_sam2:adapt_fs_sam2",
+        _adapted,
+        resume="it resumes with --resume_from_checkpoint latest",
     ),
     "generate": Command(
         'pictures of the subject: "a [V] cat on a beach"',

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from persam_dreambooth.errors import InputError
@@ -61,6 +62,12 @@ class SegmenterOptions(Options):
         "float32",
         "precision of SAM's image encoder; auto: float32 on the CPU and on MPS, else bfloat16",
         when=(MAKES_MASKS,),
+    )
+    adapter: str | None = option(
+        None,
+        "folder with an adapter of this SAM, from persam-dreambooth adapt",
+        path=True,
+        when=(MAKES_MASKS, with_flag("--segmenter memory", "--segmenter plm")),
     )
     encoding_cache: str | None = option(
         None,
@@ -178,10 +185,22 @@ def make_video_segmenter(options: TrackingOptions, sam: Sam) -> VideoSegmenter:
 
 
 def open_sam_of(options: SegmenterOptions) -> Sam:
-    """The SAM that options name, see `open_sam`; raises `InputError` if their method cannot use it."""
-    from persam_dreambooth.segmentation.sams.checkpoints import open_sam
+    """The SAM that options name, see `open_sam`, with the LoRA of `--adapter` merged for `--segmenter memory`.
 
-    sam = open_sam(options.sam_model, dtype=options.sam_dtype, encoding_cache=options.encoding_cache)
-    method_class(options.segmenter).check_sam(sam)
+    Raises:
+        InputError, InputNotFoundError: see `open_sam` and `merge_lora`; also for a SAM that the method cannot use.
+    """
+    from persam_dreambooth.segmentation.sams.checkpoints import open_sam, precision
+
+    method = method_class(options.segmenter)
+    if options.segmenter == "memory" and options.adapter:
+        from persam_dreambooth.segmentation.adaptation.lora import merge_lora
+
+        sam = open_sam(options.sam_model)
+        cache = Path(options.encoding_cache) if options.encoding_cache else None
+        sam = merge_lora(sam, Path(options.adapter), precision(options.sam_dtype, sam.device), cache)
+    else:
+        sam = open_sam(options.sam_model, dtype=options.sam_dtype, encoding_cache=options.encoding_cache)
+    method.check_sam(sam)
     log_device(str(sam.device), str(sam.dtype))
     return sam

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -48,6 +48,8 @@ from persam_dreambooth.training.only_training import only_training
 from persam_dreambooth.training.seeds import derived_seed
 
 logger = logging.getLogger(__name__)
+
+OwnAdaptOptions = TypeVar("OwnAdaptOptions", bound=AdaptOptions)
 
 DROPOUT_STREAM = 0
 """The random stream of dropout; those of samples are numbered from 1."""
@@ -118,7 +120,7 @@ class TrainedWeights:
 
 @only_training()
 def run_adaptation(
-    options: AdaptOptions, open_learner: Callable[[AdaptOptions, Accelerator], Learner]
+    options: OwnAdaptOptions, open_learner: Callable[[OwnAdaptOptions, Accelerator], Learner]
 ) -> dict[str, Any]:
     """Trains an adapter; its folder then has the best weights and `adapter.json`, which is written last.
 
@@ -185,7 +187,7 @@ def _check_folder(options: AdaptOptions) -> None:
     check_new(options.run_dir, {ADAPTER: "an adapter", SETTINGS: "another run"}, advice)
 
 
-def resolve_steps(options: AdaptOptions, epoch: int, accelerator: Accelerator) -> AdaptOptions:
+def resolve_steps(options: OwnAdaptOptions, epoch: int, accelerator: Accelerator) -> OwnAdaptOptions:
     """The options with numbers of steps; an epoch has so many samples."""
     batch = options.train_batch_size * options.gradient_accumulation_steps * accelerator.num_processes
     steps = options.max_train_steps or math.ceil(options.num_train_epochs * epoch / batch)
