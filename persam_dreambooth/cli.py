@@ -121,6 +121,13 @@ COMMANDS = {
         _adapted,
         resume="it resumes with --resume_from_checkpoint latest",
     ),
+    "adapt plm": Command(
+        "learns a task from a folder of masks: prompts for a frozen SAM (PLM), for --segmenter plm",
+        "segmentation.adaptation.plm_task:AdaptPlmOptions",
+        "segmentation.adaptation.plm_task:adapt_plm",
+        _adapted,
+        resume="it resumes with --resume_from_checkpoint latest",
+    ),
     "generate": Command(
         'pictures of the subject: "a [V] cat on a beach"',
         "dreambooth.generate:GenerateOptions",
@@ -129,16 +136,6 @@ COMMANDS = {
             f"{counted(options.num_images, 'picture')} in {paths[-1].parent}; a grid of all in {paths[-1]}"
         ),
         positional="prompt",
-    ),
-    "adapt plm": Command(
-        "learns a task from a folder of masks: a PLM, for --segmenter plm --adapter",
-        "segmentation.adaptation.plm_task:AdaptPlmOptions",
-        "segmentation.adaptation.plm_task:adapt_plm",
-        lambda options, settings: (
-            f"{options.output} has the weights of step {settings['best']['step']}; use them with --segmenter plm "
-            f"--adapter {options.output}"
-        ),
-        resume="it resumes with --resume_from_checkpoint latest",
     ),
     "evaluate perseg": Command(
         "scores of a method's masks, or of any masks, on PerSeg: mIoU, accuracy, boundary IoU",

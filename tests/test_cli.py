@@ -263,6 +263,7 @@ MASKS_GIVEN = ("--instance_dir", "cat", "--mask_dir", "m")
 WHOLE_PHOTOS = ("--instance_dir", "cat", "--unmasked")
 CUT_OUTS = ("--instance_dir", "cat", "--mask_from", "alpha")
 PERSEG = ("--data", "d", "--output", "o")
+TASK = ("--images", "i", "--masks", "m", "--output", "o")
 SCORED = (*PERSEG, "--predictions", "p")
 METHOD_OPTIONS = ("segmenter", "target_coverage", "sam_dtype", "encoding_cache")
 
@@ -286,12 +287,23 @@ ALWAYS: dict[str, tuple[str, ...]] = {
         *("num_validation_images", "report_to", "push_to_hub"),
         "sam_model",  # scripts name it once for runs with and without masks that are made
     ),
+    "adapt plm": (
+        *("images", "masks", "output", "prompt", "pmm", "validation_share", "sam_model", "encoding_cache", "seed"),
+        *("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler"),
+        *("adam_weight_decay", "max_grad_norm", "mixed_precision"),
+        *("dataloader_num_workers", "validation_steps", "checkpointing_steps", "checkpoints_total_limit"),
+        *("resume_from_checkpoint", "logging_steps", "report_to"),
+    ),
     "generate": (
         *("prompt", "model", "num_images", "seed", "output", "num_inference_steps", "guidance_scale"),
         *("width", "height", "scheduler", "batch_size"),
     ),
     "evaluate perseg": ("data", "output", "predictions", "reference_index", "sam_model"),
     "evaluate fss1000": ("data", "output", "predictions", "reference_index", "classes", "sam_model"),
+    "evaluate task": (
+        *("data", "output", "methods", "prompt", "parts", "test_share", "seed", "sam_model", "sam_dtype"),
+        "encoding_cache",
+    ),
     "evaluate absence": ("data", "output", "others", "absent_threshold", "sam_model", *METHOD_OPTIONS),
     "evaluate davis": ("data", "output", "predictions", "sam_model"),
     "evaluate model": (
@@ -313,6 +325,7 @@ ALWAYS: dict[str, tuple[str, ...]] = {
     ),
     "toy perseg": ("output_dir", "objects"),
     "toy davis": ("output_dir", "sequences", "frames"),
+    "toy parts": ("output_dir", "images"),
     "toy episodes": ("output_dir", "images", "size"),
     "demo": ("output_dir",),
 }
@@ -361,6 +374,15 @@ IDLE: dict[str, dict[tuple[str, ...], tuple[str, ...]]] = {
     "evaluate fss1000": {
         SCORED: (*METHOD_OPTIONS, "guidance"),
         (*PERSEG, "--reference_index", "1"): ("shots",),
+    },
+    "adapt plm": {
+        (*TASK, "--max_train_steps", "7"): ("num_train_epochs",),
+        (*TASK, "--no_pmm"): ("outline_points",),
+        TASK: ("gradient_checkpointing",),
+    },
+    "evaluate task": {
+        (*PERSEG, "--methods", "sam,sam-oracle"): ("train_masks", "max_train_steps", "train_batch_size"),
+        (*PERSEG, "--test_share", "0.5"): ("test_images",),
     },
     "evaluate absence": {PERSEG: ("guidance",)},
     "evaluate davis": {SCORED: (*METHOD_OPTIONS, "variant")},

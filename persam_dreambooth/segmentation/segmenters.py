@@ -65,7 +65,7 @@ class SegmenterOptions(Options):
     )
     adapter: str | None = option(
         None,
-        "folder with an adapter of this SAM, from persam-dreambooth adapt",
+        "folder with an adapter of this SAM, from persam-dreambooth adapt; plm uses it instead of a fit",
         path=True,
         when=(MAKES_MASKS, with_flag("--segmenter memory", "--segmenter plm")),
     )
@@ -79,13 +79,6 @@ class SegmenterOptions(Options):
         0.5,
         "a cell (of 64 x 64) is target if the mask covers more of its center than this, 0 to 1",
         when=(MAKES_MASKS,),
-    )
-
-    adapter: str | None = option(
-        None,
-        "folder that persam-dreambooth adapt wrote; plm uses it instead of a fit",
-        path=True,
-        when=(MAKES_MASKS, with_flag("--segmenter memory", "--segmenter plm")),
     )
 
     def __post_init__(self) -> None:

@@ -22,7 +22,7 @@ from PIL import Image
 from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.files import check_settings, check_writable, locked, note_settings, write_aside, write_json
 from persam_dreambooth.machine import provenance
-from persam_dreambooth.options import LAST_SEED, Options, option, require, within
+from persam_dreambooth.options import LAST_SEED, Condition, Options, option, require, within
 from persam_dreambooth.progress import steps
 from persam_dreambooth.segmentation.prompts import PromptKind, draw_prompt
 
@@ -38,6 +38,9 @@ TASK_METHODS = (*UNTRAINED, *TRAINED)
 """The methods. `sam` takes its mask with the highest predicted IoU from a point, and its single mask from a box;
 `sam-oracle` takes the best of its three masks by the truth."""
 
+LEARNS = Condition(lambda options: not set(TRAINED).isdisjoint(options.chosen), "no method of --methods learns")
+"""Options of the training have an effect only if a method is trained."""
+
 
 @dataclass(frozen=True)
 class EvaluateTaskOptions(Options):
@@ -51,12 +54,12 @@ class EvaluateTaskOptions(Options):
     )
     methods: str = option("all", f"the methods, separated by commas: {', '.join(TASK_METHODS)}; or all")
     prompt: PromptKind = option("point", "what prompts: a point drawn in the mask, or the mask's box")
-    train_masks: int = option(20, "masks of each part that are learned")
+    train_masks: int = option(20, "masks of each part that are learned", when=(LEARNS,))
     parts: str = option("all", "the parts, separated by commas; or all")
     test_share: float = option(0.2, "share of the images that is held out, drawn by the seed", rivals=("test_images",))
     test_images: str | None = option(None, "text file with the names of the held-out images, one a line", path=True)
-    max_train_steps: int = option(300, "number of optimizer steps", alias="steps")
-    train_batch_size: int = option(4, "batch size", elsewhere=("batch_size",))
+    max_train_steps: int = option(300, "number of optimizer steps", alias="steps", when=(LEARNS,))
+    train_batch_size: int = option(4, "batch size", elsewhere=("batch_size",), when=(LEARNS,))
     seed: int = option(0, "of the held-out images, the prompts and the training")
     sam_model: str = option(
         "facebook/sam-vit-huge",
@@ -208,7 +211,7 @@ def split_task(task: Task, options: EvaluateTaskOptions) -> tuple[list[str], lis
     else:
         test = set(shuffled[: max(1, round(options.test_share * len(images)))])
     pool = [image for image in shuffled if image not in test]
-    if not pool and set(options.chosen) & set(TRAINED):
+    if not pool and LEARNS.holds(options):
         raise InputError(f"all {len(images)} images are held out: none is left to learn")
     return [image for image in images if image in test], pool
 
