@@ -41,7 +41,6 @@ Learned = Literal["plm", "plm-pmm", "sam-f"]
 LEARNING_RATES: dict[Learned, float] = {"plm": 1e-3, "plm-pmm": 1e-3, "sam-f": 1e-4}
 WEIGHT_DECAY = 1e-6
 FOCAL_WEIGHT, DICE_WEIGHT, IOU_WEIGHT, POINT_WEIGHT = 20.0, 1.0, 1.0, 1.0
-LOW_RES = 256
 KEPT = 256
 """Masks whose encodings are kept in memory, 4 MB each with SAM; others are encoded, or read from the cache, again."""
 
@@ -170,7 +169,8 @@ class PromptLearner(nn.Module):
         if self.pmm is not None:
             shown = logits.masked_fill(inside == 0, -1)
             outlines = [each.outline for each in truths]
-            upscaled = self._upscaled[0].float()
+            # The first activated features of the masks' size; SAM-HQ's decoder activates more.
+            upscaled = next(each for each in self._upscaled if each.shape[-1] == logits.shape[-1]).float()
             losses["point"] = POINT_WEIGHT * point_matching_loss(self.pmm, upscaled, shown, outlines)
         return {**losses, "loss": torch.stack(list(losses.values())).sum()}
 
@@ -196,8 +196,8 @@ class PromptLearner(nn.Module):
         return Truth(encoding, shown, valid, outline(coverage - 0.5, self.how.points))
 
     def _note(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
-        """Keeps the decoder's upscaled features, (B, C, 256, 256), the first of this size that are activated."""
-        if self.pmm is not None and output.shape[-1] == LOW_RES:
+        """Keeps what the decoder activates, its upscaled features among it."""
+        if self.pmm is not None:
             self._upscaled.append(output)
 
 
@@ -269,5 +269,5 @@ def low_res(mask: np.ndarray, encoding: Encoding) -> np.ndarray:
     resized = Image.fromarray(mask.astype(np.uint8) * 255).resize((width, height), Image.Resampling.BOX)
     padded = np.zeros((encoding.padded, encoding.padded), np.float32)
     padded[:height, :width] = np.asarray(resized, np.float32) / 255
-    cell = encoding.padded // LOW_RES
-    return padded.reshape(LOW_RES, cell, LOW_RES, cell).mean((1, 3))
+    side = 4 * encoding.grid
+    return padded.reshape(side, encoding.padded // side, side, -1).mean((1, 3))
