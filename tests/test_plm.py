@@ -25,7 +25,7 @@ from persam_dreambooth.segmentation.adaptation.prompt_training import (
     mask_losses,
 )
 from persam_dreambooth.segmentation.adaptation.task_folder import read_task
-from persam_dreambooth.segmentation.point_matching import PointMatching, align, outline, point_matching_loss
+from persam_dreambooth.segmentation.point_matching import PointMatching, align, point_matching_loss, sample_outline
 from persam_dreambooth.segmentation.prompt_learning import PromptLearning, decode_prompts, load_plm, make_plm
 from persam_dreambooth.segmentation.prompts import draw_prompt
 from persam_dreambooth.toy import world
@@ -113,13 +113,13 @@ def test_the_outline_of_a_square_is_evenly_sampled_and_keeps_clear_of_its_hole()
     values = -np.ones((20, 20))
     values[4:12, 6:16] = 1  # columns 6 to 15, rows 4 to 11
     values[7:9, 9:12] = -1
-    points = outline(values, 36) * 20
+    points = sample_outline(values, 36) * 20
     assert points.shape == (36, 2)
     assert np.allclose([points.min(axis=0), points.max(axis=0)], [[6, 4], [16, 12]], atol=0.01)
     sides = np.linalg.norm(points - np.roll(points, 1, axis=0), axis=1)
     assert np.allclose(sides, 35.1 / 36, atol=0.15)  # 36 around, with four corners cut
-    assert outline(-np.ones((5, 5))) is None
-    assert np.allclose(outline(np.ones((5, 5)), 4).max(), 1, atol=0.11)  # the whole input has an outline too
+    assert sample_outline(-np.ones((5, 5))) is None
+    assert np.allclose(sample_outline(np.ones((5, 5)), 4).max(), 1, atol=0.11)  # the whole input has an outline too
 
 
 def test_a_true_outline_is_begun_where_it_lies_closest():
@@ -136,11 +136,11 @@ def test_an_untrained_pmm_is_off_by_the_distance_of_the_outlines():
     truth[4:8, 8:12] = 1
     pmm = PointMatching(4)
     features = torch.randn(1, 4, 16, 16, requires_grad=True)
-    assert point_matching_loss(pmm, features, logits, [outline(truth)]).item() == pytest.approx(0.125, abs=1e-6)
-    assert point_matching_loss(pmm, features, -torch.ones(1, 16, 16), [outline(truth)]).item() == 0
+    assert point_matching_loss(pmm, features, logits, [sample_outline(truth)]).item() == pytest.approx(0.125, abs=1e-6)
+    assert point_matching_loss(pmm, features, -torch.ones(1, 16, 16), [sample_outline(truth)]).item() == 0
     assert point_matching_loss(pmm, features, logits, [None]).item() == 0
     torch.nn.init.ones_(pmm.offsets.weight)
-    point_matching_loss(pmm, features, logits, [outline(truth)]).backward()
+    point_matching_loss(pmm, features, logits, [sample_outline(truth)]).backward()
     assert features.grad.abs().sum() > 0
 
 
@@ -372,8 +372,8 @@ BROKEN = {
     bare_mask: "masks/head/0009.png matches no photo: a mask has its photo's name, such as 0000.png; rename or remove "
     "it",
     bare_image: "images/0001.png has no mask: masks/head/0001.png is missing; draw it or remove the image",
-    small_mask: "masks/scarf/0001.png is 64 x 128 but images/0001.png is 128 x 128 (upright): give the mask of this "
-    "image, at its size",
+    small_mask: "masks/scarf/0001.png is 64 x 128 but images/0001.png is 128 x 128 (upright): save it at the size of "
+    "its photo",
     empty_mask: "masks/tail/0000.png is empty: mark the part, or remove the mask if its image does not show it",
     no_masks: "masks holds no masks: put those of a part there, or a folder for each part",
 }

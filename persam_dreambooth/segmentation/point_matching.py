@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-POINTS = 64
+OUTLINE_POINTS = 64
 """Points of an outline."""
 
 
@@ -24,9 +24,9 @@ class PointMatching(nn.Module):
     A transformer encoder attends over the features at a mask's points, and a transformer decoder, whose queries are the
     points' places, attends to its output and predicts an offset for each point, as in TextBPN++ (Zhang et al. 2023).
 
-    The paper says no more, and these are our choices: `POINTS` points with equal distances along the outline of the
-    mask's largest piece; width 128, 8 heads, 3 encoder and 2 decoder layers, MLPs of 512 channels, so that the number
-    of parameters matches the paper's 1.2 million; offsets that start at zero.
+    The paper says no more, and these are our choices: `OUTLINE_POINTS` points with equal distances along the outline of
+    the mask's largest piece; width 128, 8 heads, 3 encoder and 2 decoder layers, MLPs of 512 channels, so that the
+    number of parameters matches the paper's 1.2 million; offsets that start at zero.
 
     Args:
         channels: channels of the decoder's upscaled features.
@@ -64,7 +64,7 @@ def point_matching_loss(
         logits: (B, 256, 256) of the predicted masks; no gradient flows through the choice of their outlines.
         truths: the true outlines, each (P, 2), or None.
     """
-    found = [outline(each) for each in logits.detach().float().cpu().numpy()]
+    found = [sample_outline(each) for each in logits.detach().float().cpu().numpy()]
     pairs = [(place, one, two) for place, (one, two) in enumerate(zip(found, truths, strict=True)) if _both(one, two)]
     if not pairs:
         return upscaled.sum() * 0
@@ -74,7 +74,7 @@ def point_matching_loss(
     return F.l1_loss(pmm(upscaled[list(places)], given), truth)
 
 
-def outline(values: np.ndarray, count: int = POINTS) -> np.ndarray | None:
+def sample_outline(values: np.ndarray, count: int = OUTLINE_POINTS) -> np.ndarray | None:
     """Points (count, 2) with equal distances along the outline of the largest piece where `values` are above 0.
 
     Args:

@@ -20,7 +20,6 @@ from persam_dreambooth.files import check_writable, write_aside
 from persam_dreambooth.options import Options, option, within
 from persam_dreambooth.toy import world
 
-IMAGES, MASKS = "images", "masks"
 PARTS_SIDE = 512
 PARTS_SEED = 5_000_000
 """Seed of the animals and their scenes; training of the toy checkpoints never uses it."""
@@ -57,12 +56,12 @@ def write_parts(options: ToyPartsOptions) -> None:
     options.check()
     folder = Path(options.output_dir)
     check_writable(folder)
-    roots = folder / IMAGES, folder / MASKS
+    roots = folder / "images", folder / "masks"
     for taken in roots:
         if taken.exists():
             raise InputError(f"{taken} exists: remove it or choose another folder")
     with write_aside(roots[0]) as images, write_aside(roots[1]) as masks:
-        for place in (images, *(masks / part for part in world.PARTS)):
+        for place in (images, *(masks / part for part in world.ANIMAL_PARTS)):
             place.mkdir(parents=True)
         for number, scene in enumerate(part_scenes(options.images)):
             world.render(scene, PARTS_SIDE).image.save(images / f"{number:04}.jpg", quality=95)

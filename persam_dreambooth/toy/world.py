@@ -56,7 +56,7 @@ COLORS = {
 }
 PATTERNS = ("plain", "striped", "spotted")
 ACCESSORIES = ("none", "hat", "scarf")
-PARTS = ("head", "scarf", "tail")
+ANIMAL_PARTS = ("head", "scarf", "tail")
 """The parts of an animal that have masks of their own; see `part_masks`."""
 SPARE_WORDS = ("sks", "zwx", "ohwx", "vqj")
 """Identifier tokens: captions sometimes contain them without meaning, so the model knows them, and they are neutral."""
@@ -273,7 +273,7 @@ def part_masks(subject: Subject, pose: Pose, size: int) -> dict[str, np.ndarray]
     for number, (_, points) in enumerate([*figure.parts, *worn], 1):
         brush.polygon(_placed(points, pose, side), fill=number, outline=number, width=_outline_width(pose, side))
     owner = np.array(["", *names])[np.asarray(labels)]
-    shares = {name: (owner == name).reshape(size, 4, size, 4).mean((1, 3)) for name in PARTS}
+    shares = {name: (owner == name).reshape(size, 4, size, 4).mean((1, 3)) for name in ANIMAL_PARTS}
     return {name: share >= 0.5 for name, share in shares.items() if (share >= 0.5).any()}
 
 

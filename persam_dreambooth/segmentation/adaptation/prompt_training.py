@@ -27,7 +27,12 @@ from torch.utils.data import Dataset, default_collate
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.photos.masks import read_mask
 from persam_dreambooth.progress import bar
-from persam_dreambooth.segmentation.point_matching import POINTS, PointMatching, outline, point_matching_loss
+from persam_dreambooth.segmentation.point_matching import (
+    OUTLINE_POINTS,
+    PointMatching,
+    point_matching_loss,
+    sample_outline,
+)
 from persam_dreambooth.segmentation.prompt_learning import decode_prompts, make_plm
 from persam_dreambooth.segmentation.prompts import JITTER, PromptKind, draw_prompt
 from persam_dreambooth.segmentation.segmenter import MaskLike, sized_mask
@@ -35,10 +40,10 @@ from persam_dreambooth.segmentation.segmenter import MaskLike, sized_mask
 if TYPE_CHECKING:
     from persam_dreambooth.segmentation.sams.sam import Encoding, ImageLike, Sam
 
-Learned = Literal["plm", "plm-pmm", "sam-f"]
+Trains = Literal["plm", "plm-pmm", "sam-f"]
 """What is trained: a PLM, a PLM with the PMM beside it, or a copy of the mask decoder."""
 
-LEARNING_RATES: dict[Learned, float] = {"plm": 1e-3, "plm-pmm": 1e-3, "sam-f": 1e-4}
+LEARNING_RATES: dict[Trains, float] = {"plm": 1e-3, "plm-pmm": 1e-3, "sam-f": 1e-4}
 WEIGHT_DECAY = 1e-6
 FOCAL_WEIGHT, DICE_WEIGHT, IOU_WEIGHT, POINT_WEIGHT = 20.0, 1.0, 1.0, 1.0
 KEPT = 256
@@ -81,13 +86,13 @@ class PromptTraining:
         mlp: see `PromptLearning`.
     """
 
-    learned: Learned = "plm-pmm"
+    learned: Trains = "plm-pmm"
     prompt: PromptKind = "point"
     steps: int = 300
     batch_size: int = 4
     learning_rate: float | None = None
     seed: int = 0
-    points: int = POINTS
+    points: int = OUTLINE_POINTS
     mlp: bool = True
 
 
@@ -193,7 +198,7 @@ class PromptLearner(nn.Module):
         shown, valid = (
             torch.from_numpy((each >= 0.5).astype(np.float32)).to(self.sam.device) for each in (coverage, inside)
         )
-        return Truth(encoding, shown, valid, outline(coverage - 0.5, self.how.points))
+        return Truth(encoding, shown, valid, sample_outline(coverage - 0.5, self.how.points))
 
     def _note(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
         """Keeps what the decoder activates, its upscaled features among it."""

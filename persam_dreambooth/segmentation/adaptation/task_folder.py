@@ -18,7 +18,7 @@ from PIL import Image
 from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.photos.folder import find_photos, is_hidden
 from persam_dreambooth.photos.images import PHOTO_SUFFIXES, read_image
-from persam_dreambooth.photos.mask_folder import check_names
+from persam_dreambooth.photos.mask_folder import SIZE_ADVICE, check_names
 from persam_dreambooth.photos.masks import check_mask, read_mask, read_told
 from persam_dreambooth.photos.pairing import find_masks
 
@@ -28,8 +28,6 @@ FACIAL_PARTS = (
     *("mouth", "u_lip", "l_lip", "hair", "hat", "ear_r", "neck_l", "neck", "cloth"),
 )
 """The parts of CelebAMask-HQ by its own names; `eye_g` are glasses, `ear_r` earrings, `neck_l` a necklace."""
-
-SIZE_ADVICE = "give the mask of this image, at its size"
 
 
 @dataclass(frozen=True)

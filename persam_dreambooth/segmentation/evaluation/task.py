@@ -140,7 +140,7 @@ def evaluate_task(options: EvaluateTaskOptions, more_rows: Sequence[TaskRow] = (
     output, task = Path(str(options.output)), open_task(Path(str(options.data)), options.chosen_parts)
     check_writable(output)
     test, pool = split_task(task, options)
-    rows = [*plain_rows(options), *more_rows]
+    rows = [*task_rows(options), *more_rows]
     lessons = {row.name: learned_masks(task, pool, row.masks) for row in rows if row.masks}
     held_out = task.of_images(test)
     settings = {
@@ -169,7 +169,7 @@ def evaluate_task(options: EvaluateTaskOptions, more_rows: Sequence[TaskRow] = (
         return scores
 
 
-def plain_rows(options: EvaluateTaskOptions) -> list[TaskRow]:
+def task_rows(options: EvaluateTaskOptions) -> list[TaskRow]:
     """The rows of the methods that options name."""
     return [
         TaskRow(method, options.prompt, options.train_masks, training_of(method, options))
