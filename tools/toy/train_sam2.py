@@ -103,7 +103,7 @@ class Sources:
 
 
 class Batches(torch.utils.data.Dataset[tuple[Batch, torch.Tensor]]):
-    """The batch of every step, with the subjects' masks (B, 1, S, S) uint8; it depends only on the seed and the step."""
+    """The batch of each step with the subjects' masks (B, 1, S, S) uint8; it depends only on the seed and the step."""
 
     def __init__(self, stage: Stage, sources: Sources, seed: int, steps: int) -> None:
         self.stage, self.sources, self.seed, self.steps = stage, sources, seed, steps
@@ -360,7 +360,7 @@ def save(sam: Sam2MemoryModel, folder: Path) -> None:
 def evaluate(sam: Sam2MemoryModel, size: int, sources: Sources, device: str) -> dict[str, float]:
     """Scores on albums that training never draws.
 
-    IoU of one point, IoU after refinement, how often the prior hits, and IoU by the memory of one and of three pictures:
+    IoU of one point, IoU after refinement, how often the prior hits, IoU by the memory of one and of three pictures:
     in scenes, in clips (the next frame), and with photos in composites, whose photos are those of the training.
     """
     sam.eval()
