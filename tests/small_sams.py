@@ -34,6 +34,16 @@ SAM_2 = {
     "prompt_encoder_config": {"hidden_size": 64},
     "mask_decoder_config": {"hidden_size": 64, "mlp_dim": 128, "iou_head_hidden_dim": 64},
 }
+MEMORY = {
+    "memory_attention_hidden_size": 64,
+    "memory_attention_num_layers": 1,
+    "memory_attention_feed_forward_hidden_size": 128,
+    "memory_encoder_hidden_size": 64,
+    "mask_downsampler_embed_dim": 64,
+    "memory_fuser_embed_dim": 64,
+    "memory_fuser_intermediate_dim": 128,
+}
+"""The memory of `SAM_2`."""
 SAM_HQ = {
     "vision_config": {
         "hidden_size": 48,
@@ -63,10 +73,29 @@ def save_sam2(folder):
     return folder
 
 
-def save_sam2_video(folder):
-    """A SAM 2 as the hub's are saved, with the memory of videos: the folder, and the model."""
-    memory = {"memory_attention_hidden_size": 64, "memory_encoder_hidden_size": 64}
-    model = fill(Sam2VideoModel(Sam2VideoConfig(**SAM_2, **memory)))
+def sam2_video_config(side):
+    """The architecture of `SAM_2` with its memory, for an input of `side` pixels."""
+    vision, cells = SAM_2["vision_config"], [side // 4, side // 8, side // 16]
+    return Sam2VideoConfig(
+        image_size=side,
+        vision_config={
+            **vision,
+            "backbone_config": {**vision["backbone_config"], "image_size": [side, side]},
+            "backbone_feature_sizes": [[count, count] for count in cells],
+        },
+        prompt_encoder_config={**SAM_2["prompt_encoder_config"], "image_size": side},
+        mask_decoder_config=SAM_2["mask_decoder_config"],
+        memory_attention_rope_feat_sizes=[cells[-1], cells[-1]],
+        **MEMORY,
+    )
+
+
+def save_sam2_video(folder, side=1024):
+    """A SAM 2 as the hub's are saved, with the memory of videos: the folder, and the model.
+
+    With an input of fewer pixels, such as 256, it is a tenth of the work.
+    """
+    model = fill(Sam2VideoModel(sam2_video_config(side)))
     model.save_pretrained(folder)
     return folder, model
 

@@ -271,7 +271,7 @@ ALWAYS: dict[str, tuple[str, ...]] = {
         *("images", "mask", "mask_dir", "invert_mask", "output", "instances", "heatmaps", "absent", "absent_threshold"),
         *("sam_model", *METHOD_OPTIONS),
     ),
-    "video": ("frames", "mask", "output", "overlay", "variant", "sam_model", *METHOD_OPTIONS),
+    "video": ("frames", "mask", "output", "overlay", "sam_model", *METHOD_OPTIONS),
     "train": (
         *("instance_dir", "dataset_name", "mask", "mask_dir", "mask_from", "class_name", "identifier"),
         *("instance_prompt", "subjects", "unmasked"),
@@ -322,6 +322,7 @@ A new option stands here, or in `IDLE` with what takes its effect away.
 """
 
 IDLE: dict[str, dict[tuple[str, ...], tuple[str, ...]]] = {
+    "video": {("--frames", "f", "--mask", "m.png", "--output", "o", "--segmenter", "memory"): ("variant",)},
     "segment": {
         ("--images", "cat", "--mask_dir", "m", "--output", "o"): ("reference_image",),
         ("--images", "cat", "--mask", "m.png", "--output", "o"): ("guidance",),

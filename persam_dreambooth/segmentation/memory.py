@@ -44,9 +44,7 @@ class MemorySegmenter(Segmenter):
 
     method = "memory"
 
-    def __init__(
-        self, sam: Sam, target_coverage: float = 0.5, absent_threshold: float = ABSENT_THRESHOLD
-    ) -> None:
+    def __init__(self, sam: Sam, target_coverage: float = 0.5, absent_threshold: float = ABSENT_THRESHOLD) -> None:
         super().__init__(sam, target_coverage, absent_threshold)
         self._memory: Memory | None = None
 
@@ -99,7 +97,7 @@ def remember(sam: Sam, encoding: Encoding, mask: np.ndarray) -> Memory:
 def segment_from(sam: Sam, encoding: Encoding, memory: Memory) -> tuple[torch.Tensor, torch.Tensor]:
     """The mask that a memory gives for a photo: logits (1, 256, 256) and its predicted IoU (1,)."""
     cells = recall(sam.model, _cells(sam, encoding), memory)
-    logits, scores, _ = decode_cells(sam.model, cells, encoding.extra["high_resolution_features"])
+    logits, scores, _ = decode_cells(sam.model, cells, encoding.extra["high_resolution_features"], replaced=True)
     return logits[0], scores[0]
 
 

@@ -168,7 +168,9 @@ def follow(
                 labels = np.where(new > 0, new, labels)
             save_labels(path, labels)
         unseen.append((seen, labels, new))
-        unseen = [one for left, one in enumerate(unseen, -len(unseen)) if left >= -segmenter.reach or one[2] is not None]
+        unseen = [
+            one for left, one in enumerate(unseen, -len(unseen)) if left >= -segmenter.reach or one[2] is not None
+        ]
         _tell_changes(frame, before, labels, new)
         if overlay and _is_older(overlay / f"{frame.stem}.jpg", path):
             save_picture(overlay_labels(_read(frame, reference), labels), overlay / f"{frame.stem}.jpg")

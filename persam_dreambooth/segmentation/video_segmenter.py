@@ -82,9 +82,8 @@ class VideoSegmenter:
     - If PerSAM-F's weighted mask is empty, the best-scored mask replaces it. In the published code, it gives only the
       box.
 
-    With SAM 2's memory, masks of the last frames are as they are in the label maps, so that a video can be resumed; SAM
-    2 remembers logits. As for photos, there are neither object pointers nor temporal positions. The first two deviations
-    hold too.
+    With `memory`, the masks of the last frames are those of the label maps, so that a video can be resumed; SAM 2 keeps
+    logits. As for photos, there are neither object pointers nor temporal positions. Objects may leave and return too.
 
     Args:
         sam: see `open_sam`.
@@ -173,12 +172,10 @@ class VideoSegmenter:
         """
         if not self.reach:
             return
+        encoding = self.sam.encode(image)
+        _check_labels(labels, encoding)
         shown = [known.number for known in self.objects if (labels == known.number).any()]
-        encoding = self.sam.encode(image) if shown else None
-        kept = {}
-        if encoding:
-            _check_labels(labels, encoding)
-            kept = {number: remember(self.sam, encoding, labels == number) for number in shown}
+        kept = {number: remember(self.sam, encoding, labels == number) for number in shown}
         self._recent.append(kept)
 
     def predict(self, image: ImageLike, before: np.ndarray) -> np.ndarray:

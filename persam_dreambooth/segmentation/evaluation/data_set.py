@@ -64,10 +64,12 @@ class DataSet:
         return mask
 
 
-def read_prediction(path: Path, truth: np.ndarray) -> np.ndarray:
+def read_prediction(
+    path: Path, truth: np.ndarray, advice: str = "give a mask of every image but the references"
+) -> np.ndarray:
     """A prediction, bool (H, W); raises `InputError` if it is missing or its size is not that of the true mask."""
     if not path.is_file():
-        raise InputNotFoundError(f"{path} is missing: give a mask of every image but the references")
+        raise InputNotFoundError(f"{path} is missing: {advice}")
     found = read_mask(path)
     if found.shape != truth.shape:
         raise InputError(f"{path} is {found.shape}, its annotation {truth.shape} (H, W): give it this size")

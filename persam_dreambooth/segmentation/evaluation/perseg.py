@@ -18,12 +18,13 @@ from persam_dreambooth.segmentation.evaluation.one_shot import Row
 from persam_dreambooth.segmentation.evaluation.one_shot_scores import OneShotScores
 from persam_dreambooth.segmentation.evaluation.perseg_tables import (
     KERNELS,
+    PAPER_METHODS,
     PERSEG_METHODS,
     disturbed_method,
     is_perseg,
     perseg_tables,
 )
-from persam_dreambooth.segmentation.segmenters import METHODS, make_segmenter
+from persam_dreambooth.segmentation.segmenters import make_segmenter
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,10 @@ class EvaluatePersegOptions(one_shot.OneShotOptions):
 
     data: str | None = option(None, "folder with Images/<object>/NN.jpg and Annotations/<object>/NN.png", path=True)
     ablation: bool = option(False, "also evaluate PerSAM with its parts added one by one, as in the paper's Table 3")
-    robustness: bool = option(False, "also shrink and grow the reference mask by 75 and 95 pixels (Table 4)")
+    robustness: bool = option(
+        False,
+        "also shrink and grow the reference mask by 75 and 95 pixels (Table 4); for PerSAM, PerSAM-F and --segmenter",
+    )
 
     def check(self) -> None:
         """Raises `InputError` for options that are missing, out of range or in conflict."""
@@ -66,7 +70,7 @@ def chosen_rows(options: EvaluatePersegOptions, items: list[Item]) -> list[Row]:
         rows += [Row(f"ablation-{part}", partial(persam, up_to=part), references) for part in PARTS]
         rows.append(Row("ablation-persam-f", partial(make_segmenter, options, method="persam-f"), references))
     if options.robustness:
-        for method in METHODS:
+        for method in dict.fromkeys((*PAPER_METHODS, options.segmenter)):
             maker = partial(make_segmenter, options, method=method)
             rows += [Row(disturbed_method(method, kernel), maker, references, kernel) for kernel in KERNELS]
     return rows

@@ -13,8 +13,14 @@ from persam_dreambooth.segmentation.evaluation.data_set import Item
 from persam_dreambooth.segmentation.evaluation.one_shot_scores import OneShotScores, RowScores
 from persam_dreambooth.segmentation.segmenters import METHODS
 
-NAMES = {"persam": "PerSAM", "persam-f": "PerSAM-F"}
-"""The paper's names of the methods."""
+NAMES = {"persam": "PerSAM", "persam-f": "PerSAM-F", "memory": "SAM 2's memory"}
+"""The names of the methods in tables; the paper has the first two."""
+
+PAPER_METHODS = ("persam", "persam-f")
+"""The methods of the paper's Table 4."""
+
+LEARNED = {"persam": "0", "persam-f": "2", "memory": "0"}
+"""The number of parameters that a method learns from the reference."""
 
 TABLE_1_OBJECTS = {
     "can": "Can", "barn": "Barn", "clock": "Clock", "cat": "Cat", "backpack": "Backpack", "teddybear": "Teddy Bear",
@@ -90,7 +96,7 @@ def is_perseg(items: Sequence[Item]) -> bool:
 
 def _table_1(scores: OneShotScores, published: bool) -> Table | None:
     """mIoU of the methods and IoU of ten objects."""
-    found = {name: row for name in METHODS if (row := scores.row(name) or scores.row(WHOLE_METHODS[name]))}
+    found = {name: row for name in METHODS if (row := scores.row(name) or scores.row(WHOLE_METHODS.get(name, "")))}
     if not found:
         return None
     own = [item.name for item in scores.data.items]
@@ -101,9 +107,9 @@ def _table_1(scores: OneShotScores, published: bool) -> Table | None:
             rows.append([f"{name} (published)", printed[0], parameters, *printed[1:]])
     ours = [[row.means["mIoU"], *(row.counts[name].figures["IoU"] for name in shown)] for row in found.values()]
     for name, figures in zip(found, ours, strict=True):
-        rows.append([NAMES[name], figures[0], PAPER_TABLE_1[NAMES[name]][0], *figures[1:]])
-    if len(ours) == 2:
-        gains = [_gain(after - before) for before, after in zip(*ours, strict=True)]
+        rows.append([NAMES[name], figures[0], LEARNED[name], *figures[1:]])
+    if found.keys() >= set(PAPER_METHODS):
+        gains = [_gain(after - before) for before, after in zip(*ours[:2], strict=True)]
         rows.append(["Improvement", gains[0], None, *gains[1:]])
     more = "" if len(own) <= 10 else " Ten objects are shown."
     note = f"Percent: mIoU, and IoU of objects. Param. is the number of learned parameters.{more}"

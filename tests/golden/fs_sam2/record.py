@@ -319,7 +319,7 @@ def record_metrics():
     rng = np.random.default_rng(8)
     predicted, true = (torch.from_numpy((rng.random((6, 12, 12)) < share).astype(np.float32)) for share in (0.4, 0.5))
     ignored = torch.from_numpy((rng.random((6, 12, 12)) < 0.1).astype(np.float32)) * (1 - true)
-    classes = torch.tensor([5, 6, 5, 7, 6, 5])
+    classes = torch.tensor([5, 6, 5, 7, 6, 7])
     dataset = types.SimpleNamespace(benchmark="pascal", class_ids=[5, 6, 7, 8], nclass=20)
     with patch.object(torch.Tensor, "cuda", lambda tensor, **_: tensor):
         meter = AverageMeter(dataset)
