@@ -264,6 +264,7 @@ WHOLE_PHOTOS = ("--instance_dir", "cat", "--unmasked")
 CUT_OUTS = ("--instance_dir", "cat", "--mask_from", "alpha")
 PERSEG = ("--data", "d", "--output", "o")
 SCORED = (*PERSEG, "--predictions", "p")
+EPISODES = ("data", "output", "predictions", "shots", "episodes", "seed", "seeds", "sam_model")
 METHOD_OPTIONS = ("segmenter", "target_coverage", "sam_dtype", "encoding_cache")
 
 ALWAYS: dict[str, tuple[str, ...]] = {
@@ -291,7 +292,9 @@ ALWAYS: dict[str, tuple[str, ...]] = {
         *("width", "height", "scheduler", "batch_size"),
     ),
     "evaluate perseg": ("data", "output", "predictions", "reference_index", "sam_model"),
-    "evaluate fss1000": ("data", "output", "predictions", "reference_index", "classes", "sam_model"),
+    "evaluate pascal5i": (*EPISODES, "fold"),
+    "evaluate coco20i": (*EPISODES, "fold"),
+    "evaluate fss1000": (*EPISODES, "splits", "split"),
     "evaluate absence": ("data", "output", "others", "absent_threshold", "sam_model", *METHOD_OPTIONS),
     "evaluate davis": ("data", "output", "predictions", "sam_model"),
     "evaluate model": (
@@ -359,10 +362,9 @@ IDLE: dict[str, dict[tuple[str, ...], tuple[str, ...]]] = {
         SCORED: (*METHOD_OPTIONS, "guidance", "ablation", "robustness"),
         (*PERSEG, "--reference_index", "1"): ("shots",),
     },
-    "evaluate fss1000": {
-        SCORED: (*METHOD_OPTIONS, "guidance"),
-        (*PERSEG, "--reference_index", "1"): ("shots",),
-    },
+    "evaluate pascal5i": {SCORED: (*METHOD_OPTIONS, "guidance")},
+    "evaluate coco20i": {SCORED: (*METHOD_OPTIONS, "guidance")},
+    "evaluate fss1000": {SCORED: (*METHOD_OPTIONS, "guidance")},
     "evaluate absence": {PERSEG: ("guidance",)},
     "evaluate davis": {SCORED: (*METHOD_OPTIONS, "variant")},
 }

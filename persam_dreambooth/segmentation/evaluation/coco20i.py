@@ -3,6 +3,8 @@
     DIR/val2014/COCO_val2014_000000000042.jpg     images of the test episodes; train2014 for training
     DIR/annotations/instances_val2014.json        the annotations of COCO; or, as the few-shot papers use:
     DIR/annotations/val2014/COCO_val2014_...png   0 background, 1 to 80 the classes, in the order of COCO's ids
+    DIR/val.txt                                   the images and their order, one a line; train.txt for training;
+                                                  without it, all that have annotations, in the order of their ids
 
 Fold f tests classes f, f + 4, f + 8 ... of the 80, counted from 0. Training leaves out images that show a class of the
 fold. A class's mask is the union of its objects and crowds.
@@ -24,7 +26,13 @@ from persam_dreambooth.options import option
 from persam_dreambooth.photos.labels import read_class_map
 from persam_dreambooth.progress import steps
 from persam_dreambooth.segmentation.evaluation import few_shot
-from persam_dreambooth.segmentation.evaluation.episodes import FOLDS, FewShotData, LabeledImages, count_pixels
+from persam_dreambooth.segmentation.evaluation.episodes import (
+    FOLDS,
+    FewShotData,
+    LabeledImages,
+    count_pixels,
+    read_image_list,
+)
 from persam_dreambooth.segmentation.evaluation.few_shot_report import FS_SAM2
 from persam_dreambooth.segmentation.evaluation.few_shot_scores import FewShotScores
 
@@ -99,8 +107,13 @@ def read_coco(data: Path, split: str = "test") -> LabeledImages:
     folder = data / "annotations" / part
     found = _ClassMaps(folder) if folder.is_dir() else _Instances(data / "annotations" / f"instances_{part}.json")
     photo = partial(_photo_path, data / part)
+    listed = data / ("val.txt" if split == "test" else "train.txt")
+    images = read_image_list(listed) if listed.is_file() else found.images
+    unknown = set(images).difference(found.images)
+    if unknown:
+        raise InputNotFoundError(f"{listed} names {min(unknown)}, of which {found.path} has no annotation")
     pixels = {}
-    for image in steps(found.images, "reading annotations", "image"):
+    for image in steps(images, "reading annotations", "image"):
         if not photo(image).is_file():
             raise InputNotFoundError(f"{found.path} has an annotation of {photo(image)}, which is missing")
         pixels[image] = found.pixels(image)
@@ -112,7 +125,7 @@ def read_coco(data: Path, split: str = "test") -> LabeledImages:
         photo,
         found.mask,
         in_turn=False,
-        genuine=found.categories == COCO_CLASSES and len(found.images) in COCO_IMAGES[part],
+        genuine=found.categories == COCO_CLASSES and len(images) in COCO_IMAGES[part],
     )
 
 
@@ -159,8 +172,12 @@ class _Instances:
             self.sizes = dict(sorted(listed.values()))
             self.shapes: dict[str, dict[str, list[Any]]] = {image: {} for image in self.sizes}
             for entry in content["annotations"]:
-                if entry["image_id"] not in listed:
-                    raise InputError(f"{path} has an annotation of image {entry['image_id']}, which it does not list")
+                for kind, known in (("image", listed), ("category", names)):
+                    if entry[f"{kind}_id"] not in known:
+                        raise InputError(
+                            f"{path} has an annotation of {kind} {entry[f'{kind}_id']}, which it does not list: "
+                            "download it again"
+                        )
                 own = self.shapes[listed[entry["image_id"]][0]]
                 own.setdefault(names[entry["category_id"]], []).append(entry["segmentation"])
         except (UnicodeDecodeError, json.JSONDecodeError) as error:

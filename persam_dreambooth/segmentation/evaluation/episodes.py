@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from persam_dreambooth.errors import InputError, counted
+from persam_dreambooth.errors import InputError, InputNotFoundError, counted
 from persam_dreambooth.photos.images import read_image
 
 FOLDS = 4
@@ -182,6 +182,16 @@ def count_pixels(labels: np.ndarray, classes: tuple[str, ...]) -> dict[str, int]
     """The pixels of each class that a map of class numbers (H, W) shows; `classes` have the numbers from 1."""
     counts = np.bincount(labels.ravel(), minlength=len(classes) + 1)
     return {name: int(counts[number]) for number, name in enumerate(classes, start=1) if counts[number]}
+
+
+def read_image_list(path: Path) -> list[str]:
+    """The names in a list of images, without folder and suffix: of each line, the first word."""
+    if not path.is_file():
+        raise InputNotFoundError(f"{path} does not exist: it lists images, one a line")
+    names = [Path(line.split()[0]).stem for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not names:
+        raise InputError(f"{path} names no images: write one on every line")
+    return list(dict.fromkeys(names))
 
 
 def sample_episode(data: FewShotData, shots: int, seed: int, index: int, epoch: int = 0) -> Episode:

@@ -248,7 +248,9 @@ def score_run(run: EpisodeRun, predictions: Path) -> RunScores:
     for episode in steps(run.episodes, f"scoring {run.name}", "episode"):
         labeled = run.data.read(episode.query, episode.category)
         path = prediction_path(predictions, episode)
-        found = read_prediction(path, labeled.mask, f"predict the episodes in episodes/{run.name}.json")
+        found = read_prediction(
+            path, labeled.mask, f"predict the episodes in episodes/{run.name}.json of the output folder"
+        )
         pixels.append(episode_pixels(found, labeled.mask, labeled.ignore))
         costs.append(read_cost(path.with_suffix(".json")))
     return RunScores(run, predictions, np.array(pixels), tuple(cost for cost in costs if cost))

@@ -52,7 +52,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class OneShotOptions(SegmentationOptions):
-    """Options shared by `evaluate perseg` and `evaluate fss1000`."""
+    """Options of an evaluation by references."""
 
     data: str | None = option(None, "the data set's folder", path=True)
     output: str | None = option(

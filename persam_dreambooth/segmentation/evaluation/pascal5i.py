@@ -16,12 +16,18 @@ from pathlib import Path
 
 import numpy as np
 
-from persam_dreambooth.errors import InputError, InputNotFoundError
+from persam_dreambooth.errors import InputNotFoundError
 from persam_dreambooth.options import option
 from persam_dreambooth.photos.labels import VOID, read_class_map
 from persam_dreambooth.progress import steps
 from persam_dreambooth.segmentation.evaluation import few_shot
-from persam_dreambooth.segmentation.evaluation.episodes import FOLDS, FewShotData, LabeledImages, count_pixels
+from persam_dreambooth.segmentation.evaluation.episodes import (
+    FOLDS,
+    FewShotData,
+    LabeledImages,
+    count_pixels,
+    read_image_list,
+)
 from persam_dreambooth.segmentation.evaluation.few_shot_report import FS_SAM2
 from persam_dreambooth.segmentation.evaluation.few_shot_scores import FewShotScores
 
@@ -113,16 +119,6 @@ def read_voc(data: Path, split: str = "test") -> LabeledImages:
         in_turn=True,
         genuine=len(val) == VOC_VAL_IMAGES,
     )
-
-
-def read_image_list(path: Path) -> list[str]:
-    """The names in a list of images, without folder and suffix: of each line, the first word."""
-    if not path.is_file():
-        raise InputNotFoundError(f"{path} does not exist: it lists images, one a line")
-    names = [Path(line.split()[0]).stem for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not names:
-        raise InputError(f"{path} names no images: write one on every line")
-    return list(dict.fromkeys(names))
 
 
 def _train_images(data: Path, folder: Path, val: set[str]) -> list[str]:
