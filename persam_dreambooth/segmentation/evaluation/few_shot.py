@@ -153,7 +153,7 @@ def evaluate_few_shot(
             made_by = "predictions"
             found[made_by, options.shots] = {run: Path(options.predictions) / run.name for run in runs}
         else:
-            made_by = f"{options.segmenter}, SAM: {options.sam_model}"
+            made_by = f"{options.segmenter}, SAM: {options.sam_told}"
             for method in METHODS:
                 own = runs if method == options.segmenter else []
                 for run in [*own, *earlier_runs(output / "predictions" / method, sets, own, options)]:
