@@ -1,4 +1,4 @@
-"""Trains the toy SAM 2 on albums and clips with true masks: at 256 pixels, then 512, then 1024.
+"""Trains the toy SAM 2 on albums and clips with true masks: at 256 pixels, then 512, and 1024 if asked for.
 
     python -m tools.toy.train_sam2 --output FOLDER [--textures FOLDER ...] [--masks FOLDER] [--seed 0] [--device cpu]
         [--workers 0] [--steps256 N] [--steps512 N] [--steps1024 N] [--initial SAM2]
@@ -40,7 +40,7 @@ from persam_dreambooth.segmentation.sams.sam2_memory import (
 )
 from persam_dreambooth.toy import scenes
 from tools.toy import pairs
-from tools.toy.build import SAM_IMAGE_SIZE, sam2_config
+from tools.toy.build import sam2_config
 from tools.toy.sam_losses import (
     PRIOR_WEIGHT,
     PriorScale,
@@ -88,9 +88,9 @@ class Stage:
 
 
 STAGES = (
-    Stage(256, albums=12, prompts=2, learning_rate=1e-3, steps=700),
-    Stage(512, albums=6, prompts=2, learning_rate=5e-4, steps=380),
-    Stage(1024, albums=2, prompts=2, learning_rate=2.5e-4, steps=340),
+    Stage(256, albums=12, prompts=2, learning_rate=1e-3, steps=560),
+    Stage(512, albums=6, prompts=2, learning_rate=5e-4, steps=780),
+    Stage(1024, albums=2, prompts=2, learning_rate=2.5e-4, steps=0),
 )
 
 
@@ -339,11 +339,11 @@ def read_sam2(folder: Path) -> Sam2MemoryModel:
 
 
 def save(sam: Sam2MemoryModel, folder: Path) -> None:
-    """Writes a `Sam2VideoModel` at 1024 pixels, in half precision; it loads in single precision.
+    """Writes a `Sam2VideoModel` at 512 pixels, in half precision; it loads in single precision.
 
     Its weights for object pointers and temporal positions, which are not trained, are zero.
     """
-    config = sam2_config(SAM_IMAGE_SIZE)
+    config = sam2_config()
     with torch.device("meta"):
         shapes = {name: value.shape for name, value in Sam2VideoModel(config).state_dict().items()}
     trained = sam.cpu().state_dict()

@@ -13,7 +13,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from persam_dreambooth.files import check_settings, check_writable, locked, note
 from persam_dreambooth.machine import provenance, reset_peak_memory
 from persam_dreambooth.options import LAST_SEED, option, require, within
 from persam_dreambooth.progress import steps
+from persam_dreambooth.segmentation.adapters import ADAPTER, Adapter
 from persam_dreambooth.segmentation.evaluation.costs import Stopwatch, save_cost
 from persam_dreambooth.segmentation.evaluation.episodes import FOLDS, Episode, FewShotData, LabeledImages
 from persam_dreambooth.segmentation.evaluation.few_shot_report import Published, write_few_shot_report
@@ -79,7 +80,8 @@ class FewShotOptions(SegmentationOptions):
     @property
     def settings(self) -> dict[str, Any]:
         """What all rows of an output folder share, since their figures are compared."""
-        names = ("predictions",) if self.predictions else ("sam_model", "sam_dtype", "guidance", "target_coverage")
+        names = ["sam_model", "sam_dtype", "adapter", "guidance", "target_coverage"]
+        names = ["predictions"] if self.predictions else names
         return {"data": str(Path(str(self.data))), **{name: getattr(self, name) for name in ("episodes", *names)}}
 
     def check(self) -> None:
@@ -151,7 +153,7 @@ def evaluate_few_shot(
             made_by = "predictions"
             found[made_by, options.shots] = {run: Path(options.predictions) / run.name for run in runs}
         else:
-            made_by = f"{options.segmenter}, SAM: {options.sam_model}"
+            made_by = f"{options.segmenter}, SAM: {options.sam_told}"
             for method in METHODS:
                 own = runs if method == options.segmenter else []
                 for run in [*own, *earlier_runs(output / "predictions" / method, sets, own, options)]:
@@ -177,17 +179,35 @@ def predict_episodes(runs: Sequence[EpisodeRun], folder: Path, options: FewShotO
     work = [(run, episode) for run in runs for episode in run.episodes]
     work.sort(key=lambda each: (each[0].data.fold or 0, each[1].category, each[1].query))
     left = [each for each in own_part(work, state) if not prediction_path(folder / each[0].name, each[1]).is_file()]
-    sam = open_sam_of(options) if left else None
+    fitting = {fold: with_adapter_of_fold(options, fold) for fold in options.chosen} if left else {}
+    sam = open_sam_of(fitting[left[0][0].data.fold]) if left else None
     if state.is_main_process:  # processes would overwrite one another's file
         note_settings(Path(str(options.output)), options.settings, "an evaluation", "--output")
     state.wait_for_everyone()
     if sam is None:
         return
     reset_peak_memory()
-    encoder = RecentEncodings(sam)
+    encoder, adapter = RecentEncodings(sam), fitting[left[0][0].data.fold].adapter
     done = len(work) // state.num_processes - len(left)
     for run, episode in steps(left, "segmenting", "episode", len(left) + done, done, hidden=not state.is_main_process):
+        if (own := fitting[run.data.fold]).adapter != adapter:
+            encoder, adapter = RecentEncodings(open_sam_of(own)), own.adapter
         segment_episode(run.data, episode, folder / run.name, options, encoder)
+
+
+def with_adapter_of_fold(options: FewShotOptions, fold: int | None) -> FewShotOptions:
+    """The options with the adapter of a fold: `--adapter` itself, or its folder `fold0` and so on.
+
+    Raises:
+        InputError, InputNotFoundError: the folder holds no adapter.
+    """
+    if not options.adapter:
+        return options
+    folder = Path(options.adapter)
+    if fold is not None and not (folder / ADAPTER).is_file():
+        folder /= f"fold{fold}"
+    Adapter.read(folder)
+    return replace(options, adapter=str(folder))
 
 
 def segment_episode(
