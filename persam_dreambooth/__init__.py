@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from persam_dreambooth.segmentation.memory import MemorySegmenter as MemorySegmenter
     from persam_dreambooth.segmentation.persam import PerSAM as PerSAM
     from persam_dreambooth.segmentation.persam_f import PerSAMF as PerSAMF
+    from persam_dreambooth.segmentation.plm import PLMSegmenter as PLMSegmenter
     from persam_dreambooth.segmentation.sams.checkpoints import open_sam as open_sam
     from persam_dreambooth.segmentation.sams.sam import Encoding as Encoding
     from persam_dreambooth.segmentation.sams.sam import Sam as Sam
@@ -40,6 +41,7 @@ _PLACES = {
     "InputError": "errors",
     "InputNotFoundError": "errors",
     "MemorySegmenter": "segmentation.memory",
+    "PLMSegmenter": "segmentation.plm",
     "PerSAM": "segmentation.persam",
     "PerSAMF": "segmentation.persam_f",
     "Progress": "progress",

@@ -121,6 +121,13 @@ COMMANDS = {
         _adapted,
         resume="it resumes with --resume_from_checkpoint latest",
     ),
+    "adapt plm": Command(
+        "learns a task from a folder of masks: prompts for a frozen SAM (PLM), for --segmenter plm",
+        "segmentation.adaptation.plm_task:AdaptPlmOptions",
+        "segmentation.adaptation.plm_task:adapt_plm",
+        _adapted,
+        resume="it resumes with --resume_from_checkpoint latest",
+    ),
     "generate": Command(
         'pictures of the subject: "a [V] cat on a beach"',
         "dreambooth.generate:GenerateOptions",
@@ -155,6 +162,13 @@ COMMANDS = {
         "the same by episodes on FSS-1000",
         "segmentation.evaluation.fss1000:EvaluateFss1000Options",
         "segmentation.evaluation.fss1000:evaluate_fss1000",
+        _scored,
+        resume=SAME_COMMAND,
+    ),
+    "evaluate task": Command(
+        "a task learned from a few masks of each part: SAM, SAM-F, PLM, PLM with PMM",
+        "segmentation.evaluation.task:EvaluateTaskOptions",
+        "segmentation.evaluation.task:evaluate_task",
         _scored,
         resume=SAME_COMMAND,
     ),
@@ -200,6 +214,12 @@ COMMANDS = {
         lambda options, _: (
             f"{options.sequences} videos of {options.frames} frames in {options.output_dir}, as in DAVIS 2017"
         ),
+    ),
+    "toy parts": Command(
+        "a rendered data set of the parts of animals: head, scarf, tail",
+        "toy.rendered_parts:ToyPartsOptions",
+        "toy.rendered_parts:write_parts",
+        lambda options, _: f"{counted(options.images, 'image')} in {options.output_dir}/images, masks beside them",
     ),
     "toy episodes": Command(
         "a rendered few-shot data set in the layout of FSS-1000",

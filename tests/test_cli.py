@@ -265,6 +265,7 @@ WHOLE_PHOTOS = ("--instance_dir", "cat", "--unmasked")
 CUT_OUTS = ("--instance_dir", "cat", "--mask_from", "alpha")
 FRAMES = ("--frames", "f", "--mask", "m.png", "--output", "o")
 PERSEG = ("--data", "d", "--output", "o")
+TASK = ("--images", "i", "--masks", "m", "--output", "o")
 SCORED = (*PERSEG, "--predictions", "p")
 EPISODES = ("data", "output", "predictions", "shots", "episodes", "seed", "seeds", "sam_model")
 METHOD_OPTIONS = ("segmenter", "target_coverage", "sam_dtype", "encoding_cache")
@@ -289,6 +290,13 @@ ALWAYS: dict[str, tuple[str, ...]] = {
         *("num_validation_images", "report_to", "push_to_hub"),
         "sam_model",  # scripts name it once for runs with and without masks that are made
     ),
+    "adapt plm": (
+        *("images", "masks", "output", "prompt", "pmm", "validation_share", "sam_model", "encoding_cache", "seed"),
+        *("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler"),
+        *("adam_weight_decay", "max_grad_norm", "mixed_precision"),
+        *("dataloader_num_workers", "validation_steps", "checkpointing_steps", "checkpoints_total_limit"),
+        *("resume_from_checkpoint", "logging_steps", "report_to"),
+    ),
     "adapt fs-sam2": (
         *("data", "dataset", "output", "shots", "validation_episodes", "sam_model", "seed", "max_train_steps"),
         *("train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler", "adam_weight_decay"),
@@ -304,6 +312,10 @@ ALWAYS: dict[str, tuple[str, ...]] = {
     "evaluate pascal5i": (*EPISODES, "fold"),
     "evaluate coco20i": (*EPISODES, "fold"),
     "evaluate fss1000": (*EPISODES, "splits", "split"),
+    "evaluate task": (
+        *("data", "output", "methods", "prompt", "parts", "test_share", "seed", "sam_model", "sam_dtype"),
+        "encoding_cache",
+    ),
     "evaluate absence": ("data", "output", "others", "absent_threshold", "sam_model", *METHOD_OPTIONS),
     "evaluate davis": ("data", "output", "predictions", "sam_model"),
     "evaluate model": (
@@ -325,6 +337,7 @@ ALWAYS: dict[str, tuple[str, ...]] = {
     ),
     "toy perseg": ("output_dir", "objects"),
     "toy davis": ("output_dir", "sequences", "frames"),
+    "toy parts": ("output_dir", "images"),
     "toy episodes": ("output_dir", "images", "size"),
     "demo": ("output_dir",),
 }
@@ -382,6 +395,15 @@ IDLE: dict[str, dict[tuple[str, ...], tuple[str, ...]]] = {
     "evaluate pascal5i": {SCORED: (*METHOD_OPTIONS, "adapter", "guidance")},
     "evaluate coco20i": {SCORED: (*METHOD_OPTIONS, "adapter", "guidance")},
     "evaluate fss1000": {SCORED: (*METHOD_OPTIONS, "adapter", "guidance")},
+    "adapt plm": {
+        (*TASK, "--max_train_steps", "7"): ("num_train_epochs",),
+        (*TASK, "--no_pmm"): ("outline_points",),
+        TASK: ("gradient_checkpointing",),
+    },
+    "evaluate task": {
+        (*PERSEG, "--methods", "sam,sam-oracle"): ("train_masks", "max_train_steps", "train_batch_size"),
+        (*PERSEG, "--test_share", "0.5"): ("test_images",),
+    },
     "evaluate absence": {PERSEG: ("adapter", "guidance")},
     "evaluate davis": {SCORED: (*METHOD_OPTIONS, "adapter", "variant")},
 }

@@ -1,6 +1,7 @@
 """Memory segmentation: SAM 2's memory of the references finds the subject in photos and in videos."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -201,6 +202,23 @@ def test_in_bfloat16_only_the_image_encoder_rounds(folder, fitted, photos, masks
     found, exact = segmenter.predict(photos[3]), fitted.predict(photos[3])
     logits, expected = found.steps[0].low_res_logits, exact.steps[0].low_res_logits
     assert 0 < np.abs(logits - expected).mean() < 0.1 * np.abs(expected).mean()
+
+
+def test_threads_find_the_same_masks(small, photos, masks):
+    """Also beside PerSAM, whose single mask is never replaced."""
+    sam = open_sam(small, device="cpu")
+    fitted = [kind(sam).fit(photos[0], masks[0]) for kind in (MemorySegmenter, PerSAM)] * 6
+    alone = [segmenter.predict(photos[3]).steps[0].low_res_logits for segmenter in fitted[:2]] * 6
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda segmenter: segmenter.predict(photos[3]).steps[0].low_res_logits, fitted))
+    assert all(np.array_equal(one, other) for one, other in zip(alone, together, strict=True))
+    single = decode_cells(sam.model, sam.encode(photos[3]).embedding, finer_of(sam, photos[3]))[0]
+    replaced = decode_cells(sam.model, sam.encode(photos[3]).embedding, finer_of(sam, photos[3]), replaced=True)[0]
+    assert not torch.equal(single, replaced)  # else this test would say nothing
+
+
+def finer_of(sam, photo):
+    return sam.encode(photo).extra["high_resolution_features"]
 
 
 # --- the SAM

@@ -55,7 +55,8 @@ class MaskRecord:
     Args:
         photo: the photo's path relative to its folder.
         photo_sha256: hash of the photo the mask was made for.
-        method: `persam`, `persam-f`, `given` (the user's reference mask), `drawn`, or `alpha` (the photo's own).
+        method: a segmenter such as `persam-f`, `given` (the user's reference mask), `drawn`, or `alpha` (the photo's
+            own).
         model: the SAM that made it.
         score: predicted IoU, 0 to 1.
         presence: similarity of the found region to the target, 0 to 1.

@@ -1,4 +1,4 @@
-"""One-shot personalized segmentation: PerSAM, PerSAM-F (Zhang et al. 2023, arXiv 2305.03048) and SAM 2's memory."""
+"""One-shot personalized segmentation: PerSAM, PerSAM-F (Zhang et al. 2023), SAM 2's memory, PLM (Kim et al. 2024)."""
 
 from importlib import import_module
 from typing import Any
@@ -7,6 +7,7 @@ PUBLIC = {
     "Encoding": "sams.sam",
     "Found": "found",
     "MemorySegmenter": "memory",
+    "PLMSegmenter": "plm",
     "PerSAM": "persam",
     "PerSAMF": "persam_f",
     "Sam": "sams.sam",

@@ -20,7 +20,12 @@ if TYPE_CHECKING:
     from persam_dreambooth.segmentation.segmenter import Segmenter
     from persam_dreambooth.segmentation.video_segmenter import VideoSegmenter
 
-METHODS = {"persam": "persam:PerSAM", "persam-f": "persam_f:PerSAMF", "memory": "memory:MemorySegmenter"}
+METHODS = {
+    "persam": "persam:PerSAM",
+    "persam-f": "persam_f:PerSAMF",
+    "memory": "memory:MemorySegmenter",
+    "plm": "plm:PLMSegmenter",
+}
 """The methods by name: their module in this package, and their class."""
 
 VIDEO_METHODS = ("persam", "persam-f", "memory")
@@ -42,7 +47,8 @@ class SegmenterOptions(Options):
 
     segmenter: str = option(
         "persam-f",
-        "PerSAM (training-free), PerSAM-F (fits two scale weights first), or SAM 2's memory (training-free)",
+        "PerSAM (training-free), PerSAM-F (fits two scale weights first), SAM 2's memory (training-free), or PLM (fits "
+        "prompts to the masks first)",
         choices=tuple(METHODS),
         when=(MAKES_MASKS,),
     )
@@ -59,7 +65,7 @@ class SegmenterOptions(Options):
     )
     adapter: str | None = option(
         None,
-        "folder with an adapter of this SAM, from persam-dreambooth adapt",
+        "folder with an adapter of this SAM, from persam-dreambooth adapt; plm uses it instead of a fit",
         path=True,
         when=(MAKES_MASKS, with_flag("--segmenter memory", "--segmenter plm")),
     )

@@ -21,11 +21,16 @@ BodyPart = tuple[int, Points]
 
 @dataclass(frozen=True)
 class Figure:
-    """A subject's parts from back to front, and the places of a hat (x, y, width) and a scarf (x, y, width)."""
+    """A subject's parts from back to front, and the places of a hat (x, y, width) and a scarf (x, y, width).
+
+    `head` and `tail` are the places in `parts` of an animal's head and tail; empty for a figure without one.
+    """
 
     parts: list[BodyPart]
     hat: tuple[float, float, float]
     scarf: tuple[float, float, float]
+    head: range = range(0)
+    tail: range = range(0)
 
 
 def figure(kind: str, gait: tuple[float, float]) -> Figure:
@@ -108,6 +113,8 @@ def cat(tail: float, head: float) -> Figure:
         ],
         hat=(x, y - 0.29, 0.62),
         scarf=(x * 0.5, 0.03, 0.74),
+        head=range(5, 16),
+        tail=range(1),
     )
 
 
@@ -138,6 +145,8 @@ def dog(tail: float, gait: float) -> Figure:
         ],
         hat=(0.5, -0.7, 0.54),
         scarf=(0.5, -0.08, 0.62),
+        head=range(10, 17),
+        tail=range(1),
     )  # fmt: skip
 
 
@@ -162,6 +171,7 @@ def duck(wing: float, head: float) -> Figure:
         ],
         hat=(x - 0.02, y - 0.24, 0.56),
         scarf=(x * 0.95, y + 0.37, 0.62),
+        head=range(5, 9),
     )  # fmt: skip
 
 

@@ -56,6 +56,8 @@ COLORS = {
 }
 PATTERNS = ("plain", "striped", "spotted")
 ACCESSORIES = ("none", "hat", "scarf")
+ANIMAL_PARTS = ("head", "scarf", "tail")
+"""The parts of an animal that have masks of their own; see `part_masks`."""
 SPARE_WORDS = ("sks", "zwx", "ohwx", "vqj")
 """Identifier tokens: captions sometimes contain them without meaning, so the model knows them, and they are neutral."""
 
@@ -254,6 +256,27 @@ def silhouette(kind: str, pose: Pose, size: int, accessory: str = "none") -> np.
     return cover.reshape(size, 4, size, 4).mean((1, 3)) >= 0.5
 
 
+def part_masks(subject: Subject, pose: Pose, size: int) -> dict[str, np.ndarray]:
+    """The visible masks (size, size) bool of a subject's parts: `head`, `scarf` and `tail`, without those it lacks.
+
+    A pixel belongs to a part that covers at least half of it. Objects in front of the subject are not considered.
+    """
+    figure = subjects.figure(subject.kind, pose.gait)
+    worn = subjects.accessory(subject.accessory, figure)
+    names = [
+        "head" if place in figure.head else "tail" if place in figure.tail else "" for place in range(len(figure.parts))
+    ]
+    names += [subject.accessory] * len(worn)
+    side = 4 * size
+    labels = Image.new("L", (side, side))
+    brush = ImageDraw.Draw(labels)
+    for number, (_, points) in enumerate([*figure.parts, *worn], 1):
+        brush.polygon(_placed(points, pose, side), fill=number, outline=number, width=_outline_width(pose, side))
+    owner = np.array(["", *names])[np.asarray(labels)]
+    shares = {name: (owner == name).reshape(size, 4, size, 4).mean((1, 3)) for name in ANIMAL_PARTS}
+    return {name: share >= 0.5 for name, share in shares.items() if (share >= 0.5).any()}
+
+
 def _with_article(words: list[str]) -> str:
     return " ".join(["an" if words[0][0] in "aeiou" else "a", *words])
 
@@ -282,25 +305,17 @@ def _draw_object(canvas: np.ndarray, subject: Subject, pose: Pose) -> np.ndarray
     figure = subjects.figure(subject.kind, pose.gait)
     parts = [*figure.parts, *subjects.accessory(subject.accessory, figure)]
     half = pose.size / 2
-    flip = -1 if pose.flip else 1
-    cosine, sine = np.cos(pose.tilt), np.sin(pose.tilt)
-
-    def place(points: np.ndarray) -> list[tuple[float, float]]:
-        x, y = half * flip * points[:, 0], half * points[:, 1]
-        placed = np.stack([pose.x + cosine * x - sine * y, pose.y + sine * x + cosine * y], axis=1)
-        return list(map(tuple, placed * side))
-
     roles = Image.new("L", (side, side))
     brush = ImageDraw.Draw(roles)
-    width = max(1, round(0.012 * pose.size * side))
+    width = _outline_width(pose, side)
     for role, points in parts:
-        brush.polygon(place(points), fill=role, outline=role + 16, width=width)
+        brush.polygon(_placed(points, pose, side), fill=role, outline=role + 16, width=width)
     index = np.array(roles)
     if subject.pattern != "plain":
         pattern = Image.new("L", (side, side))
         brush = ImageDraw.Draw(pattern)
         for points in subjects.pattern(subject.pattern):
-            brush.polygon(place(points), fill=1)
+            brush.polygon(_placed(points, pose, side), fill=1)
         index[(index == subjects.BODY) & np.array(pattern, bool)] = 8
     palette = np.zeros((32, 3), np.float32)
     named = {subjects.BODY: subject.color, subjects.SECOND: subject.second, subjects.ACCESSORY: subject.accessory_color}
@@ -316,6 +331,20 @@ def _draw_object(canvas: np.ndarray, subject: Subject, pose: Pose) -> np.ndarray
     where = np.nonzero(covered)
     canvas[where] = (palette[index[where]] * light[where[0], None]).clip(0, 255)
     return covered
+
+
+def _placed(points: np.ndarray, pose: Pose, side: int) -> list[tuple[float, float]]:
+    """An outline (points, 2) in a figure's coordinates, in pixels of the image."""
+    half, flip = pose.size / 2, -1 if pose.flip else 1
+    cosine, sine = np.cos(pose.tilt), np.sin(pose.tilt)
+    x, y = half * flip * points[:, 0], half * points[:, 1]
+    placed = np.stack([pose.x + cosine * x - sine * y, pose.y + sine * x + cosine * y], axis=1)
+    return list(map(tuple, placed * side))
+
+
+def _outline_width(pose: Pose, side: int) -> int:
+    """The width of the outlines of a figure's parts, in pixels."""
+    return max(1, round(0.012 * pose.size * side))
 
 
 def _draw_shadow(canvas: np.ndarray, pose: Pose) -> None:

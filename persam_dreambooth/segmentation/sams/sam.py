@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -72,6 +72,11 @@ class Encoding:
         return self.embedding.shape[-1]
 
     @property
+    def scale(self) -> np.ndarray:
+        """The factors (2,), xy, from pixels of the photo to pixels of the padded input."""
+        return np.array([self.resized[1] / self.size[1], self.resized[0] / self.size[0]])
+
+    @property
     def photo_cells(self) -> tuple[float, float]:
         """Rows and columns of the embedding that the photo covers; the rest is padding."""
         height, width = self.resized
@@ -94,6 +99,9 @@ class Sam:
 
     logit_limit = math.inf
     """Mask logits that prompt a pass are clipped to this."""
+
+    decoder_options: ClassVar[dict[str, Any]] = {}
+    """Other arguments of this SAM's mask decoder."""
 
     def __init__(self, model: Any, name: str, dtype: torch.dtype = torch.float32, cache: Path | None = None) -> None:
         self.model = model.eval().requires_grad_(False)
@@ -284,13 +292,12 @@ class Sam:
         """
         self.check_own(encoding)
         device = self.device
-        scale = np.array([encoding.resized[1] / encoding.size[1], encoding.resized[0] / encoding.size[0]])
         prompts: dict[str, Any] = {
-            "input_points": torch.from_numpy((points * scale).astype(np.float32)).to(device)[None, None],
+            "input_points": torch.from_numpy((points * encoding.scale).astype(np.float32)).to(device)[None, None],
             "input_labels": torch.from_numpy(labels.astype(np.int64)).to(device)[None, None],
         }
         if box is not None:
-            corners = (box.reshape(2, 2) * scale).astype(np.float32).reshape(4)
+            corners = (box.reshape(2, 2) * encoding.scale).astype(np.float32).reshape(4)
             prompts["input_boxes"] = torch.from_numpy(corners).to(device)[None, None]
         if mask_logits is not None:
             logits = torch.as_tensor(mask_logits, dtype=torch.float32).clamp(-self.logit_limit, self.logit_limit)

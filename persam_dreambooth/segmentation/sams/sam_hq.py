@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -20,6 +20,8 @@ class SamHQ(Sam):
     PerSAM-F learns a weight for each scale, so the order must be the same for every photo. SAM-HQ's decoder fuses early
     features of the encoder into its masks.
     """
+
+    decoder_options: ClassVar[dict[str, Any]] = {"hq_token_only": False}
 
     def __init__(self, model: Any, name: str, dtype: torch.dtype = torch.float32, cache: Path | None = None) -> None:
         super().__init__(model, name, dtype, cache)

@@ -174,7 +174,6 @@ def record_forward(model, photos, masks):
             out = model(batch["query_img"], prev_out=out)
             found[f"{name}logits_{shots}"] = out["pred_masks"][:, 0, ::2, ::2]
             found[f"{name}iou_{shots}"] = out["ious"]
-            found[f"{name}input_logits_{shots}"] = out["logit_mask"][:, 0, ::16, ::16]
         for hook in hooks:
             hook.remove()
         found[f"visible_{shots}"] = out["object_score_logits"]
@@ -220,7 +219,6 @@ def record_training(program, photos, masks):
         "decay": np.array([groups[0][1] for groups, _ in seen["steps"]]),
         "gradient_norms": np.array([float(first[1][name].norm()) for name in first[1]], np.float32),
         "gradient_names": np.array(list(first[1])),
-        "after_norms": np.array([float(after[name].norm()) for name in first[1]], np.float32),
         "after_first": np.array([after[name].flatten()[:8].tolist() for name in first[1]], np.float32),
         "steps": np.array(steps),
     }
