@@ -362,9 +362,9 @@ IDLE: dict[str, dict[tuple[str, ...], tuple[str, ...]]] = {
         SCORED: (*METHOD_OPTIONS, "guidance", "ablation", "robustness"),
         (*PERSEG, "--reference_index", "1"): ("shots",),
     },
-    "evaluate pascal5i": {SCORED: (*METHOD_OPTIONS, "guidance")},
-    "evaluate coco20i": {SCORED: (*METHOD_OPTIONS, "guidance")},
-    "evaluate fss1000": {SCORED: (*METHOD_OPTIONS, "guidance")},
+    "evaluate pascal5i": {SCORED: (*METHOD_OPTIONS, "guidance"), PERSEG: ("adapter",)},
+    "evaluate coco20i": {SCORED: (*METHOD_OPTIONS, "guidance"), PERSEG: ("adapter",)},
+    "evaluate fss1000": {SCORED: (*METHOD_OPTIONS, "guidance"), PERSEG: ("adapter",)},
     "evaluate absence": {PERSEG: ("guidance",)},
     "evaluate davis": {SCORED: (*METHOD_OPTIONS, "variant")},
 }

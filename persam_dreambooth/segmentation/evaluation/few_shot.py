@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from persam_dreambooth.errors import InputNotFoundError
+from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.files import check_settings, check_writable, locked, note_settings, write_aside, write_json
 from persam_dreambooth.machine import provenance, reset_peak_memory
 from persam_dreambooth.options import LAST_SEED, option, require, within
 from persam_dreambooth.progress import steps
+from persam_dreambooth.segmentation.adapters import Adapter
 from persam_dreambooth.segmentation.evaluation.costs import Stopwatch, save_cost
 from persam_dreambooth.segmentation.evaluation.episodes import FOLDS, Episode, FewShotData, LabeledImages
 from persam_dreambooth.segmentation.evaluation.few_shot_report import Published, write_few_shot_report
@@ -52,6 +53,10 @@ MOST_ENCODED = 2 << 30
 """Bytes of encodings that a process keeps in memory for later episodes."""
 
 
+ADAPTED = "-adapter"
+"""The end of the name of a method's row with an adapter."""
+
+
 @dataclass(frozen=True)
 class FewShotOptions(SegmentationOptions):
     """Options shared by the evaluations by episodes."""
@@ -75,6 +80,11 @@ class FewShotOptions(SegmentationOptions):
     def chosen(self) -> tuple[int | None, ...]:
         """The folds to evaluate; None is the whole of a data set without folds."""
         return (None,)
+
+    @property
+    def row(self) -> str:
+        """The name of the method's row and of its folder of predictions."""
+        return f"{self.segmenter}{ADAPTED}" if self.adapter else self.segmenter
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -131,6 +141,7 @@ def evaluate_few_shot(
     chosen = [data for data in sets if data.fold in options.chosen]
     for data in chosen:
         data.check_shots(options.shots)
+        check_fold(options.adapter, data)
     if options.predictions and not Path(options.predictions).is_dir():
         raise InputNotFoundError(f"{options.predictions} does not exist: name a folder of predictions")
     check_settings(output, options.settings, "an evaluation", "--output")
@@ -142,7 +153,7 @@ def evaluate_few_shot(
             for run in runs:
                 write_json(output / "episodes" / f"{run.name}.json", run.content)
         if not options.predictions:
-            predict_episodes(runs, output / "predictions" / options.segmenter, options, state)
+            predict_episodes(runs, output / "predictions" / options.row, options, state)
         state.wait_for_everyone()
         if not state.is_main_process:
             return None
@@ -151,9 +162,9 @@ def evaluate_few_shot(
             made_by = "predictions"
             found[made_by, options.shots] = {run: Path(options.predictions) / run.name for run in runs}
         else:
-            made_by = f"{options.segmenter}, SAM: {options.sam_model}"
-            for method in METHODS:
-                own = runs if method == options.segmenter else []
+            made_by = f"{options.row}, SAM: {options.sam_model}"
+            for method in [f"{name}{end}" for name in METHODS for end in ("", ADAPTED)]:
+                own = runs if method == options.row else []
                 for run in [*own, *earlier_runs(output / "predictions" / method, sets, own, options)]:
                     place = output / "predictions" / method / run.name
                     found.setdefault((method, run.shots), {})[run] = place
@@ -161,7 +172,7 @@ def evaluate_few_shot(
             FewShotRow(method, shots, tuple(score_run(run, folder) for run, folder in folders.items()))
             for (method, shots), folders in sorted(found.items(), key=lambda entry: (entry[0][1], entry[0][0]))
         ]
-        shown = next(row for row in rows if row.shots == options.shots and row.method in (options.segmenter, made_by))
+        shown = next(row for row in rows if row.shots == options.shots and row.method in (options.row, made_by))
         scores = FewShotScores(shown, tuple(rows), made_by, effective(options, options.predictions), provenance())
         note_settings(output, options.settings, "an evaluation", "--output")
         write_json(output / "results.json", scores.results)
@@ -176,10 +187,14 @@ def predict_episodes(runs: Sequence[EpisodeRun], folder: Path, options: FewShotO
     """
     work = [(run, episode) for run in runs for episode in run.episodes]
     work.sort(key=lambda each: (each[0].data.fold or 0, each[1].category, each[1].query))
+    for run in runs:
+        check_settings(folder / run.name, {"adapter": options.adapter}, "predictions", "--output")
     left = [each for each in own_part(work, state) if not prediction_path(folder / each[0].name, each[1]).is_file()]
     sam = open_sam_of(options) if left else None
     if state.is_main_process:  # processes would overwrite one another's file
         note_settings(Path(str(options.output)), options.settings, "an evaluation", "--output")
+        for run in runs if options.adapter else ():
+            note_settings(folder / run.name, {"adapter": options.adapter}, "predictions", "--output")
     state.wait_for_everyone()
     if sam is None:
         return
@@ -213,6 +228,19 @@ def segment_episode(
         mask = np.zeros(query.size, bool)
     with write_aside(path) as aside:
         Image.fromarray(mask.astype(np.uint8) * 255).save(aside)
+
+
+def check_fold(adapter: str | None, data: FewShotData) -> None:
+    """Raises `InputError` for an adapter that was trained on the classes that a fold tests."""
+    if adapter is None:
+        return
+    trained = Adapter.read(Path(adapter)).settings
+    same_data = trained.get("dataset") == data.name.lower().replace("-", "")
+    if same_data and data.fold is not None and trained["fold"] != data.fold:
+        raise InputError(
+            f"{adapter} was trained for fold {trained['fold']}, on the classes of fold {data.fold}: evaluate it with "
+            f"--fold {trained['fold']}"
+        )
 
 
 class RecentEncodings:
