@@ -460,6 +460,11 @@ def test_an_interrupted_evaluation_segments_only_the_episodes_that_are_left(fss,
     assert after["cost"]["predict_seconds"] > 0
 
 
+def test_a_mistyped_sam_leaves_no_folder(fss, tmp_path, capsys):
+    line = refusal(capsys, "fss1000", "--data", fss, "--output", tmp_path / "out", "--sam_model", "toyy")
+    assert line.startswith("toyy is not a model folder") and not (tmp_path / "out").exists()
+
+
 def test_another_experiment_is_refused_before_the_work(fss, tmp_path, method, capsys):
     output = tmp_path / "out"
     assert run_fss(fss, output, method, "--episodes", "2") == 0

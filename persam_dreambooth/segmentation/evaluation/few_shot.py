@@ -52,7 +52,6 @@ logger = logging.getLogger(__name__)
 MOST_ENCODED = 2 << 30
 """Bytes of encodings that a process keeps in memory for later episodes."""
 
-
 ADAPTED = "-adapter"
 """The end of the name of a method's row with an adapter."""
 
@@ -149,9 +148,8 @@ def evaluate_few_shot(
     runs = [EpisodeRun(data, options.shots, seed, options.episodes) for data in chosen for seed in seeds]
     state = open_processes()
     with locked(output) if state.is_main_process else nullcontext():
-        if state.is_main_process:
-            for run in runs:
-                write_json(output / "episodes" / f"{run.name}.json", run.content)
+        if options.predictions and state.is_main_process:
+            write_runs(output, runs)
         if not options.predictions:
             predict_episodes(runs, output / "predictions" / options.row, options, state)
         state.wait_for_everyone()
@@ -180,6 +178,12 @@ def evaluate_few_shot(
         return scores
 
 
+def write_runs(output: Path, runs: Sequence[EpisodeRun]) -> None:
+    """Writes the files of episodes, from which any program can predict them."""
+    for run in runs:
+        write_json(output / "episodes" / f"{run.name}.json", run.content)
+
+
 def predict_episodes(runs: Sequence[EpisodeRun], folder: Path, options: FewShotOptions, state: PartialState) -> None:
     """Writes the missing predictions; under `accelerate launch`, each process takes a part of the episodes.
 
@@ -189,10 +193,13 @@ def predict_episodes(runs: Sequence[EpisodeRun], folder: Path, options: FewShotO
     work.sort(key=lambda each: (each[0].data.fold or 0, each[1].category, each[1].query))
     for run in runs:
         check_settings(folder / run.name, {"adapter": options.adapter}, "predictions", "--output")
-    left = [each for each in own_part(work, state) if not prediction_path(folder / each[0].name, each[1]).is_file()]
+    own = own_part(work, state)
+    left = [each for each in own if not prediction_path(folder / each[0].name, each[1]).is_file()]
     sam = open_sam_of(options) if left else None
     if state.is_main_process:  # processes would overwrite one another's file
-        note_settings(Path(str(options.output)), options.settings, "an evaluation", "--output")
+        output = Path(str(options.output))
+        note_settings(output, options.settings, "an evaluation", "--output")
+        write_runs(output, runs)
         for run in runs if options.adapter else ():
             note_settings(folder / run.name, {"adapter": options.adapter}, "predictions", "--output")
     state.wait_for_everyone()
@@ -200,8 +207,8 @@ def predict_episodes(runs: Sequence[EpisodeRun], folder: Path, options: FewShotO
         return
     reset_peak_memory()
     encoder = RecentEncodings(sam)
-    done = len(work) // state.num_processes - len(left)
-    for run, episode in steps(left, "segmenting", "episode", len(left) + done, done, hidden=not state.is_main_process):
+    done = len(own) - len(left)
+    for run, episode in steps(left, "segmenting", "episode", len(own), done, hidden=not state.is_main_process):
         segment_episode(run.data, episode, folder / run.name, options, encoder)
 
 
@@ -236,7 +243,7 @@ def check_fold(adapter: str | None, data: FewShotData) -> None:
         return
     trained = Adapter.read(Path(adapter)).settings
     same_data = trained.get("dataset") == data.name.lower().replace("-", "")
-    if same_data and data.fold is not None and trained["fold"] != data.fold:
+    if same_data and data.fold is not None and trained.get("fold", data.fold) != data.fold:
         raise InputError(
             f"{adapter} was trained for fold {trained['fold']}, on the classes of fold {data.fold}: evaluate it with "
             f"--fold {trained['fold']}"
