@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pycocotools import mask as coco_mask
 from small_sams import save_sam2_video
 from tiny_sam import save_tiny_sam
 from training_runs import in_two_processes
 
+from persam_dreambooth import extras
 from persam_dreambooth.cli import main
 from persam_dreambooth.errors import InputNotFoundError
 from persam_dreambooth.photos.labels import davis_palette
@@ -266,6 +266,8 @@ def test_bad_predictions_are_one_line(voc, three_predictions, tmp_path, capsys):
 @pytest.fixture
 def coco(tmp_path):
     """COCO 2014's layout: three images of 100 x 80, and eight categories with gaps in their ids."""
+    from pycocotools import mask as coco_mask
+
     data = tmp_path / "COCO2014"
     (data / "val2014").mkdir(parents=True)
     (data / "annotations").mkdir()
@@ -335,6 +337,12 @@ def test_a_list_chooses_the_images_of_coco_and_their_order(coco):
     listed.write_text("COCO_val2014_000000000002\nCOCO_val2014_000000000009\n")
     with pytest.raises(InputNotFoundError, match=r"val.txt names COCO_val2014_000000000009, of which .* has no annot"):
         read_coco20i(coco, 2)
+
+
+def test_json_without_pycocotools_is_one_line(coco, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(extras, "find_spec", lambda package: None)
+    line = refusal(capsys, "coco20i", "--data", coco, "--output", tmp_path / "out")
+    assert line == ("COCO's JSON needs pycocotools, which is not installed: pip install 'persam-dreambooth[coco]'")
 
 
 def test_bad_coco_data_is_one_line(coco, tmp_path, capsys):
