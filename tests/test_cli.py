@@ -250,6 +250,7 @@ def test_the_options_of_train_are_these():
             "segmenter",
             "sam_model",
             "sam_dtype",
+            "adapter",
             "encoding_cache",
             "target_coverage",
             "guidance",
@@ -262,6 +263,7 @@ def test_the_options_of_train_are_these():
 MASKS_GIVEN = ("--instance_dir", "cat", "--mask_dir", "m")
 WHOLE_PHOTOS = ("--instance_dir", "cat", "--unmasked")
 CUT_OUTS = ("--instance_dir", "cat", "--mask_from", "alpha")
+FRAMES = ("--frames", "f", "--mask", "m.png", "--output", "o")
 PERSEG = ("--data", "d", "--output", "o")
 SCORED = (*PERSEG, "--predictions", "p")
 EPISODES = ("data", "output", "predictions", "shots", "episodes", "seed", "seeds", "sam_model")
@@ -286,6 +288,13 @@ ALWAYS: dict[str, tuple[str, ...]] = {
         *("output_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "logging_steps"),
         *("num_validation_images", "report_to", "push_to_hub"),
         "sam_model",  # scripts name it once for runs with and without masks that are made
+    ),
+    "adapt fs-sam2": (
+        *("data", "dataset", "output", "shots", "validation_episodes", "sam_model", "seed", "max_train_steps"),
+        *("train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler", "adam_weight_decay"),
+        *("max_grad_norm", "mixed_precision", "gradient_checkpointing", "dataloader_num_workers"),
+        *("validation_steps", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint"),
+        *("logging_steps", "report_to"),
     ),
     "generate": (
         *("prompt", "model", "num_images", "seed", "output", "num_inference_steps", "guidance_scale"),
@@ -325,17 +334,20 @@ A new option stands here, or in `IDLE` with what takes its effect away.
 """
 
 IDLE: dict[str, dict[tuple[str, ...], tuple[str, ...]]] = {
-    "video": {("--frames", "f", "--mask", "m.png", "--output", "o", "--segmenter", "memory"): ("variant",)},
+    "video": {
+        (*FRAMES, "--segmenter", "memory"): ("variant",),
+        FRAMES: ("adapter",),
+    },
     "segment": {
         ("--images", "cat", "--mask_dir", "m", "--output", "o"): ("reference_image",),
-        ("--images", "cat", "--mask", "m.png", "--output", "o"): ("guidance",),
+        ("--images", "cat", "--mask", "m.png", "--output", "o"): ("guidance", "adapter"),
     },
     "train": {
         MASKS_GIVEN: (
             *("image_column", "caption_column", "reference_image", "background_dir", "num_background_images"),
             *("background_scenes", "background_in_prompt", "prior_loss_weight", "class_data_dir", "class_scenes"),
             *("num_class_images", "sample_batch_size", "class_prompt", "lr_warmup_steps", "lr_num_cycles", "lr_power"),
-            *("ema_decay", "hub_model_id", "guidance", "absent", "absent_threshold", *METHOD_OPTIONS),
+            *("ema_decay", "hub_model_id", "guidance", "adapter", "absent", "absent_threshold", *METHOD_OPTIONS),
         ),
         CUT_OUTS: ("invert_mask",),
         WHOLE_PHOTOS: (
@@ -354,19 +366,24 @@ IDLE: dict[str, dict[tuple[str, ...], tuple[str, ...]]] = {
         (*MASKS_GIVEN, "--pretrained_model_name_or_path", "toy"): ("revision", "base_config"),
         (*MASKS_GIVEN, "--pretrained_model_name_or_path", "sd.safetensors"): ("variant",),
     },
+    "adapt fs-sam2": {
+        (*PERSEG, "--dataset", "fss1000"): ("fold",),
+        (*PERSEG, "--dataset", "coco20i"): ("splits",),
+        (*PERSEG, "--dataset", "coco20i", "--steps", "7"): ("num_train_epochs",),
+    },
     "generate": {
         ("a sks cat", "--model", "toy"): ("identifier", "base_model", "base_config", "lora_scale"),
         ("a cat", "--model", "toy", "--guidance_scale", "1"): ("negative_prompt",),
     },
     "evaluate perseg": {
-        SCORED: (*METHOD_OPTIONS, "guidance", "ablation", "robustness"),
+        SCORED: (*METHOD_OPTIONS, "adapter", "guidance", "ablation", "robustness"),
         (*PERSEG, "--reference_index", "1"): ("shots",),
     },
-    "evaluate pascal5i": {SCORED: (*METHOD_OPTIONS, "guidance"), PERSEG: ("adapter",)},
-    "evaluate coco20i": {SCORED: (*METHOD_OPTIONS, "guidance"), PERSEG: ("adapter",)},
-    "evaluate fss1000": {SCORED: (*METHOD_OPTIONS, "guidance"), PERSEG: ("adapter",)},
-    "evaluate absence": {PERSEG: ("guidance",)},
-    "evaluate davis": {SCORED: (*METHOD_OPTIONS, "variant")},
+    "evaluate pascal5i": {SCORED: (*METHOD_OPTIONS, "adapter", "guidance")},
+    "evaluate coco20i": {SCORED: (*METHOD_OPTIONS, "adapter", "guidance")},
+    "evaluate fss1000": {SCORED: (*METHOD_OPTIONS, "adapter", "guidance")},
+    "evaluate absence": {PERSEG: ("adapter", "guidance")},
+    "evaluate davis": {SCORED: (*METHOD_OPTIONS, "adapter", "variant")},
 }
 """Arguments of each command, and the options that have no effect beside them."""
 

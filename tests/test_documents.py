@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from accelerate.state import AcceleratorState
+from small_sams import save_smallest_sam2
 from tiny_families import tiny_for
 
 from persam_dreambooth import cli, toy
@@ -124,6 +125,18 @@ def test_the_commands_of_episodes_run_in_their_order(home, toy_sam):
                for name in ("episodes-scores", "episodes-of-others")]  # fmt: skip
     assert list(results[0]) == ["persam-shots-1", "persam-shots-2"] and list(results[1]) == ["predictions-shots-1"]
     assert results[1]["predictions-shots-1"]["mIoU"] == results[0]["persam-shots-1"]["mIoU"]
+
+
+def test_the_commands_of_few_shot_run_in_their_order(home, toy_sam):
+    listed = commands(ROOT / "docs" / "few-shot.md")
+    assert len(listed) == 4
+    sam = save_smallest_sam2(home / "sam2")
+    for command in listed:
+        words = command.replace("toy-sam2", sam).replace("--steps 20", "--steps 1 --train_batch_size 1")
+        run(f"{words} --validation_episodes 1" if " adapt " in words else words, home, toy_sam)
+    before, after = (json.loads((home / f"scores-{name}" / "results.json").read_text()) for name in ("before", "after"))
+    assert before["options"]["adapter"] is None and after["options"]["adapter"] == "adapters/toy"
+    assert before["rows"].keys() == after["rows"].keys() == {"memory-shots-1"}
 
 
 def test_the_figures_that_an_evaluation_should_print_are_those_beside_its_results():

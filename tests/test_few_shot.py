@@ -520,8 +520,10 @@ def test_each_fold_has_its_own_adapter_and_never_one_that_was_trained_on_its_cla
     command = ("--data", voc, "--output", output, "--sam_model", small_sam_2, "--segmenter", "memory", "--episodes", 2)
     assert evaluate("pascal5i", *command, "--fold", 0) == 0
     plain = read(output)["mIoU"]
-    assert evaluate("pascal5i", *command, "--fold", 0, "--adapter", adapters[0]) == 0
+    assert evaluate("pascal5i", *command, "--fold", 0, "--adapter", adapters[0].parent) == 0  # it holds fold0
     results = read(output)
+    assert evaluate("pascal5i", *command, "--fold", 0, "--adapter", adapters[0]) == 0
+    assert read(output)["rows"] == results["rows"]
     assert list(results["rows"]) == ["memory-shots-1", "memory-adapter-shots-1"]
     assert results["rows"]["memory-shots-1"]["mIoU"] == plain != results["mIoU"]
     line = refusal(capsys, "pascal5i", *command, "--adapter", adapters[1])

@@ -20,7 +20,7 @@ from persam_dreambooth.segmentation.adapters import read_adapter
 from persam_dreambooth.segmentation.memory import check_memory
 from persam_dreambooth.segmentation.sams.sam import OwnSam
 
-FS_SAM2 = "fs-sam2"
+LORA_METHOD = "fs-sam2"
 """The method's name in `adapter.json`."""
 
 ENCODER_MODULES = r"vision_encoder\.backbone\.(blocks\.\d+\.(attn\.(qkv|proj)|proj)|patch_embed\.projection)"
@@ -79,7 +79,7 @@ def merge_lora(sam: OwnSam, folder: Path, dtype: torch.dtype = torch.float32, ca
         InputError, InputNotFoundError: see `read_adapter`; also for weights that are missing or broken.
     """
     check_memory(sam)
-    read_adapter(folder, FS_SAM2, sam)
+    read_adapter(folder, LORA_METHOD, sam)
     with loading(str(folder / LORA_FILE), "train the adapter again"):
         weights = load_file(folder / LORA_FILE)
         adapted = add_lora(sam.model, sam.name)

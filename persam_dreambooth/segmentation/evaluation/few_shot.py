@@ -13,7 +13,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from persam_dreambooth.files import check_settings, check_writable, locked, note
 from persam_dreambooth.machine import provenance, reset_peak_memory
 from persam_dreambooth.options import LAST_SEED, option, require, within
 from persam_dreambooth.progress import steps
-from persam_dreambooth.segmentation.adapters import Adapter
+from persam_dreambooth.segmentation.adapters import ADAPTER, Adapter
 from persam_dreambooth.segmentation.evaluation.costs import Stopwatch, save_cost
 from persam_dreambooth.segmentation.evaluation.episodes import FOLDS, Episode, FewShotData, LabeledImages
 from persam_dreambooth.segmentation.evaluation.few_shot_report import Published, write_few_shot_report
@@ -140,7 +140,7 @@ def evaluate_few_shot(
     chosen = [data for data in sets if data.fold in options.chosen]
     for data in chosen:
         data.check_shots(options.shots)
-        check_fold(options.adapter, data)
+        with_adapter_of_fold(options, data)
     if options.predictions and not Path(options.predictions).is_dir():
         raise InputNotFoundError(f"{options.predictions} does not exist: name a folder of predictions")
     check_settings(output, options.settings, "an evaluation", "--output")
@@ -189,27 +189,52 @@ def predict_episodes(runs: Sequence[EpisodeRun], folder: Path, options: FewShotO
 
     Episodes of a class follow one another, so that images that several of them show are encoded once.
     """
+    fitting = {run.data.fold: with_adapter_of_fold(options, run.data) for run in runs}
+    adapted = {fold: {"adapter": own.adapter} for fold, own in fitting.items()}
     work = [(run, episode) for run in runs for episode in run.episodes]
     work.sort(key=lambda each: (each[0].data.fold or 0, each[1].category, each[1].query))
     for run in runs:
-        check_settings(folder / run.name, {"adapter": options.adapter}, "predictions", "--output")
+        check_settings(folder / run.name, adapted[run.data.fold], "predictions", "--output")
     own = own_part(work, state)
     left = [each for each in own if not prediction_path(folder / each[0].name, each[1]).is_file()]
-    sam = open_sam_of(options) if left else None
+    sam = open_sam_of(fitting[left[0][0].data.fold]) if left else None
     if state.is_main_process:  # processes would overwrite one another's file
         output = Path(str(options.output))
         note_settings(output, options.settings, "an evaluation", "--output")
         write_runs(output, runs)
         for run in runs if options.adapter else ():
-            note_settings(folder / run.name, {"adapter": options.adapter}, "predictions", "--output")
+            note_settings(folder / run.name, adapted[run.data.fold], "predictions", "--output")
     state.wait_for_everyone()
     if sam is None:
         return
     reset_peak_memory()
-    encoder = RecentEncodings(sam)
+    encoder, adapter = RecentEncodings(sam), fitting[left[0][0].data.fold].adapter
     done = len(own) - len(left)
     for run, episode in steps(left, "segmenting", "episode", len(own), done, hidden=not state.is_main_process):
-        segment_episode(run.data, episode, folder / run.name, options, encoder)
+        if (needed := fitting[run.data.fold]).adapter != adapter:
+            encoder, adapter = RecentEncodings(open_sam_of(needed)), needed.adapter
+        segment_episode(run.data, episode, folder / run.name, fitting[run.data.fold], encoder)
+
+
+def with_adapter_of_fold(options: FewShotOptions, data: FewShotData) -> FewShotOptions:
+    """The options with the adapter of a fold: `--adapter` itself, or its folder `fold0` and so on.
+
+    Raises:
+        InputError, InputNotFoundError: the folder holds no adapter, or one that was trained on the fold's classes.
+    """
+    if not options.adapter:
+        return options
+    folder = Path(options.adapter)
+    if data.fold is not None and not (folder / ADAPTER).is_file():
+        folder /= f"fold{data.fold}"
+    trained = Adapter.read(folder).settings
+    same_data = trained.get("dataset") == data.name.lower().replace("-", "")
+    if same_data and data.fold is not None and trained.get("fold", data.fold) != data.fold:
+        raise InputError(
+            f"{folder} was trained for fold {trained['fold']}, on the classes of fold {data.fold}: evaluate it with "
+            f"--fold {trained['fold']}"
+        )
+    return replace(options, adapter=str(folder))
 
 
 def segment_episode(
@@ -235,19 +260,6 @@ def segment_episode(
         mask = np.zeros(query.size, bool)
     with write_aside(path) as aside:
         Image.fromarray(mask.astype(np.uint8) * 255).save(aside)
-
-
-def check_fold(adapter: str | None, data: FewShotData) -> None:
-    """Raises `InputError` for an adapter that was trained on the classes that a fold tests."""
-    if adapter is None:
-        return
-    trained = Adapter.read(Path(adapter)).settings
-    same_data = trained.get("dataset") == data.name.lower().replace("-", "")
-    if same_data and data.fold is not None and trained.get("fold", data.fold) != data.fold:
-        raise InputError(
-            f"{adapter} was trained for fold {trained['fold']}, on the classes of fold {data.fold}: evaluate it with "
-            f"--fold {trained['fold']}"
-        )
 
 
 class RecentEncodings:
