@@ -134,9 +134,9 @@ def test_the_commands_of_few_shot_run_in_their_order(home, toy_sam):
     for command in listed:
         words = command.replace("toy-sam2", sam).replace("--steps 20", "--steps 1 --train_batch_size 1")
         run(f"{words} --validation_episodes 1" if " adapt " in words else words, home, toy_sam)
-    before, after = (json.loads((home / f"scores-{name}" / "results.json").read_text()) for name in ("before", "after"))
-    assert before["options"]["adapter"] is None and after["options"]["adapter"] == "adapters/toy"
-    assert before["rows"].keys() == after["rows"].keys() == {"memory-shots-1"}
+    results = json.loads((home / "few-shot-scores" / "results.json").read_text(encoding="utf-8"))
+    assert results["options"]["adapter"] == "adapters/toy"
+    assert results["rows"].keys() == {"memory-shots-1", "memory-adapter-shots-1"}
 
 
 def test_the_figures_that_an_evaluation_should_print_are_those_beside_its_results():
