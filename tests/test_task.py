@@ -1,5 +1,6 @@
 """Tasks: rendered parts of animals, CelebAMask-HQ's layout, and the evaluation on held-out images."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -38,8 +39,8 @@ def test_toy_parts_are_exact_masks_of_animals(tmp_path, capsys):
     whole = world.render(scene, 512).mask
     assert all(0.01 < (mask & whole).sum() / whole.sum() < 0.5 for mask in masks.values())
     assert all((mask & ~whole).sum() < 0.01 * mask.sum() for mask in masks.values())
-    assert not (masks["head"] & masks["tail"]).any()
-    assert (masks["head"] & masks["scarf"]).sum() < 20  # pixels of which each covers half
+    shared = [(one & two).sum() for one, two in itertools.combinations(masks.values(), 2)]
+    assert max(shared) < 20  # pixels of which each covers half
     assert cli.main(["toy", "parts", "--output_dir", str(tmp_path), "--images", "3"]) == 2
     assert "images exists: remove it or choose another folder" in capsys.readouterr().err
 
