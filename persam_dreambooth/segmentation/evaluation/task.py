@@ -161,7 +161,7 @@ def evaluate_task(options: EvaluateTaskOptions, more_rows: Sequence[TaskRow] = (
         note_settings(output, settings, "an evaluation", "--output")
         if sam is not None:
             predict_rows(left, held_out, lessons, sam, options, output)
-        names = [row.name for row in rows] + [name for name in earlier_task_rows(output) if name not in folders]
+        names = [row.name for row in rows] + [name for name in _rows_in(output) if name not in folders]
         scored = [score_row(output / "predictions" / name, held_out) for name in names]
         scores = TaskScores(task, test, scored, asdict(options), provenance())
         write_json(output / "results.json", scores.results)
@@ -307,12 +307,6 @@ def check_training(output: Path, options: EvaluateTaskOptions) -> None:
         if before != now:
             given = " ".join(f"--{flag} {value}" for flag, value in before.items())
             raise InputError(f"{output} holds {name}, which was trained with {given}: give these, or another --output")
-
-
-def earlier_task_rows(output: Path) -> list[str]:
-    """The names of the rows in a folder, in the order of methods, prompts and numbers of masks."""
-    about = _rows_in(output)
-    return sorted(about, key=lambda name: (about[name]["prompt"], about[name]["masks"], name))
 
 
 def _rows_in(output: Path) -> dict[str, dict[str, Any]]:
