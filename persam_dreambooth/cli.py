@@ -144,8 +144,22 @@ COMMANDS = {
         _scored,
         resume=SAME_COMMAND,
     ),
+    "evaluate pascal5i": Command(
+        "the same by few-shot episodes on PASCAL-5i: mIoU and FB-IoU",
+        "segmentation.evaluation.pascal5i:EvaluatePascal5iOptions",
+        "segmentation.evaluation.pascal5i:evaluate_pascal5i",
+        _scored,
+        resume=SAME_COMMAND,
+    ),
+    "evaluate coco20i": Command(
+        "the same by episodes on COCO-20i",
+        "segmentation.evaluation.coco20i:EvaluateCoco20iOptions",
+        "segmentation.evaluation.coco20i:evaluate_coco20i",
+        _scored,
+        resume=SAME_COMMAND,
+    ),
     "evaluate fss1000": Command(
-        "the same on FSS-1000",
+        "the same by episodes on FSS-1000",
         "segmentation.evaluation.fss1000:EvaluateFss1000Options",
         "segmentation.evaluation.fss1000:evaluate_fss1000",
         _scored,

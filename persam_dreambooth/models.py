@@ -1,4 +1,4 @@
-"""Model names: a hub id, a local folder or file, or `toy` for the small checkpoints in this package."""
+"""Model names: a hub id, a local folder or file, or `toy` and `toy-sam2` for the small checkpoints in this package."""
 
 import logging
 import os
@@ -40,7 +40,8 @@ def resolve(name: str, kind: str, revision: str | None = None) -> str:
     """Checks that a model is available; returns its name or path for `from_pretrained`.
 
     Args:
-        name: hub id, local folder, `toy`, a published checkpoint file of SAM, or Stable Diffusion in a single file.
+        name: hub id, local folder, `toy`, `toy-sam2` (a SAM 2), a published checkpoint file of SAM, or Stable Diffusion
+            in a single file.
         kind: `sam` or `stable-diffusion`.
         revision: branch, tag or commit on the hub.
 
@@ -48,7 +49,8 @@ def resolve(name: str, kind: str, revision: str | None = None) -> str:
         InputNotFoundError: the name is neither a folder with a model of this kind nor an available model on the hub.
         UnavailableError: the hub cannot be reached.
     """
-    if name == "toy":
+    if name == "toy" or (name == "toy-sam2" and kind == "sam"):
+        kind = "sam2" if name == "toy-sam2" else kind
         _notice(kind)
         return str(toy.path(kind))
     marker = {"sam": "config.json", "stable-diffusion": "model_index.json"}[kind]

@@ -44,6 +44,24 @@ MEMORY = {
     "memory_fuser_intermediate_dim": 128,
 }
 """The memory of `SAM_2`."""
+SMALLEST_SAM_2 = {
+    "image_size": 128,
+    "vision_config": {
+        "backbone_config": {**SAM_2["vision_config"]["backbone_config"], "image_size": [128, 128]},
+        "backbone_channel_list": [128, 64, 32, 16],
+        "backbone_feature_sizes": [[32, 32], [16, 16], [8, 8]],
+        "fpn_hidden_size": 32,
+    },
+    "prompt_encoder_config": {"hidden_size": 32, "image_size": 128},
+    "mask_decoder_config": {"hidden_size": 32, "mlp_dim": 64, "iou_head_hidden_dim": 32},
+    "memory_attention_hidden_size": 32,
+    "memory_attention_feed_forward_hidden_size": 64,
+    "memory_attention_rope_feat_sizes": [8, 8],
+    "memory_encoder_hidden_size": 32,
+    "mask_downsampler_embed_dim": 32,
+    "memory_fuser_embed_dim": 32,
+    "memory_fuser_intermediate_dim": 64,
+}
 SAM_HQ = {
     "vision_config": {
         "hidden_size": 48,
@@ -98,6 +116,12 @@ def save_sam2_video(folder, side=1024):
     model = fill(Sam2VideoModel(sam2_video_config(side)))
     model.save_pretrained(folder)
     return folder, model
+
+
+def save_smallest_sam2(folder):
+    """A SAM 2 of 128 pixels and 8 x 8 cells with the memory of videos: its folder, as `--sam_model` takes it."""
+    fill(Sam2VideoModel(Sam2VideoConfig(**SMALLEST_SAM_2))).save_pretrained(folder)
+    return str(folder)
 
 
 def save_sam_hq(folder):

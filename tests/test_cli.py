@@ -250,6 +250,7 @@ def test_the_options_of_train_are_these():
             "segmenter",
             "sam_model",
             "sam_dtype",
+            "adapter",
             "encoding_cache",
             "target_coverage",
             "guidance",
@@ -262,9 +263,11 @@ def test_the_options_of_train_are_these():
 MASKS_GIVEN = ("--instance_dir", "cat", "--mask_dir", "m")
 WHOLE_PHOTOS = ("--instance_dir", "cat", "--unmasked")
 CUT_OUTS = ("--instance_dir", "cat", "--mask_from", "alpha")
+FRAMES = ("--frames", "f", "--mask", "m.png", "--output", "o")
 PERSEG = ("--data", "d", "--output", "o")
 TASK = ("--images", "i", "--masks", "m", "--output", "o")
 SCORED = (*PERSEG, "--predictions", "p")
+EPISODES = ("data", "output", "predictions", "shots", "episodes", "seed", "seeds", "sam_model")
 METHOD_OPTIONS = ("segmenter", "target_coverage", "sam_dtype", "encoding_cache")
 
 ALWAYS: dict[str, tuple[str, ...]] = {
@@ -272,7 +275,7 @@ ALWAYS: dict[str, tuple[str, ...]] = {
         *("images", "mask", "mask_dir", "invert_mask", "output", "instances", "heatmaps", "absent", "absent_threshold"),
         *("sam_model", *METHOD_OPTIONS),
     ),
-    "video": ("frames", "mask", "output", "overlay", "variant", "sam_model", *METHOD_OPTIONS),
+    "video": ("frames", "mask", "output", "overlay", "sam_model", *METHOD_OPTIONS),
     "train": (
         *("instance_dir", "dataset_name", "mask", "mask_dir", "mask_from", "class_name", "identifier"),
         *("instance_prompt", "subjects", "unmasked"),
@@ -294,12 +297,21 @@ ALWAYS: dict[str, tuple[str, ...]] = {
         *("dataloader_num_workers", "validation_steps", "checkpointing_steps", "checkpoints_total_limit"),
         *("resume_from_checkpoint", "logging_steps", "report_to"),
     ),
+    "adapt fs-sam2": (
+        *("data", "dataset", "output", "shots", "validation_episodes", "sam_model", "seed", "max_train_steps"),
+        *("train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler", "adam_weight_decay"),
+        *("max_grad_norm", "mixed_precision", "gradient_checkpointing", "dataloader_num_workers"),
+        *("validation_steps", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint"),
+        *("logging_steps", "report_to"),
+    ),
     "generate": (
         *("prompt", "model", "num_images", "seed", "output", "num_inference_steps", "guidance_scale"),
         *("width", "height", "scheduler", "batch_size"),
     ),
     "evaluate perseg": ("data", "output", "predictions", "reference_index", "sam_model"),
-    "evaluate fss1000": ("data", "output", "predictions", "reference_index", "classes", "sam_model"),
+    "evaluate pascal5i": (*EPISODES, "fold"),
+    "evaluate coco20i": (*EPISODES, "fold"),
+    "evaluate fss1000": (*EPISODES, "splits", "split"),
     "evaluate task": (
         *("data", "output", "methods", "prompt", "parts", "test_share", "seed", "sam_model", "sam_dtype"),
         "encoding_cache",
@@ -335,16 +347,20 @@ A new option stands here, or in `IDLE` with what takes its effect away.
 """
 
 IDLE: dict[str, dict[tuple[str, ...], tuple[str, ...]]] = {
+    "video": {
+        (*FRAMES, "--segmenter", "memory"): ("variant",),
+        FRAMES: ("adapter",),
+    },
     "segment": {
         ("--images", "cat", "--mask_dir", "m", "--output", "o"): ("reference_image",),
-        ("--images", "cat", "--mask", "m.png", "--output", "o"): ("guidance",),
+        ("--images", "cat", "--mask", "m.png", "--output", "o"): ("guidance", "adapter"),
     },
     "train": {
         MASKS_GIVEN: (
             *("image_column", "caption_column", "reference_image", "background_dir", "num_background_images"),
             *("background_scenes", "background_in_prompt", "prior_loss_weight", "class_data_dir", "class_scenes"),
             *("num_class_images", "sample_batch_size", "class_prompt", "lr_warmup_steps", "lr_num_cycles", "lr_power"),
-            *("ema_decay", "hub_model_id", "guidance", "absent", "absent_threshold", *METHOD_OPTIONS),
+            *("ema_decay", "hub_model_id", "guidance", "adapter", "absent", "absent_threshold", *METHOD_OPTIONS),
         ),
         CUT_OUTS: ("invert_mask",),
         WHOLE_PHOTOS: (
@@ -363,18 +379,22 @@ IDLE: dict[str, dict[tuple[str, ...], tuple[str, ...]]] = {
         (*MASKS_GIVEN, "--pretrained_model_name_or_path", "toy"): ("revision", "base_config"),
         (*MASKS_GIVEN, "--pretrained_model_name_or_path", "sd.safetensors"): ("variant",),
     },
+    "adapt fs-sam2": {
+        (*PERSEG, "--dataset", "fss1000"): ("fold",),
+        (*PERSEG, "--dataset", "coco20i"): ("splits",),
+        (*PERSEG, "--dataset", "coco20i", "--steps", "7"): ("num_train_epochs",),
+    },
     "generate": {
         ("a sks cat", "--model", "toy"): ("identifier", "base_model", "base_config", "lora_scale"),
         ("a cat", "--model", "toy", "--guidance_scale", "1"): ("negative_prompt",),
     },
     "evaluate perseg": {
-        SCORED: (*METHOD_OPTIONS, "guidance", "ablation", "robustness"),
+        SCORED: (*METHOD_OPTIONS, "adapter", "guidance", "ablation", "robustness"),
         (*PERSEG, "--reference_index", "1"): ("shots",),
     },
-    "evaluate fss1000": {
-        SCORED: (*METHOD_OPTIONS, "guidance"),
-        (*PERSEG, "--reference_index", "1"): ("shots",),
-    },
+    "evaluate pascal5i": {SCORED: (*METHOD_OPTIONS, "adapter", "guidance")},
+    "evaluate coco20i": {SCORED: (*METHOD_OPTIONS, "adapter", "guidance")},
+    "evaluate fss1000": {SCORED: (*METHOD_OPTIONS, "adapter", "guidance")},
     "adapt plm": {
         (*TASK, "--max_train_steps", "7"): ("num_train_epochs",),
         (*TASK, "--no_pmm"): ("outline_points",),
@@ -384,8 +404,8 @@ IDLE: dict[str, dict[tuple[str, ...], tuple[str, ...]]] = {
         (*PERSEG, "--methods", "sam,sam-oracle"): ("train_masks", "max_train_steps", "train_batch_size"),
         (*PERSEG, "--test_share", "0.5"): ("test_images",),
     },
-    "evaluate absence": {PERSEG: ("guidance",)},
-    "evaluate davis": {SCORED: (*METHOD_OPTIONS, "variant")},
+    "evaluate absence": {PERSEG: ("adapter", "guidance")},
+    "evaluate davis": {SCORED: (*METHOD_OPTIONS, "adapter", "variant")},
 }
 """Arguments of each command, and the options that have no effect beside them."""
 

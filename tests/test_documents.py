@@ -1,5 +1,6 @@
 """The commands in the documents run as written, on photos of the duck and the checkpoints that ship."""
 
+import json
 import logging
 import re
 import shlex
@@ -11,12 +12,17 @@ from typing import Any
 import pytest
 import yaml
 from accelerate.state import AcceleratorState
+from small_sams import save_smallest_sam2
 from tiny_families import tiny_for
 
 from persam_dreambooth import cli, toy
 from persam_dreambooth.dreambooth.generate import GenerateOptions
 from persam_dreambooth.main_job import TrainOptions
 from persam_dreambooth.options import find_config
+from persam_dreambooth.segmentation.evaluation.coco20i import COCO_20I_PUBLISHED
+from persam_dreambooth.segmentation.evaluation.few_shot_report import FS_SAM2
+from persam_dreambooth.segmentation.evaluation.fss1000 import FSS_1000_PUBLISHED
+from persam_dreambooth.segmentation.evaluation.pascal5i import PASCAL_5I_PUBLISHED
 from persam_dreambooth.segmentation.evaluation.perseg_tables import PAPER_TABLE_3, PAPER_TABLE_4
 from persam_dreambooth.segmentation.segment import SegmentOptions
 from persam_dreambooth.toy import rendered_davis as davis
@@ -96,7 +102,8 @@ def test_the_commands_of_the_readme_run_in_their_order(home, toy_sam):
 
 @pytest.mark.slow
 def test_the_commands_of_the_evaluation_run_in_their_order(home, toy_sam):
-    first, *others = [command for command in commands(ROOT / "docs" / "evaluation.md") if "davis" not in command]
+    listed = commands(ROOT / "docs" / "evaluation.md")
+    first, *others = [command for command in listed if "davis" not in command and "episodes" not in command]
     assert len(others) == 8
     run(first, home, toy_sam)
     for path in [*home.glob("perseg/*/*/0[3-9].*")]:  # three images of each object do
@@ -109,6 +116,29 @@ def test_the_commands_of_the_evaluation_run_in_their_order(home, toy_sam):
     assert '"mIoU": 99.9999' in (home / "scores-of-others" / "results.json").read_text(encoding="utf-8")
 
 
+def test_the_commands_of_episodes_run_in_their_order(home, toy_sam):
+    ran = [command for command in commands(ROOT / "docs" / "evaluation.md") if "episodes" in command]
+    assert len(ran) == 4
+    for command in ran:
+        run(command, home, toy_sam)
+    results = [json.loads((home / name / "results.json").read_text(encoding="utf-8"))["rows"]
+               for name in ("episodes-scores", "episodes-of-others")]  # fmt: skip
+    assert list(results[0]) == ["persam-shots-1", "persam-shots-2"] and list(results[1]) == ["predictions-shots-1"]
+    assert results[1]["predictions-shots-1"]["mIoU"] == results[0]["persam-shots-1"]["mIoU"]
+
+
+def test_the_commands_of_few_shot_run_in_their_order(home, toy_sam):
+    listed = commands(ROOT / "docs" / "few-shot.md")
+    assert len(listed) == 4
+    sam = save_smallest_sam2(home / "sam2")
+    for command in listed:
+        words = command.replace("toy-sam2", sam).replace("--steps 20", "--steps 1 --train_batch_size 1")
+        run(f"{words} --validation_episodes 1" if " adapt " in words else words, home, toy_sam)
+    before, after = (json.loads((home / f"scores-{name}" / "results.json").read_text()) for name in ("before", "after"))
+    assert before["options"]["adapter"] is None and after["options"]["adapter"] == "adapters/toy"
+    assert before["rows"].keys() == after["rows"].keys() == {"memory-shots-1"}
+
+
 def test_the_figures_that_an_evaluation_should_print_are_those_beside_its_results():
     text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
     section = text.split("### The paper's tables")[1].split("\n#")[0]
@@ -117,6 +147,14 @@ def test_the_figures_that_an_evaluation_should_print_are_those_beside_its_result
         *PAPER_TABLE_4["PerSAM"],
         *PAPER_TABLE_4["PerSAM-F"],
     }
+
+
+def test_the_figures_of_few_shot_papers_are_those_beside_our_results():
+    text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8").split("FS-SAM2 (SAM 2.1 B+) prints")[1]
+    published = {"PASCAL-5i": PASCAL_5I_PUBLISHED, "COCO-20i": COCO_20I_PUBLISHED, "FSS-1000": FSS_1000_PUBLISHED}
+    for name, figures in published.items():
+        [(one, five)] = re.findall(rf"^\| {name} \| (\S+) \| (\S+) \|$", text, flags=re.MULTILINE)
+        assert figures == {FS_SAM2: {1: float(one), 5: float(five)}}
 
 
 def test_the_commands_of_the_families_run_in_their_order(home, toy_sam):

@@ -28,7 +28,6 @@ from persam_dreambooth.segmentation.evaluation import one_shot_report as report
 from persam_dreambooth.segmentation.evaluation import perseg as perseg_evaluation
 from persam_dreambooth.segmentation.evaluation.costs import Cost
 from persam_dreambooth.segmentation.evaluation.data_set import DataSet
-from persam_dreambooth.segmentation.evaluation.fss1000 import read_truth
 from persam_dreambooth.segmentation.evaluation.one_shot import Row, disturbed, evaluate_one_shot
 from persam_dreambooth.segmentation.evaluation.perseg_tables import PERSEG_METHODS, perseg_tables
 from persam_dreambooth.segmentation.evaluation.trace import read_trace, save_trace
@@ -566,121 +565,6 @@ def test_perseg_figures_are_those_of_the_published_evaluation(tmp_path):
         for name, (iou, accuracy) in expected.items():
             figures = read(output)["objects"][name]
             assert round(figures["IoU"], 2) == iou and round(figures["Acc"], 2) == accuracy
-
-
-# --- FSS-1000
-
-
-def evaluate_fss(*arguments):
-    return main(["evaluate", "fss1000", *map(str, arguments)])
-
-
-@pytest.fixture
-def classes(data, tmp_path):
-    """The two objects as classes of three images; an edge of their masks is gray, as in FSS-1000."""
-    for folder in sorted((data / "Images").iterdir()):
-        target = tmp_path / "classes" / folder.name.split("_")[-1]
-        target.mkdir(parents=True)
-        for number, path in enumerate(sorted(folder.iterdir()), start=1):
-            # The last of them is 10, which comes after 2.
-            number = 10 if number == 3 else number
-            Image.open(path).resize((224, 224)).save(target / f"{number}.jpg")
-            marked = np.asarray(Image.open(data / "Annotations" / folder.name / f"{path.stem}.png")).any(axis=2)
-            gray = Image.fromarray(marked.astype(np.uint8) * 255).resize((224, 224), Image.Resampling.BILINEAR)
-            gray.save(target / f"{number}.png")
-    return tmp_path / "classes"
-
-
-def test_fss_finds_a_class_from_its_first_image(classes, tmp_path, toy_sam):
-    output = tmp_path / "out"
-    assert evaluate_fss("--data", classes, "--output", output, *toy_sam, "--segmenter", "persam") == 0
-    results = read(output)
-    assert list(results["objects"]) == ["cat", "dog"] and results["mIoU"] > 40
-    assert results["mIoU"] == pytest.approx(np.mean([each["IoU"] for each in results["objects"].values()]))
-    support = read_mask(output / "predictions" / "persam" / "dog" / "1.png")
-    assert (support == read_truth(classes / "dog" / "1.png")).all()  # given, not found
-    assert (output / "report.html").is_file() and "published" not in (output / "results.md").read_text("utf-8")
-
-
-def test_fss_scores_predictions_by_the_half_of_gray_and_both_grounds(classes, tmp_path):
-    """Everything found: the class's IoU is its share of the pixels, and of the background nothing is left."""
-    shares = {}
-    for folder in sorted(classes.iterdir()):
-        (tmp_path / "all" / folder.name).mkdir(parents=True)
-        for name in ("2.png", "10.png"):
-            Image.new("L", (224, 224), 255).save(tmp_path / "all" / folder.name / name)
-        truth = [np.asarray(Image.open(folder / name)) >= 128 for name in ("2.png", "10.png")]
-        shares[folder.name] = 100 * np.mean(truth)
-    assert evaluate_fss("--data", classes, "--output", tmp_path / "out", "--predictions", tmp_path / "all") == 0
-    results = read(tmp_path / "out")
-    assert {name: each["IoU"] for name, each in results["objects"].items()} == pytest.approx(shares)
-    assert results["mIoU"] == pytest.approx(np.mean(list(shares.values())))
-    assert results["FB-IoU"] == pytest.approx(np.mean(list(shares.values())) / 2)  # as many pixels of each class
-
-
-def test_fss_scores_the_classes_that_a_file_names(classes, tmp_path, capsys):
-    names, perfect = tmp_path / "test.txt", tmp_path / "perfect"
-    shutil.copytree(classes / "dog", perfect / "dog")
-    names.write_text("dog\n\n")
-    command = ["--data", classes, "--output", tmp_path / "out", "--predictions", perfect, "--classes", names]
-    assert evaluate_fss(*command) == 0
-    assert list(read(tmp_path / "out")["objects"]) == ["dog"]
-    names.write_text("dog\nunicorn\n")
-    assert evaluate_fss(*command) == 2
-    assert f"names unicorn, but {classes / 'unicorn'} does not exist" in capsys.readouterr().err
-
-
-def test_other_classes_are_not_scored_into_the_same_folder(classes, tmp_path, toy_sam, capsys):
-    names = tmp_path / "names.txt"
-    command = ["--data", classes, "--output", tmp_path / "out", *toy_sam, "--segmenter", "persam", "--classes", names]
-    names.write_text("dog\n")
-    assert evaluate_fss(*command) == 0
-    before = (tmp_path / "out" / "results.json").read_bytes()
-    names.write_text("dog\ncat\n")
-    assert evaluate_fss(*command) == 2
-    assert "holds an evaluation with other settings" in capsys.readouterr().err
-    assert (tmp_path / "out" / "results.json").read_bytes() == before
-    assert not (tmp_path / "out" / "predictions" / "persam" / "cat").exists()
-
-
-@pytest.mark.parametrize(
-    "damage, told",
-    [
-        ("image", "dog holds 1 images"),
-        ("mask", "dog/2.jpg has no mask: "),
-        ("orphan", "dog/11.png has no image: "),
-        ("empty", "holds no classes"),
-    ],
-)
-def test_fss_names_what_does_not_fit_before_anything_is_written(damage, told, classes, tmp_path, capsys, toy_sam):
-    if damage == "image":
-        for name in ("2.jpg", "10.jpg"):
-            (classes / "dog" / name).unlink()
-    elif damage == "mask":
-        (classes / "dog" / "2.png").unlink()
-    elif damage == "orphan":
-        shutil.copy(classes / "dog" / "2.png", classes / "dog" / "11.png")
-    else:
-        shutil.rmtree(classes / "dog")
-        shutil.rmtree(classes / "cat")
-    assert evaluate_fss("--data", classes, "--output", tmp_path / "out", *toy_sam) == 2
-    error = capsys.readouterr().err
-    assert told in error and error.count("error:") == 1
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("damage, told", [("corrupt", "cannot be read"), ("size", "give it this size")])
-def test_fss_names_a_broken_mask_and_keeps_finished_classes(damage, told, classes, tmp_path, capsys, toy_sam):
-    path = classes / "dog" / "1.png"
-    if damage == "corrupt":
-        path.write_bytes(path.read_bytes()[:80])
-    else:
-        Image.open(path).resize((100, 100)).save(path)
-    output = tmp_path / "out"
-    assert evaluate_fss("--data", classes, "--output", output, *toy_sam, "--segmenter", "persam") == 2
-    error = capsys.readouterr().err
-    assert str(path) in error and told in error
-    assert [each.name for each in (output / "predictions" / "persam").iterdir()] == ["cat"]
 
 
 # --- DAVIS

@@ -14,7 +14,6 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTokenizer,
-    Sam2Model,
     SamConfig,
     SamHQConfig,
     SamHQModel,
@@ -27,9 +26,11 @@ from persam_dreambooth.dreambooth.trainer import batch_losses, check_resolution
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.main_job import TrainOptions
 from persam_dreambooth.segmentation import PerSAM, PerSAMF
+from persam_dreambooth.segmentation.memory import remember, segment_from
 from persam_dreambooth.segmentation.sams.original_sam2 import read_sam2_config
 from persam_dreambooth.segmentation.sams.sam import Encoding, Sam
 from persam_dreambooth.segmentation.sams.sam2 import Sam2
+from persam_dreambooth.segmentation.sams.sam2_memory import Sam2MemoryModel, join_memories
 from persam_dreambooth.segmentation.sams.sam_hq import SamHQ
 from persam_dreambooth.segmentation.target_semantic_prompting import Guidance
 
@@ -248,6 +249,9 @@ SAM_2S = {"tiny": (96, 12, 7), "small": (96, 16, 7), "base plus": (112, 24, 14),
 # What Meta's program has for single photos; its positional encoding, 256 numbers, is no parameter in transformers.
 SAM_2_PARAMETERS = {"tiny": 31_440_977, "small": 38_538_833, "base plus": 73_328_657, "large": 216_925_121}
 
+MEMORY_PARAMETERS = 7_306_912
+"""Those of the memory attention and the memory encoder in Meta's files, the same for all sizes."""
+
 
 def draw_photo(size=(640, 480), center=(250, 200), floor=0):
     """A photo of a two-colored ball on a noisy floor, and the ball's mask (H, W) bool."""
@@ -281,8 +285,8 @@ def test_every_published_sam_embeds_a_photo_in_256_by_64_by_64(size):
 def test_every_published_sam_2_embeds_a_photo_in_256_by_64_by_64(size):
     width, depth, side = SAM_2S[size]
     with META:
-        model = Sam2Model(read_sam2_config(width, depth, (side, side)))
-    assert count(model.parameters()) == SAM_2_PARAMETERS[size] - 256
+        model = Sam2MemoryModel(read_sam2_config(width, depth, (side, side)))
+    assert count(model.parameters()) == SAM_2_PARAMETERS[size] - 256 + MEMORY_PARAMETERS
     sam = Sam2(model, size)
     encoding = sam.encode(draw_photo()[0])
     assert encoding.embedding.shape == (1, 256, 64, 64)
@@ -292,6 +296,12 @@ def test_every_published_sam_2_embeds_a_photo_in_256_by_64_by_64(size):
     ]
     logits, scores = sam.decode(encoding, np.array([[250, 200]]), np.array([1]))
     assert logits.shape == (3, 256, 256) and scores.shape == (3,)
+    with META:
+        model.set_positions()
+    memory = join_memories([remember(sam, encoding, draw_photo()[1])] * 2)
+    assert memory.tokens.shape == memory.positions.shape == (1, 2 * 4096, 64)
+    logits, scores = segment_from(sam, encoding, memory)
+    assert logits.shape == (1, 256, 256) and scores.shape == (1,)
 
 
 @pytest.mark.parametrize("form", ["code", "paper"])

@@ -97,7 +97,7 @@ def remember(sam: Sam, encoding: Encoding, mask: np.ndarray) -> Memory:
 def segment_from(sam: Sam, encoding: Encoding, memory: Memory) -> tuple[torch.Tensor, torch.Tensor]:
     """The mask that a memory gives for a photo: logits (1, 256, 256) and its predicted IoU (1,)."""
     cells = recall(sam.model, _cells(sam, encoding), memory)
-    logits, scores, _ = decode_cells(sam.model, cells, encoding.extra["high_resolution_features"])
+    logits, scores, _ = decode_cells(sam.model, cells, encoding.extra["high_resolution_features"], replaced=True)
     return logits[0], scores[0]
 
 

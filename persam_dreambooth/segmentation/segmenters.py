@@ -91,6 +91,11 @@ class SegmenterOptions(Options):
         """Whether the command runs the method."""
         return True
 
+    @property
+    def sam_told(self) -> str:
+        """The SAM and its adapter, for reports."""
+        return f"{self.sam_model} adapted by {self.adapter}" if self.adapter else self.sam_model
+
     def check(self) -> None:
         """Raises `InputError` for options that are out of range or in conflict."""
         super().check()

@@ -19,6 +19,7 @@ from persam_dreambooth.errors import InputError
 from persam_dreambooth.files import check_writable, write_aside
 from persam_dreambooth.options import Options, check_multiple, option, within
 from persam_dreambooth.toy import world
+from persam_dreambooth.toy.rendered_davis import label_map
 
 KINDS_PER_FOLD = 2
 
@@ -70,7 +71,7 @@ def kind_scene(kind: str, index: int) -> tuple[world.Scene, np.ndarray]:
 
 def kind_mask(rendered: world.Render, own: np.ndarray) -> np.ndarray:
     """The pixels (size, size) bool of the objects of a kind; see `kind_scene`."""
-    return np.any([mask for mask, wanted in zip(rendered.objects, own, strict=True) if wanted], axis=0)
+    return np.isin(label_map(rendered), 1 + np.flatnonzero(own))
 
 
 def _side_by_side(rng: np.random.Generator) -> tuple[world.Pose, world.Pose]:

@@ -1,7 +1,8 @@
-"""Pairs of pictures of one subject with true masks: the training data of the toy SAM.
+"""Albums: pictures of one subject with true masks, two for the toy SAM's training, more for that of the toy SAM 2.
 
-There are three kinds: scenes of the toy world; composites (shapes filled with one photo's texture, or subjects of the
-world, on another photo); and objects in photos with masks. The random generator argument determines all of them.
+There are four kinds: scenes of the toy world; clips of it, where the subject moves; composites (shapes filled with one
+photo's texture, or subjects of the world, on another photo); and objects in photos with masks. The random generator
+argument determines all of them.
 
 Shapes: S pixels a side. Pictures are RGB, masks bool (S, S).
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +32,7 @@ MARGIN = 8
 """Texture around a pasted shape, so that its soft edge has the texture's colors."""
 
 OBJECTS = 0.25
-"""Share of the pairs that show an object of a photo, where there are any."""
+"""Share of the albums that show an object of a photo, where there are any."""
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 SMALLEST = 0.005
@@ -131,33 +133,74 @@ def fingerprint(photos: Sequence[Image.Image]) -> str:
     return digest.hexdigest()[:12]
 
 
-def random_pair(
+def random_album(
     rng: np.random.Generator,
     size: int,
     photos: Sequence[Image.Image],
     composites: float = 0.4,
     objects: Sequence[Sequence[PhotoObject]] = (),
-) -> tuple[Picture, Picture]:
-    """Two pictures of one subject.
+    count: int = 2,
+    clips: float = 0.0,
+) -> list[Picture]:
+    """Pictures of one subject.
 
     Args:
         size: their side in pixels.
-        photos: textures; without any, all pairs are scenes of the world.
-        composites: share of the other pairs that are composites.
-        objects: photos with masks, subject by subject; `OBJECTS` of the pairs show one.
+        photos: textures; without any, all albums are of the world.
+        composites: share of the other albums that are composites.
+        objects: photos with masks, subject by subject; `OBJECTS` of the albums show one.
+        count: the number of pictures.
+        clips: share of the world's albums that are frames of a video, in order.
     """
     if objects and rng.random() < OBJECTS:
-        return object_pair(rng, size, photos, objects)
+        return object_album(rng, size, photos, objects, count)
     if photos and rng.random() < composites:
-        return composite_pair(rng, size, photos)
-    return world_pair(rng, size)
+        return composite_album(rng, size, photos, count)
+    if clips and rng.random() < clips:
+        return clip(rng, size, count)
+    return world_album(rng, size, count)
 
 
-def world_pair(rng: np.random.Generator, size: int) -> tuple[Picture, Picture]:
-    """The same subject in two scenes of the world, often among others of its kind."""
+def world_album(rng: np.random.Generator, size: int, count: int = 2) -> list[Picture]:
+    """The same subject in scenes of the world, often among others of its kind."""
     subject = world.random_subject(rng)
-    first, second = (world_picture(rng, size, subject) for _ in range(2))
-    return first, second
+    return [world_picture(rng, size, subject) for _ in range(count)]
+
+
+def clip(rng: np.random.Generator, size: int, count: int) -> list[Picture]:
+    """Frames of a video: the subject and the objects beside it move, turn and grow at a steady pace."""
+    side = _canvas_side(rng, size)
+    while True:
+        scene = world.random_scene(rng, distractors=int(rng.choice(3, p=(0.1, 0.6, 0.3))))
+        poses = [scene.pose, *(pose for _, pose in scene.distractors)]
+        speeds = rng.normal(0, (0.06, 0.02, 0.02, 0.04, 0.1), (len(poses), 5))
+        pictures = []
+        for frame in range(count):
+            moved = [_moved(pose, frame * speed) for pose, speed in zip(poses, speeds, strict=True)]
+            beside = tuple(zip((subject for subject, _ in scene.distractors), moved[1:], strict=True))
+            shown = dataclasses.replace(scene, pose=moved[0], distractors=beside)
+            rendered = world.render(shown, side)
+            image, masks = rendered.image, rendered.objects
+            if side != size:
+                image = image.resize((size, size), Image.Resampling.BILINEAR)
+                masks = [_resized_mask(mask, size, None) for mask in masks]
+            others = tuple(mask for mask in masks[1:] if mask.mean() > SMALLEST)
+            pictures.append(Picture(np.asarray(image), masks[0], others, (size, size)))
+        if min(picture.subject.mean() for picture in pictures) > SMALLEST:
+            return pictures
+
+
+def _moved(pose: world.Pose, by: np.ndarray) -> world.Pose:
+    """A pose moved by (5,): x, y, size relative to its own, tilt, gait."""
+    x, y, size, tilt, gait = (float(value) for value in by)
+    return world.Pose(
+        pose.x + x,
+        pose.y + y,
+        pose.size * math.exp(size),
+        pose.flip,
+        pose.tilt + tilt,
+        (float(np.clip(pose.gait[0] + gait, 0, 1)), float(np.clip(pose.gait[1] - gait, 0, 1))),
+    )
 
 
 def world_picture(rng: np.random.Generator, size: int, subject: world.Subject) -> Picture:
@@ -173,13 +216,16 @@ def world_picture(rng: np.random.Generator, size: int, subject: world.Subject) -
             return _photographed(rng, size, rendered.image, rendered.objects)
 
 
-def composite_pair(rng: np.random.Generator, size: int, photos: Sequence[Image.Image]) -> tuple[Picture, Picture]:
-    """The same cutout, posed anew, on two photos; or one subject of the world, drawn anew, on two photos."""
-    background, other_background, *fillings = rng.choice(len(photos), min(len(photos), 5), replace=False)
+def composite_album(
+    rng: np.random.Generator, size: int, photos: Sequence[Image.Image], count: int = 2
+) -> list[Picture]:
+    """The same cutout, posed anew, on photos; or one subject of the world, drawn anew, on photos."""
+    first, second, *fillings = rng.choice(len(photos), min(len(photos), 5), replace=False)
+    backgrounds = [first, second, *rng.integers(len(photos), size=count - 2)][:count]
     subject = world.random_subject(rng) if rng.random() < 0.3 else None
     cutout = None if subject else textured(rng, random_shape(rng), photos[fillings[0]], photos[fillings[-1]])
     pictures = []
-    for place in (background, other_background):
+    for place in backgrounds:
         while True:
             canvas = texture(rng, photos[place], (_canvas_side(rng, size),) * 2, whole=0.5)
             shown = cutout or world_cutout(rng, subject or world.random_subject(rng))
@@ -191,19 +237,23 @@ def composite_pair(rng: np.random.Generator, size: int, photos: Sequence[Image.I
             if masks[0].mean() > SMALLEST:
                 pictures.append(_photographed(rng, size, image, masks))
                 break
-    return pictures[0], pictures[1]
+    return pictures
 
 
-def object_pair(
-    rng: np.random.Generator, size: int, photos: Sequence[Image.Image], objects: Sequence[Sequence[PhotoObject]]
-) -> tuple[Picture, Picture]:
-    """One subject in two of its photos, or cut out of them and pasted on others; at times recolored in both."""
+def object_album(
+    rng: np.random.Generator,
+    size: int,
+    photos: Sequence[Image.Image],
+    objects: Sequence[Sequence[PhotoObject]],
+    count: int = 2,
+) -> list[Picture]:
+    """One subject in its photos, or cut out of them and pasted on others; at times recolored in all."""
     album = objects[int(rng.integers(len(objects)))]
-    first, second = (album[int(index)] for index in rng.choice(len(album), 2, replace=len(album) == 1))
+    chosen = [album[int(index)] for index in rng.choice(len(album), count, replace=len(album) < count)]
     if rng.random() < 0.3:
         turn = int(rng.integers(256))
-        first, second = (PhotoObject(_turned_hue(shown.photo, turn), shown.mask) for shown in (first, second))
-    return object_picture(rng, size, photos, first), object_picture(rng, size, photos, second)
+        chosen = [PhotoObject(_turned_hue(shown.photo, turn), shown.mask) for shown in chosen]
+    return [object_picture(rng, size, photos, shown) for shown in chosen]
 
 
 def object_picture(rng: np.random.Generator, size: int, photos: Sequence[Image.Image], shown: PhotoObject) -> Picture:

@@ -260,13 +260,14 @@ def _fed_mask(rng: np.random.Generator, logits: torch.Tensor, scores: torch.Tens
 
 def _fed_boxes(rng: np.random.Generator, mask: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Boxes (N, 1, 4) of mask logits (N, m, m), or, at times and where these are empty, about the true ones."""
-    boxes = batch.boxes.clone()
-    for row, logits in enumerate(mask):
-        y, x = torch.nonzero(logits > 0, as_tuple=True)
-        if rng.random() < 0.6 and len(y):
-            boxes[row, 0] = 4 * torch.stack([x.min(), y.min(), x.max() + 1, y.max() + 1]).float()
-            boxes[row, 0, 2:] -= 1
-    return boxes
+    inside = mask > 0
+    corners = []
+    for side in (inside.any(dim=1), inside.any(dim=2)):  # columns, rows
+        first, last = side.int().argmax(dim=1), side.shape[1] - side.flip(1).int().argmax(dim=1)
+        corners.append(torch.stack([4 * first, 4 * last - 1], dim=1))
+    found = torch.stack(corners, dim=2).flatten(1)[:, None].float()
+    fed = torch.from_numpy(rng.random(len(mask)) < 0.6).to(mask.device) & inside.flatten(1).any(dim=1)
+    return torch.where(fed[:, None, None], found, batch.boxes)
 
 
 def _balanced_mean(values: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:

@@ -144,7 +144,7 @@ def train_stage(
     run = Run(folder, config, model, learning_rate=stage.learning_rate, steps=steps)
     for step in run:
         rng = np.random.default_rng([seed, stage.size, step])
-        drawn = [pairs.random_pair(rng, stage.size, photos, objects=objects) for _ in range(stage.pairs)]
+        drawn = [pairs.random_album(rng, stage.size, photos, objects=objects) for _ in range(stage.pairs)]
         pictures = [picture for pair in drawn for picture in pair]
         batch = to_batch(rng, pictures, stage.prompts, device)
         focal = 1.0
@@ -253,7 +253,7 @@ def evaluate(sam: SamModel, size: int, photos: list[Image.Image], device: str) -
         first, last, hits = [], [], []
         for index in range(EVALUATION_PAIRS):
             rng = np.random.default_rng([scenes.HELD_OUT_SEED, index])
-            batch = to_batch(rng, pairs.random_pair(rng, size, photos, share), 1, device)
+            batch = to_batch(rng, pairs.random_album(rng, size, photos, share), 1, device)
             embeddings = encode(sam, batch.pixels)
             one_point = decode(sam, embeddings, batch.points[:, :, :1], batch.labels[:, :, :1])
             first += mask_ious(best_of_three(*one_point)[:, None], batch.masks)[:, 0].tolist()

@@ -54,7 +54,7 @@ class TrainingEpisodes(Dataset):
     def __getitem__(self, number: int) -> dict[str, Any]:
         epoch, place = divmod(number, len(self))
         index = int(epoch_order(self.seed, epoch, len(self))[place])
-        episode = sample_episode(self.data, self.shots, self.seed, index, epoch)
+        episode = sample_episode(self.data, self.shots, self.seed, index, epoch + 1)
         rng = np.random.default_rng([self.seed, AUGMENTATION, number])
         images = (*episode.supports, episode.query)
         drawn = [augment(*stretched(self.data.read(image, episode.category), self.side), rng) for image in images]

@@ -50,7 +50,7 @@ class FewShot(nn.Module):
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
     def logits(self, batch: dict[str, Any]) -> torch.Tensor:
-        """Low-resolution logits (B, 1, 256, 256) of the queries."""
+        """Low-resolution logits (B, 1, 256, 256) of the queries; in evaluation mode as `MemorySegmenter` has them."""
         supports, queries = batch["supports"], batch["query"]
         count, shots = supports.shape[:2]
         photos = torch.cat([supports.flatten(0, 1), queries])
@@ -58,7 +58,7 @@ class FewShot(nn.Module):
         each = encode_memory(self.sam, cells[:-count], batch["masks"].flatten(0, 1).float())
         memory = Memory(*(part.unflatten(0, (count, shots)).flatten(1, 2) for part in (each.tokens, each.positions)))
         conditioned = recall(self.sam, cells[-count:], memory)
-        return decode_cells(self.sam, conditioned, [level[-count:] for level in finer])[0]
+        return decode_cells(self.sam, conditioned, [level[-count:] for level in finer], replaced=not self.training)[0]
 
     def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         """The losses of a batch: `bce`, `dice`, and their sum `loss`."""

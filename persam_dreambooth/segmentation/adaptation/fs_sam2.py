@@ -48,8 +48,8 @@ class AdaptFsSam2Options(AdaptOptions):
         """Raises `InputError` for options that are missing, out of range or in conflict."""
         require(self, "data", "dataset")
         within(self, 1, math.inf, "shots", "validation_episodes")
-        within(self, 0, 3, "fold")
         super().check()
+        within(self, 0, 3, "fold")
 
 
 def adapt_fs_sam2(options: AdaptFsSam2Options) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def open_few_shot(options: AdaptFsSam2Options, accelerator: Accelerator) -> Lear
     """
     from persam_dreambooth.segmentation.adaptation.episode_samples import TrainingEpisodes, ValidationEpisodes
     from persam_dreambooth.segmentation.adaptation.few_shot import FewShot, validate_episodes
-    from persam_dreambooth.segmentation.adaptation.lora import FS_SAM2, add_lora, save_lora
+    from persam_dreambooth.segmentation.adaptation.lora import LORA_METHOD, add_lora, save_lora
     from persam_dreambooth.segmentation.adaptation.training import Learner
     from persam_dreambooth.segmentation.adapters import Adapter
     from persam_dreambooth.segmentation.memory import check_memory
@@ -98,7 +98,7 @@ def open_few_shot(options: AdaptFsSam2Options, accelerator: Accelerator) -> Lear
     sam = open_sam(options.sam_model, accelerator.device)
     check_memory(sam)
     described = {"training_images": len(training.images), "validation_images": len(validation.images)}
-    adapter = Adapter(FS_SAM2, sam.name, sam.fingerprint, described)
+    adapter = Adapter(LORA_METHOD, sam.name, sam.fingerprint, described)
     adapted = add_lora(sam.model, sam.name)
     module = FewShot(sam.model, options.gradient_checkpointing)
     episodes = ValidationEpisodes(validation, options.validation_episodes, options.shots, options.seed, sam.padded)

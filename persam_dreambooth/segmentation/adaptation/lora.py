@@ -6,6 +6,7 @@ The three adapters of the paper are one of peft's here. The names of modules are
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from persam_dreambooth.segmentation.adapters import read_adapter
 from persam_dreambooth.segmentation.memory import check_memory
 from persam_dreambooth.segmentation.sams.sam import OwnSam
 
-FS_SAM2 = "fs-sam2"
+LORA_METHOD = "fs-sam2"
 """The method's name in `adapter.json`."""
 
 ENCODER_MODULES = r"vision_encoder\.backbone\.(blocks\.\d+\.(attn\.(qkv|proj)|proj)|patch_embed\.projection)"
@@ -32,10 +33,9 @@ ENCODER_RANK, MEMORY_RANK, LORA_ALPHA, LORA_DROPOUT = 4, 32, 16, 0.1
 LORA_FILE = "adapter_model.safetensors"
 
 
-def lora_config(sam: str) -> LoraConfig:
-    """Rank 4 in the image encoder and 32 in memory attention and memory encoder; `sam` is the SAM's name."""
+def lora_config() -> LoraConfig:
+    """Rank 4 in the image encoder, and 32 in memory attention and memory encoder."""
     return LoraConfig(
-        base_model_name_or_path=sam,
         r=ENCODER_RANK,
         lora_alpha=LORA_ALPHA,
         lora_dropout=LORA_DROPOUT,
@@ -46,15 +46,23 @@ def lora_config(sam: str) -> LoraConfig:
 
 
 def add_lora(model: torch.nn.Module, sam: str) -> PeftModel:
-    """Adds new LoRA to the model of a SAM 2 with memory, whose weights stay frozen; at first it changes nothing."""
-    added = get_peft_model(model, lora_config(sam))
+    """Adds new LoRA to the model of a SAM 2 with memory, whose weights stay frozen; at first it changes nothing.
+
+    Args:
+        model: the model, which is changed in place.
+        sam: the SAM's name, for peft's file.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers in an old way
+        added = get_peft_model(model, lora_config())
     assert isinstance(added, PeftModel)
+    added.peft_config[added.active_adapter].base_model_name_or_path = sam
     return added
 
 
 def save_lora(model: PeftModel, folder: Path) -> None:
     """Writes peft's `adapter_model.safetensors` and `adapter_config.json` to an existing folder."""
-    model.save_pretrained(str(folder))
+    model.save_pretrained(str(folder), save_embedding_layers=False)  # by default, peft asks the hub about these
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
 
 
@@ -71,7 +79,7 @@ def merge_lora(sam: OwnSam, folder: Path, dtype: torch.dtype = torch.float32, ca
         InputError, InputNotFoundError: see `read_adapter`; also for weights that are missing or broken.
     """
     check_memory(sam)
-    read_adapter(folder, FS_SAM2, sam)
+    read_adapter(folder, LORA_METHOD, sam)
     with loading(str(folder / LORA_FILE), "train the adapter again"):
         weights = load_file(folder / LORA_FILE)
         adapted = add_lora(sam.model, sam.name)

@@ -9,7 +9,7 @@ from persam_dreambooth.files import write_aside, write_text
 from persam_dreambooth.report import page
 from persam_dreambooth.report.tables import Table, TableCell
 from persam_dreambooth.segmentation.evaluation.absence_statistics import MEASURES, USED, AbsenceScores, values
-from persam_dreambooth.segmentation.evaluation.one_shot_tables import origin, write_tables
+from persam_dreambooth.segmentation.evaluation.one_shot_tables import bootstrap_note, origin, write_tables
 
 ABOUT_ABSENCE = (
     "Presence is the cosine similarity of the region that a method found in an image to the object that it searched "
@@ -48,6 +48,7 @@ def absence_heading(scores: AbsenceScores) -> list[str]:
         f"At --absent_threshold {scores.absent_threshold:g}: {missed:.2%} of the present are missed, {taken:.2%} of "
         "the absent are reported as present.",
         *origin(scores.options, scores.made_with),
+        bootstrap_note(),
     ]
 
 

@@ -3,6 +3,8 @@
     DIR/val2014/COCO_val2014_000000000042.jpg     images of the test episodes; train2014 for training
     DIR/annotations/instances_val2014.json        the annotations of COCO; or, as the few-shot papers use:
     DIR/annotations/val2014/COCO_val2014_...png   0 background, 1 to 80 the classes, in the order of COCO's ids
+    DIR/val.txt                                   the images and their order, one a line; train.txt for training;
+                                                  without it, all that have annotations, in the order of their ids
 
 Fold f tests classes f, f + 4, f + 8 ... of the 80, counted from 0. Training leaves out images that show a class of the
 fold. A class's mask is the union of its objects and crowds.
@@ -11,6 +13,7 @@ fold. A class's mask is the union of its objects and crowds.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,9 +22,19 @@ import numpy as np
 
 from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.extras import check_installed
+from persam_dreambooth.options import option
 from persam_dreambooth.photos.labels import read_class_map
 from persam_dreambooth.progress import steps
-from persam_dreambooth.segmentation.evaluation.episodes import FOLDS, LEAST_PIXELS, FewShotData
+from persam_dreambooth.segmentation.evaluation import few_shot
+from persam_dreambooth.segmentation.evaluation.episodes import (
+    FOLDS,
+    FewShotData,
+    LabeledImages,
+    count_pixels,
+    read_image_list,
+)
+from persam_dreambooth.segmentation.evaluation.few_shot_report import FS_SAM2
+from persam_dreambooth.segmentation.evaluation.few_shot_scores import FewShotScores
 
 COCO_CLASSES = (
     "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
@@ -35,20 +48,54 @@ COCO_CLASSES = (
 )  # fmt: skip
 """The classes of COCO in the order of their ids; a class's value in the papers' masks is its place here, from 1."""
 
-COCO_VAL_IMAGES = (40_137, 40_504)
-"""The numbers of images in COCO 2014's validation set: those with annotations, and all."""
+COCO_IMAGES = {"val2014": (40_137, 40_504), "train2014": (82_081, 82_783)}
+"""The numbers of images in the parts of COCO 2014: those with annotations, and all."""
+
+COCO_20I_PUBLISHED = {FS_SAM2: {1: 55.3, 5: 58.4}}
 
 Rle = dict[str, Any]
 """A mask as pycocotools encodes it."""
 
 
+@dataclass(frozen=True)
+class EvaluateCoco20iOptions(few_shot.FoldedOptions):
+    """COCO-20i by episodes: scores of a method's masks, or of any masks."""
+
+    data: str | None = option(None, "folder with val2014 and annotations of COCO 2014", path=True)
+
+
+def evaluate_coco20i(options: EvaluateCoco20iOptions) -> FewShotScores | None:
+    """Runs a method or reads predictions, and scores the masks; see `few_shot.evaluate_few_shot`.
+
+    Raises:
+        InputError, InputNotFoundError: a data set, a prediction or a model that cannot be used. Finished predictions
+            are kept, and the next evaluation resumes from them.
+    """
+    options.check()
+    folds = few_shot.list_folds(read_coco(Path(str(options.data))), coco_fold)
+    return few_shot.evaluate_few_shot(options, folds, COCO_20I_PUBLISHED)
+
+
 def read_coco20i(data: Path, fold: int, split: str = "test") -> FewShotData:
-    """Lists the images of a fold, by class.
+    """Lists the images of a fold, by class; see `read_coco` for arguments and errors.
+
+    Args:
+        fold: 0 to 3.
+    """
+    return coco_fold(read_coco(data, split), fold)
+
+
+def coco_fold(images: LabeledImages, fold: int) -> FewShotData:
+    """The images of a fold."""
+    return images.of_fold(fold, images.classes[fold::FOLDS])
+
+
+def read_coco(data: Path, split: str = "test") -> LabeledImages:
+    """Reads which classes the images show.
 
     Args:
         data: the folder of COCO 2014.
-        fold: 0 to 3.
-        split: `test`: the fold's classes in val2014; `train`: the other classes in train2014.
+        split: `test` for val2014, `train` for train2014.
 
     Raises:
         InputError, InputNotFoundError: a folder or file that is missing or broken, an annotation without its image, and
@@ -59,27 +106,26 @@ def read_coco20i(data: Path, fold: int, split: str = "test") -> FewShotData:
         raise InputNotFoundError(f"{data / part} does not exist: name the folder of COCO 2014 with --data")
     folder = data / "annotations" / part
     found = _ClassMaps(folder) if folder.is_dir() else _Instances(data / "annotations" / f"instances_{part}.json")
-    tested = [category for place, category in enumerate(found.categories) if place % FOLDS == fold]
-    wanted = [category for category in found.categories if (category in tested) == (split == "test")]
-    members: dict[str, list[str]] = {category: [] for category in wanted}
-    for image in steps(found.images, "reading annotations", "image"):
-        if not (data / part / f"{image}.jpg").is_file():
-            raise InputNotFoundError(f"{found.path} has an annotation of {data / part / image}.jpg, which is missing")
-        pixels = found.pixels(image)
-        if split == "train" and any(pixels.get(category) for category in tested):
-            continue
-        for category in wanted:
-            if pixels.get(category, 0) >= LEAST_PIXELS:
-                members[category].append(image)
-    return FewShotData(
+    photo = partial(_photo_path, data / part)
+    listed = data / ("val.txt" if split == "test" else "train.txt")
+    images = read_image_list(listed) if listed.is_file() else found.images
+    unknown = set(images).difference(found.images)
+    if unknown:
+        raise InputNotFoundError(f"{listed} names {min(unknown)}, of which {found.path} has no annotation")
+    pixels = {}
+    for image in steps(images, "reading annotations", "image"):
+        if not photo(image).is_file():
+            raise InputNotFoundError(f"{found.path} has an annotation of {photo(image)}, which is missing")
+        pixels[image] = found.pixels(image)
+    return LabeledImages(
         "COCO-20i",
         split,
-        {category: tuple(shown) for category, shown in members.items()},
-        partial(_photo_path, data / part),
+        pixels,
+        found.categories,
+        photo,
         found.mask,
         in_turn=False,
-        published=split == "test" and found.categories == COCO_CLASSES and len(found.images) in COCO_VAL_IMAGES,
-        fold=fold,
+        genuine=found.categories == COCO_CLASSES and len(images) in COCO_IMAGES[part],
     )
 
 
@@ -94,8 +140,7 @@ class _ClassMaps:
             raise InputNotFoundError(f"{folder} holds no masks: give a PNG of every image, or remove the folder")
 
     def pixels(self, image: str) -> dict[str, int]:
-        counts = np.bincount(self._labels(image).ravel(), minlength=256)
-        return {category: int(counts[place]) for place, category in enumerate(COCO_CLASSES, start=1)}
+        return count_pixels(self._labels(image), COCO_CLASSES)
 
     def mask(self, image: str, category: str) -> tuple[np.ndarray, np.ndarray]:
         mask = self._labels(image) == COCO_CLASSES.index(category) + 1
@@ -127,8 +172,12 @@ class _Instances:
             self.sizes = dict(sorted(listed.values()))
             self.shapes: dict[str, dict[str, list[Any]]] = {image: {} for image in self.sizes}
             for entry in content["annotations"]:
-                if entry["image_id"] not in listed:
-                    raise InputError(f"{path} has an annotation of image {entry['image_id']}, which it does not list")
+                for kind, known in (("image", listed), ("category", names)):
+                    if entry[f"{kind}_id"] not in known:
+                        raise InputError(
+                            f"{path} has an annotation of {kind} {entry[f'{kind}_id']}, which it does not list: "
+                            "download it again"
+                        )
                 own = self.shapes[listed[entry["image_id"]][0]]
                 own.setdefault(names[entry["category_id"]], []).append(entry["segmentation"])
         except (UnicodeDecodeError, json.JSONDecodeError) as error:

@@ -83,15 +83,14 @@ def sams_of(rows: Iterable[tuple[Sequence[Cost], int]]) -> set[str]:
     return found
 
 
-def save_cost(folder: Path, sam: Sam, encode: list[float], fit: list[float], predict: list[float]) -> None:
-    """Writes the cost of an object's predictions to their folder."""
+def save_cost(path: Path, sam: Sam, encode: list[float], fit: list[float], predict: list[float]) -> None:
+    """Writes the cost of predictions to a file beside them."""
     cost = Cost(architecture(sam), [] if sam.cache else encode, fit, predict, read_peak_memory())
-    write_json(folder / COST, asdict(cost))
+    write_json(path, asdict(cost))
 
 
-def read_cost(folder: Path) -> Cost | None:
-    """Reads the cost of an object's predictions; None without a file (version 0.1, masks of another program)."""
-    path = folder / COST
+def read_cost(path: Path) -> Cost | None:
+    """Reads the cost of predictions; None without a file (version 0.1, masks of another program)."""
     if not path.is_file():
         return None
     try:

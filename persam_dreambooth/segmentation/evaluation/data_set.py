@@ -1,6 +1,5 @@
-"""Data sets for one-shot segmentation: objects or classes, each with images and their true masks."""
+"""Data sets for one-shot segmentation: objects, each with images and their true masks."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from persam_dreambooth.photos.masks import read_mask
 
 @dataclass(frozen=True)
 class Item:
-    """An object, or a class.
+    """An object.
 
     Args:
         name: name of its folder.
@@ -41,13 +40,11 @@ class DataSet:
 
     Args:
         name: its name in papers.
-        items: its objects or classes.
-        read_truth: reads an annotation: bool (H, W).
+        items: its objects.
     """
 
     name: str
     items: list[Item]
-    read_truth: Callable[[Path], np.ndarray] = read_mask
 
     @property
     def images(self) -> int:
@@ -56,7 +53,7 @@ class DataSet:
 
     def truth(self, item: Item, stem: str) -> np.ndarray:
         """The true mask of an image, bool (H, W); raises `InputError` if its size is not the image's."""
-        mask, (width, height) = self.read_truth(item.annotations[stem]), read_image(item.images[stem]).size
+        mask, (width, height) = read_mask(item.annotations[stem]), read_image(item.images[stem]).size
         if mask.shape != (height, width):
             raise InputError(
                 f"{item.annotations[stem]} is {mask.shape}, its image {(height, width)} (H, W): give it this size"
@@ -64,10 +61,12 @@ class DataSet:
         return mask
 
 
-def read_prediction(path: Path, truth: np.ndarray) -> np.ndarray:
+def read_prediction(
+    path: Path, truth: np.ndarray, advice: str = "give a mask of every image but the references"
+) -> np.ndarray:
     """A prediction, bool (H, W); raises `InputError` if it is missing or its size is not that of the true mask."""
     if not path.is_file():
-        raise InputNotFoundError(f"{path} is missing: give a mask of every image but the references")
+        raise InputNotFoundError(f"{path} is missing: {advice}")
     found = read_mask(path)
     if found.shape != truth.shape:
         raise InputError(f"{path} is {found.shape}, its annotation {truth.shape} (H, W): give it this size")

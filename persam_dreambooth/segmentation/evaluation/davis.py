@@ -104,7 +104,7 @@ def evaluate_davis(options: EvaluateDavisOptions) -> DavisScores | None:
             made_by = f"predictions in {options.predictions}"
             found = {PREDICTIONS: Path(options.predictions)}
         else:
-            made_by = f"{options.row}, SAM: {options.sam_model}"
+            made_by = f"{options.row}, SAM: {options.sam_told}"
             found = {
                 name: output / PREDICTIONS / name for name in [options.row, *_earlier_rows(output, data, options.row)]
             }
@@ -158,7 +158,7 @@ def predict_videos(data: VideoSet, output: Path, options: EvaluateDavisOptions, 
         watch, seconds = Stopwatch(), []
         for _ in steps(frames, title, "frame", videos[sequence].count, hidden=not state.is_main_process):
             seconds.append(watch.lap())
-        save_cost(folders[sequence], sam, [], [], [] if sam.cache else seconds[max(before, 1) :])
+        save_cost(folders[sequence] / COST, sam, [], [], [] if sam.cache else seconds[max(before, 1) :])
 
 
 def _is_done(folder: Path, video: Video) -> bool:

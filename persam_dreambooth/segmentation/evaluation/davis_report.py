@@ -25,7 +25,7 @@ from persam_dreambooth.segmentation.evaluation.davis_scores import (
     VideoSet,
 )
 from persam_dreambooth.segmentation.evaluation.metrics import boundary_f, jaccard
-from persam_dreambooth.segmentation.evaluation.one_shot_tables import origin, write_tables
+from persam_dreambooth.segmentation.evaluation.one_shot_tables import bootstrap_note, origin, write_tables
 from persam_dreambooth.segmentation.frames import list_numbered
 
 TITLE = "Video object segmentation"
@@ -189,7 +189,8 @@ def _heading(scores: DavisScores) -> list[str]:
         "Figures are in percent and means over objects, not sequences. The first and the last annotated frame of a "
         "sequence are not scored. Recall is the share of frames above 50 %. Decay is the mean of the first quarter of "
         "the frames minus that of the last.",
-        *origin(scores.options, scores.made_with, OVER_SEQUENCES),
+        *origin(scores.options, scores.made_with),
+        bootstrap_note(OVER_SEQUENCES),
     ]
 
 

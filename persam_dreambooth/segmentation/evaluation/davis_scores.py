@@ -15,7 +15,7 @@ import numpy as np
 
 from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.photos.labels import read_labels
-from persam_dreambooth.segmentation.evaluation.costs import Cost, cost_summary, read_cost, sams_of
+from persam_dreambooth.segmentation.evaluation.costs import COST, Cost, cost_summary, read_cost, sams_of
 from persam_dreambooth.segmentation.evaluation.metrics import (
     BOOTSTRAP,
     Statistics,
@@ -226,7 +226,7 @@ def score_videos(name: str, predictions: Path, data: VideoSet, sequences: Iterab
     objects = [each for sequence in sequences for each in score_sequence(data, predictions, sequence)]
     if not objects:
         raise InputError(f"no object in {data.annotations} has a frame to score: annotate more frames")
-    costs = [read_cost(predictions / sequence) for sequence in data.sequences]
+    costs = [read_cost(predictions / sequence / COST) for sequence in data.sequences]
     return VideoRow(name, predictions, tuple(objects), tuple(cost for cost in costs if cost))
 
 

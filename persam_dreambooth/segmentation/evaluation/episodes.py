@@ -6,7 +6,7 @@ of them. The readers of data sets are `pascal5i`, `coco20i` and `fss1000`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from persam_dreambooth.errors import InputError, counted
+from persam_dreambooth.errors import InputError, InputNotFoundError, counted
 from persam_dreambooth.photos.images import read_image
 
 FOLDS = 4
@@ -61,14 +61,14 @@ class FewShotData:
     """The images of a split of a data set, by the class that they show.
 
     Args:
-        name: its name in papers, or that of its layout.
+        name: its name in papers.
         split: `train`, `val` or `test`.
         members: the images of each class, by name, in order.
         photo: the photo of an image.
         mask: from an image and a class, the pixels of the class and the pixels to ignore, each (H, W) bool.
         in_turn: whether the images are queries in turn, each with one of its classes; otherwise, a class is drawn, and
             then a query of it.
-        published: whether the images are those of the papers.
+        genuine: whether it is the data set of this name, by the numbers of its images and classes.
         fold: the number of the fold; None for a data set without folds.
     """
 
@@ -78,8 +78,13 @@ class FewShotData:
     photo: Callable[[str], Path]
     mask: Callable[[str, str], tuple[np.ndarray, np.ndarray]]
     in_turn: bool
-    published: bool = False
+    genuine: bool = False
     fold: int | None = None
+
+    @property
+    def title(self) -> str:
+        """What to call the data in tables."""
+        return self.name if self.genuine else f"Images in the layout of {self.name}"
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -127,6 +132,66 @@ class FewShotData:
                     f"{category} has {counted(len(images), 'image')} in the {self.split} split: an episode of "
                     f"{counted(shots, 'shot')} needs {shots + 1}"
                 )
+
+
+@dataclass(frozen=True)
+class LabeledImages:
+    """The images of a data set with folds, before a fold is chosen.
+
+    Args:
+        pixels: by image, in order, the number of pixels of each class that it shows.
+        classes: all classes, in order.
+        name, split, photo, mask, in_turn, genuine: see `FewShotData`.
+    """
+
+    name: str
+    split: str
+    pixels: dict[str, dict[str, int]]
+    classes: tuple[str, ...]
+    photo: Callable[[str], Path]
+    mask: Callable[[str, str], tuple[np.ndarray, np.ndarray]]
+    in_turn: bool
+    genuine: bool
+
+    def of_fold(self, fold: int, tested: Collection[str]) -> FewShotData:
+        """The images of a fold: for testing, those of the tested classes; for training, those that show none of them.
+
+        An image counts for a class only with `LEAST_PIXELS` or more of it.
+        """
+        train = self.split == "train"
+        members: dict[str, list[str]] = {name: [] for name in self.classes if (name in tested) != train}
+        for image, shown in self.pixels.items():
+            if train and not shown.keys().isdisjoint(tested):
+                continue
+            for name in members.keys() & shown.keys():
+                if shown[name] >= LEAST_PIXELS:
+                    members[name].append(image)
+        return FewShotData(
+            self.name,
+            self.split,
+            {name: tuple(images) for name, images in members.items()},
+            self.photo,
+            self.mask,
+            self.in_turn,
+            self.genuine,
+            fold,
+        )
+
+
+def count_pixels(labels: np.ndarray, classes: tuple[str, ...]) -> dict[str, int]:
+    """The pixels of each class that a map of class numbers (H, W) shows; `classes` have the numbers from 1."""
+    counts = np.bincount(labels.ravel(), minlength=len(classes) + 1)
+    return {name: int(counts[number]) for number, name in enumerate(classes, start=1) if counts[number]}
+
+
+def read_image_list(path: Path) -> list[str]:
+    """The names in a list of images, without folder and suffix: of each line, the first word."""
+    if not path.is_file():
+        raise InputNotFoundError(f"{path} does not exist: it lists images, one a line")
+    names = [Path(line.split()[0]).stem for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not names:
+        raise InputError(f"{path} names no images: write one on every line")
+    return list(dict.fromkeys(names))
 
 
 def sample_episode(data: FewShotData, shots: int, seed: int, index: int, epoch: int = 0) -> Episode:

@@ -1,9 +1,7 @@
-"""FSS-1000 (Li et al. 2020), one-shot: one image of a class is the reference for its other images.
+"""FSS-1000 (Li et al. 2020) by episodes: 1,000 classes of ten images, of which 240 are tested.
 
-    DIR/<class>/1.jpg ... 10.jpg, 1.png ... 10.png    half white or more is the class
-
-Image 1 is the support of its class and the other nine are queries. (Few-shot papers draw a random support for every
-query.) `--reference_index all` uses each image as the support in turn.
+DIR/<class>/1.jpg ... 10.jpg, 1.png ... 10.png    half white or more is the class
+SPLITS/test.txt, val.txt, train.txt               the classes of each split, one a line; trn.txt for train.txt
 """
 
 from __future__ import annotations
@@ -11,51 +9,58 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.options import option
 from persam_dreambooth.photos.images import open_image
-from persam_dreambooth.segmentation.evaluation import one_shot
-from persam_dreambooth.segmentation.evaluation.data_set import DataSet, Item
+from persam_dreambooth.segmentation.evaluation import few_shot
 from persam_dreambooth.segmentation.evaluation.episodes import FewShotData
-from persam_dreambooth.segmentation.evaluation.one_shot_scores import OneShotScores
+from persam_dreambooth.segmentation.evaluation.few_shot_report import FS_SAM2
+from persam_dreambooth.segmentation.evaluation.few_shot_scores import FewShotScores
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg")
 WHITE = 128
 """A pixel of this gray level or a higher one belongs to the class, as in the published evaluations."""
 
-TEST_CLASSES = 240
-"""The number of classes in the test split of FSS-1000, each of ten images."""
+FSS_1000_CLASSES = {"train": 520, "val": 240, "test": 240}
+"""The number of classes in the splits of FSS-1000, each of ten images."""
+
+
+FSS_1000_PUBLISHED = {FS_SAM2: {1: 90.6, 5: 91.7}}
 
 
 @dataclass(frozen=True)
-class EvaluateFss1000Options(one_shot.OneShotOptions):
-    """FSS-1000, or a data set in its layout: scores of a method's masks, or of any masks."""
+class EvaluateFss1000Options(few_shot.FewShotOptions):
+    """FSS-1000 by episodes, or a data set in its layout: scores of a method's masks, or of any masks."""
 
     data: str | None = option(None, "folder with <class>/1.jpg and 1.png, 2.jpg and 2.png ...", path=True)
-    classes: str | None = option(None, "text file with the classes to score, one a line; default: all", path=True)
+    splits: str | None = option(None, "folder with test.txt and val.txt, lists of classes; default: --data", path=True)
+    split: Literal["test", "val"] = option("test", "the classes to evaluate: those of test.txt or val.txt")
+    episodes: int | None = option(
+        None, "number of episodes of a seed; default: each image is the query once, as in the papers"
+    )
 
     @property
     def settings(self) -> dict[str, Any]:
         """What all rows of an output folder share: the classes too."""
-        names = read_names(Path(self.classes)) if self.classes else None
-        return {**super().settings, **({"classes": names} if names else {})}
+        names = read_names(Path(self.splits or str(self.data)) / f"{self.split}.txt")
+        return {**super().settings, "classes": names}
 
 
-def evaluate_fss1000(options: EvaluateFss1000Options) -> OneShotScores | None:
-    """Runs a method or reads predictions, and scores the masks; see `one_shot.evaluate_one_shot`.
+def evaluate_fss1000(options: EvaluateFss1000Options) -> FewShotScores | None:
+    """Runs a method or reads predictions, and scores the masks; see `few_shot.evaluate_few_shot`.
 
     Raises:
         InputError, InputNotFoundError: a data set, a prediction or a model that cannot be used. Finished predictions
             are kept, and the next evaluation resumes from them.
     """
     options.check()
-    items = read_classes(Path(str(options.data)), Path(options.classes) if options.classes else None)
-    rows = [] if options.predictions else one_shot.plain_rows(options, items)
-    return one_shot.evaluate_one_shot(options, DataSet("FSS-1000", items, read_truth), rows)
+    splits = Path(options.splits) if options.splits else None
+    data = read_fss1000(Path(str(options.data)), splits, options.split)
+    return few_shot.evaluate_few_shot(options, [data], FSS_1000_PUBLISHED)
 
 
 def read_fss1000(data: Path, splits: Path | None = None, split: str = "test") -> FewShotData:
@@ -80,47 +85,22 @@ def read_fss1000(data: Path, splits: Path | None = None, split: str = "test") ->
         if not (data / name).is_dir():
             raise InputNotFoundError(f"{listed} names {name}, but {data / name} does not exist")
         members[name] = tuple(f"{name}/{stem}" for stem in _stems(data / name))
-    counts = {len(images) for images in members.values()}
-    published = split == "test" and len(members) == TEST_CLASSES and counts == {10}
+    counts = [len(images) for images in members.values()]
     return FewShotData(
-        "FSS-1000", split, members, partial(_photo_path, data), partial(_read_mask, data), True, published
+        "FSS-1000",
+        split,
+        members,
+        partial(_photo_path, data),
+        partial(_read_mask, data),
+        in_turn=True,
+        genuine=counts == [10] * FSS_1000_CLASSES[split],
     )
-
-
-def read_classes(data: Path, names: Path | None) -> list[Item]:
-    """Lists the classes of the data set, sorted by name.
-
-    Args:
-        data: the folder of class folders.
-        names: a text file with the names of the classes to score, one a line, such as the test split; None for all.
-
-    Raises:
-        InputError, InputNotFoundError: no such folder, no classes, a class with fewer than two images, an image without
-            a mask or a mask without an image.
-    """
-    if not data.is_dir():
-        raise InputNotFoundError(f"{data} does not exist: name the folder that holds the classes with --data")
-    folders = {path.name: path for path in sorted(data.iterdir()) if path.is_dir() and not path.name.startswith(".")}
-    if names:
-        listed = read_names(names)
-        missing = [name for name in listed if name not in folders]
-        if missing:
-            raise InputNotFoundError(f"{names} names {missing[0]}, but {data / missing[0]} does not exist")
-        folders = {name: folders[name] for name in listed}
-    if not folders:
-        raise InputNotFoundError(f"{data} holds no classes: one folder of images and masks for each")
-    return [_read_class(folder) for folder in folders.values()]
-
-
-def read_truth(path: Path) -> np.ndarray:
-    """A mask of the data set, bool (H, W)."""
-    return np.asarray(open_image(path).convert("L")) >= WHITE
 
 
 def read_names(path: Path) -> list[str]:
     """The classes that a text file lists, sorted; raises `InputError` or `InputNotFoundError` if there are none."""
     if not path.is_file():
-        raise InputNotFoundError(f"{path} does not exist: name a text file with a class on every line")
+        raise InputNotFoundError(f"{path} does not exist: it lists the classes of the split, one a line")
     try:
         names = sorted({line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()})
     except UnicodeDecodeError:
@@ -128,21 +108,6 @@ def read_names(path: Path) -> list[str]:
     if not names:
         raise InputError(f"{path} names no classes: write one on every line")
     return names
-
-
-def _read_class(folder: Path) -> Item:
-    paths = sorted(folder.iterdir(), key=lambda path: (int(path.stem) if path.stem.isdecimal() else 0, path.stem))
-    images = {path.stem: path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES}
-    masks = {path.stem: path for path in paths if path.suffix.lower() == ".png"}
-    if len(images) < 2:
-        raise InputError(f"{folder} holds {len(images)} images: a class needs at least two")
-    for stem in images:
-        if stem not in masks:
-            raise InputNotFoundError(f"{images[stem]} has no mask: {folder / stem}.png is missing")
-    for stem in masks:
-        if stem not in images:
-            raise InputNotFoundError(f"{masks[stem]} has no image: {folder / stem}.jpg is missing")
-    return Item(folder.name, images, masks)
 
 
 def _stems(folder: Path) -> list[str]:

@@ -52,7 +52,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class OneShotOptions(SegmentationOptions):
-    """Options shared by `evaluate perseg` and `evaluate fss1000`."""
+    """Options of an evaluation by references."""
 
     data: str | None = option(None, "the data set's folder", path=True)
     output: str | None = option(
@@ -158,7 +158,7 @@ def evaluate_one_shot(
         if not state.is_main_process:
             return None
         if rows:
-            made_by = f"{options.segmenter}, SAM: {options.sam_model}"
+            made_by = f"{options.segmenter}, SAM: {options.sam_told}"
             names = [row.name for row in rows] + earlier_rows(output, data, methods, [row.name for row in rows])
             found = [(*read_row_name(name), output / "predictions" / name) for name in names]
         else:
@@ -167,7 +167,9 @@ def evaluate_one_shot(
         scored = score_rows(found, data)
         order = {method: place for place, method in enumerate([made_by, *methods])}
         ordered = sorted(scored, key=lambda row: (order[row.method], len(row.references), row.references))
-        scores = OneShotScores(data, scored[0], tuple(ordered), made_by, effective(options), provenance())
+        scores = OneShotScores(
+            data, scored[0], tuple(ordered), made_by, effective(options, options.predictions), provenance()
+        )
         tables = [*one_shot_tables(scores), *more_tables(scores)]
         write_json(output / "results.json", scores.results)
         write_tables(output, data.name, heading(scores), [*tables, objects_table(scores.shown)])
@@ -175,9 +177,9 @@ def evaluate_one_shot(
         return scores
 
 
-def effective(options: OneShotOptions) -> dict[str, Any]:
-    """The options by name; with `--predictions`, without those of methods."""
-    idle = {entry.name for entry in fields(SegmentationOptions)} if options.predictions else set()
+def effective(options: SegmentationOptions, predictions: str | None) -> dict[str, Any]:
+    """The options by name; with predictions, without those of methods."""
+    idle = {entry.name for entry in fields(SegmentationOptions)} if predictions else set()
     return {name: value for name, value in asdict(options).items() if name not in idle}
 
 
@@ -254,7 +256,7 @@ def segment_item(item: Item, rows: list[Row], data: DataSet, sam: Sam, output: P
                     if stem not in given:
                         mask = found.mask
                 Image.fromarray(mask.astype(np.uint8) * 255).save(aside / f"{stem}.png")
-            save_cost(aside, sam, encode, fit, predict)
+            save_cost(aside / COST, sam, encode, fit, predict)
 
 
 def disturbed(mask: np.ndarray, growth: int) -> np.ndarray:

@@ -40,9 +40,9 @@ LEGEND = (
 )
 TRACE_LEGEND = (
     " The colored picture is the photo's similarity to the target: yellow is the highest, and the numbers are cosine "
-    "similarities, on one scale for all photos of an object. A plus marks the positive point, a minus the negative "
-    "point, and a rectangle the last box."
+    "similarities, on one scale for all photos of an object."
 )
+PROMPT_LEGEND = " A plus marks the positive point, a minus the negative point, and a rectangle the last box."
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,11 @@ def write_one_shot_report(output: Path, scores: OneShotScores, tables: Sequence[
     data, shown = scores.data, scores.shown
     items = {item.name: item for item in data.items}
     sections: list[str] = []
-    traced = False
+    traced = prompted = False
     for name in steps(shown.worst_first, "pictures", "object"):
         looks = look(data, items[name], shown.predictions / name, shown.references)
         traced = traced or any(each.trace for each in looks)
+        prompted = prompted or any(each.trace and len(each.trace.points) for each in looks)
         save_picture(contact_sheet(f"{name}: {shown.name}", looks), output / "overlays" / f"{name}.jpg")
         if len(sections) < SHOWN:
             title = f"{name}: IoU {shown.counts[name].figures['IoU']:.2f} %"
@@ -88,6 +89,7 @@ def write_one_shot_report(output: Path, scores: OneShotScores, tables: Sequence[
     about = [ABOUT if scores.options["predictions"] is None else ABOUT_PREDICTIONS, *heading(scores)]
     legend = f"The objects below are those of {shown.name}, sorted from worst to best. {LEGEND}"
     legend += TRACE_LEGEND if traced else ""
+    legend += PROMPT_LEGEND if prompted else ""
     if len(items) > SHOWN:
         legend += f" {SHOWN} of {len(items)} objects are shown here; the folder overlays has all."
     links = shown.worst_first[:SHOWN]
@@ -104,13 +106,26 @@ def look(data: DataSet, item: Item, folder: Path, references: tuple[int, ...]) -
     span = (float(min(map(np.min, values))), float(max(map(np.max, values)))) if values else None
     looks = []
     for stem, path in item.images.items():
-        photo, truth, trace = read_image(path), data.truth(item, stem), traces[stem]
-        found = truth if stem in given else read_prediction(folder / f"{stem}.png", truth)
-        prompts = (trace.points, trace.box) if trace and stem not in given else ()
-        says = "reference" if stem in given else f"IoU {100 * jaccard(found, truth):.2f} %"
-        pictures = (outlined(photo, truth), outlined(photo, found, *prompts), mask_errors(photo, found, truth))
-        looks.append(Look(photo, trace, span, *pictures, [path.name, says]))
+        truth, trace = data.truth(item, stem), traces[stem]
+        found = None if stem in given else read_prediction(folder / f"{stem}.png", truth)
+        looks.append(photo_look(path.name, read_image(path), truth, found, trace, span))
     return looks
+
+
+def photo_look(
+    name: str,
+    photo: Image.Image,
+    truth: np.ndarray,
+    found: np.ndarray | None,
+    trace: Trace | None = None,
+    span: tuple[float, float] | None = None,
+) -> Look:
+    """One photo with its true mask and the mask that was found, each (H, W) bool; without it, it is a reference."""
+    prompts = (trace.points, trace.box) if trace and found is not None else ()
+    says = "reference" if found is None else f"IoU {100 * jaccard(found, truth):.2f} %"
+    shown = truth if found is None else found
+    pictures = (outlined(photo, truth), outlined(photo, shown, *prompts), mask_errors(photo, shown, truth))
+    return Look(photo, trace, span, *pictures, [name, says])
 
 
 def contact_sheet(title: str, looks: Sequence[Look]) -> Image.Image:

@@ -17,7 +17,7 @@ import numpy as np
 
 from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.progress import steps
-from persam_dreambooth.segmentation.evaluation.costs import Cost, cost_summary, read_cost, sams_of
+from persam_dreambooth.segmentation.evaluation.costs import COST, Cost, cost_summary, read_cost, sams_of
 from persam_dreambooth.segmentation.evaluation.data_set import DataSet, read_prediction
 from persam_dreambooth.segmentation.evaluation.metrics import (
     BOOTSTRAP,
@@ -244,7 +244,7 @@ def score_rows(rows: Sequence[tuple[str, tuple[int, ...], Path]], data: DataSet)
             for place in scored:
                 found = read_prediction(rows[place][2] / item.name / f"{stem}.png", truth)
                 counts[place][item.name] = counts[place].get(item.name, Counts()) + Counts.of(found, truth)
-    costs = [[read_cost(predictions / item.name) for item in data.items] for _, _, predictions in rows]
+    costs = [[read_cost(predictions / item.name / COST) for item in data.items] for _, _, predictions in rows]
     return [
         RowScores(*row, own, tuple(cost for cost in each if cost))
         for row, own, each in zip(rows, counts, costs, strict=True)

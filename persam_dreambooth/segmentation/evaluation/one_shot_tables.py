@@ -8,7 +8,7 @@ from typing import Any
 
 from persam_dreambooth.files import write_text
 from persam_dreambooth.report.tables import Table, TableCell, csv_tables, latex_tables, markdown_table
-from persam_dreambooth.segmentation.evaluation.costs import cost_summary
+from persam_dreambooth.segmentation.evaluation.costs import Cost, cost_summary
 from persam_dreambooth.segmentation.evaluation.metrics import BOOTSTRAP
 from persam_dreambooth.segmentation.evaluation.one_shot_scores import Counts, OneShotScores, RowScores
 
@@ -26,16 +26,19 @@ def one_shot_tables(scores: OneShotScores) -> list[Table]:
                 "Percent. Each image is the only reference in turn, up to the number of images that all objects have.",
             )
         )
-    costly = [row for row in scores.rows if row.costs]
-    if costly:
-        note = (
-            "Seconds are medians: of SAM's image encoder for a photo (empty if a cache was read), of fitting the "
-            "method to an object's references, and of finding the object in a photo. Memory is the peak in MB of the "
-            "accelerator, or of the process on a CPU."
-        )
-        headings = ["row", "encode (s)", "fit (s)", "predict (s)", "peak memory (MB)"]
-        tables.append(Table("Seconds and memory", headings, [_cost_cells(row) for row in costly], note))
-    return tables
+    return [*tables, *cost_tables({row.name: row.costs for row in scores.rows})]
+
+
+def cost_tables(costs: dict[str, Sequence[Cost]]) -> list[Table]:
+    """The table of the costs of rows by name, if any is known."""
+    cells = [_cost_cells(name, own) for name, own in costs.items() if own]
+    note = (
+        "Seconds are medians: of SAM's image encoder for a photo (empty if a cache was read), of fitting the method to "
+        "the references, and of finding the object in a photo. Memory is the peak in MB of the accelerator, or of the "
+        "process on a CPU."
+    )
+    headings = ["row", "encode (s)", "fit (s)", "predict (s)", "peak memory (MB)"]
+    return [Table("Seconds and memory", headings, cells, note)] if cells else []
 
 
 def objects_table(row: RowScores) -> Table:
@@ -52,20 +55,27 @@ def heading(scores: OneShotScores) -> list[str]:
         f"Made by {scores.made_by}.",
         "Figures are in percent. Reference images are not scored.",
         *origin(scores.options, scores.made_with),
+        bootstrap_note(),
     ]
 
 
-def origin(options: dict[str, Any], made: dict[str, Any], intervals: str = str(BOOTSTRAP["method"])) -> list[str]:
-    """Versions, commit, machine, date, options and seed of an evaluation, as sentences; `intervals`: their method."""
+def origin(options: dict[str, Any], made: dict[str, Any]) -> list[str]:
+    """Versions, commit, machine, date and options of an evaluation, as sentences."""
     given = {name: value for name, value in options.items() if value not in (None, False)}
     source = f" (commit {made['commit']})" if made["commit"] else ""
     versions = ", ".join(f"{name} {made[name]}" for name in ("python", "torch", "transformers"))
     return [
         f"persam-dreambooth {made['persam-dreambooth']}{source}, {versions}, {made['device']}, {made['date']}.",
         f"Options: {', '.join(f'{name} {value}' for name, value in given.items())}.",
-        f"Intervals: {intervals}, {BOOTSTRAP['resamples']} resamples, seed {BOOTSTRAP['seed']}. The methods "
-        "draw no random numbers.",
     ]
+
+
+def bootstrap_note(method: str = str(BOOTSTRAP["method"])) -> str:
+    """How intervals were computed, as sentences."""
+    return (
+        f"Intervals: {method}, {BOOTSTRAP['resamples']} resamples, seed {BOOTSTRAP['seed']}. The methods draw no "
+        "random numbers."
+    )
 
 
 def write_tables(output: Path, title: str, sentences: Sequence[str], tables: Sequence[Table]) -> None:
@@ -92,10 +102,10 @@ def _interval(row: RowScores) -> str | None:
     return f"{ends[0]:.2f} to {ends[1]:.2f}" if ends else None
 
 
-def _cost_cells(row: RowScores) -> list[TableCell]:
-    cost = cost_summary(row.costs)
+def _cost_cells(name: str, costs: Sequence[Cost]) -> list[TableCell]:
+    cost = cost_summary(costs)
     memory = cost["peak_memory_mb"]
     seconds: list[TableCell] = [
-        None if (value := cost[f"{name}_seconds"]) is None else f"{value:.3g}" for name in ("encode", "fit", "predict")
+        None if (value := cost[f"{step}_seconds"]) is None else f"{value:.3g}" for step in ("encode", "fit", "predict")
     ]
-    return [row.name, *seconds, None if memory is None else f"{memory:.0f}"]
+    return [name, *seconds, None if memory is None else f"{memory:.0f}"]

@@ -10,15 +10,26 @@ Fold f tests classes 5f to 5f + 4. Training leaves out images that show a class 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from persam_dreambooth.errors import InputError, InputNotFoundError
+from persam_dreambooth.errors import InputNotFoundError
+from persam_dreambooth.options import option
 from persam_dreambooth.photos.labels import VOID, read_class_map
 from persam_dreambooth.progress import steps
-from persam_dreambooth.segmentation.evaluation.episodes import FOLDS, LEAST_PIXELS, FewShotData
+from persam_dreambooth.segmentation.evaluation import few_shot
+from persam_dreambooth.segmentation.evaluation.episodes import (
+    FOLDS,
+    FewShotData,
+    LabeledImages,
+    count_pixels,
+    read_image_list,
+)
+from persam_dreambooth.segmentation.evaluation.few_shot_report import FS_SAM2
+from persam_dreambooth.segmentation.evaluation.few_shot_scores import FewShotScores
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
@@ -29,16 +40,53 @@ VOC_CLASSES = (
 VOC_VAL_IMAGES = 1449
 """The number of images in VOC 2012's validation set for segmentation."""
 
+PASCAL_5I_PUBLISHED = {FS_SAM2: {1: 73.4, 5: 74.8}}
+
 ANNOTATIONS = ("SegmentationClassAug", "SegmentationClass")
 
 
+@dataclass(frozen=True)
+class EvaluatePascal5iOptions(few_shot.FoldedOptions):
+    """PASCAL-5i by episodes: scores of a method's masks, or of any masks."""
+
+    data: str | None = option(
+        None, "folder VOC2012 with JPEGImages, SegmentationClassAug and ImageSets/Segmentation/val.txt", path=True
+    )
+
+
+def evaluate_pascal5i(options: EvaluatePascal5iOptions) -> FewShotScores | None:
+    """Runs a method or reads predictions, and scores the masks; see `few_shot.evaluate_few_shot`.
+
+    Raises:
+        InputError, InputNotFoundError: a data set, a prediction or a model that cannot be used. Finished predictions
+            are kept, and the next evaluation resumes from them.
+    """
+    options.check()
+    folds = few_shot.list_folds(read_voc(Path(str(options.data))), pascal_fold)
+    return few_shot.evaluate_few_shot(options, folds, PASCAL_5I_PUBLISHED)
+
+
 def read_pascal5i(data: Path, fold: int, split: str = "test") -> FewShotData:
-    """Lists the images of a fold, by class.
+    """Lists the images of a fold, by class; see `read_voc` for arguments and errors.
+
+    Args:
+        fold: 0 to 3.
+    """
+    return pascal_fold(read_voc(data, split), fold)
+
+
+def pascal_fold(images: LabeledImages, fold: int) -> FewShotData:
+    """The images of a fold."""
+    size = len(VOC_CLASSES) // FOLDS
+    return images.of_fold(fold, VOC_CLASSES[size * fold : size * (fold + 1)])
+
+
+def read_voc(data: Path, split: str = "test") -> LabeledImages:
+    """Reads which classes the images show.
 
     Args:
         data: the folder of VOC 2012.
-        fold: 0 to 3.
-        split: `test`: the fold's classes in the validation set; `train`: the other classes in the other images.
+        split: `test` for the validation set, `train` for the other images.
 
     Raises:
         InputError, InputNotFoundError: a folder or a list that is missing, an image without a mask or a mask without an
@@ -52,41 +100,25 @@ def read_pascal5i(data: Path, fold: int, split: str = "test") -> FewShotData:
         )
     val = read_image_list(data / "ImageSets" / "Segmentation" / "val.txt")
     images = val if split == "test" else _train_images(data, folder, set(val))
-    tested = range(len(VOC_CLASSES) // FOLDS * fold + 1, len(VOC_CLASSES) // FOLDS * (fold + 1) + 1)
-    wanted = [value for value in range(1, len(VOC_CLASSES) + 1) if (value in tested) == (split == "test")]
-    members: dict[int, list[str]] = {value: [] for value in wanted}
+    photo = partial(_photo_path, data)
+    pixels = {}
     for image in steps(images, "reading annotations", "image"):
-        photo, annotation = _photo_path(data, image), folder / f"{image}.png"
-        if not photo.is_file():
-            raise InputNotFoundError(f"{annotation} has no image: {photo} is missing")
+        annotation = folder / f"{image}.png"
+        if not photo(image).is_file():
+            raise InputNotFoundError(f"{annotation} has no image: {photo(image)} is missing")
         if not annotation.is_file():
-            raise InputNotFoundError(f"{photo} has no annotation: {annotation} is missing")
-        pixels = np.bincount(read_class_map(annotation, len(VOC_CLASSES)).ravel(), minlength=256)
-        if split == "train" and pixels[tested].any():
-            continue
-        for value in wanted:
-            if pixels[value] >= LEAST_PIXELS:
-                members[value].append(image)
-    return FewShotData(
+            raise InputNotFoundError(f"{photo(image)} has no annotation: {annotation} is missing")
+        pixels[image] = count_pixels(read_class_map(annotation, len(VOC_CLASSES)), VOC_CLASSES)
+    return LabeledImages(
         "PASCAL-5i",
         split,
-        {VOC_CLASSES[value - 1]: tuple(shown) for value, shown in members.items()},
-        partial(_photo_path, data),
+        pixels,
+        VOC_CLASSES,
+        photo,
         partial(_class_mask, folder),
         in_turn=True,
-        published=split == "test" and len(val) == VOC_VAL_IMAGES,
-        fold=fold,
+        genuine=len(val) == VOC_VAL_IMAGES,
     )
-
-
-def read_image_list(path: Path) -> list[str]:
-    """The names in a list of images, without folder and suffix: of each line, the first word."""
-    if not path.is_file():
-        raise InputNotFoundError(f"{path} does not exist: it lists images, one a line")
-    names = [Path(line.split()[0]).stem for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not names:
-        raise InputError(f"{path} names no images: write one on every line")
-    return list(dict.fromkeys(names))
 
 
 def _train_images(data: Path, folder: Path, val: set[str]) -> list[str]:

@@ -111,17 +111,21 @@ def read_sam2(weights: dict[str, torch.Tensor], path: Path) -> Sam2MemoryModel:
 
 def rename_sam2(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The weights of a `Sam2MemoryModel`, under transformers' names."""
-    renamed = {}
-    for name, value in weights.items():
-        if re.match(r"(image_encoder|sam_prompt_encoder|sam_mask_decoder|memory_attention|memory_encoder)\.", name):
-            for pattern, replacement in SAM2_RENAMED:
-                name = re.sub(pattern, replacement, name)
-            if ".point_embeddings." not in name:
-                renamed[name] = value
+    kept = (
+        r"(image_encoder|sam_prompt_encoder(?!\.point_embeddings)|sam_mask_decoder|memory_attention|memory_encoder)\."
+    )
+    renamed = {transformers_name(name): value for name, value in weights.items() if re.match(kept, name)}
     renamed["no_memory_embedding"] = weights["no_mem_embed"]
     renamed["prompt_encoder.shared_embedding.positional_embedding"] = weights[SAM2_POSITIONS]
     renamed["prompt_encoder.point_embed.weight"] = torch.cat([weights[POINTS.format(kind)] for kind in range(4)])
     return renamed
+
+
+def transformers_name(name: str) -> str:
+    """The name in transformers of a SAM 2 weight that has one of its own."""
+    for pattern, replacement in SAM2_RENAMED:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def read_sam2_config(width: int, depth: int, background: tuple[int, int]) -> Sam2VideoConfig:

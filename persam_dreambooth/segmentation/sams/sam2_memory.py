@@ -30,6 +30,8 @@ MASK_SCALE, MASK_BIAS = 20.0, -10.0
 class Sam2MemoryModel(Sam2Model):
     """`Sam2Model` with the memory attention and the memory encoder of `Sam2VideoModel`, under the same names.
 
+    The mask decoder does not replace unstable masks by itself.
+
     Args:
         config: of the video model; `config` of this model is that of the image model.
     """
@@ -39,6 +41,7 @@ class Sam2MemoryModel(Sam2Model):
         config._attn_implementation = self.config._attn_implementation
         self.memory_attention = Sam2VideoMemoryAttention(config)
         self.memory_encoder = Sam2VideoMemoryEncoder(config)
+        self.mask_decoder.dynamic_multimask_via_stability = False  # see `decode_cells`
 
     def set_positions(self) -> None:
         """Computes the memory attention's positions and frequencies, which no checkpoint holds."""
@@ -129,8 +132,8 @@ def decode_cells(
         cells: (B, C, 64, 64).
         finer: the finer features of the same photos.
         multimask: returns three masks, else the single-mask output.
-        replaced: an unstable single mask is replaced by the best of three, unless the decoder is in training mode.
-            FS-SAM2 was evaluated so: it is the default of SAM 2's program.
+        replaced: an unstable single mask is replaced by the best of three. FS-SAM2 was evaluated so: it is the default
+            of SAM 2's program.
 
     Returns:
         Logits (B, masks, 256, 256), predicted IoUs (B, masks) and the logit that an object is visible (B, 1).
@@ -139,10 +142,9 @@ def decode_cells(
     points = torch.zeros(count, 1, 1, 2, device=device)
     labels = -torch.ones(count, 1, 1, dtype=torch.int64, device=device)
     sparse, dense = model.prompt_encoder(points, labels, None, None)
-    decoder = model.mask_decoder
-    before, decoder.dynamic_multimask_via_stability = decoder.dynamic_multimask_via_stability, replaced
-    try:
-        masks, scores, _, visible = decoder(
+
+    def decoded(multimask: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        masks, scores, _, visible = model.mask_decoder(
             image_embeddings=cells,
             image_positional_embeddings=model.get_image_wide_positional_embeddings().repeat(count, 1, 1, 1),
             sparse_prompt_embeddings=sparse,
@@ -150,6 +152,13 @@ def decode_cells(
             multimask_output=multimask,
             high_resolution_features=list(finer),
         )
-    finally:
-        decoder.dynamic_multimask_via_stability = before
+        return masks, scores, visible
+
+    masks, scores, visible = decoded(multimask)
+    if replaced:
+        # The decoder can do so in one pass, but by an attribute that other threads would see.
+        every_mask, every_score = (
+            torch.cat(pair, dim=2) for pair in zip((masks, scores), decoded(True)[:2], strict=True)
+        )
+        masks, scores = model.mask_decoder._dynamic_multimask_via_stability(every_mask, every_score)
     return masks[:, 0], scores[:, 0], visible[:, 0]

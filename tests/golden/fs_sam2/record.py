@@ -174,7 +174,6 @@ def record_forward(model, photos, masks):
             out = model(batch["query_img"], prev_out=out)
             found[f"{name}logits_{shots}"] = out["pred_masks"][:, 0, ::2, ::2]
             found[f"{name}iou_{shots}"] = out["ious"]
-            found[f"{name}input_logits_{shots}"] = out["logit_mask"][:, 0, ::16, ::16]
         for hook in hooks:
             hook.remove()
         found[f"visible_{shots}"] = out["object_score_logits"]
@@ -220,7 +219,6 @@ def record_training(program, photos, masks):
         "decay": np.array([groups[0][1] for groups, _ in seen["steps"]]),
         "gradient_norms": np.array([float(first[1][name].norm()) for name in first[1]], np.float32),
         "gradient_names": np.array(list(first[1])),
-        "after_norms": np.array([float(after[name].norm()) for name in first[1]], np.float32),
         "after_first": np.array([after[name].flatten()[:8].tolist() for name in first[1]], np.float32),
         "steps": np.array(steps),
     }
@@ -319,7 +317,7 @@ def record_metrics():
     rng = np.random.default_rng(8)
     predicted, true = (torch.from_numpy((rng.random((6, 12, 12)) < share).astype(np.float32)) for share in (0.4, 0.5))
     ignored = torch.from_numpy((rng.random((6, 12, 12)) < 0.1).astype(np.float32)) * (1 - true)
-    classes = torch.tensor([5, 6, 5, 7, 6, 5])
+    classes = torch.tensor([5, 6, 5, 7, 6, 7])
     dataset = types.SimpleNamespace(benchmark="pascal", class_ids=[5, 6, 7, 8], nclass=20)
     with patch.object(torch.Tensor, "cuda", lambda tensor, **_: tensor):
         meter = AverageMeter(dataset)

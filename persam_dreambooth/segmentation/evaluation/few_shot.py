@@ -1,0 +1,285 @@
+"""Evaluation of few-shot segmentation by episodes: a method segments each query from its supports.
+
+A run is the episodes of one fold, one number of shots and one seed. It writes OUTPUT/episodes/<run>.json, which names
+the images of each episode, and OUTPUT/predictions/<method>/<run>/NNNN.png, one episode at a time, so that an
+interrupted evaluation resumes, and other methods, folds, shots and seeds add to the results. A trace of the method
+(`trace.Trace`) and its cost (`costs.Cost`) are saved beside each prediction, under its number.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from persam_dreambooth.errors import InputNotFoundError
+from persam_dreambooth.files import check_settings, check_writable, locked, note_settings, write_aside, write_json
+from persam_dreambooth.machine import provenance, reset_peak_memory
+from persam_dreambooth.options import LAST_SEED, option, require, within
+from persam_dreambooth.progress import steps
+from persam_dreambooth.segmentation.adapters import ADAPTER, Adapter
+from persam_dreambooth.segmentation.evaluation.costs import Stopwatch, save_cost
+from persam_dreambooth.segmentation.evaluation.episodes import FOLDS, Episode, FewShotData, LabeledImages
+from persam_dreambooth.segmentation.evaluation.few_shot_report import Published, write_few_shot_report
+from persam_dreambooth.segmentation.evaluation.few_shot_scores import (
+    EpisodeRun,
+    FewShotRow,
+    FewShotScores,
+    prediction_path,
+    read_run_name,
+    score_run,
+)
+from persam_dreambooth.segmentation.evaluation.one_shot import effective
+from persam_dreambooth.segmentation.evaluation.processes import open_processes, own_part
+from persam_dreambooth.segmentation.evaluation.trace import save_trace
+from persam_dreambooth.segmentation.segmenters import METHODS, SegmentationOptions, make_segmenter, open_sam_of
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+    from persam_dreambooth.segmentation.sams.sam import Encoding, Sam
+
+logger = logging.getLogger(__name__)
+
+MOST_ENCODED = 2 << 30
+"""Bytes of encodings that a process keeps in memory for later episodes."""
+
+
+@dataclass(frozen=True)
+class FewShotOptions(SegmentationOptions):
+    """Options shared by the evaluations by episodes."""
+
+    data: str | None = option(None, "the data set's folder", path=True)
+    output: str | None = option(
+        None, "folder for results, episodes and predictions; an interrupted evaluation resumes there", path=True
+    )
+    predictions: str | None = option(
+        None,
+        "score this folder of <run>/NNNN.png instead of running a method",
+        path=True,
+        rivals=("segmenter", "target_coverage", "guidance", "sam_dtype", "encoding_cache"),
+    )
+    shots: int = option(1, "number of supports of an episode", elsewhere=("nshot", "n_shots", "kshot"))
+    episodes: int | None = option(1000, "number of episodes of a fold and seed")
+    seed: int = option(0, "seed of the episodes")
+    seeds: int = option(1, "number of consecutive seeds; with two or more, figures have a confidence interval")
+
+    @property
+    def chosen(self) -> tuple[int | None, ...]:
+        """The folds to evaluate; None is the whole of a data set without folds."""
+        return (None,)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What all rows of an output folder share, since their figures are compared."""
+        names = ["sam_model", "sam_dtype", "adapter", "guidance", "target_coverage"]
+        names = ["predictions"] if self.predictions else names
+        return {"data": str(Path(str(self.data))), **{name: getattr(self, name) for name in ("episodes", *names)}}
+
+    def check(self) -> None:
+        """Raises `InputError` for options that are missing, out of range or in conflict."""
+        require(self, "data", "output")
+        super().check()
+        within(self, 1, math.inf, "shots", "episodes", "seeds")
+        within(self, 0, LAST_SEED, "seed")
+
+
+@dataclass(frozen=True)
+class FoldedOptions(FewShotOptions):
+    """Options of a data set with folds."""
+
+    fold: str = option("all", "the fold to evaluate", choices=("all", *map(str, range(FOLDS))))
+
+    @property
+    def chosen(self) -> tuple[int | None, ...]:
+        """The folds to evaluate."""
+        return tuple(range(FOLDS)) if self.fold == "all" else (int(self.fold),)
+
+
+def list_folds(images: LabeledImages, fold_of: Callable[[LabeledImages, int], FewShotData]) -> list[FewShotData]:
+    """All folds of a data set."""
+    return [fold_of(images, fold) for fold in range(FOLDS)]
+
+
+def evaluate_few_shot(
+    options: FewShotOptions, sets: Sequence[FewShotData], published: Published
+) -> FewShotScores | None:
+    """Runs a method on episodes, or reads predictions, and scores them; writes results, tables and `report.html`.
+
+    Runs that the folder holds from earlier evaluations with the same settings stay in the results.
+
+    Args:
+        options: options of the evaluation.
+        sets: all folds of the data, or the data without folds.
+        published: the figures of papers for this data set, shown if it is the one of the papers.
+
+    Returns:
+        The scores; None in processes other than the main one.
+
+    Raises:
+        InputError, InputNotFoundError: an image, a prediction or a model that cannot be used, a class with too few
+            images, or a folder with other settings. Predictions of a method are kept, and the next evaluation resumes.
+    """
+    output = Path(str(options.output))
+    check_writable(output)
+    chosen = [data for data in sets if data.fold in options.chosen]
+    for data in chosen:
+        data.check_shots(options.shots)
+    if options.predictions and not Path(options.predictions).is_dir():
+        raise InputNotFoundError(f"{options.predictions} does not exist: name a folder of predictions")
+    check_settings(output, options.settings, "an evaluation", "--output")
+    seeds = range(options.seed, options.seed + options.seeds)
+    runs = [EpisodeRun(data, options.shots, seed, options.episodes) for data in chosen for seed in seeds]
+    state = open_processes()
+    with locked(output) if state.is_main_process else nullcontext():
+        if state.is_main_process:
+            for run in runs:
+                write_json(output / "episodes" / f"{run.name}.json", run.content)
+        if not options.predictions:
+            predict_episodes(runs, output / "predictions" / options.segmenter, options, state)
+        state.wait_for_everyone()
+        if not state.is_main_process:
+            return None
+        found: dict[tuple[str, int], dict[EpisodeRun, Path]] = {}
+        if options.predictions:
+            made_by = "predictions"
+            found[made_by, options.shots] = {run: Path(options.predictions) / run.name for run in runs}
+        else:
+            made_by = f"{options.segmenter}, SAM: {options.sam_told}"
+            for method in METHODS:
+                own = runs if method == options.segmenter else []
+                for run in [*own, *earlier_runs(output / "predictions" / method, sets, own, options)]:
+                    place = output / "predictions" / method / run.name
+                    found.setdefault((method, run.shots), {})[run] = place
+        rows = [
+            FewShotRow(method, shots, tuple(score_run(run, folder) for run, folder in folders.items()))
+            for (method, shots), folders in sorted(found.items(), key=lambda entry: (entry[0][1], entry[0][0]))
+        ]
+        shown = next(row for row in rows if row.shots == options.shots and row.method in (options.segmenter, made_by))
+        scores = FewShotScores(shown, tuple(rows), made_by, effective(options, options.predictions), provenance())
+        note_settings(output, options.settings, "an evaluation", "--output")
+        write_json(output / "results.json", scores.results)
+        write_few_shot_report(output, scores, published)
+        return scores
+
+
+def predict_episodes(runs: Sequence[EpisodeRun], folder: Path, options: FewShotOptions, state: PartialState) -> None:
+    """Writes the missing predictions; under `accelerate launch`, each process takes a part of the episodes.
+
+    Episodes of a class follow one another, so that images that several of them show are encoded once.
+    """
+    work = [(run, episode) for run in runs for episode in run.episodes]
+    work.sort(key=lambda each: (each[0].data.fold or 0, each[1].category, each[1].query))
+    left = [each for each in own_part(work, state) if not prediction_path(folder / each[0].name, each[1]).is_file()]
+    fitting = {fold: with_adapter_of_fold(options, fold) for fold in options.chosen} if left else {}
+    sam = open_sam_of(fitting[left[0][0].data.fold]) if left else None
+    if state.is_main_process:  # processes would overwrite one another's file
+        note_settings(Path(str(options.output)), options.settings, "an evaluation", "--output")
+    state.wait_for_everyone()
+    if sam is None:
+        return
+    reset_peak_memory()
+    encoder, adapter = RecentEncodings(sam), fitting[left[0][0].data.fold].adapter
+    done = len(work) // state.num_processes - len(left)
+    for run, episode in steps(left, "segmenting", "episode", len(left) + done, done, hidden=not state.is_main_process):
+        if (own := fitting[run.data.fold]).adapter != adapter:
+            encoder, adapter = RecentEncodings(open_sam_of(own)), own.adapter
+        segment_episode(run.data, episode, folder / run.name, options, encoder)
+
+
+def with_adapter_of_fold(options: FewShotOptions, fold: int | None) -> FewShotOptions:
+    """The options with the adapter of a fold: `--adapter` itself, or its folder `fold0` and so on.
+
+    Raises:
+        InputError, InputNotFoundError: the folder holds no adapter.
+    """
+    if not options.adapter:
+        return options
+    folder = Path(options.adapter)
+    if fold is not None and not (folder / ADAPTER).is_file():
+        folder /= f"fold{fold}"
+    Adapter.read(folder)
+    return replace(options, adapter=str(folder))
+
+
+def segment_episode(
+    data: FewShotData, episode: Episode, folder: Path, options: FewShotOptions, encoder: RecentEncodings
+) -> None:
+    """Segments the query of an episode; writes its mask last, after its trace and its cost."""
+    shown = [data.read(image, episode.category) for image in episode.supports]
+    usable = [place for place, support in enumerate(shown) if support.mask.any()]
+    query = encoder(data, episode.query)
+    path = prediction_path(folder, episode)
+    if usable:
+        supports = [encoder(data, episode.supports[place]) for place in usable]
+        segmenter, watch = make_segmenter(options, encoder.sam), Stopwatch()
+        segmenter.fit(supports, [shown[place].mask for place in usable])
+        fit = watch.lap()
+        found = segmenter.predict(query)
+        save_cost(path.with_suffix(".json"), encoder.sam, encoder.take_seconds(), [fit], [watch.lap()])
+        with write_aside(path.with_suffix(".npz")) as aside:
+            save_trace(aside, found)
+        mask = found.mask
+    else:
+        logger.warning("episode %d: the supports mark no %s; its prediction is empty", episode.number, episode.category)
+        mask = np.zeros(query.size, bool)
+    with write_aside(path) as aside:
+        Image.fromarray(mask.astype(np.uint8) * 255).save(aside)
+
+
+class RecentEncodings:
+    """Encodes images of data sets, and keeps the encodings that were used last, up to `MOST_ENCODED` bytes."""
+
+    def __init__(self, sam: Sam) -> None:
+        self.sam = sam
+        self._kept: OrderedDict[Path, Encoding] = OrderedDict()
+        self._seconds: list[float] = []
+
+    def __call__(self, data: FewShotData, image: str) -> Encoding:
+        """The encoding of an image."""
+        path = data.photo(image)
+        if path in self._kept:
+            self._kept.move_to_end(path)
+            return self._kept[path]
+        watch = Stopwatch()
+        self._kept[path] = encoding = self.sam.encode(path)
+        self._seconds.append(watch.lap())
+        while len(self._kept) > 1 and sum(map(_bytes, self._kept.values())) > MOST_ENCODED:
+            self._kept.popitem(last=False)
+        return encoding
+
+    def take_seconds(self) -> list[float]:
+        """The seconds of each encoding since the last call."""
+        taken, self._seconds = self._seconds, []
+        return taken
+
+
+def earlier_runs(
+    folder: Path, sets: Sequence[FewShotData], without: Sequence[EpisodeRun], options: FewShotOptions
+) -> list[EpisodeRun]:
+    """The complete runs of a method's folder, besides those of `without`; an incomplete one is logged."""
+    known = {run.name for run in without}
+    found = []
+    for place in sorted(path for path in folder.glob("*") if path.is_dir() and path.name not in known):
+        fold, shots, seed = read_run_name(place.name)
+        run = EpisodeRun(next(data for data in sets if data.fold == fold), shots, seed, options.episodes)
+        left = sum(not prediction_path(place, episode).is_file() for episode in run.episodes)
+        if left:
+            logger.warning("%s is left out of the tables: %d of its %d episodes are not segmented yet, so repeat its "
+                           "command", place, left, len(run.episodes))  # fmt: skip
+        else:
+            found.append(run)
+    return found
+
+
+def _bytes(encoding: Encoding) -> int:
+    tensors = [encoding.embedding, *(tensor for tensors in encoding.extra.values() for tensor in tensors)]
+    return sum(tensor.nbytes for tensor in tensors)

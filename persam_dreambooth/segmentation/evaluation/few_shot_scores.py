@@ -1,0 +1,292 @@
+"""The scores of few-shot segmentation: pixels of each episode, and figures in percent.
+
+Intersections and unions are summed over the episodes of a class, and mIoU is the mean over the classes of a fold.
+FB-IoU is the mean of the IoU of the foreground and that of the background, each over all episodes (Shaban et al. 2017).
+Pixels to ignore count for neither.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from persam_dreambooth.errors import InputError
+from persam_dreambooth.progress import steps
+from persam_dreambooth.segmentation.evaluation.costs import Cost, cost_summary, read_cost
+from persam_dreambooth.segmentation.evaluation.data_set import read_prediction
+from persam_dreambooth.segmentation.evaluation.episodes import Episode, FewShotData, sample_episode
+from persam_dreambooth.segmentation.evaluation.metrics import overlap
+
+LEVEL = 0.95
+"""The level of intervals."""
+
+
+@dataclass(frozen=True)
+class EpisodeRun:
+    """The episodes of a fold, a number of shots and a seed.
+
+    Args:
+        data: the images of the fold.
+        shots: supports of each episode.
+        seed: seed of the episodes.
+        count: number of episodes; None for each image as the query once.
+    """
+
+    data: FewShotData
+    shots: int
+    seed: int
+    count: int | None
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    @property
+    def name(self) -> str:
+        """The name of its files, such as `fold0-shots1-seed0`."""
+        fold = "" if self.data.fold is None else f"fold{self.data.fold}-"
+        return f"{fold}shots{self.shots}-seed{self.seed}"
+
+    @cached_property
+    def episodes(self) -> tuple[Episode, ...]:
+        """The episodes in order; fewer of them than images in turn are spread evenly."""
+        images = len(self.data.images)
+        count = images if self.count is None else self.count
+        spread = self.data.in_turn and count < images
+        numbers = [place * images // count if spread else place for place in range(count)]
+        return tuple(sample_episode(self.data, self.shots, self.seed, number) for number in numbers)
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """The content of its file of episodes: paths of images, so that any program can predict them."""
+        return {
+            "data": self.data.name,
+            "split": self.data.split,
+            "fold": self.data.fold,
+            "shots": self.shots,
+            "seed": self.seed,
+            "episodes": [
+                {
+                    "number": episode.number,
+                    "class": episode.category,
+                    "query": str(self.data.photo(episode.query)),
+                    "supports": [str(self.data.photo(image)) for image in episode.supports],
+                }
+                for episode in self.episodes
+            ],
+        }
+
+
+@dataclass(frozen=True)
+class RunScores:
+    """The scores of a run.
+
+    Args:
+        run: its episodes.
+        predictions: folder of its masks.
+        pixels: (episodes, 4): intersection and union of the class, and of the background.
+        costs: of the episodes that have one.
+    """
+
+    run: EpisodeRun
+    predictions: Path
+    pixels: np.ndarray
+    costs: tuple[Cost, ...] = ()
+
+    @cached_property
+    def class_ious(self) -> dict[str, float]:
+        """The IoU of each class over its episodes, in percent; without classes that no episode shows."""
+        places: dict[str, list[int]] = {}
+        for place, episode in enumerate(self.run.episodes):
+            places.setdefault(episode.category, []).append(place)
+        order = [name for name in self.run.data.classes if name in places]
+        return {name: _iou(self.pixels[places[name], 0], self.pixels[places[name], 1]) for name in order}
+
+    @property
+    def means(self) -> dict[str, float]:
+        """mIoU over classes and FB-IoU, in percent."""
+        foreground, background = _iou(*self.pixels[:, :2].T), _iou(*self.pixels[:, 2:].T)
+        return {"mIoU": float(np.mean(list(self.class_ious.values()))), "FB-IoU": (foreground + background) / 2}
+
+    @property
+    def episode_ious(self) -> list[float]:
+        """The IoU of the class in each episode, in percent."""
+        return [_iou(common, union) for common, union, *_ in self.pixels]
+
+
+@dataclass(frozen=True)
+class FewShotRow:
+    """The scores of a method with a number of shots, or of predictions.
+
+    Args:
+        method: the method, or `predictions`.
+        shots: supports of each episode.
+        runs: the runs, of one or several folds and seeds.
+    """
+
+    method: str
+    shots: int
+    runs: tuple[RunScores, ...]
+
+    @property
+    def name(self) -> str:
+        """The row's name."""
+        return f"{self.method}-shots-{self.shots}"
+
+    @cached_property
+    def folds(self) -> dict[int | None, list[RunScores]]:
+        """The runs of each fold, by seed."""
+        found: dict[int | None, list[RunScores]] = {}
+        for scored in sorted(self.runs, key=lambda each: (each.run.data.fold or 0, each.run.seed)):
+            found.setdefault(scored.run.data.fold, []).append(scored)
+        return found
+
+    def fold_means(self, fold: int | None) -> dict[str, float]:
+        """The figures of a fold: means over its seeds."""
+        return mean_figures([scored.means for scored in self.folds[fold]])
+
+    @property
+    def means(self) -> dict[str, float]:
+        """The figures: means over the folds that were evaluated."""
+        return mean_figures([self.fold_means(fold) for fold in self.folds])
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds that all folds have."""
+        return sorted(set.intersection(*({each.run.seed for each in runs} for runs in self.folds.values())))
+
+    @property
+    def intervals(self) -> dict[str, tuple[float, float] | None]:
+        """The interval of each of `means` over seeds, by Student's t; None for fewer than two seeds in all folds."""
+        over_folds = [mean_figures([each.means for each in self.runs if each.run.seed == seed]) for seed in self.seeds]
+        return {name: seed_interval([each[name] for each in over_folds]) for name in self.means}
+
+    @property
+    def costs(self) -> tuple[Cost, ...]:
+        """The costs of all episodes that have one."""
+        return tuple(cost for scored in self.runs for cost in scored.costs)
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """The row's entry in `results.json`."""
+        return {
+            **self.means,
+            "intervals": self.intervals,
+            "shots": self.shots,
+            "cost": cost_summary(self.costs) if self.costs else None,
+            "folds": {
+                "all" if fold is None else str(fold): {
+                    **self.fold_means(fold),
+                    "seeds": {
+                        str(scored.run.seed): {
+                            **scored.means, "episodes": len(scored.run.episodes), "classes": scored.class_ious
+                        }
+                        for scored in runs
+                    },
+                }
+                for fold, runs in self.folds.items()
+            },
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FewShotScores:
+    """The scores of an evaluation.
+
+    Args:
+        shown: the row of the method and the shots that the options name.
+        rows: all rows in the folder, `shown` among them.
+        made_by: the method and its SAM, or `predictions`.
+        options: the options of the evaluation, by name.
+        made_with: see `provenance`.
+    """
+
+    shown: FewShotRow
+    rows: tuple[FewShotRow, ...]
+    made_by: str
+    options: dict[str, Any]
+    made_with: dict[str, Any]
+
+    @property
+    def data(self) -> FewShotData:
+        """The data set; one of its folds."""
+        return self.shown.runs[0].run.data
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """The content of `results.json`."""
+        return {
+            **self.shown.result,
+            "units": "percent",
+            "row": self.shown.name,
+            "rows": {row.name: row.result for row in self.rows},
+            "made_by": self.made_by,
+            "data": {"name": self.data.title, "split": self.data.split},
+            "options": self.options,
+            "made_with": self.made_with,
+        }
+
+
+def prediction_path(folder: Path, episode: Episode) -> Path:
+    """The file of an episode's prediction in the folder of its run."""
+    return folder / f"{episode.number:04}.png"
+
+
+def score_run(run: EpisodeRun, predictions: Path) -> RunScores:
+    """Scores a folder of NNNN.png, one for each episode.
+
+    Raises:
+        InputError, InputNotFoundError: a missing or broken prediction, or a prediction of another size.
+    """
+    pixels, costs = [], []
+    for episode in steps(run.episodes, f"scoring {run.name}", "episode"):
+        labeled = run.data.read(episode.query, episode.category)
+        path = prediction_path(predictions, episode)
+        found = read_prediction(
+            path, labeled.mask, f"predict the episodes in episodes/{run.name}.json of the output folder"
+        )
+        pixels.append(episode_pixels(found, labeled.mask, labeled.ignore))
+        costs.append(read_cost(path.with_suffix(".json")))
+    return RunScores(run, predictions, np.array(pixels), tuple(cost for cost in costs if cost))
+
+
+def episode_pixels(found: np.ndarray, truth: np.ndarray, ignore: np.ndarray) -> tuple[int, int, int, int]:
+    """Intersection and union of the class, and of the background, without the pixels to ignore; masks (H, W) bool."""
+    counted = ~ignore
+    return *overlap(found & counted, truth & counted), *overlap(~found & counted, ~truth & counted)
+
+
+def mean_figures(figures: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The mean of each figure."""
+    return {name: float(np.mean([each[name] for each in figures])) for name in figures[0]}
+
+
+def seed_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """The interval of the mean of values that have independent seeds, by Student's t; None for fewer than two."""
+    if len(values) < 2:
+        return None
+    from scipy import stats
+
+    reach = stats.t.ppf((1 + LEVEL) / 2, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))
+    return float(np.mean(values) - reach), float(np.mean(values) + reach)
+
+
+def read_run_name(name: str) -> tuple[int | None, int, int]:
+    """Fold, shots and seed in the name of a run; raises `InputError` for another name."""
+    match = re.fullmatch(r"(?:fold([0-3])-)?shots(\d+)-seed(\d+)", name)
+    if not match:
+        raise InputError(f"{name} is not the name of a run, such as fold0-shots1-seed0: remove it from the predictions")
+    fold, shots, seed = match.groups()
+    return None if fold is None else int(fold), int(shots), int(seed)
+
+
+def _iou(common: Any, union: Any) -> float:
+    """The IoU of summed pixels, in percent; 100 if there are none."""
+    total = int(np.sum(union))
+    return 100 * int(np.sum(common)) / total if total else 100.0

@@ -1,0 +1,602 @@
+"""Training of adapters: the loop that all `adapt` commands share, and FS-SAM2."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from seeded_weights import seeded_weights
+from small_sams import SMALLEST_SAM_2, save_smallest_sam2
+from test_fs_sam2_parity import base_model, read_episodes, recorded
+from torch.utils.data import Dataset
+from training_runs import SLOW, command, flags, in_two_processes
+from transformers import Sam2VideoModel
+
+from persam_dreambooth.errors import Cancelled, InputError
+from persam_dreambooth.progress import reporting
+from persam_dreambooth.segmentation.adaptation.adapt_options import AdaptOptions
+from persam_dreambooth.segmentation.adaptation.episode_samples import (
+    TrainingEpisodes,
+    ValidationEpisodes,
+    augment,
+    blur,
+    hold_out,
+    rotate,
+)
+from persam_dreambooth.segmentation.adaptation.few_shot import FewShot, smooth_dice, validate_episodes
+from persam_dreambooth.segmentation.adaptation.lora import LORA_FILE, add_lora, merge_lora, save_lora
+from persam_dreambooth.segmentation.adaptation.training import Learner, run_adaptation, scheduled_rate
+from persam_dreambooth.segmentation.adapters import Adapter
+from persam_dreambooth.segmentation.evaluation.episodes import FewShotData
+from persam_dreambooth.segmentation.evaluation.few_shot import with_adapter_of_fold
+from persam_dreambooth.segmentation.evaluation.fss1000 import read_fss1000
+from persam_dreambooth.segmentation.evaluation.pascal5i import EvaluatePascal5iOptions
+from persam_dreambooth.segmentation.sams.checkpoints import open_sam
+from persam_dreambooth.segmentation.sams.original_sam2 import SAM2_RENAMED, read_sam2_config
+from persam_dreambooth.toy.rendered_episodes import ToyEpisodesOptions, write_episodes
+
+STEPS = 4
+
+
+# The loop, on a task that takes milliseconds
+
+
+class Numbers(Dataset):
+    """Points and what a linear map makes of them, without end; an epoch has six."""
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, number):
+        point = torch.from_numpy(np.random.default_rng(number).standard_normal(3, dtype=np.float32))
+        return {"point": point, "value": point @ torch.tensor([[1.0, 2], [3, -1], [0, 1]]) + 1, "name": str(number)}
+
+
+class Line(torch.nn.Module):
+    """A linear map with dropout before it, and a frozen part."""
+
+    def __init__(self):
+        super().__init__()
+        self.dropout, self.map = torch.nn.Dropout(0.5), torch.nn.Linear(3, 2)
+        self.frozen = torch.nn.Linear(2, 2).requires_grad_(False)
+
+    def forward(self, batch):
+        loss = (self.map(self.dropout(batch["point"])) - batch["value"]).square().mean()
+        return {"loss": loss, "twice": 2 * loss}
+
+
+def adapt_line(folder, figures=None, **options):
+    """Trains a `Line`; `figures` are what its validations give, in turn. Returns the weights that are kept."""
+    line, left = [], iter(figures or ())
+
+    def opened(options, accelerator):
+        line.append(Line())
+        validate = (lambda: {"validation_score": next(left)}) if figures else None
+        adapter = Adapter("line", "no SAM", "", {})
+        return Learner(line[0], Numbers(), lambda to: save_file(line[0].map.state_dict(), to / "w"), adapter, validate)
+
+    defaults = {"max_train_steps": STEPS, "train_batch_size": 2, "learning_rate": 0.1, "logging_steps": 1}
+    run = AdaptOptions(output=str(folder), **{**defaults, **options})
+    run.check()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    settings = run_adaptation(run, opened)
+    return load_file(folder / "w") if (folder / "w").is_file() else settings
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_resumed_run_gives_the_same_weights_and_metrics_to_the_bit(tmp_path):
+    whole = adapt_line(tmp_path / "whole", [0.1, 0.4, 0.3, 0.2], validation_steps=1)
+
+    def cancel(progress):
+        if progress.done == 3:
+            raise Cancelled("enough")
+
+    with pytest.raises(Cancelled), reporting(cancel):
+        adapt_line(tmp_path / "cut", [0.1, 0.4, 0.3], validation_steps=1)
+    assert not (tmp_path / "cut" / "adapter.json").exists() and (tmp_path / "cut" / "checkpoint-3").is_dir()
+    resumed = adapt_line(tmp_path / "cut", [0.2], validation_steps=1, resume_from_checkpoint="latest")
+    assert same(resumed, whole) and rows(tmp_path / "cut") == rows(tmp_path / "whole")
+
+
+def test_the_weights_with_the_best_figure_are_kept(tmp_path):
+    adapt_line(tmp_path / "first", [0.4], max_train_steps=2, lr_scheduler="constant")
+    best = adapt_line(tmp_path / "best", [0.4, 0.3], validation_steps=2, lr_scheduler="constant")
+    last = adapt_line(tmp_path / "last", lr_scheduler="constant")
+    assert same(best, load_file(tmp_path / "first" / "w")) and not same(best, last)
+    kept = json.loads((tmp_path / "best" / "adapter.json").read_text())["settings"]["best"]
+    assert kept == {"step": 2, "validation_score": 0.4}
+    assert [row.get("validation_score") for row in rows(tmp_path / "best")] == [None, 0.4, None, 0.3]
+
+
+def test_accumulated_batches_equal_one_large_batch(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.nn.Dropout, "forward", lambda self, values: values)  # drawn for each batch by itself
+    one = adapt_line(tmp_path / "one", train_batch_size=4)
+    two = adapt_line(tmp_path / "two", train_batch_size=2, gradient_accumulation_steps=2)
+    assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
+
+
+def test_an_epoch_has_as_many_steps_as_its_samples_fill(tmp_path):
+    adapt_line(tmp_path / "run", max_train_steps=None, num_train_epochs=2.0, train_batch_size=4)
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3]  # 12 samples in batches of 4
+
+
+def test_only_matrices_decay(tmp_path):
+    """With a rate of 1 and no gradient to speak of, a decay of 0.5 halves the matrix and leaves the vector."""
+    [before] = [Line() for _ in [torch.manual_seed(0)]]
+    options = {"max_train_steps": 1, "learning_rate": 1e-30, "lr_scheduler": "constant"}
+    after = adapt_line(tmp_path / "run", adam_weight_decay=5e29, **options)
+    assert torch.allclose(after["weight"], before.map.weight.detach() / 2)
+    assert torch.allclose(after["bias"], before.map.bias.detach())
+
+
+def test_other_options_and_finished_runs_are_not_trained_over(tmp_path, caplog):
+    adapt_line(tmp_path / "run", max_train_steps=1)
+    with pytest.raises(InputError, match="already holds an adapter: choose another folder with --output, or resume"):
+        adapt_line(tmp_path / "run", max_train_steps=1)
+    with pytest.raises(InputError, match=r"with other settings \(seed 0, now 1\): choose another --output"):
+        adapt_line(tmp_path / "run", max_train_steps=1, seed=1, resume_from_checkpoint="latest")
+    with caplog.at_level("INFO"):
+        adapt_line(tmp_path / "run", max_train_steps=1, resume_from_checkpoint="latest", logging_steps=3)
+    assert "nothing is left to do" in caplog.text
+
+
+def test_a_loss_that_is_not_finite_names_step_and_samples(tmp_path):
+    with pytest.raises(FloatingPointError, match=r"step [23] \(\d, \d\): lower --learning_rate"):
+        adapt_line(tmp_path / "run", learning_rate=1e30, lr_scheduler="constant")
+
+
+def test_the_rate_falls_along_a_cosine():
+    options = AdaptOptions(max_train_steps=4, learning_rate=0.01)
+    rates = [scheduled_rate(options, step) for step in range(1, 5)]
+    assert rates == pytest.approx(recorded("training")["rates"]) and rates[2] == pytest.approx(0.005)
+    assert scheduled_rate(replace(options, lr_scheduler="constant"), 4) == 0.01
+
+
+# FS-SAM2's parts
+
+
+def test_the_adapters_of_base_plus_have_the_papers_parameters():
+    with torch.device("meta"):
+        model = add_lora(Sam2VideoModel(read_sam2_config(112, 24, (14, 14))), "base plus")
+    counts = {"vision_encoder": 0, "memory_attention": 0, "memory_encoder": 0}
+    for name, value in model.named_parameters():
+        if value.requires_grad:
+            counts[re.match(r"base_model\.model\.(\w+)", name)[1]] += value.numel()
+    assert counts == {"vision_encoder": 265_356, "memory_attention": 475_136, "memory_encoder": 10_240}
+    assert sum(name.endswith("lora_A") for name, _ in model.named_modules()) == 85
+
+
+def test_the_loss_is_worked_out_by_hand():
+    logits = torch.tensor([[[[0.0, 0.0]]], [[[40.0, -40.0]]]])
+    truth = torch.tensor([[[[1.0, 0.0]]], [[[1.0, 0.0]]]])
+    # 1 - (2 * 0.5 + 1) / (1 + 1 + 1) and 1 - (2 + 1) / (1 + 1 + 1)
+    assert float(smooth_dice(logits, truth)) == pytest.approx((1 / 3 + 0) / 2)
+
+
+def test_the_loss_is_that_of_the_authors():
+    arrays = recorded("training")
+    logits, truth = torch.from_numpy(arrays["loss_logits"]), torch.from_numpy(arrays["loss_masks"]).float()
+    bce = torch.nn.functional.binary_cross_entropy_with_logits(logits, truth)
+    assert [float(bce), float(smooth_dice(logits, truth))] == pytest.approx(arrays["loss"][1:], rel=1e-6)
+
+
+def test_the_augmentation_is_that_of_the_authors():
+    arrays = recorded("augmentation")
+    photo, mask, degrees = (
+        torch.from_numpy(arrays["photo"]),
+        torch.from_numpy(arrays["mask"]),
+        float(arrays["rotation"]),
+    )
+    assert np.array_equal(rotate(photo, degrees), arrays["rotated_photo"])
+    assert np.array_equal(rotate(mask[None], degrees)[0], arrays["rotated_mask"])
+    assert np.array_equal(blur(photo, float(arrays["sigma"])), arrays["blurred_photo"])
+
+
+def test_augmentation_moves_photo_and_mask_together():
+    mask = torch.zeros(1, 64, 64, dtype=torch.uint8)
+    mask[:, 10:40, 5:25] = 1
+    seen = set()
+    for seed in range(20):
+        photo, moved = augment(mask.expand(3, -1, -1) * 255, mask, np.random.default_rng(seed))
+        inside = photo[0] > 127
+        assert int((inside != moved[0].bool()).sum()) < 0.02 * 600  # the blur rounds corners
+        columns = moved[0].nonzero()[:, 1].float().mean()
+        seen.add(bool(columns < 32))
+        assert 0.9 < moved.sum() / 600 < 1.1
+    assert seen == {True, False}  # flipped or not
+
+
+@pytest.fixture(scope="module")
+def episodes(tmp_path_factory):
+    """The folder of a small few-shot data set in FSS-1000's layout, with its splits."""
+    folder = tmp_path_factory.mktemp("episodes") / "toy"
+    write_episodes(ToyEpisodesOptions(output_dir=str(folder), images=3, size=64))
+    return folder
+
+
+def test_an_epoch_shows_each_image_once_and_repeats_to_the_bit(episodes):
+    data = read_fss1000(episodes, episodes / "splits" / "fold0", "train")
+    samples = TrainingEpisodes(data, 1, 7, 64)
+    queries = [[samples[number]["name"].split()[1] for number in range(start, start + 9)] for start in (0, 9)]
+    assert sorted(queries[0]) == sorted(queries[1]) == sorted(data.images) and queries[0] != queries[1]
+    first, again = samples[4], TrainingEpisodes(data, 1, 7, 64)[4]
+    other = TrainingEpisodes(data, 1, 8, 64)[4]
+    names = ("supports", "masks", "query", "truth")
+    assert all(torch.equal(first[name], again[name]) for name in names)
+    assert not all(torch.equal(first[name], other[name]) for name in names)
+    assert [first[name].shape for name in names] == [(1, 3, 64, 64), (1, 1, 64, 64), (3, 64, 64), (1, 64, 64)]
+
+
+def test_every_tenth_image_is_held_out_where_a_class_has_enough():
+    members = {"a": tuple(f"a{number:02}" for number in range(40)), "b": tuple(f"b{number}" for number in range(3))}
+    data = FewShotData("x", "train", members, Path, lambda *_: None, in_turn=True)
+    left, apart = hold_out(data, 1)
+    assert apart.members == {"a": ("a09", "a19", "a29", "a39")} and apart.split == "val"
+    assert len(left.members["a"]) == 36 and not set(left.images) & set(apart.images)
+    with pytest.raises(InputError, match="of 43 training images, 4 are held out, and no class has more than 4 of them"):
+        hold_out(data, 4)
+
+
+# FS-SAM2 on small SAM 2s: the recorded one of 256 pixels, and one of 128 pixels
+
+SIDE = SMALLEST_SAM_2["image_size"]
+
+
+@pytest.fixture(scope="module")
+def small_sam(tmp_path_factory):
+    """The folder of the smaller one."""
+    return save_smallest_sam2(tmp_path_factory.mktemp("sam2"))
+
+
+def own_name(name):
+    """The name in our peft model of a matrix in the authors' three."""
+    name = re.sub(r"^model\.(\w+)\.base_model\.model\.", r"\1.", name)
+    for pattern, replacement in SAM2_RENAMED:
+        name = re.sub(pattern, replacement, name)
+    return f"base_model.model.{name}"
+
+
+def with_lora(model):
+    """The model with LoRA whose second matrices are not zero, as recorded: FewShot, and peft's model."""
+    adapted = add_lora(model, "small")
+    values = seeded_weights(*(recorded("weights")[name] for name in ("lora_names", "lora_shapes")))
+    own = {own_name(name): value * (0.1 if ".lora_B." in name else 1) for name, value in values.items()}
+    found = adapted.load_state_dict(own, strict=False)
+    assert not found.unexpected_keys and not [name for name in found.missing_keys if ".lora_" in name]
+    return FewShot(model), adapted
+
+
+def without_dropout(module):
+    for each in module.modules():
+        if isinstance(each, torch.nn.Dropout):
+            each.p = 0.0
+        for name in ("dropout_p", "attention_dropout"):
+            if hasattr(each, name):
+                setattr(each, name, 0.0)
+    return module
+
+
+def recorded_batch(numbers, shots=1):
+    pixels, masks = read_episodes(numbers)
+    photos = recorded("episodes")["photos"][numbers].repeat(16, 2).repeat(16, 3)
+    photos = torch.from_numpy(photos).permute(0, 1, 4, 2, 3)
+    assert photos.shape == pixels.shape
+    return {
+        "supports": photos[:, :shots], "masks": masks[:, :shots], "query": photos[:, -1], "truth": masks[:, -1],
+        "name": "",
+    }  # fmt: skip
+
+
+@pytest.fixture
+def few_shot():
+    """A recorded model with LoRA, without dropout: FewShot, and peft's model."""
+    module, adapted = with_lora(base_model())
+    return without_dropout(module), adapted
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shots", [1, 5])
+def test_the_logits_of_a_batch_are_those_of_the_authors(few_shot, shots):
+    found = few_shot[0].eval().logits(recorded_batch(slice(0, 2), shots))[:, 0, ::2, ::2].numpy()
+    expected = recorded("adapted")[f"stable_logits_{shots}"]
+    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+@SLOW
+def test_four_steps_are_those_of_the_authors(few_shot, tmp_path):
+    """Two epochs of the same two batches, at their rates."""
+    module, adapted = few_shot
+    arrays = recorded("training")
+
+    class Recorded(Dataset):
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, number):
+            batch = recorded_batch(slice(number % 4, number % 4 + 1))
+            return {name: value if name == "name" else value[0] for name, value in batch.items()}
+
+    def opened(options, accelerator):
+        return Learner(module, Recorded(), lambda to: save_lora(adapted, to), Adapter("fs-sam2", "", "", {}))
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    options = AdaptOptions(
+        output=str(tmp_path), num_train_epochs=2, train_batch_size=2, learning_rate=0.01, logging_steps=1
+    )
+    run_adaptation(options, opened)
+    assert [row["loss"] for row in rows(tmp_path)] == pytest.approx(arrays["losses"], rel=1e-4)
+    after = dict(adapted.named_parameters())
+    for name, first in zip(arrays["gradient_names"], arrays["after_first"], strict=True):
+        found = after[own_name(name)].detach().flatten()[: len(first)].numpy()
+        np.testing.assert_allclose(found, first, rtol=0, atol=1e-5)
+
+
+def test_the_first_step_has_the_loss_and_gradients_of_the_authors_in_lora_alone(few_shot):
+    module, adapted = few_shot
+    arrays = recorded("training")
+    loss = module.train()(recorded_batch(slice(0, 2)))["loss"]
+    assert loss.item() == pytest.approx(arrays["losses"][0], rel=1e-5)
+    loss.backward()
+    found = {name: float(value.grad.norm()) for name, value in adapted.named_parameters() if value.grad is not None}
+    assert all(".lora_" in name for name in found)
+    expected = dict(zip(map(own_name, arrays["gradient_names"]), arrays["gradient_norms"], strict=True))
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_gradient_checkpointing_and_dropout_give_the_same_gradients():
+    found = []
+    for saves_memory in (False, True):
+        _, adapted = with_lora(base_model())
+        module = FewShot(adapted.base_model.model, saves_memory)
+        torch.manual_seed(0)
+        module.train()(recorded_batch(slice(0, 1)))["loss"].backward()
+        found.append([value.grad for _, value in adapted.named_parameters() if value.grad is not None])
+    assert len(found[0]) == 98
+    assert all(torch.allclose(plain, again, atol=1e-7) for plain, again in zip(*found, strict=True))
+
+
+@torch.no_grad()
+def test_dropout_is_off_in_validation_and_new_lora_changes_nothing():
+    model, batch = base_model(), recorded_batch(slice(0, 1))
+    module = FewShot(model)
+    plain = module.eval().logits(batch)
+    add_lora(model, "small")
+    assert torch.equal(module.eval().logits(batch), plain)
+    assert not torch.equal(module.train().logits(batch), plain)  # memory attention drops, as in the published training
+
+
+@pytest.fixture(scope="module")
+def adapter(small_sam, tmp_path_factory):
+    """A folder with LoRA that does something, for the small SAM."""
+    sam, folder = open_sam(small_sam), tmp_path_factory.mktemp("adapter")
+    Adapter("fs-sam2", sam.name, sam.fingerprint, {}).save(folder)
+    _, adapted = with_lora(sam.model)
+    save_lora(adapted, folder)
+    return folder
+
+
+@torch.no_grad()
+def test_merged_weights_segment_as_the_adapter_does(small_sam, adapter):
+    rng = np.random.default_rng(0)
+    batch = {
+        "supports": torch.from_numpy(rng.integers(0, 256, (2, 1, 3, SIDE, SIDE), dtype=np.uint8)),
+        "masks": torch.from_numpy(rng.integers(0, 2, (2, 1, 1, SIDE, SIDE))),
+        "query": torch.from_numpy(rng.integers(0, 256, (2, 3, SIDE, SIDE), dtype=np.uint8)),
+    }
+    plain = FewShot(open_sam(small_sam).model).eval().logits(batch)
+    expected = with_lora(open_sam(small_sam).model)[0].eval().logits(batch)
+    merged = merge_lora(open_sam(small_sam), adapter)
+    found = FewShot(merged.model).eval().logits(batch)
+    assert torch.allclose(found, expected, atol=1e-4 * float(expected.abs().max()))
+    assert not torch.allclose(found, plain, atol=0.1)
+    assert merged.name == f"{small_sam} adapted by {adapter}"
+    assert merged.fingerprint != open_sam(small_sam).fingerprint
+
+
+def test_peft_loads_the_folder_into_the_video_model_of_transformers(small_sam, adapter):
+    video = PeftModel.from_pretrained(Sam2VideoModel.from_pretrained(small_sam), str(adapter))
+    own = load_file(adapter / LORA_FILE)
+    theirs = {name.replace(".default", ""): value for name, value in video.state_dict().items() if ".lora_" in name}
+    assert len(own) == 98 and same(own, theirs)
+
+
+def test_an_adapter_is_merged_in_any_precision_and_cached_apart(small_sam, adapter, tmp_path):
+    merged = merge_lora(open_sam(small_sam), adapter, torch.bfloat16, tmp_path / "cache")
+    plain = open_sam(small_sam, dtype="bfloat16", encoding_cache=tmp_path / "cache")
+    photo = np.full((40, 60, 3), 90, np.uint8)
+    first = merged.encode(photo)
+    assert merged.dtype == torch.bfloat16 and not torch.equal(first.embedding, plain.encode(photo).embedding)
+    assert torch.equal(first.embedding, merged.encode(photo).embedding)
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+@pytest.fixture(scope="module")
+def photos_of_a_class(episodes, tmp_path_factory):
+    """Three photos of one class, and the mask of the first."""
+    folder = tmp_path_factory.mktemp("photos")
+    for number in (1, 2, 3):
+        shutil.copy(episodes / "cat" / f"{number}.jpg", folder)
+    shutil.copy(episodes / "cat" / "1.png", folder.parent / "1.png")
+    return ["--images", folder, "--mask", folder.parent / "1.png"]
+
+
+def test_segment_records_the_adapter_and_finds_other_masks(photos_of_a_class, small_sam, adapter, tmp_path):
+    common = [*photos_of_a_class, "--segmenter", "memory", "--sam_model", small_sam]
+    for name, more in (("plain", []), ("adapted", ["--adapter", adapter])):
+        assert command("segment", *common, "--output", tmp_path / name, *more) == 0
+    records = json.loads((tmp_path / "adapted" / "index.json").read_text())
+    assert f'"model": "{small_sam} adapted by {adapter}"' in json.dumps(records)
+    assert (tmp_path / "plain" / "2.png").read_bytes() != (tmp_path / "adapted" / "2.png").read_bytes()
+
+
+def test_each_fold_is_evaluated_with_its_own_adapter(tmp_path):
+    options = EvaluatePascal5iOptions(segmenter="memory", adapter=str(tmp_path))
+    adapter = Adapter("fs-sam2", "b+", "", {})
+    (tmp_path / "fold1").mkdir()
+    adapter.save(tmp_path / "fold1")
+    assert with_adapter_of_fold(options, 1).adapter == str(tmp_path / "fold1")
+    with pytest.raises(InputError, match=r"fold0 holds no adapter\.json"):
+        with_adapter_of_fold(options, 0)
+    adapter.save(tmp_path)
+    assert with_adapter_of_fold(options, 0).adapter == with_adapter_of_fold(options, None).adapter == str(tmp_path)
+
+
+def broken(adapter, folder, how):
+    """A copy of an adapter that is broken in a way; its folder."""
+    shutil.copytree(adapter, folder)
+    described = json.loads((adapter / "adapter.json").read_text())
+    match how:
+        case "none":
+            (folder / "adapter.json").unlink()
+        case "not JSON":
+            (folder / "adapter.json").write_text("{")
+        case "other method":
+            (folder / "adapter.json").write_text(json.dumps({**described, "method": "plm"}))
+        case "other SAM":
+            (folder / "adapter.json").write_text(json.dumps({**described, "sam": "b+", "fingerprint": "0"}))
+        case "no weights":
+            (folder / LORA_FILE).unlink()
+        case "not weights":
+            (folder / LORA_FILE).write_bytes(b"x" * 100)
+        case "fewer weights":
+            weights = load_file(adapter / LORA_FILE)
+            weights.pop(min(weights))
+            save_file(weights, folder / LORA_FILE)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("how", "line"),
+    [
+        ("none", "holds no adapter.json: name a folder that persam-dreambooth adapt wrote"),
+        ("not JSON", "does not describe an adapter"),
+        ("other method", "is an adapter of plm, not of fs-sam2: name another folder"),
+        ("other SAM", r"was trained on another SAM \(b\+\) than .*: name that SAM with --sam_model"),
+        ("no weights", f"{LORA_FILE} cannot be loaded .*: train the adapter again"),
+        ("not weights", f"{LORA_FILE} cannot be loaded .*: train the adapter again"),
+        ("fewer weights", f"{LORA_FILE} has other weights than this SAM needs .*: train it again"),
+    ],
+)
+def test_an_adapter_that_cannot_be_used_is_one_line(photos_of_a_class, small_sam, adapter, tmp_path, capsys, how, line):
+    folder, output = broken(adapter, tmp_path / "broken", how), tmp_path / "masks"
+    options = ["--segmenter", "memory", "--sam_model", small_sam, "--adapter", folder, "--output", output]
+    assert command("segment", *photos_of_a_class, *options) == 2
+    [said] = [each for each in capsys.readouterr().err.splitlines() if each.startswith("error: ")]
+    assert re.search(line, said) and not list(output.rglob("*.png"))
+
+
+def test_an_adapter_without_a_method_that_uses_it_is_refused(photos_of_a_class, adapter, capsys):
+    assert command("segment", *photos_of_a_class, "--output", "x", "--adapter", adapter) == 2
+    said = capsys.readouterr().err
+    assert said == "error: --adapter has no effect: add --segmenter memory or --segmenter plm\n"
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def adapt(episodes, small_sam):
+    """Arguments of `adapt fs-sam2` on the small data set, without --output."""
+    options = {
+        "data": episodes, "dataset": "fss1000", "splits": episodes / "splits" / "fold0", "sam_model": small_sam,
+        "steps": 2, "train_batch_size": 1, "validation_episodes": 1, "validation_steps": 1,
+        "checkpointing_steps": 1, "logging_steps": 1,
+    }  # fmt: skip
+    return ["adapt", "fs-sam2", *flags(**options)]
+
+
+@pytest.fixture(scope="module")
+def adapted(adapt, tmp_path_factory):
+    """The folder of a whole run."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    assert command(*adapt, "--output", folder) == 0
+    return folder
+
+
+def test_a_resumed_command_gives_the_same_adapter_to_the_bit(adapt, adapted, tmp_path, capsys):
+    cut = tmp_path / "cut"
+    shutil.copytree(adapted, cut, ignore=shutil.ignore_patterns("adapter*", "checkpoint-2"))
+    assert command(*adapt, "--output", cut, "--resume_from_checkpoint", "latest") == 0
+    assert capsys.readouterr().out.startswith(f"done: {cut} (step ")
+    for name in (LORA_FILE, "adapter_config.json", "metrics.jsonl", "adapter.json"):
+        assert (cut / name).read_bytes() == (adapted / name).read_bytes(), name
+    trained = load_file(adapted / LORA_FILE)
+    assert all(bool(value.any()) for name, value in trained.items() if ".lora_B." in name)
+
+
+def test_the_adapter_says_how_it_was_trained(adapted, small_sam):
+    adapter, sam = Adapter.read(adapted), open_sam(small_sam)
+    assert (adapter.method, adapter.sam, adapter.fingerprint) == ("fs-sam2", small_sam, sam.fingerprint)
+    assert adapter.settings["training_images"] == 9 and adapter.settings["validation_images"] == 3
+    validated = [row for row in rows(adapted) if "validation_miou" in row]
+    best = max(validated, key=lambda row: row["validation_miou"])
+    assert adapter.settings["best"] == {"step": best["step"], "validation_miou": best["validation_miou"]}
+
+
+def test_validation_pools_the_pixels_of_each_class(episodes):
+    """A module that finds the whole photo: the IoU is the class's share of all pixels."""
+
+    class Everything(FewShot):
+        def logits(self, batch):
+            return torch.ones(len(batch["query"]), 1, 16, 16)
+
+    data = read_fss1000(episodes, episodes / "splits" / "fold0", "train")
+    drawn = ValidationEpisodes(data, 6, 1, 3, 64)
+    shares = {}
+    for sample in (drawn[number] for number in range(6)):
+        shares.setdefault(sample["category"], []).append(sample["labeled"].mask.mean())
+    assert len(shares) > 1
+    expected = np.mean([np.mean(own) for own in shares.values()])
+    found = validate_episodes(Everything(torch.nn.Identity()), drawn, 4, 0)
+    assert found == {"validation_miou": pytest.approx(expected)}
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--dataset", "fss1000"], "--data is missing"),
+        (["--data", "x"], "--dataset is missing"),
+        (["--data", "x", "--dataset", "fss1000", "--fold", "1"], "--fold has no effect: FSS-1000 has no folds"),
+        (["--data", "x", "--dataset", "coco20i", "--splits", "y"], "--splits has no effect: only FSS-1000"),
+        (["--data", "x", "--dataset", "pascal5i", "--fold", "4"], "--fold is 4: give a number from 0 to 3"),
+        (["--data", "x", "--dataset", "fss1000"], "x does not exist"),
+    ],
+)
+def test_what_cannot_be_trained_is_one_line(tmp_path, monkeypatch, capsys, options, line):
+    monkeypatch.chdir(tmp_path)
+    assert command("adapt", "fs-sam2", *options, "--output", "out") == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {line}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sam_without_memory_is_refused(adapt, tmp_path, capsys):
+    arguments = [word if word != adapt[adapt.index("--sam_model") + 1] else "toy" for word in adapt]
+    assert command(*arguments, "--output", tmp_path / "out") == 2
+    assert "toy is a SAM without a memory of frames" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@SLOW
+def test_two_processes_equal_one_of_the_same_global_batch(adapt, tmp_path):
+    workers = ["--dataloader_num_workers", "1"]
+    said, _ = in_two_processes("-m", "persam_dreambooth", *adapt, "--output", tmp_path / "two", *workers)
+    assert said.count("done: ") == 1
+    assert command(*adapt, "--output", tmp_path / "one", "--train_batch_size", "2") == 0
+    one, two = (load_file(tmp_path / name / LORA_FILE) for name in ("one", "two"))
+    # Dropout differs: each process draws its own.
+    assert [row["step"] for row in rows(tmp_path / "two")] == [1, 2] and one.keys() == two.keys()
+    assert rows(tmp_path / "two")[0]["loss"] == pytest.approx(rows(tmp_path / "one")[0]["loss"], rel=0.2)
