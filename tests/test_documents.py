@@ -185,6 +185,22 @@ def test_the_commands_of_davis_run_in_their_order(home, toy_sam):
     assert '"J&F-Mean": 100.0' in (home / "davis-of-others" / "results.json").read_text(encoding="utf-8")
 
 
+def test_the_commands_of_the_task_page_run_in_their_order(home, filled_sam):
+    """With few images, few steps and a tiny SAM."""
+    listed = commands(ROOT / "docs" / "task.md")
+    assert len(listed) == 6
+    for command in listed:
+        for given, short in {"--images 200": "--images 6", "_steps 1000": "_steps 2", "_masks 20": "_masks 2",
+                             "_masks 5": "_masks 1"}.items():  # fmt: skip
+            command = command.replace(given, short)
+        steps = " --max_train_steps 2" if "evaluate" in command else ""
+        sam = "" if "toy" in command else f" --sam_model {filled_sam}"
+        assert cli.main(shlex.split(command.removeprefix("persam-dreambooth ") + steps + sam)) == 0, command
+    assert len(list((home / "heads").glob("*.png"))) == 6
+    table = (home / "task" / "results.md").read_text(encoding="utf-8")
+    assert "| SAM + PLM + PMM | point | 2 |" in table and "| SAM-F | box | 1 |" in table
+
+
 def test_the_command_of_videos_runs(home, toy_sam):
     davis.write_davis(davis.ToyDavisOptions(str(home), 1, 3))
     [frames] = (home / "JPEGImages" / "480p").iterdir()
