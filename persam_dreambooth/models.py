@@ -40,8 +40,8 @@ def resolve(name: str, kind: str, revision: str | None = None) -> str:
     """Checks that a model is available; returns its name or path for `from_pretrained`.
 
     Args:
-        name: hub id, local folder, `toy`, `toy-sam2`, a published checkpoint file of SAM, or Stable Diffusion in a single
-            file.
+        name: hub id, local folder, `toy`, `toy-sam2` (a SAM 2), a published checkpoint file of SAM, or Stable Diffusion
+            in a single file.
         kind: `sam` or `stable-diffusion`.
         revision: branch, tag or commit on the hub.
 

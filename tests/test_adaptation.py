@@ -154,6 +154,18 @@ def test_other_options_and_finished_runs_are_not_trained_over(tmp_path, caplog):
     assert "nothing is left to do" in caplog.text
 
 
+def test_a_finished_run_can_go_on_from_an_earlier_checkpoint(tmp_path, caplog):
+    whole = adapt_line(tmp_path / "run", checkpointing_steps=1)
+    with caplog.at_level("INFO"):
+        again = adapt_line(tmp_path / "run", checkpointing_steps=1, resume_from_checkpoint="checkpoint-2")
+    assert "at step 2" in caplog.text and same(again, whole) and len(rows(tmp_path / "run")) == STEPS
+
+
+def test_a_tracker_logs_losses(tmp_path):
+    adapt_line(tmp_path / "run", max_train_steps=1, report_to="tensorboard")
+    assert list((tmp_path / "run" / "logs").rglob("events.*"))
+
+
 def test_a_loss_that_is_not_finite_names_step_and_samples(tmp_path):
     with pytest.raises(FloatingPointError, match=r"step [23] \(\d, \d\): lower --learning_rate"):
         adapt_line(tmp_path / "run", learning_rate=1e30, lr_scheduler="constant")

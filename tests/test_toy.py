@@ -193,6 +193,20 @@ def test_shipped_sam_gives_embeddings_and_masks():
     assert torch.isfinite(output.pred_masks).all()
 
 
+def test_shipped_sam2_is_a_model_for_videos_of_the_architecture_that_is_trained():
+    from transformers import Sam2VideoConfig, Sam2VideoModel
+
+    model, found = Sam2VideoModel.from_pretrained(toy.path("sam2"), output_loading_info=True)
+    assert not found["missing_keys"] and not found["unexpected_keys"] and not found["mismatched_keys"]
+    expected = build.sam2_config().to_dict()
+    told = Sam2VideoConfig.from_pretrained(toy.path("sam2")).to_dict()
+    assert {name: told[name] for name in expected if name not in ("architectures", "dtype")} == {
+        name: value for name, value in expected.items() if name not in ("architectures", "dtype")
+    }
+    assert torch.isfinite(torch.cat([value.flatten() for value in model.state_dict().values()])).all()
+    assert {value.dtype for value in weights(toy.path("sam2")).values()} == {torch.float16}
+
+
 def test_shipped_sam_finds_the_duck_from_one_point():
     from transformers import SamModel
 
@@ -237,8 +251,9 @@ def test_demo_has_four_photos_of_512_pixels():
 def test_what_ships_stays_small():
     megabytes = {
         kind: sum(len(content) for content in file_bytes(toy.path(kind)).values()) / 1e6
-        for kind in ("sam", "stable-diffusion", "evaluator", "photos")
+        for kind in ("sam", "sam2", "stable-diffusion", "evaluator", "photos")
     }
+    assert megabytes["sam2"] < 10
     assert megabytes["sam"] < 8
     assert megabytes["stable-diffusion"] < 20
     assert megabytes["evaluator"] < 1.6

@@ -11,7 +11,17 @@ from torch import nn
 from persam_dreambooth import toy
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.toy import scenes, world
-from tools.toy import build, pairs, sam_losses, train_evaluator, train_sam, train_unet, train_vae
+from tools.toy import (
+    build,
+    pairs,
+    sam_losses,
+    sam_prompts,
+    train_evaluator,
+    train_sam,
+    train_sam2,
+    train_unet,
+    train_vae,
+)
 from tools.toy.fused_attention import FusedAttention, fuse_attention
 from tools.toy.training import Run
 
@@ -260,6 +270,65 @@ def F_normal(seed):
     return torch.randn(96, generator=torch.Generator().manual_seed(seed))
 
 
+# --- SAM 2
+
+
+def test_a_clip_shows_one_subject_that_moves_on_one_background():
+    for number in range(4):
+        frames = pairs.clip(np.random.default_rng(number), 96, 4)
+        assert [frame.image.shape for frame in frames] == [(96, 96, 3)] * 4
+        assert all(frame.subject.mean() > pairs.SMALLEST for frame in frames)
+        first, last = frames[0], frames[-1]
+        still = ~np.any([frame.subject for frame in frames] + [o for frame in frames for o in frame.others], axis=0)
+        same = np.abs(first.image.astype(int) - last.image).max(axis=2) < 30  # shadows move with the objects
+        assert same[still].mean() > 0.8
+        assert (first.subject != last.subject).mean() > 0.005
+
+
+@pytest.fixture(scope="module")
+def toy_sam2():
+    return train_sam2.resized(train_sam2.read_sam2(toy.path("sam2")), 256)
+
+
+def test_the_memory_loss_asks_for_the_annotated_subject(toy_sam2, monkeypatch):
+    """The SAM 2 that ships finds it; where the album's annotations are on its backgrounds, it does not."""
+    monkeypatch.setattr(train_sam2, "ABSENT", 0.0)
+    monkeypatch.setattr(train_sam2, "DISTURBED", 0.0)
+    pictures = pairs.world_album(np.random.default_rng([scenes.HELD_OUT_SEED, 3]), 256, 4)
+    batch = sam_prompts.to_batch(np.random.default_rng(0), pictures, 1, "cpu")
+    subjects = train_sam2.subject_masks(pictures).float()
+    with torch.no_grad():
+        finer, cells = train_sam2.encode(toy_sam2.eval(), batch.pixels)
+        right = train_sam2.memory_loss(np.random.default_rng(1), toy_sam2, finer, cells, subjects, 1.0)
+        wrong = train_sam2.memory_loss(np.random.default_rng(1), toy_sam2, finer, cells, 1 - subjects, 1.0)
+    assert right[1] > 0.5
+    assert right[0] < wrong[0]
+
+
+def test_sam2_trains_and_is_saved_as_a_model_for_videos(tmp_path, monkeypatch):
+    from transformers import Sam2VideoModel
+
+    from persam_dreambooth.segmentation import open_sam
+    from persam_dreambooth.segmentation.sams.sam2_memory import has_memory
+
+    tiny = train_sam2.Stage(64, albums=2, prompts=1, learning_rate=1e-3, steps=2)
+    monkeypatch.setattr(train_sam2, "STAGES", (tiny, *train_sam2.STAGES[1:]))
+    monkeypatch.setattr(train_sam2, "EVALUATION_ALBUMS", 1)
+    steps = ["--steps512", "0", "--steps1024", "0"]
+    given = ["--output", str(tmp_path), "--initial", str(toy.path("sam2"))]
+    assert train_sam2.main([*given, "--steps64", "2", *steps]) == 0
+    opened = open_sam(str(tmp_path / "sam2"), device="cpu")
+    assert has_memory(opened.model) and opened.padded == 512
+    model, found = Sam2VideoModel.from_pretrained(tmp_path / "sam2", output_loading_info=True)
+    assert not found["missing_keys"] and not found["unexpected_keys"] and model.dtype == torch.float32
+    before, after = (load_file(folder / "model.safetensors") for folder in (toy.path("sam2"), tmp_path / "sam2"))
+    assert {name for name in before if not torch.equal(before[name], after[name])} >= {
+        "memory_attention.layers.0.cross_attn_image.k_proj.weight",
+        "memory_encoder.projection.weight",
+        "vision_encoder.backbone.blocks.0.attn.qkv.weight",
+    }
+
+
 # --- all of them, one after the other
 
 
@@ -307,7 +376,7 @@ def test_training_goes_on_from_weights_that_ship(tmp_path):
     assert max(float((before[key] - after[key]).abs().max()) for key in before) < 1e-3
 
 
-@pytest.mark.parametrize("program", [train_sam, train_unet])
+@pytest.mark.parametrize("program", [train_sam, train_sam2, train_unet])
 def test_nothing_to_go_on_from_is_an_error(program, tmp_path, capsys):
     vae = ["--vae", str(toy.path("stable-diffusion") / "vae")] if program is train_unet else []
     with pytest.raises(SystemExit) as stopped:
@@ -316,7 +385,7 @@ def test_nothing_to_go_on_from_is_an_error(program, tmp_path, capsys):
     assert f"{tmp_path} holds no" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("program", [train_vae, train_evaluator, train_sam])
+@pytest.mark.parametrize("program", [train_vae, train_evaluator, train_sam, train_sam2])
 def test_a_held_out_seed_is_refused_and_nothing_written(program, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         program.main(["--output", str(tmp_path / "out"), "--seed", str(scenes.HELD_OUT_SEED)])

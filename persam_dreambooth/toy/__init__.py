@@ -1,7 +1,7 @@
 """The toy world, with known truth, and small checkpoints trained on it, so that everything runs offline.
 
-Every option that takes a model accepts `toy`, and one that takes a SAM also `toy-sam2`. `NOTICES` says what each checkpoint can do, and is logged when one is
-loaded; `README.md` beside this file says more.
+Every option that takes a model accepts `toy`, and one that takes a SAM also `toy-sam2`. `NOTICES` says what each
+checkpoint can do, and is logged when one is loaded; `README.md` beside this file says more.
 """
 
 from pathlib import Path

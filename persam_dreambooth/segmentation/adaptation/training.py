@@ -26,6 +26,7 @@ from persam_dreambooth.files import (
     check_writable,
     filled_aside,
     note_settings,
+    saving,
     write_aside,
 )
 from persam_dreambooth.models import loading, log_device
@@ -152,16 +153,17 @@ def run_adaptation(
     adapter = replace(learner.adapter, settings={**learner.adapter.settings, **options.settings})
     settings = {key: value for key, value in asdict(adapter).items() if key != "settings"} | adapter.settings
     what = "the training of an adapter"
-    if check_settings(run_dir, settings, what, "--output"):
-        if (run_dir / ADAPTER).is_file():
-            logger.info("nothing is left to do: %s has all of its %d steps", run_dir, options.max_train_steps)
-            return Adapter.read(run_dir).settings
-        if not resume_from:
-            logger.info("no checkpoint in %s yet: training starts from the beginning", run_dir)
+    if check_settings(run_dir, settings, what, "--output") and resume == "latest" and (run_dir / ADAPTER).is_file():
+        logger.info("nothing is left to do: %s has all of its %d steps", run_dir, options.max_train_steps)
+        return Adapter.read(run_dir).settings
+    if resume and not resume_from:
+        logger.info("no checkpoint in %s yet: training starts from the beginning", run_dir)
     accelerator.wait_for_everyone()  # all processes check the folder before one writes
     with writing(run_dir, accelerator, last_written=ADAPTER):
         if accelerator.is_main_process:
             _check_folder(options)  # again: another run may have ended here since
+            with saving(run_dir / ADAPTER):
+                (run_dir / ADAPTER).unlink(missing_ok=True)
             note_settings(run_dir, settings, what, "--output")
         if options.report_to:
             told = {name: str(value) for name, value in settings.items()}
