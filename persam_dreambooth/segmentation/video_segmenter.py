@@ -158,8 +158,8 @@ class VideoSegmenter:
     def remember(self, image: ImageLike, labels: np.ndarray) -> None:
         """Keeps the objects of a frame after `fit` or `add`, for `memory`; does nothing for the other methods.
 
-        Only the last `recent` frames are kept. Call it for every frame, in order, before the next `predict`. For a frame
-        with new objects, call it before `add`.
+        Only the last `recent` frames are kept. Call it for every frame, in order, before the next `predict`. For a
+        frame with new objects, call it before `add`.
 
         Args:
             image: as for `PerSAM.fit`.
