@@ -16,6 +16,7 @@ from persam_dreambooth.options import parse
 from persam_dreambooth.photos.labels import read_labels, save_labels
 from persam_dreambooth.photos.masks import read_mask
 from persam_dreambooth.segmentation import MemorySegmenter, PerSAM, VideoSegmenter, find_instances, open_sam
+from persam_dreambooth.segmentation.evaluation.metrics import jaccard
 from persam_dreambooth.segmentation.memory import remember, segment_from
 from persam_dreambooth.segmentation.sams.sam2_memory import (
     Memory,
@@ -391,3 +392,16 @@ def test_davis_has_a_row_of_it(small, tmp_path):
     assert run("evaluate davis", **options) == 0
     assert run("evaluate davis", **options, recent_frames=0) == 0
     assert json.loads((tmp_path / "out" / "results.json").read_text())["rows"].keys() == {"memory", "memory-recent-0"}
+
+
+def test_the_toy_sam_2_follows_a_subject_and_says_when_it_is_gone():
+    """Frames 0, 10 and 15 of the first rendered video; its second object is away in frame 10."""
+    [(_, scenes)] = rendered_davis.sequences(1, 20)
+    first, *later = (world.render(scene, 512) for number, scene in enumerate(scenes) if number in (0, 10, 15))
+    given = rendered_davis.label_map(first)
+    segmenter = VideoSegmenter(open_sam("toy-sam2", device="cpu"), "memory", recent=0).fit(first.image, given)
+    away, back = (segmenter.predict(render.image, given) for render in later)
+    truth = [rendered_davis.label_map(render) for render in later]
+    overlaps = [jaccard(found == 1, true == 1) for found, true in zip((away, back), truth, strict=True)]
+    assert min(*overlaps, jaccard(back == 2, truth[1] == 2)) > 0.75
+    assert not (truth[0] == 2).any() and not (away == 2).any()
