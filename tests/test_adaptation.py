@@ -14,7 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from seeded_weights import seeded_weights
 from small_sams import SMALLEST_SAM_2, save_smallest_sam2
-from test_fs_sam2_parity import base_model, read_episodes, recorded
+from test_fs_sam2_parity import base_model, our_name, read_episodes, recorded
 from torch.utils.data import Dataset
 from training_runs import SLOW, command, flags, in_two_processes
 from transformers import Sam2VideoModel
@@ -39,7 +39,7 @@ from persam_dreambooth.segmentation.evaluation.few_shot import with_adapter_of_f
 from persam_dreambooth.segmentation.evaluation.fss1000 import read_fss1000
 from persam_dreambooth.segmentation.evaluation.pascal5i import EvaluatePascal5iOptions
 from persam_dreambooth.segmentation.sams.checkpoints import open_sam
-from persam_dreambooth.segmentation.sams.original_sam2 import SAM2_RENAMED, read_sam2_config
+from persam_dreambooth.segmentation.sams.original_sam2 import read_sam2_config
 from persam_dreambooth.toy.rendered_episodes import ToyEpisodesOptions, write_episodes
 
 STEPS = 4
@@ -276,10 +276,7 @@ def small_sam(tmp_path_factory):
 
 def own_name(name):
     """The name in our peft model of a matrix in the authors' three."""
-    name = re.sub(r"^model\.(\w+)\.base_model\.model\.", r"\1.", name)
-    for pattern, replacement in SAM2_RENAMED:
-        name = re.sub(pattern, replacement, name)
-    return f"base_model.model.{name}"
+    return f"base_model.model.{our_name(name)}"
 
 
 def with_lora(model):
@@ -554,9 +551,9 @@ def test_the_adapter_says_how_it_was_trained(adapted, small_sam):
     adapter, sam = Adapter.read(adapted), open_sam(small_sam)
     assert (adapter.method, adapter.sam, adapter.fingerprint) == ("fs-sam2", small_sam, sam.fingerprint)
     assert adapter.settings["training_images"] == 9 and adapter.settings["validation_images"] == 3
-    validated = [row for row in rows(adapted) if "validation_miou" in row]
-    best = max(validated, key=lambda row: row["validation_miou"])
-    assert adapter.settings["best"] == {"step": best["step"], "validation_miou": best["validation_miou"]}
+    validated = [row for row in rows(adapted) if "mIoU" in row]
+    best = max(validated, key=lambda row: row["mIoU"])
+    assert adapter.settings["best"] == {"step": best["step"], "mIoU": best["mIoU"]}
 
 
 def test_validation_pools_the_pixels_of_each_class(episodes):
@@ -574,7 +571,7 @@ def test_validation_pools_the_pixels_of_each_class(episodes):
     assert len(shares) > 1
     expected = np.mean([np.mean(own) for own in shares.values()])
     found = validate_episodes(Everything(torch.nn.Identity()), drawn, 4, 0)
-    assert found == {"validation_miou": pytest.approx(expected)}
+    assert found == {"mIoU": pytest.approx(100 * expected)}
 
 
 @pytest.mark.parametrize(
