@@ -75,7 +75,7 @@ def smooth_dice(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 
 
 def validate_episodes(module: FewShot, episodes: ValidationEpisodes, batch_size: int, workers: int) -> dict[str, float]:
-    """mIoU of episodes in percent, at the photos' size; a class's pixels are pooled, and those to ignore do not count."""
+    """mIoU of episodes in percent, at the photos' size, pooled for each class; pixels to ignore do not count."""
     common: Counter[str] = Counter()
     either: Counter[str] = Counter()
     device = module.mean.device
