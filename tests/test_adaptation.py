@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from peft import PeftModel
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from seeded_weights import seeded_weights
 from small_sams import SMALLEST_SAM_2, save_smallest_sam2
@@ -31,6 +32,7 @@ from persam_dreambooth.segmentation.adaptation.episode_samples import (
     rotate,
 )
 from persam_dreambooth.segmentation.adaptation.few_shot import FewShot, smooth_dice, validate_episodes
+from persam_dreambooth.segmentation.adaptation.fs_sam2 import AdaptFsSam2Options, read_episode_images
 from persam_dreambooth.segmentation.adaptation.lora import LORA_FILE, add_lora, merge_lora, save_lora
 from persam_dreambooth.segmentation.adaptation.training import Learner, run_adaptation, scheduled_rate
 from persam_dreambooth.segmentation.adapters import Adapter
@@ -261,6 +263,30 @@ def test_every_tenth_image_is_held_out_where_a_class_has_enough():
     assert len(left.members["a"]) == 36 and not set(left.images) & set(apart.images)
     with pytest.raises(InputError, match="of 43 training images, 4 are held out, and no class has more than 4 of them"):
         hold_out(data, 4)
+
+
+def test_pascal_is_trained_and_validated_on_other_classes_and_images_than_it_is_tested(tmp_path):
+    """Sixty images in the layout of VOC 2012, each of one of the fifteen classes that fold 0 leaves for training."""
+    for number in range(62):
+        labels = np.zeros((64, 64), np.uint8)
+        labels[:40] = 1 if number == 60 else number % 15 + 6  # one more image for training shows a class of the fold
+        for folder, name, values in (
+            ("SegmentationClass", f"{number:02}.png", labels),
+            ("JPEGImages", f"{number:02}.jpg", np.full((64, 64, 3), 3 * number, np.uint8)),
+        ):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            Image.fromarray(values).save(tmp_path / folder / name)
+    (tmp_path / "ImageSets" / "Segmentation").mkdir(parents=True)
+    (tmp_path / "ImageSets" / "Segmentation" / "val.txt").write_text("61\n")
+    options = AdaptFsSam2Options(data=str(tmp_path), dataset="pascal5i", output="o")
+    training, validation = read_episode_images(options)
+    assert validation.images == ("09", "19", "29", "39", "49", "59")
+    assert training.images == tuple(f"{number:02}" for number in range(60) if number % 10 != 9)
+    assert validation.members == {"cow": ("19", "49"), "person": ("09", "39"), "tvmonitor": ("29", "59")}
+    sample = TrainingEpisodes(training, 1, 0, 64)[0]
+    assert sample["truth"].float().mean() == pytest.approx(40 / 64, abs=0.1)
+    with pytest.raises(InputError, match="aeroplane has 1 image in the train split: an episode of 1 shot needs 2"):
+        read_episode_images(replace(options, fold=3))
 
 
 # FS-SAM2 on small SAM 2s: the recorded one of 256 pixels, and one of 128 pixels
