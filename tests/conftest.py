@@ -5,9 +5,14 @@ import os
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from small_sams import fill
+from tiny_sam import tiny_model
 from training_runs import Runs, draw_photos
 
 from persam_dreambooth.dreambooth import base_pictures
+from persam_dreambooth.toy import world
+from persam_dreambooth.toy.rendered_parts import part_scenes
 
 
 def pytest_collection_finish():
@@ -58,3 +63,25 @@ def runs(photos, tmp_path_factory):
 def complete(runs):
     """A run with samples and checkpoints."""
     return runs(num_validation_images=2, checkpointing_steps=2, identifier="robot")
+
+
+@pytest.fixture(scope="session")
+def filled_sam(tmp_path_factory):
+    """The folder of a SAM with 8 x 8 cells, whose masks are 32 x 32 and whose every layer does something."""
+    folder = tmp_path_factory.mktemp("tiny_sam")
+    fill(tiny_model()).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def task(tmp_path_factory):
+    """A task's folder: the parts of three animals, at a quarter of their size."""
+    folder = tmp_path_factory.mktemp("task")
+    (folder / "images").mkdir()
+    for number, scene in enumerate(part_scenes(3)):
+        world.render(scene, 128).image.save(folder / "images" / f"{number:04}.png")
+        for part, mask in world.part_masks(scene.subject, scene.pose, 128).items():
+            path = folder / "masks" / part / f"{number:04}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(mask).save(path)
+    return folder

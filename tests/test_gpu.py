@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_sams import save_sam2_video
 from training_runs import ALL_AGAINST_BACKGROUNDS, column, command, flags
 
 from persam_dreambooth import toy
 from persam_dreambooth.photos.masks import read_mask
-from persam_dreambooth.segmentation import PerSAM, PerSAMF, open_sam
+from persam_dreambooth.segmentation import MemorySegmenter, PerSAM, PerSAMF, VideoSegmenter, open_sam
 
 pytestmark = [
     pytest.mark.gpu,
@@ -65,3 +66,22 @@ def test_a_sam_moves_and_what_belongs_to_it_follows(tmp_path):
     for moved in (segmenter, PerSAMF.load(tmp_path, sam)):
         here = moved.predict(encoding)
         assert (here.mask & there.mask).sum() / (here.mask | there.mask).sum() > 0.99
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_memory_of_sam_2_agrees_with_that_of_the_cpu_and_moves(dtype, tmp_path):
+    folder, _ = save_sam2_video(tmp_path / "sam2", side=256)
+    photos = [toy.path("photos") / "duck" / f"0{number}.jpg" for number in (0, 2)]
+    mask = toy.path("photos") / "duck_mask" / "00.png"
+    here, there = open_sam(folder, device="cpu"), open_sam(folder, dtype=dtype)
+    segmenter = MemorySegmenter(there).fit(photos[0], mask)
+    found = [each.predict(photos[1]) for each in (MemorySegmenter(here).fit(photos[0], mask), segmenter)]
+    video = VideoSegmenter(there, "memory").fit(photos[0], read_mask(mask).astype(np.uint8))
+    video.remember(photos[1], found[1].mask.astype(np.uint8))
+    assert video.predict(photos[1], found[1].mask.astype(np.uint8)).shape == found[1].mask.shape
+    segmenter.save(tmp_path)
+    there.to("cpu")
+    found += [each.predict(photos[1]) for each in (segmenter, MemorySegmenter.load(tmp_path, there))]
+    expected, *logits = (each.steps[0].low_res_logits for each in found)
+    for each in logits:  # of random weights, which make much of a rounding
+        assert np.abs(each - expected).mean() < 0.15 * np.abs(expected).mean()

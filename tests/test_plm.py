@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_sams import fill, save_every_kind
-from tiny_sam import tiny_model
+from small_sams import save_every_kind
 from torch.utils.data import default_collate
 
 from persam_dreambooth import InputError, InputNotFoundError, PLMSegmenter, cli, open_sam
@@ -28,38 +27,14 @@ from persam_dreambooth.segmentation.adaptation.task_folder import read_task
 from persam_dreambooth.segmentation.point_matching import PointMatching, align, point_matching_loss, sample_outline
 from persam_dreambooth.segmentation.prompt_learning import PromptLearning, decode_prompts, load_plm, make_plm
 from persam_dreambooth.segmentation.prompts import draw_prompt
-from persam_dreambooth.toy import world
-from persam_dreambooth.toy.rendered_parts import part_scenes
 
 POINT, BOX = np.array([150, 120]), np.array([60, 40, 260, 200])
 QUICK = PromptTraining(steps=6, batch_size=2)
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """The folder of a SAM with 8 x 8 cells, whose masks are 32 x 32 and whose every layer does something."""
-    folder = tmp_path_factory.mktemp("tiny_sam")
-    fill(tiny_model()).save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def sam(tiny):
-    return open_sam(tiny, device="cpu")
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    """A task's folder: the parts of three animals, at a quarter of their size."""
-    folder = tmp_path_factory.mktemp("task")
-    (folder / "images").mkdir()
-    for number, scene in enumerate(part_scenes(3)):
-        world.render(scene, 128).image.save(folder / "images" / f"{number:04}.png")
-        for part, mask in world.part_masks(scene.subject, scene.pose, 128).items():
-            path = folder / "masks" / part / f"{number:04}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(mask).save(path)
-    return folder
+def sam(filled_sam):
+    return open_sam(filled_sam, device="cpu")
 
 
 @pytest.fixture
@@ -70,9 +45,9 @@ def examples(task):
     ]
 
 
-def adapt(task, output, tiny, *more):
+def adapt(task, output, filled_sam, *more):
     given = ["--images", str(task / "images"), "--masks", str(task / "masks"), "--output", str(output)]
-    quick = ["--sam_model", tiny, "--max_train_steps", "4", "--train_batch_size", "2", "--mixed_precision", "no"]
+    quick = ["--sam_model", filled_sam, "--max_train_steps", "4", "--train_batch_size", "2", "--mixed_precision", "no"]
     return cli.main(["adapt", "plm", *given, *quick, *more])
 
 
@@ -201,7 +176,7 @@ def test_training_changes_what_is_learned_and_nothing_of_the_sam(sam, examples, 
 
 
 def test_what_is_learned_holds_for_prompts_that_were_not_drawn(sam, examples):
-    how = PromptTraining("plm-pmm", steps=60, batch_size=2, learning_rate=3e-3)
+    how = PromptTraining("plm-pmm", steps=40, batch_size=2, learning_rate=3e-3)
     samples = PromptSamples(examples[:1], how)
     untrained, trained = PromptLearner(sam, samples, how), learn_prompts(sam, examples[:1], how, "training")
     batch = default_collate([samples[number] for number in range(1000, 1008)])
@@ -239,15 +214,15 @@ def fitted(sam, references):
 
 
 def test_the_same_masks_give_the_same_plm_and_a_saved_one_finds_the_same_bits(
-    sam, tiny, task, references, fitted, tmp_path
+    sam, filled_sam, task, references, fitted, tmp_path
 ):
-    again = PLMSegmenter(open_sam(tiny, device="cpu"), fit_steps=6).fit(*references)
+    again = PLMSegmenter(open_sam(filled_sam, device="cpu"), fit_steps=6).fit(*references)
     one, two = fitted.plm.state_dict(), again.plm.state_dict()
     assert all(torch.equal(one[name], two[name]) for name in one)
     other = PLMSegmenter(sam, fit_steps=6, seed=1).fit(*references).plm.state_dict()
     assert not torch.equal(one["mlp.2.weight"], other["mlp.2.weight"])
     fitted.save(tmp_path)
-    loaded = PLMSegmenter.load(tmp_path, open_sam(tiny, device="cpu"))
+    loaded = PLMSegmenter.load(tmp_path, open_sam(filled_sam, device="cpu"))
     assert repr(loaded) == repr(fitted)
     found, same = (each.predict(task / "images" / "0002.png") for each in (fitted, loaded))
     assert np.array_equal(found.mask, same.mask)
@@ -277,14 +252,14 @@ def test_what_cannot_be_fitted_is_refused(sam, task):
 
 
 @pytest.fixture(scope="module")
-def adapted(task, tiny, tmp_path_factory):
+def adapted(task, filled_sam, tmp_path_factory):
     """The folder of an adapter."""
     folder = tmp_path_factory.mktemp("adapted") / "plm"
-    assert adapt(task, folder, tiny) == 0
+    assert adapt(task, folder, filled_sam) == 0
     return folder
 
 
-def test_an_adapter_is_a_plm_that_replaces_the_fit(sam, tiny, adapted, task, references, capsys, tmp_path):
+def test_an_adapter_is_a_plm_that_replaces_the_fit(sam, filled_sam, adapted, task, references, capsys, tmp_path):
     plm, described = load_plm(adapted, sam)
     assert described.settings["parts"] == ["head", "scarf", "tail"]
     assert described.settings["best"]["mIoU"] >= 0
@@ -292,29 +267,37 @@ def test_an_adapter_is_a_plm_that_replaces_the_fit(sam, tiny, adapted, task, ref
     segmenter = PLMSegmenter(sam, adapter=adapted).fit(*references)
     assert all(torch.equal(value, segmenter.plm.state_dict()[name]) for name, value in plm.state_dict().items())
     shutil.copytree(references[0][0].parent, tmp_path / "photos")
-    command = ["segment", "--images", str(tmp_path / "photos"), "--mask", str(references[1][0]), "--sam_model", tiny]
+    command = [
+        "segment",
+        "--images",
+        str(tmp_path / "photos"),
+        "--mask",
+        str(references[1][0]),
+        "--sam_model",
+        filled_sam,
+    ]
     command += ["--segmenter", "plm", "--adapter", str(adapted), "--output", str(tmp_path / "out")]
     assert cli.main(command) == 0
     found = segmenter.fit(references[0][0], references[1][0]).predict(references[0][1]).mask
     assert np.array_equal(np.array(Image.open(tmp_path / "out" / "0001.png")) > 0, found)
 
 
-def test_an_interrupted_training_resumes_to_the_same_weights(task, tiny, adapted, tmp_path):
+def test_an_interrupted_training_resumes_to_the_same_weights(task, filled_sam, adapted, tmp_path):
     whole = tmp_path / "whole"
     more = ["--checkpointing_steps", "2", "--validation_steps", "2"]
-    assert adapt(task, whole, tiny, *more) == 0
+    assert adapt(task, whole, filled_sam, *more) == 0
     shutil.copytree(whole, stopped := tmp_path / "stopped")
     shutil.rmtree(stopped / "checkpoint-4")
     for name in ("adapter.json", "plm.safetensors"):
         (stopped / name).unlink()
-    assert adapt(task, stopped, tiny, *more, "--resume_from_checkpoint", "latest") == 0
+    assert adapt(task, stopped, filled_sam, *more, "--resume_from_checkpoint", "latest") == 0
     assert (stopped / "plm.safetensors").read_bytes() == (whole / "plm.safetensors").read_bytes()
     assert json.loads((stopped / "adapter.json").read_text()) == json.loads((whole / "adapter.json").read_text())
 
 
-def test_without_the_pmm_and_from_boxes(task, tiny, sam, tmp_path, capsys):
+def test_without_the_pmm_and_from_boxes(task, filled_sam, sam, tmp_path, capsys):
     more = ["--no_pmm", "--prompt", "box", "--validation_share", "0"]
-    assert adapt(task, tmp_path / "plm", tiny, *more) == 0
+    assert adapt(task, tmp_path / "plm", filled_sam, *more) == 0
     lines = [json.loads(line) for line in (tmp_path / "plm" / "metrics.jsonl").read_text().splitlines()]
     assert {"focal", "dice", "iou", "loss"} <= lines[-1].keys()
     assert not {"point", "mIoU"} & lines[-1].keys()
@@ -381,11 +364,11 @@ BROKEN = {
 
 @pytest.mark.parametrize("breaks", BROKEN, ids=lambda breaks: breaks.__name__)
 @pytest.mark.parametrize("command", ["adapt plm", "evaluate task"])
-def test_a_task_that_cannot_be_used_is_one_line_and_nothing_is_written(broken, tiny, capsys, breaks, command):
+def test_a_task_that_cannot_be_used_is_one_line_and_nothing_is_written(broken, filled_sam, capsys, breaks, command):
     breaks(broken)
     given = ["--images", "images", "--masks", "masks"] if command == "adapt plm" else ["--data", "."]
     more = [] if command == "adapt plm" else ["--train_masks", "1", "--test_share", "0.4", "--seed", "1"]
-    assert cli.main([*command.split(), *given, *more, "--output", "out", "--sam_model", tiny]) == 2
+    assert cli.main([*command.split(), *given, *more, "--output", "out", "--sam_model", filled_sam]) == 2
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert line == f"error: {BROKEN[breaks]}"
     assert not Path("out").exists()

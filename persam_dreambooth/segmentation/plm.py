@@ -50,7 +50,7 @@ class PLMSegmenter(Segmenter):
         sam: Sam,
         target_coverage: float = 0.5,
         absent_threshold: float = ABSENT_THRESHOLD,
-        fit_steps: int = 300,
+        fit_steps: int = 100,
         seed: int = 0,
         adapter: str | Path | None = None,
     ) -> None:

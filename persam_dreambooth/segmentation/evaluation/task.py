@@ -144,14 +144,14 @@ def evaluate_task(options: EvaluateTaskOptions, more_rows: Sequence[TaskRow] = (
     lessons = {row.name: learned_masks(task, pool, row.masks) for row in rows if row.masks}
     held_out = task.of_images(test)
     settings = {
-        **{name: getattr(options, name) for name in ("data", "sam_model", "sam_dtype", "seed", "max_train_steps")},
-        "train_batch_size": options.train_batch_size,
+        **{name: getattr(options, name) for name in ("data", "sam_model", "sam_dtype", "seed")},
         "parts": list(task.parts),
         "test_images": test,
         "masks_sha256": masks_sha256(held_out),
     }
     with locked(output):
         check_settings(output, settings, "an evaluation", "--output")
+        check_training(output, options)
         used = [*held_out, *(mask for masks in lessons.values() for mask in masks)]
         for mask in {mask.path: mask for mask in used}.values():
             mask.read()
@@ -161,7 +161,7 @@ def evaluate_task(options: EvaluateTaskOptions, more_rows: Sequence[TaskRow] = (
         note_settings(output, settings, "an evaluation", "--output")
         if sam is not None:
             predict_rows(left, held_out, lessons, sam, options, output)
-        names = [row.name for row in rows] + [name for name in earlier_task_rows(output) if name not in folders]
+        names = [row.name for row in rows] + [name for name in _rows_in(output) if name not in folders]
         scored = [score_row(output / "predictions" / name, held_out) for name in names]
         scores = TaskScores(task, test, scored, asdict(options), provenance())
         write_json(output / "results.json", scores.results)
@@ -298,11 +298,21 @@ def held_out_prompt(mask: TaskMask, truth: np.ndarray, kind: PromptKind, seed: i
     return draw_prompt(truth, kind, rng)
 
 
-def earlier_task_rows(output: Path) -> list[str]:
-    """The names of the rows in a folder, in the order of methods, prompts and numbers of masks."""
-    folders = [path for path in (output / "predictions").iterdir() if (path / ROW).is_file()]
-    about = {path.name: json.loads((path / ROW).read_text(encoding="utf-8")) for path in folders}
-    return sorted(about, key=lambda name: (about[name]["prompt"], about[name]["masks"], name))
+def check_training(output: Path, options: EvaluateTaskOptions) -> None:
+    """Raises `InputError` if the folder holds rows that were trained otherwise than the options say."""
+    now = {"max_train_steps": options.max_train_steps, "train_batch_size": options.train_batch_size}
+    for name, about in _rows_in(output).items() if LEARNS.holds(options) else ():
+        how = about.get("training")
+        before = {"max_train_steps": how["steps"], "train_batch_size": how["batch_size"]} if how else now
+        if before != now:
+            given = " ".join(f"--{flag} {value}" for flag, value in before.items())
+            raise InputError(f"{output} holds {name}, which was trained with {given}: give these, or another --output")
+
+
+def _rows_in(output: Path) -> dict[str, dict[str, Any]]:
+    """What made the rows in a folder, by their names."""
+    files = (output / "predictions").glob(f"*/{ROW}")
+    return {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in files}
 
 
 def _find(

@@ -16,7 +16,7 @@ from persam_dreambooth.report.pictures import grid, outlined, save_picture
 from persam_dreambooth.report.tables import Table, TableCell
 from persam_dreambooth.segmentation.adaptation.task_folder import TaskMask
 from persam_dreambooth.segmentation.evaluation.data_set import read_prediction
-from persam_dreambooth.segmentation.evaluation.metrics import jaccard
+from persam_dreambooth.segmentation.evaluation.metrics import BOOTSTRAP, jaccard
 from persam_dreambooth.segmentation.evaluation.one_shot_tables import origin, write_tables
 from persam_dreambooth.segmentation.evaluation.task import held_out_prompt
 from persam_dreambooth.segmentation.evaluation.task_scores import TaskRowScores, TaskScores
@@ -77,14 +77,12 @@ def task_tables(scores: TaskScores) -> list[Table]:
 
 def task_heading(scores: TaskScores) -> list[str]:
     """What was evaluated and with what, as sentences."""
-    versions, options, intervals = origin(scores.options, scores.made_with, "percentile bootstrap over images")
     return [
         f"{scores.task.name}: {', '.join(scores.task.parts)}; {len(scores.test)} of {len(scores.task.masks)} images "
         f"held out, from {scores.options['data']}.",
-        versions,
-        options,
-        f"{intervals.split(' The methods')[0]} Images, prompts and training are drawn with seed "
-        f"{scores.options['seed']}.",
+        *origin(scores.options, scores.made_with),
+        f"Intervals: percentile bootstrap over images, {BOOTSTRAP['resamples']} resamples, seed {BOOTSTRAP['seed']}. "
+        f"Images, prompts and training are drawn with seed {scores.options['seed']}.",
     ]
 
 

@@ -16,7 +16,7 @@ from persam_dreambooth.progress import steps
 from persam_dreambooth.segmentation.adaptation.task_folder import Task, TaskMask
 from persam_dreambooth.segmentation.evaluation.data_set import read_prediction
 from persam_dreambooth.segmentation.evaluation.metrics import BOOTSTRAP, bootstrap_intervals, boundary_f, jaccard
-from persam_dreambooth.segmentation.evaluation.task import ROW
+from persam_dreambooth.segmentation.evaluation.task import ROW, TASK_METHODS
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,14 @@ class TaskScores:
 
     @property
     def ordered(self) -> list[TaskRowScores]:
-        """The rows in the order of the tables: by prompt, then by number of masks, then as they were asked for."""
-        return sorted(self.rows, key=lambda row: (row.about["prompt"] != "point", row.about["masks"]))
+        """The rows in the order of the tables: by prompt, number of masks and method; ablations last."""
+        order = {method: place for place, method in enumerate(TASK_METHODS)}
+
+        def place_of(row: TaskRowScores) -> tuple[Any, ...]:
+            about = row.about
+            return about["prompt"] != "point", about["masks"], order.get(about["method"], len(order)), row.name
+
+        return sorted(self.rows, key=place_of)
 
     @property
     def results(self) -> dict[str, Any]:
