@@ -9,16 +9,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pycocotools import mask as coco_mask
+from small_sams import save_sam2_video
 from tiny_sam import save_tiny_sam
 from training_runs import in_two_processes
 
+from persam_dreambooth import extras
 from persam_dreambooth.cli import main
 from persam_dreambooth.errors import InputNotFoundError
 from persam_dreambooth.photos.labels import davis_palette
 from persam_dreambooth.photos.masks import read_mask
 from persam_dreambooth.report.tables import markdown_table
 from persam_dreambooth.segmentation import PerSAM, open_sam
+from persam_dreambooth.segmentation.adaptation.lora import add_lora, save_lora
+from persam_dreambooth.segmentation.adapters import Adapter
 from persam_dreambooth.segmentation.evaluation import coco20i, few_shot, few_shot_scores, pascal5i
 from persam_dreambooth.segmentation.evaluation.coco20i import COCO_CLASSES, read_coco20i
 from persam_dreambooth.segmentation.evaluation.episodes import FewShotData, sample_episode
@@ -102,26 +105,6 @@ def test_fewer_episodes_than_images_are_spread_over_the_classes():
     assert [(episode.number, episode.query) for episode in spread] == [(0, "a"), (2, "c"), (4, "e"), (6, "g")]
     every = few_shot_scores.EpisodeRun(data, 1, 0, None).episodes
     assert [episode.query for episode in every] == list("abcdefgh") and spread[1] == every[2]
-
-
-def test_the_episodes_of_a_seed_are_those_of_fs_sam2():
-    """What its program draws with seed 42 for five shots, recorded from commit 699cdf3."""
-    fss = data_of(True, **{f"{kind:03}": [f"{kind:03}/{number}" for number in range(1, 11)] for kind in range(240)})
-    for index, query, supports in (
-        (0, "000/1", "6 5 8 2 10"), (1, "000/10", "4 9 5 2 7"), (1234, "123/4", "1 6 3 10 2"),
-        (2399, "239/9", "1 5 4 7 3"),
-    ):  # fmt: skip
-        episode = sample_episode(fss, 5, 42, index)
-        assert episode.query == query
-        assert [name.split("/")[1] for name in episode.supports] == supports.split()
-    coco = data_of(False, **{str(kind): [f"{kind}-{number}" for number in range(10 + kind)]
-                             for kind in range(1, 80, 4)})  # fmt: skip
-    for index, query, supports in (
-        (0, "5-11", "5 4 1 6 12"), (1, "49-46", "24 13 52 48 23"), (999, "1-4", "5 9 8 1 2")
-    ):  # fmt: skip
-        episode = sample_episode(coco, 5, 42, index)
-        assert episode.query == query
-        assert [name.split("-")[1] for name in episode.supports] == supports.split()
 
 
 # PASCAL-5i
@@ -283,6 +266,8 @@ def test_bad_predictions_are_one_line(voc, three_predictions, tmp_path, capsys):
 @pytest.fixture
 def coco(tmp_path):
     """COCO 2014's layout: three images of 100 x 80, and eight categories with gaps in their ids."""
+    from pycocotools import mask as coco_mask
+
     data = tmp_path / "COCO2014"
     (data / "val2014").mkdir(parents=True)
     (data / "annotations").mkdir()
@@ -352,6 +337,12 @@ def test_a_list_chooses_the_images_of_coco_and_their_order(coco):
     listed.write_text("COCO_val2014_000000000002\nCOCO_val2014_000000000009\n")
     with pytest.raises(InputNotFoundError, match=r"val.txt names COCO_val2014_000000000009, of which .* has no annot"):
         read_coco20i(coco, 2)
+
+
+def test_json_without_pycocotools_is_one_line(coco, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(extras, "find_spec", lambda package: None)
+    line = refusal(capsys, "coco20i", "--data", coco, "--output", tmp_path / "out")
+    assert line == ("COCO's JSON needs pycocotools, which is not installed: pip install 'persam-dreambooth[coco]'")
 
 
 def test_bad_coco_data_is_one_line(coco, tmp_path, capsys):
@@ -477,6 +468,11 @@ def test_an_interrupted_evaluation_segments_only_the_episodes_that_are_left(fss,
     assert after["cost"]["predict_seconds"] > 0
 
 
+def test_a_mistyped_sam_leaves_no_folder(fss, tmp_path, capsys):
+    line = refusal(capsys, "fss1000", "--data", fss, "--output", tmp_path / "out", "--sam_model", "toyy")
+    assert line.startswith("toyy is not a model folder") and not (tmp_path / "out").exists()
+
+
 def test_another_experiment_is_refused_before_the_work(fss, tmp_path, method, capsys):
     output = tmp_path / "out"
     assert run_fss(fss, output, method, "--episodes", "2") == 0
@@ -491,6 +487,51 @@ def test_another_experiment_is_refused_before_the_work(fss, tmp_path, method, ca
     assert f"predictions None, now {fss}" in told("--episodes", 2, "--predictions", fss)
     (fss / "test.txt").write_text("box\n")
     assert "(other classes)" in told(*method, "--episodes", 2)
+
+
+@pytest.fixture(scope="module")
+def small_sam_2(tmp_path_factory):
+    """The folder of a SAM 2 of random weights with memory."""
+    return save_sam2_video(tmp_path_factory.mktemp("sam2"), side=256)[0]
+
+
+@pytest.fixture(scope="module")
+def adapters(small_sam_2, tmp_path_factory):
+    """Two adapters of it for FS-SAM2, whose weights differ."""
+    root = tmp_path_factory.mktemp("adapters")
+    for fold in (0, 1):
+        sam = open_sam(small_sam_2, device="cpu")
+        described = Adapter("fs-sam2", sam.name, sam.fingerprint, {"dataset": "pascal5i", "fold": fold})
+        adapted = add_lora(sam.model, sam.name)
+        torch.manual_seed(fold)
+        for name, weights in adapted.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weights, std=0.5)
+        (root / f"fold{fold}").mkdir()
+        save_lora(adapted, root / f"fold{fold}")
+        described.save(root / f"fold{fold}")
+    return [root / "fold0", root / "fold1"]
+
+
+def test_each_fold_has_its_own_adapter_and_never_one_that_was_trained_on_its_classes(
+    voc, small_sam_2, adapters, tmp_path, capsys
+):
+    output = tmp_path / "out"
+    command = ("--data", voc, "--output", output, "--sam_model", small_sam_2, "--segmenter", "memory", "--episodes", 2)
+    assert evaluate("pascal5i", *command, "--fold", 0) == 0
+    plain = read(output)["mIoU"]
+    assert evaluate("pascal5i", *command, "--fold", 0, "--adapter", adapters[0].parent) == 0  # it holds fold0
+    results = read(output)
+    assert evaluate("pascal5i", *command, "--fold", 0, "--adapter", adapters[0]) == 0
+    assert read(output)["rows"] == results["rows"]
+    assert list(results["rows"]) == ["memory-shots-1", "memory-adapter-shots-1"]
+    assert results["rows"]["memory-shots-1"]["mIoU"] == plain != results["mIoU"]
+    line = refusal(capsys, "pascal5i", *command, "--adapter", adapters[1])
+    assert line == (f"{adapters[1]} was trained for fold 1, on the classes of fold 0: evaluate it with --fold 1")
+    another = shutil.copytree(adapters[0], tmp_path / "another")
+    line = refusal(capsys, "pascal5i", *command, "--fold", 0, "--adapter", another)
+    folder = output / "predictions" / "memory-adapter" / "fold0-shots1-seed0"
+    assert line.startswith(f"{folder} holds predictions with other settings (adapter {adapters[0]}, now {another})")
 
 
 def test_encodings_that_no_longer_fit_into_memory_are_made_again(fss, method, monkeypatch):

@@ -33,7 +33,7 @@ from persam_dreambooth.segmentation.evaluation.episodes import (
     count_pixels,
     read_image_list,
 )
-from persam_dreambooth.segmentation.evaluation.few_shot_report import FS_SAM2
+from persam_dreambooth.segmentation.evaluation.few_shot_report import PUBLISHED_FS_SAM2
 from persam_dreambooth.segmentation.evaluation.few_shot_scores import FewShotScores
 
 COCO_CLASSES = (
@@ -51,7 +51,7 @@ COCO_CLASSES = (
 COCO_IMAGES = {"val2014": (40_137, 40_504), "train2014": (82_081, 82_783)}
 """The numbers of images in the parts of COCO 2014: those with annotations, and all."""
 
-COCO_20I_PUBLISHED = {FS_SAM2: {1: 55.3, 5: 58.4}}
+COCO_20I_PUBLISHED = {PUBLISHED_FS_SAM2: {1: 55.3, 5: 58.4}}
 
 Rle = dict[str, Any]
 """A mask as pycocotools encodes it."""

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from persam_dreambooth.errors import InputNotFoundError
+from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.files import check_settings, check_writable, locked, note_settings, write_aside, write_json
 from persam_dreambooth.machine import provenance, reset_peak_memory
 from persam_dreambooth.options import LAST_SEED, option, require, within
@@ -52,6 +52,9 @@ logger = logging.getLogger(__name__)
 MOST_ENCODED = 2 << 30
 """Bytes of encodings that a process keeps in memory for later episodes."""
 
+ADAPTED = "-adapter"
+"""The end of the name of a method's row with an adapter."""
+
 
 @dataclass(frozen=True)
 class FewShotOptions(SegmentationOptions):
@@ -78,10 +81,14 @@ class FewShotOptions(SegmentationOptions):
         return (None,)
 
     @property
+    def row(self) -> str:
+        """The name of the method's row and of its folder of predictions."""
+        return f"{self.segmenter}{ADAPTED}" if self.adapter else self.segmenter
+
+    @property
     def settings(self) -> dict[str, Any]:
         """What all rows of an output folder share, since their figures are compared."""
-        names = ["sam_model", "sam_dtype", "adapter", "guidance", "target_coverage"]
-        names = ["predictions"] if self.predictions else names
+        names = ("predictions",) if self.predictions else ("sam_model", "sam_dtype", "guidance", "target_coverage")
         return {"data": str(Path(str(self.data))), **{name: getattr(self, name) for name in ("episodes", *names)}}
 
     def check(self) -> None:
@@ -133,6 +140,7 @@ def evaluate_few_shot(
     chosen = [data for data in sets if data.fold in options.chosen]
     for data in chosen:
         data.check_shots(options.shots)
+        with_adapter_of_fold(options, data)
     if options.predictions and not Path(options.predictions).is_dir():
         raise InputNotFoundError(f"{options.predictions} does not exist: name a folder of predictions")
     check_settings(output, options.settings, "an evaluation", "--output")
@@ -140,11 +148,10 @@ def evaluate_few_shot(
     runs = [EpisodeRun(data, options.shots, seed, options.episodes) for data in chosen for seed in seeds]
     state = open_processes()
     with locked(output) if state.is_main_process else nullcontext():
-        if state.is_main_process:
-            for run in runs:
-                write_json(output / "episodes" / f"{run.name}.json", run.content)
+        if options.predictions and state.is_main_process:
+            write_runs(output, runs)
         if not options.predictions:
-            predict_episodes(runs, output / "predictions" / options.segmenter, options, state)
+            predict_episodes(runs, output / "predictions" / options.row, options, state)
         state.wait_for_everyone()
         if not state.is_main_process:
             return None
@@ -153,9 +160,9 @@ def evaluate_few_shot(
             made_by = "predictions"
             found[made_by, options.shots] = {run: Path(options.predictions) / run.name for run in runs}
         else:
-            made_by = f"{options.segmenter}, SAM: {options.sam_told}"
-            for method in METHODS:
-                own = runs if method == options.segmenter else []
+            made_by = f"{options.row}, SAM: {options.sam_told}"
+            for method in [f"{name}{end}" for name in METHODS for end in ("", ADAPTED)]:
+                own = runs if method == options.row else []
                 for run in [*own, *earlier_runs(output / "predictions" / method, sets, own, options)]:
                     place = output / "predictions" / method / run.name
                     found.setdefault((method, run.shots), {})[run] = place
@@ -163,7 +170,7 @@ def evaluate_few_shot(
             FewShotRow(method, shots, tuple(score_run(run, folder) for run, folder in folders.items()))
             for (method, shots), folders in sorted(found.items(), key=lambda entry: (entry[0][1], entry[0][0]))
         ]
-        shown = next(row for row in rows if row.shots == options.shots and row.method in (options.segmenter, made_by))
+        shown = next(row for row in rows if row.shots == options.shots and row.method in (options.row, made_by))
         scores = FewShotScores(shown, tuple(rows), made_by, effective(options, options.predictions), provenance())
         note_settings(output, options.settings, "an evaluation", "--output")
         write_json(output / "results.json", scores.results)
@@ -171,42 +178,62 @@ def evaluate_few_shot(
         return scores
 
 
+def write_runs(output: Path, runs: Sequence[EpisodeRun]) -> None:
+    """Writes the files of episodes, from which any program can predict them."""
+    for run in runs:
+        write_json(output / "episodes" / f"{run.name}.json", run.content)
+
+
 def predict_episodes(runs: Sequence[EpisodeRun], folder: Path, options: FewShotOptions, state: PartialState) -> None:
     """Writes the missing predictions; under `accelerate launch`, each process takes a part of the episodes.
 
     Episodes of a class follow one another, so that images that several of them show are encoded once.
     """
+    fitting = {run.data.fold: with_adapter_of_fold(options, run.data) for run in runs}
+    adapted = {fold: {"adapter": own.adapter} for fold, own in fitting.items()}
     work = [(run, episode) for run in runs for episode in run.episodes]
     work.sort(key=lambda each: (each[0].data.fold or 0, each[1].category, each[1].query))
-    left = [each for each in own_part(work, state) if not prediction_path(folder / each[0].name, each[1]).is_file()]
-    fitting = {fold: with_adapter_of_fold(options, fold) for fold in options.chosen} if left else {}
+    for run in runs:
+        check_settings(folder / run.name, adapted[run.data.fold], "predictions", "--output")
+    own = own_part(work, state)
+    left = [each for each in own if not prediction_path(folder / each[0].name, each[1]).is_file()]
     sam = open_sam_of(fitting[left[0][0].data.fold]) if left else None
     if state.is_main_process:  # processes would overwrite one another's file
-        note_settings(Path(str(options.output)), options.settings, "an evaluation", "--output")
+        output = Path(str(options.output))
+        note_settings(output, options.settings, "an evaluation", "--output")
+        write_runs(output, runs)
+        for run in runs if options.adapter else ():
+            note_settings(folder / run.name, adapted[run.data.fold], "predictions", "--output")
     state.wait_for_everyone()
     if sam is None:
         return
     reset_peak_memory()
     encoder, adapter = RecentEncodings(sam), fitting[left[0][0].data.fold].adapter
-    done = len(work) // state.num_processes - len(left)
-    for run, episode in steps(left, "segmenting", "episode", len(left) + done, done, hidden=not state.is_main_process):
-        if (own := fitting[run.data.fold]).adapter != adapter:
-            encoder, adapter = RecentEncodings(open_sam_of(own)), own.adapter
-        segment_episode(run.data, episode, folder / run.name, options, encoder)
+    done = len(own) - len(left)
+    for run, episode in steps(left, "segmenting", "episode", len(own), done, hidden=not state.is_main_process):
+        if (needed := fitting[run.data.fold]).adapter != adapter:
+            encoder, adapter = RecentEncodings(open_sam_of(needed)), needed.adapter
+        segment_episode(run.data, episode, folder / run.name, fitting[run.data.fold], encoder)
 
 
-def with_adapter_of_fold(options: FewShotOptions, fold: int | None) -> FewShotOptions:
+def with_adapter_of_fold(options: FewShotOptions, data: FewShotData) -> FewShotOptions:
     """The options with the adapter of a fold: `--adapter` itself, or its folder `fold0` and so on.
 
     Raises:
-        InputError, InputNotFoundError: the folder holds no adapter.
+        InputError, InputNotFoundError: the folder holds no adapter, or one that was trained on the fold's classes.
     """
     if not options.adapter:
         return options
     folder = Path(options.adapter)
-    if fold is not None and not (folder / ADAPTER).is_file():
-        folder /= f"fold{fold}"
-    Adapter.read(folder)
+    if data.fold is not None and not (folder / ADAPTER).is_file():
+        folder /= f"fold{data.fold}"
+    trained = Adapter.read(folder).settings
+    same_data = trained.get("dataset") == data.name.lower().replace("-", "")
+    if same_data and data.fold is not None and trained.get("fold", data.fold) != data.fold:
+        raise InputError(
+            f"{folder} was trained for fold {trained['fold']}, on the classes of fold {data.fold}: evaluate it with "
+            f"--fold {trained['fold']}"
+        )
     return replace(options, adapter=str(folder))
 
 

@@ -47,7 +47,7 @@ Published = dict[str, dict[int, float]]
 
 SIMILARITY = "similarity"
 
-FS_SAM2 = "FS-SAM2, SAM 2.1 B+ (published)"
+PUBLISHED_FS_SAM2 = "FS-SAM2, SAM 2.1 B+ (published)"
 
 
 @dataclass(frozen=True)

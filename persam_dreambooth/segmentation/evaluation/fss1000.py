@@ -18,7 +18,7 @@ from persam_dreambooth.options import option
 from persam_dreambooth.photos.images import open_image
 from persam_dreambooth.segmentation.evaluation import few_shot
 from persam_dreambooth.segmentation.evaluation.episodes import FewShotData
-from persam_dreambooth.segmentation.evaluation.few_shot_report import FS_SAM2
+from persam_dreambooth.segmentation.evaluation.few_shot_report import PUBLISHED_FS_SAM2
 from persam_dreambooth.segmentation.evaluation.few_shot_scores import FewShotScores
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg")
@@ -29,7 +29,7 @@ FSS_1000_CLASSES = {"train": 520, "val": 240, "test": 240}
 """The number of classes in the splits of FSS-1000, each of ten images."""
 
 
-FSS_1000_PUBLISHED = {FS_SAM2: {1: 90.6, 5: 91.7}}
+FSS_1000_PUBLISHED = {PUBLISHED_FS_SAM2: {1: 90.6, 5: 91.7}}
 
 
 @dataclass(frozen=True)

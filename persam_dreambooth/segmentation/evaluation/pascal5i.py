@@ -28,7 +28,7 @@ from persam_dreambooth.segmentation.evaluation.episodes import (
     count_pixels,
     read_image_list,
 )
-from persam_dreambooth.segmentation.evaluation.few_shot_report import FS_SAM2
+from persam_dreambooth.segmentation.evaluation.few_shot_report import PUBLISHED_FS_SAM2
 from persam_dreambooth.segmentation.evaluation.few_shot_scores import FewShotScores
 
 VOC_CLASSES = (
@@ -40,7 +40,7 @@ VOC_CLASSES = (
 VOC_VAL_IMAGES = 1449
 """The number of images in VOC 2012's validation set for segmentation."""
 
-PASCAL_5I_PUBLISHED = {FS_SAM2: {1: 73.4, 5: 74.8}}
+PASCAL_5I_PUBLISHED = {PUBLISHED_FS_SAM2: {1: 73.4, 5: 74.8}}
 
 ANNOTATIONS = ("SegmentationClassAug", "SegmentationClass")
 
