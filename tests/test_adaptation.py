@@ -11,10 +11,11 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from peft import PeftModel
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from seeded_weights import seeded_weights
 from small_sams import SMALLEST_SAM_2, save_smallest_sam2
-from test_fs_sam2_parity import base_model, read_episodes, recorded
+from test_fs_sam2_parity import base_model, our_name, read_episodes, recorded
 from torch.utils.data import Dataset
 from training_runs import SLOW, command, flags, in_two_processes
 from transformers import Sam2VideoModel
@@ -31,6 +32,7 @@ from persam_dreambooth.segmentation.adaptation.episode_samples import (
     rotate,
 )
 from persam_dreambooth.segmentation.adaptation.few_shot import FewShot, smooth_dice, validate_episodes
+from persam_dreambooth.segmentation.adaptation.fs_sam2 import AdaptFsSam2Options, read_episode_images
 from persam_dreambooth.segmentation.adaptation.lora import LORA_FILE, add_lora, merge_lora, save_lora
 from persam_dreambooth.segmentation.adaptation.training import Learner, run_adaptation, scheduled_rate
 from persam_dreambooth.segmentation.adapters import Adapter
@@ -39,7 +41,7 @@ from persam_dreambooth.segmentation.evaluation.few_shot import with_adapter_of_f
 from persam_dreambooth.segmentation.evaluation.fss1000 import read_fss1000
 from persam_dreambooth.segmentation.evaluation.pascal5i import EvaluatePascal5iOptions
 from persam_dreambooth.segmentation.sams.checkpoints import open_sam
-from persam_dreambooth.segmentation.sams.original_sam2 import SAM2_RENAMED, read_sam2_config
+from persam_dreambooth.segmentation.sams.original_sam2 import read_sam2_config
 from persam_dreambooth.toy.rendered_episodes import ToyEpisodesOptions, write_episodes
 
 STEPS = 4
@@ -263,6 +265,30 @@ def test_every_tenth_image_is_held_out_where_a_class_has_enough():
         hold_out(data, 4)
 
 
+def test_pascal_is_trained_and_validated_on_other_classes_and_images_than_it_is_tested(tmp_path):
+    """Sixty images in the layout of VOC 2012, each of one of the fifteen classes that fold 0 leaves for training."""
+    for number in range(62):
+        labels = np.zeros((64, 64), np.uint8)
+        labels[:40] = 1 if number == 60 else number % 15 + 6  # one more image for training shows a class of the fold
+        for folder, name, values in (
+            ("SegmentationClass", f"{number:02}.png", labels),
+            ("JPEGImages", f"{number:02}.jpg", np.full((64, 64, 3), 3 * number, np.uint8)),
+        ):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            Image.fromarray(values).save(tmp_path / folder / name)
+    (tmp_path / "ImageSets" / "Segmentation").mkdir(parents=True)
+    (tmp_path / "ImageSets" / "Segmentation" / "val.txt").write_text("61\n")
+    options = AdaptFsSam2Options(data=str(tmp_path), dataset="pascal5i", output="o")
+    training, validation = read_episode_images(options)
+    assert validation.images == ("09", "19", "29", "39", "49", "59")
+    assert training.images == tuple(f"{number:02}" for number in range(60) if number % 10 != 9)
+    assert validation.members == {"cow": ("19", "49"), "person": ("09", "39"), "tvmonitor": ("29", "59")}
+    sample = TrainingEpisodes(training, 1, 0, 64)[0]
+    assert sample["truth"].float().mean() == pytest.approx(40 / 64, abs=0.1)
+    with pytest.raises(InputError, match="aeroplane has 1 image in the train split: an episode of 1 shot needs 2"):
+        read_episode_images(replace(options, fold=3))
+
+
 # FS-SAM2 on small SAM 2s: the recorded one of 256 pixels, and one of 128 pixels
 
 SIDE = SMALLEST_SAM_2["image_size"]
@@ -276,10 +302,7 @@ def small_sam(tmp_path_factory):
 
 def own_name(name):
     """The name in our peft model of a matrix in the authors' three."""
-    name = re.sub(r"^model\.(\w+)\.base_model\.model\.", r"\1.", name)
-    for pattern, replacement in SAM2_RENAMED:
-        name = re.sub(pattern, replacement, name)
-    return f"base_model.model.{name}"
+    return f"base_model.model.{our_name(name)}"
 
 
 def with_lora(model):
@@ -554,9 +577,9 @@ def test_the_adapter_says_how_it_was_trained(adapted, small_sam):
     adapter, sam = Adapter.read(adapted), open_sam(small_sam)
     assert (adapter.method, adapter.sam, adapter.fingerprint) == ("fs-sam2", small_sam, sam.fingerprint)
     assert adapter.settings["training_images"] == 9 and adapter.settings["validation_images"] == 3
-    validated = [row for row in rows(adapted) if "validation_miou" in row]
-    best = max(validated, key=lambda row: row["validation_miou"])
-    assert adapter.settings["best"] == {"step": best["step"], "validation_miou": best["validation_miou"]}
+    validated = [row for row in rows(adapted) if "mIoU" in row]
+    best = max(validated, key=lambda row: row["mIoU"])
+    assert adapter.settings["best"] == {"step": best["step"], "mIoU": best["mIoU"]}
 
 
 def test_validation_pools_the_pixels_of_each_class(episodes):
@@ -574,7 +597,7 @@ def test_validation_pools_the_pixels_of_each_class(episodes):
     assert len(shares) > 1
     expected = np.mean([np.mean(own) for own in shares.values()])
     found = validate_episodes(Everything(torch.nn.Identity()), drawn, 4, 0)
-    assert found == {"validation_miou": pytest.approx(expected)}
+    assert found == {"mIoU": pytest.approx(100 * expected)}
 
 
 @pytest.mark.parametrize(

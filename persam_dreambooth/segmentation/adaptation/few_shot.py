@@ -75,7 +75,7 @@ def smooth_dice(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 
 
 def validate_episodes(module: FewShot, episodes: ValidationEpisodes, batch_size: int, workers: int) -> dict[str, float]:
-    """mIoU of episodes at the photos' size: pixels are pooled for each class, and pixels to ignore are left out."""
+    """mIoU of episodes in percent, at the photos' size, pooled for each class; pixels to ignore do not count."""
     common: Counter[str] = Counter()
     either: Counter[str] = Counter()
     device = module.mean.device
@@ -89,4 +89,4 @@ def validate_episodes(module: FewShot, episodes: ValidationEpisodes, batch_size:
             pixels = overlap(found.cpu().numpy() & ~ignore, truth & ~ignore)
             for counter, count in zip((common, either), pixels, strict=True):
                 counter[one["category"]] += count
-    return {"validation_miou": sum(common[name] / max(1, either[name]) for name in either) / len(either)}
+    return {"mIoU": 100 * sum(common[name] / max(1, either[name]) for name in either) / len(either)}
