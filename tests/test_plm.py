@@ -405,6 +405,18 @@ def test_an_adapter_that_does_not_fit_is_refused(adapted, sam, task, tmp_path):
         PLMSegmenter(sam, adapter=other)
 
 
+def test_a_command_with_such_an_adapter_is_one_line_and_nothing_is_written(task, filled_sam, capsys, tmp_path):
+    given = ["--images", str(task / "images"), "--mask", str(task / "masks" / "head" / "0000.png")]
+    adapter = ["--sam_model", filled_sam, "--adapter", str(task)]
+    assert cli.main(["segment", *given, "--output", str(tmp_path / "out"), "--segmenter", "plm", *adapter]) == 2
+    said = f"error: {task} holds no adapter.json: name a folder that persam-dreambooth adapt wrote"
+    assert capsys.readouterr().err.splitlines()[-1] == said
+    assert not (tmp_path / "out").exists()
+    assert cli.main(["segment", *given, "--output", str(tmp_path / "out"), *adapter]) == 2
+    said = "error: --adapter has no effect: add --segmenter memory or --segmenter plm"
+    assert capsys.readouterr().err.splitlines()[-1] == said
+
+
 def test_videos_have_no_plm(capsys):
     command = ["video", "--frames", "f", "--mask", "m.png", "--output", "o", "--segmenter", "plm"]
     assert cli.main(command) == 2

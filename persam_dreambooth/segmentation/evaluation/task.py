@@ -162,7 +162,7 @@ def evaluate_task(options: EvaluateTaskOptions, more_rows: Sequence[TaskRow] = (
         if sam is not None:
             predict_rows(left, held_out, lessons, sam, options, output)
         names = [row.name for row in rows] + [name for name in _rows_in(output) if name not in folders]
-        scored = [score_row(output / "predictions" / name, held_out) for name in names]
+        scored = [score_row(output / "predictions" / name, held_out) for name in steps(names, "scoring", "row")]
         scores = TaskScores(task, test, scored, asdict(options), provenance())
         write_json(output / "results.json", scores.results)
         write_task_report(output, scores, held_out)

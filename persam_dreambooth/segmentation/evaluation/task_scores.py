@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from persam_dreambooth.errors import InputError
-from persam_dreambooth.progress import steps
 from persam_dreambooth.segmentation.adaptation.task_folder import Task, TaskMask
 from persam_dreambooth.segmentation.evaluation.data_set import read_prediction
 from persam_dreambooth.segmentation.evaluation.metrics import BOOTSTRAP, bootstrap_intervals, boundary_f, jaccard
@@ -129,7 +128,7 @@ def score_row(folder: Path, held_out: Sequence[TaskMask]) -> TaskRowScores:
     except (OSError, ValueError, TypeError):
         raise InputError(f"{folder / ROW} does not say what made these masks: remove {folder}") from None
     values: dict[str, dict[str, tuple[float, float]]] = {}
-    for mask in steps(held_out, f"scoring {folder.name}", "mask"):
+    for mask in held_out:
         truth = mask.read()
         found = read_prediction(folder / mask.part / f"{mask.image}.png", truth)
         values.setdefault(mask.part, {})[mask.image] = (jaccard(found, truth), boundary_f(found, truth))
