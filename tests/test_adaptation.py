@@ -36,8 +36,11 @@ from persam_dreambooth.segmentation.adaptation.fs_sam2 import AdaptFsSam2Options
 from persam_dreambooth.segmentation.adaptation.lora import LORA_FILE, add_lora, merge_lora, save_lora
 from persam_dreambooth.segmentation.adaptation.training import Learner, run_adaptation, scheduled_rate
 from persam_dreambooth.segmentation.adapters import Adapter
+from persam_dreambooth.segmentation.evaluation.absence import EvaluateAbsenceOptions
+from persam_dreambooth.segmentation.evaluation.davis import EvaluateDavisOptions
 from persam_dreambooth.segmentation.evaluation.episodes import FewShotData
 from persam_dreambooth.segmentation.evaluation.fss1000 import read_fss1000
+from persam_dreambooth.segmentation.evaluation.perseg import EvaluatePersegOptions
 from persam_dreambooth.segmentation.sams.checkpoints import open_sam
 from persam_dreambooth.segmentation.sams.original_sam2 import read_sam2_config
 from persam_dreambooth.toy.rendered_episodes import ToyEpisodesOptions, write_episodes
@@ -476,6 +479,26 @@ def test_segment_records_the_adapter_and_finds_other_masks(photos_of_a_class, sm
     assert (tmp_path / "plain" / "2.png").read_bytes() != (tmp_path / "adapted" / "2.png").read_bytes()
 
 
+def test_masks_of_an_adapter_that_was_trained_again_are_not_kept(
+    photos_of_a_class, small_sam, adapter, tmp_path, capsys
+):
+    """Another path of the same weights is the same adapter."""
+    again = shutil.copytree(adapter, tmp_path / "again")
+    common = [*photos_of_a_class, "--segmenter", "memory", "--sam_model", small_sam, "--output", tmp_path / "masks"]
+    assert command("segment", *common, "--adapter", adapter) == command("segment", *common, "--adapter", again) == 0
+    named = {"data": "x", "output": "y", "segmenter": "memory"}
+    kinds = (EvaluatePersegOptions, EvaluateDavisOptions, EvaluateAbsenceOptions)
+    first = [kind(**named, adapter=str(adapter)).settings for kind in kinds]
+    assert first == [kind(**named, adapter=str(again)).settings for kind in kinds]
+    weights = load_file(again / LORA_FILE)
+    save_file({name: value + 1 for name, value in weights.items()}, again / LORA_FILE)
+    assert command("segment", *common, "--adapter", again) == 2
+    assert f"{tmp_path / 'masks'} holds masks with other settings (other adapter)" in capsys.readouterr().err
+    for kind, before in zip(kinds, first, strict=True):
+        after = kind(**named, adapter=str(again)).settings
+        assert [name for name in after if after[name] != before[name]] == ["adapter_sha256"]
+
+
 def broken(adapter, folder, how):
     """A copy of an adapter that is broken in a way; its folder."""
     shutil.copytree(adapter, folder)
@@ -485,6 +508,8 @@ def broken(adapter, folder, how):
             (folder / "adapter.json").unlink()
         case "not JSON":
             (folder / "adapter.json").write_text("{")
+        case "other settings":
+            (folder / "adapter.json").write_text(json.dumps({**described, "settings": ["point"]}))
         case "other method":
             (folder / "adapter.json").write_text(json.dumps({**described, "method": "plm"}))
         case "other SAM":
@@ -504,6 +529,7 @@ def broken(adapter, folder, how):
     ("how", "line"),
     [
         ("none", "holds no adapter.json: name a folder that persam-dreambooth adapt wrote"),
+        ("other settings", r"does not describe an adapter \(its settings are no table\): train it again"),
         ("not JSON", "does not describe an adapter"),
         ("other method", "is an adapter of plm, not of fs-sam2: name another folder"),
         ("other SAM", r"was trained on another SAM \(b\+\) than .*: name that SAM with --sam_model"),
@@ -563,6 +589,9 @@ def test_the_adapter_says_how_it_was_trained(adapted, small_sam):
     adapter, sam = Adapter.read(adapted), open_sam(small_sam)
     assert (adapter.method, adapter.sam, adapter.fingerprint) == ("fs-sam2", small_sam, sam.fingerprint)
     assert adapter.settings["training_images"] == 9 and adapter.settings["validation_images"] == 3
+    assert adapter.settings["training_classes"] == ["car", "robot", "teapot"]
+    assert adapter.settings["validation_classes"] == ["bear"]
+    assert adapter.classes == {"car", "robot", "teapot", "bear"}
     validated = [row for row in rows(adapted) if "mIoU" in row]
     best = max(validated, key=lambda row: row["mIoU"])
     assert adapter.settings["best"] == {"step": best["step"], "mIoU": best["mIoU"]}

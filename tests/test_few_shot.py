@@ -24,7 +24,7 @@ from persam_dreambooth.segmentation.adaptation.lora import add_lora, save_lora
 from persam_dreambooth.segmentation.adapters import Adapter
 from persam_dreambooth.segmentation.evaluation import coco20i, few_shot, few_shot_scores, pascal5i
 from persam_dreambooth.segmentation.evaluation.coco20i import COCO_CLASSES, read_coco20i
-from persam_dreambooth.segmentation.evaluation.episodes import FewShotData, sample_episode
+from persam_dreambooth.segmentation.evaluation.episodes import FewShotData, common_name, sample_episode
 from persam_dreambooth.segmentation.evaluation.few_shot_report import shot_tables
 from persam_dreambooth.segmentation.evaluation.fss1000 import FSS_1000_PUBLISHED, read_fss1000
 from persam_dreambooth.segmentation.evaluation.pascal5i import PASCAL_5I_PUBLISHED, VOC_CLASSES, read_pascal5i
@@ -501,7 +501,9 @@ def adapters(small_sam_2, tmp_path_factory):
     root = tmp_path_factory.mktemp("adapters")
     for fold in (0, 1):
         sam = open_sam(small_sam_2, device="cpu")
-        described = Adapter("fs-sam2", sam.name, sam.fingerprint, {"dataset": "pascal5i", "fold": fold})
+        tested = VOC_CLASSES[5 * fold : 5 * fold + 5]
+        trained = {"training_classes": [name for name in VOC_CLASSES if name not in tested], "validation_classes": []}
+        described = Adapter("fs-sam2", sam.name, sam.fingerprint, trained)
         adapted = add_lora(sam.model, sam.name)
         torch.manual_seed(fold)
         for name, weights in adapted.named_parameters():
@@ -513,9 +515,7 @@ def adapters(small_sam_2, tmp_path_factory):
     return [root / "fold0", root / "fold1"]
 
 
-def test_each_fold_has_its_own_adapter_and_never_one_that_was_trained_on_its_classes(
-    voc, small_sam_2, adapters, tmp_path, capsys
-):
+def test_each_fold_has_its_own_adapter_which_its_weights_identify(voc, small_sam_2, adapters, tmp_path, capsys):
     output = tmp_path / "out"
     command = ("--data", voc, "--output", output, "--sam_model", small_sam_2, "--segmenter", "memory", "--episodes", 2)
     assert evaluate("pascal5i", *command, "--fold", 0) == 0
@@ -526,12 +526,42 @@ def test_each_fold_has_its_own_adapter_and_never_one_that_was_trained_on_its_cla
     assert read(output)["rows"] == results["rows"]
     assert list(results["rows"]) == ["memory-shots-1", "memory-adapter-shots-1"]
     assert results["rows"]["memory-shots-1"]["mIoU"] == plain != results["mIoU"]
-    line = refusal(capsys, "pascal5i", *command, "--adapter", adapters[1])
-    assert line == (f"{adapters[1]} was trained for fold 1, on the classes of fold 0: evaluate it with --fold 1")
-    another = shutil.copytree(adapters[0], tmp_path / "another")
-    line = refusal(capsys, "pascal5i", *command, "--fold", 0, "--adapter", another)
+    moved = shutil.copytree(adapters[0], tmp_path / "moved")
+    assert evaluate("pascal5i", *command, "--fold", 0, "--adapter", moved) == 0
+    assert read(output)["rows"] == results["rows"]
+    shutil.copy(adapters[1] / "adapter_model.safetensors", moved)  # as when it is trained again
+    line = refusal(capsys, "pascal5i", *command, "--fold", 0, "--adapter", moved)
     folder = output / "predictions" / "memory-adapter" / "fold0-shots1-seed0"
-    assert line.startswith(f"{folder} holds predictions with other settings (adapter {adapters[0]}, now {another})")
+    assert line == f"{folder} holds predictions with other settings (other adapter): choose another --output"
+    line = refusal(capsys, "pascal5i", *command, "--adapter", tmp_path)
+    assert line.startswith(f"{tmp_path / 'fold0'} holds no adapter.json")
+
+
+def test_an_adapter_is_never_tested_on_classes_that_it_saw(voc, fss, adapters, tmp_path, capsys):
+    folder = shutil.copytree(adapters[0], tmp_path / "saw")
+    saw = f"{folder} was trained or validated on classes that are tested"
+
+    def told(data_set, data, *more, **settings):
+        described = json.loads((adapters[0] / "adapter.json").read_text())
+        (folder / "adapter.json").write_text(json.dumps({**described, "settings": settings}))
+        command = ("--data", data, "--output", tmp_path / "out", "--segmenter", "memory", "--adapter", folder)
+        line = refusal(capsys, data_set, *command, *more)
+        assert not (tmp_path / "out").exists()
+        return line
+
+    advice = ": name an adapter that saw none of them"
+    assert told("fss1000", fss, training_classes=["box", "cup"]) == f"{saw} (box){advice}"
+    assert told("fss1000", fss, training_classes=["cup"], validation_classes=["ball"]) == f"{saw} (ball){advice}"
+    assert told("fss1000", fss, parts=["ball"]) == f"{saw} (ball){advice}"
+    coco = list(COCO_CLASSES[1::4])  # airplane is VOC's aeroplane
+    assert told("pascal5i", voc, "--fold", 0, training_classes=coco) == f"{saw} (bicycle){advice}"
+    airplanes = {"training_classes": ["airplane"], "validation_classes": []}
+    assert told("pascal5i", voc, "--fold", 0, **airplanes) == f"{saw} (aeroplane){advice}"
+    assert told("fss1000", fss) == f"{folder} does not name the classes that it was trained on: train it again"
+
+
+def test_every_class_of_voc_is_one_of_coco():
+    assert {common_name(name) for name in VOC_CLASSES} < set(COCO_CLASSES)
 
 
 def test_encodings_that_no_longer_fit_into_memory_are_made_again(fss, method, monkeypatch):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.models import log_device
 from persam_dreambooth.options import Condition, Options, below_one, option, with_flag, within
+from persam_dreambooth.segmentation.adapters import weights_sha256
 from persam_dreambooth.segmentation.found import ABSENT_THRESHOLD
 
 if TYPE_CHECKING:
@@ -99,6 +100,11 @@ class SegmenterOptions(Options):
     def sam_told(self) -> str:
         """The SAM and its adapter, for reports."""
         return f"{self.sam_model} adapted by {self.adapter}" if self.adapter else self.sam_model
+
+    @property
+    def adapter_sha256(self) -> str | None:
+        """Hash of the adapter's weights: a folder may be trained again."""
+        return weights_sha256(Path(self.adapter)) if self.adapter else None
 
     def check(self) -> None:
         """Raises `InputError` for options that are out of range or in conflict."""

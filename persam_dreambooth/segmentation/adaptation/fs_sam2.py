@@ -97,7 +97,12 @@ def open_few_shot(options: AdaptFsSam2Options, accelerator: Accelerator) -> Lear
     training, validation = read_episode_images(options)
     sam = open_sam(options.sam_model, accelerator.device)
     check_memory(sam)
-    described = {"training_images": len(training.images), "validation_images": len(validation.images)}
+    described = {
+        "training_images": len(training.images),
+        "training_classes": list(training.classes),
+        "validation_images": len(validation.images),
+        "validation_classes": list(validation.classes),
+    }
     adapter = Adapter(LORA_METHOD, sam.name, sam.fingerprint, described)
     adapted = add_lora(sam.model, sam.name)
     module = FewShot(sam.model, options.gradient_checkpointing)

@@ -65,7 +65,9 @@ class EvaluateDavisOptions(TrackingOptions):
     @property
     def settings(self) -> dict[str, Any]:
         """What all rows of an output folder share, since their figures are compared."""
-        names = ("predictions",) if self.predictions else ("sam_model", "sam_dtype", "adapter", "target_coverage")
+        names = (
+            ("predictions",) if self.predictions else ("sam_model", "sam_dtype", "adapter_sha256", "target_coverage")
+        )
         return {"data": str(Path(str(self.data))), **{name: getattr(self, name) for name in names}}
 
     def check(self) -> None:

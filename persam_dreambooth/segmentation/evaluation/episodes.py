@@ -24,6 +24,16 @@ FOLDS = 4
 LEAST_PIXELS = 2 * 32 * 32
 """Pixels of a class from which an image counts for it in PASCAL-5i and COCO-20i, as in the papers' lists."""
 
+COMMON_NAMES = {
+    "aeroplane": "airplane",
+    "diningtable": "dining table",
+    "motorbike": "motorcycle",
+    "pottedplant": "potted plant",
+    "sofa": "couch",
+    "tvmonitor": "tv",
+}
+"""The names in COCO of classes that VOC names otherwise."""
+
 
 @dataclass(frozen=True)
 class Episode:
@@ -176,6 +186,12 @@ class LabeledImages:
             self.genuine,
             fold,
         )
+
+
+def common_name(category: str) -> str:
+    """The name by which classes of different data sets are compared."""
+    name = category.lower().replace("_", " ")
+    return COMMON_NAMES.get(name, name)
 
 
 def count_pixels(labels: np.ndarray, classes: tuple[str, ...]) -> dict[str, int]:

@@ -27,7 +27,13 @@ from persam_dreambooth.options import LAST_SEED, option, require, within
 from persam_dreambooth.progress import steps
 from persam_dreambooth.segmentation.adapters import ADAPTER, Adapter
 from persam_dreambooth.segmentation.evaluation.costs import Stopwatch, save_cost
-from persam_dreambooth.segmentation.evaluation.episodes import FOLDS, Episode, FewShotData, LabeledImages
+from persam_dreambooth.segmentation.evaluation.episodes import (
+    FOLDS,
+    Episode,
+    FewShotData,
+    LabeledImages,
+    common_name,
+)
 from persam_dreambooth.segmentation.evaluation.few_shot_report import Published, write_few_shot_report
 from persam_dreambooth.segmentation.evaluation.few_shot_scores import (
     EpisodeRun,
@@ -190,7 +196,7 @@ def predict_episodes(runs: Sequence[EpisodeRun], folder: Path, options: FewShotO
     Episodes of a class follow one another, so that images that several of them show are encoded once.
     """
     fitting = {run.data.fold: with_adapter_of_fold(options, run.data) for run in runs}
-    adapted = {fold: {"adapter": own.adapter} for fold, own in fitting.items()}
+    adapted = {fold: {"adapter_sha256": own.adapter_sha256} for fold, own in fitting.items()}
     work = [(run, episode) for run in runs for episode in run.episodes]
     work.sort(key=lambda each: (each[0].data.fold or 0, each[1].category, each[1].query))
     for run in runs:
@@ -220,19 +226,24 @@ def with_adapter_of_fold(options: FewShotOptions, data: FewShotData) -> FewShotO
     """The options with the adapter of a fold: `--adapter` itself, or its folder `fold0` and so on.
 
     Raises:
-        InputError, InputNotFoundError: the folder holds no adapter, or one that was trained on the fold's classes.
+        InputError, InputNotFoundError: the folder holds no adapter, or one that was trained or validated on classes
+            that are tested, or that does not name its classes.
     """
     if not options.adapter:
         return options
     folder = Path(options.adapter)
     if data.fold is not None and not (folder / ADAPTER).is_file():
         folder /= f"fold{data.fold}"
-    trained = Adapter.read(folder).settings
-    same_data = trained.get("dataset") == data.name.lower().replace("-", "")
-    if same_data and data.fold is not None and trained.get("fold", data.fold) != data.fold:
+    classes = Adapter.read(folder).classes
+    if classes is None:
+        raise InputError(f"{folder} does not name the classes that it was trained on: train it again")
+    known = set(map(common_name, classes))
+    seen = [name for name in data.classes if common_name(name) in known]
+    if seen:
+        names = ", ".join(seen[:5]) + ", ..." * (len(seen) > 5)
         raise InputError(
-            f"{folder} was trained for fold {trained['fold']}, on the classes of fold {data.fold}: evaluate it with "
-            f"--fold {trained['fold']}"
+            f"{folder} was trained or validated on classes that are tested ({names}): name an adapter that saw none of "
+            "them"
         )
     return replace(options, adapter=str(folder))
 

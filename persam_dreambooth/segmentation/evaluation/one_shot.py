@@ -82,7 +82,7 @@ class OneShotOptions(SegmentationOptions):
     @property
     def settings(self) -> dict[str, Any]:
         """What all rows of an output folder share, since their figures are compared."""
-        names = ("sam_model", "sam_dtype", "adapter", "guidance", "target_coverage")
+        names = ("sam_model", "sam_dtype", "adapter_sha256", "guidance", "target_coverage")
         return {"data": str(Path(str(self.data))), **{name: getattr(self, name) for name in names}}
 
     def check(self) -> None:
