@@ -258,7 +258,7 @@ def test_an_epoch_shows_each_image_once_and_repeats_to_the_bit(episodes):
 
 def test_every_tenth_image_is_held_out_where_a_class_has_enough():
     members = {"a": tuple(f"a{number:02}" for number in range(40)), "b": tuple(f"b{number}" for number in range(3))}
-    data = FewShotData("x", "train", members, Path, lambda *_: None, in_turn=True)
+    data = FewShotData("x", "train", members, Path, lambda *_: None, Path, in_turn=True)
     left, apart = hold_out(data, 1)
     assert apart.members == {"a": ("a09", "a19", "a29", "a39")} and apart.split == "val"
     assert len(left.members["a"]) == 36 and not set(left.images) & set(apart.images)
@@ -590,8 +590,8 @@ def test_the_adapter_says_how_it_was_trained(adapted, small_sam):
     assert (adapter.method, adapter.sam, adapter.fingerprint) == ("fs-sam2", small_sam, sam.fingerprint)
     assert adapter.settings["training_images"] == 9 and adapter.settings["validation_images"] == 3
     assert adapter.settings["training_classes"] == ["car", "robot", "teapot"]
-    assert adapter.settings["validation_classes"] == ["bear"]
-    assert adapter.classes == {"car", "robot", "teapot", "bear"}
+    assert adapter.settings["validation_classes"] == ["duck"]
+    assert adapter.classes == {"car", "robot", "teapot", "duck"}
     validated = [row for row in rows(adapted) if "mIoU" in row]
     best = max(validated, key=lambda row: row["mIoU"])
     assert adapter.settings["best"] == {"step": best["step"], "mIoU": best["mIoU"]}

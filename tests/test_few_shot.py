@@ -15,7 +15,8 @@ from training_runs import in_two_processes
 
 from persam_dreambooth import extras
 from persam_dreambooth.cli import main
-from persam_dreambooth.errors import InputNotFoundError
+from persam_dreambooth.errors import InputError, InputNotFoundError
+from persam_dreambooth.photos.images import read_image
 from persam_dreambooth.photos.labels import davis_palette
 from persam_dreambooth.photos.masks import read_mask
 from persam_dreambooth.report.tables import markdown_table
@@ -70,7 +71,7 @@ def refusal(capsys, data_set, *arguments):
 def data_of(in_turn, **members):
     """Data of which nobody reads a file."""
     return FewShotData("a test", "test", {name: tuple(images) for name, images in members.items()},
-                       Path, lambda image, category: (np.empty(0), np.empty(0)), in_turn)  # fmt: skip
+                       Path, lambda image, category: (np.empty(0), np.empty(0)), Path, in_turn)  # fmt: skip
 
 
 def test_images_in_turn_are_each_the_query_once_a_pass():
@@ -244,6 +245,40 @@ def test_bad_voc_data_is_one_line(voc, tmp_path, capsys):
     assert told() == (
         "VOC has no JPEGImages and SegmentationClassAug or SegmentationClass: name the folder VOC2012 with --data"
     )
+
+
+def test_scoring_reads_only_the_size_of_a_photo(voc, three_predictions):
+    for path in (voc / "JPEGImages").iterdir():
+        path.write_bytes(path.read_bytes()[:-30])
+        with pytest.raises(InputError, match="cannot be read"):
+            read_image(path)
+    run = few_shot_scores.EpisodeRun(read_pascal5i(voc, 0), 1, 0, 3)
+    scored = few_shot_scores.score_run(run, three_predictions / run.name)
+    assert scored.means["mIoU"] == pytest.approx(69.0625)
+
+
+def test_kept_pixels_count_until_a_file_of_the_episode_changes(voc, three_predictions):
+    """Pixels of another episode, which are wrong here, show which episodes are computed again."""
+    folder, wrong = three_predictions / "fold0-shots1-seed0", [10, 20, 30, 40]
+
+    def scored():
+        data = read_pascal5i(voc, 0)
+        return few_shot_scores.score_run(few_shot_scores.EpisodeRun(data, 1, 0, 3), folder, keep=True).pixels.tolist()
+
+    def spoil():
+        kept = json.loads((folder / "pixels.json").read_text())
+        (folder / "pixels.json").write_text(json.dumps(dict.fromkeys(kept, wrong)))
+
+    right = scored()
+    assert right[0] == [32 * 64, 48 * 64, 12 * 64, 28 * 64]
+    spoil()
+    assert scored() == [wrong] * 3
+    save(folder / "0003.png", rows(0, 64) * 255, palette=False)
+    assert scored() == [wrong, [32 * 64, 64 * 64, 0, 32 * 64], wrong]
+    save(voc / "SegmentationClass" / "2007_000000.png", rows(0, 44))
+    assert scored()[0] == [36 * 64, 52 * 64, 12 * 64, 28 * 64]
+    (folder / "pixels.json").write_text('{"0000": ')
+    assert scored()[2] == right[2]
 
 
 def test_bad_predictions_are_one_line(voc, three_predictions, tmp_path, capsys):

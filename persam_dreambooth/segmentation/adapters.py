@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 ADAPTER = "adapter.json"
 
-CLASSES = ("training_classes", "validation_classes", "parts")
+SEEN_CLASSES = ("training_classes", "validation_classes", "parts")
 """The settings that name what an adapter was trained or validated on."""
 
 
@@ -42,7 +42,7 @@ class Adapter:
     @property
     def classes(self) -> frozenset[str] | None:
         """The classes that it was trained or validated on; None if its description does not name them."""
-        named = [self.settings[name] for name in CLASSES if name in self.settings]
+        named = [self.settings[name] for name in SEEN_CLASSES if name in self.settings]
         return frozenset(each for names in named for each in names) if named else None
 
     def save(self, folder: Path) -> None:

@@ -124,6 +124,7 @@ def read_coco(data: Path, split: str = "test") -> LabeledImages:
         found.categories,
         photo,
         found.mask,
+        found.annotation,
         in_turn=False,
         genuine=found.categories == COCO_CLASSES and len(images) in COCO_IMAGES[part],
     )
@@ -146,8 +147,11 @@ class _ClassMaps:
         mask = self._labels(image) == COCO_CLASSES.index(category) + 1
         return mask, np.zeros_like(mask)
 
+    def annotation(self, image: str) -> Path:
+        return self.path / f"{image}.png"
+
     def _labels(self, image: str) -> np.ndarray:
-        return read_class_map(self.path / f"{image}.png", len(COCO_CLASSES))
+        return read_class_map(self.annotation(image), len(COCO_CLASSES))
 
 
 class _Instances:
@@ -196,6 +200,9 @@ class _Instances:
 
         shown = mask.decode(self._union(image, category)).astype(bool)
         return shown, np.zeros_like(shown)
+
+    def annotation(self, image: str) -> Path:
+        return self.path
 
     def _union(self, image: str, category: str) -> Rle:
         """The union of a class's objects in an image."""

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from persam_dreambooth.errors import InputError, InputNotFoundError, counted
-from persam_dreambooth.photos.images import read_image
+from persam_dreambooth.photos.images import header_size, read_image
 
 FOLDS = 4
 """Number of folds of PASCAL-5i and COCO-20i."""
@@ -76,6 +76,7 @@ class FewShotData:
         members: the images of each class, by name, in order.
         photo: the photo of an image.
         mask: from an image and a class, the pixels of the class and the pixels to ignore, each (H, W) bool.
+        annotation: the file that the mask of an image is read from.
         in_turn: whether the images are queries in turn, each with one of its classes; otherwise, a class is drawn, and
             then a query of it.
         genuine: whether it is the data set of this name, by the numbers of its images and classes.
@@ -87,6 +88,7 @@ class FewShotData:
     members: dict[str, tuple[str, ...]]
     photo: Callable[[str], Path]
     mask: Callable[[str, str], tuple[np.ndarray, np.ndarray]]
+    annotation: Callable[[str], Path]
     in_turn: bool
     genuine: bool = False
     fold: int | None = None
@@ -125,14 +127,18 @@ class FewShotData:
         Raises:
             InputError, InputNotFoundError: a missing or broken file, a value that is no class, or a wrong size.
         """
-        path = self.photo(image)
-        photo, (mask, ignore) = read_image(path), self.mask(image, category)
-        if mask.shape != (photo.height, photo.width):
+        mask, ignore = self.read_mask(image, category)
+        return LabeledPhoto(read_image(self.photo(image)), mask, ignore)
+
+    def read_mask(self, image: str, category: str) -> tuple[np.ndarray, np.ndarray]:
+        """The pixels of a class in an image, and those to ignore; of the photo only the size is read. See `read`."""
+        path, (mask, ignore) = self.photo(image), self.mask(image, category)
+        width, height = header_size(path)
+        if mask.shape != (height, width):
             raise InputError(
-                f"the annotation of {path} is {mask.shape}, the image {(photo.height, photo.width)} (H, W): give it "
-                "this size"
+                f"the annotation of {path} is {mask.shape}, the image {(height, width)} (H, W): give it this size"
             )
-        return LabeledPhoto(photo, mask, ignore)
+        return mask, ignore
 
     def check_shots(self, shots: int) -> None:
         """Raises `InputError` for a class with too few images for a query and its supports."""
@@ -151,7 +157,7 @@ class LabeledImages:
     Args:
         pixels: by image, in order, the number of pixels of each class that it shows.
         classes: all classes, in order.
-        name, split, photo, mask, in_turn, genuine: see `FewShotData`.
+        name, split, photo, mask, annotation, in_turn, genuine: see `FewShotData`.
     """
 
     name: str
@@ -160,6 +166,7 @@ class LabeledImages:
     classes: tuple[str, ...]
     photo: Callable[[str], Path]
     mask: Callable[[str, str], tuple[np.ndarray, np.ndarray]]
+    annotation: Callable[[str], Path]
     in_turn: bool
     genuine: bool
 
@@ -182,6 +189,7 @@ class LabeledImages:
             {name: tuple(images) for name, images in members.items()},
             self.photo,
             self.mask,
+            self.annotation,
             self.in_turn,
             self.genuine,
             fold,

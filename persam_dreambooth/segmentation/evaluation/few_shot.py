@@ -173,7 +173,9 @@ def evaluate_few_shot(
                     place = output / "predictions" / method / run.name
                     found.setdefault((method, run.shots), {})[run] = place
         rows = [
-            FewShotRow(method, shots, tuple(score_run(run, folder) for run, folder in folders.items()))
+            FewShotRow(
+                method, shots, tuple(score_run(run, folder, not options.predictions) for run, folder in folders.items())
+            )
             for (method, shots), folders in sorted(found.items(), key=lambda entry: (entry[0][1], entry[0][0]))
         ]
         shown = next(row for row in rows if row.shots == options.shots and row.method in (options.row, made_by))
@@ -252,25 +254,25 @@ def segment_episode(
     data: FewShotData, episode: Episode, folder: Path, options: FewShotOptions, encoder: RecentEncodings
 ) -> None:
     """Segments the query of an episode; writes its mask last, after its trace and its cost."""
-    shown = [data.read(image, episode.category) for image in episode.supports]
-    usable = [place for place, support in enumerate(shown) if support.mask.any()]
+    masks = [data.read_mask(image, episode.category)[0] for image in episode.supports]
+    usable = [place for place, mask in enumerate(masks) if mask.any()]
     query = encoder(data, episode.query)
     path = prediction_path(folder, episode)
     if usable:
         supports = [encoder(data, episode.supports[place]) for place in usable]
         segmenter, watch = make_segmenter(options, encoder.sam), Stopwatch()
-        segmenter.fit(supports, [shown[place].mask for place in usable])
+        segmenter.fit(supports, [masks[place] for place in usable])
         fit = watch.lap()
         found = segmenter.predict(query)
         save_cost(path.with_suffix(".json"), encoder.sam, encoder.take_seconds(), [fit], [watch.lap()])
         with write_aside(path.with_suffix(".npz")) as aside:
             save_trace(aside, found)
-        mask = found.mask
+        segmented = found.mask
     else:
         logger.warning("episode %d: the supports mark no %s; its prediction is empty", episode.number, episode.category)
-        mask = np.zeros(query.size, bool)
+        segmented = np.zeros(query.size, bool)
     with write_aside(path) as aside:
-        Image.fromarray(mask.astype(np.uint8) * 255).save(aside)
+        Image.fromarray(segmented.astype(np.uint8) * 255).save(aside)
 
 
 class RecentEncodings:

@@ -92,6 +92,7 @@ def read_fss1000(data: Path, splits: Path | None = None, split: str = "test") ->
         members,
         partial(_photo_path, data),
         partial(_read_mask, data),
+        partial(_annotation_path, data),
         in_turn=True,
         genuine=counts == [10] * FSS_1000_CLASSES[split],
     )
@@ -128,6 +129,10 @@ def _photo_path(data: Path, image: str) -> Path:
     return found[0] if found else data / f"{image}.jpg"
 
 
+def _annotation_path(data: Path, image: str) -> Path:
+    return data / f"{image}.png"
+
+
 def _read_mask(data: Path, image: str, category: str) -> tuple[np.ndarray, np.ndarray]:
-    mask = np.asarray(open_image(data / f"{image}.png").convert("L")) >= WHITE
+    mask = np.asarray(open_image(_annotation_path(data, image)).convert("L")) >= WHITE
     return mask, np.zeros_like(mask)

@@ -103,7 +103,7 @@ def read_voc(data: Path, split: str = "test") -> LabeledImages:
     photo = partial(_photo_path, data)
     pixels = {}
     for image in steps(images, "reading annotations", "image"):
-        annotation = folder / f"{image}.png"
+        annotation = _annotation_path(folder, image)
         if not photo(image).is_file():
             raise InputNotFoundError(f"{annotation} has no image: {photo(image)} is missing")
         if not annotation.is_file():
@@ -116,6 +116,7 @@ def read_voc(data: Path, split: str = "test") -> LabeledImages:
         VOC_CLASSES,
         photo,
         partial(_class_mask, folder),
+        partial(_annotation_path, folder),
         in_turn=True,
         genuine=len(val) == VOC_VAL_IMAGES,
     )
@@ -131,6 +132,10 @@ def _photo_path(data: Path, image: str) -> Path:
     return data / "JPEGImages" / f"{image}.jpg"
 
 
+def _annotation_path(folder: Path, image: str) -> Path:
+    return folder / f"{image}.png"
+
+
 def _class_mask(folder: Path, image: str, category: str) -> tuple[np.ndarray, np.ndarray]:
-    labels = read_class_map(folder / f"{image}.png", len(VOC_CLASSES))
+    labels = read_class_map(_annotation_path(folder, image), len(VOC_CLASSES))
     return labels == VOC_CLASSES.index(category) + 1, labels == VOID
