@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -583,6 +584,16 @@ def test_a_resumed_command_gives_the_same_adapter_to_the_bit(adapt, adapted, tmp
         assert (cut / name).read_bytes() == (adapted / name).read_bytes(), name
     trained = load_file(adapted / LORA_FILE)
     assert all(bool(value.any()) for name, value in trained.items() if ".lora_B." in name)
+
+
+def test_the_options_that_the_last_line_names_are_enough(adapt, adapted, photos_of_a_class, tmp_path, capsys):
+    assert command(*adapt, "--output", adapted, "--resume_from_checkpoint", "latest") == 0
+    said = capsys.readouterr().out
+    assert re.fullmatch(r"done: .* \(step [12], mIoU \d+\.\d\d\); use it with .*\n", said)
+    options = shlex.split(said.split("use it with ")[1])
+    assert command("segment", *photos_of_a_class, "--output", tmp_path / "masks", *options) == 0
+    adapter = Adapter.read(adapted)
+    assert f'"model": "{adapter.sam} adapted by {adapted}"' in (tmp_path / "masks" / "index.json").read_text()
 
 
 def test_the_adapter_says_how_it_was_trained(adapted, small_sam):

@@ -64,6 +64,12 @@ class Adapter:
             raise InputError(f"{path} does not describe an adapter ({error}): train it again") from None
 
 
+def adapted_sam(folder: Path) -> str | None:
+    """The SAM of the adapter in a folder, or of the first in its subfolders; None if there is no adapter."""
+    found = [path for path in (folder, *sorted(folder.glob("*"))) if (path / ADAPTER).is_file()]
+    return Adapter.read(found[0]).sam if found else None
+
+
 def weights_sha256(folder: Path) -> str:
     """Hash of an adapter's weights; raises `InputError` or `InputNotFoundError` for a folder that holds no adapter."""
     Adapter.read(folder)
