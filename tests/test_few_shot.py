@@ -291,6 +291,8 @@ def test_bad_predictions_are_one_line(voc, three_predictions, tmp_path, capsys):
     line = refusal(capsys, "pascal5i", *command, three_predictions)
     assert line == f"{path} is missing: predict the episodes in episodes/fold0-shots1-seed0.json of the output folder"
     assert sorted(each.name for each in (tmp_path / "out").iterdir()) == ["episodes"]
+    line = refusal(capsys, "pascal5i", *command, three_predictions, "--sam_model", "toy")
+    assert line == "--predictions and --sam_model exclude one another: give one of them"
     line = refusal(capsys, "pascal5i", *command, tmp_path / "none")
     assert line == f"{tmp_path / 'none'} does not exist: name a folder of predictions"
 

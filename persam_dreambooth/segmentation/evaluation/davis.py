@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +53,7 @@ class EvaluateDavisOptions(TrackingOptions):
         None,
         "score this folder of <sequence>/00000.png, palette or gray, instead of running a method",
         path=True,
-        rivals=("segmenter", "variant", "recent_frames", "target_coverage", "sam_dtype", "encoding_cache"),
+        rivals=tuple(entry.name for entry in fields(TrackingOptions)),
     )
 
     @property

@@ -13,7 +13,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +74,7 @@ class FewShotOptions(SegmentationOptions):
         None,
         "score this folder of <run>/NNNN.png instead of running a method",
         path=True,
-        rivals=("segmenter", "target_coverage", "guidance", "sam_dtype", "encoding_cache"),
+        rivals=tuple(entry.name for entry in fields(SegmentationOptions)),
     )
     shots: int = option(1, "number of supports of an episode", elsewhere=("nshot", "n_shots", "kshot"))
     episodes: int | None = option(1000, "number of episodes of a fold and seed")

@@ -62,7 +62,7 @@ class OneShotOptions(SegmentationOptions):
         None,
         "score this folder of <object>/NN.png instead of running a method",
         path=True,
-        rivals=("segmenter", "target_coverage", "guidance", "sam_dtype", "encoding_cache"),
+        rivals=tuple(entry.name for entry in fields(SegmentationOptions)),
     )
     reference_index: str = option("0", "which image of an object is the reference: a number, or all in turn")
     shots: int = option(
