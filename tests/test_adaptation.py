@@ -1,6 +1,7 @@
 """Training of adapters: the loop that all `adapt` commands share, and FS-SAM2."""
 
 import json
+import math
 import re
 import shlex
 import shutil
@@ -121,6 +122,8 @@ def test_the_weights_with_the_best_figure_are_kept(tmp_path):
     best = adapt_line(tmp_path / "best", [0.4, 0.3], validation_steps=2, lr_scheduler="constant")
     last = adapt_line(tmp_path / "last", lr_scheduler="constant")
     assert same(best, load_file(tmp_path / "first" / "w")) and not same(best, last)
+    late = adapt_line(tmp_path / "late", [math.nan, 0.3], validation_steps=2, lr_scheduler="constant")
+    assert same(late, last)
     kept = json.loads((tmp_path / "best" / "adapter.json").read_text())["settings"]["best"]
     assert kept == {"step": 2, "validation_score": 0.4}
     assert [row.get("validation_score") for row in rows(tmp_path / "best")] == [None, 0.4, None, 0.3]
