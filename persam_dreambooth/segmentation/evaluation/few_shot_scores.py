@@ -111,11 +111,8 @@ class RunScores:
     @cached_property
     def class_ious(self) -> dict[str, float]:
         """The IoU of each class over its episodes, in percent; without classes that no episode shows."""
-        places: dict[str, list[int]] = {}
-        for place, episode in enumerate(self.run.episodes):
-            places.setdefault(episode.category, []).append(place)
-        order = [name for name in self.run.data.classes if name in places]
-        return {name: _iou(self.pixels[places[name], 0], self.pixels[places[name], 1]) for name in order}
+        ious = pooled_ious([episode.category for episode in self.run.episodes], self.pixels)
+        return {name: ious[name] for name in self.run.data.classes if name in ious}
 
     @property
     def means(self) -> dict[str, float]:
@@ -298,6 +295,19 @@ def episode_pixels(found: np.ndarray, truth: np.ndarray, ignore: np.ndarray) -> 
     """Intersection and union of the class, and of the background, without the pixels to ignore; masks (H, W) bool."""
     counted = ~ignore
     return *overlap(found & counted, truth & counted), *overlap(~found & counted, ~truth & counted)
+
+
+def pooled_ious(categories: Sequence[str], pixels: np.ndarray) -> dict[str, float]:
+    """The IoU of each class, in percent, from its pixels in all of its episodes.
+
+    Args:
+        categories: the class of each episode.
+        pixels: (episodes, 4), see `Pixels`.
+    """
+    places: dict[str, list[int]] = {}
+    for place, category in enumerate(categories):
+        places.setdefault(category, []).append(place)
+    return {name: _iou(*pixels[own, :2].T) for name, own in places.items()}
 
 
 def mean_figures(figures: Sequence[dict[str, float]]) -> dict[str, float]:
