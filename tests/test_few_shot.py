@@ -648,6 +648,18 @@ def test_figures_of_a_data_set_are_means_over_its_four_folds():
     assert "| persam-f |  | 22.00 | 32.00 | 62.00 |  |  | 2 seeds |  |" in text and "published" not in text
 
 
+def test_figures_come_from_the_seeds_that_all_folds_have():
+    """Fold 0 has a third seed of IoU 100; without it, the mean is in its own interval."""
+    data = data_of(True, ball=["a", "b"])
+    folds = [row_of(replace(data, fold=fold), ious).runs for fold, ious in enumerate(([10, 12, 100], [20, 22]))]
+    row = few_shot_scores.FewShotRow("persam", 1, (*folds[0], *folds[1]))
+    assert row.fold_means(0)["mIoU"] == 11 and row.means["mIoU"] == 16 and row.seeds == [0, 1]
+    low, high = row.intervals["mIoU"]
+    assert low < 16 < high and (low + high) / 2 == pytest.approx(16)
+    apart = few_shot_scores.FewShotRow("persam", 1, (folds[0][2], *folds[1]))
+    assert apart.means["mIoU"] == (100 + 21) / 2 and apart.intervals["mIoU"] is None
+
+
 def test_the_papers_figures_stand_beside_the_papers_data_alone(tmp_path):
     names = [f"class{number:03}" for number in range(240)]
     for name in names:

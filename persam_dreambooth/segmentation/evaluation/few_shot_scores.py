@@ -154,15 +154,17 @@ class FewShotRow:
         return found
 
     def fold_means(self, fold: int | None) -> dict[str, float]:
-        """The figures of a fold: means over its seeds."""
-        return mean_figures([scored.means for scored in self.folds[fold]])
+        """The figures of a fold: means over the seeds that all folds have, or over its own if they share none."""
+        runs = self.folds[fold]
+        shared = [scored for scored in runs if scored.run.seed in self.seeds]
+        return mean_figures([scored.means for scored in shared or runs])
 
     @property
     def means(self) -> dict[str, float]:
         """The figures: means over the folds that were evaluated."""
         return mean_figures([self.fold_means(fold) for fold in self.folds])
 
-    @property
+    @cached_property
     def seeds(self) -> list[int]:
         """The seeds that all folds have."""
         return sorted(set.intersection(*({each.run.seed for each in runs} for runs in self.folds.values())))
