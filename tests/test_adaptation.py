@@ -161,10 +161,17 @@ def test_other_options_and_finished_runs_are_not_trained_over(tmp_path, caplog):
     assert "nothing is left to do" in caplog.text
 
 
-def test_a_finished_run_can_go_on_from_an_earlier_checkpoint(tmp_path, caplog):
-    whole = adapt_line(tmp_path / "run", checkpointing_steps=1)
+def test_the_last_two_checkpoints_are_kept(tmp_path):
+    adapt_line(tmp_path / "run", checkpointing_steps=1)
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_a_finished_run_can_resume_from_an_earlier_checkpoint(tmp_path, caplog):
+    whole = adapt_line(tmp_path / "run", checkpointing_steps=1, checkpoints_total_limit=None)
     with caplog.at_level("INFO"):
-        again = adapt_line(tmp_path / "run", checkpointing_steps=1, resume_from_checkpoint="checkpoint-2")
+        again = adapt_line(
+            tmp_path / "run", checkpointing_steps=1, checkpoints_total_limit=None, resume_from_checkpoint="checkpoint-2"
+        )
     assert "at step 2" in caplog.text and same(again, whole) and len(rows(tmp_path / "run")) == STEPS
 
 
