@@ -239,6 +239,8 @@ def test_bad_voc_data_is_one_line(voc, tmp_path, capsys):
     annotation.write_bytes(kept)
     photo.rename(tmp_path / "away.jpg")
     assert told() == "VOC/SegmentationClass/2007_000003.png has no image: VOC/JPEGImages/2007_000003.jpg is missing"
+    (voc / "ImageSets" / "Segmentation" / "val.txt").write_bytes(b"2007_000000\n\xff\n")
+    assert told() == "VOC/ImageSets/Segmentation/val.txt is not text in UTF-8: write one of the images on every line"
     (voc / "ImageSets" / "Segmentation" / "val.txt").unlink()
     assert told() == "VOC/ImageSets/Segmentation/val.txt does not exist: it lists images, one a line"
     shutil.rmtree(voc / "JPEGImages")
@@ -455,7 +457,7 @@ def test_bad_fss_data_is_one_line(fss, tmp_path, capsys):
         return line.replace(str(fss), "FSS")
 
     assert told("--shots", 3) == "ball has 3 images in the test split: an episode of 3 shots needs 4"
-    assert told("--split", "val") == "FSS/val.txt does not exist: it lists the classes of the split, one a line"
+    assert told("--split", "val") == "FSS/val.txt does not exist: it lists classes, one a line"
     assert told("--split", "train") == "--split is train: give one of 'test', 'val'"
     (fss / "box" / "2.png").unlink()
     assert told() == "FSS/box/2.jpg has no mask: FSS/box/2.png is missing"
@@ -465,6 +467,8 @@ def test_bad_fss_data_is_one_line(fss, tmp_path, capsys):
     assert told() == "FSS/test.txt names unicorn, but FSS/unicorn does not exist"
     (fss / "test.txt").write_text("\n")
     assert told() == "FSS/test.txt names no classes: write one on every line"
+    (fss / "test.txt").write_bytes("b\xfcchse\n".encode("latin-1"))
+    assert told() == "FSS/test.txt is not text in UTF-8: write one of the classes on every line"
 
 
 @pytest.fixture(scope="module")
@@ -503,6 +507,13 @@ def test_an_interrupted_evaluation_segments_only_the_episodes_that_are_left(fss,
     assert list(after["rows"]) == ["persam-shots-1", "persam-shots-2"] and after["row"] == "persam-shots-1"
     assert after["rows"]["persam-shots-1"]["folds"] == before["folds"]
     assert after["cost"]["predict_seconds"] > 0
+
+
+def test_predictions_of_another_layout_are_one_line(fss, tmp_path, method, capsys):
+    other = tmp_path / "out" / "predictions" / "persam" / "fold1-shots1-seed0"
+    other.mkdir(parents=True)
+    line = refusal(capsys, "fss1000", "--data", fss, "--output", tmp_path / "out", *method, "--episodes", 1)
+    assert line == f"{other} is no run of FSS-1000, such as shots1-seed0: remove it from the predictions"
 
 
 def test_a_mistyped_sam_leaves_no_folder(fss, tmp_path, capsys):

@@ -210,12 +210,20 @@ def count_pixels(labels: np.ndarray, classes: tuple[str, ...]) -> dict[str, int]
 
 def read_image_list(path: Path) -> list[str]:
     """The names in a list of images, without folder and suffix: of each line, the first word."""
+    return list(dict.fromkeys(Path(line.split()[0]).stem for line in read_lines(path, "images")))
+
+
+def read_lines(path: Path, what: str) -> list[str]:
+    """The lines of a list of `what` without blank ones; raises `InputError` or `InputNotFoundError` if it has none."""
     if not path.is_file():
-        raise InputNotFoundError(f"{path} does not exist: it lists images, one a line")
-    names = [Path(line.split()[0]).stem for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not names:
-        raise InputError(f"{path} names no images: write one on every line")
-    return list(dict.fromkeys(names))
+        raise InputNotFoundError(f"{path} does not exist: it lists {what}, one a line")
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not text in UTF-8: write one of the {what} on every line") from None
+    if not lines:
+        raise InputError(f"{path} names no {what}: write one on every line")
+    return lines
 
 
 def sample_episode(data: FewShotData, shots: int, seed: int, index: int, epoch: int = 0) -> Episode:

@@ -310,7 +310,11 @@ def earlier_runs(
     found = []
     for place in sorted(path for path in folder.glob("*") if path.is_dir() and path.name not in known):
         fold, shots, seed = read_run_name(place.name)
-        run = EpisodeRun(next(data for data in sets if data.fold == fold), shots, seed, options.episodes)
+        data = next((data for data in sets if data.fold == fold), None)
+        if data is None:
+            usual = EpisodeRun(sets[0], shots, seed, options.episodes).name
+            raise InputError(f"{place} is no run of {sets[0].name}, such as {usual}: remove it from the predictions")
+        run = EpisodeRun(data, shots, seed, options.episodes)
         left = sum(not prediction_path(place, episode).is_file() for episode in run.episodes)
         if left:
             logger.warning("%s is left out of the tables: %d of its %d episodes are not segmented yet, so repeat its "
