@@ -207,6 +207,22 @@ def test_the_masks_of_sbd_and_a_list_for_training_are_used_where_they_are(voc):
     assert read_pascal5i(voc, 1, "train").images == ("2008_000002",)
 
 
+def test_training_on_voc_without_the_masks_of_sbd_is_said(voc, monkeypatch, caplog):
+    read_pascal5i(voc, 0, "train")
+    assert not caplog.messages  # not VOC 2012, by the number of its images
+    monkeypatch.setattr(pascal5i, "VOC_VAL_IMAGES", 10)
+    read_pascal5i(voc, 0)
+    assert not caplog.messages
+    read_pascal5i(voc, 0, "train")
+    assert caplog.messages == [
+        f"{voc} has 2 images for training, and the papers' training set 10582: results cannot be compared with theirs; "
+        f"add the masks of SBD as {voc / 'SegmentationClassAug'}, and trainaug.txt"
+    ]
+    monkeypatch.setattr(pascal5i, "VOC_TRAIN_IMAGES", 2)
+    read_pascal5i(voc, 0, "train")
+    assert len(caplog.messages) == 1
+
+
 def test_ignored_pixels_are_neither_class_nor_background(voc):
     labeled = read_pascal5i(voc, 0).read("2007_000000", "aeroplane")
     assert (labeled.mask == rows(0, 40).astype(bool)).all() and (labeled.ignore == rows(40, 44).astype(bool)).all()

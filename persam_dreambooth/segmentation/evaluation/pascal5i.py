@@ -10,6 +10,7 @@ Fold f tests classes 5f to 5f + 4. Training leaves out images that show a class 
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,8 @@ from persam_dreambooth.segmentation.evaluation.episodes import (
 from persam_dreambooth.segmentation.evaluation.few_shot_report import PUBLISHED_FS_SAM2
 from persam_dreambooth.segmentation.evaluation.few_shot_scores import FewShotScores
 
+logger = logging.getLogger(__name__)
+
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
     "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
@@ -39,6 +42,9 @@ VOC_CLASSES = (
 
 VOC_VAL_IMAGES = 1449
 """The number of images in VOC 2012's validation set for segmentation."""
+
+VOC_TRAIN_IMAGES = 10_582
+"""The number of images for training in the papers, with the masks of SBD; VOC 2012 itself has 1,464."""
 
 PASCAL_5I_PUBLISHED = {PUBLISHED_FS_SAM2: {1: 73.4, 5: 74.8}}
 
@@ -100,6 +106,11 @@ def read_voc(data: Path, split: str = "test") -> LabeledImages:
         )
     val = read_image_list(data / "ImageSets" / "Segmentation" / "val.txt")
     images = val if split == "test" else _train_images(data, folder, set(val))
+    genuine = len(val) == VOC_VAL_IMAGES
+    if split == "train" and genuine and len(images) != VOC_TRAIN_IMAGES:
+        logger.warning("%s has %d images for training, and the papers' training set %d: results cannot be compared with "
+                       "theirs; add the masks of SBD as %s, and trainaug.txt",
+                       data, len(images), VOC_TRAIN_IMAGES, data / ANNOTATIONS[0])  # fmt: skip
     photo = partial(_photo_path, data)
     pixels = {}
     for image in steps(images, "reading annotations", "image"):
@@ -118,7 +129,7 @@ def read_voc(data: Path, split: str = "test") -> LabeledImages:
         partial(_class_mask, folder),
         partial(_annotation_path, folder),
         in_turn=True,
-        genuine=len(val) == VOC_VAL_IMAGES,
+        genuine=genuine,
     )
 
 
