@@ -24,11 +24,11 @@ from persam_dreambooth.segmentation import PerSAM, open_sam
 from persam_dreambooth.segmentation.adaptation.lora import add_lora, save_lora
 from persam_dreambooth.segmentation.adapters import Adapter
 from persam_dreambooth.segmentation.evaluation import coco20i, few_shot, few_shot_scores, pascal5i
-from persam_dreambooth.segmentation.evaluation.coco20i import COCO_CLASSES, read_coco20i
+from persam_dreambooth.segmentation.evaluation.coco20i import COCO_CLASSES, read_coco
 from persam_dreambooth.segmentation.evaluation.episodes import FewShotData, common_name, sample_episode
 from persam_dreambooth.segmentation.evaluation.few_shot_report import shot_tables
 from persam_dreambooth.segmentation.evaluation.fss1000 import FSS_1000_PUBLISHED, read_fss1000
-from persam_dreambooth.segmentation.evaluation.pascal5i import PASCAL_5I_PUBLISHED, VOC_CLASSES, read_pascal5i
+from persam_dreambooth.segmentation.evaluation.pascal5i import PASCAL_5I_PUBLISHED, VOC_CLASSES, read_voc
 from persam_dreambooth.toy import rendered_episodes, world
 from persam_dreambooth.toy.rendered_davis import label_map
 
@@ -182,15 +182,15 @@ def test_three_episodes_have_the_figures_computed_by_hand(voc, three_predictions
 
 
 def test_an_image_counts_for_a_class_from_2048_pixels_and_training_never_shows_the_tested_classes(voc):
-    data = read_pascal5i(voc, 0)
+    data = read_voc(voc).of_fold(0)
     assert data.classes == VOC_CLASSES[:5] and not data.genuine
     assert data.images_of("aeroplane") == ("2007_000000", "2007_000003")  # 32 rows of 64 are 2048 pixels
     save(voc / "SegmentationClass" / "2007_000003.png", rows(1, 32, 1))
-    assert read_pascal5i(voc, 0).images_of("aeroplane") == ("2007_000000",)
-    train = read_pascal5i(voc, 0, "train")
+    assert read_voc(voc).of_fold(0).images_of("aeroplane") == ("2007_000000",)
+    train = read_voc(voc, "train").of_fold(0)
     assert len(train.classes) == 15 and "aeroplane" not in train.classes
     assert train.images == ("2008_000001",)  # the other image has a row of bicycle
-    assert read_pascal5i(voc, 2, "train").images == () and read_pascal5i(voc, 1, "train").images == (
+    assert read_voc(voc, "train").of_fold(2).images == () and read_voc(voc, "train").of_fold(1).images == (
         "2008_000001", "2008_000002"
     )  # fmt: skip
 
@@ -199,32 +199,32 @@ def test_the_masks_of_sbd_and_a_list_for_training_are_used_where_they_are(voc):
     """SBD's augmented masks are gray; lists may have both files in a line, as those of PFENet."""
     for path in (voc / "SegmentationClass").iterdir():
         save(voc / "SegmentationClassAug" / path.name, rows(0, 60, 3), palette=False)
-    data = read_pascal5i(voc, 0)
+    data = read_voc(voc).of_fold(0)
     assert len(data.images_of("bird")) == 10 and data.mask("2007_000000", "bird")[0].sum() == 60 * 64
     (voc / "ImageSets" / "Segmentation" / "trainaug.txt").write_text(
         "JPEGImages/2008_000002.jpg SegmentationClassAug/2008_000002.png\n"
     )
-    assert read_pascal5i(voc, 1, "train").images == ("2008_000002",)
+    assert read_voc(voc, "train").of_fold(1).images == ("2008_000002",)
 
 
 def test_training_on_voc_without_the_masks_of_sbd_is_said(voc, monkeypatch, caplog):
-    read_pascal5i(voc, 0, "train")
+    read_voc(voc, "train").of_fold(0)
     assert not caplog.messages  # not VOC 2012, by the number of its images
     monkeypatch.setattr(pascal5i, "VOC_VAL_IMAGES", 10)
-    read_pascal5i(voc, 0)
+    read_voc(voc).of_fold(0)
     assert not caplog.messages
-    read_pascal5i(voc, 0, "train")
+    read_voc(voc, "train").of_fold(0)
     assert caplog.messages == [
         f"{voc} has 2 images for training, and the papers' training set 10582: results cannot be compared with theirs; "
         f"add the masks of SBD as {voc / 'SegmentationClassAug'}, and trainaug.txt"
     ]
     monkeypatch.setattr(pascal5i, "VOC_TRAIN_IMAGES", 2)
-    read_pascal5i(voc, 0, "train")
+    read_voc(voc, "train").of_fold(0)
     assert len(caplog.messages) == 1
 
 
 def test_ignored_pixels_are_neither_class_nor_background(voc):
-    labeled = read_pascal5i(voc, 0).read("2007_000000", "aeroplane")
+    labeled = read_voc(voc).of_fold(0).read("2007_000000", "aeroplane")
     assert (labeled.mask == rows(0, 40).astype(bool)).all() and (labeled.ignore == rows(40, 44).astype(bool)).all()
     assert labeled.photo.size == (SIDE, SIDE)
 
@@ -270,7 +270,7 @@ def test_scoring_reads_only_the_size_of_a_photo(voc, three_predictions):
         path.write_bytes(path.read_bytes()[:-30])
         with pytest.raises(InputError, match="cannot be read"):
             read_image(path)
-    run = few_shot_scores.EpisodeRun(read_pascal5i(voc, 0), 1, 0, 3)
+    run = few_shot_scores.EpisodeRun(read_voc(voc).of_fold(0), 1, 0, 3)
     scored = few_shot_scores.score_run(run, three_predictions / run.name)
     assert scored.means["mIoU"] == pytest.approx(69.0625)
 
@@ -280,7 +280,7 @@ def test_kept_pixels_count_until_a_file_of_the_episode_changes(voc, three_predic
     folder, wrong = three_predictions / "fold0-shots1-seed0", [10, 20, 30, 40]
 
     def scored():
-        data = read_pascal5i(voc, 0)
+        data = read_voc(voc).of_fold(0)
         return few_shot_scores.score_run(few_shot_scores.EpisodeRun(data, 1, 0, 3), folder, keep=True).pixels.tolist()
 
     def spoil():
@@ -355,14 +355,14 @@ def write_instances(data, annotations, categories=(1, 2, 3, 5, 7, 8, 9, 10)):
 
 def test_polygons_and_run_lengths_are_united_by_class(coco):
     """Folds take every fourth category in the order of ids: kind 3 is the third, so it is in fold 2, kind 5 in 3."""
-    data = read_coco20i(coco, 2)
+    data = read_coco(coco).of_fold(2)
     assert data.classes == ("kind 3", "kind 9") and not data.genuine
     assert data.images_of("kind 3") == ("COCO_val2014_000000000001", "COCO_val2014_000000000002")
     one = data.read("COCO_val2014_000000000001", "kind 3")
     assert one.mask[:60, :50].all() and one.mask.sum() == 3000 and not one.ignore.any()
     two, _ = data.mask("COCO_val2014_000000000002", "kind 3")
     assert two[:50, :60].all() and two.sum() == 3000
-    crowds = read_coco20i(coco, 3)
+    crowds = read_coco(coco).of_fold(3)
     # 1600 pixels are too few for the image of the first crowd to count
     assert crowds.classes == ("kind 5", "kind 10") and crowds.images_of("kind 5") == ("COCO_val2014_000000000001",)
     three, _ = crowds.mask("COCO_val2014_000000000003", "kind 5")
@@ -377,21 +377,21 @@ def test_the_class_maps_of_the_few_shot_papers_are_read_in_place_of_json(coco):
         labels = np.full((80, 100), value, np.uint8)
         labels[:40] = 0
         save(folder / f"COCO_val2014_{number:012}.png", labels, palette=False)
-    data = read_coco20i(coco, 0)
+    data = read_coco(coco).of_fold(0)
     assert data.classes == COCO_CLASSES[::4] and data.classes[:2] == ("person", "airplane")
     assert data.images_of("person") == ("COCO_val2014_000000000001",)
     assert data.images_of("airplane") == ("COCO_val2014_000000000002",)
     assert data.read("COCO_val2014_000000000002", "airplane").mask.sum() == 4000
-    assert read_coco20i(coco, 3).images_of("toothbrush") == ("COCO_val2014_000000000003",)
+    assert read_coco(coco).of_fold(3).images_of("toothbrush") == ("COCO_val2014_000000000003",)
 
 
 def test_a_list_chooses_the_images_of_coco_and_their_order(coco):
     listed = coco / "val.txt"
     listed.write_text("".join(f"val2014/COCO_val2014_{number:012}.jpg annotations/x.png\n" for number in (2, 1)))
-    assert read_coco20i(coco, 2).images_of("kind 3") == ("COCO_val2014_000000000002", "COCO_val2014_000000000001")
+    assert read_coco(coco).of_fold(2).images_of("kind 3") == ("COCO_val2014_000000000002", "COCO_val2014_000000000001")
     listed.write_text("COCO_val2014_000000000002\nCOCO_val2014_000000000009\n")
     with pytest.raises(InputNotFoundError, match=r"val.txt names COCO_val2014_000000000009, of which .* has no annot"):
-        read_coco20i(coco, 2)
+        read_coco(coco).of_fold(2)
 
 
 def test_json_without_pycocotools_is_one_line(coco, tmp_path, monkeypatch, capsys):
@@ -717,16 +717,18 @@ def test_voc_and_coco_are_known_by_the_number_of_their_images(voc, coco, monkeyp
     assert (pascal5i.VOC_VAL_IMAGES, coco20i.COCO_IMAGES["val2014"]) == (1449, (40_137, 40_504))
     monkeypatch.setattr(pascal5i, "VOC_VAL_IMAGES", 10)
     monkeypatch.setattr(coco20i, "COCO_IMAGES", {"val2014": (3,)})
-    assert read_pascal5i(voc, 0).genuine and not read_coco20i(coco, 0).genuine  # eight categories are not COCO's
+    assert (
+        read_voc(voc).of_fold(0).genuine and not read_coco(coco).of_fold(0).genuine
+    )  # eight categories are not COCO's
     shutil.copytree(voc / "SegmentationClass", coco / "annotations" / "val2014")
     for number, path in enumerate(sorted((coco / "annotations" / "val2014").iterdir())):
         path.rename(path.with_name(f"COCO_val2014_{number:012}.png"))
     for path in sorted((coco / "annotations" / "val2014").iterdir())[4:]:
         path.unlink()
     shutil.copy(coco / "val2014" / "COCO_val2014_000000000001.jpg", coco / "val2014" / "COCO_val2014_000000000000.jpg")
-    assert not read_coco20i(coco, 0).genuine  # four images
+    assert not read_coco(coco).of_fold(0).genuine  # four images
     (coco / "annotations" / "val2014" / "COCO_val2014_000000000003.png").unlink()
-    assert read_coco20i(coco, 0).genuine
+    assert read_coco(coco).of_fold(0).genuine
 
 
 # The toy world

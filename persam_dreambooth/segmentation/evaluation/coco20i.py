@@ -28,7 +28,6 @@ from persam_dreambooth.progress import steps
 from persam_dreambooth.segmentation.evaluation import few_shot
 from persam_dreambooth.segmentation.evaluation.episodes import (
     FOLDS,
-    FewShotData,
     LabeledImages,
     count_pixels,
     read_image_list,
@@ -71,23 +70,7 @@ def evaluate_coco20i(options: EvaluateCoco20iOptions) -> FewShotScores | None:
         InputError, InputNotFoundError: a data set, a prediction or a model that cannot be used. Finished predictions
             are kept, and the next evaluation resumes from them.
     """
-    options.check()
-    folds = few_shot.list_folds(read_coco(Path(str(options.data))), coco_fold)
-    return few_shot.evaluate_few_shot(options, folds, COCO_20I_PUBLISHED)
-
-
-def read_coco20i(data: Path, fold: int, split: str = "test") -> FewShotData:
-    """Lists the images of a fold, by class; see `read_coco` for arguments and errors.
-
-    Args:
-        fold: 0 to 3.
-    """
-    return coco_fold(read_coco(data, split), fold)
-
-
-def coco_fold(images: LabeledImages, fold: int) -> FewShotData:
-    """The images of a fold."""
-    return images.of_fold(fold, images.classes[fold::FOLDS])
+    return few_shot.evaluate_folds(options, read_coco, COCO_20I_PUBLISHED)
 
 
 def read_coco(data: Path, split: str = "test") -> LabeledImages:
@@ -122,6 +105,7 @@ def read_coco(data: Path, split: str = "test") -> LabeledImages:
         split,
         pixels,
         found.categories,
+        tuple(found.categories[fold::FOLDS] for fold in range(FOLDS)),
         photo,
         found.mask,
         found.annotation,

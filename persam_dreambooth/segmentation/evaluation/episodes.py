@@ -6,7 +6,7 @@ of them. The readers of data sets are `pascal5i`, `coco20i` and `fss1000`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -157,6 +157,7 @@ class LabeledImages:
     Args:
         pixels: by image, in order, the number of pixels of each class that it shows.
         classes: all classes, in order.
+        folds: the classes that each fold tests.
         name, split, photo, mask, annotation, in_turn, genuine: see `FewShotData`.
     """
 
@@ -164,18 +165,19 @@ class LabeledImages:
     split: str
     pixels: dict[str, dict[str, int]]
     classes: tuple[str, ...]
+    folds: tuple[tuple[str, ...], ...]
     photo: Callable[[str], Path]
     mask: Callable[[str, str], tuple[np.ndarray, np.ndarray]]
     annotation: Callable[[str], Path]
     in_turn: bool
     genuine: bool
 
-    def of_fold(self, fold: int, tested: Collection[str]) -> FewShotData:
+    def of_fold(self, fold: int) -> FewShotData:
         """The images of a fold: for testing, those of the tested classes; for training, those that show none of them.
 
         An image counts for a class only with `LEAST_PIXELS` or more of it.
         """
-        train = self.split == "train"
+        tested, train = self.folds[fold], self.split == "train"
         members: dict[str, list[str]] = {name: [] for name in self.classes if (name in tested) != train}
         for image, shown in self.pixels.items():
             if train and not shown.keys().isdisjoint(tested):

@@ -117,9 +117,13 @@ class FoldedOptions(FewShotOptions):
         return tuple(range(FOLDS)) if self.fold == "all" else (int(self.fold),)
 
 
-def list_folds(images: LabeledImages, fold_of: Callable[[LabeledImages, int], FewShotData]) -> list[FewShotData]:
-    """All folds of a data set."""
-    return [fold_of(images, fold) for fold in range(FOLDS)]
+def evaluate_folds(
+    options: FoldedOptions, read: Callable[[Path], LabeledImages], published: Published
+) -> FewShotScores | None:
+    """Reads a data set with folds and evaluates it; see `evaluate_few_shot`."""
+    options.check()
+    images = read(Path(str(options.data)))
+    return evaluate_few_shot(options, [images.of_fold(fold) for fold in range(FOLDS)], published)
 
 
 def evaluate_few_shot(

@@ -24,7 +24,6 @@ from persam_dreambooth.progress import steps
 from persam_dreambooth.segmentation.evaluation import few_shot
 from persam_dreambooth.segmentation.evaluation.episodes import (
     FOLDS,
-    FewShotData,
     LabeledImages,
     count_pixels,
     read_image_list,
@@ -67,24 +66,7 @@ def evaluate_pascal5i(options: EvaluatePascal5iOptions) -> FewShotScores | None:
         InputError, InputNotFoundError: a data set, a prediction or a model that cannot be used. Finished predictions
             are kept, and the next evaluation resumes from them.
     """
-    options.check()
-    folds = few_shot.list_folds(read_voc(Path(str(options.data))), pascal_fold)
-    return few_shot.evaluate_few_shot(options, folds, PASCAL_5I_PUBLISHED)
-
-
-def read_pascal5i(data: Path, fold: int, split: str = "test") -> FewShotData:
-    """Lists the images of a fold, by class; see `read_voc` for arguments and errors.
-
-    Args:
-        fold: 0 to 3.
-    """
-    return pascal_fold(read_voc(data, split), fold)
-
-
-def pascal_fold(images: LabeledImages, fold: int) -> FewShotData:
-    """The images of a fold."""
-    size = len(VOC_CLASSES) // FOLDS
-    return images.of_fold(fold, VOC_CLASSES[size * fold : size * (fold + 1)])
+    return few_shot.evaluate_folds(options, read_voc, PASCAL_5I_PUBLISHED)
 
 
 def read_voc(data: Path, split: str = "test") -> LabeledImages:
@@ -111,7 +93,7 @@ def read_voc(data: Path, split: str = "test") -> LabeledImages:
         logger.warning("%s has %d images for training, and the papers' training set %d: results cannot be compared with "
                        "theirs; add the masks of SBD as %s, and trainaug.txt",
                        data, len(images), VOC_TRAIN_IMAGES, data / ANNOTATIONS[0])  # fmt: skip
-    photo = partial(_photo_path, data)
+    photo, size = partial(_photo_path, data), len(VOC_CLASSES) // FOLDS
     pixels = {}
     for image in steps(images, "reading annotations", "image"):
         annotation = _annotation_path(folder, image)
@@ -125,6 +107,7 @@ def read_voc(data: Path, split: str = "test") -> LabeledImages:
         split,
         pixels,
         VOC_CLASSES,
+        tuple(VOC_CLASSES[first : first + size] for first in range(0, len(VOC_CLASSES), size)),
         photo,
         partial(_class_mask, folder),
         partial(_annotation_path, folder),
