@@ -90,8 +90,8 @@ def read_voc(data: Path, split: str = "test") -> LabeledImages:
     images = val if split == "test" else _train_images(data, folder, set(val))
     genuine = len(val) == VOC_VAL_IMAGES
     if split == "train" and genuine and len(images) != VOC_TRAIN_IMAGES:
-        logger.warning("%s has %d images for training, and the papers' training set %d: results cannot be compared with "
-                       "theirs; add the masks of SBD as %s, and trainaug.txt",
+        logger.warning("%s has %d images for training, and the papers' training set %d: results cannot be compared "
+                       "with theirs; add the masks of SBD as %s, and trainaug.txt",
                        data, len(images), VOC_TRAIN_IMAGES, data / ANNOTATIONS[0])  # fmt: skip
     photo, size = partial(_photo_path, data), len(VOC_CLASSES) // FOLDS
     pixels = {}
