@@ -157,7 +157,7 @@ def decode_cells(
         return masks[:, 0], scores[:, 0], visible[:, 0]
 
     masks, scores, visible = decoded(multimask=False)
-    unstable = ~stable(masks)
+    unstable = ~is_stable(masks)
     if replaced and unstable.any():  # the decoder returns one mask or three
         three, their_scores, _ = decoded(multimask=True)
         place, best = torch.arange(count, device=device), their_scores.argmax(1)
@@ -166,7 +166,7 @@ def decode_cells(
     return masks, scores, visible
 
 
-def stable(logits: torch.Tensor) -> torch.Tensor:
-    """Whether a slightly higher threshold leaves nearly all of a mask: (..., H, W) to (...); an empty mask is stable."""
+def is_stable(logits: torch.Tensor) -> torch.Tensor:
+    """Whether a slightly higher threshold leaves nearly all of a mask, (..., H, W) to (...); true of an empty one."""
     inner, outer = ((logits > limit).sum((-2, -1)) for limit in (STABILITY_MARGIN, -STABILITY_MARGIN))
     return inner >= LEAST_STABILITY * outer
