@@ -5,6 +5,7 @@ import math
 import re
 import shlex
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,7 +54,7 @@ STEPS = 4
 # The loop, on a task that takes milliseconds
 
 
-class Numbers(Dataset):
+class Points(Dataset):
     """Points and what a linear map makes of them, without end; an epoch has six."""
 
     def __len__(self):
@@ -67,9 +68,9 @@ class Numbers(Dataset):
 class Line(torch.nn.Module):
     """A linear map with dropout before it, and a frozen part."""
 
-    def __init__(self):
+    def __init__(self, dropout=0.5):
         super().__init__()
-        self.dropout, self.map = torch.nn.Dropout(0.5), torch.nn.Linear(3, 2)
+        self.dropout, self.map = torch.nn.Dropout(dropout), torch.nn.Linear(3, 2)
         self.frozen = torch.nn.Linear(2, 2).requires_grad_(False)
 
     def forward(self, batch):
@@ -77,15 +78,15 @@ class Line(torch.nn.Module):
         return {"loss": loss, "twice": 2 * loss}
 
 
-def adapt_line(folder, figures=None, **options):
+def adapt_line(folder, figures=None, dropout=0.5, **options):
     """Trains a `Line`; `figures` are what its validations give, in turn. Returns the weights that are kept."""
     line, left = [], iter(figures or ())
 
     def opened(options, accelerator):
-        line.append(Line())
+        line.append(Line(dropout))
         validate = (lambda: {"validation_score": next(left)}) if figures else None
         adapter = Adapter("line", "no SAM", "", {})
-        return Learner(line[0], Numbers(), lambda to: save_file(line[0].map.state_dict(), to / "w"), adapter, validate)
+        return Learner(line[0], Points(), lambda to: save_file(line[0].map.state_dict(), to / "w"), adapter, validate)
 
     defaults = {"max_train_steps": STEPS, "train_batch_size": 2, "learning_rate": 0.1, "logging_steps": 1}
     run = AdaptOptions(output=str(folder), **{**defaults, **options})
@@ -129,11 +130,20 @@ def test_the_weights_with_the_best_figure_are_kept(tmp_path):
     assert [row.get("validation_score") for row in rows(tmp_path / "best")] == [None, 0.4, None, 0.3]
 
 
-def test_accumulated_batches_equal_one_large_batch(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.nn.Dropout, "forward", lambda self, values: values)  # drawn for each batch by itself
-    one = adapt_line(tmp_path / "one", train_batch_size=4)
-    two = adapt_line(tmp_path / "two", train_batch_size=2, gradient_accumulation_steps=2)
+def test_accumulated_batches_equal_one_large_batch(tmp_path):
+    """Without dropout, which is drawn for each batch by itself."""
+    one = adapt_line(tmp_path / "one", dropout=0, train_batch_size=4)
+    two = adapt_line(tmp_path / "two", dropout=0, train_batch_size=2, gradient_accumulation_steps=2)
     assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
+
+
+@SLOW
+def test_two_processes_equal_one_of_the_same_global_batch(tmp_path):
+    in_two_processes(__file__, tmp_path / "two")
+    one, two = adapt_line(tmp_path / "one", dropout=0, train_batch_size=4), load_file(tmp_path / "two" / "w")
+    assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
+    losses = [[row["loss"] for row in rows(tmp_path / name)] for name in ("one", "two")]
+    assert len(losses[0]) == STEPS and losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 def test_an_epoch_has_as_many_steps_as_its_samples_fill(tmp_path):
@@ -662,12 +672,13 @@ def test_a_sam_without_memory_is_refused(adapt, tmp_path, capsys):
 
 
 @SLOW
-def test_two_processes_equal_one_of_the_same_global_batch(adapt, tmp_path):
+def test_two_processes_train_one_adapter(adapt, tmp_path):
     workers = ["--dataloader_num_workers", "1"]
     said, _ = in_two_processes("-m", "persam_dreambooth", *adapt, "--output", tmp_path / "two", *workers)
-    assert said.count("done: ") == 1
-    assert command(*adapt, "--output", tmp_path / "one", "--train_batch_size", "2") == 0
-    one, two = (load_file(tmp_path / name / LORA_FILE) for name in ("one", "two"))
-    # Dropout differs: each process draws its own.
-    assert [row["step"] for row in rows(tmp_path / "two")] == [1, 2] and one.keys() == two.keys()
-    assert rows(tmp_path / "two")[0]["loss"] == pytest.approx(rows(tmp_path / "one")[0]["loss"], rel=0.2)
+    assert said.count("done: ") == 1 and Adapter.read(tmp_path / "two").settings["best"]["step"] in (1, 2)
+    assert [row["step"] for row in rows(tmp_path / "two")] == [1, 2]
+    merge_lora(open_sam(adapt[adapt.index("--sam_model") + 1]), tmp_path / "two")
+
+
+if __name__ == "__main__":  # one of the processes of `test_two_processes_equal_one_of_the_same_global_batch`
+    adapt_line(Path(sys.argv[1]), dropout=0, train_batch_size=2)
