@@ -116,7 +116,7 @@ def evaluate_davis(options: EvaluateDavisOptions) -> DavisScores | None:
             for name, folder in found.items()
         ]
         ordered = tuple(sorted(rows, key=lambda row: row.name))
-        scores = DavisScores(data, rows[0], ordered, made_by, asdict(options), provenance())
+        scores = DavisScores(rows[0], ordered, made_by, asdict(options), provenance(), data)
         if options.predictions:
             note_settings(output, options.settings, "an evaluation", "--output")
         write_json(output / "results.json", scores.results)

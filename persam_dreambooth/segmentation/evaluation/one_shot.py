@@ -168,7 +168,7 @@ def evaluate_one_shot(
         order = {method: place for place, method in enumerate([made_by, *methods])}
         ordered = sorted(scored, key=lambda row: (order[row.method], len(row.references), row.references))
         scores = OneShotScores(
-            data, scored[0], tuple(ordered), made_by, effective(options, options.predictions), provenance()
+            scored[0], tuple(ordered), made_by, effective(options, options.predictions), provenance(), data
         )
         tables = [*one_shot_tables(scores), *more_tables(scores)]
         write_json(output / "results.json", scores.results)
