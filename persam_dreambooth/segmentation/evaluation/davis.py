@@ -107,7 +107,7 @@ def evaluate_davis(options: EvaluateDavisOptions) -> DavisScores | None:
             made_by = f"predictions in {options.predictions}"
             found = {PREDICTIONS: Path(options.predictions)}
         else:
-            made_by = f"{options.row}, SAM: {options.sam_told}"
+            made_by = f"{options.row}, SAM: {options.sam_title}"
             found = {
                 name: output / PREDICTIONS / name for name in [options.row, *_earlier_rows(output, data, options.row)]
             }

@@ -158,7 +158,7 @@ def evaluate_one_shot(
         if not state.is_main_process:
             return None
         if rows:
-            made_by = f"{options.segmenter}, SAM: {options.sam_told}"
+            made_by = f"{options.segmenter}, SAM: {options.sam_title}"
             names = [row.name for row in rows] + earlier_rows(output, data, methods, [row.name for row in rows])
             found = [(*read_row_name(name), output / "predictions" / name) for name in names]
         else:
