@@ -224,8 +224,9 @@ def predict_episodes(runs: Sequence[EpisodeRun], folder: Path, options: FewShotO
     done = len(own) - len(left)
     for run, episode in steps(left, "segmenting", "episode", len(own), done, hidden=not state.is_main_process):
         if (needed := fitting[run.data.fold]).adapter != adapter:
-            del encoder  # with its SAM and its encodings, before the next SAM is opened
-            encoder, adapter = RecentEncodings(open_sam_of(needed)), needed.adapter
+            del encoder, sam  # before the next SAM is opened
+            sam, adapter = open_sam_of(needed), needed.adapter
+            encoder = RecentEncodings(sam)
         segment_episode(run.data, episode, folder / run.name, fitting[run.data.fold], encoder)
 
 
