@@ -1,9 +1,10 @@
 """Trains a PLM, or for comparison a copy of SAM's mask decoder (SAM-F), on masks of a task; SAM itself stays frozen.
 
 Kim et al. 2024 (arXiv 2403.09199) name the losses: focal, dice and IoU for the mask, and point matching with the PMM.
-The paper leaves open how they are weighted and optimized. Our choices: focal and dice 20 : 1 as for SAM (Kirillov et
-al. 2023); the IoU loss is SAM's, the squared error of the predicted IoU; losses at 256 x 256, without the padding;
-AdamW with a cosine schedule; the single-mask output. A step depends only on the seed and its number.
+The paper leaves open how they are weighted and optimized. Our choices: equal weights (with focal and dice 20 : 1, as SAM
+was trained, a small part's mask becomes empty and stays so, since the decoder is frozen); the IoU loss is SAM's, the
+squared error of the predicted IoU; losses at 256 x 256, without the padding; AdamW with a cosine schedule; the
+single-mask output. A step depends only on the seed and its number.
 
 Shapes: B prompts, H W photo, 256 x 256 low-resolution logits; a prompt is as in `prompt_learning`.
 """
@@ -45,7 +46,7 @@ Trains = Literal["plm", "plm-pmm", "sam-f"]
 
 LEARNING_RATES: dict[Trains, float] = {"plm": 1e-3, "plm-pmm": 1e-3, "sam-f": 1e-4}
 WEIGHT_DECAY = 1e-6
-FOCAL_WEIGHT, DICE_WEIGHT, IOU_WEIGHT, POINT_WEIGHT = 20.0, 1.0, 1.0, 1.0
+FOCAL_WEIGHT, DICE_WEIGHT, IOU_WEIGHT, POINT_WEIGHT = 1.0, 1.0, 1.0, 1.0
 KEPT = 256
 """Masks whose encodings are kept in memory, 4 MB each with SAM; others are encoded, or read from the cache, again."""
 
