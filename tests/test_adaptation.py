@@ -37,9 +37,7 @@ from persam_dreambooth.segmentation.adaptation.lora import LORA_FILE, add_lora, 
 from persam_dreambooth.segmentation.adaptation.training import Learner, run_adaptation, scheduled_rate
 from persam_dreambooth.segmentation.adapters import Adapter
 from persam_dreambooth.segmentation.evaluation.episodes import FewShotData
-from persam_dreambooth.segmentation.evaluation.few_shot import with_adapter_of_fold
 from persam_dreambooth.segmentation.evaluation.fss1000 import read_fss1000
-from persam_dreambooth.segmentation.evaluation.pascal5i import EvaluatePascal5iOptions
 from persam_dreambooth.segmentation.sams.checkpoints import open_sam
 from persam_dreambooth.segmentation.sams.original_sam2 import read_sam2_config
 from persam_dreambooth.toy.rendered_episodes import ToyEpisodesOptions, write_episodes
@@ -476,18 +474,6 @@ def test_segment_records_the_adapter_and_finds_other_masks(photos_of_a_class, sm
     records = json.loads((tmp_path / "adapted" / "index.json").read_text())
     assert f'"model": "{small_sam} adapted by {adapter}"' in json.dumps(records)
     assert (tmp_path / "plain" / "2.png").read_bytes() != (tmp_path / "adapted" / "2.png").read_bytes()
-
-
-def test_each_fold_is_evaluated_with_its_own_adapter(tmp_path):
-    options = EvaluatePascal5iOptions(segmenter="memory", adapter=str(tmp_path))
-    adapter = Adapter("fs-sam2", "b+", "", {})
-    (tmp_path / "fold1").mkdir()
-    adapter.save(tmp_path / "fold1")
-    assert with_adapter_of_fold(options, 1).adapter == str(tmp_path / "fold1")
-    with pytest.raises(InputError, match=r"fold0 holds no adapter\.json"):
-        with_adapter_of_fold(options, 0)
-    adapter.save(tmp_path)
-    assert with_adapter_of_fold(options, 0).adapter == with_adapter_of_fold(options, None).adapter == str(tmp_path)
 
 
 def broken(adapter, folder, how):

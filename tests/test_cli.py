@@ -349,7 +349,7 @@ A new option stands here, or in `IDLE` with what takes its effect away.
 IDLE: dict[str, dict[tuple[str, ...], tuple[str, ...]]] = {
     "video": {
         (*FRAMES, "--segmenter", "memory"): ("variant",),
-        FRAMES: ("adapter",),
+        FRAMES: ("adapter", "recent_frames"),
     },
     "segment": {
         ("--images", "cat", "--mask_dir", "m", "--output", "o"): ("reference_image",),
@@ -405,7 +405,7 @@ IDLE: dict[str, dict[tuple[str, ...], tuple[str, ...]]] = {
         (*PERSEG, "--test_share", "0.5"): ("test_images",),
     },
     "evaluate absence": {PERSEG: ("adapter", "guidance")},
-    "evaluate davis": {SCORED: (*METHOD_OPTIONS, "adapter", "variant")},
+    "evaluate davis": {SCORED: (*METHOD_OPTIONS, "adapter", "variant", "recent_frames")},
 }
 """Arguments of each command, and the options that have no effect beside them."""
 

@@ -16,6 +16,7 @@ from persam_dreambooth.options import parse
 from persam_dreambooth.photos.labels import read_labels, save_labels
 from persam_dreambooth.photos.masks import read_mask
 from persam_dreambooth.segmentation import MemorySegmenter, PerSAM, VideoSegmenter, find_instances, open_sam
+from persam_dreambooth.segmentation.evaluation.metrics import jaccard
 from persam_dreambooth.segmentation.memory import remember, segment_from
 from persam_dreambooth.segmentation.sams.sam2_memory import (
     Memory,
@@ -26,7 +27,7 @@ from persam_dreambooth.segmentation.sams.sam2_memory import (
     recall,
 )
 from persam_dreambooth.segmentation.segment import SegmentOptions
-from persam_dreambooth.segmentation.video_segmenter import RECENT
+from persam_dreambooth.segmentation.segmenters import RECENT
 from persam_dreambooth.toy import rendered_davis, world
 
 
@@ -356,6 +357,9 @@ def test_a_frame_is_recalled_from_the_given_one_and_the_last_ones(clip, small):
     expected = (sam.upscale(logits, frames[-1])[0] > 0).numpy()
     assert expected.any() and (segmenter.predict(frames[-1], given) == expected).all()
     segmenter.fit(frames[0], given)  # forgets
+    first = VideoSegmenter(sam, "memory", recent=0).fit(frames[0], given)
+    first.remember(frames[1], given)
+    assert (first.predict(frames[-1], given) == segmenter.predict(frames[-1], given)).all()
     one, _ = segment_from(sam, frames[-1], remember(sam, frames[0], given == 1))
     assert ((sam.upscale(one, frames[-1])[0] > 0).numpy() == segmenter.predict(frames[-1], given)).all()
 
@@ -369,6 +373,8 @@ def test_a_frame_without_the_object_adds_nothing(clip, small):
     assert (segmenter.predict(frame, given) == before).all()
     with pytest.raises(InputError, match="the label map is int64: give"):
         segmenter.remember(frame, given.astype(int))
+    with pytest.raises(InputError, match="recent is -1: give 0 or more"):
+        VideoSegmenter(sam, "memory", recent=-1)
     with pytest.raises(InputError, match="published is for persam and persam-f: leave it out for memory"):
         VideoSegmenter(sam, "memory", published=True)
 
@@ -382,5 +388,20 @@ def test_rules_of_persam_are_not_for_memory(clip, small, capsys):
 
 def test_davis_has_a_row_of_it(small, tmp_path):
     rendered_davis.write_davis(rendered_davis.ToyDavisOptions(str(tmp_path / "DAVIS"), 1, 3))
-    assert run("evaluate davis", data=tmp_path / "DAVIS", output=tmp_path / "out", sam_model=small) == 0
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["rows"].keys() == {"memory"}
+    options = {"data": tmp_path / "DAVIS", "output": tmp_path / "out", "sam_model": small}
+    assert run("evaluate davis", **options) == 0
+    assert run("evaluate davis", **options, recent_frames=0) == 0
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["rows"].keys() == {"memory", "memory-recent-0"}
+
+
+def test_the_toy_sam_2_follows_a_subject_and_says_when_it_is_gone():
+    """Frames 0, 10 and 15 of the first rendered video; its second object is away in frame 10."""
+    [(_, scenes)] = rendered_davis.sequences(1, 20)
+    first, *later = (world.render(scene, 512) for number, scene in enumerate(scenes) if number in (0, 10, 15))
+    given = rendered_davis.label_map(first)
+    segmenter = VideoSegmenter(open_sam("toy-sam2", device="cpu"), "memory", recent=0).fit(first.image, given)
+    away, back = (segmenter.predict(render.image, given) for render in later)
+    truth = [rendered_davis.label_map(render) for render in later]
+    overlaps = [jaccard(found == 1, true == 1) for found, true in zip((away, back), truth, strict=True)]
+    assert min(*overlaps, jaccard(back == 2, truth[1] == 2)) > 0.75
+    assert not (truth[0] == 2).any() and not (away == 2).any()

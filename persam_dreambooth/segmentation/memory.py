@@ -82,7 +82,7 @@ def check_memory(sam: Sam) -> None:
     if not has_memory(sam.model):
         raise InputError(
             f"{sam.name} is a SAM without a memory of frames: name a SAM 2 or 2.1 with one, such as "
-            "--sam_model facebook/sam2.1-hiera-small"
+            "--sam_model facebook/sam2.1-hiera-small, or toy-sam2"
         )
 
 

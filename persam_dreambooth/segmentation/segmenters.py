@@ -5,6 +5,7 @@ It imports torch only when it makes a segmenter, so that options are checked wit
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -31,6 +32,9 @@ METHODS = {
 VIDEO_METHODS = ("persam", "persam-f", "memory")
 """The methods that `VideoSegmenter` has."""
 
+RECENT = 6
+"""Previous frames of a video that `memory` recalls besides the frame in which an object is given, as in SAM 2."""
+
 USUAL_SAM = "facebook/sam-vit-huge"
 """The SAM of the PerSAM paper, the default of `--sam_model`."""
 
@@ -54,7 +58,7 @@ class SegmenterOptions(Options):
     )
     sam_model: str = option(
         None,
-        "SAM, SAM-HQ, SAM 2 or MobileSAM: hub id, local folder, published checkpoint file, or toy (default: "
+        "SAM, SAM-HQ, SAM 2 or MobileSAM: hub id, local folder, published file, toy or toy-sam2 (default: "
         f"{USUAL_SAM}; for memory {USUAL_SAMS['memory']})",
         path=True,
     )
@@ -127,6 +131,16 @@ class TrackingOptions(SegmenterOptions):
         "published: track as the published code does, where no object is absent and a lost object shifts the others",
         when=(with_flag("--segmenter persam", "--segmenter persam-f"),),
     )
+    recent_frames: int = option(
+        RECENT,
+        "previous frames to recall besides the one with the given mask; 0: only that one",
+        when=(with_flag("--segmenter memory"),),
+    )
+
+    def check(self) -> None:
+        """Raises `InputError` for options that are out of range or in conflict."""
+        super().check()
+        within(self, 0, math.inf, "recent_frames")
 
 
 @dataclass(frozen=True)
@@ -178,8 +192,8 @@ def make_video_segmenter(options: TrackingOptions, sam: Sam) -> VideoSegmenter:
     """An unfitted video segmenter of the method that options name."""
     from persam_dreambooth.segmentation.video_segmenter import VideoSegmenter
 
-    published = options.variant == "published"
-    return VideoSegmenter(sam, options.segmenter, options.target_coverage, published=published)
+    published, recent = options.variant == "published", options.recent_frames
+    return VideoSegmenter(sam, options.segmenter, options.target_coverage, published=published, recent=recent)
 
 
 def open_sam_of(options: SegmenterOptions) -> Sam:

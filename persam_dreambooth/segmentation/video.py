@@ -75,7 +75,7 @@ def segment_video(options: VideoOptions) -> int:
         first, video = read_first_mask(mask), open_video(source, leave_out=mask)
         check_first_mask(first, mask, video)
         masks, given = {video.first.number: mask}, {video.first.number: first}
-    names = ("segmenter", "variant", "sam_model", "sam_dtype", "adapter", "target_coverage")
+    names = ("segmenter", "variant", "sam_model", "sam_dtype", "adapter", "target_coverage", "recent_frames")
     settings = {"frames": str(source), **{name: getattr(options, name) for name in names}}
     settings["mask_sha256"] = hashlib.sha256(b"".join(path.read_bytes() for path in masks.values())).hexdigest()
     if not check_settings(output, settings, "masks of a video", "--output"):
@@ -169,7 +169,7 @@ def follow(
             save_labels(path, labels)
         unseen.append((seen, labels, new))
         unseen = [
-            one for left, one in enumerate(unseen, -len(unseen)) if left >= -segmenter.reach or one[2] is not None
+            one for left, one in enumerate(unseen, -len(unseen)) if left >= -segmenter.recent or one[2] is not None
         ]
         _tell_changes(frame, before, labels, new)
         if overlay and _is_older(overlay / f"{frame.stem}.jpg", path):

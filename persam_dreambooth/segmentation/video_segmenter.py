@@ -5,7 +5,7 @@ and for memory its memory. Every frame is encoded once.
 
 PerSAM (Zhang et al. 2023, section 4.2) prompts each object with the maxima of the location prior, with the object's box
 in the previous frame, and with that box's center. So a frame depends only on the given label maps and on the previous
-one. With memory, each object is recalled from the frame in which it is given and from the last frames, see `RECENT`.
+one. With memory, each object is recalled from the frame in which it is given and from the last frames.
 
 Shapes: H W frame; 256 x 256 low-resolution logits. Points and boxes are xy in pixels of the frame. A label map is
 (H, W) uint8: 0 for background, else the object's number.
@@ -32,7 +32,7 @@ from persam_dreambooth.segmentation.sams.sam import Encoding, ImageLike, Sam
 from persam_dreambooth.segmentation.sams.sam2_memory import Memory, join_memories
 from persam_dreambooth.segmentation.scale_weights import fit_scale_weights
 from persam_dreambooth.segmentation.segmenter import fitted
-from persam_dreambooth.segmentation.segmenters import VIDEO_METHODS, method_class
+from persam_dreambooth.segmentation.segmenters import RECENT, VIDEO_METHODS, method_class
 
 MARGIN = 10
 """Pixels by which the box of the previous frame is grown on every side."""
@@ -43,8 +43,6 @@ FIT_STEPS, LEARNING_RATE = 800, 4e-4
 OWN = 0.05
 """Minimum fraction of a mask's cells that must be most similar to its own object; below it, the mask is taken as
 another object's."""
-RECENT = 6
-"""Previous frames that `memory` recalls besides the frame in which an object is given, as in SAM 2."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +90,7 @@ class VideoSegmenter:
         target_coverage: as for `PerSAM`.
         fit_steps: optimizer steps of PerSAM-F's fit.
         published: whether to track by the published code's rules; not for `memory`.
+        recent: for `memory`, the number of previous frames to recall besides the frame in which an object is given.
     """
 
     def __init__(
@@ -101,28 +100,27 @@ class VideoSegmenter:
         target_coverage: float = 0.5,
         fit_steps: int = FIT_STEPS,
         published: bool = False,
+        recent: int = RECENT,
     ) -> None:
         if method not in VIDEO_METHODS:
             raise InputError(f"method {method!r} is unknown: use {' or '.join(VIDEO_METHODS)}")
         if published and method == "memory":
             raise InputError("published is for persam and persam-f: leave it out for memory")
+        if recent < 0:
+            raise InputError(f"recent is {recent}: give 0 or more")
         method_class(method).check_sam(sam)
         self.sam = sam
         self.method = method
         self.target_coverage = target_coverage
         self.fit_steps = fit_steps
         self.published = published
+        self.recent = recent if method == "memory" else 0
         self.objects: tuple[Known, ...] = ()
-        self._recent: deque[dict[int, Memory]] = deque(maxlen=self.reach)
+        self._recent: deque[dict[int, Memory]] = deque(maxlen=self.recent)
 
     def __repr__(self) -> str:
         state = f"{len(self.objects)} objects" if self.objects else "not fitted"
         return f"VideoSegmenter({self.sam!r}, {self.method!r}; {state})"
-
-    @property
-    def reach(self) -> int:
-        """The number of previous frames for `remember`."""
-        return RECENT if self.method == "memory" else 0
 
     def fit(self, image: ImageLike, labels: np.ndarray) -> "VideoSegmenter":
         """Learns every object of the first frame.
@@ -160,8 +158,8 @@ class VideoSegmenter:
     def remember(self, image: ImageLike, labels: np.ndarray) -> None:
         """Keeps the objects of a frame after `fit` or `add`, for `memory`; does nothing for the other methods.
 
-        Only the last `reach` frames are kept. Call it for every frame, in order, before the next `predict`. For a frame
-        with new objects, call it before `add`.
+        Only the last `recent` frames are kept. Call it for every frame, in order, before the next `predict`. For a
+        frame with new objects, call it before `add`.
 
         Args:
             image: as for `PerSAM.fit`.
@@ -170,7 +168,7 @@ class VideoSegmenter:
         Raises:
             InputError: a label map of another size.
         """
-        if not self.reach:
+        if not self.recent:
             return
         encoding = self.sam.encode(image)
         _check_labels(labels, encoding)

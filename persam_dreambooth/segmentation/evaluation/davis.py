@@ -53,13 +53,14 @@ class EvaluateDavisOptions(TrackingOptions):
         None,
         "score this folder of <sequence>/00000.png, palette or gray, instead of running a method",
         path=True,
-        rivals=("segmenter", "variant", "target_coverage", "sam_dtype", "encoding_cache"),
+        rivals=("segmenter", "variant", "recent_frames", "target_coverage", "sam_dtype", "encoding_cache"),
     )
 
     @property
     def row(self) -> str:
         """The name of the method's row and of its folder of predictions."""
-        return self.segmenter if self.variant == "default" else f"{self.segmenter}-{self.variant}"
+        variant = "" if self.variant == "default" else f"-{self.variant}"
+        return self.segmenter + variant + (f"-recent-{self.recent_frames}" if self.given("recent_frames") else "")
 
     @property
     def settings(self) -> dict[str, Any]:
