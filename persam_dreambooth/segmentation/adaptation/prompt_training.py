@@ -1,9 +1,9 @@
 """Trains a PLM, or for comparison a copy of SAM's mask decoder (SAM-F), on masks of a task; SAM itself stays frozen.
 
 Kim et al. 2024 (arXiv 2403.09199) name the losses: focal, dice and IoU for the mask, and point matching with the PMM.
-The paper leaves open how they are weighted and optimized. Our choices: equal weights (with focal and dice 20 : 1, as SAM
-was trained, a small part's mask becomes empty and stays so, since the decoder is frozen); the IoU loss is SAM's, the
-squared error of the predicted IoU; losses at 256 x 256, without the padding; AdamW with a cosine schedule; the
+The paper leaves open how they are weighted and optimized. Our choices: equal weights (with focal and dice 20 : 1, as
+SAM was trained, a small part's mask becomes empty and stays so, since the decoder is frozen); the IoU loss is SAM's,
+the squared error of the predicted IoU; losses at 256 x 256, without the padding; AdamW with a cosine schedule; the
 single-mask output. A step depends only on the seed and its number.
 
 Shapes: B prompts, H W photo, 256 x 256 low-resolution logits; a prompt is as in `prompt_learning`.
