@@ -44,6 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", default="outputs/task", help="folder of the evaluation")
     parser.add_argument("--data", type=Path, default=Path("outputs/toy-parts"), help="rendered there if missing")
+    parser.add_argument("--sam_model", default="toy-sam2", help="SAM of all rows")
     parser.add_argument("--steps", type=int, default=400, help="optimizer steps of each training")
     parser.add_argument("--encoding_cache", default="outputs/encodings", help="folder for the encodings")
     arguments = parser.parse_args()
@@ -53,7 +54,7 @@ def main() -> None:
     options = EvaluateTaskOptions(
         data=str(arguments.data),
         output=arguments.output,
-        sam_model="toy",
+        sam_model=arguments.sam_model,
         max_train_steps=arguments.steps,
         train_batch_size=2,
         encoding_cache=arguments.encoding_cache,
