@@ -313,7 +313,7 @@ def test_the_masks_of_a_sam_are_references_only_if_the_user_gave_and_corrected_n
     for item in photos:
         save_mask(tmp_path, record(item, mask, model="toy"), mask)
     assert [item.photo for item in load_references(tmp_path, photos)] == photos
-    first, second, third = photos
+    first, _, third = photos
     save_mask(tmp_path, MaskRecord(first.name, first.sha256, "given", 0.1), mask)
     corrected = mask.copy()
     corrected[0] = True

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -175,3 +176,53 @@ def test_one_photo_has_one_mask(options, album, tmp_path, capsys):
         (album / name).unlink()
     assert segment(options) == 0
     assert capsys.readouterr().out == f"1 mask in {tmp_path}/out; see {tmp_path}/out/overview.jpg\n"
+
+
+def doubtful(options, **more):
+    """The masks of a threshold that no presence reaches: every mask that the SAM makes looks doubtful."""
+    return segment(options, absent_threshold=1, **more)
+
+
+def correct(path: Path) -> np.ndarray:
+    """A mask drawn over another one: its upper half."""
+    mask = np.array(Image.open(path)) > 0
+    mask[256:] = False
+    Image.fromarray(mask).save(path)
+    return mask
+
+
+def test_the_command_advised_for_doubtful_masks_takes_two_corrected_ones_as_references(
+    options, album, tmp_path, encodings, caplog
+):
+    shutil.copy(DUCK / "03.jpg", album)
+    made, better = tmp_path / "out", tmp_path / "out-2"
+    assert doubtful(options) == 0
+    advised = f"persam-dreambooth segment --images {album} --mask_dir {made} --output {better} --segmenter memory"
+    assert caplog.messages[-1] == (
+        "3 of 4 masks look doubtful (01.jpg, 02.jpg, 03.jpg): correct two of them in "
+        f"{made}, then run {advised} --sam_model toy-sam2"
+    )
+    corrected = [correct(made / name) for name in ("01.png", "03.png")]
+    caplog.set_level("INFO")
+    words = shlex.split(caplog.messages[-1].partition(", then run persam-dreambooth ")[2])
+    assert command(*words, "--encoding_cache", str(encodings)) == 0
+    assert "references: 00.jpg, 01.jpg, 03.jpg" in caplog.messages
+    masks = load_masks(better, find_photos(album))
+    assert [item.record.method for item in masks] == ["given", "given", "memory", "given"]
+    assert all(np.array_equal(masks[place].mask, own) for place, own in zip((1, 3), corrected, strict=True))
+
+
+def test_one_or_two_doubtful_masks_are_only_corrected(options, tmp_path, caplog):
+    made = tmp_path / "out"
+    assert doubtful(options) == 0
+    told = caplog.messages[-1]
+    assert told == f"2 of 3 masks look doubtful (01.jpg, 02.jpg): correct them in {made}"
+    correct(made / "01.png")
+    assert doubtful(options) == 0
+    assert caplog.messages[-1] == f"1 of 3 masks looks doubtful (02.jpg): correct it in {made}"
+
+
+@pytest.mark.parametrize("more", [{"absent_threshold": 0}, {"absent": "keep"}, {"absent": "skip"}])
+def test_masks_that_are_not_warned_of_are_not_doubtful(options, more, caplog):
+    assert segment(options, **{"absent_threshold": 1, **more}) == 0
+    assert "doubtful" not in caplog.text
