@@ -191,35 +191,41 @@ def correct(path: Path) -> np.ndarray:
     return mask
 
 
-def test_the_command_advised_for_doubtful_masks_takes_two_corrected_ones_as_references(
+def test_the_command_advised_for_doubtful_masks_takes_the_given_and_the_corrected_ones_as_references(
     options, album, tmp_path, encodings, caplog
 ):
-    shutil.copy(DUCK / "03.jpg", album)
     made, better = tmp_path / "out", tmp_path / "out-2"
-    assert doubtful(options) == 0
-    advised = f"persam-dreambooth segment --images {album} --mask_dir {made} --output {better} --segmenter memory"
-    assert caplog.messages[-1] == (
-        "3 of 4 masks look doubtful (01.jpg, 02.jpg, 03.jpg): correct two of them in "
-        f"{made}, then run {advised} --sam_model toy-sam2"
+    advised = (
+        f"persam-dreambooth segment --images {album} --mask_dir {made} --output {better} --segmenter memory "
+        "--sam_model toy-sam2"
     )
-    corrected = [correct(made / name) for name in ("01.png", "03.png")]
+    assert doubtful(options) == 0
+    told = f"2 of 3 masks look doubtful (01.jpg, 02.jpg): correct them in {made}, or run {advised}"
+    assert caplog.messages[-1] == told
+    corrected = correct(made / "02.png")
+    assert doubtful(options) == 0
+    told = f"1 of 3 masks looks doubtful (01.jpg): correct it in {made}, or run {advised}"
+    assert caplog.messages[-1] == told
     caplog.set_level("INFO")
-    words = shlex.split(caplog.messages[-1].partition(", then run persam-dreambooth ")[2])
-    assert command(*words, "--encoding_cache", str(encodings)) == 0
-    assert "references: 00.jpg, 01.jpg, 03.jpg" in caplog.messages
+    assert (
+        command(*shlex.split(told.partition("or run persam-dreambooth ")[2]), "--encoding_cache", str(encodings)) == 0
+    )
+    assert "references: 00.jpg, 02.jpg" in caplog.messages
     masks = load_masks(better, find_photos(album))
-    assert [item.record.method for item in masks] == ["given", "given", "memory", "given"]
-    assert all(np.array_equal(masks[place].mask, own) for place, own in zip((1, 3), corrected, strict=True))
+    assert [item.record.method for item in masks] == ["given", "memory", "given"]
+    assert np.array_equal(masks[2].mask, corrected)
 
 
-def test_one_or_two_doubtful_masks_are_only_corrected(options, tmp_path, caplog):
-    made = tmp_path / "out"
-    assert doubtful(options) == 0
-    told = caplog.messages[-1]
-    assert told == f"2 of 3 masks look doubtful (01.jpg, 02.jpg): correct them in {made}"
-    correct(made / "01.png")
-    assert doubtful(options) == 0
-    assert caplog.messages[-1] == f"1 of 3 masks looks doubtful (02.jpg): correct it in {made}"
+def test_doubtful_masks_of_the_memory_and_of_a_reference_elsewhere_are_only_corrected(options, album, tmp_path, caplog):
+    """Without a mask of the user in the folder, the advised command would have no reference."""
+    made, elsewhere = tmp_path / "out", tmp_path / "elsewhere.jpg"
+    (album / "02.jpg").unlink()
+    assert doubtful(options, segmenter="memory", sam_model="toy-sam2") == 0
+    assert caplog.messages[-1] == f"1 of 2 masks looks doubtful (01.jpg): correct it in {made}"
+    shutil.rmtree(made)
+    (album / "00.jpg").rename(elsewhere)
+    assert doubtful(options, reference_image=elsewhere) == 0
+    assert caplog.messages[-1] == f"1 of 1 mask looks doubtful (01.jpg): correct it in {made}"
 
 
 @pytest.mark.parametrize("more", [{"absent_threshold": 0}, {"absent": "keep"}, {"absent": "skip"}])

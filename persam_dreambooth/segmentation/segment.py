@@ -38,10 +38,6 @@ logger = logging.getLogger(__name__)
 
 GIVEN = "given"
 
-FEW_MASKS = 2
-"""The number of doubtful masks to correct. With these and the given mask, three references find the subject in the
-other photos (docs/few-shot.md has the figures)."""
-
 SAME_TO_RESUME = (
     *("segmenter", "sam_model", "sam_dtype", "adapter", "target_coverage", "guidance"),
     *("absent", "absent_threshold", "instances"),
@@ -198,6 +194,8 @@ def correction_advice(
 ) -> str:
     """What to do about masks that look doubtful; empty if none does.
 
+    SAM 2's memory found subjects best with one mask and with a few (docs/few-shot.md), so it is the next to try.
+
     Args:
         masks: all masks of a folder.
         folder: the folder, in which the user corrects masks.
@@ -209,18 +207,26 @@ def correction_advice(
     names = [item.photo.name for item in masks if doubts(item.record.flags, options.absent)]
     if not names:
         return ""
-    look, listed = "looks" if len(names) == 1 else "look", ", ".join(names[:5]) + ", ..." * (len(names) > 5)
-    advice = f"{len(names)} of {counted(len(masks), 'mask')} {look} doubtful ({listed}): correct "
-    if len(names) <= FEW_MASKS or not images:
-        better = folder
-        advice += f"{'it' if len(names) == 1 else 'them'} in {folder}"
-    else:
+    look, them = ("looks", "it") if len(names) == 1 else ("look", "them")
+    listed = ", ".join(names[:5]) + ", ..." * (len(names) > 5)
+    advice = f"{len(names)} of {counted(len(masks), 'mask')} {look} doubtful ({listed}): correct {them} in {folder}"
+    better = folder
+    if images and options.segmenter != "memory" and any(item.record.model is None for item in masks):
         better = next(path for number in count(2) if not (path := Path(f"{folder}-{number}")).exists())
-        words = ["persam-dreambooth", "segment", "--images", images, "--mask_dir", str(folder), "--output", str(better)]
-        advice += f"two of them in {folder}, then run {shlex.join([*words, *_memory_flags(options, segmenter)])}"
+        words: list[str | Path] = [
+            "segment",
+            "--images",
+            images,
+            "--mask_dir",
+            folder,
+            "--output",
+            better,
+            "--segmenter",
+            "memory",
+        ]
+        advice += f", or run {_command(*words, *_memory_sam(options, segmenter))}"
     if run_dir:
-        words = ["persam-dreambooth", "train", "--config", str(run_dir / CONFIG), "--mask_dir", str(better)]
-        advice += f", then {shlex.join(words)}"
+        advice += f", then run {_command('train', '--config', run_dir / CONFIG, '--mask_dir', better)}"
     return advice
 
 
@@ -229,18 +235,18 @@ def doubts(flags: tuple[str, ...], absent: Literal["skip", "warn", "keep"]) -> l
     return [flag for flag in flags if SKIPPED not in flags and (flag != ABSENT or absent == "warn")]
 
 
-def _memory_flags(options: MaskFolderOptions, segmenter: Segmenter | None) -> list[str]:
-    """The flags of the method `memory`, with the SAM of the options if it has a memory."""
+def _memory_sam(options: MaskFolderOptions, segmenter: Segmenter | None) -> list[str]:
+    """The flags of the method `memory` besides its name; its usual SAM, if that of the options has no memory."""
     from persam_dreambooth.segmentation.sams.sam2_memory import has_memory
 
-    flags = ["--segmenter", "memory"]
-    if options.segmenter == "memory" or (segmenter and has_memory(segmenter.sam.model)):
-        flags += ["--sam_model", options.sam_model]
-    elif options.sam_model == "toy":
-        flags += ["--sam_model", "toy-sam2"]
-    if options.segmenter == "memory" and options.adapter:
-        flags += ["--adapter", options.adapter]
-    return flags + (["--absent", options.absent] if options.absent != "warn" else [])
+    kept = [] if options.absent == "warn" else ["--absent", options.absent]
+    if options.sam_model == "toy":
+        return ["--sam_model", "toy-sam2", *kept]
+    return ["--sam_model", options.sam_model, *kept] if segmenter and has_memory(segmenter.sam.model) else kept
+
+
+def _command(*words: str | Path) -> str:
+    return shlex.join(["persam-dreambooth", *map(str, words)])
 
 
 def _heat_map_file(heatmaps: Path, name: str) -> Path:
