@@ -211,20 +211,12 @@ def correction_advice(
     listed = ", ".join(names[:5]) + ", ..." * (len(names) > 5)
     advice = f"{len(names)} of {counted(len(masks), 'mask')} {look} doubtful ({listed}): correct {them} in {folder}"
     better = folder
-    if images and options.segmenter != "memory" and any(item.record.model is None for item in masks):
+    own = any(item.record.model is None and item.record.coverage for item in masks)
+    if images and own and options.segmenter != "memory":
         better = next(path for number in count(2) if not (path := Path(f"{folder}-{number}")).exists())
-        words: list[str | Path] = [
-            "segment",
-            "--images",
-            images,
-            "--mask_dir",
-            folder,
-            "--output",
-            better,
-            "--segmenter",
-            "memory",
-        ]
-        advice += f", or run {_command(*words, *_memory_sam(options, segmenter))}"
+        advice += ", or run " + _command(
+            "segment", "--images", images, "--mask_dir", folder, "--output", better, *_memory_flags(options, segmenter)
+        )
     if run_dir:
         advice += f", then run {_command('train', '--config', run_dir / CONFIG, '--mask_dir', better)}"
     return advice
@@ -235,14 +227,16 @@ def doubts(flags: tuple[str, ...], absent: Literal["skip", "warn", "keep"]) -> l
     return [flag for flag in flags if SKIPPED not in flags and (flag != ABSENT or absent == "warn")]
 
 
-def _memory_sam(options: MaskFolderOptions, segmenter: Segmenter | None) -> list[str]:
-    """The flags of the method `memory` besides its name; its usual SAM, if that of the options has no memory."""
+def _memory_flags(options: MaskFolderOptions, segmenter: Segmenter | None) -> list[str]:
+    """The flags of the method `memory`, with the SAM of the options if it has a memory."""
     from persam_dreambooth.segmentation.sams.sam2_memory import has_memory
 
-    kept = [] if options.absent == "warn" else ["--absent", options.absent]
-    if options.sam_model == "toy":
-        return ["--sam_model", "toy-sam2", *kept]
-    return ["--sam_model", options.sam_model, *kept] if segmenter and has_memory(segmenter.sam.model) else kept
+    flags = ["--segmenter", "memory"]
+    if options.sam_model in ("toy", "toy-sam2"):
+        flags += ["--sam_model", "toy-sam2"]
+    elif segmenter and has_memory(segmenter.sam.model):
+        flags += ["--sam_model", options.sam_model]
+    return flags if options.absent == "warn" else [*flags, "--absent", options.absent]
 
 
 def _command(*words: str | Path) -> str:
