@@ -37,7 +37,8 @@ from persam_dreambooth.segmentation.segmenters import METHODS, method_class
 
 FOLDER = RESULTS / "own-subject"
 LEAST_MASKS = {"plm": 2}
-SLOW = ("plm",)
+Records = dict[tuple[int, str], dict[str, Any]]
+"""The records of a row by order and object."""
 
 
 def measure(arguments: argparse.Namespace) -> None:
@@ -55,7 +56,7 @@ def measure(arguments: argparse.Namespace) -> None:
         for method in methods
         for turn in range(arguments.turns)
         for item in items
-        for masks in range(LEAST_MASKS.get(method, 1), arguments.shots + 1)
+        for masks in arguments.masks or range(LEAST_MASKS.get(method, 1), arguments.shots + 1)
     ]
     for turn, method, masks, item in wanted:
         if (turn, method, masks, item.name) in done:
@@ -97,26 +98,31 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def summarize(folder: Path) -> None:
     """Writes `results.json` and `tables.md` from the records of all SAMs.
 
-    A table has the orders and objects that all its rows have, so PLM, whose fit is slow, has a table of its own.
+    The rows of a table are scored on the same images. Where a method has fewer or more objects or orders than the
+    others, a further table has these.
     """
-    records = {path.stem: read_lines(path) for path in sorted(folder.glob("*.jsonl"))}
-    tables = [table for table in (rows_of(records, ()), rows_of(records, SLOW)) if table["rows"]]
-    if len(tables) == 2 and tables[0]["scored"] == tables[1]["scored"]:
-        tables = tables[1:]
-    write_json(folder / "results.json", {"tables": tables, "bootstrap": BOOTSTRAP, "made_with": provenance()})
-    text = [f"# mIoU of {folder.name} in percent, with 95 % intervals over objects\n"]
-    for table in tables:
-        most = max(row["masks"] for row in table["rows"])
-        text.append(f"{table['scored']}\n")
-        text.append("| SAM | method | " + " | ".join(f"{n} mask{'s' * (n > 1)}" for n in range(1, most + 1)) + " |")
-        text.append("|---" * (2 + most) + "|")
-        lines = defaultdict(dict)
-        for row in table["rows"]:
-            lines[row["sam"], row["method"]][row["masks"]] = row
-        for (sam, method), cells in lines.items():
-            shown = [told(cells[n]) if n in cells else "" for n in range(1, most + 1)]
-            text.append(f"| {sam} | {method} | " + " | ".join(shown) + " |")
+    done: dict[tuple[str, str], dict[int, Records]] = defaultdict(lambda: defaultdict(dict))
+    for path in sorted(folder.glob("*.jsonl")):
+        for one in read_lines(path):
+            done[path.stem, one["method"]][one["masks"]][one["turn"], one["object"]] = one
+    scored = {key: frozenset.intersection(*map(frozenset, rows.values())) for key, rows in done.items()}
+    text, tables = [f"# {folder.name}: mIoU in percent, with 95 % intervals over objects\n"], []
+    for common in sorted(set(scored.values()), key=len):
+        orders, names = (len({key[place] for key in common}) for place in (0, 1))
+        table = {key: rows for key, rows in done.items() if common <= scored[key]}
+        images = sum(len(next(iter(next(iter(table.values())).values()))[key]["images"]) for key in common)
+        rows = [row_of(*key, masks, [records[one] for one in sorted(common)])
+                for key, own in table.items() for masks, records in sorted(own.items())]  # fmt: skip
+        tables.append({"objects": names, "images": images, "orders": orders, "rows": rows})
+        most = max(row["masks"] for row in rows)
+        text += [f"{names} objects, {images} scored images, {orders} order{'s' * (orders > 1)}\n"]
+        text += ["| SAM | method | " + " | ".join(f"{n} mask{'s' * (n > 1)}" for n in range(1, most + 1)) + " |"]
+        text += ["|---" * (2 + most) + "|"]
+        for sam, method in table:
+            cells = {row["masks"]: told(row) for row in rows if (row["sam"], row["method"]) == (sam, method)}
+            text.append(f"| {sam} | {method} | " + " | ".join(cells.get(n, "") for n in range(1, most + 1)) + " |")
         text.append("")
+    write_json(folder / "results.json", {"tables": tables, "bootstrap": BOOTSTRAP, "made_with": provenance()})
     (folder / "tables.md").write_text("\n".join(text), encoding="utf-8")
     print("\n".join(text))
 
@@ -126,40 +132,31 @@ def told(row: dict[str, Any]) -> str:
     return f"{row['mIoU']:.1f} ({row['interval'][0]:.0f} to {row['interval'][1]:.0f})"
 
 
-def rows_of(records: dict[str, list[dict[str, Any]]], slow: tuple[str, ...]) -> dict[str, Any]:
-    """A table of all rows of the fast methods, and of those of the slow ones named, on what all of them scored."""
-    chosen: dict[tuple[str, str, int], dict[tuple[int, str], dict[str, Any]]] = defaultdict(dict)
-    for sam, lines in records.items():
-        for one in lines:
-            if one["method"] not in SLOW or one["method"] in slow:
-                chosen[sam, one["method"], one["masks"]][one["turn"], one["object"]] = one
-    if not set(slow) <= {method for _, method, _ in chosen}:
-        return {"rows": [], "scored": ""}
-    common = sorted(set.intersection(*(set(done) for done in chosen.values())))
-    names = sorted({name for _, name in common})
-    rows = []
-    for (sam, method, masks), done in chosen.items():
-        own = [done[key] for key in common]
-        counts = [sum((Counts(**one["counts"]) for one in own if one["object"] == name), Counts()) for name in names]
-        ious = {name: count.figures["IoU"] for name, count in zip(names, counts, strict=True)}
-        values = np.array(list(ious.values()))
-
-        def means(drawn: np.ndarray, values: np.ndarray = values) -> dict[str, np.ndarray]:
-            return {"mIoU": drawn @ values / drawn.sum(axis=1)}
-
-        images = [image for one in own for image in one["images"].values()]
-        bad, good = ([image for image in images if (image["IoU"] < 50) == low] for low in (True, False))
-        rows.append({
-            "sam": sam, "method": method, "masks": masks, "mIoU": float(values.mean()),
-            "interval": bootstrap_intervals(len(names), means)["mIoU"],
-            "objects": ious, "fit_seconds": float(np.median([one["fit_seconds"] for one in own])),
-            "below 50": len(bad), "below 50, flagged": sum(bool(image["flags"]) for image in bad),
-            "from 50": len(good), "from 50, flagged": sum(bool(image["flags"]) for image in good),
-        })  # fmt: skip
-    orders = len({turn for turn, _ in common})
-    scored = sum(len(next(iter(chosen.values()))[key]["images"]) for key in common)
-    described = f"{len(names)} objects, {scored} scored images in {orders} order{'s' * (orders > 1)}"
-    return {"rows": rows, "scored": described}
+def row_of(sam: str, method: str, masks: int, records: list[dict[str, Any]]) -> dict[str, Any]:
+    """A row of a table, from its records of objects."""
+    counts: dict[str, Counts] = defaultdict(Counts)
+    for one in records:
+        counts[one["object"]] += Counts(**one["counts"])
+    ious = {name: count.figures["IoU"] for name, count in counts.items()}
+    values = np.array(list(ious.values()))
+    interval = bootstrap_intervals(len(values), lambda drawn: {"mIoU": drawn @ values / drawn.sum(axis=1)})["mIoU"]
+    images = [image for one in records for image in one["images"].values()]
+    flagged = {
+        below: [bool(image["flags"]) for image in images if (image["IoU"] < 50) == below] for below in (True, False)
+    }
+    return {
+        "sam": sam,
+        "method": method,
+        "masks": masks,
+        "mIoU": float(values.mean()),
+        "interval": interval,
+        "objects": ious,
+        "fit_seconds": float(np.median([one["fit_seconds"] for one in records])),
+        "images_below_50": len(flagged[True]),
+        "images_below_50_flagged": sum(flagged[True]),
+        "images_from_50": len(flagged[False]),
+        "images_from_50_flagged": sum(flagged[False]),
+    }
 
 
 def main() -> None:
@@ -170,6 +167,7 @@ def main() -> None:
     parser.add_argument("--sam_model", default="toy-sam2", help="see open_sam")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--shots", type=int, default=4, help="most masks")
+    parser.add_argument("--masks", type=int, nargs="+", help="numbers of masks; default: all up to --shots")
     parser.add_argument("--turns", type=int, default=1, help="orders of the images")
     parser.add_argument("--encoding_cache", type=Path, help="see open_sam")
     parser.add_argument("--pictures", type=Path, help="folder for the masks found")
