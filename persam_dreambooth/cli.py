@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -74,10 +76,13 @@ def _separated(options: Any, scores: Any) -> str:
     )
 
 
-def _adapted(options: Any, settings: Any) -> str:
+def _adapted(segmenter: str, options: Any, settings: Any) -> str:
     step, *figures = settings["best"].items()
-    told = "".join(f", {name} {value:.4f}" for name, value in figures)
-    return f"done: {options.output} (step {step[1]}{told}); use it with --adapter {options.output}"
+    best = "".join(f", {name} {value:.2f}" for name, value in figures)
+    use = f"; use it with --segmenter {segmenter} --adapter {shlex.quote(options.output)}"
+    if settings.get("prompt") == "box":
+        use = ""  # segmenters prompt with points
+    return f"done: {options.output} (step {step[1]}{best}){use}"
 
 
 def _scored_videos(options: Any, scores: Any) -> str:
@@ -118,14 +123,14 @@ COMMANDS = {
         "trains SAM 2's memory on episodes of a few-shot data set (FS-SAM2), for --segmenter memory",
         "segmentation.adaptation.fs_sam2:AdaptFsSam2Options",
         "segmentation.adaptation.fs_sam2:adapt_fs_sam2",
-        _adapted,
+        partial(_adapted, "memory"),
         resume="it resumes with --resume_from_checkpoint latest",
     ),
     "adapt plm": Command(
         "learns a task from a folder of masks: prompts for a frozen SAM (PLM), for --segmenter plm",
         "segmentation.adaptation.plm_task:AdaptPlmOptions",
         "segmentation.adaptation.plm_task:adapt_plm",
-        _adapted,
+        partial(_adapted, "plm"),
         resume="it resumes with --resume_from_checkpoint latest",
     ),
     "generate": Command(

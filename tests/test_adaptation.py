@@ -1,7 +1,9 @@
 """Training of adapters: the loop that all `adapt` commands share, and FS-SAM2."""
 
 import json
+import math
 import re
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -36,8 +38,11 @@ from persam_dreambooth.segmentation.adaptation.fs_sam2 import AdaptFsSam2Options
 from persam_dreambooth.segmentation.adaptation.lora import LORA_FILE, add_lora, merge_lora, save_lora
 from persam_dreambooth.segmentation.adaptation.training import Learner, run_adaptation, scheduled_rate
 from persam_dreambooth.segmentation.adapters import Adapter
+from persam_dreambooth.segmentation.evaluation.absence import EvaluateAbsenceOptions
+from persam_dreambooth.segmentation.evaluation.davis import EvaluateDavisOptions
 from persam_dreambooth.segmentation.evaluation.episodes import FewShotData
 from persam_dreambooth.segmentation.evaluation.fss1000 import read_fss1000
+from persam_dreambooth.segmentation.evaluation.perseg import EvaluatePersegOptions
 from persam_dreambooth.segmentation.sams.checkpoints import open_sam
 from persam_dreambooth.segmentation.sams.original_sam2 import read_sam2_config
 from persam_dreambooth.toy.rendered_episodes import ToyEpisodesOptions, write_episodes
@@ -117,6 +122,8 @@ def test_the_weights_with_the_best_figure_are_kept(tmp_path):
     best = adapt_line(tmp_path / "best", [0.4, 0.3], validation_steps=2, lr_scheduler="constant")
     last = adapt_line(tmp_path / "last", lr_scheduler="constant")
     assert same(best, load_file(tmp_path / "first" / "w")) and not same(best, last)
+    late = adapt_line(tmp_path / "late", [math.nan, 0.3], validation_steps=2, lr_scheduler="constant")
+    assert same(late, last)
     kept = json.loads((tmp_path / "best" / "adapter.json").read_text())["settings"]["best"]
     assert kept == {"step": 2, "validation_score": 0.4}
     assert [row.get("validation_score") for row in rows(tmp_path / "best")] == [None, 0.4, None, 0.3]
@@ -154,10 +161,17 @@ def test_other_options_and_finished_runs_are_not_trained_over(tmp_path, caplog):
     assert "nothing is left to do" in caplog.text
 
 
-def test_a_finished_run_can_go_on_from_an_earlier_checkpoint(tmp_path, caplog):
-    whole = adapt_line(tmp_path / "run", checkpointing_steps=1)
+def test_the_last_two_checkpoints_are_kept(tmp_path):
+    adapt_line(tmp_path / "run", checkpointing_steps=1)
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_a_finished_run_can_resume_from_an_earlier_checkpoint(tmp_path, caplog):
+    whole = adapt_line(tmp_path / "run", checkpointing_steps=1, checkpoints_total_limit=None)
     with caplog.at_level("INFO"):
-        again = adapt_line(tmp_path / "run", checkpointing_steps=1, resume_from_checkpoint="checkpoint-2")
+        again = adapt_line(
+            tmp_path / "run", checkpointing_steps=1, checkpoints_total_limit=None, resume_from_checkpoint="checkpoint-2"
+        )
     assert "at step 2" in caplog.text and same(again, whole) and len(rows(tmp_path / "run")) == STEPS
 
 
@@ -255,7 +269,7 @@ def test_an_epoch_shows_each_image_once_and_repeats_to_the_bit(episodes):
 
 def test_every_tenth_image_is_held_out_where_a_class_has_enough():
     members = {"a": tuple(f"a{number:02}" for number in range(40)), "b": tuple(f"b{number}" for number in range(3))}
-    data = FewShotData("x", "train", members, Path, lambda *_: None, in_turn=True)
+    data = FewShotData("x", "train", members, Path, lambda *_: None, Path, in_turn=True)
     left, apart = hold_out(data, 1)
     assert apart.members == {"a": ("a09", "a19", "a29", "a39")} and apart.split == "val"
     assert len(left.members["a"]) == 36 and not set(left.images) & set(apart.images)
@@ -476,6 +490,26 @@ def test_segment_records_the_adapter_and_finds_other_masks(photos_of_a_class, sm
     assert (tmp_path / "plain" / "2.png").read_bytes() != (tmp_path / "adapted" / "2.png").read_bytes()
 
 
+def test_masks_of_an_adapter_that_was_trained_again_are_not_kept(
+    photos_of_a_class, small_sam, adapter, tmp_path, capsys
+):
+    """Another path of the same weights is the same adapter."""
+    again = shutil.copytree(adapter, tmp_path / "again")
+    common = [*photos_of_a_class, "--segmenter", "memory", "--sam_model", small_sam, "--output", tmp_path / "masks"]
+    assert command("segment", *common, "--adapter", adapter) == command("segment", *common, "--adapter", again) == 0
+    named = {"data": "x", "output": "y", "segmenter": "memory"}
+    kinds = (EvaluatePersegOptions, EvaluateDavisOptions, EvaluateAbsenceOptions)
+    first = [kind(**named, adapter=str(adapter)).settings for kind in kinds]
+    assert first == [kind(**named, adapter=str(again)).settings for kind in kinds]
+    weights = load_file(again / LORA_FILE)
+    save_file({name: value + 1 for name, value in weights.items()}, again / LORA_FILE)
+    assert command("segment", *common, "--adapter", again) == 2
+    assert f"{tmp_path / 'masks'} holds masks with other settings (other adapter)" in capsys.readouterr().err
+    for kind, before in zip(kinds, first, strict=True):
+        after = kind(**named, adapter=str(again)).settings
+        assert [name for name in after if after[name] != before[name]] == ["adapter_sha256"]
+
+
 def broken(adapter, folder, how):
     """A copy of an adapter that is broken in a way; its folder."""
     shutil.copytree(adapter, folder)
@@ -485,6 +519,8 @@ def broken(adapter, folder, how):
             (folder / "adapter.json").unlink()
         case "not JSON":
             (folder / "adapter.json").write_text("{")
+        case "other settings":
+            (folder / "adapter.json").write_text(json.dumps({**described, "settings": ["point"]}))
         case "other method":
             (folder / "adapter.json").write_text(json.dumps({**described, "method": "plm"}))
         case "other SAM":
@@ -504,6 +540,7 @@ def broken(adapter, folder, how):
     ("how", "line"),
     [
         ("none", "holds no adapter.json: name a folder that persam-dreambooth adapt wrote"),
+        ("other settings", r"does not describe an adapter \(its settings are no table\): train it again"),
         ("not JSON", "does not describe an adapter"),
         ("other method", "is an adapter of plm, not of fs-sam2: name another folder"),
         ("other SAM", r"was trained on another SAM \(b\+\) than .*: name that SAM with --sam_model"),
@@ -559,10 +596,23 @@ def test_a_resumed_command_gives_the_same_adapter_to_the_bit(adapt, adapted, tmp
     assert all(bool(value.any()) for name, value in trained.items() if ".lora_B." in name)
 
 
+def test_the_options_that_the_last_line_names_are_enough(adapt, adapted, photos_of_a_class, tmp_path, capsys):
+    assert command(*adapt, "--output", adapted, "--resume_from_checkpoint", "latest") == 0
+    said = capsys.readouterr().out
+    assert re.fullmatch(r"done: .* \(step [12], mIoU \d+\.\d\d\); use it with .*\n", said)
+    options = shlex.split(said.split("use it with ")[1])
+    assert command("segment", *photos_of_a_class, "--output", tmp_path / "masks", *options) == 0
+    adapter = Adapter.read(adapted)
+    assert f'"model": "{adapter.sam} adapted by {adapted}"' in (tmp_path / "masks" / "index.json").read_text()
+
+
 def test_the_adapter_says_how_it_was_trained(adapted, small_sam):
     adapter, sam = Adapter.read(adapted), open_sam(small_sam)
     assert (adapter.method, adapter.sam, adapter.fingerprint) == ("fs-sam2", small_sam, sam.fingerprint)
     assert adapter.settings["training_images"] == 9 and adapter.settings["validation_images"] == 3
+    assert adapter.settings["training_classes"] == ["car", "robot", "teapot"]
+    assert adapter.settings["validation_classes"] == ["duck"]
+    assert adapter.classes == {"car", "robot", "teapot", "duck"}
     validated = [row for row in rows(adapted) if "mIoU" in row]
     best = max(validated, key=lambda row: row["mIoU"])
     assert adapter.settings["best"] == {"step": best["step"], "mIoU": best["mIoU"]}

@@ -246,7 +246,7 @@ def data_set(name):
     else:
         shown = SAMPLING["shown"]
         members = {category: tuple(image for image in shown if category in shown[image]) for category in "5678"}
-    return FewShotData(name, "test", members, Path, lambda image, category: None, in_turn=name != "coco")
+    return FewShotData(name, "test", members, Path, lambda image, category: None, Path, in_turn=name != "coco")
 
 
 @pytest.mark.parametrize("drawn", SAMPLING["drawn"], ids=lambda drawn: "-".join(map(str, drawn[:5])))
@@ -270,6 +270,7 @@ def test_scores_are_those_of_the_authors(tmp_path):
         members,
         lambda image: tmp_path / "photo.png",
         lambda image, category: (masks["true"][int(image)], masks["ignored"][int(image)]),
+        lambda image: tmp_path / "photo.png",
         in_turn=True,
     )
     Image.new("RGB", (12, 12)).save(tmp_path / "photo.png")

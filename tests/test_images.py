@@ -16,7 +16,7 @@ from PIL import Image, ImageFile, PngImagePlugin, features
 
 from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.photos.folder import Photo
-from persam_dreambooth.photos.images import decode_image, open_image, read_image
+from persam_dreambooth.photos.images import decode_image, header_size, open_image, read_image
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 SIZE = (6, 4)
@@ -176,6 +176,7 @@ def test_exif_orientation_is_turned_upright(tmp_path, orientation, corner):
     stored.save(tmp_path / "a.jpg", exif=exif, quality=95)
     upright = read_image(tmp_path / "a.jpg")
     assert upright.size == ((64, 96) if orientation > 4 else (96, 64)) == Photo.open(tmp_path / "a.jpg").size
+    assert header_size(tmp_path / "a.jpg") == upright.size
     assert upright.getpixel(corner)[0] > 200, "the corner of the stored picture is not where it belongs"
     assert sum(max(pixel) > 200 for pixel in (upright.getpixel(xy) for xy in corners(upright))) == 1
 
@@ -261,7 +262,7 @@ def test_an_opened_image_is_turned_like_its_file(tmp_path, suffix):
     image.save(tmp_path / f"a.{suffix}", exif=exif)
     with Image.open(tmp_path / f"a.{suffix}") as opened:
         found = read_image(opened)
-    assert found.size == (8, 12)
+    assert found.size == (8, 12) == header_size(tmp_path / f"a.{suffix}")
     assert found.getpixel((4, 1))[1] < 60 < 200 < found.getpixel((4, 10))[1], "red is at the top"
     assert np.array_equal(found, read_image(tmp_path / f"a.{suffix}"))
 

@@ -23,6 +23,7 @@ from persam_dreambooth.segmentation.sams.sam2_memory import (
     decode_cells,
     encode_memory,
     image_features,
+    is_stable,
     join_memories,
     recall,
 )
@@ -203,6 +204,15 @@ def test_in_bfloat16_only_the_image_encoder_rounds(folder, fitted, photos, masks
     found, exact = segmenter.predict(photos[3]), fitted.predict(photos[3])
     logits, expected = found.steps[0].low_res_logits, exact.steps[0].low_res_logits
     assert 0 < np.abs(logits - expected).mean() < 0.1 * np.abs(expected).mean()
+
+
+def test_a_mask_is_stable_if_few_of_its_pixels_are_near_the_threshold():
+    logits = torch.full((4, 1, 20, 10), -1.0)
+    logits[:3, :, :10] = 1.0  # 100 pixels
+    logits[0, 0, 0, :2] = logits[1, 0, 0, :3] = 0.04
+    logits[3, 0, 0, :2] = -0.04
+    assert is_stable(logits).flatten().tolist() == [True, False, True, False]
+    assert is_stable(torch.full((1, 1, 4, 4), -1.0)).all()
 
 
 def test_threads_find_the_same_masks(small, photos, masks):

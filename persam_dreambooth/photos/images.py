@@ -7,11 +7,11 @@ import logging
 import os
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageFile, PngImagePlugin, UnidentifiedImageError, features
@@ -20,6 +20,8 @@ from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.extras import EXTRAS
 
 logger = logging.getLogger(__name__)
+
+Read = TypeVar("Read")
 
 PHOTO_SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"),
@@ -48,6 +50,14 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """The operation that makes a picture upright, by its EXIF orientation; for any other value, it is upright."""
+
+SIDEWAYS = {
+    Image.Transpose.TRANSPOSE,
+    Image.Transpose.ROTATE_270,
+    Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90,
+}
+"""The operations that exchange width and height."""
 
 PILLOW_SETTINGS: tuple[tuple[Any, str, Any], ...] = (
     (Image, "MAX_IMAGE_PIXELS", None),  # `MOST_PIXELS` is the limit instead
@@ -105,7 +115,16 @@ def open_image(path: str | Path) -> Image.Image:
         InputNotFoundError: there is no such file.
         InputError: the file is empty, truncated, too large or otherwise unreadable.
     """
-    path = Path(path)
+    return _from_file(Path(path), decode_image)
+
+
+def header_size(path: str | Path) -> tuple[int, int]:
+    """The size (width, height) of an image file, upright, from its header; see `open_image` for the errors."""
+    return _from_file(Path(path), _size)
+
+
+def _from_file(path: Path, read: Callable[[BinaryIO, str], Read]) -> Read:
+    """What `read` makes of a file's content and its name."""
     if not os.path.isfile(path):  # `Path.is_file` raises for a name that is too long
         found = "is a folder" if os.path.isdir(path) else "is not a file" if os.path.exists(path) else "does not exist"
         raise InputNotFoundError(f"{path} {found}: name an image file")
@@ -113,7 +132,7 @@ def open_image(path: str | Path) -> Image.Image:
         raise InputError(f"{path} is a RAW photo: convert it to JPEG")
     try:
         with path.open("rb") as stream:
-            return decode_image(stream, str(path))
+            return read(stream, str(path))
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror or error}): replace or remove it") from None
 
@@ -128,19 +147,31 @@ def decode_image(stream: BinaryIO, name: str) -> Image.Image:
     Raises:
         InputError: the content is empty, truncated, too large or otherwise unreadable.
     """
+    with _pillow_settings():
+        return _decoded(_opened(stream, name), name)
+
+
+def _size(stream: BinaryIO, name: str) -> tuple[int, int]:
+    with _pillow_settings():
+        opened = _opened(stream, name)
+        width, height = opened.size
+        turned = opened.format != "TIFF" and TURNS.get(_orientation(opened)) in SIDEWAYS  # Pillow turns TIFF itself
+        return (height, width) if turned else (width, height)
+
+
+def _opened(stream: BinaryIO, name: str) -> Image.Image:
+    """Opens the content of an image file, whose pixels are not decoded yet; see `decode_image`."""
     if not stream.read(1):
         raise InputError(f"{name} is empty (0 bytes): replace or remove it")
     stream.seek(0)
-    with _pillow_settings():
-        try:
-            opened = _open(stream, name)
-        except InputError:
-            raise
-        except UnidentifiedImageError:
-            raise InputError(f"{name} is not an image that Pillow can read: convert it to JPEG or PNG") from None
-        except Exception as error:  # decoders raise errors of many kinds on damaged files
-            raise _unreadable(name, error) from None
-        return _decoded(opened, name)
+    try:
+        return _open(stream, name)
+    except InputError:
+        raise
+    except UnidentifiedImageError:
+        raise InputError(f"{name} is not an image that Pillow can read: convert it to JPEG or PNG") from None
+    except Exception as error:  # decoders raise errors of many kinds on damaged files
+        raise _unreadable(name, error) from None
 
 
 @contextmanager

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from persam_dreambooth.segmentation.sams.sam import Sam
 
 ADAPTER = "adapter.json"
+
+SEEN_CLASSES = ("training_classes", "validation_classes", "parts")
+"""The settings that name what an adapter was trained or validated on."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,12 @@ class Adapter:
     fingerprint: str
     settings: dict[str, Any]
 
+    @property
+    def classes(self) -> frozenset[str] | None:
+        """The classes that it was trained or validated on; None if its description does not name them."""
+        named = [self.settings[name] for name in SEEN_CLASSES if name in self.settings]
+        return frozenset(each for names in named for each in names) if named else None
+
     def save(self, folder: Path) -> None:
         """Writes `ADAPTER` into an existing folder."""
         write_json(folder / ADAPTER, asdict(self))
@@ -46,9 +56,27 @@ class Adapter:
         if not path.is_file():
             raise InputNotFoundError(f"{folder} holds no {ADAPTER}: name a folder that persam-dreambooth adapt wrote")
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
+            adapter = cls(**json.loads(path.read_text(encoding="utf-8")))
+            if not isinstance(adapter.settings, dict):
+                raise TypeError("its settings are no table")
+            return adapter
         except (ValueError, TypeError) as error:
             raise InputError(f"{path} does not describe an adapter ({error}): train it again") from None
+
+
+def adapted_sam(folder: Path) -> str | None:
+    """The SAM of the adapter in a folder, or of the first in its subfolders; None if there is no adapter."""
+    found = [path for path in (folder, *sorted(folder.glob("*"))) if (path / ADAPTER).is_file()]
+    return Adapter.read(found[0]).sam if found else None
+
+
+def weights_sha256(folder: Path) -> str:
+    """Hash of an adapter's weights; raises `InputError` or `InputNotFoundError` for a folder that holds no adapter."""
+    Adapter.read(folder)
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def read_adapter(folder: Path, method: str, sam: Sam) -> Adapter:

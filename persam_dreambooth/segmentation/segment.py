@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 GIVEN = "given"
 
 SAME_TO_RESUME = (
-    *("segmenter", "sam_model", "sam_dtype", "adapter", "target_coverage", "guidance"),
+    *("segmenter", "sam_model", "sam_dtype", "adapter_sha256", "target_coverage", "guidance"),
     *("absent", "absent_threshold", "instances"),
 )
 """The options that must be equal to resume a mask folder."""

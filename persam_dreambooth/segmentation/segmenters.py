@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.models import log_device
 from persam_dreambooth.options import Condition, Options, below_one, option, with_flag, within
+from persam_dreambooth.segmentation.adapters import adapted_sam, weights_sha256
 from persam_dreambooth.segmentation.found import ABSENT_THRESHOLD
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class SegmenterOptions(Options):
     sam_model: str = option(
         None,
         "SAM, SAM-HQ, SAM 2 or MobileSAM: hub id, local folder, published file, toy or toy-sam2 (default: "
-        f"{USUAL_SAM}; for memory {USUAL_SAMS['memory']})",
+        f"that of --adapter, or {USUAL_SAM}; for memory {USUAL_SAMS['memory']})",
         path=True,
     )
     sam_dtype: Literal["float32", "float16", "bfloat16", "auto"] = option(
@@ -88,7 +89,16 @@ class SegmenterOptions(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.sam_model:
-            object.__setattr__(self, "sam_model", USUAL_SAMS.get(self.segmenter, USUAL_SAM))
+            object.__setattr__(self, "sam_model", self._usual_sam)
+
+    def given(self, name: str) -> bool:
+        """See `Options.given`; the default of the SAM depends on the adapter and the method."""
+        return super().given(name) and (name != "sam_model" or self.sam_model != self._usual_sam)
+
+    @property
+    def _usual_sam(self) -> str:
+        adapted = adapted_sam(Path(self.adapter)) if self.adapter else None
+        return adapted or USUAL_SAMS.get(self.segmenter, USUAL_SAM)
 
     @property
     def makes_masks(self) -> bool:
@@ -99,6 +109,11 @@ class SegmenterOptions(Options):
     def sam_told(self) -> str:
         """The SAM and its adapter, for reports."""
         return f"{self.sam_model} adapted by {self.adapter}" if self.adapter else self.sam_model
+
+    @property
+    def adapter_sha256(self) -> str | None:
+        """Hash of the adapter's weights: a folder may be trained again."""
+        return weights_sha256(Path(self.adapter)) if self.adapter else None
 
     def check(self) -> None:
         """Raises `InputError` for options that are out of range or in conflict."""

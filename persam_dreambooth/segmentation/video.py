@@ -75,7 +75,7 @@ def segment_video(options: VideoOptions) -> int:
         first, video = read_first_mask(mask), open_video(source, leave_out=mask)
         check_first_mask(first, mask, video)
         masks, given = {video.first.number: mask}, {video.first.number: first}
-    names = ("segmenter", "variant", "sam_model", "sam_dtype", "adapter", "target_coverage", "recent_frames")
+    names = ("segmenter", "variant", "sam_model", "sam_dtype", "adapter_sha256", "target_coverage", "recent_frames")
     settings = {"frames": str(source), **{name: getattr(options, name) for name in names}}
     settings["mask_sha256"] = hashlib.sha256(b"".join(path.read_bytes() for path in masks.values())).hexdigest()
     if not check_settings(output, settings, "masks of a video", "--output"):

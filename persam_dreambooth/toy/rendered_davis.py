@@ -40,6 +40,7 @@ class ToyDavisOptions(Options):
 
     def check(self) -> None:
         """Raises `InputError` for options that are out of range."""
+        super().check()
         within(self, 1, 100, "sequences")
         within(self, 3, 100_000, "frames")
 

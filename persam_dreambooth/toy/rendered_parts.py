@@ -36,6 +36,7 @@ class ToyPartsOptions(Options):
 
     def check(self) -> None:
         """Raises `InputError` for options that are out of range."""
+        super().check()
         within(self, 1, 10_000, "images")
 
 

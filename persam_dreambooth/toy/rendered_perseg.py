@@ -37,6 +37,7 @@ class ToyPersegOptions(Options):
 
     def check(self) -> None:
         """Raises `InputError` for options that are out of range."""
+        super().check()
         within(self, 1, 1000, "objects")
 
 

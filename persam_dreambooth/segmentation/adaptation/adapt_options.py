@@ -58,7 +58,7 @@ class AdaptOptions(Options):
         None, "steps between validations, of which the best is kept; default: an epoch"
     )
     checkpointing_steps: int = option(500, "steps between checkpoints to resume from")
-    checkpoints_total_limit: int | None = option(None, "maximum number of checkpoints to keep; default: all")
+    checkpoints_total_limit: int | None = option(2, "maximum number of checkpoints to keep; null keeps all")
     resume_from_checkpoint: str | None = option(
         None,
         "checkpoint to resume from: latest, or a checkpoint-N folder of this run",

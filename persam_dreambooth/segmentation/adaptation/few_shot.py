@@ -5,10 +5,10 @@ Shapes: B episodes, K supports, H W photo, S side of the SAM's input, 1024; 256 
 
 from __future__ import annotations
 
-from collections import Counter
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from persam_dreambooth.segmentation.adaptation.episode_samples import ValidationEpisodes
-from persam_dreambooth.segmentation.evaluation.metrics import overlap
+from persam_dreambooth.segmentation.evaluation.few_shot_scores import episode_pixels, pooled_ious
 from persam_dreambooth.segmentation.sams.sam import PIXEL_MEAN, PIXEL_STD
 from persam_dreambooth.segmentation.sams.sam2_memory import (
     Memory,
@@ -76,8 +76,7 @@ def smooth_dice(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 
 def validate_episodes(module: FewShot, episodes: ValidationEpisodes, batch_size: int, workers: int) -> dict[str, float]:
     """mIoU of episodes in percent, at the photos' size, pooled for each class; pixels to ignore do not count."""
-    common: Counter[str] = Counter()
-    either: Counter[str] = Counter()
+    categories, pixels = [], []
     device = module.mean.device
     for samples in DataLoader(episodes, batch_size, num_workers=workers, collate_fn=list):
         batch = {
@@ -86,7 +85,6 @@ def validate_episodes(module: FewShot, episodes: ValidationEpisodes, batch_size:
         for one, logits in zip(samples, module.logits(batch).float(), strict=True):
             _, truth, ignore = one["labeled"]
             found = F.interpolate(logits[None], truth.shape, mode="bilinear", align_corners=False)[0, 0] > 0
-            pixels = overlap(found.cpu().numpy() & ~ignore, truth & ~ignore)
-            for counter, count in zip((common, either), pixels, strict=True):
-                counter[one["category"]] += count
-    return {"mIoU": 100 * sum(common[name] / max(1, either[name]) for name in either) / len(either)}
+            categories.append(one["category"])
+            pixels.append(episode_pixels(found.cpu().numpy(), truth, ignore))
+    return {"mIoU": float(np.mean(list(pooled_ious(categories, np.array(pixels)).values())))}

@@ -64,17 +64,17 @@ def adapt_fs_sam2(options: AdaptFsSam2Options) -> dict[str, Any]:
 def read_episode_images(options: AdaptFsSam2Options) -> tuple[FewShotData, FewShotData]:
     """The images for training and for validation, by class; raises `InputError` for data that cannot be used."""
     from persam_dreambooth.segmentation.adaptation.episode_samples import hold_out
-    from persam_dreambooth.segmentation.evaluation.coco20i import read_coco20i
+    from persam_dreambooth.segmentation.evaluation.coco20i import read_coco
     from persam_dreambooth.segmentation.evaluation.fss1000 import read_fss1000
-    from persam_dreambooth.segmentation.evaluation.pascal5i import read_pascal5i
+    from persam_dreambooth.segmentation.evaluation.pascal5i import read_voc
 
     data = Path(str(options.data))
     if options.dataset == "fss1000":
         splits = Path(options.splits) if options.splits else None
         training, validation = (read_fss1000(data, splits, split) for split in ("train", "val"))
     else:
-        read = read_pascal5i if options.dataset == "pascal5i" else read_coco20i
-        training, validation = hold_out(read(data, options.fold, "train"), options.shots)
+        read = read_voc if options.dataset == "pascal5i" else read_coco
+        training, validation = hold_out(read(data, "train").of_fold(options.fold), options.shots)
     for part in (training, validation):
         part.check_shots(options.shots)
     return training, validation
@@ -97,7 +97,12 @@ def open_few_shot(options: AdaptFsSam2Options, accelerator: Accelerator) -> Lear
     training, validation = read_episode_images(options)
     sam = open_sam(options.sam_model, accelerator.device)
     check_memory(sam)
-    described = {"training_images": len(training.images), "validation_images": len(validation.images)}
+    described = {
+        "training_images": len(training.images),
+        "training_classes": list(training.classes),
+        "validation_images": len(validation.images),
+        "validation_classes": list(validation.classes),
+    }
     adapter = Adapter(LORA_METHOD, sam.name, sam.fingerprint, described)
     adapted = add_lora(sam.model, sam.name)
     module = FewShot(sam.model, options.gradient_checkpointing)

@@ -89,8 +89,7 @@ class Best:
 
     def offer(self, step: int, figures: dict[str, float], weights: dict[str, torch.Tensor]) -> None:
         """Keeps the weights of a step if their first figure is the largest; without figures, the last ones."""
-        name = next(iter(figures), None)
-        if name is None or not self.figures or figures[name] > self.figures[name]:
+        if not figures or not self.figures or _first(figures) > _first(self.figures):
             self.step, self.figures, self.weights = step, figures, weights
 
     def state_dict(self) -> dict[str, Any]:
@@ -100,6 +99,12 @@ class Best:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes the state of a checkpoint."""
         self.step, self.figures, self.weights = (state[name] for name in ("step", "figures", "weights"))
+
+
+def _first(figures: dict[str, float]) -> float:
+    """The first figure; one that is not finite is the worst."""
+    value = next(iter(figures.values()))
+    return value if math.isfinite(value) else -math.inf
 
 
 class TrainedWeights:

@@ -40,7 +40,7 @@ class EvaluateAbsenceOptions(SegmentationOptions):
     @property
     def settings(self) -> dict[str, Any]:
         """What all pairs of an output folder share."""
-        names = ("segmenter", "sam_model", "sam_dtype", "adapter", "guidance", "target_coverage", "others")
+        names = ("segmenter", "sam_model", "sam_dtype", "adapter_sha256", "guidance", "target_coverage", "others")
         return {"data": str(Path(str(self.data))), **{name: getattr(self, name) for name in names}}
 
     def check(self) -> None:

@@ -28,7 +28,6 @@ from persam_dreambooth.progress import steps
 from persam_dreambooth.segmentation.evaluation import few_shot
 from persam_dreambooth.segmentation.evaluation.episodes import (
     FOLDS,
-    FewShotData,
     LabeledImages,
     count_pixels,
     read_image_list,
@@ -71,23 +70,7 @@ def evaluate_coco20i(options: EvaluateCoco20iOptions) -> FewShotScores | None:
         InputError, InputNotFoundError: a data set, a prediction or a model that cannot be used. Finished predictions
             are kept, and the next evaluation resumes from them.
     """
-    options.check()
-    folds = few_shot.list_folds(read_coco(Path(str(options.data))), coco_fold)
-    return few_shot.evaluate_few_shot(options, folds, COCO_20I_PUBLISHED)
-
-
-def read_coco20i(data: Path, fold: int, split: str = "test") -> FewShotData:
-    """Lists the images of a fold, by class; see `read_coco` for arguments and errors.
-
-    Args:
-        fold: 0 to 3.
-    """
-    return coco_fold(read_coco(data, split), fold)
-
-
-def coco_fold(images: LabeledImages, fold: int) -> FewShotData:
-    """The images of a fold."""
-    return images.of_fold(fold, images.classes[fold::FOLDS])
+    return few_shot.evaluate_folds(options, read_coco, COCO_20I_PUBLISHED)
 
 
 def read_coco(data: Path, split: str = "test") -> LabeledImages:
@@ -122,8 +105,10 @@ def read_coco(data: Path, split: str = "test") -> LabeledImages:
         split,
         pixels,
         found.categories,
+        tuple(found.categories[fold::FOLDS] for fold in range(FOLDS)),
         photo,
         found.mask,
+        found.annotation,
         in_turn=False,
         genuine=found.categories == COCO_CLASSES and len(images) in COCO_IMAGES[part],
     )
@@ -146,8 +131,11 @@ class _ClassMaps:
         mask = self._labels(image) == COCO_CLASSES.index(category) + 1
         return mask, np.zeros_like(mask)
 
+    def annotation(self, image: str) -> Path:
+        return self.path / f"{image}.png"
+
     def _labels(self, image: str) -> np.ndarray:
-        return read_class_map(self.path / f"{image}.png", len(COCO_CLASSES))
+        return read_class_map(self.annotation(image), len(COCO_CLASSES))
 
 
 class _Instances:
@@ -196,6 +184,9 @@ class _Instances:
 
         shown = mask.decode(self._union(image, category)).astype(bool)
         return shown, np.zeros_like(shown)
+
+    def annotation(self, image: str) -> Path:
+        return self.path
 
     def _union(self, image: str, category: str) -> Rle:
         """The union of a class's objects in an image."""

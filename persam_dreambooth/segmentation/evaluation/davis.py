@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +53,7 @@ class EvaluateDavisOptions(TrackingOptions):
         None,
         "score this folder of <sequence>/00000.png, palette or gray, instead of running a method",
         path=True,
-        rivals=("segmenter", "variant", "recent_frames", "target_coverage", "sam_dtype", "encoding_cache"),
+        rivals=tuple(entry.name for entry in fields(TrackingOptions)),
     )
 
     @property
@@ -65,7 +65,9 @@ class EvaluateDavisOptions(TrackingOptions):
     @property
     def settings(self) -> dict[str, Any]:
         """What all rows of an output folder share, since their figures are compared."""
-        names = ("predictions",) if self.predictions else ("sam_model", "sam_dtype", "adapter", "target_coverage")
+        names = (
+            ("predictions",) if self.predictions else ("sam_model", "sam_dtype", "adapter_sha256", "target_coverage")
+        )
         return {"data": str(Path(str(self.data))), **{name: getattr(self, name) for name in names}}
 
     def check(self) -> None:

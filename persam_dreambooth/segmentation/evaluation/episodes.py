@@ -6,7 +6,7 @@ of them. The readers of data sets are `pascal5i`, `coco20i` and `fss1000`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,13 +16,23 @@ import numpy as np
 from PIL import Image
 
 from persam_dreambooth.errors import InputError, InputNotFoundError, counted
-from persam_dreambooth.photos.images import read_image
+from persam_dreambooth.photos.images import header_size, read_image
 
 FOLDS = 4
 """Number of folds of PASCAL-5i and COCO-20i."""
 
 LEAST_PIXELS = 2 * 32 * 32
 """Pixels of a class from which an image counts for it in PASCAL-5i and COCO-20i, as in the papers' lists."""
+
+COMMON_NAMES = {
+    "aeroplane": "airplane",
+    "diningtable": "dining table",
+    "motorbike": "motorcycle",
+    "pottedplant": "potted plant",
+    "sofa": "couch",
+    "tvmonitor": "tv",
+}
+"""The names in COCO of classes that VOC names otherwise."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +76,7 @@ class FewShotData:
         members: the images of each class, by name, in order.
         photo: the photo of an image.
         mask: from an image and a class, the pixels of the class and the pixels to ignore, each (H, W) bool.
+        annotation: the file that the mask of an image is read from.
         in_turn: whether the images are queries in turn, each with one of its classes; otherwise, a class is drawn, and
             then a query of it.
         genuine: whether it is the data set of this name, by the numbers of its images and classes.
@@ -77,6 +88,7 @@ class FewShotData:
     members: dict[str, tuple[str, ...]]
     photo: Callable[[str], Path]
     mask: Callable[[str, str], tuple[np.ndarray, np.ndarray]]
+    annotation: Callable[[str], Path]
     in_turn: bool
     genuine: bool = False
     fold: int | None = None
@@ -115,14 +127,18 @@ class FewShotData:
         Raises:
             InputError, InputNotFoundError: a missing or broken file, a value that is no class, or a wrong size.
         """
-        path = self.photo(image)
-        photo, (mask, ignore) = read_image(path), self.mask(image, category)
-        if mask.shape != (photo.height, photo.width):
+        mask, ignore = self.read_mask(image, category)
+        return LabeledPhoto(read_image(self.photo(image)), mask, ignore)
+
+    def read_mask(self, image: str, category: str) -> tuple[np.ndarray, np.ndarray]:
+        """The pixels of a class in an image, and those to ignore; of the photo only the size is read. See `read`."""
+        path, (mask, ignore) = self.photo(image), self.mask(image, category)
+        width, height = header_size(path)
+        if mask.shape != (height, width):
             raise InputError(
-                f"the annotation of {path} is {mask.shape}, the image {(photo.height, photo.width)} (H, W): give it "
-                "this size"
+                f"the annotation of {path} is {mask.shape}, the image {(height, width)} (H, W): give it this size"
             )
-        return LabeledPhoto(photo, mask, ignore)
+        return mask, ignore
 
     def check_shots(self, shots: int) -> None:
         """Raises `InputError` for a class with too few images for a query and its supports."""
@@ -141,24 +157,27 @@ class LabeledImages:
     Args:
         pixels: by image, in order, the number of pixels of each class that it shows.
         classes: all classes, in order.
-        name, split, photo, mask, in_turn, genuine: see `FewShotData`.
+        folds: the classes that each fold tests.
+        name, split, photo, mask, annotation, in_turn, genuine: see `FewShotData`.
     """
 
     name: str
     split: str
     pixels: dict[str, dict[str, int]]
     classes: tuple[str, ...]
+    folds: tuple[tuple[str, ...], ...]
     photo: Callable[[str], Path]
     mask: Callable[[str, str], tuple[np.ndarray, np.ndarray]]
+    annotation: Callable[[str], Path]
     in_turn: bool
     genuine: bool
 
-    def of_fold(self, fold: int, tested: Collection[str]) -> FewShotData:
+    def of_fold(self, fold: int) -> FewShotData:
         """The images of a fold: for testing, those of the tested classes; for training, those that show none of them.
 
         An image counts for a class only with `LEAST_PIXELS` or more of it.
         """
-        train = self.split == "train"
+        tested, train = self.folds[fold], self.split == "train"
         members: dict[str, list[str]] = {name: [] for name in self.classes if (name in tested) != train}
         for image, shown in self.pixels.items():
             if train and not shown.keys().isdisjoint(tested):
@@ -172,10 +191,17 @@ class LabeledImages:
             {name: tuple(images) for name, images in members.items()},
             self.photo,
             self.mask,
+            self.annotation,
             self.in_turn,
             self.genuine,
             fold,
         )
+
+
+def common_name(category: str) -> str:
+    """The name by which classes of different data sets are compared."""
+    name = category.lower().replace("_", " ")
+    return COMMON_NAMES.get(name, name)
 
 
 def count_pixels(labels: np.ndarray, classes: tuple[str, ...]) -> dict[str, int]:
@@ -186,12 +212,20 @@ def count_pixels(labels: np.ndarray, classes: tuple[str, ...]) -> dict[str, int]
 
 def read_image_list(path: Path) -> list[str]:
     """The names in a list of images, without folder and suffix: of each line, the first word."""
+    return list(dict.fromkeys(Path(line.split()[0]).stem for line in read_lines(path, "images")))
+
+
+def read_lines(path: Path, what: str) -> list[str]:
+    """The lines of a list of `what` without blank ones; raises `InputError` or `InputNotFoundError` if it has none."""
     if not path.is_file():
-        raise InputNotFoundError(f"{path} does not exist: it lists images, one a line")
-    names = [Path(line.split()[0]).stem for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not names:
-        raise InputError(f"{path} names no images: write one on every line")
-    return list(dict.fromkeys(names))
+        raise InputNotFoundError(f"{path} does not exist: it lists {what}, one a line")
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not text in UTF-8: write one of the {what} on every line") from None
+    if not lines:
+        raise InputError(f"{path} names no {what}: write one on every line")
+    return lines
 
 
 def sample_episode(data: FewShotData, shots: int, seed: int, index: int, epoch: int = 0) -> Episode:

@@ -13,7 +13,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,13 @@ from persam_dreambooth.options import LAST_SEED, option, require, within
 from persam_dreambooth.progress import steps
 from persam_dreambooth.segmentation.adapters import ADAPTER, Adapter
 from persam_dreambooth.segmentation.evaluation.costs import Stopwatch, save_cost
-from persam_dreambooth.segmentation.evaluation.episodes import FOLDS, Episode, FewShotData, LabeledImages
+from persam_dreambooth.segmentation.evaluation.episodes import (
+    FOLDS,
+    Episode,
+    FewShotData,
+    LabeledImages,
+    common_name,
+)
 from persam_dreambooth.segmentation.evaluation.few_shot_report import Published, write_few_shot_report
 from persam_dreambooth.segmentation.evaluation.few_shot_scores import (
     EpisodeRun,
@@ -68,7 +74,7 @@ class FewShotOptions(SegmentationOptions):
         None,
         "score this folder of <run>/NNNN.png instead of running a method",
         path=True,
-        rivals=("segmenter", "target_coverage", "guidance", "sam_dtype", "encoding_cache"),
+        rivals=tuple(entry.name for entry in fields(SegmentationOptions)),
     )
     shots: int = option(1, "number of supports of an episode", elsewhere=("nshot", "n_shots", "kshot"))
     episodes: int | None = option(1000, "number of episodes of a fold and seed")
@@ -111,9 +117,13 @@ class FoldedOptions(FewShotOptions):
         return tuple(range(FOLDS)) if self.fold == "all" else (int(self.fold),)
 
 
-def list_folds(images: LabeledImages, fold_of: Callable[[LabeledImages, int], FewShotData]) -> list[FewShotData]:
-    """All folds of a data set."""
-    return [fold_of(images, fold) for fold in range(FOLDS)]
+def evaluate_folds(
+    options: FoldedOptions, read: Callable[[Path], LabeledImages], published: Published
+) -> FewShotScores | None:
+    """Reads a data set with folds and evaluates it; see `evaluate_few_shot`."""
+    options.check()
+    images = read(Path(str(options.data)))
+    return evaluate_few_shot(options, [images.of_fold(fold) for fold in range(FOLDS)], published)
 
 
 def evaluate_few_shot(
@@ -167,7 +177,9 @@ def evaluate_few_shot(
                     place = output / "predictions" / method / run.name
                     found.setdefault((method, run.shots), {})[run] = place
         rows = [
-            FewShotRow(method, shots, tuple(score_run(run, folder) for run, folder in folders.items()))
+            FewShotRow(
+                method, shots, tuple(score_run(run, folder, not options.predictions) for run, folder in folders.items())
+            )
             for (method, shots), folders in sorted(found.items(), key=lambda entry: (entry[0][1], entry[0][0]))
         ]
         shown = next(row for row in rows if row.shots == options.shots and row.method in (options.row, made_by))
@@ -190,7 +202,7 @@ def predict_episodes(runs: Sequence[EpisodeRun], folder: Path, options: FewShotO
     Episodes of a class follow one another, so that images that several of them show are encoded once.
     """
     fitting = {run.data.fold: with_adapter_of_fold(options, run.data) for run in runs}
-    adapted = {fold: {"adapter": own.adapter} for fold, own in fitting.items()}
+    adapted = {fold: {"adapter_sha256": own.adapter_sha256} for fold, own in fitting.items()}
     work = [(run, episode) for run in runs for episode in run.episodes]
     work.sort(key=lambda each: (each[0].data.fold or 0, each[1].category, each[1].query))
     for run in runs:
@@ -220,19 +232,24 @@ def with_adapter_of_fold(options: FewShotOptions, data: FewShotData) -> FewShotO
     """The options with the adapter of a fold: `--adapter` itself, or its folder `fold0` and so on.
 
     Raises:
-        InputError, InputNotFoundError: the folder holds no adapter, or one that was trained on the fold's classes.
+        InputError, InputNotFoundError: the folder holds no adapter, or one that was trained or validated on classes
+            that are tested, or that does not name its classes.
     """
     if not options.adapter:
         return options
     folder = Path(options.adapter)
     if data.fold is not None and not (folder / ADAPTER).is_file():
         folder /= f"fold{data.fold}"
-    trained = Adapter.read(folder).settings
-    same_data = trained.get("dataset") == data.name.lower().replace("-", "")
-    if same_data and data.fold is not None and trained.get("fold", data.fold) != data.fold:
+    classes = Adapter.read(folder).classes
+    if classes is None:
+        raise InputError(f"{folder} does not name the classes that it was trained on: train it again")
+    known = set(map(common_name, classes))
+    seen = [name for name in data.classes if common_name(name) in known]
+    if seen:
+        names = ", ".join(seen[:5]) + ", ..." * (len(seen) > 5)
         raise InputError(
-            f"{folder} was trained for fold {trained['fold']}, on the classes of fold {data.fold}: evaluate it with "
-            f"--fold {trained['fold']}"
+            f"{folder} was trained or validated on classes that are tested ({names}): name an adapter that saw none of "
+            "them"
         )
     return replace(options, adapter=str(folder))
 
@@ -241,25 +258,25 @@ def segment_episode(
     data: FewShotData, episode: Episode, folder: Path, options: FewShotOptions, encoder: RecentEncodings
 ) -> None:
     """Segments the query of an episode; writes its mask last, after its trace and its cost."""
-    shown = [data.read(image, episode.category) for image in episode.supports]
-    usable = [place for place, support in enumerate(shown) if support.mask.any()]
+    masks = [data.read_mask(image, episode.category)[0] for image in episode.supports]
+    usable = [place for place, mask in enumerate(masks) if mask.any()]
     query = encoder(data, episode.query)
     path = prediction_path(folder, episode)
     if usable:
         supports = [encoder(data, episode.supports[place]) for place in usable]
         segmenter, watch = make_segmenter(options, encoder.sam), Stopwatch()
-        segmenter.fit(supports, [shown[place].mask for place in usable])
+        segmenter.fit(supports, [masks[place] for place in usable])
         fit = watch.lap()
         found = segmenter.predict(query)
         save_cost(path.with_suffix(".json"), encoder.sam, encoder.take_seconds(), [fit], [watch.lap()])
         with write_aside(path.with_suffix(".npz")) as aside:
             save_trace(aside, found)
-        mask = found.mask
+        segmented = found.mask
     else:
         logger.warning("episode %d: the supports mark no %s; its prediction is empty", episode.number, episode.category)
-        mask = np.zeros(query.size, bool)
+        segmented = np.zeros(query.size, bool)
     with write_aside(path) as aside:
-        Image.fromarray(mask.astype(np.uint8) * 255).save(aside)
+        Image.fromarray(segmented.astype(np.uint8) * 255).save(aside)
 
 
 class RecentEncodings:
@@ -297,7 +314,11 @@ def earlier_runs(
     found = []
     for place in sorted(path for path in folder.glob("*") if path.is_dir() and path.name not in known):
         fold, shots, seed = read_run_name(place.name)
-        run = EpisodeRun(next(data for data in sets if data.fold == fold), shots, seed, options.episodes)
+        data = next((data for data in sets if data.fold == fold), None)
+        if data is None:
+            usual = EpisodeRun(sets[0], shots, seed, options.episodes).name
+            raise InputError(f"{place} is no run of {sets[0].name}, such as {usual}: remove it from the predictions")
+        run = EpisodeRun(data, shots, seed, options.episodes)
         left = sum(not prediction_path(place, episode).is_file() for episode in run.episodes)
         if left:
             logger.warning("%s is left out of the tables: %d of its %d episodes are not segmented yet, so repeat its "

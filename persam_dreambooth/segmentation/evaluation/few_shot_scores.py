@@ -7,22 +7,31 @@ Pixels to ignore count for neither.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from persam_dreambooth.errors import InputError
+from persam_dreambooth.errors import InputError, InputNotFoundError
+from persam_dreambooth.files import write_json
 from persam_dreambooth.progress import steps
 from persam_dreambooth.segmentation.evaluation.costs import Cost, cost_summary, read_cost
 from persam_dreambooth.segmentation.evaluation.data_set import read_prediction
 from persam_dreambooth.segmentation.evaluation.episodes import Episode, FewShotData, sample_episode
 from persam_dreambooth.segmentation.evaluation.metrics import overlap
+
+PIXELS = "pixels.json"
+"""The file in a run's folder of predictions with the pixels of its episodes."""
+
+Pixels = tuple[int, ...]
+"""Intersection and union of a class, and of the background."""
 
 LEVEL = 0.95
 """The level of intervals."""
@@ -102,11 +111,8 @@ class RunScores:
     @cached_property
     def class_ious(self) -> dict[str, float]:
         """The IoU of each class over its episodes, in percent; without classes that no episode shows."""
-        places: dict[str, list[int]] = {}
-        for place, episode in enumerate(self.run.episodes):
-            places.setdefault(episode.category, []).append(place)
-        order = [name for name in self.run.data.classes if name in places]
-        return {name: _iou(self.pixels[places[name], 0], self.pixels[places[name], 1]) for name in order}
+        ious = pooled_ious([episode.category for episode in self.run.episodes], self.pixels)
+        return {name: ious[name] for name in self.run.data.classes if name in ious}
 
     @property
     def means(self) -> dict[str, float]:
@@ -114,7 +120,7 @@ class RunScores:
         foreground, background = _iou(*self.pixels[:, :2].T), _iou(*self.pixels[:, 2:].T)
         return {"mIoU": float(np.mean(list(self.class_ious.values()))), "FB-IoU": (foreground + background) / 2}
 
-    @property
+    @cached_property
     def episode_ious(self) -> list[float]:
         """The IoU of the class in each episode, in percent."""
         return [_iou(common, union) for common, union, *_ in self.pixels]
@@ -148,15 +154,17 @@ class FewShotRow:
         return found
 
     def fold_means(self, fold: int | None) -> dict[str, float]:
-        """The figures of a fold: means over its seeds."""
-        return mean_figures([scored.means for scored in self.folds[fold]])
+        """The figures of a fold: means over the seeds that all folds have, or over its own if they share none."""
+        runs = self.folds[fold]
+        shared = [scored for scored in runs if scored.run.seed in self.seeds]
+        return mean_figures([scored.means for scored in shared or runs])
 
     @property
     def means(self) -> dict[str, float]:
         """The figures: means over the folds that were evaluated."""
         return mean_figures([self.fold_means(fold) for fold in self.folds])
 
-    @property
+    @cached_property
     def seeds(self) -> list[int]:
         """The seeds that all folds have."""
         return sorted(set.intersection(*({each.run.seed for each in runs} for runs in self.folds.values())))
@@ -238,28 +246,70 @@ def prediction_path(folder: Path, episode: Episode) -> Path:
     return folder / f"{episode.number:04}.png"
 
 
-def score_run(run: EpisodeRun, predictions: Path) -> RunScores:
+def score_run(run: EpisodeRun, predictions: Path, keep: bool = False) -> RunScores:
     """Scores a folder of NNNN.png, one for each episode.
+
+    Args:
+        run: the episodes.
+        predictions: the folder.
+        keep: keeps the pixels of the episodes in its file `PIXELS`, and reads those that are there; they count as long
+            as neither the prediction nor the annotation changes.
 
     Raises:
         InputError, InputNotFoundError: a missing or broken prediction, or a prediction of another size.
     """
-    pixels, costs = [], []
+    kept = _read_pixels(predictions / PIXELS) if keep else {}
+    pixels, costs = {}, []
     for episode in steps(run.episodes, f"scoring {run.name}", "episode"):
-        labeled = run.data.read(episode.query, episode.category)
-        path = prediction_path(predictions, episode)
-        found = read_prediction(
-            path, labeled.mask, f"predict the episodes in episodes/{run.name}.json of the output folder"
-        )
-        pixels.append(episode_pixels(found, labeled.mask, labeled.ignore))
+        path, annotation = prediction_path(predictions, episode), run.data.annotation(episode.query)
+        if not path.is_file():
+            raise InputNotFoundError(
+                f"{path} is missing: predict the episodes in episodes/{run.name}.json of the output folder"
+            )
+        files = [_sha256(each, each.stat().st_mtime_ns, each.stat().st_size) for each in (path, annotation)]
+        key = " ".join([f"{episode.number:04}", *files, episode.category, episode.query])
+        if key not in kept:
+            mask, ignore = run.data.read_mask(episode.query, episode.category)
+            kept[key] = episode_pixels(read_prediction(path, mask), mask, ignore)
+        pixels[key] = kept[key]
         costs.append(read_cost(path.with_suffix(".json")))
-    return RunScores(run, predictions, np.array(pixels), tuple(cost for cost in costs if cost))
+    if keep:
+        write_json(predictions / PIXELS, pixels)
+    counts = np.array(list(pixels.values()))
+    return RunScores(run, predictions, counts, tuple(cost for cost in costs if cost))
 
 
-def episode_pixels(found: np.ndarray, truth: np.ndarray, ignore: np.ndarray) -> tuple[int, int, int, int]:
+def _read_pixels(path: Path) -> dict[str, Pixels]:
+    """The content of `PIXELS`; empty if it is missing or broken."""
+    try:
+        return {key: tuple(map(int, counts)) for key, counts in json.loads(path.read_text(encoding="utf-8")).items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+@cache
+def _sha256(path: Path, modified: int, size: int) -> str:
+    """Hash of a file, computed once for the time of its last change and its size: COCO's annotations are one file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def episode_pixels(found: np.ndarray, truth: np.ndarray, ignore: np.ndarray) -> Pixels:
     """Intersection and union of the class, and of the background, without the pixels to ignore; masks (H, W) bool."""
     counted = ~ignore
     return *overlap(found & counted, truth & counted), *overlap(~found & counted, ~truth & counted)
+
+
+def pooled_ious(categories: Sequence[str], pixels: np.ndarray) -> dict[str, float]:
+    """The IoU of each class, in percent, from its pixels in all of its episodes.
+
+    Args:
+        categories: the class of each episode.
+        pixels: (episodes, 4), see `Pixels`.
+    """
+    places: dict[str, list[int]] = {}
+    for place, category in enumerate(categories):
+        places.setdefault(category, []).append(place)
+    return {name: _iou(*pixels[own, :2].T) for name, own in places.items()}
 
 
 def mean_figures(figures: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -13,11 +13,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from persam_dreambooth.errors import InputError, InputNotFoundError
+from persam_dreambooth.errors import InputNotFoundError
 from persam_dreambooth.options import option
 from persam_dreambooth.photos.images import open_image
 from persam_dreambooth.segmentation.evaluation import few_shot
-from persam_dreambooth.segmentation.evaluation.episodes import FewShotData
+from persam_dreambooth.segmentation.evaluation.episodes import FewShotData, read_lines
 from persam_dreambooth.segmentation.evaluation.few_shot_report import PUBLISHED_FS_SAM2
 from persam_dreambooth.segmentation.evaluation.few_shot_scores import FewShotScores
 
@@ -46,7 +46,7 @@ class EvaluateFss1000Options(few_shot.FewShotOptions):
     @property
     def settings(self) -> dict[str, Any]:
         """What all rows of an output folder share: the classes too."""
-        names = read_names(Path(self.splits or str(self.data)) / f"{self.split}.txt")
+        names = sorted(set(read_lines(Path(self.splits or str(self.data)) / f"{self.split}.txt", "classes")))
         return {**super().settings, "classes": names}
 
 
@@ -81,7 +81,7 @@ def read_fss1000(data: Path, splits: Path | None = None, split: str = "test") ->
     if split == "train" and not listed.is_file():
         listed = listed.with_name("trn.txt")
     members: dict[str, tuple[str, ...]] = {}
-    for name in read_names(listed):
+    for name in sorted(set(read_lines(listed, "classes"))):
         if not (data / name).is_dir():
             raise InputNotFoundError(f"{listed} names {name}, but {data / name} does not exist")
         members[name] = tuple(f"{name}/{stem}" for stem in _stems(data / name))
@@ -92,22 +92,10 @@ def read_fss1000(data: Path, splits: Path | None = None, split: str = "test") ->
         members,
         partial(_photo_path, data),
         partial(_read_mask, data),
+        partial(_annotation_path, data),
         in_turn=True,
         genuine=counts == [10] * FSS_1000_CLASSES[split],
     )
-
-
-def read_names(path: Path) -> list[str]:
-    """The classes that a text file lists, sorted; raises `InputError` or `InputNotFoundError` if there are none."""
-    if not path.is_file():
-        raise InputNotFoundError(f"{path} does not exist: it lists the classes of the split, one a line")
-    try:
-        names = sorted({line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()})
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not text in UTF-8: write a class on every line") from None
-    if not names:
-        raise InputError(f"{path} names no classes: write one on every line")
-    return names
 
 
 def _stems(folder: Path) -> list[str]:
@@ -128,6 +116,10 @@ def _photo_path(data: Path, image: str) -> Path:
     return found[0] if found else data / f"{image}.jpg"
 
 
+def _annotation_path(data: Path, image: str) -> Path:
+    return data / f"{image}.png"
+
+
 def _read_mask(data: Path, image: str, category: str) -> tuple[np.ndarray, np.ndarray]:
-    mask = np.asarray(open_image(data / f"{image}.png").convert("L")) >= WHITE
+    mask = np.asarray(open_image(_annotation_path(data, image)).convert("L")) >= WHITE
     return mask, np.zeros_like(mask)

@@ -62,7 +62,7 @@ class OneShotOptions(SegmentationOptions):
         None,
         "score this folder of <object>/NN.png instead of running a method",
         path=True,
-        rivals=("segmenter", "target_coverage", "guidance", "sam_dtype", "encoding_cache"),
+        rivals=tuple(entry.name for entry in fields(SegmentationOptions)),
     )
     reference_index: str = option("0", "which image of an object is the reference: a number, or all in turn")
     shots: int = option(
@@ -82,7 +82,7 @@ class OneShotOptions(SegmentationOptions):
     @property
     def settings(self) -> dict[str, Any]:
         """What all rows of an output folder share, since their figures are compared."""
-        names = ("sam_model", "sam_dtype", "adapter", "guidance", "target_coverage")
+        names = ("sam_model", "sam_dtype", "adapter_sha256", "guidance", "target_coverage")
         return {"data": str(Path(str(self.data))), **{name: getattr(self, name) for name in names}}
 
     def check(self) -> None:

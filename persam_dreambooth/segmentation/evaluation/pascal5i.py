@@ -10,6 +10,7 @@ Fold f tests classes 5f to 5f + 4. Training leaves out images that show a class 
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,13 +24,14 @@ from persam_dreambooth.progress import steps
 from persam_dreambooth.segmentation.evaluation import few_shot
 from persam_dreambooth.segmentation.evaluation.episodes import (
     FOLDS,
-    FewShotData,
     LabeledImages,
     count_pixels,
     read_image_list,
 )
 from persam_dreambooth.segmentation.evaluation.few_shot_report import PUBLISHED_FS_SAM2
 from persam_dreambooth.segmentation.evaluation.few_shot_scores import FewShotScores
+
+logger = logging.getLogger(__name__)
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
@@ -39,6 +41,9 @@ VOC_CLASSES = (
 
 VOC_VAL_IMAGES = 1449
 """The number of images in VOC 2012's validation set for segmentation."""
+
+VOC_TRAIN_IMAGES = 10_582
+"""The number of images for training in the papers, with the masks of SBD; VOC 2012 itself has 1,464."""
 
 PASCAL_5I_PUBLISHED = {PUBLISHED_FS_SAM2: {1: 73.4, 5: 74.8}}
 
@@ -61,24 +66,7 @@ def evaluate_pascal5i(options: EvaluatePascal5iOptions) -> FewShotScores | None:
         InputError, InputNotFoundError: a data set, a prediction or a model that cannot be used. Finished predictions
             are kept, and the next evaluation resumes from them.
     """
-    options.check()
-    folds = few_shot.list_folds(read_voc(Path(str(options.data))), pascal_fold)
-    return few_shot.evaluate_few_shot(options, folds, PASCAL_5I_PUBLISHED)
-
-
-def read_pascal5i(data: Path, fold: int, split: str = "test") -> FewShotData:
-    """Lists the images of a fold, by class; see `read_voc` for arguments and errors.
-
-    Args:
-        fold: 0 to 3.
-    """
-    return pascal_fold(read_voc(data, split), fold)
-
-
-def pascal_fold(images: LabeledImages, fold: int) -> FewShotData:
-    """The images of a fold."""
-    size = len(VOC_CLASSES) // FOLDS
-    return images.of_fold(fold, VOC_CLASSES[size * fold : size * (fold + 1)])
+    return few_shot.evaluate_folds(options, read_voc, PASCAL_5I_PUBLISHED)
 
 
 def read_voc(data: Path, split: str = "test") -> LabeledImages:
@@ -100,10 +88,15 @@ def read_voc(data: Path, split: str = "test") -> LabeledImages:
         )
     val = read_image_list(data / "ImageSets" / "Segmentation" / "val.txt")
     images = val if split == "test" else _train_images(data, folder, set(val))
-    photo = partial(_photo_path, data)
+    genuine = len(val) == VOC_VAL_IMAGES
+    if split == "train" and genuine and len(images) != VOC_TRAIN_IMAGES:
+        logger.warning("%s has %d images for training, and the papers' training set %d: results cannot be compared "
+                       "with theirs; add the masks of SBD as %s, and trainaug.txt",
+                       data, len(images), VOC_TRAIN_IMAGES, data / ANNOTATIONS[0])  # fmt: skip
+    photo, size = partial(_photo_path, data), len(VOC_CLASSES) // FOLDS
     pixels = {}
     for image in steps(images, "reading annotations", "image"):
-        annotation = folder / f"{image}.png"
+        annotation = _annotation_path(folder, image)
         if not photo(image).is_file():
             raise InputNotFoundError(f"{annotation} has no image: {photo(image)} is missing")
         if not annotation.is_file():
@@ -114,10 +107,12 @@ def read_voc(data: Path, split: str = "test") -> LabeledImages:
         split,
         pixels,
         VOC_CLASSES,
+        tuple(VOC_CLASSES[first : first + size] for first in range(0, len(VOC_CLASSES), size)),
         photo,
         partial(_class_mask, folder),
+        partial(_annotation_path, folder),
         in_turn=True,
-        genuine=len(val) == VOC_VAL_IMAGES,
+        genuine=genuine,
     )
 
 
@@ -131,6 +126,10 @@ def _photo_path(data: Path, image: str) -> Path:
     return data / "JPEGImages" / f"{image}.jpg"
 
 
+def _annotation_path(folder: Path, image: str) -> Path:
+    return folder / f"{image}.png"
+
+
 def _class_mask(folder: Path, image: str, category: str) -> tuple[np.ndarray, np.ndarray]:
-    labels = read_class_map(folder / f"{image}.png", len(VOC_CLASSES))
+    labels = read_class_map(_annotation_path(folder, image), len(VOC_CLASSES))
     return labels == VOC_CLASSES.index(category) + 1, labels == VOID

@@ -26,6 +26,9 @@ from transformers.models.sam2_video.modeling_sam2_video import (
 MASK_SCALE, MASK_BIAS = 20.0, -10.0
 """A mask of 0 and 1 enters the memory encoder as -10 and 10, without the sigmoid that predicted logits pass first."""
 
+STABILITY_MARGIN, LEAST_STABILITY = 0.05, 0.98
+"""A mask is stable if its pixels above the margin are this share of those above minus the margin, as in SAM 2."""
+
 
 class Sam2MemoryModel(Sam2Model):
     """`Sam2Model` with the memory attention and the memory encoder of `Sam2VideoModel`, under the same names.
@@ -123,20 +126,19 @@ def recall(model: Any, cells: torch.Tensor, memory: Memory) -> torch.Tensor:
 
 
 def decode_cells(
-    model: Any, cells: torch.Tensor, finer: Sequence[torch.Tensor], multimask: bool = False, replaced: bool = False
+    model: Any, cells: torch.Tensor, finer: Sequence[torch.Tensor], replaced: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Decodes cells without a prompt, which is one padding point.
+    """Decodes cells to one mask, without a prompt, which is one padding point.
 
     Args:
         model: see `has_memory`.
         cells: (B, C, 64, 64).
         finer: the finer features of the same photos.
-        multimask: returns three masks, else the single-mask output.
-        replaced: an unstable single mask is replaced by the best of three. FS-SAM2 was evaluated so: it is the default
-            of SAM 2's program.
+        replaced: a mask that is not stable is replaced by the best of the decoder's other three. FS-SAM2 was evaluated
+            so: it is the default of SAM 2's program.
 
     Returns:
-        Logits (B, masks, 256, 256), predicted IoUs (B, masks) and the logit that an object is visible (B, 1).
+        Logits (B, 1, 256, 256), predicted IoUs (B, 1) and the logit that an object is visible (B, 1).
     """
     count, device = len(cells), cells.device
     points = torch.zeros(count, 1, 1, 2, device=device)
@@ -152,13 +154,19 @@ def decode_cells(
             multimask_output=multimask,
             high_resolution_features=list(finer),
         )
-        return masks, scores, visible
+        return masks[:, 0], scores[:, 0], visible[:, 0]
 
-    masks, scores, visible = decoded(multimask)
-    if replaced:
-        # The decoder can do so in one pass, but by an attribute that other threads would see.
-        every_mask, every_score = (
-            torch.cat(pair, dim=2) for pair in zip((masks, scores), decoded(True)[:2], strict=True)
-        )
-        masks, scores = model.mask_decoder._dynamic_multimask_via_stability(every_mask, every_score)
-    return masks[:, 0], scores[:, 0], visible[:, 0]
+    masks, scores, visible = decoded(multimask=False)
+    unstable = ~is_stable(masks)
+    if replaced and unstable.any():  # the decoder returns one mask or three
+        three, their_scores, _ = decoded(multimask=True)
+        place, best = torch.arange(count, device=device), their_scores.argmax(1)
+        masks = torch.where(unstable[..., None, None], three[place, best][:, None], masks)
+        scores = torch.where(unstable, their_scores[place, best][:, None], scores)
+    return masks, scores, visible
+
+
+def is_stable(logits: torch.Tensor) -> torch.Tensor:
+    """Whether a slightly higher threshold leaves nearly all of a mask, (..., H, W) to (...); true of an empty one."""
+    inner, outer = ((logits > limit).sum((-2, -1)) for limit in (STABILITY_MARGIN, -STABILITY_MARGIN))
+    return inner >= LEAST_STABILITY * outer
