@@ -1,5 +1,6 @@
 """PLM and PMM: prompts that are learned for a frozen SAM, from a few masks of a subject or from a task's folder."""
 
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -189,6 +190,18 @@ def test_what_is_learned_holds_for_prompts_that_were_not_drawn(sam, examples):
     assert after["loss"] < 0.75 * before["loss"]
     assert after["iou"] < 0.05 < before["iou"]
     assert after["point"] < 0.5 * before["point"]
+
+
+def test_predictions_keep_nothing_of_the_decoder(sam, examples):
+    """The features of a mask are 12.6 MB with SAM: an evaluation of thousands would run out of memory."""
+    learner = learn_prompts(sam, examples[:1], QUICK, "training")
+    encoding, prompt = sam.encode(examples[0].image), draw_prompt(examples[0].read_mask(), "box", None)
+    kept = []
+    for _ in range(3):
+        learner.find(encoding, prompt)
+        gc.collect()
+        kept.append(sum(isinstance(each, torch.Tensor) for each in gc.get_objects()))
+    assert kept[1] == kept[2]
 
 
 @pytest.mark.slow
