@@ -213,7 +213,10 @@ class Sam:
             else:
                 left[place] = size, pixels
         if left:
-            embeddings, extras = self.embed(torch.cat([self.padded_input(pixels) for _, pixels in left.values()]))
+            inputs = torch.cat([self.padded_input(pixels) for _, pixels in left.values()])
+            # A training's autocast would put encodings of another precision into the cache.
+            with torch.autocast(self.device.type, enabled=False):
+                embeddings, extras = self.embed(inputs)
             for number, (place, (size, pixels)) in enumerate(left.items()):
                 own = slice(number, number + 1)
                 # In one memory layout, computed and cached encodings give the same bits.
