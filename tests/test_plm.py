@@ -313,6 +313,17 @@ def test_an_adapter_is_a_plm_that_replaces_the_fit(sam, filled_sam, adapted, tas
     assert np.array_equal(np.array(Image.open(tmp_path / "out" / "0001.png")) > 0, found)
 
 
+def test_an_adapter_is_of_its_sam_in_every_precision(filled_sam, adapted, references, kinds, sam):
+    half = open_sam(filled_sam, device="cpu", dtype="bfloat16")
+    assert half.fingerprint != sam.fingerprint
+    masks = [
+        PLMSegmenter(each, adapter=adapted).fit(*references).predict(references[0][1]).mask for each in (sam, half)
+    ]
+    assert jaccard(*masks) > 0.8
+    with pytest.raises(InputError, match="was trained on another SAM"):
+        PLMSegmenter(open_sam(kinds["sam"], device="cpu", dtype="bfloat16"), adapter=adapted)
+
+
 def test_an_interrupted_training_resumes_to_the_same_weights(task, filled_sam, adapted, tmp_path):
     whole = tmp_path / "whole"
     more = ["--checkpointing_steps", "2", "--validation_steps", "2"]
