@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from small_sams import save_every_kind
 from torch.utils.data import default_collate
+from training_runs import SLOW, command, in_two_processes
 
 from persam_dreambooth import InputError, InputNotFoundError, PLMSegmenter, cli, open_sam
 from persam_dreambooth.files import write_json
@@ -49,10 +51,14 @@ def examples(task):
     ]
 
 
-def adapt(task, output, filled_sam, *more):
-    given = ["--images", str(task / "images"), "--masks", str(task / "masks"), "--output", str(output)]
+def adaptation(task, output, filled_sam, *more):
+    given = ["--images", task / "images", "--masks", task / "masks", "--output", output]
     quick = ["--sam_model", filled_sam, "--max_train_steps", "4", "--train_batch_size", "2", "--mixed_precision", "no"]
-    return cli.main(["adapt", "plm", *given, *quick, *more])
+    return ["adapt", "plm", *given, *quick, *more]
+
+
+def adapt(*given):
+    return command(*adaptation(*given))
 
 
 # The modules
@@ -335,6 +341,24 @@ def test_an_interrupted_training_resumes_to_the_same_weights(task, filled_sam, a
     assert adapt(task, stopped, filled_sam, *more, "--resume_from_checkpoint", "latest") == 0
     assert (stopped / "plm.safetensors").read_bytes() == (whole / "plm.safetensors").read_bytes()
     assert json.loads((stopped / "adapter.json").read_text()) == json.loads((whole / "adapter.json").read_text())
+
+
+@SLOW
+def test_two_processes_learn_masks_without_an_outline_as_one_does(task, filled_sam, tmp_path):
+    """Lines of one pixel vanish at the losses' resolution, so the PMM gets no gradient."""
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for path in (task / "images").iterdir():
+        Image.fromarray(np.eye(128, dtype=bool)).save(masks / path.name)
+    one, two = (
+        adaptation(task, tmp_path / name, filled_sam, "--masks", masks, "--validation_share", "0", "--train_batch_size")
+        for name in ("one", "two")
+    )
+    assert command(*one, "2") == 0
+    in_two_processes("-m", "persam_dreambooth", *two, "1")
+    alone, together = (load_file(tmp_path / name / "plm.safetensors") for name in ("one", "two"))
+    for name, value in alone.items():  # a step changes them by up to 1e-3
+        torch.testing.assert_close(together[name], value, rtol=0, atol=1e-4)
 
 
 def test_without_the_pmm_and_from_boxes(task, filled_sam, sam, tmp_path, capsys):
