@@ -371,6 +371,14 @@ def test_without_the_pmm_and_from_boxes(task, filled_sam, sam, tmp_path, capsys)
         PLMSegmenter(sam, adapter=tmp_path / "plm")
 
 
+def test_an_adapter_that_does_not_tell_its_prompt_is_refused(adapted, sam, tmp_path):
+    folder = Path(shutil.copytree(adapted, tmp_path / "plm"))
+    described = json.loads((folder / "adapter.json").read_text())
+    (folder / "adapter.json").write_text(json.dumps({**described, "settings": {}}))
+    with pytest.raises(InputError, match="was trained with --prompt None, and PLM prompts with points"):
+        PLMSegmenter(sam, adapter=folder)
+
+
 def test_a_share_of_the_images_is_held_out():
     images = [f"{number}" for number in range(30)]
     learned, held_out = split_images(images, 0.1, 0)

@@ -300,6 +300,15 @@ def test_a_row_without_its_description_or_a_mask_is_told(evaluated, task, tmp_pa
         score_row(row, [])
 
 
+def test_a_broken_description_of_another_row_is_told(evaluated, task, filled_sam, tmp_path, capsys):
+    output = Path(shutil.copytree(evaluated, tmp_path / "out"))
+    (output / "predictions" / "plm-point-1" / "row.json").write_text("{")
+    assert evaluate(task, filled_sam, output, *LESSON, "--methods", "sam-f") == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.endswith("plm-point-1/row.json does not say what made these masks: remove "
+                         f"{output}/predictions/plm-point-1")  # fmt: skip
+
+
 def test_a_row_of_one_image_has_no_interval():
     row = TaskRowScores(Path("sam-point"), {}, {"head": {"a": (0.5, 0.25)}})
     assert row.interval is None
