@@ -11,6 +11,7 @@ from PIL import Image
 
 from persam_dreambooth import InputError, InputNotFoundError, cli
 from persam_dreambooth.machine import provenance
+from persam_dreambooth.photos.images import read_image
 from persam_dreambooth.segmentation.adaptation import task_folder
 from persam_dreambooth.segmentation.adaptation.task_folder import FACIAL_PARTS, Task, TaskMask, open_task, read_task
 from persam_dreambooth.segmentation.evaluation.task import (
@@ -88,6 +89,15 @@ def test_celebamask_hq_is_read_and_its_masks_have_the_images_size(celeba):
     assert mask.sum() == 64 and mask[:8, 8:16].all()
     assert [len(own) for own in open_task(celeba, ("hair",)).masks.values()] == [1, 1]
     assert len(FACIAL_PARTS) == 18
+
+
+def test_a_mask_needs_only_the_size_in_its_images_header(celeba):
+    image = celeba / "CelebA-HQ-img" / "0.jpg"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 32, 3), np.uint8)).save(image)
+    image.write_bytes(image.read_bytes()[:800])  # not to be decoded
+    with pytest.raises(InputError):
+        read_image(image)
+    assert open_task(celeba).masks["0"][0].read().shape == (48, 32)
 
 
 def test_celebamask_hq_is_genuine_with_all_images_and_all_parts(celeba, monkeypatch):

@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image
 
 from persam_dreambooth.errors import InputError, InputNotFoundError
-from persam_dreambooth.photos.folder import find_photos, is_hidden
-from persam_dreambooth.photos.images import PHOTO_SUFFIXES, read_image
+from persam_dreambooth.photos.folder import Photo, find_photos, is_hidden
+from persam_dreambooth.photos.images import PHOTO_SUFFIXES, header_size
 from persam_dreambooth.photos.mask_folder import SIZE_ADVICE, check_names
 from persam_dreambooth.photos.masks import check_mask, read_mask, read_told
 from persam_dreambooth.photos.pairing import find_masks
@@ -55,15 +55,11 @@ class TaskMask:
         Raises:
             InputError, InputNotFoundError: a mask that cannot be read, is empty, or is not of its image's size.
         """
-        from persam_dreambooth.photos.folder import Photo
-
+        photo = Photo(self.image_path, self.image_path.name, header_size(self.image_path))
         if self.enlarged:
-            size = read_image(self.image_path).size
             small = Image.fromarray(read_mask(self.path))
-            mask = np.asarray(small.resize(size, Image.Resampling.NEAREST))
-            photo = Photo(self.image_path, self.image_path.name, size)
+            mask = np.asarray(small.resize(photo.size, Image.Resampling.NEAREST))
         else:
-            photo = Photo.open(self.image_path)
             mask = read_told(self.path, photo, SIZE_ADVICE).mask
         if not mask.any():
             raise InputError(f"{self.path} is empty: mark the part, or remove the mask if its image does not show it")
