@@ -35,6 +35,7 @@ bench: .venv/ready
 	$(BIN)/python -m benchmarks.picture_size
 	$(BIN)/python -m benchmarks.training
 	$(BIN)/python -m benchmarks.binding
+	$(BIN)/python -m benchmarks.task
 
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

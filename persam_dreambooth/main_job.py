@@ -27,7 +27,7 @@ from persam_dreambooth.files import saving
 from persam_dreambooth.options import takes_options
 from persam_dreambooth.photos.mask_folder import MaskWriter, load_known, load_masks
 from persam_dreambooth.report.pictures import save_overview
-from persam_dreambooth.segmentation.segment import segment_folder
+from persam_dreambooth.segmentation.segment import correction_advice, segment_folder
 from persam_dreambooth.segmentation.segmenters import MaskFolderOptions, open_segmenter
 from persam_dreambooth.training.only_training import only_training
 
@@ -141,7 +141,13 @@ def write_masks(options: TrainOptions, albums: list[Album]) -> None:
     if segmenter:
         for album, reference, masks in missing:
             logger.info("%smasks are made from the mask of %s", album.label, reference[0].name)
-            segment_folder(album.photos, [reference], segmenter, album.mask_dir, absent=options.absent, known=masks)
+            made = segment_folder(
+                album.photos, [reference], segmenter, album.mask_dir, absent=options.absent, known=masks
+            )
+            run_dir = options.run_dir if len(albums) == 1 else None
+            images = album.subject.instance_dir
+            if advice := correction_advice(made, album.mask_dir, images, options, segmenter, run_dir):
+                logger.warning("%s%s", album.label, advice)
     for album in albums:
         with MaskWriter(album.mask_dir) as writer:
             for item in album.drawn:

@@ -1,6 +1,7 @@
 """Masks that a person gives for every photo, through the command line: inverted, soft, cut out, beside the photos."""
 
 import json
+import shlex
 
 import numpy as np
 import pytest
@@ -134,3 +135,20 @@ def test_a_folder_in_kohyas_form_gives_identifier_and_class(given, tmp_path):
     config = read_config(tmp_path / "run" / "config.yaml")
     assert (config["identifier"], config["class_name"]) == ("zwx", None)  # the class follows from the folder again
     assert 'instance_prompt: "a zwx red duck"' in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_what_a_run_advises_for_doubtful_masks_makes_new_masks_and_trains_on_them(given, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    mask = {"mask": "masks/00.png", "sam_model": "toy", "segmenter": "persam", "absent_threshold": 1}
+    assert train(tmp_path, "run", **mask) == 0
+    (told,) = [line for line in caplog.messages if "look doubtful" in line]
+    run = tmp_path / "run"
+    told_first, *advised = told.split("run persam-dreambooth ")
+    names = "01.png, 02.png, 03.png"
+    assert told_first == f"3 of 4 masks look doubtful ({names}): correct them in {run}/masks, or "
+    Image.fromarray(given["02.png"].astype(np.uint8) * 255).save(run / "masks" / "02.png")
+    for words in advised:
+        assert command(*shlex.split(words.removesuffix(", then "))) == 0
+    index = json.loads((tmp_path / "run-2" / "masks" / "index.json").read_text())["masks"]
+    assert [entry["method"] for entry in index.values()] == ["given", "memory", "given", "memory"]
+    assert all(np.array_equal(kept(tmp_path, "run-2")[name], given[name]) for name in ("00.png", "02.png"))

@@ -71,6 +71,16 @@ def test_other_pixels_weights_and_precisions_are_encoded_anew(names, photo, tmp_
     assert len(files(tmp_path)) == 5
 
 
+@pytest.mark.parametrize("kind", ["sam", "sam-hq", "sam-2", "mobile-sam"])
+def test_a_training_in_bfloat16_keeps_the_encodings_of_a_sam_in_float32(kind, names, photo, tmp_path):
+    exact = open_sam(names[kind], device="cpu").encode(photo)
+    with torch.autocast("cpu", torch.bfloat16):
+        trained = open_sam(names[kind], device="cpu", encoding_cache=tmp_path).encode(photo)
+    assert torch.equal(trained.embedding, exact.embedding)
+    kept = blind(open_sam(names[kind], device="cpu", encoding_cache=tmp_path)).encode(photo)
+    assert torch.equal(kept.embedding, exact.embedding)
+
+
 def test_a_broken_file_is_named(names, photo, tmp_path):
     open_sam(names["sam"], device="cpu", encoding_cache=tmp_path).encode(photo)
     (path,) = tmp_path.iterdir()

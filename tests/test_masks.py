@@ -309,6 +309,19 @@ def test_references_are_those_photos_of_which_the_folder_has_a_mask(tmp_path, ph
         load_references(folder, photos)
 
 
+def test_the_masks_of_a_sam_are_references_only_if_the_user_gave_and_corrected_none(tmp_path, photos, mask):
+    for item in photos:
+        save_mask(tmp_path, record(item, mask, model="toy"), mask)
+    assert [item.photo for item in load_references(tmp_path, photos)] == photos
+    first, _, third = photos
+    save_mask(tmp_path, MaskRecord(first.name, first.sha256, "given", 0.1), mask)
+    corrected = mask.copy()
+    corrected[0] = True
+    Image.fromarray(corrected).save((tmp_path / third.name).with_suffix(".png"))
+    found = [(item.photo, item.record.method) for item in load_references(tmp_path, photos)]
+    assert found == [(first, "given"), (third, DRAWN)]
+
+
 def test_an_empty_mask_in_the_folder_is_loaded_with_coverage_0(tmp_path, photos):
     Image.new("L", (WIDTH, HEIGHT)).save(tmp_path / "00.png")
     assert load_mask(tmp_path, photos[0]).record.coverage == 0

@@ -1,5 +1,6 @@
 """PLM and PMM: prompts that are learned for a frozen SAM, from a few masks of a subject or from a task's folder."""
 
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -8,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from small_sams import save_every_kind
 from torch.utils.data import default_collate
+from training_runs import SLOW, command, in_two_processes
 
 from persam_dreambooth import InputError, InputNotFoundError, PLMSegmenter, cli, open_sam
 from persam_dreambooth.files import write_json
@@ -24,9 +27,12 @@ from persam_dreambooth.segmentation.adaptation.prompt_training import (
     mask_losses,
 )
 from persam_dreambooth.segmentation.adaptation.task_folder import read_task
+from persam_dreambooth.segmentation.evaluation.metrics import jaccard
 from persam_dreambooth.segmentation.point_matching import PointMatching, align, point_matching_loss, sample_outline
 from persam_dreambooth.segmentation.prompt_learning import PromptLearning, decode_prompts, load_plm, make_plm
 from persam_dreambooth.segmentation.prompts import draw_prompt
+from persam_dreambooth.toy import world
+from persam_dreambooth.toy.rendered_parts import part_scenes
 
 POINT, BOX = np.array([150, 120]), np.array([60, 40, 260, 200])
 QUICK = PromptTraining(steps=6, batch_size=2)
@@ -45,10 +51,14 @@ def examples(task):
     ]
 
 
-def adapt(task, output, filled_sam, *more):
-    given = ["--images", str(task / "images"), "--masks", str(task / "masks"), "--output", str(output)]
+def adaptation(task, output, filled_sam, *more):
+    given = ["--images", task / "images", "--masks", task / "masks", "--output", output]
     quick = ["--sam_model", filled_sam, "--max_train_steps", "4", "--train_batch_size", "2", "--mixed_precision", "no"]
-    return cli.main(["adapt", "plm", *given, *quick, *more])
+    return ["adapt", "plm", *given, *quick, *more]
+
+
+def adapt(*given):
+    return command(*adaptation(*given))
 
 
 # The modules
@@ -126,7 +136,7 @@ def test_losses_of_a_half_right_mask_by_hand():
     inside = torch.tensor([[[1.0, 1.0], [1.0, 0.0]]])
     losses = mask_losses(logits, torch.tensor([0.5]), truth, inside)
     focal = (0.25 * 0.01 * -np.log(0.9) + 0.25 * 0.81 * -np.log(0.1) + 0.75 * 0.25 * -np.log(0.5)) / 3
-    assert losses["focal"].item() == pytest.approx(20 * focal, rel=1e-3)
+    assert losses["focal"].item() == pytest.approx(focal, rel=1e-3)
     assert losses["dice"].item() == pytest.approx(1 - (2 * (0.9 + 0.1) + 1) / (1.5 + 2 + 1), rel=1e-3)
     assert losses["iou"].item() == pytest.approx((0.5 - 1 / 3) ** 2, rel=1e-3)
 
@@ -184,9 +194,36 @@ def test_what_is_learned_holds_for_prompts_that_were_not_drawn(sam, examples):
         before, after = ({name: float(value) for name, value in each(batch).items()} for each in (untrained, trained))
     assert before.keys() == {"focal", "dice", "iou", "point", "loss"}
     assert after["loss"] < 0.75 * before["loss"]
-    assert after["focal"] < 0.8 * before["focal"]
     assert after["iou"] < 0.05 < before["iou"]
     assert after["point"] < 0.5 * before["point"]
+
+
+def test_predictions_keep_nothing_of_the_decoder(sam, examples):
+    """The features of a mask are 12.6 MB with SAM: an evaluation of thousands would run out of memory."""
+    learner = learn_prompts(sam, examples[:1], QUICK, "training")
+    encoding, prompt = sam.encode(examples[0].image), draw_prompt(examples[0].read_mask(), "box", None)
+    kept = []
+    for _ in range(3):
+        learner.find(encoding, prompt)
+        gc.collect()
+        kept.append(sum(isinstance(each, torch.Tensor) for each in gc.get_objects()))
+    assert kept[1] == kept[2]
+
+
+@pytest.mark.slow
+def test_a_part_is_learned_where_sam_answers_with_the_whole(encodings):
+    """The scarf of a cat, from points that were not drawn in training."""
+    toy_sam = open_sam("toy", device="cpu", encoding_cache=encodings)
+    scene = list(part_scenes(4))[3]
+    image, mask = world.render(scene, 512).image, world.part_masks(scene.subject, scene.pose, 512)["scarf"]
+    learner = learn_prompts(toy_sam, [Example(image, mask)], PromptTraining("plm", steps=120, batch_size=1), "training")
+    encoding = toy_sam.encode(image)
+    for number in range(4):
+        point = draw_prompt(mask, "point", np.random.default_rng([5, number]))
+        plain, _ = decode_prompts(toy_sam, [encoding], [point])
+        whole = (toy_sam.upscale(plain[0], encoding)[0] > 0).numpy()
+        assert jaccard(whole, mask) < 0.3
+        assert jaccard(learner.find(encoding, point), mask) > 0.7
 
 
 def test_each_epoch_has_all_masks_in_an_order_of_its_own(examples):
@@ -282,6 +319,17 @@ def test_an_adapter_is_a_plm_that_replaces_the_fit(sam, filled_sam, adapted, tas
     assert np.array_equal(np.array(Image.open(tmp_path / "out" / "0001.png")) > 0, found)
 
 
+def test_an_adapter_is_of_its_sam_in_every_precision(filled_sam, adapted, references, kinds, sam):
+    half = open_sam(filled_sam, device="cpu", dtype="bfloat16")
+    assert half.fingerprint != sam.fingerprint
+    masks = [
+        PLMSegmenter(each, adapter=adapted).fit(*references).predict(references[0][1]).mask for each in (sam, half)
+    ]
+    assert jaccard(*masks) > 0.8
+    with pytest.raises(InputError, match="was trained on another SAM"):
+        PLMSegmenter(open_sam(kinds["sam"], device="cpu", dtype="bfloat16"), adapter=adapted)
+
+
 def test_an_interrupted_training_resumes_to_the_same_weights(task, filled_sam, adapted, tmp_path):
     whole = tmp_path / "whole"
     more = ["--checkpointing_steps", "2", "--validation_steps", "2"]
@@ -295,6 +343,24 @@ def test_an_interrupted_training_resumes_to_the_same_weights(task, filled_sam, a
     assert json.loads((stopped / "adapter.json").read_text()) == json.loads((whole / "adapter.json").read_text())
 
 
+@SLOW
+def test_two_processes_learn_masks_without_an_outline_as_one_does(task, filled_sam, tmp_path):
+    """Lines of one pixel vanish at the losses' resolution, so the PMM gets no gradient."""
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for path in (task / "images").iterdir():
+        Image.fromarray(np.eye(128, dtype=bool)).save(masks / path.name)
+    one, two = (
+        adaptation(task, tmp_path / name, filled_sam, "--masks", masks, "--validation_share", "0", "--train_batch_size")
+        for name in ("one", "two")
+    )
+    assert command(*one, "2") == 0
+    in_two_processes("-m", "persam_dreambooth", *two, "1")
+    alone, together = (load_file(tmp_path / name / "plm.safetensors") for name in ("one", "two"))
+    for name, value in alone.items():  # a step changes them by up to 1e-3
+        torch.testing.assert_close(together[name], value, rtol=0, atol=1e-4)
+
+
 def test_without_the_pmm_and_from_boxes(task, filled_sam, sam, tmp_path, capsys):
     more = ["--no_pmm", "--prompt", "box", "--validation_share", "0"]
     assert adapt(task, tmp_path / "plm", filled_sam, *more) == 0
@@ -303,6 +369,14 @@ def test_without_the_pmm_and_from_boxes(task, filled_sam, sam, tmp_path, capsys)
     assert not {"point", "mIoU"} & lines[-1].keys()
     with pytest.raises(InputError, match="was trained with --prompt box, and PLM prompts with points: train another"):
         PLMSegmenter(sam, adapter=tmp_path / "plm")
+
+
+def test_an_adapter_that_does_not_tell_its_prompt_is_refused(adapted, sam, tmp_path):
+    folder = Path(shutil.copytree(adapted, tmp_path / "plm"))
+    described = json.loads((folder / "adapter.json").read_text())
+    (folder / "adapter.json").write_text(json.dumps({**described, "settings": {}}))
+    with pytest.raises(InputError, match="was trained with --prompt None, and PLM prompts with points"):
+        PLMSegmenter(sam, adapter=folder)
 
 
 def test_a_share_of_the_images_is_held_out():

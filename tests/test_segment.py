@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -175,3 +176,59 @@ def test_one_photo_has_one_mask(options, album, tmp_path, capsys):
         (album / name).unlink()
     assert segment(options) == 0
     assert capsys.readouterr().out == f"1 mask in {tmp_path}/out; see {tmp_path}/out/overview.jpg\n"
+
+
+def doubtful(options, **more):
+    """The masks of a threshold that no presence reaches: every mask that the SAM makes looks doubtful."""
+    return segment(options, absent_threshold=1, **more)
+
+
+def correct(path: Path) -> np.ndarray:
+    """A mask drawn over another one: its upper half."""
+    mask = np.array(Image.open(path)) > 0
+    mask[256:] = False
+    Image.fromarray(mask).save(path)
+    return mask
+
+
+def test_the_command_advised_for_doubtful_masks_takes_the_given_and_the_corrected_ones_as_references(
+    options, album, tmp_path, encodings, caplog
+):
+    made, better = tmp_path / "out", tmp_path / "out-2"
+    advised = (
+        f"persam-dreambooth segment --images {album} --mask_dir {made} --output {better} --segmenter memory "
+        "--sam_model toy-sam2"
+    )
+    assert doubtful(options) == 0
+    told = f"2 of 3 masks look doubtful (01.jpg, 02.jpg): correct them in {made}, or run {advised}"
+    assert caplog.messages[-1] == told
+    corrected = correct(made / "02.png")
+    assert doubtful(options) == 0
+    told = f"1 of 3 masks looks doubtful (01.jpg): correct it in {made}, or run {advised}"
+    assert caplog.messages[-1] == told
+    caplog.set_level("INFO")
+    assert (
+        command(*shlex.split(told.partition("or run persam-dreambooth ")[2]), "--encoding_cache", str(encodings)) == 0
+    )
+    assert "references: 00.jpg, 02.jpg" in caplog.messages
+    masks = load_masks(better, find_photos(album))
+    assert [item.record.method for item in masks] == ["given", "memory", "given"]
+    assert np.array_equal(masks[2].mask, corrected)
+
+
+def test_doubtful_masks_of_the_memory_and_of_a_reference_elsewhere_are_only_corrected(options, album, tmp_path, caplog):
+    """Without a mask of the user in the folder, the advised command would have no reference."""
+    made, elsewhere = tmp_path / "out", tmp_path / "elsewhere.jpg"
+    (album / "02.jpg").unlink()
+    assert doubtful(options, segmenter="memory", sam_model="toy-sam2") == 0
+    assert caplog.messages[-1] == f"1 of 2 masks looks doubtful (01.jpg): correct it in {made}"
+    shutil.rmtree(made)
+    (album / "00.jpg").rename(elsewhere)
+    assert doubtful(options, reference_image=elsewhere) == 0
+    assert caplog.messages[-1] == f"1 of 1 mask looks doubtful (01.jpg): correct it in {made}"
+
+
+@pytest.mark.parametrize("more", [{"absent_threshold": 0}, {"absent": "keep"}, {"absent": "skip"}])
+def test_masks_that_are_not_warned_of_are_not_doubtful(options, more, caplog):
+    assert segment(options, **{"absent_threshold": 1, **more}) == 0
+    assert "doubtful" not in caplog.text

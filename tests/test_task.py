@@ -11,6 +11,8 @@ from PIL import Image
 
 from persam_dreambooth import InputError, InputNotFoundError, cli
 from persam_dreambooth.machine import provenance
+from persam_dreambooth.photos.images import read_image
+from persam_dreambooth.segmentation.adaptation import task_folder
 from persam_dreambooth.segmentation.adaptation.task_folder import FACIAL_PARTS, Task, TaskMask, open_task, read_task
 from persam_dreambooth.segmentation.evaluation.task import (
     EvaluateTaskOptions,
@@ -79,13 +81,33 @@ def celeba(tmp_path):
 
 def test_celebamask_hq_is_read_and_its_masks_have_the_images_size(celeba):
     task = open_task(celeba)
-    assert (task.name, task.parts, list(task.masks)) == ("CelebAMask-HQ", ("l_eye", "hair"), ["0", "2000"])
+    assert (task.parts, list(task.masks)) == (("l_eye", "hair"), ["0", "2000"])
+    assert (task.name, task.genuine) == ("images in the layout of CelebAMask-HQ", False)
     [eye] = [mask for mask in task.masks["0"] if mask.part == "l_eye"]
     mask = eye.read()
     assert mask.shape == (32, 32)
     assert mask.sum() == 64 and mask[:8, 8:16].all()
     assert [len(own) for own in open_task(celeba, ("hair",)).masks.values()] == [1, 1]
     assert len(FACIAL_PARTS) == 18
+
+
+def test_a_mask_needs_only_the_size_in_its_images_header(celeba):
+    image = celeba / "CelebA-HQ-img" / "0.jpg"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 32, 3), np.uint8)).save(image)
+    image.write_bytes(image.read_bytes()[:800])  # not to be decoded
+    with pytest.raises(InputError):
+        read_image(image)
+    assert open_task(celeba).masks["0"][0].read().shape == (48, 32)
+
+
+def test_celebamask_hq_is_genuine_with_all_images_and_all_parts(celeba, monkeypatch):
+    monkeypatch.setattr(task_folder, "CELEBA_SIZE", 2)
+    assert (open_task(celeba).name, open_task(celeba).genuine) == ("CelebAMask-HQ", False)
+    masks = celeba / "CelebAMask-HQ-mask-anno" / "1"
+    for part in set(FACIAL_PARTS) - {"hair"}:
+        shutil.copy(masks / "02000_hair.png", masks / f"02000_{part}.png")
+    assert open_task(celeba).genuine
+    assert not open_task(celeba, ("hair", "nose")).genuine
 
 
 def test_a_broken_celebamask_hq_is_told_in_one_line(celeba):
@@ -156,10 +178,13 @@ def test_tables_have_the_figures_and_the_papers_only_for_its_data(by_hand):
     assert edges.rows == [["SAM + PLM", "point", "5", 50, 0, 100]]
     assert training.rows == [["SAM + PLM", "point", "5", "7", "2"]]
     assert any("left, right; 2 of 2 images held out" in line for line in task_heading(scores))
-    facial = TaskScores(Task("CelebAMask-HQ", task.parts, task.masks, True), ["a"], [scored], options, provenance())
-    assert task_tables(facial)[2].rows == [["SAM", 35.05], ["SAM-F", 31.83], ["SAM + PLM + PMM", 71.67]]
-    another = TaskScores(facial.task, ["a"], [scored], {**options, "sam_model": "toy"}, provenance())
-    assert len(task_tables(another)) == 3
+    assert "published" not in str([iou, edges, training])
+    facial = Task("CelebAMask-HQ", task.parts, task.masks, genuine=True)
+    published = task_tables(TaskScores(facial, ["a", "b"], [scored], {**options, "sam_model": "toy"}, provenance()))[2]
+    assert published.headings[0] == "method (published)"
+    assert published.rows == [["SAM", 35.05], ["SAM-F", 31.83], ["SAM + PLM + PMM", 71.67]]
+    boxes = TaskRowScores(row, {**scored.about, "prompt": "box"}, scored.values)
+    assert len(task_tables(TaskScores(facial, ["a", "b"], [boxes], options, provenance()))) == 3
 
 
 # Splits
@@ -283,6 +308,15 @@ def test_a_row_without_its_description_or_a_mask_is_told(evaluated, task, tmp_pa
     (row / "row.json").unlink()
     with pytest.raises(InputError, match=r"row\.json does not say what made these masks: remove"):
         score_row(row, [])
+
+
+def test_a_broken_description_of_another_row_is_told(evaluated, task, filled_sam, tmp_path, capsys):
+    output = Path(shutil.copytree(evaluated, tmp_path / "out"))
+    (output / "predictions" / "plm-point-1" / "row.json").write_text("{")
+    assert evaluate(task, filled_sam, output, *LESSON, "--methods", "sam-f") == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.endswith("plm-point-1/row.json does not say what made these masks: remove "
+                         f"{output}/predictions/plm-point-1")  # fmt: skip
 
 
 def test_a_row_of_one_image_has_no_interval():

@@ -250,6 +250,9 @@ def load_masks(folder: Path, photos: list[Photo], invert: bool = False, soft: bo
 def load_references(folder: Path, photos: list[Photo], invert: bool = False) -> list[PhotoMask]:
     """Reads the masks of those photos that have one, in their order; empty masks are left out.
 
+    In a folder that a program made, the references are the masks that the user gave or corrected. Masks that a SAM made
+    are references only if the folder has no others.
+
     Args:
         folder: the mask folder, which may also contain masks of other photos.
         photos: all photos.
@@ -263,7 +266,7 @@ def load_references(folder: Path, photos: list[Photo], invert: bool = False) -> 
     known = [item for item in _load_all(folder, photos, found, invert).values() if item.mask.any()]
     if not known:
         raise InputError(f"{folder} holds no mask of these photos: a mask has its photo's name, such as 00_mask.png")
-    return known
+    return [item for item in known if item.record.model is None] or known
 
 
 def _checked(folder: Path) -> Path:

@@ -30,7 +30,7 @@ class Adapter:
     Args:
         method: `fs-sam2` or `plm`.
         sam: the name of the SAM that it was trained on.
-        fingerprint: see `Sam.fingerprint`.
+        fingerprint: that of this SAM in float32; see `Sam.fingerprint`.
         settings: how it was trained, by option.
     """
 
@@ -94,7 +94,7 @@ def read_adapter(folder: Path, method: str, sam: Sam) -> Adapter:
     adapter = Adapter.read(folder)
     if adapter.method != method:
         raise InputError(f"{folder} is an adapter of {adapter.method}, not of {method}: name another folder")
-    if adapter.fingerprint != sam.fingerprint:
+    if adapter.fingerprint != sam.loaded_fingerprint:
         raise InputError(
             f"{folder} was trained on another SAM ({adapter.sam}) than {sam.name}: name that SAM with --sam_model, or "
             "train an adapter on this one"

@@ -62,8 +62,10 @@ class PLMSegmenter(Segmenter):
         self._plm: PromptLearning | None = None
         if adapter is not None:
             self._adapted, described = load_plm(Path(adapter), sam)
-            if described.settings["prompt"] != "point":
-                raise InputError(f"{adapter} was trained with --prompt box, and PLM prompts with points: train another")
+            if (prompt := described.settings.get("prompt")) != "point":
+                raise InputError(
+                    f"{adapter} was trained with --prompt {prompt}, and PLM prompts with points: train another"
+                )
 
     @property
     def _settings(self) -> dict[str, Any]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -56,7 +58,11 @@ class SegmentOptions(MaskFolderOptions):
     )
     mask: str | None = option(None, "its mask: any color but black is the subject", path=True, rivals=("mask_dir",))
     mask_dir: str | None = option(
-        None, "folder with masks of some of the photos: several references", path=True, rivals=("mask",)
+        None,
+        "folder with masks of some of the photos: several references; of an earlier --output, those masks that you "
+        "gave or corrected",
+        path=True,
+        rivals=("mask",),
     )
     invert_mask: bool = option(False, "the subject is black, or transparent, in the given masks")
     output: str | None = option(
@@ -104,6 +110,7 @@ def segment(options: SegmentOptions) -> list[PhotoMask]:
     check_writable(output)
     try:
         with locked(output):
+            segmenter = None
             known, heatmaps = load_known(output, photos), output / "heatmaps" if options.heatmaps else None
             if known:
                 told = counted(len(known), "mask"), counted(len(photos), "photo")
@@ -124,6 +131,8 @@ def segment(options: SegmentOptions) -> list[PhotoMask]:
             save_overview(masks, output / "overview.jpg")  # not a PNG, which would be read as a mask
     except SaveError as error:
         raise SaveError(f"{error}; the same command resumes") from error
+    if advice := correction_advice(masks, output, options.images, options, segmenter):
+        logger.warning("%s", advice)
     return masks
 
 
@@ -179,6 +188,65 @@ def segment_folder(
     return [found[photo.name] for photo in photos]
 
 
+def correction_advice(
+    masks: list[PhotoMask],
+    folder: Path,
+    images: str | None,
+    options: MaskFolderOptions,
+    segmenter: Segmenter | None,
+    run_dir: Path | None = None,
+) -> str:
+    """What to do about masks that look doubtful; empty if none does.
+
+    SAM 2's memory found subjects best with one mask and with a few (docs/few-shot.md), so it is the next to try.
+
+    Args:
+        masks: all masks of a folder.
+        folder: the folder, in which the user corrects masks.
+        images: the folder of the photos; None if they come from a data set.
+        options: the options that the masks were made with.
+        segmenter: the segmenter that made masks just now, if any.
+        run_dir: the folder of the training run that the masks are for, if any.
+    """
+    names = [item.photo.name for item in masks if doubts(item.record.flags, options.absent)]
+    if not names:
+        return ""
+    look, them = ("looks", "it") if len(names) == 1 else ("look", "them")
+    listed = ", ".join(names[:5]) + ", ..." * (len(names) > 5)
+    advice = f"{len(names)} of {counted(len(masks), 'mask')} {look} doubtful ({listed}): correct {them} in {folder}"
+    better = folder
+    own = any(item.record.model is None and item.record.coverage for item in masks)
+    if images and own and options.segmenter != "memory":
+        better = next(path for number in count(2) if not (path := Path(f"{folder}-{number}")).exists())
+        advice += ", or run " + _command(
+            "segment", "--images", images, "--mask_dir", folder, "--output", better, *_memory_flags(options, segmenter)
+        )
+    if run_dir:
+        advice += f", then run {_command('train', '--config', run_dir / CONFIG, '--mask_dir', better)}"
+    return advice
+
+
+def doubts(flags: tuple[str, ...], absent: Literal["skip", "warn", "keep"]) -> list[str]:
+    """The flags of a mask for which the user is warned; none of a skipped photo."""
+    return [flag for flag in flags if SKIPPED not in flags and (flag != ABSENT or absent == "warn")]
+
+
+def _memory_flags(options: MaskFolderOptions, segmenter: Segmenter | None) -> list[str]:
+    """The flags of the method `memory`, with the SAM of the options if it has a memory."""
+    from persam_dreambooth.segmentation.sams.sam2_memory import has_memory
+
+    flags = ["--segmenter", "memory"]
+    if options.sam_model in ("toy", "toy-sam2"):
+        flags += ["--sam_model", "toy-sam2"]
+    elif segmenter and has_memory(segmenter.sam.model):
+        flags += ["--sam_model", options.sam_model]
+    return flags if options.absent == "warn" else [*flags, "--absent", options.absent]
+
+
+def _command(*words: str | Path) -> str:
+    return shlex.join(["persam-dreambooth", *map(str, words)])
+
+
 def _heat_map_file(heatmaps: Path, name: str) -> Path:
     return (heatmaps / name).with_suffix(".jpg")
 
@@ -210,8 +278,8 @@ def _predict(
     if ABSENT in flags and absent == "skip":
         logger.warning("%s: the subject is absent (presence %.2f); the photo is skipped", photo.name, found.presence)
         flags, mask = (*flags, SKIPPED), np.zeros_like(mask)
-    elif doubts := [flag for flag in flags if flag != ABSENT or absent == "warn"]:
-        logger.warning("%s: %s; check its mask before you use it", photo.name, ", ".join(doubts))
+    elif told := doubts(flags, absent):
+        logger.warning("%s: %s; check its mask before you use it", photo.name, ", ".join(told))
     record = MaskRecord(
         photo=photo.name,
         photo_sha256=photo.sha256,

@@ -78,6 +78,8 @@ def adapt_plm(options: AdaptPlmOptions) -> dict[str, Any]:
 
 def open_plm_learner(options: AdaptOptions, accelerator: Accelerator) -> Learner:
     """Reads the task, opens the SAM, and makes an untrained PLM."""
+    from accelerate import DistributedDataParallelKwargs
+
     from persam_dreambooth.segmentation.adaptation.prompt_training import PromptLearner, PromptSamples, PromptTraining
     from persam_dreambooth.segmentation.adaptation.task_folder import masks_sha256, read_task
     from persam_dreambooth.segmentation.adaptation.training import Learner
@@ -102,6 +104,8 @@ def open_plm_learner(options: AdaptOptions, accelerator: Accelerator) -> Learner
     )
     assert learner.plm is not None
     plm = learner.plm
+    # A process whose masks have no outline does not use the PMM in that step.
+    accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=options.pmm)
     validate = (lambda: validation_figures(learner, held_out, options)) if held_out else None
     return Learner(learner, samples, lambda folder: save_plm(plm, folder), adapter, validate)
 

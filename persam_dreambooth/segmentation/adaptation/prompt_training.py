@@ -1,9 +1,10 @@
 """Trains a PLM, or for comparison a copy of SAM's mask decoder (SAM-F), on masks of a task; SAM itself stays frozen.
 
 Kim et al. 2024 (arXiv 2403.09199) name the losses: focal, dice and IoU for the mask, and point matching with the PMM.
-The paper leaves open how they are weighted and optimized. Our choices: focal and dice 20 : 1 as for SAM (Kirillov et
-al. 2023); the IoU loss is SAM's, the squared error of the predicted IoU; losses at 256 x 256, without the padding;
-AdamW with a cosine schedule; the single-mask output. A step depends only on the seed and its number.
+The paper leaves open how they are weighted and optimized. Our choices: equal weights (with focal and dice 20 : 1, as
+SAM was trained, a small part's mask becomes empty and stays so, since the decoder is frozen); the IoU loss is SAM's,
+the squared error of the predicted IoU; losses at 256 x 256, without the padding; AdamW with a cosine schedule; the
+single-mask output. A step depends only on the seed and its number.
 
 Shapes: B prompts, H W photo, 256 x 256 low-resolution logits; a prompt is as in `prompt_learning`.
 """
@@ -45,7 +46,7 @@ Trains = Literal["plm", "plm-pmm", "sam-f"]
 
 LEARNING_RATES: dict[Trains, float] = {"plm": 1e-3, "plm-pmm": 1e-3, "sam-f": 1e-4}
 WEIGHT_DECAY = 1e-6
-FOCAL_WEIGHT, DICE_WEIGHT, IOU_WEIGHT, POINT_WEIGHT = 20.0, 1.0, 1.0, 1.0
+FOCAL_WEIGHT, DICE_WEIGHT, IOU_WEIGHT, POINT_WEIGHT = 1.0, 1.0, 1.0, 1.0
 KEPT = 256
 """Masks whose encodings are kept in memory, 4 MB each with SAM; others are encoded, or read from the cache, again."""
 
@@ -152,7 +153,7 @@ class PromptLearner(nn.Module):
         if not len(samples):
             raise InputError("there is no mask to learn: give one or more")
         self.sam, self.samples, self.how = sam, samples, how
-        # A copy of the decoder, so that neither training nor the hook changes what other users of this SAM see.
+        # A copy of the decoder, so that neither training nor a hook changes what other users of this SAM see.
         self.decoder = copy.deepcopy(sam.model.mask_decoder).requires_grad_(how.learned == "sam-f")
         self.plm = make_plm(sam, how.seed, how.mlp) if how.learned != "sam-f" else None
         self.pmm: PointMatching | None = None
@@ -160,22 +161,21 @@ class PromptLearner(nn.Module):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(how.seed)
                 self.pmm = PointMatching(self.decoder.upscale_conv2.out_channels).to(sam.device)
-        self._upscaled: list[torch.Tensor] = []
-        self.decoder.activation.register_forward_hook(self._note)
         self.truth = lru_cache(maxsize=KEPT)(self._truth)
 
     def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         """The losses `focal`, `dice`, `iou`, with the PMM `point`, and their sum `loss`, for samples of `samples`."""
         truths = [self.truth(place) for place in batch["place"].tolist()]
-        self._upscaled.clear()
-        logits, scores = self.decode([each.encoding for each in truths], list(batch["prompt"].cpu().numpy()))
+        activated: list[torch.Tensor] = []
+        with self.decoder.activation.register_forward_hook(lambda *call: activated.append(call[2])):
+            logits, scores = self.decode([each.encoding for each in truths], list(batch["prompt"].cpu().numpy()))
         mask, inside = (torch.stack([getattr(each, name) for each in truths]) for name in ("mask", "inside"))
         losses = mask_losses(logits, scores, mask, inside)
         if self.pmm is not None:
             shown = logits.masked_fill(inside == 0, -1)
             outlines = [each.outline for each in truths]
             # The first activated features of the masks' size; SAM-HQ's decoder activates more.
-            upscaled = next(each for each in self._upscaled if each.shape[-1] == logits.shape[-1]).float()
+            upscaled = next(each for each in activated if each.shape[-1] == logits.shape[-1]).float()
             losses["point"] = POINT_WEIGHT * point_matching_loss(self.pmm, upscaled, shown, outlines)
         return {**losses, "loss": torch.stack(list(losses.values())).sum()}
 
@@ -199,11 +199,6 @@ class PromptLearner(nn.Module):
             torch.from_numpy((each >= 0.5).astype(np.float32)).to(self.sam.device) for each in (coverage, inside)
         )
         return Truth(encoding, shown, valid, sample_outline(coverage - 0.5, self.how.points))
-
-    def _note(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
-        """Keeps what the decoder activates, its upscaled features among it."""
-        if self.pmm is not None:
-            self._upscaled.append(output)
 
 
 def learn_prompts(sam: Sam, examples: Sequence[Example], how: PromptTraining, shown: str) -> PromptLearner:

@@ -16,13 +16,15 @@ import numpy as np
 from PIL import Image
 
 from persam_dreambooth.errors import InputError, InputNotFoundError
-from persam_dreambooth.photos.folder import find_photos, is_hidden
-from persam_dreambooth.photos.images import PHOTO_SUFFIXES, read_image
+from persam_dreambooth.photos.folder import Photo, find_photos, is_hidden
+from persam_dreambooth.photos.images import PHOTO_SUFFIXES, header_size
 from persam_dreambooth.photos.mask_folder import SIZE_ADVICE, check_names
 from persam_dreambooth.photos.masks import check_mask, read_mask, read_told
 from persam_dreambooth.photos.pairing import find_masks
 
 CELEBA_IMAGES, CELEBA_MASKS = "CelebA-HQ-img", "CelebAMask-HQ-mask-anno"
+CELEBA_SIZE = 30_000
+"""Images of CelebAMask-HQ."""
 FACIAL_PARTS = (
     *("skin", "nose", "eye_g", "l_eye", "r_eye", "l_brow", "r_brow", "l_ear", "r_ear"),
     *("mouth", "u_lip", "l_lip", "hair", "hat", "ear_r", "neck_l", "neck", "cloth"),
@@ -53,15 +55,11 @@ class TaskMask:
         Raises:
             InputError, InputNotFoundError: a mask that cannot be read, is empty, or is not of its image's size.
         """
-        from persam_dreambooth.photos.folder import Photo
-
+        photo = Photo(self.image_path, self.image_path.name, header_size(self.image_path))
         if self.enlarged:
-            size = read_image(self.image_path).size
             small = Image.fromarray(read_mask(self.path))
-            mask = np.asarray(small.resize(size, Image.Resampling.NEAREST))
-            photo = Photo(self.image_path, self.image_path.name, size)
+            mask = np.asarray(small.resize(photo.size, Image.Resampling.NEAREST))
         else:
-            photo = Photo.open(self.image_path)
             mask = read_told(self.path, photo, SIZE_ADVICE).mask
         if not mask.any():
             raise InputError(f"{self.path} is empty: mark the part, or remove the mask if its image does not show it")
@@ -77,13 +75,13 @@ class Task:
         name: its name in reports.
         parts: the names of the parts, in order.
         masks: those of each image, by the image's name without suffix, in order.
-        is_celeba: whether it is CelebAMask-HQ.
+        genuine: whether it is CelebAMask-HQ, by the number of its images, with all parts.
     """
 
     name: str
     parts: tuple[str, ...]
     masks: dict[str, list[TaskMask]]
-    is_celeba: bool = False
+    genuine: bool = False
 
     def of_images(self, images: Iterable[str]) -> list[TaskMask]:
         """The masks of some images."""
@@ -166,9 +164,10 @@ def read_celeba(data: Path, parts: tuple[str, ...] = ()) -> Task:
         raise InputNotFoundError(f"{images[bare[0]]} has no mask in {data / CELEBA_MASKS}: add it or remove the image")
     ordered = sorted(read, key=int)
     shown = {mask.part for own in read.values() for mask in own}
-    return Task(
-        "CelebAMask-HQ", tuple(part for part in named if part in shown), {stem: read[stem] for stem in ordered}, True
-    )
+    found = tuple(part for part in named if part in shown)
+    complete = len(images) == CELEBA_SIZE
+    name = "CelebAMask-HQ" if complete else "images in the layout of CelebAMask-HQ"
+    return Task(name, found, {stem: read[stem] for stem in ordered}, complete and found == FACIAL_PARTS)
 
 
 def masks_sha256(masks: Iterable[TaskMask]) -> str:

@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from PIL import Image
 
-from persam_dreambooth.errors import InputError, InputNotFoundError
+from persam_dreambooth.errors import InputError
 from persam_dreambooth.files import check_settings, check_writable, locked, note_settings, write_aside, write_json
 from persam_dreambooth.machine import provenance
 from persam_dreambooth.options import LAST_SEED, Condition, Options, option, require, within
 from persam_dreambooth.progress import steps
+from persam_dreambooth.segmentation.evaluation.episodes import read_lines
 from persam_dreambooth.segmentation.prompts import PromptKind, draw_prompt
 
 if TYPE_CHECKING:
@@ -222,18 +223,11 @@ def read_image_names(path: Path, known: Sequence[str]) -> list[str]:
     Raises:
         InputError, InputNotFoundError: a file that cannot be read, lists nothing, or names an unknown image.
     """
-    if not path.is_file():
-        raise InputNotFoundError(f"{path} does not exist: name a text file with the name of an image on every line")
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not text in UTF-8: write the name of an image on every line") from None
+    lines = read_lines(path, "images")
     names = [line if line in known else line.rsplit(".", 1)[0] for line in lines]
     for line, name in zip(lines, names, strict=True):
         if name not in known:
             raise InputError(f"{path} names {line}, which has no mask: correct or remove the line")
-    if not names:
-        raise InputError(f"{path} names no image: write one on every line")
     return names
 
 
@@ -312,7 +306,15 @@ def check_training(output: Path, options: EvaluateTaskOptions) -> None:
 def _rows_in(output: Path) -> dict[str, dict[str, Any]]:
     """What made the rows in a folder, by their names."""
     files = (output / "predictions").glob(f"*/{ROW}")
-    return {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in files}
+    return {path.parent.name: read_row(path.parent) for path in files}
+
+
+def read_row(folder: Path) -> dict[str, Any]:
+    """What made the masks in a row's folder; raises `InputError` if its file is missing or broken."""
+    try:
+        return dict(json.loads((folder / ROW).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        raise InputError(f"{folder / ROW} does not say what made these masks: remove {folder}") from None
 
 
 def _find(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,11 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from persam_dreambooth.errors import InputError
 from persam_dreambooth.segmentation.adaptation.task_folder import Task, TaskMask
 from persam_dreambooth.segmentation.evaluation.data_set import read_prediction
 from persam_dreambooth.segmentation.evaluation.metrics import BOOTSTRAP, bootstrap_intervals, boundary_f, jaccard
-from persam_dreambooth.segmentation.evaluation.task import ROW, TASK_METHODS
+from persam_dreambooth.segmentation.evaluation.task import TASK_METHODS, read_row
 
 
 @dataclass(frozen=True)
@@ -123,10 +121,7 @@ def score_row(folder: Path, held_out: Sequence[TaskMask]) -> TaskRowScores:
     Raises:
         InputError, InputNotFoundError: a missing or broken prediction, or one of another size.
     """
-    try:
-        about = dict(json.loads((folder / ROW).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        raise InputError(f"{folder / ROW} does not say what made these masks: remove {folder}") from None
+    about = read_row(folder)
     values: dict[str, dict[str, tuple[float, float]]] = {}
     for mask in held_out:
         truth = mask.read()

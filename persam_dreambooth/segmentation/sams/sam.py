@@ -29,7 +29,7 @@ PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
 
 SAMPLED = 1024
-"""Values of each weight that `Sam.fingerprint` reads."""
+"""Values of each weight that `fingerprint` reads."""
 
 BATCH = 4
 """Photos that `Sam.encode_each` encodes at once on an accelerator."""
@@ -111,11 +111,14 @@ class Sam:
         wrapped = isinstance(transformer, GuidedTransformer)
         if wrapped and (used := next(self.encoder.parameters()).dtype) != dtype:
             raise InputError(f"another Sam uses this model in {used}: load it again to use {dtype}")
+        loaded = list(model.state_dict().values())
         self.encoder.to(dtype)
         self.cache = EncodingCache(cache, model) if cache else None
         self.padded: int = model.config.prompt_encoder_config.image_size
         self.transformer = transformer if wrapped else GuidedTransformer(transformer)
         model.mask_decoder.transformer = self.transformer
+        # Wrapping changed names of weights, but not their order.
+        self.loaded_fingerprint = fingerprint(zip(model.state_dict(), loaded, strict=True))
 
     @classmethod
     def from_pretrained(
@@ -151,18 +154,12 @@ class Sam:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the names, types and shapes of the weights and of `SAMPLED` values of each.
+        """A hash of the weights, see `fingerprint`; it identifies a SAM in encodings and in saved segmenters.
 
-        It identifies a SAM in encodings and in saved segmenters, and takes milliseconds.
+        `loaded_fingerprint` is that of the weights before the image encoder was converted to `dtype`; it identifies the
+        SAM that an adapter was trained on.
         """
-        digest = hashlib.sha256()
-        for name, value in self.model.state_dict().items():
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            if not value.is_meta:
-                flat = value.flatten()
-                some = flat[:: max(1, len(flat) // SAMPLED)].contiguous().cpu()
-                digest.update(some.view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return fingerprint(self.model.state_dict().items())
 
     @property
     def encoder(self) -> torch.nn.Module:
@@ -213,7 +210,10 @@ class Sam:
             else:
                 left[place] = size, pixels
         if left:
-            embeddings, extras = self.embed(torch.cat([self.padded_input(pixels) for _, pixels in left.values()]))
+            inputs = torch.cat([self.padded_input(pixels) for _, pixels in left.values()])
+            # A training's autocast would put encodings of another precision into the cache.
+            with torch.autocast(self.device.type, enabled=False):
+                embeddings, extras = self.embed(inputs)
             for number, (place, (size, pixels)) in enumerate(left.items()):
                 own = slice(number, number + 1)
                 # In one memory layout, computed and cached encodings give the same bits.
@@ -329,6 +329,18 @@ def check_sam(sam: Sam) -> None:
     """Raises `InputError` for anything but a `Sam`."""
     if not isinstance(sam, Sam):
         raise InputError(f"sam is a {type(sam).__name__}: open it with open_sam")
+
+
+def fingerprint(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """A hash of the names, types and shapes of weights and of `SAMPLED` values of each; it takes milliseconds."""
+    digest = hashlib.sha256()
+    for name, value in weights:
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        if not value.is_meta:
+            flat = value.flatten()
+            some = flat[:: max(1, len(flat) // SAMPLED)].contiguous().cpu()
+            digest.update(some.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def find_device(name: torch.device | str | None) -> torch.device:
