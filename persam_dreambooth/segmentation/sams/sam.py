@@ -118,7 +118,7 @@ class Sam:
         self.transformer = transformer if wrapped else GuidedTransformer(transformer)
         model.mask_decoder.transformer = self.transformer
         # Wrapping changed names of weights, but not their order.
-        self.loaded_fingerprint = fingerprint(zip(model.state_dict(), loaded, strict=True))
+        self.loaded_fingerprint = tensors_sha256(zip(model.state_dict(), loaded, strict=True))
 
     @classmethod
     def from_pretrained(
@@ -159,7 +159,7 @@ class Sam:
         `loaded_fingerprint` is that of the weights before the image encoder was converted to `dtype`; it identifies the
         SAM that an adapter was trained on.
         """
-        return fingerprint(self.model.state_dict().items())
+        return tensors_sha256(self.model.state_dict().items())
 
     @property
     def encoder(self) -> torch.nn.Module:
@@ -331,7 +331,7 @@ def check_sam(sam: Sam) -> None:
         raise InputError(f"sam is a {type(sam).__name__}: open it with open_sam")
 
 
-def fingerprint(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
+def tensors_sha256(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
     """A hash of the names, types and shapes of weights and of `SAMPLED` values of each; it takes milliseconds."""
     digest = hashlib.sha256()
     for name, value in weights:
