@@ -2,7 +2,9 @@
 
 import gc
 import json
+import pickle
 import shutil
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -216,7 +218,9 @@ def test_a_part_is_learned_where_sam_answers_with_the_whole(encodings):
     toy_sam = open_sam("toy", device="cpu", encoding_cache=encodings)
     scene = list(part_scenes(4))[3]
     image, mask = world.render(scene, 512).image, world.part_masks(scene.subject, scene.pose, 512)["scarf"]
-    learner = learn_prompts(toy_sam, [Example(image, mask)], PromptTraining("plm", steps=120, batch_size=1), "training")
+    learner = learn_prompts(
+        toy_sam, [Example(toy_sam.encode(image), mask)], PromptTraining("plm", steps=120, batch_size=1), "training"
+    )
     encoding = toy_sam.encode(image)
     for number in range(4):
         point = draw_prompt(mask, "point", np.random.default_rng([5, number]))
@@ -231,8 +235,18 @@ def test_each_epoch_has_all_masks_in_an_order_of_its_own(examples):
     epochs = [[samples[number]["place"] for number in range(3 * epoch, 3 * epoch + 3)] for epoch in range(8)]
     assert all(sorted(epoch) == [0, 1, 2] for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 2
-    again = PromptSamples(examples, QUICK)
-    assert torch.equal(samples[5]["prompt"], again[5]["prompt"])
+    sent = pickle.loads(pickle.dumps(samples))  # as to a loading process that is spawned
+    assert torch.equal(samples[5]["prompt"], sent[5]["prompt"])
+
+
+def test_an_image_is_encoded_once_for_all_of_its_masks(sam, examples, monkeypatch):
+    asked = []
+    monkeypatch.setattr(sam, "embed", lambda pixels, embed=sam.embed: asked.append(len(pixels)) or embed(pixels))
+    learner = learn_prompts(sam, examples, QUICK, "training")
+    assert asked == [1]  # 12 prompts of 3 masks of 1 image
+    ended = weakref.ref(learner)
+    del learner
+    assert ended() is None  # its encodings end with it, without a collection of garbage
 
 
 # The segmenter

@@ -135,13 +135,11 @@ def split_images(images: list[str], share: float, seed: int) -> tuple[list[str],
 
 def validation_figures(learner: PromptLearner, masks: list[TaskMask], options: AdaptPlmOptions) -> dict[str, float]:
     """The mean IoU of held-out masks in percent, `mIoU`, from the same prompt of each mask at every validation."""
-    from persam_dreambooth.photos.images import read_image
     from persam_dreambooth.segmentation.evaluation.metrics import jaccard
 
     values = []
     for number, held_out in enumerate(masks):
         mask = held_out.read()
         prompt = draw_prompt(mask, options.prompt, np.random.default_rng([options.seed, number]))
-        encoding = learner.sam.encode(read_image(held_out.image_path))
-        values.append(jaccard(learner.find(encoding, prompt), mask))
+        values.append(jaccard(learner.find(learner.encode(held_out.image_path), prompt), mask))
     return {"mIoU": 100 * float(np.mean(values))}

@@ -15,7 +15,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -36,10 +36,12 @@ from persam_dreambooth.segmentation.point_matching import (
 )
 from persam_dreambooth.segmentation.prompt_learning import decode_prompts, make_plm
 from persam_dreambooth.segmentation.prompts import JITTER, PromptKind, draw_prompt
+from persam_dreambooth.segmentation.sams.recent_encodings import RecentEncodings
+from persam_dreambooth.segmentation.sams.sam import Encoding
 from persam_dreambooth.segmentation.segmenter import MaskLike, sized_mask
 
 if TYPE_CHECKING:
-    from persam_dreambooth.segmentation.sams.sam import Encoding, ImageLike, Sam
+    from persam_dreambooth.segmentation.sams.sam import Sam
 
 Trains = Literal["plm", "plm-pmm", "sam-f"]
 """What is trained: a PLM, a PLM with the PMM beside it, or a copy of the mask decoder."""
@@ -48,7 +50,7 @@ LEARNING_RATES: dict[Trains, float] = {"plm": 1e-3, "plm-pmm": 1e-3, "sam-f": 1e
 WEIGHT_DECAY = 1e-6
 FOCAL_WEIGHT, DICE_WEIGHT, IOU_WEIGHT, POINT_WEIGHT = 1.0, 1.0, 1.0, 1.0
 KEPT = 256
-"""Masks whose encodings are kept in memory, 4 MB each with SAM; others are encoded, or read from the cache, again."""
+"""Masks that are kept in memory at the losses' resolution, 0.5 MB each with SAM."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,13 +58,13 @@ class Example:
     """A mask to learn.
 
     Args:
-        image: its photo, or the encoding.
+        image: its photo's file, or the encoding.
         mask: any input of `read_mask`, or a function that returns the mask, (H, W) bool.
         name: for messages.
         point: (2,) a point that half of the prompts are, besides points drawn in the mask; None for none.
     """
 
-    image: ImageLike
+    image: Path | Encoding
     mask: MaskLike | Callable[[], np.ndarray]
     name: str = ""
     point: np.ndarray | None = None
@@ -102,7 +104,6 @@ class PromptSamples(Dataset):
 
     def __init__(self, examples: Sequence[Example], how: PromptTraining) -> None:
         self.examples, self.how = examples, how
-        self.mask = lru_cache(maxsize=KEPT)(self._mask)
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -112,25 +113,20 @@ class PromptSamples(Dataset):
         epoch, index = divmod(number, len(self.examples))
         place = int(np.random.default_rng([self.how.seed, epoch]).permutation(len(self.examples))[index])
         example, rng = self.examples[place], np.random.default_rng([self.how.seed, number, 1])
-        prompt = draw_prompt(self.mask(place), self.how.prompt, rng, example.point, JITTER)
+        prompt = draw_prompt(example.read_mask(), self.how.prompt, rng, example.point, JITTER)
         return {"place": place, "prompt": torch.from_numpy(prompt.astype(np.float32)), "name": example.name}
-
-    def _mask(self, place: int) -> np.ndarray:
-        return self.examples[place].read_mask()
 
 
 @dataclass(frozen=True, eq=False)
 class Truth:
-    """An example's photo, and its mask at low resolution.
+    """An example's mask at low resolution.
 
     Args:
-        encoding: the photo.
         mask: (256, 256) float, 1 where the mask covers at least half of a cell.
         inside: (256, 256) float, 1 in the photo and 0 in the padding.
         outline: (P, 2) points of the true outline, or None.
     """
 
-    encoding: Encoding
     mask: torch.Tensor
     inside: torch.Tensor
     outline: np.ndarray | None
@@ -161,14 +157,17 @@ class PromptLearner(nn.Module):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(how.seed)
                 self.pmm = PointMatching(self.decoder.upscale_conv2.out_channels).to(sam.device)
-        self.truth = lru_cache(maxsize=KEPT)(self._truth)
+        self.recent = RecentEncodings(sam)
+        self._truths: dict[int, Truth] = {}
 
     def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         """The losses `focal`, `dice`, `iou`, with the PMM `point`, and their sum `loss`, for samples of `samples`."""
-        truths = [self.truth(place) for place in batch["place"].tolist()]
+        places = batch["place"].tolist()
+        encodings = [self.encode(self.samples.examples[place].image) for place in places]
+        truths = [self._truth(place, encoding) for place, encoding in zip(places, encodings, strict=True)]
         activated: list[torch.Tensor] = []
         with self.decoder.activation.register_forward_hook(lambda *call: activated.append(call[2])):
-            logits, scores = self.decode([each.encoding for each in truths], list(batch["prompt"].cpu().numpy()))
+            logits, scores = self.decode(encodings, list(batch["prompt"].cpu().numpy()))
         mask, inside = (torch.stack([getattr(each, name) for each in truths]) for name in ("mask", "inside"))
         losses = mask_losses(logits, scores, mask, inside)
         if self.pmm is not None:
@@ -190,15 +189,21 @@ class PromptLearner(nn.Module):
         logits, _ = self.decode([encoding], [prompt])
         return (self.sam.upscale(logits, encoding)[0] > 0).cpu().numpy()
 
-    def _truth(self, place: int) -> Truth:
-        example = self.samples.examples[place]
-        encoding = self.sam.encode(example.image)
-        mask = sized_mask(example.read_mask(), encoding)
-        coverage, inside = (low_res(each, encoding) for each in (mask, np.ones_like(mask)))
-        shown, valid = (
-            torch.from_numpy((each >= 0.5).astype(np.float32)).to(self.sam.device) for each in (coverage, inside)
-        )
-        return Truth(encoding, shown, valid, sample_outline(coverage - 0.5, self.how.points))
+    def encode(self, image: Path | Encoding) -> Encoding:
+        """The encoding of a photo; those of files that were used last are kept."""
+        return self.sam.encode(image) if isinstance(image, Encoding) else self.recent(image)
+
+    def _truth(self, place: int, encoding: Encoding) -> Truth:
+        if place not in self._truths:
+            if len(self._truths) == KEPT:
+                del self._truths[next(iter(self._truths))]
+            mask = sized_mask(self.samples.examples[place].read_mask(), encoding)
+            coverage, inside = (low_res(each, encoding) for each in (mask, np.ones_like(mask)))
+            shown, valid = (
+                torch.from_numpy((each >= 0.5).astype(np.float32)).to(self.sam.device) for each in (coverage, inside)
+            )
+            self._truths[place] = Truth(shown, valid, sample_outline(coverage - 0.5, self.how.points))
+        return self._truths[place]
 
 
 def learn_prompts(sam: Sam, examples: Sequence[Example], how: PromptTraining, shown: str) -> PromptLearner:

@@ -260,7 +260,9 @@ def predict_rows(
     """Trains each row that learns, and writes the masks of all rows."""
     from persam_dreambooth.segmentation.adaptation.plm_task import examples_of
     from persam_dreambooth.segmentation.adaptation.prompt_training import learn_prompts
+    from persam_dreambooth.segmentation.sams.recent_encodings import RecentEncodings
 
+    encode = RecentEncodings(sam)
     for row in steps(rows, "methods", "row"):
         start, learner = time.perf_counter(), None
         if row.how is not None:
@@ -268,7 +270,7 @@ def predict_rows(
         seconds = time.perf_counter() - start
         with write_aside(output / "predictions" / row.name) as aside:
             for mask in held_out:
-                encoding, truth = sam.encode(mask.image_path), mask.read()
+                encoding, truth = encode(mask.image_path), mask.read()
                 found = _find(
                     row.method, sam, learner, encoding, held_out_prompt(mask, truth, row.prompt, options.seed), truth
                 )
