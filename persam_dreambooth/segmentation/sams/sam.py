@@ -29,7 +29,7 @@ PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
 
 SAMPLED = 1024
-"""Values of each weight that `fingerprint` reads."""
+"""Values of each weight that `weights_fingerprint` reads."""
 
 BATCH = 4
 """Photos that `Sam.encode_each` encodes at once on an accelerator."""
@@ -118,7 +118,7 @@ class Sam:
         self.transformer = transformer if wrapped else GuidedTransformer(transformer)
         model.mask_decoder.transformer = self.transformer
         # Wrapping changed names of weights, but not their order.
-        self.loaded_fingerprint = fingerprint(zip(model.state_dict(), loaded, strict=True))
+        self.loaded_fingerprint = weights_fingerprint(zip(model.state_dict(), loaded, strict=True))
 
     @classmethod
     def from_pretrained(
@@ -154,12 +154,12 @@ class Sam:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the weights, see `fingerprint`; it identifies a SAM in encodings and in saved segmenters.
+        """A hash of the weights, see `weights_fingerprint`; it identifies a SAM in encodings and in saved segmenters.
 
         `loaded_fingerprint` is that of the weights before the image encoder was converted to `dtype`; it identifies the
         SAM that an adapter was trained on.
         """
-        return fingerprint(self.model.state_dict().items())
+        return weights_fingerprint(self.model.state_dict().items())
 
     @property
     def encoder(self) -> torch.nn.Module:
@@ -331,7 +331,7 @@ def check_sam(sam: Sam) -> None:
         raise InputError(f"sam is a {type(sam).__name__}: open it with open_sam")
 
 
-def fingerprint(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
+def weights_fingerprint(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
     """A hash of the names, types and shapes of weights and of `SAMPLED` values of each; it takes milliseconds."""
     digest = hashlib.sha256()
     for name, value in weights:
