@@ -86,7 +86,7 @@ def main() -> None:
         logits = decode()
         return fit_by_autograd(lambda: logits, mask, arguments.steps)[0]
 
-    fits = {
+    fits: dict[str, Callable[[], np.ndarray]] = {
         "published": lambda: fit_by_autograd(decode, mask, arguments.steps)[0],
         "decoded once": kept,
         "decoded once, closed form": lambda: fit_scale_weights([(decode(), mask)], arguments.steps)[0],

@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from persam_dreambooth.progress import showing_bars
 from persam_dreambooth.segmentation.evaluation.task import EvaluateTaskOptions, TaskRow, evaluate_task, training_of
@@ -22,7 +23,7 @@ from persam_dreambooth.toy.rendered_parts import ToyPartsOptions, write_parts
 
 RESULTS = Path(__file__).parent / "results" / "task"
 MASKS = (20, 100, 5)
-VARIANTS = {
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "plm-without-mlp": ("plm", {"mlp": False}),
     "plm-pmm-16-points": ("plm-pmm", {"points": 16}),
     "plm-pmm-128-points": ("plm-pmm", {"points": 128}),

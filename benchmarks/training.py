@@ -30,10 +30,11 @@ from persam_dreambooth.dreambooth.families.stable_diffusion import StableDiffusi
 from persam_dreambooth.dreambooth.latent_cache import PosteriorCache
 from persam_dreambooth.dreambooth.loss import latent_mask, masked_loss
 from persam_dreambooth.dreambooth.optimizers import make_optimizer
-from persam_dreambooth.dreambooth.trainer import batch_losses, numbered_batches
+from persam_dreambooth.dreambooth.trainer import batch_losses
 from persam_dreambooth.files import write_json
 from persam_dreambooth.main_job import TrainOptions
 from persam_dreambooth.photos.folder import find_photos
+from persam_dreambooth.training.batches import numbered_batches
 from tools.toy import build
 
 RESOLUTION = 256
@@ -135,7 +136,7 @@ def steps_of(name: str, family: StableDiffusion, accelerator: Accelerator, repea
     options = TrainOptions(center_crop=True, max_train_steps=repeats, learning_rate=1e-4, **SETUPS[name])
     found, masks = photos()
     crops = Crops(found, None if options.unmasked else masks, RESOLUTION, options.center_crop, 0, PROMPT)
-    batches = numbered_batches(options, crops, 0, accelerator)
+    batches = numbered_batches(crops, options, 0, repeats, accelerator)
     weights = [weight for weight in family.pipeline.unet.parameters() if weight.requires_grad]
     optimizer, _ = make_optimizer(options, weights, 1e-4)
     cache = PosteriorCache(family.posterior) if options.cache_latents else None

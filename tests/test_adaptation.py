@@ -5,6 +5,7 @@ import math
 import re
 import shlex
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,9 +16,8 @@ from accelerate.state import AcceleratorState
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from seeded_weights import seeded_weights
 from small_sams import SMALLEST_SAM_2, save_smallest_sam2
-from test_fs_sam2_parity import base_model, our_name, read_episodes, recorded
+from test_fs_sam2_parity import base_model, recorded, recorded_batch, with_lora
 from torch.utils.data import Dataset
 from training_runs import SLOW, command, flags, in_two_processes
 from transformers import Sam2VideoModel
@@ -29,9 +29,7 @@ from persam_dreambooth.segmentation.adaptation.episode_samples import (
     TrainingEpisodes,
     ValidationEpisodes,
     augment,
-    blur,
     hold_out,
-    rotate,
 )
 from persam_dreambooth.segmentation.adaptation.few_shot import FewShot, smooth_dice, validate_episodes
 from persam_dreambooth.segmentation.adaptation.fs_sam2 import AdaptFsSam2Options, read_episode_images
@@ -44,7 +42,6 @@ from persam_dreambooth.segmentation.evaluation.episodes import FewShotData
 from persam_dreambooth.segmentation.evaluation.fss1000 import read_fss1000
 from persam_dreambooth.segmentation.evaluation.perseg import EvaluatePersegOptions
 from persam_dreambooth.segmentation.sams.checkpoints import open_sam
-from persam_dreambooth.segmentation.sams.original_sam2 import read_sam2_config
 from persam_dreambooth.toy.rendered_episodes import ToyEpisodesOptions, write_episodes
 
 STEPS = 4
@@ -53,7 +50,7 @@ STEPS = 4
 # The loop, on a task that takes milliseconds
 
 
-class Numbers(Dataset):
+class Points(Dataset):
     """Points and what a linear map makes of them, without end; an epoch has six."""
 
     def __len__(self):
@@ -67,9 +64,9 @@ class Numbers(Dataset):
 class Line(torch.nn.Module):
     """A linear map with dropout before it, and a frozen part."""
 
-    def __init__(self):
+    def __init__(self, dropout=0.5):
         super().__init__()
-        self.dropout, self.map = torch.nn.Dropout(0.5), torch.nn.Linear(3, 2)
+        self.dropout, self.map = torch.nn.Dropout(dropout), torch.nn.Linear(3, 2)
         self.frozen = torch.nn.Linear(2, 2).requires_grad_(False)
 
     def forward(self, batch):
@@ -77,15 +74,15 @@ class Line(torch.nn.Module):
         return {"loss": loss, "twice": 2 * loss}
 
 
-def adapt_line(folder, figures=None, **options):
+def adapt_line(folder, figures=None, dropout=0.5, **options):
     """Trains a `Line`; `figures` are what its validations give, in turn. Returns the weights that are kept."""
     line, left = [], iter(figures or ())
 
     def opened(options, accelerator):
-        line.append(Line())
+        line.append(Line(dropout))
         validate = (lambda: {"validation_score": next(left)}) if figures else None
         adapter = Adapter("line", "no SAM", "", {})
-        return Learner(line[0], Numbers(), lambda to: save_file(line[0].map.state_dict(), to / "w"), adapter, validate)
+        return Learner(line[0], Points(), lambda to: save_file(line[0].map.state_dict(), to / "w"), adapter, validate)
 
     defaults = {"max_train_steps": STEPS, "train_batch_size": 2, "learning_rate": 0.1, "logging_steps": 1}
     run = AdaptOptions(output=str(folder), **{**defaults, **options})
@@ -129,11 +126,20 @@ def test_the_weights_with_the_best_figure_are_kept(tmp_path):
     assert [row.get("validation_score") for row in rows(tmp_path / "best")] == [None, 0.4, None, 0.3]
 
 
-def test_accumulated_batches_equal_one_large_batch(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.nn.Dropout, "forward", lambda self, values: values)  # drawn for each batch by itself
-    one = adapt_line(tmp_path / "one", train_batch_size=4)
-    two = adapt_line(tmp_path / "two", train_batch_size=2, gradient_accumulation_steps=2)
+def test_accumulated_batches_equal_one_large_batch(tmp_path):
+    """Without dropout, which is drawn for each batch by itself."""
+    one = adapt_line(tmp_path / "one", dropout=0, train_batch_size=4)
+    two = adapt_line(tmp_path / "two", dropout=0, train_batch_size=2, gradient_accumulation_steps=2)
     assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
+
+
+@SLOW
+def test_two_processes_equal_one_of_the_same_global_batch(tmp_path):
+    in_two_processes(__file__, tmp_path / "two")
+    one, two = adapt_line(tmp_path / "one", dropout=0, train_batch_size=4), load_file(tmp_path / "two" / "w")
+    assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
+    losses = [[row["loss"] for row in rows(tmp_path / name)] for name in ("one", "two")]
+    assert len(losses[0]) == STEPS and losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 def test_an_epoch_has_as_many_steps_as_its_samples_fill(tmp_path):
@@ -195,41 +201,11 @@ def test_the_rate_falls_along_a_cosine():
 # FS-SAM2's parts
 
 
-def test_the_adapters_of_base_plus_have_the_papers_parameters():
-    with torch.device("meta"):
-        model = add_lora(Sam2VideoModel(read_sam2_config(112, 24, (14, 14))), "base plus")
-    counts = {"vision_encoder": 0, "memory_attention": 0, "memory_encoder": 0}
-    for name, value in model.named_parameters():
-        if value.requires_grad:
-            counts[re.match(r"base_model\.model\.(\w+)", name)[1]] += value.numel()
-    assert counts == {"vision_encoder": 265_356, "memory_attention": 475_136, "memory_encoder": 10_240}
-    assert sum(name.endswith("lora_A") for name, _ in model.named_modules()) == 85
-
-
 def test_the_loss_is_worked_out_by_hand():
     logits = torch.tensor([[[[0.0, 0.0]]], [[[40.0, -40.0]]]])
     truth = torch.tensor([[[[1.0, 0.0]]], [[[1.0, 0.0]]]])
     # 1 - (2 * 0.5 + 1) / (1 + 1 + 1) and 1 - (2 + 1) / (1 + 1 + 1)
     assert float(smooth_dice(logits, truth)) == pytest.approx((1 / 3 + 0) / 2)
-
-
-def test_the_loss_is_that_of_the_authors():
-    arrays = recorded("training")
-    logits, truth = torch.from_numpy(arrays["loss_logits"]), torch.from_numpy(arrays["loss_masks"]).float()
-    bce = torch.nn.functional.binary_cross_entropy_with_logits(logits, truth)
-    assert [float(bce), float(smooth_dice(logits, truth))] == pytest.approx(arrays["loss"][1:], rel=1e-6)
-
-
-def test_the_augmentation_is_that_of_the_authors():
-    arrays = recorded("augmentation")
-    photo, mask, degrees = (
-        torch.from_numpy(arrays["photo"]),
-        torch.from_numpy(arrays["mask"]),
-        float(arrays["rotation"]),
-    )
-    assert np.array_equal(rotate(photo, degrees), arrays["rotated_photo"])
-    assert np.array_equal(rotate(mask[None], degrees)[0], arrays["rotated_mask"])
-    assert np.array_equal(blur(photo, float(arrays["sigma"])), arrays["blurred_photo"])
 
 
 def test_augmentation_moves_photo_and_mask_together():
@@ -312,106 +288,13 @@ def small_sam(tmp_path_factory):
     return save_smallest_sam2(tmp_path_factory.mktemp("sam2"))
 
 
-def own_name(name):
-    """The name in our peft model of a matrix in the authors' three."""
-    return f"base_model.model.{our_name(name)}"
-
-
-def with_lora(model):
-    """The model with LoRA whose second matrices are not zero, as recorded: FewShot, and peft's model."""
-    adapted = add_lora(model, "small")
-    values = seeded_weights(*(recorded("weights")[name] for name in ("lora_names", "lora_shapes")))
-    own = {own_name(name): value * (0.1 if ".lora_B." in name else 1) for name, value in values.items()}
-    found = adapted.load_state_dict(own, strict=False)
-    assert not found.unexpected_keys and not [name for name in found.missing_keys if ".lora_" in name]
-    return FewShot(model), adapted
-
-
-def without_dropout(module):
-    for each in module.modules():
-        if isinstance(each, torch.nn.Dropout):
-            each.p = 0.0
-        for name in ("dropout_p", "attention_dropout"):
-            if hasattr(each, name):
-                setattr(each, name, 0.0)
-    return module
-
-
-def recorded_batch(numbers, shots=1):
-    pixels, masks = read_episodes(numbers)
-    photos = recorded("episodes")["photos"][numbers].repeat(16, 2).repeat(16, 3)
-    photos = torch.from_numpy(photos).permute(0, 1, 4, 2, 3)
-    assert photos.shape == pixels.shape
-    return {
-        "supports": photos[:, :shots], "masks": masks[:, :shots], "query": photos[:, -1], "truth": masks[:, -1],
-        "name": "",
-    }  # fmt: skip
-
-
-@pytest.fixture
-def few_shot():
-    """A recorded model with LoRA, without dropout: FewShot, and peft's model."""
-    module, adapted = with_lora(base_model())
-    return without_dropout(module), adapted
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("shots", [1, 5])
-def test_the_logits_of_a_batch_are_those_of_the_authors(few_shot, shots):
-    found = few_shot[0].eval().logits(recorded_batch(slice(0, 2), shots))[:, 0, ::2, ::2].numpy()
-    expected = recorded("adapted")[f"stable_logits_{shots}"]
-    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
-
-
-@SLOW
-def test_four_steps_are_those_of_the_authors(few_shot, tmp_path):
-    """Two epochs of the same two batches, at their rates."""
-    module, adapted = few_shot
-    arrays = recorded("training")
-
-    class Recorded(Dataset):
-        def __len__(self):
-            return 4
-
-        def __getitem__(self, number):
-            batch = recorded_batch(slice(number % 4, number % 4 + 1))
-            return {name: value if name == "name" else value[0] for name, value in batch.items()}
-
-    def opened(options, accelerator):
-        return Learner(module, Recorded(), lambda to: save_lora(adapted, to), Adapter("fs-sam2", "", "", {}))
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    options = AdaptOptions(
-        output=str(tmp_path), num_train_epochs=2, train_batch_size=2, learning_rate=0.01, logging_steps=1
-    )
-    run_adaptation(options, opened)
-    assert [row["loss"] for row in rows(tmp_path)] == pytest.approx(arrays["losses"], rel=1e-4)
-    after = dict(adapted.named_parameters())
-    for name, first in zip(arrays["gradient_names"], arrays["after_first"], strict=True):
-        found = after[own_name(name)].detach().flatten()[: len(first)].numpy()
-        np.testing.assert_allclose(found, first, rtol=0, atol=1e-5)
-
-
-def test_the_first_step_has_the_loss_and_gradients_of_the_authors_in_lora_alone(few_shot):
-    module, adapted = few_shot
-    arrays = recorded("training")
-    loss = module.train()(recorded_batch(slice(0, 2)))["loss"]
-    assert loss.item() == pytest.approx(arrays["losses"][0], rel=1e-5)
-    loss.backward()
-    found = {name: float(value.grad.norm()) for name, value in adapted.named_parameters() if value.grad is not None}
-    assert all(".lora_" in name for name in found)
-    expected = dict(zip(map(own_name, arrays["gradient_names"]), arrays["gradient_norms"], strict=True))
-    assert found == pytest.approx(expected, rel=1e-3)
-
-
 def test_gradient_checkpointing_and_dropout_give_the_same_gradients():
     found = []
     for saves_memory in (False, True):
-        _, adapted = with_lora(base_model())
-        module = FewShot(adapted.base_model.model, saves_memory)
+        module = FewShot(with_lora(base_model()).base_model.model, saves_memory)
         torch.manual_seed(0)
         module.train()(recorded_batch(slice(0, 1)))["loss"].backward()
-        found.append([value.grad for _, value in adapted.named_parameters() if value.grad is not None])
+        found.append([value.grad for value in module.parameters() if value.grad is not None])
     assert len(found[0]) == 98
     assert all(torch.allclose(plain, again, atol=1e-7) for plain, again in zip(*found, strict=True))
 
@@ -431,8 +314,7 @@ def adapter(small_sam, tmp_path_factory):
     """A folder with LoRA that does something, for the small SAM."""
     sam, folder = open_sam(small_sam), tmp_path_factory.mktemp("adapter")
     Adapter("fs-sam2", sam.name, sam.fingerprint, {}).save(folder)
-    _, adapted = with_lora(sam.model)
-    save_lora(adapted, folder)
+    save_lora(with_lora(sam.model), folder)
     return folder
 
 
@@ -445,7 +327,7 @@ def test_merged_weights_segment_as_the_adapter_does(small_sam, adapter):
         "query": torch.from_numpy(rng.integers(0, 256, (2, 3, SIDE, SIDE), dtype=np.uint8)),
     }
     plain = FewShot(open_sam(small_sam).model).eval().logits(batch)
-    expected = with_lora(open_sam(small_sam).model)[0].eval().logits(batch)
+    expected = FewShot(with_lora(open_sam(small_sam).model).base_model.model).eval().logits(batch)
     merged = merge_lora(open_sam(small_sam), adapter)
     found = FewShot(merged.model).eval().logits(batch)
     assert torch.allclose(found, expected, atol=1e-4 * float(expected.abs().max()))
@@ -662,12 +544,13 @@ def test_a_sam_without_memory_is_refused(adapt, tmp_path, capsys):
 
 
 @SLOW
-def test_two_processes_equal_one_of_the_same_global_batch(adapt, tmp_path):
+def test_two_processes_train_one_adapter(adapt, tmp_path):
     workers = ["--dataloader_num_workers", "1"]
     said, _ = in_two_processes("-m", "persam_dreambooth", *adapt, "--output", tmp_path / "two", *workers)
-    assert said.count("done: ") == 1
-    assert command(*adapt, "--output", tmp_path / "one", "--train_batch_size", "2") == 0
-    one, two = (load_file(tmp_path / name / LORA_FILE) for name in ("one", "two"))
-    # Dropout differs: each process draws its own.
-    assert [row["step"] for row in rows(tmp_path / "two")] == [1, 2] and one.keys() == two.keys()
-    assert rows(tmp_path / "two")[0]["loss"] == pytest.approx(rows(tmp_path / "one")[0]["loss"], rel=0.2)
+    assert said.count("done: ") == 1 and Adapter.read(tmp_path / "two").settings["best"]["step"] in (1, 2)
+    assert [row["step"] for row in rows(tmp_path / "two")] == [1, 2]
+    merge_lora(open_sam(adapt[adapt.index("--sam_model") + 1]), tmp_path / "two")
+
+
+if __name__ == "__main__":  # one of the processes of `test_two_processes_equal_one_of_the_same_global_batch`
+    adapt_line(Path(sys.argv[1]), dropout=0, train_batch_size=2)

@@ -716,7 +716,7 @@ def scores_of(sequences, sam, row="persam-f-published"):
     objects = tuple(davis_scores.ObjectScores(sequence, 1, j, f, 3) for sequence in sequences)
     found = davis_scores.VideoRow(row, Path("predictions"), objects, (Cost(sam),) * len(objects))
     data = davis_scores.VideoSet(Path("JPEGImages/480p"), Path("Annotations/480p"), tuple(sequences))
-    return davis_scores.DavisScores(data, found, (found,), "a test", {"data": "DAVIS"}, {})
+    return davis_scores.DavisScores(found, (found,), "a test", {"data": "DAVIS"}, {}, data)
 
 
 def test_table_2_has_the_papers_rows_only_for_its_data_and_its_sam():

@@ -396,6 +396,13 @@ def test_a_list_chooses_the_images_of_coco_and_their_order(coco):
         read_coco(coco).of_fold(2)
 
 
+def test_masks_of_json_are_kept_as_run_lengths(coco):
+    """A polygon as JSON has it is a list of numbers, which every loading process would copy."""
+    kept = read_coco(coco).mask.__self__
+    for own in kept.unions.values():
+        assert all(isinstance(union["counts"], bytes) for union in own.values())
+
+
 def test_json_without_pycocotools_is_one_line(coco, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(extras, "find_spec", lambda package: None)
     line = refusal(capsys, "coco20i", "--data", coco, "--output", tmp_path / "out")

@@ -10,22 +10,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from accelerate.state import AcceleratorState
 from PIL import Image
 from seeded_weights import seeded_weights
 from small_sams import GOLDEN
+from torch.utils.data import Dataset
+from training_runs import SLOW
 from transformers import Sam2VideoConfig, Sam2VideoModel
 
 from persam_dreambooth.segmentation import open_sam
+from persam_dreambooth.segmentation.adaptation.adapt_options import AdaptOptions
 from persam_dreambooth.segmentation.adaptation.episode_samples import (
     BLUR_KERNEL,
     LEAST_SIGMA,
     MOST_DEGREES,
     MOST_SIGMA,
     augment,
+    blur,
+    rotate,
 )
-from persam_dreambooth.segmentation.adaptation.few_shot import smooth_dice
+from persam_dreambooth.segmentation.adaptation.few_shot import FewShot, smooth_dice
 from persam_dreambooth.segmentation.adaptation.lora import add_lora
+from persam_dreambooth.segmentation.adaptation.training import Learner, run_adaptation
+from persam_dreambooth.segmentation.adapters import Adapter
 from persam_dreambooth.segmentation.evaluation.episodes import FewShotData, sample_episode
 from persam_dreambooth.segmentation.evaluation.few_shot_scores import EpisodeRun, score_run
 from persam_dreambooth.segmentation.sams.original_sam2 import read_sam2_config, rename_sam2, transformers_name
@@ -165,23 +172,40 @@ def our_name(name):
     return weight.removesuffix(".weight") + matrix
 
 
-def adapted_model():
-    """The small SAM 2 with the recorded program's adapters, without dropout, in evaluation mode."""
+def with_lora(model):
+    """peft's model of a SAM 2 of the recorded layout, with the recorded program's adapters."""
+    adapted = add_lora(model, "small")
     names, shapes = (recorded("weights")[part] for part in ("lora_names", "lora_shapes"))
-    adapted = base_model()
-    add_lora(adapted, "small")
     weights = {
         our_name(name): value * (0.1 if ".lora_B." in name else 1)
         for name, value in seeded_weights(names, shapes).items()
     }
-    missing, unexpected = adapted.load_state_dict(weights, strict=False)
+    missing, unexpected = model.load_state_dict(weights, strict=False)
     assert not unexpected and not any("lora" in name for name in missing)
+    return adapted
+
+
+def adapted_model():
+    """The small SAM 2 with the recorded program's adapters, without dropout, in evaluation mode."""
+    adapted = base_model()
+    with_lora(adapted)
     for module in adapted.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         if hasattr(module, "dropout_p"):
             module.dropout_p = 0.0
     return adapted.eval()
+
+
+def recorded_batch(chosen, shots=1):
+    """Episodes of the recorded program as a batch of training."""
+    _, masks = read_episodes(chosen)
+    photos = recorded("episodes")["photos"][chosen].repeat(16, 2).repeat(16, 3)
+    photos = torch.from_numpy(photos).permute(0, 1, 4, 2, 3)
+    return {
+        "supports": photos[:, :shots], "masks": masks[:, :shots], "query": photos[:, -1], "truth": masks[:, -1],
+        "name": "",
+    }  # fmt: skip
 
 
 def test_the_adapted_modules_are_those_of_the_authors():
@@ -192,6 +216,8 @@ def test_the_adapted_modules_are_those_of_the_authors():
     trained = {name: value.numel() for name, value in base_plus.named_parameters() if value.requires_grad}
     assert len(published["modules"]) == 85 and published["trained"] == sum(trained.values()) == 750_732
     assert {name for name in trained if ".lora_A." in name} == {our_name(name) for name in published["modules"]}
+    parts = {"vision_encoder": 265_356, "memory_attention": 475_136, "memory_encoder": 10_240}
+    assert parts == {part: sum(size for name, size in trained.items() if name.startswith(part)) for part in parts}
 
 
 @torch.no_grad()
@@ -200,23 +226,75 @@ def test_each_stage_with_adapters_is_that_of_the_authors(shots):
     assert_stages(adapted_model(), recorded("adapted"), shots)
 
 
-def test_gradients_are_those_of_the_authors():
-    expected, adapted, (pixels, masks) = recorded("training"), adapted_model().train(), read_episodes(slice(0, 2))
-    _, cells = image_features(adapted, pixels[:, 0])
-    finer, queries = image_features(adapted, pixels[:, -1])
-    conditioned = recall(adapted, queries, encode_memory(adapted, cells, masks[:, 0]))
-    logits = F.interpolate(decode_cells(adapted, conditioned, finer)[0], (SIDE, SIDE), mode="bilinear")
-    loss = F.binary_cross_entropy_with_logits(logits, masks[:, -1]) + smooth_dice(logits, masks[:, -1])
+@torch.no_grad()
+@pytest.mark.parametrize("shots", [1, SHOTS])
+def test_the_logits_of_a_batch_are_those_of_the_authors(shots):
+    found = FewShot(adapted_model()).eval().logits(recorded_batch(slice(0, 2), shots))[:, 0, ::2, ::2]
+    assert_same(found, recorded("adapted")[f"stable_logits_{shots}"])
+
+
+# Training
+
+
+def test_the_loss_is_that_of_the_authors():
+    arrays = recorded("training")
+    logits, truth = torch.from_numpy(arrays["loss_logits"]), torch.from_numpy(arrays["loss_masks"]).float()
+    bce = torch.nn.functional.binary_cross_entropy_with_logits(logits, truth)
+    assert [float(bce), float(smooth_dice(logits, truth))] == pytest.approx(arrays["loss"][1:], rel=1e-6)
+
+
+def test_gradients_are_those_of_the_authors_and_of_lora_alone():
+    expected, adapted = recorded("training"), adapted_model()
+    loss = FewShot(adapted).train()(recorded_batch(slice(0, 2)))["loss"]
     loss.backward()
-    assert float(loss.detach()) == pytest.approx(expected["losses"][0], rel=1e-5)
-    gradients = {name: value.grad.norm() for name, value in adapted.named_parameters() if value.grad is not None}
+    assert loss.item() == pytest.approx(expected["losses"][0], rel=1e-5)
+    found = {name: float(value.grad.norm()) for name, value in adapted.named_parameters() if value.grad is not None}
     names = [our_name(str(name)) for name in expected["gradient_names"]]
-    assert set(gradients) == set(names)
-    norms = torch.stack([gradients[name] for name in names]).numpy()
-    np.testing.assert_allclose(norms, expected["gradient_norms"], rtol=1e-4)
+    assert found == pytest.approx(dict(zip(names, expected["gradient_norms"], strict=True)), rel=1e-4)
+
+
+@SLOW
+def test_four_steps_are_those_of_the_authors(tmp_path):
+    """Two epochs of the same two batches, at their rates."""
+    adapted, arrays = adapted_model(), recorded("training")
+
+    class Recorded(Dataset):
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, number):
+            batch = recorded_batch(slice(number % 4, number % 4 + 1))
+            return {name: value if name == "name" else value[0] for name, value in batch.items()}
+
+    def opened(options, accelerator):
+        return Learner(FewShot(adapted), Recorded(), lambda to: None, Adapter("fs-sam2", "", "", {}))
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    options = AdaptOptions(
+        output=str(tmp_path), num_train_epochs=2, train_batch_size=2, learning_rate=0.01, logging_steps=1
+    )
+    run_adaptation(options, opened)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["loss"] for line in lines] == pytest.approx(arrays["losses"], rel=1e-4)
+    after = dict(adapted.named_parameters())
+    for name, first in zip(arrays["gradient_names"], arrays["after_first"], strict=True):
+        found = after[our_name(str(name))].detach().flatten()[: len(first)].numpy()
+        np.testing.assert_allclose(found, first, rtol=0, atol=1e-5)
 
 
 # Augmentation
+
+
+def test_the_augmentation_is_that_of_the_authors():
+    arrays = recorded("augmentation")
+    photo, mask, degrees = (
+        torch.from_numpy(arrays["photo"]),
+        torch.from_numpy(arrays["mask"]),
+        float(arrays["rotation"]),
+    )
+    assert np.array_equal(rotate(photo, degrees), arrays["rotated_photo"])
+    assert np.array_equal(rotate(mask[None], degrees)[0], arrays["rotated_mask"])
+    assert np.array_equal(blur(photo, float(arrays["sigma"])), arrays["blurred_photo"])
 
 
 def test_the_augmentation_has_the_ranges_of_the_authors():

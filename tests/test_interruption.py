@@ -91,7 +91,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(runs, tmp_path):
     last = ended.stderr.splitlines()[-1]
     assert re.fullmatch(
         "error: .*checkpoint-3 cannot be written .File too large.: free some space; the last checkpoint is "
-        "checkpoint-2; go on with --resume_from_checkpoint latest",
+        "checkpoint-2; resume with --resume_from_checkpoint latest",
         last,
     )
     assert "Traceback" not in ended.stderr

@@ -58,7 +58,11 @@ class SegmentOptions(MaskFolderOptions):
     )
     mask: str | None = option(None, "its mask: any color but black is the subject", path=True, rivals=("mask_dir",))
     mask_dir: str | None = option(
-        None, "folder with masks of some of the photos: several references", path=True, rivals=("mask",)
+        None,
+        "folder with masks of some of the photos: several references; of an earlier --output, those masks that you "
+        "gave or corrected",
+        path=True,
+        rivals=("mask",),
     )
     invert_mask: bool = option(False, "the subject is black, or transparent, in the given masks")
     output: str | None = option(

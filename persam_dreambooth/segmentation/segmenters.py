@@ -106,7 +106,7 @@ class SegmenterOptions(Options):
         return True
 
     @property
-    def sam_told(self) -> str:
+    def sam_title(self) -> str:
         """The SAM and its adapter, for reports."""
         return f"{self.sam_model} adapted by {self.adapter}" if self.adapter else self.sam_model
 

@@ -89,7 +89,7 @@ def writing(run_dir: Path, accelerator: Accelerator, last_written: str) -> Itera
         for tracker in accelerator.trackers:
             tracker.finish()
         if isinstance(error, SaveError) and not (run_dir / last_written).is_file():
-            raise SaveError(f"{error}; go on with --resume_from_checkpoint latest") from error
+            raise SaveError(f"{error}; resume with --resume_from_checkpoint latest") from error
         raise
 
 

@@ -280,7 +280,7 @@ def memory_loss(
 
 def decode_all(sam: Sam2MemoryModel, features: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Decodes features without a prompt: logits (B, 4, m, m) and scores (B, 4), see `decode`, and visibility (B, 1)."""
-    kept = {}
+    kept: dict[str, torch.Tensor] = {}
     head = sam.mask_decoder.pred_obj_score_head
     hook = head.register_forward_hook(lambda module, inputs, output: kept.__setitem__("visible", output[:, 0]))
     try:

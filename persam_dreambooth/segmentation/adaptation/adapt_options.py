@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from persam_dreambooth.options import LAST_SEED, Options, above_zero, option, require, within
 
-UNTOLD = (
+NOT_IN_SETTINGS = (
     "output",
     "resume_from_checkpoint",
     "checkpointing_steps",
@@ -78,7 +78,7 @@ class AdaptOptions(Options):
     @property
     def settings(self) -> dict[str, Any]:
         """The options that the trained weights depend on, by name."""
-        return {name: value for name, value in asdict(self).items() if name not in UNTOLD}
+        return {name: value for name, value in asdict(self).items() if name not in NOT_IN_SETTINGS}
 
     def check(self) -> None:
         """Raises `InputError` for options that are missing, out of range or in conflict."""

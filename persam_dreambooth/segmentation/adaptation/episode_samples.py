@@ -57,9 +57,9 @@ class TrainingEpisodes(Dataset):
         episode = sample_episode(self.data, self.shots, self.seed, index, epoch + 1)
         rng = np.random.default_rng([self.seed, AUGMENTATION, number])
         images = (*episode.supports, episode.query)
-        drawn = [augment(*stretched(self.data.read(image, episode.category), self.side), rng) for image in images]
-        *photos, query = (photo for photo, _ in drawn)
-        *masks, truth = (mask for _, mask in drawn)
+        augmented = [augment(*stretched(self.data.read(image, episode.category), self.side), rng) for image in images]
+        *photos, query = (photo for photo, _ in augmented)
+        *masks, truth = (mask for _, mask in augmented)
         name = f"{episode.category}: {episode.query} from {', '.join(episode.supports)}"
         return {
             "supports": torch.stack(photos),
@@ -94,9 +94,9 @@ class ValidationEpisodes(Dataset):
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         episode = sample_episode(self.data, self.shots, self.seed, number)
-        drawn = [stretched(self.data.read(image, episode.category), self.side) for image in episode.supports]
+        supports = [stretched(self.data.read(image, episode.category), self.side) for image in episode.supports]
         labeled = self.data.read(episode.query, episode.category)
-        photos, masks = (torch.stack(parts) for parts in zip(*drawn, strict=True))
+        photos, masks = (torch.stack(parts) for parts in zip(*supports, strict=True))
         query, _ = stretched(labeled, self.side)
         return {"supports": photos, "masks": masks, "query": query, "labeled": labeled, "category": episode.category}
 
@@ -116,17 +116,17 @@ def hold_out(data: FewShotData, shots: int) -> tuple[FewShotData, FewShotData]:
         InputError: no class has enough of them.
     """
     held = set(data.images[HELD_OUT - 1 :: HELD_OUT])
-    left, apart = (
+    training, validation = (
         {name: tuple(image for image in images if (image in held) == kept) for name, images in data.members.items()}
         for kept in (False, True)
     )
-    apart = {name: images for name, images in apart.items() if len(images) > shots}
-    if not apart:
+    validation = {name: images for name, images in validation.items() if len(images) > shots}
+    if not validation:
         raise InputError(
             f"of {counted(len(data.images), 'training image')}, {len(held)} are held out, and no class has more than "
             f"{shots} of them: add images, or lower --shots"
         )
-    return replace(data, members=left), replace(data, split="val", members=apart)
+    return replace(data, members=training), replace(data, split="val", members=validation)
 
 
 def stretched(labeled: LabeledPhoto, side: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -67,7 +67,7 @@ class Learner:
         samples: indexed by sample number, without end; a number with the seed decides all that is random. Their length
             is that of an epoch. A sample is a dict of tensors and texts; its `name` is for messages.
         save: writes the weights of the adapter to a folder, without `adapter.json`.
-        adapter: the adapter's description. Its settings are the options, and what else must be equal to resume.
+        adapter: the adapter's description. Its settings are what must be equal to resume, besides the options.
         validate: validation figures by name; the largest value of the first one chooses the weights that are kept.
             None: the last weights are kept.
     """
@@ -171,8 +171,8 @@ def run_adaptation(
                 (run_dir / ADAPTER).unlink(missing_ok=True)
             note_settings(run_dir, settings, what, "--output")
         if options.report_to:
-            told = {name: str(value) for name, value in settings.items()}
-            accelerator.init_trackers("persam-dreambooth", told, {"wandb": {"name": run_dir.name, "dir": run_dir}})
+            texts = {name: str(value) for name, value in settings.items()}
+            accelerator.init_trackers("persam-dreambooth", texts, {"wandb": {"name": run_dir.name, "dir": run_dir}})
         best = train_learner(options, learner, accelerator, resume_from)
         adapter.settings["best"] = {"step": best.step, **best.figures}
         if accelerator.is_main_process:

@@ -67,7 +67,7 @@ def evaluate_absence(options: EvaluateAbsenceOptions) -> AbsenceScores:
         check_settings(output, options.settings, "an evaluation", "--output")
         look_for(data, options, output)
         pairs = [pair for item in data.items for pair in read_pairs(_pairs_file(output, item))]
-        made_by = f"{options.segmenter}, SAM: {options.sam_told}"
+        made_by = f"{options.segmenter}, SAM: {options.sam_title}"
         scores = AbsenceScores.of(pairs, options.absent_threshold, made_by, asdict(options), provenance())
         write_json(output / "results.json", scores.results)
         write_absence(output, scores)

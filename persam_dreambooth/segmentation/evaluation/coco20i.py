@@ -158,7 +158,7 @@ class _Instances:
             }
             self.categories = tuple(names.values())
             self.sizes = dict(sorted(listed.values()))
-            self.shapes: dict[str, dict[str, list[Any]]] = {image: {} for image in self.sizes}
+            shapes: dict[str, dict[str, list[Any]]] = {image: {} for image in self.sizes}
             for entry in content["annotations"]:
                 for kind, known in (("image", listed), ("category", names)):
                     if entry[f"{kind}_id"] not in known:
@@ -166,41 +166,48 @@ class _Instances:
                             f"{path} has an annotation of {kind} {entry[f'{kind}_id']}, which it does not list: "
                             "download it again"
                         )
-                own = self.shapes[listed[entry["image_id"]][0]]
+                own = shapes[listed[entry["image_id"]][0]]
                 own.setdefault(names[entry["category_id"]], []).append(entry["segmentation"])
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise InputError(f"{path} is not JSON ({error}): download it again") from None
         except (KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path} is not COCO's annotations of instances ({error!r}): download it again") from None
-        self.images = [image for image, shapes in self.shapes.items() if shapes]
+        self.images = [image for image, own in shapes.items() if own]
+        # As bytes, these are small, and the loading processes share their memory.
+        reading = steps(self.images, "reading masks", "image")
+        self.unions = {image: self._unions(image, shapes.pop(image)) for image in reading}
 
     def pixels(self, image: str) -> dict[str, int]:
         from pycocotools import mask
 
-        return {category: int(mask.area(self._union(image, category))) for category in self.shapes[image]}
+        return {category: int(mask.area(union)) for category, union in self.unions[image].items()}
 
     def mask(self, image: str, category: str) -> tuple[np.ndarray, np.ndarray]:
         from pycocotools import mask
 
-        shown = mask.decode(self._union(image, category)).astype(bool)
+        shown = mask.decode(self.unions[image][category]).astype(bool)
         return shown, np.zeros_like(shown)
 
     def annotation(self, image: str) -> Path:
         return self.path
 
-    def _union(self, image: str, category: str) -> Rle:
-        """The union of a class's objects in an image."""
+    def _unions(self, image: str, shapes: dict[str, list[Any]]) -> dict[str, Rle]:
+        """The union of each class's objects in an image."""
         from pycocotools import mask
 
-        height, width = self.sizes[image]
-        parts: list[Rle] = []
-        try:
-            for shape in self.shapes[image][category]:
-                made = mask.frPyObjects(shape, height, width) if _is_plain(shape) else shape
-                parts += made if isinstance(made, list) else [made]
-            return mask.merge(parts)
-        except (TypeError, ValueError, KeyError, IndexError) as error:
-            raise InputError(f"{self.path} has a broken mask of {category} in {image} ({error}): remove it") from None
+        unions = {}
+        for category, own in shapes.items():
+            parts: list[Rle] = []
+            try:
+                for shape in own:
+                    made = mask.frPyObjects(shape, *self.sizes[image]) if _is_plain(shape) else shape
+                    parts += made if isinstance(made, list) else [made]
+                unions[category] = mask.merge(parts)
+            except (TypeError, ValueError, KeyError, IndexError) as error:
+                raise InputError(
+                    f"{self.path} has a broken mask of {category} in {image} ({error}): remove it"
+                ) from None
+        return unions
 
 
 def _is_plain(shape: Any) -> bool:

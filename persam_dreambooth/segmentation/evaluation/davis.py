@@ -107,7 +107,7 @@ def evaluate_davis(options: EvaluateDavisOptions) -> DavisScores | None:
             made_by = f"predictions in {options.predictions}"
             found = {PREDICTIONS: Path(options.predictions)}
         else:
-            made_by = f"{options.row}, SAM: {options.sam_told}"
+            made_by = f"{options.row}, SAM: {options.sam_title}"
             found = {
                 name: output / PREDICTIONS / name for name in [options.row, *_earlier_rows(output, data, options.row)]
             }
@@ -116,7 +116,7 @@ def evaluate_davis(options: EvaluateDavisOptions) -> DavisScores | None:
             for name, folder in found.items()
         ]
         ordered = tuple(sorted(rows, key=lambda row: row.name))
-        scores = DavisScores(data, rows[0], ordered, made_by, asdict(options), provenance())
+        scores = DavisScores(rows[0], ordered, made_by, asdict(options), provenance(), data)
         if options.predictions:
             note_settings(output, options.settings, "an evaluation", "--output")
         write_json(output / "results.json", scores.results)

@@ -24,6 +24,7 @@ from persam_dreambooth.segmentation.evaluation.metrics import (
     jaccard,
     statistics,
 )
+from persam_dreambooth.segmentation.evaluation.one_shot_scores import Scores
 from persam_dreambooth.segmentation.frames import list_numbered
 
 OVER_SEQUENCES = "percentile bootstrap over sequences"
@@ -172,24 +173,10 @@ class VideoRow:
 
 
 @dataclass(frozen=True)
-class DavisScores:
-    """The scores of an evaluation.
-
-    Args:
-        data: the sequences.
-        shown: the row of the method that the options name.
-        rows: all rows in the folder, `shown` among them.
-        made_by: the method and its SAM, or `predictions`.
-        options: the options of the evaluation, by name.
-        made_with: see `provenance`.
-    """
+class DavisScores(Scores[VideoRow]):
+    """The scores of an evaluation of videos; `data` has their sequences."""
 
     data: VideoSet
-    shown: VideoRow
-    rows: tuple[VideoRow, ...]
-    made_by: str
-    options: dict[str, Any]
-    made_with: dict[str, Any]
 
     @property
     def frames(self) -> int:
@@ -204,21 +191,12 @@ class DavisScores:
     @property
     def results(self) -> dict[str, Any]:
         """The content of `results.json`."""
-        return {
-            **self.shown.result,
-            "units": "percent",
-            "row": self.shown.name,
-            "rows": {row.name: row.result for row in self.rows},
-            "made_by": self.made_by,
-            "data": {
-                "sequences": len(self.data.sequences),
-                "objects": len(self.shown.objects),
-                "scored_frames": self.frames,
-            },
-            "bootstrap": {**BOOTSTRAP, "method": OVER_SEQUENCES},
-            "options": self.options,
-            "made_with": self.made_with,
+        counts = {
+            "sequences": len(self.data.sequences),
+            "objects": len(self.shown.objects),
+            "scored_frames": self.frames,
         }
+        return self.content(counts, units="percent", bootstrap={**BOOTSTRAP, "method": OVER_SEQUENCES})
 
 
 def score_videos(name: str, predictions: Path, data: VideoSet, sequences: Iterable[str]) -> VideoRow:

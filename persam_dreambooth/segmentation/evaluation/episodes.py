@@ -239,14 +239,14 @@ def sample_episode(data: FewShotData, shots: int, seed: int, index: int, epoch: 
     rng = np.random.default_rng([seed, index, epoch])
     if data.in_turn:
         query = data.images[index % len(data.images)]
-        category = _drawn(rng, data.classes_of[query])
+        category = _choice(rng, data.classes_of[query])
     else:
-        category = _drawn(rng, data.classes)
-        query = _drawn(rng, data.images_of(category))
+        category = _choice(rng, data.classes)
+        query = _choice(rng, data.images_of(category))
     others = [image for image in data.images_of(category) if image != query]
     supports = rng.choice(len(others), shots, replace=False)
     return Episode(index, category, query, tuple(others[place] for place in supports))
 
 
-def _drawn(rng: np.random.Generator, names: tuple[str, ...]) -> str:
+def _choice(rng: np.random.Generator, names: tuple[str, ...]) -> str:
     return names[rng.choice(len(names))]

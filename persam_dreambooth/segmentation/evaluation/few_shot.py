@@ -166,7 +166,7 @@ def evaluate_few_shot(
             made_by = "predictions"
             found[made_by, options.shots] = {run: Path(options.predictions) / run.name for run in runs}
         else:
-            made_by = f"{options.row}, SAM: {options.sam_told}"
+            made_by = f"{options.row}, SAM: {options.sam_title}"
             for method in [f"{name}{end}" for name in METHODS for end in ("", ADAPTED)]:
                 own = runs if method == options.row else []
                 for run in [*own, *earlier_runs(output / "predictions" / method, sets, own, options)]:
@@ -222,6 +222,7 @@ def predict_episodes(runs: Sequence[EpisodeRun], folder: Path, options: FewShotO
     done = len(own) - len(left)
     for run, episode in steps(left, "segmenting", "episode", len(own), done, hidden=not state.is_main_process):
         if (needed := fitting[run.data.fold]).adapter != adapter:
+            del encoder  # with its SAM and its encodings, before the next SAM is opened
             encoder, adapter = RecentEncodings(open_sam_of(needed)), needed.adapter
         segment_episode(run.data, episode, folder / run.name, fitting[run.data.fold], encoder)
 

@@ -191,9 +191,9 @@ def class_table(row: FewShotRow) -> Table:
 
 def _class_rows(row: FewShotRow) -> Iterator[list[TableCell]]:
     for runs in row.folds.values():
-        drawn = [episode.category for scored in runs for episode in scored.run.episodes]
+        shown_classes = [episode.category for scored in runs for episode in scored.run.episodes]
         for name in runs[0].run.data.classes:
             shown: Sequence[dict[str, float]] = [scored.class_ious for scored in runs if name in scored.class_ious]
             if shown:
                 iou = mean_figures([{"IoU": each[name]} for each in shown])["IoU"]
-                yield [name, str(drawn.count(name)), iou]
+                yield [name, str(shown_classes.count(name)), iou]

@@ -26,6 +26,7 @@ from persam_dreambooth.segmentation.evaluation.costs import Cost, cost_summary, 
 from persam_dreambooth.segmentation.evaluation.data_set import read_prediction
 from persam_dreambooth.segmentation.evaluation.episodes import Episode, FewShotData, sample_episode
 from persam_dreambooth.segmentation.evaluation.metrics import overlap
+from persam_dreambooth.segmentation.evaluation.one_shot_scores import Scores
 
 PIXELS = "pixels.json"
 """The file in a run's folder of predictions with the pixels of its episodes."""
@@ -203,23 +204,8 @@ class FewShotRow:
         }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class FewShotScores:
-    """The scores of an evaluation.
-
-    Args:
-        shown: the row of the method and the shots that the options name.
-        rows: all rows in the folder, `shown` among them.
-        made_by: the method and its SAM, or `predictions`.
-        options: the options of the evaluation, by name.
-        made_with: see `provenance`.
-    """
-
-    shown: FewShotRow
-    rows: tuple[FewShotRow, ...]
-    made_by: str
-    options: dict[str, Any]
-    made_with: dict[str, Any]
+class FewShotScores(Scores[FewShotRow]):
+    """The scores of an evaluation by episodes."""
 
     @property
     def data(self) -> FewShotData:
@@ -229,16 +215,7 @@ class FewShotScores:
     @property
     def results(self) -> dict[str, Any]:
         """The content of `results.json`."""
-        return {
-            **self.shown.result,
-            "units": "percent",
-            "row": self.shown.name,
-            "rows": {row.name: row.result for row in self.rows},
-            "made_by": self.made_by,
-            "data": {"name": self.data.title, "split": self.data.split},
-            "options": self.options,
-            "made_with": self.made_with,
-        }
+        return self.content({"name": self.data.title, "split": self.data.split}, units="percent")
 
 
 def prediction_path(folder: Path, episode: Episode) -> Path:

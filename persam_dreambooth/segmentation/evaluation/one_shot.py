@@ -158,7 +158,7 @@ def evaluate_one_shot(
         if not state.is_main_process:
             return None
         if rows:
-            made_by = f"{options.segmenter}, SAM: {options.sam_told}"
+            made_by = f"{options.segmenter}, SAM: {options.sam_title}"
             names = [row.name for row in rows] + earlier_rows(output, data, methods, [row.name for row in rows])
             found = [(*read_row_name(name), output / "predictions" / name) for name in names]
         else:
@@ -168,7 +168,7 @@ def evaluate_one_shot(
         order = {method: place for place, method in enumerate([made_by, *methods])}
         ordered = sorted(scored, key=lambda row: (order[row.method], len(row.references), row.references))
         scores = OneShotScores(
-            data, scored[0], tuple(ordered), made_by, effective(options, options.predictions), provenance()
+            scored[0], tuple(ordered), made_by, effective(options, options.predictions), provenance(), data
         )
         tables = [*one_shot_tables(scores), *more_tables(scores)]
         write_json(output / "results.json", scores.results)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -142,25 +142,58 @@ class ReferenceSpread:
     count: int
 
 
+class ScoredRow(Protocol):
+    """A row of an evaluation."""
+
+    @property
+    def name(self) -> str:
+        """Its name in the tables."""
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """Its entry in `results.json`."""
+
+
+AnyRow = TypeVar("AnyRow", bound=ScoredRow)
+
+
 @dataclass(frozen=True)
-class OneShotScores:
-    """The scores of an evaluation.
+class Scores(Generic[AnyRow]):
+    """The scores of an evaluation, of whatever task.
 
     Args:
-        data: the data set.
-        shown: the row whose objects are shown: that of the method that the options name.
+        shown: the row whose pictures are shown: that of the method that the options name.
         rows: all rows in the folder, `shown` among them, in the order of the tables.
         made_by: the method and its SAM, or `predictions`.
         options: the options of the evaluation, by name.
         made_with: see `provenance`.
     """
 
-    data: DataSet
-    shown: RowScores
-    rows: tuple[RowScores, ...]
+    shown: AnyRow
+    rows: tuple[AnyRow, ...]
     made_by: str
     options: dict[str, Any]
     made_with: dict[str, Any]
+
+    def content(self, data: dict[str, Any], **more: Any) -> dict[str, Any]:
+        """The content of `results.json`, with a description of the data and more entries."""
+        return {
+            **self.shown.result,
+            "row": self.shown.name,
+            "rows": {row.name: row.result for row in self.rows},
+            "made_by": self.made_by,
+            "data": data,
+            **more,
+            "options": self.options,
+            "made_with": self.made_with,
+        }
+
+
+@dataclass(frozen=True)
+class OneShotScores(Scores[RowScores]):
+    """The scores of a one-shot evaluation; `data` is its data set."""
+
+    data: DataSet
 
     def row(self, method: str) -> RowScores | None:
         """The row of a method with the first image as its reference; None if it was not computed."""
@@ -187,19 +220,9 @@ class OneShotScores:
     @property
     def results(self) -> dict[str, Any]:
         """The content of `results.json`."""
-        content = {
-            **self.shown.result,
-            "row": self.shown.name,
-            "rows": {row.name: row.result for row in self.rows},
-            "made_by": self.made_by,
-            "data": {"name": self.data.name, "objects": len(self.data.items), "images": self.data.images},
-            "bootstrap": BOOTSTRAP,
-            "options": self.options,
-            "made_with": self.made_with,
-        }
-        if self.shown.method in self.references:
-            content["references"] = asdict(self.references[self.shown.method])
-        return content
+        found = {"name": self.data.name, "objects": len(self.data.items), "images": self.data.images}
+        spread = self.references.get(self.shown.method)
+        return self.content(found, bootstrap=BOOTSTRAP, **({"references": asdict(spread)} if spread else {}))
 
 
 def row_name(method: str, references: tuple[int, ...]) -> str:
