@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from small_sams import save_every_kind
 from torch.utils.data import default_collate
-from training_runs import SLOW, command, in_two_processes
+from training_runs import SLOW, adaptation, command, in_two_processes
 
 from persam_dreambooth import InputError, InputNotFoundError, PLMSegmenter, cli, open_sam
 from persam_dreambooth.files import write_json
@@ -51,12 +51,6 @@ def examples(task):
     return [
         Example(task / "images" / "0000.png", task / "masks" / part / "0000.png") for part in ("head", "scarf", "tail")
     ]
-
-
-def adaptation(task, output, filled_sam, *more):
-    given = ["--images", task / "images", "--masks", task / "masks", "--output", output]
-    quick = ["--sam_model", filled_sam, "--max_train_steps", "4", "--train_batch_size", "2", "--mixed_precision", "no"]
-    return ["adapt", "plm", *given, *quick, *more]
 
 
 def adapt(*given):
@@ -300,14 +294,6 @@ def test_what_cannot_be_fitted_is_refused(sam, task):
 
 
 # adapt plm
-
-
-@pytest.fixture(scope="module")
-def adapted(task, filled_sam, tmp_path_factory):
-    """The folder of an adapter."""
-    folder = tmp_path_factory.mktemp("adapted") / "plm"
-    assert adapt(task, folder, filled_sam) == 0
-    return folder
 
 
 def test_an_adapter_is_a_plm_that_replaces_the_fit(sam, filled_sam, adapted, task, references, capsys, tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from persam_dreambooth import InputError, InputNotFoundError, cli
+from persam_dreambooth import InputError, InputNotFoundError, cli, open_sam
 from persam_dreambooth.machine import provenance
 from persam_dreambooth.photos.images import read_image
 from persam_dreambooth.segmentation.adaptation import task_folder
@@ -22,6 +22,7 @@ from persam_dreambooth.segmentation.evaluation.task import (
 )
 from persam_dreambooth.segmentation.evaluation.task_report import task_heading, task_tables
 from persam_dreambooth.segmentation.evaluation.task_scores import TaskRowScores, TaskScores, score_row
+from persam_dreambooth.segmentation.prompt_learning import decode_prompts, load_plm
 from persam_dreambooth.toy import world
 from persam_dreambooth.toy.rendered_parts import part_scenes
 
@@ -229,7 +230,7 @@ def test_held_out_images_are_the_same_for_all_numbers_of_masks(many, tmp_path):
     ("more", "said"),
     [
         ({"methods": "sam,persam"}, "--methods names persam: use sam, sam-oracle, sam-f, plm, plm-pmm, or all"),
-        ({"test_share": 1.0}, "--test_share is 1.0: give a fraction above 0 and below 1"),
+        ({"test_share": 1.1}, "--test_share is 1.1: give a fraction above 0, at most 1"),
         ({"train_masks": 0}, "--train_masks is 0: give 1 or more"),
     ],
 )
@@ -288,6 +289,28 @@ def test_a_repeated_evaluation_computes_only_what_is_missing(task, filled_sam, e
     assert evaluate(task, filled_sam, output, "--methods", "sam", "--prompt", "box") == 0
     rows = json.loads((output / "results.json").read_text())["rows"]
     assert list(rows)[-1] == "sam-box" and len(rows) == 6
+
+
+def test_an_adapter_is_scored_on_images_that_it_has_not_seen(task, filled_sam, adapted, tmp_path, capsys):
+    only = ("--methods", "sam", "--test_share", "1", "--adapter", str(adapted))
+    assert evaluate(task, filled_sam, tmp_path / "out", *only) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == (
+        f"error: {adapted} was trained on {task / 'masks'}, the held-out masks among them: give other --data"
+    )
+    other = shutil.copytree(task, tmp_path / "other")
+    assert evaluate(other, filled_sam, tmp_path / "out", *only) == 0
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    scored = list(rows.values())[1]
+    assert list(rows)[1].startswith("adapter-") and scored["adapter"] == str(adapted)
+    sam = open_sam(filled_sam, device="cpu")
+    plm, _ = load_plm(adapted, sam)
+    mask = read_task(other / "images", other / "masks").masks["0000"][0]
+    prompt, encoding = held_out_prompt(mask, mask.read(), "point", 2), sam.encode(mask.image_path)
+    logits, _ = decode_prompts(sam, [encoding], [prompt], plm)
+    found = np.array(Image.open(tmp_path / "out/predictions" / list(rows)[1] / mask.part / "0000.png")) > 0
+    assert np.array_equal(found, (sam.upscale(logits[0], encoding)[0] > 0).numpy())
+    assert str(adapted) in (tmp_path / "out" / "results.md").read_text()
 
 
 def test_another_task_or_training_needs_another_folder(task, filled_sam, evaluated, capsys):
