@@ -103,7 +103,7 @@ def test_the_outline_of_a_square_is_evenly_sampled_and_keeps_clear_of_its_hole()
     assert np.allclose(sample_outline(np.ones((5, 5)), 4).max(), 1, atol=0.11)  # the whole input has an outline too
 
 
-def test_a_true_outline_is_begun_where_it_lies_closest():
+def test_a_true_outline_starts_where_it_lies_closest():
     circle = np.stack([np.cos(angles := np.linspace(0, 2 * np.pi, 16, endpoint=False)), np.sin(angles)], axis=1)
     turned = np.roll(circle, 5, axis=0)
     assert np.array_equal(align(circle + 0.01, turned), circle)
@@ -371,7 +371,7 @@ def test_without_the_pmm_and_from_boxes(task, filled_sam, sam, tmp_path, capsys)
         PLMSegmenter(sam, adapter=tmp_path / "plm")
 
 
-def test_an_adapter_that_does_not_tell_its_prompt_is_refused(adapted, sam, tmp_path):
+def test_an_adapter_that_lacks_its_prompt_is_refused(adapted, sam, tmp_path):
     folder = Path(shutil.copytree(adapted, tmp_path / "plm"))
     described = json.loads((folder / "adapter.json").read_text())
     (folder / "adapter.json").write_text(json.dumps({**described, "settings": {}}))

@@ -111,7 +111,7 @@ def test_celebamask_hq_is_genuine_with_all_images_and_all_parts(celeba, monkeypa
     assert not open_task(celeba, ("hair", "nose")).genuine
 
 
-def test_a_broken_celebamask_hq_is_told_in_one_line(celeba):
+def test_a_broken_celebamask_hq_is_reported_in_one_line(celeba):
     masks = celeba / "CelebAMask-HQ-mask-anno" / "0"
     shutil.copy(masks / "00000_hair.png", masks / "00001_hair.png")
     with pytest.raises(InputNotFoundError, match=r"00001_hair\.png has no image: .*CelebA-HQ-img/1\.jpg is missing"):
@@ -250,12 +250,12 @@ def evaluated(task, filled_sam, tmp_path_factory):
     return output
 
 
-LESSON = ("--train_masks", "1", "--max_train_steps", "3", "--train_batch_size", "1")
+TRAINING = ("--train_masks", "1", "--max_train_steps", "3", "--train_batch_size", "1")
 
 
 def evaluate(task, sam, output, *more):
     given = ["--data", str(task), "--output", str(output), "--sam_model", sam, "--seed", "2"]
-    return cli.main(["evaluate", "task", *given, *(more or LESSON)])
+    return cli.main(["evaluate", "task", *given, *(more or TRAINING)])
 
 
 def test_all_methods_answer_the_same_prompts(task, evaluated):
@@ -314,14 +314,14 @@ def test_an_adapter_is_scored_on_images_that_it_has_not_seen(task, filled_sam, a
 
 
 def test_another_task_or_training_needs_another_folder(task, filled_sam, evaluated, capsys):
-    assert evaluate(task, filled_sam, evaluated, *LESSON, "--test_share", "0.5") == 2
+    assert evaluate(task, filled_sam, evaluated, *TRAINING, "--test_share", "0.5") == 2
     assert "with other settings (other test_images; other masks): choose another --output" in capsys.readouterr().err
-    assert evaluate(task, filled_sam, evaluated, *LESSON, "--max_train_steps", "4") == 2
+    assert evaluate(task, filled_sam, evaluated, *TRAINING, "--max_train_steps", "4") == 2
     said = "which was trained with --max_train_steps 3 --train_batch_size 1: give these, or another --output"
     assert said in capsys.readouterr().err
 
 
-def test_a_row_without_its_description_or_a_mask_is_told(evaluated, task, tmp_path):
+def test_a_row_without_its_description_or_a_mask_is_reported(evaluated, task, tmp_path):
     held_out = read_task(task / "images", task / "masks")
     row = Path(shutil.copytree(evaluated / "predictions" / "sam-point", tmp_path / "sam-point"))
     [image] = {path.stem for path in row.glob("*/*.png")}
@@ -333,10 +333,10 @@ def test_a_row_without_its_description_or_a_mask_is_told(evaluated, task, tmp_pa
         score_row(row, [])
 
 
-def test_a_broken_description_of_another_row_is_told(evaluated, task, filled_sam, tmp_path, capsys):
+def test_a_broken_description_of_another_row_is_reported(evaluated, task, filled_sam, tmp_path, capsys):
     output = Path(shutil.copytree(evaluated, tmp_path / "out"))
     (output / "predictions" / "plm-point-1" / "row.json").write_text("{")
-    assert evaluate(task, filled_sam, output, *LESSON, "--methods", "sam-f") == 2
+    assert evaluate(task, filled_sam, output, *TRAINING, "--methods", "sam-f") == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.endswith("plm-point-1/row.json does not say what made these masks: remove "
                          f"{output}/predictions/plm-point-1")  # fmt: skip

@@ -102,8 +102,8 @@ class PromptTraining:
 class PromptSamples(Dataset):
     """Prompts for masks, by number: each epoch has all masks in a random order. Its length is that of an epoch."""
 
-    def __init__(self, examples: Sequence[Example], how: PromptTraining) -> None:
-        self.examples, self.how = examples, how
+    def __init__(self, examples: Sequence[Example], settings: PromptTraining) -> None:
+        self.examples, self.settings = examples, settings
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -111,9 +111,9 @@ class PromptSamples(Dataset):
     def __getitem__(self, number: int) -> dict[str, Any]:
         """The example's `place`, a `prompt` for it, and the photo's `name`."""
         epoch, index = divmod(number, len(self.examples))
-        place = int(np.random.default_rng([self.how.seed, epoch]).permutation(len(self.examples))[index])
-        example, rng = self.examples[place], np.random.default_rng([self.how.seed, number, 1])
-        prompt = draw_prompt(example.read_mask(), self.how.prompt, rng, example.point, JITTER)
+        place = int(np.random.default_rng([self.settings.seed, epoch]).permutation(len(self.examples))[index])
+        example, rng = self.examples[place], np.random.default_rng([self.settings.seed, number, 1])
+        prompt = draw_prompt(example.read_mask(), self.settings.prompt, rng, example.point, JITTER)
         return {"place": place, "prompt": torch.from_numpy(prompt.astype(np.float32)), "name": example.name}
 
 
@@ -138,24 +138,24 @@ class PromptLearner(nn.Module):
     Args:
         sam: the frozen SAM.
         samples: the masks.
-        how: the training.
+        settings: of the training.
 
     Raises:
         InputError: there is no mask.
     """
 
-    def __init__(self, sam: Sam, samples: PromptSamples, how: PromptTraining) -> None:
+    def __init__(self, sam: Sam, samples: PromptSamples, settings: PromptTraining) -> None:
         super().__init__()
         if not len(samples):
             raise InputError("there is no mask to learn: give one or more")
-        self.sam, self.samples, self.how = sam, samples, how
+        self.sam, self.samples, self.settings = sam, samples, settings
         # A copy of the decoder, so that neither training nor a hook changes what other users of this SAM see.
-        self.decoder = copy.deepcopy(sam.model.mask_decoder).requires_grad_(how.learned == "sam-f")
-        self.plm = make_plm(sam, how.seed, how.mlp) if how.learned != "sam-f" else None
+        self.decoder = copy.deepcopy(sam.model.mask_decoder).requires_grad_(settings.learned == "sam-f")
+        self.plm = make_plm(sam, settings.seed, settings.mlp) if settings.learned != "sam-f" else None
         self.pmm: PointMatching | None = None
-        if how.learned == "plm-pmm":
+        if settings.learned == "plm-pmm":
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(how.seed)
+                torch.manual_seed(settings.seed)
                 self.pmm = PointMatching(self.decoder.upscale_conv2.out_channels).to(sam.device)
         self.recent = RecentEncodings(sam)
         self._truths: dict[int, Truth] = {}
@@ -202,37 +202,37 @@ class PromptLearner(nn.Module):
             shown, valid = (
                 torch.from_numpy((each >= 0.5).astype(np.float32)).to(self.sam.device) for each in (coverage, inside)
             )
-            self._truths[place] = Truth(shown, valid, sample_outline(coverage - 0.5, self.how.points))
+            self._truths[place] = Truth(shown, valid, sample_outline(coverage - 0.5, self.settings.points))
         return self._truths[place]
 
 
-def learn_prompts(sam: Sam, examples: Sequence[Example], how: PromptTraining, shown: str) -> PromptLearner:
+def learn_prompts(sam: Sam, examples: Sequence[Example], settings: PromptTraining, shown: str) -> PromptLearner:
     """Trains in memory, for a few masks; the same masks give the same weights.
 
     Args:
         sam: the frozen SAM.
         examples: the masks.
-        how: the training.
+        settings: of the training.
         shown: what the progress bar says.
 
     Raises:
         InputError: there is no mask, or a mask cannot be used.
         FloatingPointError: the loss is not finite.
     """
-    samples = PromptSamples(examples, how)
-    learner = PromptLearner(sam, samples, how)
+    samples = PromptSamples(examples, settings)
+    learner = PromptLearner(sam, samples, settings)
     trained = [value for value in learner.parameters() if value.requires_grad]
-    rate = LEARNING_RATES[how.learned] if how.learning_rate is None else how.learning_rate
+    rate = LEARNING_RATES[settings.learned] if settings.learning_rate is None else settings.learning_rate
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=WEIGHT_DECAY)
     with torch.enable_grad():
-        for step in (shown_steps := bar(range(how.steps), shown, "step", leave=False)):
-            drawn = [samples[step * how.batch_size + index] for index in range(how.batch_size)]
-            loss = learner(default_collate(drawn))["loss"]
+        for step in (shown_steps := bar(range(settings.steps), shown, "step", leave=False)):
+            batch = [samples[step * settings.batch_size + index] for index in range(settings.batch_size)]
+            loss = learner(default_collate(batch))["loss"]
             if not bool(torch.isfinite(loss)):
                 raise FloatingPointError(
                     f"the loss is {float(loss)} at step {step + 1} of {shown}: lower the learning rate"
                 )
-            optimizer.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * step / how.steps)) / 2
+            optimizer.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * step / settings.steps)) / 2
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

@@ -111,14 +111,14 @@ class TaskRow:
         method: one of `TASK_METHODS`, or its name in an ablation.
         prompt: what prompts.
         masks: masks of each part that are learned; 0 for none.
-        how: the training; None for none.
+        training: the training; None for none.
         adapter: the folder of a PLM that was trained before; None for none.
     """
 
     method: str
     prompt: PromptKind
     masks: int = 0
-    how: PromptTraining | None = None
+    training: PromptTraining | None = None
     adapter: Path | None = None
 
     @property
@@ -150,7 +150,7 @@ def evaluate_task(options: EvaluateTaskOptions, more_rows: Sequence[TaskRow] = (
     check_writable(output)
     test, pool = split_task(task, options)
     rows = [*task_rows(options), *more_rows]
-    lessons = {row.name: learned_masks(task, pool, row.masks) for row in rows if row.masks}
+    learned = {row.name: learned_masks(task, pool, row.masks) for row in rows if row.masks}
     held_out = task.of_images(test)
     settings = {
         **{name: getattr(options, name) for name in ("data", "sam_model", "sam_dtype", "seed")},
@@ -161,7 +161,7 @@ def evaluate_task(options: EvaluateTaskOptions, more_rows: Sequence[TaskRow] = (
     with locked(output):
         check_settings(output, settings, "an evaluation", "--output")
         check_training(output, options)
-        used = [*held_out, *(mask for masks in lessons.values() for mask in masks)]
+        used = [*held_out, *(mask for masks in learned.values() for mask in masks)]
         for mask in {mask.path: mask for mask in used}.values():
             mask.read()
         folders = {row.name: output / "predictions" / row.name for row in rows}
@@ -170,7 +170,7 @@ def evaluate_task(options: EvaluateTaskOptions, more_rows: Sequence[TaskRow] = (
         plms = {row.name: load_plm(row.adapter, sam)[0] for row in left if row.adapter and sam}
         note_settings(output, settings, "an evaluation", "--output")
         if sam is not None:
-            predict_rows(left, held_out, lessons, plms, sam, options, output)
+            predict_rows(left, held_out, learned, plms, sam, options, output)
         names = [row.name for row in rows] + [name for name in _rows_in(output) if name not in folders]
         scored = [score_row(output / "predictions" / name, held_out) for name in steps(names, "scoring", "row")]
         scores = TaskScores(task, test, scored, asdict(options), provenance())
@@ -272,7 +272,7 @@ def learned_masks(task: Task, pool: Sequence[str], count: int) -> list[TaskMask]
 def predict_rows(
     rows: Sequence[TaskRow],
     held_out: Sequence[TaskMask],
-    lessons: dict[str, list[TaskMask]],
+    learned: dict[str, list[TaskMask]],
     plms: dict[str, PromptLearning],
     sam: Sam,
     options: EvaluateTaskOptions,
@@ -286,8 +286,8 @@ def predict_rows(
     encode = RecentEncodings(sam)
     for row in steps(rows, "methods", "row"):
         start, learner, plm = time.perf_counter(), None, plms.get(row.name)
-        if row.how is not None:
-            learner = learn_prompts(sam, examples_of(lessons[row.name]), row.how, row.name)
+        if row.training is not None:
+            learner = learn_prompts(sam, examples_of(learned[row.name]), row.training, row.name)
         seconds = time.perf_counter() - start
         with write_aside(output / "predictions" / row.name) as aside:
             for mask in held_out:
@@ -303,8 +303,8 @@ def predict_rows(
             parameters = learner.parameters() if learner else ()
             trained = sum(value.numel() for value in parameters if value.requires_grad)
             about = {"method": row.method, "prompt": row.prompt, "masks": row.masks, "trained_parameters": trained}
-            if row.how is not None:
-                about |= {"training": asdict(row.how), "train_seconds": round(seconds, 1)}
+            if row.training is not None:
+                about |= {"training": asdict(row.training), "train_seconds": round(seconds, 1)}
             if row.adapter:
                 about["adapter"] = str(row.adapter)
             write_json(aside / ROW, about)
@@ -324,8 +324,8 @@ def check_training(output: Path, options: EvaluateTaskOptions) -> None:
     """Raises `InputError` if the folder holds rows that were trained otherwise than the options say."""
     now = {"max_train_steps": options.max_train_steps, "train_batch_size": options.train_batch_size}
     for name, about in _rows_in(output).items() if LEARNS.holds(options) else ():
-        how = about.get("training")
-        before = {"max_train_steps": how["steps"], "train_batch_size": how["batch_size"]} if how else now
+        training = about.get("training")
+        before = {"max_train_steps": training["steps"], "train_batch_size": training["batch_size"]} if training else now
         if before != now:
             given = " ".join(f"--{flag} {value}" for flag, value in before.items())
             raise InputError(f"{output} holds {name}, which was trained with {given}: give these, or another --output")
