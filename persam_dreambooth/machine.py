@@ -3,12 +3,32 @@
 import platform
 import shutil
 import subprocess
+import time
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import persam_dreambooth
+
+
+class Stopwatch:
+    """Measures seconds; waits for the accelerator before it reads the clock."""
+
+    def __init__(self) -> None:
+        self.start = self._now()
+
+    def lap(self) -> float:
+        """Seconds since the start or the last lap."""
+        before, self.start = self.start, self._now()
+        return self.start - before
+
+    def _now(self) -> float:
+        import torch
+
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        return time.perf_counter()
 
 
 def provenance() -> dict[str, Any]:

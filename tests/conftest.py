@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from small_sams import fill
 from tiny_sam import tiny_model
-from training_runs import Runs, draw_photos
+from training_runs import Runs, adaptation, command, draw_photos
 
 from persam_dreambooth.dreambooth import base_pictures
 from persam_dreambooth.toy import world
@@ -84,4 +84,12 @@ def task(tmp_path_factory):
             path = folder / "masks" / part / f"{number:04}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(mask).save(path)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def adapted(task, filled_sam, tmp_path_factory):
+    """The folder of a PLM for the task."""
+    folder = tmp_path_factory.mktemp("adapted") / "plm"
+    assert command(*adaptation(task, folder, filled_sam)) == 0
     return folder

@@ -313,7 +313,7 @@ ALWAYS: dict[str, tuple[str, ...]] = {
     "evaluate coco20i": (*EPISODES, "fold"),
     "evaluate fss1000": (*EPISODES, "splits", "split"),
     "evaluate task": (
-        *("data", "output", "methods", "prompt", "parts", "test_share", "seed", "sam_model", "sam_dtype"),
+        *("data", "output", "methods", "adapter", "prompt", "parts", "test_share", "seed", "sam_model", "sam_dtype"),
         "encoding_cache",
     ),
     "evaluate absence": ("data", "output", "others", "absent_threshold", "sam_model", *METHOD_OPTIONS),

@@ -23,12 +23,14 @@ from persam_dreambooth.report.tables import markdown_table
 from persam_dreambooth.segmentation import PerSAM, open_sam
 from persam_dreambooth.segmentation.adaptation.lora import add_lora, save_lora
 from persam_dreambooth.segmentation.adapters import Adapter
-from persam_dreambooth.segmentation.evaluation import coco20i, few_shot, few_shot_scores, pascal5i
+from persam_dreambooth.segmentation.evaluation import coco20i, few_shot_scores, pascal5i
 from persam_dreambooth.segmentation.evaluation.coco20i import COCO_CLASSES, read_coco
 from persam_dreambooth.segmentation.evaluation.episodes import FewShotData, common_name, sample_episode
 from persam_dreambooth.segmentation.evaluation.few_shot_report import shot_tables
 from persam_dreambooth.segmentation.evaluation.fss1000 import FSS_1000_PUBLISHED, read_fss1000
 from persam_dreambooth.segmentation.evaluation.pascal5i import PASCAL_5I_PUBLISHED, VOC_CLASSES, read_voc
+from persam_dreambooth.segmentation.sams import recent_encodings
+from persam_dreambooth.segmentation.sams.recent_encodings import RecentEncodings
 from persam_dreambooth.toy import rendered_episodes, world
 from persam_dreambooth.toy.rendered_davis import label_map
 
@@ -637,12 +639,12 @@ def test_every_class_of_voc_is_one_of_coco():
 
 def test_encodings_that_no_longer_fit_into_memory_are_made_again(fss, method, monkeypatch):
     data, sam = read_fss1000(fss), open_sam(method[-1], device="cpu")
-    encoder = few_shot.RecentEncodings(sam)
-    first, second = encoder(data, "ball/1"), encoder(data, "ball/2")
-    assert encoder(data, "ball/1") is first and len(encoder.take_seconds()) == 2 and encoder.take_seconds() == []
-    monkeypatch.setattr(few_shot, "MOST_ENCODED", first.embedding.nbytes)
-    encoder(data, "ball/10")
-    assert encoder(data, "ball/2") is not second and len(encoder.take_seconds()) == 2
+    encoder, photo = RecentEncodings(sam), data.photo
+    first, second = encoder(photo("ball/1")), encoder(photo("ball/2"))
+    assert encoder(photo("ball/1")) is first and len(encoder.take_seconds()) == 2 and encoder.take_seconds() == []
+    monkeypatch.setattr(recent_encodings, "MOST_ENCODED", first.embedding.nbytes)
+    encoder(photo("ball/10"))
+    assert encoder(photo("ball/2")) is not second and len(encoder.take_seconds()) == 2
 
 
 # Figures

@@ -2,7 +2,9 @@
 
 import gc
 import json
+import pickle
 import shutil
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from small_sams import save_every_kind
 from torch.utils.data import default_collate
-from training_runs import SLOW, command, in_two_processes
+from training_runs import SLOW, adaptation, command, in_two_processes
 
 from persam_dreambooth import InputError, InputNotFoundError, PLMSegmenter, cli, open_sam
 from persam_dreambooth.files import write_json
@@ -49,12 +51,6 @@ def examples(task):
     return [
         Example(task / "images" / "0000.png", task / "masks" / part / "0000.png") for part in ("head", "scarf", "tail")
     ]
-
-
-def adaptation(task, output, filled_sam, *more):
-    given = ["--images", task / "images", "--masks", task / "masks", "--output", output]
-    quick = ["--sam_model", filled_sam, "--max_train_steps", "4", "--train_batch_size", "2", "--mixed_precision", "no"]
-    return ["adapt", "plm", *given, *quick, *more]
 
 
 def adapt(*given):
@@ -107,7 +103,7 @@ def test_the_outline_of_a_square_is_evenly_sampled_and_keeps_clear_of_its_hole()
     assert np.allclose(sample_outline(np.ones((5, 5)), 4).max(), 1, atol=0.11)  # the whole input has an outline too
 
 
-def test_a_true_outline_is_begun_where_it_lies_closest():
+def test_a_true_outline_starts_where_it_lies_closest():
     circle = np.stack([np.cos(angles := np.linspace(0, 2 * np.pi, 16, endpoint=False)), np.sin(angles)], axis=1)
     turned = np.roll(circle, 5, axis=0)
     assert np.array_equal(align(circle + 0.01, turned), circle)
@@ -216,7 +212,9 @@ def test_a_part_is_learned_where_sam_answers_with_the_whole(encodings):
     toy_sam = open_sam("toy", device="cpu", encoding_cache=encodings)
     scene = list(part_scenes(4))[3]
     image, mask = world.render(scene, 512).image, world.part_masks(scene.subject, scene.pose, 512)["scarf"]
-    learner = learn_prompts(toy_sam, [Example(image, mask)], PromptTraining("plm", steps=120, batch_size=1), "training")
+    learner = learn_prompts(
+        toy_sam, [Example(toy_sam.encode(image), mask)], PromptTraining("plm", steps=120, batch_size=1), "training"
+    )
     encoding = toy_sam.encode(image)
     for number in range(4):
         point = draw_prompt(mask, "point", np.random.default_rng([5, number]))
@@ -231,8 +229,18 @@ def test_each_epoch_has_all_masks_in_an_order_of_its_own(examples):
     epochs = [[samples[number]["place"] for number in range(3 * epoch, 3 * epoch + 3)] for epoch in range(8)]
     assert all(sorted(epoch) == [0, 1, 2] for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 2
-    again = PromptSamples(examples, QUICK)
-    assert torch.equal(samples[5]["prompt"], again[5]["prompt"])
+    sent = pickle.loads(pickle.dumps(samples))  # as to a loading process that is spawned
+    assert torch.equal(samples[5]["prompt"], sent[5]["prompt"])
+
+
+def test_an_image_is_encoded_once_for_all_of_its_masks(sam, examples, monkeypatch):
+    asked = []
+    monkeypatch.setattr(sam, "embed", lambda pixels, embed=sam.embed: asked.append(len(pixels)) or embed(pixels))
+    learner = learn_prompts(sam, examples, QUICK, "training")
+    assert asked == [1]  # 12 prompts of 3 masks of 1 image
+    ended = weakref.ref(learner)
+    del learner
+    assert ended() is None  # its encodings end with it, without a collection of garbage
 
 
 # The segmenter
@@ -286,14 +294,6 @@ def test_what_cannot_be_fitted_is_refused(sam, task):
 
 
 # adapt plm
-
-
-@pytest.fixture(scope="module")
-def adapted(task, filled_sam, tmp_path_factory):
-    """The folder of an adapter."""
-    folder = tmp_path_factory.mktemp("adapted") / "plm"
-    assert adapt(task, folder, filled_sam) == 0
-    return folder
 
 
 def test_an_adapter_is_a_plm_that_replaces_the_fit(sam, filled_sam, adapted, task, references, capsys, tmp_path):
@@ -371,7 +371,7 @@ def test_without_the_pmm_and_from_boxes(task, filled_sam, sam, tmp_path, capsys)
         PLMSegmenter(sam, adapter=tmp_path / "plm")
 
 
-def test_an_adapter_that_does_not_tell_its_prompt_is_refused(adapted, sam, tmp_path):
+def test_an_adapter_that_lacks_its_prompt_is_refused(adapted, sam, tmp_path):
     folder = Path(shutil.copytree(adapted, tmp_path / "plm"))
     described = json.loads((folder / "adapter.json").read_text())
     (folder / "adapter.json").write_text(json.dumps({**described, "settings": {}}))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from persam_dreambooth import InputError, InputNotFoundError, cli
+from persam_dreambooth import InputError, InputNotFoundError, cli, open_sam
 from persam_dreambooth.machine import provenance
 from persam_dreambooth.photos.images import read_image
 from persam_dreambooth.segmentation.adaptation import task_folder
@@ -22,6 +22,7 @@ from persam_dreambooth.segmentation.evaluation.task import (
 )
 from persam_dreambooth.segmentation.evaluation.task_report import task_heading, task_tables
 from persam_dreambooth.segmentation.evaluation.task_scores import TaskRowScores, TaskScores, score_row
+from persam_dreambooth.segmentation.prompt_learning import decode_prompts, load_plm
 from persam_dreambooth.toy import world
 from persam_dreambooth.toy.rendered_parts import part_scenes
 
@@ -110,7 +111,7 @@ def test_celebamask_hq_is_genuine_with_all_images_and_all_parts(celeba, monkeypa
     assert not open_task(celeba, ("hair", "nose")).genuine
 
 
-def test_a_broken_celebamask_hq_is_told_in_one_line(celeba):
+def test_a_broken_celebamask_hq_is_reported_in_one_line(celeba):
     masks = celeba / "CelebAMask-HQ-mask-anno" / "0"
     shutil.copy(masks / "00000_hair.png", masks / "00001_hair.png")
     with pytest.raises(InputNotFoundError, match=r"00001_hair\.png has no image: .*CelebA-HQ-img/1\.jpg is missing"):
@@ -229,7 +230,7 @@ def test_held_out_images_are_the_same_for_all_numbers_of_masks(many, tmp_path):
     ("more", "said"),
     [
         ({"methods": "sam,persam"}, "--methods names persam: use sam, sam-oracle, sam-f, plm, plm-pmm, or all"),
-        ({"test_share": 1.0}, "--test_share is 1.0: give a fraction above 0 and below 1"),
+        ({"test_share": 1.1}, "--test_share is 1.1: give a fraction above 0, at most 1"),
         ({"train_masks": 0}, "--train_masks is 0: give 1 or more"),
     ],
 )
@@ -249,12 +250,12 @@ def evaluated(task, filled_sam, tmp_path_factory):
     return output
 
 
-LESSON = ("--train_masks", "1", "--max_train_steps", "3", "--train_batch_size", "1")
+TRAINING = ("--train_masks", "1", "--max_train_steps", "3", "--train_batch_size", "1")
 
 
 def evaluate(task, sam, output, *more):
     given = ["--data", str(task), "--output", str(output), "--sam_model", sam, "--seed", "2"]
-    return cli.main(["evaluate", "task", *given, *(more or LESSON)])
+    return cli.main(["evaluate", "task", *given, *(more or TRAINING)])
 
 
 def test_all_methods_answer_the_same_prompts(task, evaluated):
@@ -290,15 +291,37 @@ def test_a_repeated_evaluation_computes_only_what_is_missing(task, filled_sam, e
     assert list(rows)[-1] == "sam-box" and len(rows) == 6
 
 
+def test_an_adapter_is_scored_on_images_that_it_has_not_seen(task, filled_sam, adapted, tmp_path, capsys):
+    only = ("--methods", "sam", "--test_share", "1", "--adapter", str(adapted))
+    assert evaluate(task, filled_sam, tmp_path / "out", *only) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == (
+        f"error: {adapted} was trained on {task / 'masks'}, the held-out masks among them: give other --data"
+    )
+    other = shutil.copytree(task, tmp_path / "other")
+    assert evaluate(other, filled_sam, tmp_path / "out", *only) == 0
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    scored = list(rows.values())[1]
+    assert list(rows)[1].startswith("adapter-") and scored["adapter"] == str(adapted)
+    sam = open_sam(filled_sam, device="cpu")
+    plm, _ = load_plm(adapted, sam)
+    mask = read_task(other / "images", other / "masks").masks["0000"][0]
+    prompt, encoding = held_out_prompt(mask, mask.read(), "point", 2), sam.encode(mask.image_path)
+    logits, _ = decode_prompts(sam, [encoding], [prompt], plm)
+    found = np.array(Image.open(tmp_path / "out/predictions" / list(rows)[1] / mask.part / "0000.png")) > 0
+    assert np.array_equal(found, (sam.upscale(logits[0], encoding)[0] > 0).numpy())
+    assert str(adapted) in (tmp_path / "out" / "results.md").read_text()
+
+
 def test_another_task_or_training_needs_another_folder(task, filled_sam, evaluated, capsys):
-    assert evaluate(task, filled_sam, evaluated, *LESSON, "--test_share", "0.5") == 2
+    assert evaluate(task, filled_sam, evaluated, *TRAINING, "--test_share", "0.5") == 2
     assert "with other settings (other test_images; other masks): choose another --output" in capsys.readouterr().err
-    assert evaluate(task, filled_sam, evaluated, *LESSON, "--max_train_steps", "4") == 2
+    assert evaluate(task, filled_sam, evaluated, *TRAINING, "--max_train_steps", "4") == 2
     said = "which was trained with --max_train_steps 3 --train_batch_size 1: give these, or another --output"
     assert said in capsys.readouterr().err
 
 
-def test_a_row_without_its_description_or_a_mask_is_told(evaluated, task, tmp_path):
+def test_a_row_without_its_description_or_a_mask_is_reported(evaluated, task, tmp_path):
     held_out = read_task(task / "images", task / "masks")
     row = Path(shutil.copytree(evaluated / "predictions" / "sam-point", tmp_path / "sam-point"))
     [image] = {path.stem for path in row.glob("*/*.png")}
@@ -310,10 +333,10 @@ def test_a_row_without_its_description_or_a_mask_is_told(evaluated, task, tmp_pa
         score_row(row, [])
 
 
-def test_a_broken_description_of_another_row_is_told(evaluated, task, filled_sam, tmp_path, capsys):
+def test_a_broken_description_of_another_row_is_reported(evaluated, task, filled_sam, tmp_path, capsys):
     output = Path(shutil.copytree(evaluated, tmp_path / "out"))
     (output / "predictions" / "plm-point-1" / "row.json").write_text("{")
-    assert evaluate(task, filled_sam, output, *LESSON, "--methods", "sam-f") == 2
+    assert evaluate(task, filled_sam, output, *TRAINING, "--methods", "sam-f") == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.endswith("plm-point-1/row.json does not say what made these masks: remove "
                          f"{output}/predictions/plm-point-1")  # fmt: skip

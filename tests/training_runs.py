@@ -90,6 +90,13 @@ def command(*arguments):
     return cli.main([str(argument) for argument in arguments])
 
 
+def adaptation(task, output, sam, *more):
+    """The words of a command that trains a PLM in four steps."""
+    given = ["--images", task / "images", "--masks", task / "masks", "--output", output, "--sam_model", sam]
+    quick = ["--max_train_steps", "4", "--train_batch_size", "2", "--mixed_precision", "no"]
+    return ["adapt", "plm", *given, *quick, *more]
+
+
 def in_two_processes(*words):
     """A module or script and its arguments under `accelerate launch`, by two processes on the CPU; what was said.
 

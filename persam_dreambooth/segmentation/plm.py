@@ -98,8 +98,8 @@ class PLMSegmenter(Segmenter):
             Example(encoding, mask, f"reference {number}", self._locate(encoding)[1][0])
             for number, (mask, encoding) in enumerate(references, 1)
         ]
-        how = PromptTraining(steps=self.fit_steps, seed=self.seed)
-        learned = learn_prompts(self.sam, examples, how, "fitting the PLM").plm
+        settings = PromptTraining(steps=self.fit_steps, seed=self.seed)
+        learned = learn_prompts(self.sam, examples, settings, "fitting the PLM").plm
         self._plm = learned.requires_grad_(False) if learned is not None else None
 
     @torch.no_grad()

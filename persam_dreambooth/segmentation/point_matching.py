@@ -99,7 +99,7 @@ def sample_outline(values: np.ndarray, count: int = OUTLINE_POINTS) -> np.ndarra
 
 
 def align(points: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """The true outline (P, 2), begun at the point for which it lies closest to `points` (P, 2) in sum of squares."""
+    """The true outline (P, 2), starting where it lies closest to `points` (P, 2) in sum of squares."""
     count = len(truth)
     distances = ((points[:, None] - truth[None]) ** 2).sum(axis=2)
     turned = (np.arange(count)[:, None] + np.arange(count)) % count  # [start, place]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from persam_dreambooth.segmentation.prompts import PromptKind, draw_prompt
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from persam_dreambooth.segmentation.adaptation.prompt_training import PromptLearner
+    from persam_dreambooth.segmentation.adaptation.prompt_training import Example, PromptLearner
     from persam_dreambooth.segmentation.adaptation.task_folder import TaskMask
     from persam_dreambooth.segmentation.adaptation.training import Learner
 
@@ -76,7 +76,7 @@ def adapt_plm(options: AdaptPlmOptions) -> dict[str, Any]:
     return run_adaptation(options, open_plm_learner)
 
 
-def open_plm_learner(options: AdaptOptions, accelerator: Accelerator) -> Learner:
+def open_plm_learner(options: AdaptPlmOptions, accelerator: Accelerator) -> Learner:
     """Reads the task, opens the SAM, and makes an untrained PLM."""
     from accelerate import DistributedDataParallelKwargs
 
@@ -87,30 +87,32 @@ def open_plm_learner(options: AdaptOptions, accelerator: Accelerator) -> Learner
     from persam_dreambooth.segmentation.prompt_learning import save_plm
     from persam_dreambooth.segmentation.sams.checkpoints import open_sam
 
-    options = cast(AdaptPlmOptions, options)
     task = read_task(Path(str(options.images)), Path(str(options.masks)))
-    learned, kept = split_images(list(task.masks), options.validation_share, options.seed)
-    masks, held_out = task.of_images(learned), task.of_images(kept)
-    for mask in (*masks, *held_out):
+    learned, validated = split_images(list(task.masks), options.validation_share, options.seed)
+    masks, validation = task.of_images(learned), task.of_images(validated)
+    for mask in (*masks, *validation):
         mask.read()
     sam = open_sam(options.sam_model, accelerator.device, encoding_cache=options.encoding_cache)
-    how = PromptTraining(
+    settings = PromptTraining(
         "plm-pmm" if options.pmm else "plm", options.prompt, seed=options.seed, points=options.outline_points
     )
-    samples = PromptSamples(examples_of(masks), how)
-    learner = PromptLearner(sam, samples, how)
+    samples = PromptSamples(examples_of(masks), settings)
+    learner = PromptLearner(sam, samples, settings)
     adapter = Adapter(
-        "plm", sam.name, sam.fingerprint, {"parts": list(task.parts), "masks_sha256": masks_sha256([*masks, *held_out])}
+        "plm",
+        sam.name,
+        sam.fingerprint,
+        {"parts": list(task.parts), "masks_sha256": masks_sha256([*masks, *validation])},
     )
     assert learner.plm is not None
     plm = learner.plm
     # A process whose masks have no outline does not use the PMM in that step.
     accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=options.pmm)
-    validate = (lambda: validation_figures(learner, held_out, options)) if held_out else None
+    validate = (lambda: validation_figures(learner, validation, options)) if validation else None
     return Learner(learner, samples, lambda folder: save_plm(plm, folder), adapter, validate)
 
 
-def examples_of(masks: list[TaskMask]) -> list[Any]:
+def examples_of(masks: list[TaskMask]) -> list[Example]:
     """The masks as examples to learn."""
     from persam_dreambooth.segmentation.adaptation.prompt_training import Example
 
@@ -135,13 +137,11 @@ def split_images(images: list[str], share: float, seed: int) -> tuple[list[str],
 
 def validation_figures(learner: PromptLearner, masks: list[TaskMask], options: AdaptPlmOptions) -> dict[str, float]:
     """The mean IoU of held-out masks in percent, `mIoU`, from the same prompt of each mask at every validation."""
-    from persam_dreambooth.photos.images import read_image
     from persam_dreambooth.segmentation.evaluation.metrics import jaccard
 
     values = []
     for number, held_out in enumerate(masks):
         mask = held_out.read()
         prompt = draw_prompt(mask, options.prompt, np.random.default_rng([options.seed, number]))
-        encoding = learner.sam.encode(read_image(held_out.image_path))
-        values.append(jaccard(learner.find(encoding, prompt), mask))
+        values.append(jaccard(learner.find(learner.encode(held_out.image_path), prompt), mask))
     return {"mIoU": 100 * float(np.mean(values))}

@@ -15,7 +15,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -36,10 +36,12 @@ from persam_dreambooth.segmentation.point_matching import (
 )
 from persam_dreambooth.segmentation.prompt_learning import decode_prompts, make_plm
 from persam_dreambooth.segmentation.prompts import JITTER, PromptKind, draw_prompt
+from persam_dreambooth.segmentation.sams.recent_encodings import RecentEncodings
+from persam_dreambooth.segmentation.sams.sam import Encoding
 from persam_dreambooth.segmentation.segmenter import MaskLike, sized_mask
 
 if TYPE_CHECKING:
-    from persam_dreambooth.segmentation.sams.sam import Encoding, ImageLike, Sam
+    from persam_dreambooth.segmentation.sams.sam import Sam
 
 Trains = Literal["plm", "plm-pmm", "sam-f"]
 """What is trained: a PLM, a PLM with the PMM beside it, or a copy of the mask decoder."""
@@ -48,7 +50,7 @@ LEARNING_RATES: dict[Trains, float] = {"plm": 1e-3, "plm-pmm": 1e-3, "sam-f": 1e
 WEIGHT_DECAY = 1e-6
 FOCAL_WEIGHT, DICE_WEIGHT, IOU_WEIGHT, POINT_WEIGHT = 1.0, 1.0, 1.0, 1.0
 KEPT = 256
-"""Masks whose encodings are kept in memory, 4 MB each with SAM; others are encoded, or read from the cache, again."""
+"""Masks that are kept in memory at the losses' resolution, 0.5 MB each with SAM."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,13 +58,13 @@ class Example:
     """A mask to learn.
 
     Args:
-        image: its photo, or the encoding.
+        image: its photo's file, or the encoding.
         mask: any input of `read_mask`, or a function that returns the mask, (H, W) bool.
         name: for messages.
         point: (2,) a point that half of the prompts are, besides points drawn in the mask; None for none.
     """
 
-    image: ImageLike
+    image: Path | Encoding
     mask: MaskLike | Callable[[], np.ndarray]
     name: str = ""
     point: np.ndarray | None = None
@@ -100,9 +102,8 @@ class PromptTraining:
 class PromptSamples(Dataset):
     """Prompts for masks, by number: each epoch has all masks in a random order. Its length is that of an epoch."""
 
-    def __init__(self, examples: Sequence[Example], how: PromptTraining) -> None:
-        self.examples, self.how = examples, how
-        self.mask = lru_cache(maxsize=KEPT)(self._mask)
+    def __init__(self, examples: Sequence[Example], settings: PromptTraining) -> None:
+        self.examples, self.settings = examples, settings
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -110,27 +111,22 @@ class PromptSamples(Dataset):
     def __getitem__(self, number: int) -> dict[str, Any]:
         """The example's `place`, a `prompt` for it, and the photo's `name`."""
         epoch, index = divmod(number, len(self.examples))
-        place = int(np.random.default_rng([self.how.seed, epoch]).permutation(len(self.examples))[index])
-        example, rng = self.examples[place], np.random.default_rng([self.how.seed, number, 1])
-        prompt = draw_prompt(self.mask(place), self.how.prompt, rng, example.point, JITTER)
+        place = int(np.random.default_rng([self.settings.seed, epoch]).permutation(len(self.examples))[index])
+        example, rng = self.examples[place], np.random.default_rng([self.settings.seed, number, 1])
+        prompt = draw_prompt(example.read_mask(), self.settings.prompt, rng, example.point, JITTER)
         return {"place": place, "prompt": torch.from_numpy(prompt.astype(np.float32)), "name": example.name}
-
-    def _mask(self, place: int) -> np.ndarray:
-        return self.examples[place].read_mask()
 
 
 @dataclass(frozen=True, eq=False)
 class Truth:
-    """An example's photo, and its mask at low resolution.
+    """An example's mask at low resolution.
 
     Args:
-        encoding: the photo.
         mask: (256, 256) float, 1 where the mask covers at least half of a cell.
         inside: (256, 256) float, 1 in the photo and 0 in the padding.
         outline: (P, 2) points of the true outline, or None.
     """
 
-    encoding: Encoding
     mask: torch.Tensor
     inside: torch.Tensor
     outline: np.ndarray | None
@@ -142,33 +138,36 @@ class PromptLearner(nn.Module):
     Args:
         sam: the frozen SAM.
         samples: the masks.
-        how: the training.
+        settings: of the training.
 
     Raises:
         InputError: there is no mask.
     """
 
-    def __init__(self, sam: Sam, samples: PromptSamples, how: PromptTraining) -> None:
+    def __init__(self, sam: Sam, samples: PromptSamples, settings: PromptTraining) -> None:
         super().__init__()
         if not len(samples):
             raise InputError("there is no mask to learn: give one or more")
-        self.sam, self.samples, self.how = sam, samples, how
+        self.sam, self.samples, self.settings = sam, samples, settings
         # A copy of the decoder, so that neither training nor a hook changes what other users of this SAM see.
-        self.decoder = copy.deepcopy(sam.model.mask_decoder).requires_grad_(how.learned == "sam-f")
-        self.plm = make_plm(sam, how.seed, how.mlp) if how.learned != "sam-f" else None
+        self.decoder = copy.deepcopy(sam.model.mask_decoder).requires_grad_(settings.learned == "sam-f")
+        self.plm = make_plm(sam, settings.seed, settings.mlp) if settings.learned != "sam-f" else None
         self.pmm: PointMatching | None = None
-        if how.learned == "plm-pmm":
+        if settings.learned == "plm-pmm":
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(how.seed)
+                torch.manual_seed(settings.seed)
                 self.pmm = PointMatching(self.decoder.upscale_conv2.out_channels).to(sam.device)
-        self.truth = lru_cache(maxsize=KEPT)(self._truth)
+        self.recent = RecentEncodings(sam)
+        self._truths: dict[int, Truth] = {}
 
     def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         """The losses `focal`, `dice`, `iou`, with the PMM `point`, and their sum `loss`, for samples of `samples`."""
-        truths = [self.truth(place) for place in batch["place"].tolist()]
+        places = batch["place"].tolist()
+        encodings = [self.encode(self.samples.examples[place].image) for place in places]
+        truths = [self._truth(place, encoding) for place, encoding in zip(places, encodings, strict=True)]
         activated: list[torch.Tensor] = []
         with self.decoder.activation.register_forward_hook(lambda *call: activated.append(call[2])):
-            logits, scores = self.decode([each.encoding for each in truths], list(batch["prompt"].cpu().numpy()))
+            logits, scores = self.decode(encodings, list(batch["prompt"].cpu().numpy()))
         mask, inside = (torch.stack([getattr(each, name) for each in truths]) for name in ("mask", "inside"))
         losses = mask_losses(logits, scores, mask, inside)
         if self.pmm is not None:
@@ -190,44 +189,50 @@ class PromptLearner(nn.Module):
         logits, _ = self.decode([encoding], [prompt])
         return (self.sam.upscale(logits, encoding)[0] > 0).cpu().numpy()
 
-    def _truth(self, place: int) -> Truth:
-        example = self.samples.examples[place]
-        encoding = self.sam.encode(example.image)
-        mask = sized_mask(example.read_mask(), encoding)
-        coverage, inside = (low_res(each, encoding) for each in (mask, np.ones_like(mask)))
-        shown, valid = (
-            torch.from_numpy((each >= 0.5).astype(np.float32)).to(self.sam.device) for each in (coverage, inside)
-        )
-        return Truth(encoding, shown, valid, sample_outline(coverage - 0.5, self.how.points))
+    def encode(self, image: Path | Encoding) -> Encoding:
+        """The encoding of a photo; those of files that were used last are kept."""
+        return self.sam.encode(image) if isinstance(image, Encoding) else self.recent(image)
+
+    def _truth(self, place: int, encoding: Encoding) -> Truth:
+        if place not in self._truths:
+            if len(self._truths) == KEPT:
+                del self._truths[next(iter(self._truths))]
+            mask = sized_mask(self.samples.examples[place].read_mask(), encoding)
+            coverage, inside = (low_res(each, encoding) for each in (mask, np.ones_like(mask)))
+            shown, valid = (
+                torch.from_numpy((each >= 0.5).astype(np.float32)).to(self.sam.device) for each in (coverage, inside)
+            )
+            self._truths[place] = Truth(shown, valid, sample_outline(coverage - 0.5, self.settings.points))
+        return self._truths[place]
 
 
-def learn_prompts(sam: Sam, examples: Sequence[Example], how: PromptTraining, shown: str) -> PromptLearner:
+def learn_prompts(sam: Sam, examples: Sequence[Example], settings: PromptTraining, shown: str) -> PromptLearner:
     """Trains in memory, for a few masks; the same masks give the same weights.
 
     Args:
         sam: the frozen SAM.
         examples: the masks.
-        how: the training.
+        settings: of the training.
         shown: what the progress bar says.
 
     Raises:
         InputError: there is no mask, or a mask cannot be used.
         FloatingPointError: the loss is not finite.
     """
-    samples = PromptSamples(examples, how)
-    learner = PromptLearner(sam, samples, how)
+    samples = PromptSamples(examples, settings)
+    learner = PromptLearner(sam, samples, settings)
     trained = [value for value in learner.parameters() if value.requires_grad]
-    rate = LEARNING_RATES[how.learned] if how.learning_rate is None else how.learning_rate
+    rate = LEARNING_RATES[settings.learned] if settings.learning_rate is None else settings.learning_rate
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=WEIGHT_DECAY)
     with torch.enable_grad():
-        for step in (shown_steps := bar(range(how.steps), shown, "step", leave=False)):
-            drawn = [samples[step * how.batch_size + index] for index in range(how.batch_size)]
-            loss = learner(default_collate(drawn))["loss"]
+        for step in (shown_steps := bar(range(settings.steps), shown, "step", leave=False)):
+            batch = [samples[step * settings.batch_size + index] for index in range(settings.batch_size)]
+            loss = learner(default_collate(batch))["loss"]
             if not bool(torch.isfinite(loss)):
                 raise FloatingPointError(
                     f"the loss is {float(loss)} at step {step + 1} of {shown}: lower the learning rate"
                 )
-            optimizer.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * step / how.steps)) / 2
+            optimizer.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * step / settings.steps)) / 2
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -40,25 +39,6 @@ class Cost:
     fit: list[float] = field(default_factory=list)
     predict: list[float] = field(default_factory=list)
     peak_memory: float | None = None
-
-
-class Stopwatch:
-    """Measures seconds; waits for the accelerator before it reads the clock."""
-
-    def __init__(self) -> None:
-        self.start = self._now()
-
-    def lap(self) -> float:
-        """Seconds since the start or the last lap."""
-        before, self.start = self.start, self._now()
-        return self.start - before
-
-    def _now(self) -> float:
-        import torch
-
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
-        return time.perf_counter()
 
 
 def architecture(sam: Sam) -> str:

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.files import check_settings, check_writable, locked, note_settings, write_json
-from persam_dreambooth.machine import provenance, reset_peak_memory
+from persam_dreambooth.machine import Stopwatch, provenance, reset_peak_memory
 from persam_dreambooth.options import option, require
 from persam_dreambooth.progress import steps
-from persam_dreambooth.segmentation.evaluation.costs import COST, Stopwatch, save_cost
+from persam_dreambooth.segmentation.evaluation.costs import COST, save_cost
 from persam_dreambooth.segmentation.evaluation.davis_report import write_davis_report
 from persam_dreambooth.segmentation.evaluation.davis_scores import DavisScores, VideoSet, read_video_set, score_videos
 from persam_dreambooth.segmentation.evaluation.processes import open_processes, own_part

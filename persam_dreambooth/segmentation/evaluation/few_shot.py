@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
@@ -22,11 +21,11 @@ from PIL import Image
 
 from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.files import check_settings, check_writable, locked, note_settings, write_aside, write_json
-from persam_dreambooth.machine import provenance, reset_peak_memory
+from persam_dreambooth.machine import Stopwatch, provenance, reset_peak_memory
 from persam_dreambooth.options import LAST_SEED, option, require, within
 from persam_dreambooth.progress import steps
 from persam_dreambooth.segmentation.adapters import ADAPTER, Adapter
-from persam_dreambooth.segmentation.evaluation.costs import Stopwatch, save_cost
+from persam_dreambooth.segmentation.evaluation.costs import save_cost
 from persam_dreambooth.segmentation.evaluation.episodes import (
     FOLDS,
     Episode,
@@ -51,12 +50,9 @@ from persam_dreambooth.segmentation.segmenters import METHODS, SegmentationOptio
 if TYPE_CHECKING:
     from accelerate import PartialState
 
-    from persam_dreambooth.segmentation.sams.sam import Encoding, Sam
+    from persam_dreambooth.segmentation.sams.recent_encodings import RecentEncodings
 
 logger = logging.getLogger(__name__)
-
-MOST_ENCODED = 2 << 30
-"""Bytes of encodings that a process keeps in memory for later episodes."""
 
 ADAPTED = "-adapter"
 """The end of the name of a method's row with an adapter."""
@@ -219,6 +215,8 @@ def predict_episodes(runs: Sequence[EpisodeRun], folder: Path, options: FewShotO
     state.wait_for_everyone()
     if sam is None:
         return
+    from persam_dreambooth.segmentation.sams.recent_encodings import RecentEncodings
+
     reset_peak_memory()
     encoder, adapter = RecentEncodings(sam), fitting[left[0][0].data.fold].adapter
     done = len(own) - len(left)
@@ -262,10 +260,10 @@ def segment_episode(
     """Segments the query of an episode; writes its mask last, after its trace and its cost."""
     masks = [data.read_mask(image, episode.category)[0] for image in episode.supports]
     usable = [place for place, mask in enumerate(masks) if mask.any()]
-    query = encoder(data, episode.query)
+    query = encoder(data.photo(episode.query))
     path = prediction_path(folder, episode)
     if usable:
-        supports = [encoder(data, episode.supports[place]) for place in usable]
+        supports = [encoder(data.photo(episode.supports[place])) for place in usable]
         segmenter, watch = make_segmenter(options, encoder.sam), Stopwatch()
         segmenter.fit(supports, [masks[place] for place in usable])
         fit = watch.lap()
@@ -279,33 +277,6 @@ def segment_episode(
         segmented = np.zeros(query.size, bool)
     with write_aside(path) as aside:
         Image.fromarray(segmented.astype(np.uint8) * 255).save(aside)
-
-
-class RecentEncodings:
-    """Encodes images of data sets, and keeps the encodings that were used last, up to `MOST_ENCODED` bytes."""
-
-    def __init__(self, sam: Sam) -> None:
-        self.sam = sam
-        self._kept: OrderedDict[Path, Encoding] = OrderedDict()
-        self._seconds: list[float] = []
-
-    def __call__(self, data: FewShotData, image: str) -> Encoding:
-        """The encoding of an image."""
-        path = data.photo(image)
-        if path in self._kept:
-            self._kept.move_to_end(path)
-            return self._kept[path]
-        watch = Stopwatch()
-        self._kept[path] = encoding = self.sam.encode(path)
-        self._seconds.append(watch.lap())
-        while len(self._kept) > 1 and sum(map(_bytes, self._kept.values())) > MOST_ENCODED:
-            self._kept.popitem(last=False)
-        return encoding
-
-    def take_seconds(self) -> list[float]:
-        """The seconds of each encoding since the last call."""
-        taken, self._seconds = self._seconds, []
-        return taken
 
 
 def earlier_runs(
@@ -328,8 +299,3 @@ def earlier_runs(
         else:
             found.append(run)
     return found
-
-
-def _bytes(encoding: Encoding) -> int:
-    tensors = [encoding.embedding, *(tensor for tensors in encoding.extra.values() for tensor in tensors)]
-    return sum(tensor.nbytes for tensor in tensors)

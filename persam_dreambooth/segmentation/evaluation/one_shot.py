@@ -22,12 +22,12 @@ from PIL import Image
 
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.files import check_settings, check_writable, locked, note_settings, write_aside, write_json
-from persam_dreambooth.machine import provenance, reset_peak_memory
+from persam_dreambooth.machine import Stopwatch, provenance, reset_peak_memory
 from persam_dreambooth.options import option, require, within
 from persam_dreambooth.photos.images import read_image
 from persam_dreambooth.progress import steps
 from persam_dreambooth.report.tables import Table
-from persam_dreambooth.segmentation.evaluation.costs import COST, Stopwatch, save_cost
+from persam_dreambooth.segmentation.evaluation.costs import COST, save_cost
 from persam_dreambooth.segmentation.evaluation.data_set import DataSet, Item
 from persam_dreambooth.segmentation.evaluation.one_shot_report import write_one_shot_report
 from persam_dreambooth.segmentation.evaluation.one_shot_scores import OneShotScores, read_row_name, row_name, score_rows

@@ -24,13 +24,15 @@ from persam_dreambooth.files import check_settings, check_writable, locked, note
 from persam_dreambooth.machine import provenance
 from persam_dreambooth.options import LAST_SEED, Condition, Options, option, require, within
 from persam_dreambooth.progress import steps
+from persam_dreambooth.segmentation.adapters import Adapter, weights_sha256
 from persam_dreambooth.segmentation.evaluation.episodes import read_lines
 from persam_dreambooth.segmentation.prompts import PromptKind, draw_prompt
 
 if TYPE_CHECKING:
-    from persam_dreambooth.segmentation.adaptation.prompt_training import PromptLearner, PromptTraining
+    from persam_dreambooth.segmentation.adaptation.prompt_training import PromptTraining
     from persam_dreambooth.segmentation.adaptation.task_folder import Task, TaskMask
     from persam_dreambooth.segmentation.evaluation.task_scores import TaskScores
+    from persam_dreambooth.segmentation.prompt_learning import PromptLearning
     from persam_dreambooth.segmentation.sams.sam import Encoding, Sam
 
 UNTRAINED = ("sam", "sam-oracle")
@@ -54,6 +56,9 @@ class EvaluateTaskOptions(Options):
         None, "folder for results, predictions and pictures; an interrupted evaluation resumes there", path=True
     )
     methods: str = option("all", f"the methods, separated by commas: {', '.join(TASK_METHODS)}; or all")
+    adapter: str | None = option(
+        None, "also score the PLM in this folder, which persam-dreambooth adapt plm wrote for this SAM", path=True
+    )
     prompt: PromptKind = option("point", "what prompts: a point drawn in the mask, or the mask's box")
     train_masks: int = option(20, "masks of each part that are learned", when=(LEARNS,))
     parts: str = option("all", "the parts, separated by commas; or all")
@@ -91,8 +96,8 @@ class EvaluateTaskOptions(Options):
         super().check()
         within(self, 1, math.inf, "train_masks", "max_train_steps", "train_batch_size")
         within(self, 0, LAST_SEED, "seed")
-        if not 0 < self.test_share < 1:
-            raise InputError(f"--test_share is {self.test_share}: give a fraction above 0 and below 1")
+        if not 0 < self.test_share <= 1:
+            raise InputError(f"--test_share is {self.test_share}: give a fraction above 0, at most 1")
         for name in self.methods.split(","):
             if name.strip() not in ("all", *TASK_METHODS):
                 raise InputError(f"--methods names {name.strip()}: use {', '.join(TASK_METHODS)}, or all")
@@ -106,13 +111,15 @@ class TaskRow:
         method: one of `TASK_METHODS`, or its name in an ablation.
         prompt: what prompts.
         masks: masks of each part that are learned; 0 for none.
-        how: the training; None for none.
+        training: the training; None for none.
+        adapter: the folder of a PLM that was trained before; None for none.
     """
 
     method: str
     prompt: PromptKind
     masks: int = 0
-    how: PromptTraining | None = None
+    training: PromptTraining | None = None
+    adapter: Path | None = None
 
     @property
     def name(self) -> str:
@@ -136,13 +143,14 @@ def evaluate_task(options: EvaluateTaskOptions, more_rows: Sequence[TaskRow] = (
     from persam_dreambooth.segmentation.adaptation.task_folder import masks_sha256, open_task
     from persam_dreambooth.segmentation.evaluation.task_report import write_task_report
     from persam_dreambooth.segmentation.evaluation.task_scores import TaskScores, score_row
+    from persam_dreambooth.segmentation.prompt_learning import load_plm
 
     options.check()
     output, task = Path(str(options.output)), open_task(Path(str(options.data)), options.chosen_parts)
     check_writable(output)
     test, pool = split_task(task, options)
     rows = [*task_rows(options), *more_rows]
-    lessons = {row.name: learned_masks(task, pool, row.masks) for row in rows if row.masks}
+    learned = {row.name: learned_masks(task, pool, row.masks) for row in rows if row.masks}
     held_out = task.of_images(test)
     settings = {
         **{name: getattr(options, name) for name in ("data", "sam_model", "sam_dtype", "seed")},
@@ -153,15 +161,16 @@ def evaluate_task(options: EvaluateTaskOptions, more_rows: Sequence[TaskRow] = (
     with locked(output):
         check_settings(output, settings, "an evaluation", "--output")
         check_training(output, options)
-        used = [*held_out, *(mask for masks in lessons.values() for mask in masks)]
+        used = [*held_out, *(mask for masks in learned.values() for mask in masks)]
         for mask in {mask.path: mask for mask in used}.values():
             mask.read()
         folders = {row.name: output / "predictions" / row.name for row in rows}
         left = [row for row in rows if not folders[row.name].is_dir()]
         sam = open_sam_for(options) if left else None
+        plms = {row.name: load_plm(row.adapter, sam)[0] for row in left if row.adapter and sam}
         note_settings(output, settings, "an evaluation", "--output")
         if sam is not None:
-            predict_rows(left, held_out, lessons, sam, options, output)
+            predict_rows(left, held_out, learned, plms, sam, options, output)
         names = [row.name for row in rows] + [name for name in _rows_in(output) if name not in folders]
         scored = [score_row(output / "predictions" / name, held_out) for name in steps(names, "scoring", "row")]
         scores = TaskScores(task, test, scored, asdict(options), provenance())
@@ -171,13 +180,24 @@ def evaluate_task(options: EvaluateTaskOptions, more_rows: Sequence[TaskRow] = (
 
 
 def task_rows(options: EvaluateTaskOptions) -> list[TaskRow]:
-    """The rows of the methods that options name."""
-    return [
+    """The rows of the methods and of the adapter that options name; an adapter's row is named by its weights.
+
+    Raises:
+        InputError, InputNotFoundError: the folder holds no adapter, or one that was trained on the masks of this task.
+    """
+    rows = [
         TaskRow(method, options.prompt, options.train_masks, training_of(method, options))
         if method in TRAINED
         else TaskRow(method, options.prompt)
         for method in options.chosen
     ]
+    if options.adapter:
+        folder = Path(options.adapter)
+        learned = Adapter.read(folder).settings.get("masks")
+        if learned and Path(learned).resolve() == (Path(str(options.data)) / "masks").resolve():
+            raise InputError(f"{folder} was trained on {learned}, the held-out masks among them: give other --data")
+        rows.append(TaskRow(f"adapter-{weights_sha256(folder)[:8]}", options.prompt, adapter=folder))
+    return rows
 
 
 def training_of(method: Any, options: EvaluateTaskOptions, **others: Any) -> PromptTraining:
@@ -252,7 +272,8 @@ def learned_masks(task: Task, pool: Sequence[str], count: int) -> list[TaskMask]
 def predict_rows(
     rows: Sequence[TaskRow],
     held_out: Sequence[TaskMask],
-    lessons: dict[str, list[TaskMask]],
+    learned: dict[str, list[TaskMask]],
+    plms: dict[str, PromptLearning],
     sam: Sam,
     options: EvaluateTaskOptions,
     output: Path,
@@ -260,25 +281,32 @@ def predict_rows(
     """Trains each row that learns, and writes the masks of all rows."""
     from persam_dreambooth.segmentation.adaptation.plm_task import examples_of
     from persam_dreambooth.segmentation.adaptation.prompt_training import learn_prompts
+    from persam_dreambooth.segmentation.sams.recent_encodings import RecentEncodings
 
+    encode = RecentEncodings(sam)
     for row in steps(rows, "methods", "row"):
-        start, learner = time.perf_counter(), None
-        if row.how is not None:
-            learner = learn_prompts(sam, examples_of(lessons[row.name]), row.how, row.name)
+        start, learner, plm = time.perf_counter(), None, plms.get(row.name)
+        if row.training is not None:
+            learner = learn_prompts(sam, examples_of(learned[row.name]), row.training, row.name)
         seconds = time.perf_counter() - start
         with write_aside(output / "predictions" / row.name) as aside:
             for mask in held_out:
-                encoding, truth = sam.encode(mask.image_path), mask.read()
-                found = _find(
-                    row.method, sam, learner, encoding, held_out_prompt(mask, truth, row.prompt, options.seed), truth
-                )
+                encoding, truth = encode(mask.image_path), mask.read()
+                prompt = held_out_prompt(mask, truth, row.prompt, options.seed)
+                if learner is not None:
+                    found = learner.find(encoding, prompt)
+                else:
+                    found = _find(row.method, sam, plm, encoding, prompt, truth)
                 path = aside / mask.part / f"{mask.image}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(found.astype(np.uint8) * 255).save(path)
-            trained = sum(value.numel() for value in learner.parameters() if value.requires_grad) if learner else 0
+            parameters = learner.parameters() if learner else ()
+            trained = sum(value.numel() for value in parameters if value.requires_grad)
             about = {"method": row.method, "prompt": row.prompt, "masks": row.masks, "trained_parameters": trained}
-            if row.how is not None:
-                about |= {"training": asdict(row.how), "train_seconds": round(seconds, 1)}
+            if row.training is not None:
+                about |= {"training": asdict(row.training), "train_seconds": round(seconds, 1)}
+            if row.adapter:
+                about["adapter"] = str(row.adapter)
             write_json(aside / ROW, about)
 
 
@@ -296,8 +324,8 @@ def check_training(output: Path, options: EvaluateTaskOptions) -> None:
     """Raises `InputError` if the folder holds rows that were trained otherwise than the options say."""
     now = {"max_train_steps": options.max_train_steps, "train_batch_size": options.train_batch_size}
     for name, about in _rows_in(output).items() if LEARNS.holds(options) else ():
-        how = about.get("training")
-        before = {"max_train_steps": how["steps"], "train_batch_size": how["batch_size"]} if how else now
+        training = about.get("training")
+        before = {"max_train_steps": training["steps"], "train_batch_size": training["batch_size"]} if training else now
         if before != now:
             given = " ".join(f"--{flag} {value}" for flag, value in before.items())
             raise InputError(f"{output} holds {name}, which was trained with {given}: give these, or another --output")
@@ -318,19 +346,17 @@ def read_row(folder: Path) -> dict[str, Any]:
 
 
 def _find(
-    method: str, sam: Sam, learner: PromptLearner | None, encoding: Encoding, prompt: np.ndarray, truth: np.ndarray
+    method: str, sam: Sam, plm: PromptLearning | None, encoding: Encoding, prompt: np.ndarray, truth: np.ndarray
 ) -> np.ndarray:
-    """The mask that a method gives for a prompt, (H, W) bool; only the oracle looks at the truth."""
+    """The mask that SAM, with a PLM or without, gives for a prompt, (H, W) bool; only the oracle looks at the truth."""
     import torch
 
     from persam_dreambooth.segmentation.evaluation.metrics import jaccard
     from persam_dreambooth.segmentation.prompt_learning import decode_prompts
 
-    if learner is not None:
-        return learner.find(encoding, prompt)
     with torch.no_grad():
-        several = method == "sam-oracle" or len(prompt) == 2
-        logits, scores = decode_prompts(sam, [encoding], [prompt], multimask=several)
+        several = plm is None and (method == "sam-oracle" or len(prompt) == 2)
+        logits, scores = decode_prompts(sam, [encoding], [prompt], plm, multimask=several)
         masks = (sam.upscale(logits[0], encoding) > 0).cpu().numpy()
     if method == "sam-oracle":
         return max(masks, key=lambda mask: jaccard(mask, truth))

@@ -50,7 +50,7 @@ def task_tables(scores: TaskScores) -> list[Table]:
     costs: list[list[TableCell]] = []
     for row in scores.ordered:
         interval = f"{row.interval[0]:.2f} to {row.interval[1]:.2f}" if row.interval else None
-        head: list[TableCell] = [TITLES.get(row.about["method"], row.about["method"]), row.about["prompt"], _masks(row)]
+        head: list[TableCell] = [_title(row), row.about["prompt"], _masks(row)]
         figures = [row.by_part.get(part, {}) for part in parts]
         ious.append([*head, row.means["mIoU"], interval, *(own.get("IoU") for own in figures)])
         edges.append([*head, row.means["F"], *(own.get("F") for own in figures)])
@@ -117,15 +117,19 @@ def _looks(mask: TaskMask, rows: Sequence[TaskRowScores], scores: TaskScores) ->
     looks = [(outlined(photo, truth, *marks), [mask.image, "true mask, and the prompt"])]
     for row in rows:
         found = read_prediction(row.folder / mask.part / f"{mask.image}.png", truth)
-        title = TITLES.get(row.about["method"], row.about["method"])
         learned = f", {row.about['masks']} masks" if row.about["masks"] else ""
-        looks.append((outlined(photo, found), [f"{title}{learned}", f"IoU {100 * jaccard(found, truth):.1f} %"]))
+        looks.append((outlined(photo, found), [f"{_title(row)}{learned}", f"IoU {100 * jaccard(found, truth):.1f} %"]))
     return looks
 
 
 def _picture(tile: Image.Image, caption: list[str], part: str) -> str:
     size = (PICTURE_SIDE, max(1, round(PICTURE_SIDE * tile.height / tile.width)))
     return page.picture(tile.resize(size, Image.Resampling.LANCZOS), f"{part}: {' '.join(caption)}", caption)
+
+
+def _title(row: TaskRowScores) -> str:
+    method = row.about["method"]
+    return f"{row.about['adapter']} ({method})" if "adapter" in row.about else TITLES.get(method, method)
 
 
 def _masks(row: TaskRowScores) -> str | None:
