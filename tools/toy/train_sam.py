@@ -12,7 +12,6 @@ the subject in another picture, and not the objects beside it.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -25,8 +24,8 @@ from PIL import Image
 from torch import nn
 from transformers import SamModel
 
-from persam_dreambooth.errors import InputError, InputNotFoundError
-from persam_dreambooth.files import check_writable, write_aside, write_json
+from persam_dreambooth.errors import InputNotFoundError
+from persam_dreambooth.files import write_aside, write_json
 from persam_dreambooth.toy import scenes
 from tools.toy import pairs
 from tools.toy.build import SAM_GLOBAL_LAYERS, SAM_IMAGE_SIZE, SAM_LAYERS, random_sam, rewrite_config, sam_config
@@ -44,7 +43,7 @@ from tools.toy.sam_losses import (
     total_loss,
 )
 from tools.toy.sam_prompts import to_batch
-from tools.toy.training import Run, weights_fingerprint
+from tools.toy.training import Run, run_stages, weights_fingerprint
 
 # Queries and keys of the decoder's cross-attention start equal and this much larger, so that a point looks at its own
 # place from the first step; otherwise masks collapse to empty ones.
@@ -267,35 +266,7 @@ def evaluate(sam: SamModel, size: int, photos: list[Image.Image], device: str) -
 
 def main(arguments: list[str] | None = None) -> int:
     """Trains the model; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m tools.toy.train_sam", description="Trains the toy SAM.")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the folder sam; holds the runs as well")
-    parser.add_argument("--textures", type=Path, nargs="+", default=[], help="folders of photos for composites")
-    parser.add_argument("--initial", type=Path, help="toy SAM to start from (default: none)")
-    parser.add_argument("--masks", type=Path, help="folder of masks of some of these photos: <subject>/<photo>.png")
-    for stage in STAGES:
-        text = f"optimizer steps at {stage.size} pixels (default: {stage.steps})"
-        parser.add_argument(f"--steps{stage.size}", type=int, default=stage.steps, help=text)
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights, pictures and prompts (default: 0)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    options = parser.parse_args(arguments)
-    steps = [getattr(options, f"steps{stage.size}") for stage in STAGES]
-    try:
-        check_writable(options.output)
-        if min(steps) < 0 or max(steps) == 0:
-            raise InputError(f"the stages have {steps} steps: give at least one stage one or more")
-        scores = train(
-            options.output,
-            textures=options.textures,
-            masks=options.masks,
-            steps=steps,
-            seed=options.seed,
-            initial=options.initial,
-            device=options.device,
-        )
-    except InputError as error:
-        parser.exit(2, f"{error}\n")
-    print(f"{options.output / 'sam'}: {json.dumps(scores)}")
-    return 0
+    return run_stages("train_sam", "sam", STAGES, train, arguments)
 
 
 if __name__ == "__main__":

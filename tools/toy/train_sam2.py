@@ -14,7 +14,6 @@ ones. In one of ten cases they show another subject: then the mask is empty, and
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -28,8 +27,8 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import Sam2VideoModel
 
-from persam_dreambooth.errors import InputError, InputNotFoundError
-from persam_dreambooth.files import check_writable, write_aside, write_json
+from persam_dreambooth.errors import InputNotFoundError
+from persam_dreambooth.files import write_aside, write_json
 from persam_dreambooth.segmentation.sams.sam2_memory import (
     Memory,
     Sam2MemoryModel,
@@ -54,7 +53,7 @@ from tools.toy.sam_losses import (
 )
 from tools.toy.sam_prompts import Batch, to_batch
 from tools.toy.train_sam import BALANCED_UNTIL, CROSS_ATTENTION_GAIN, FOCAL_FROM
-from tools.toy.training import Run, weights_fingerprint
+from tools.toy.training import Run, run_stages, weights_fingerprint
 
 ALBUM = 4
 """Pictures of an album; the memory of up to three of them finds the subject in the fourth."""
@@ -130,7 +129,8 @@ def subject_masks(pictures: Sequence[pairs.Picture]) -> torch.Tensor:
 def train(
     output: Path,
     *,
-    sources: Sources,
+    textures: Sequence[Path] = (),
+    masks: Path | None = None,
     steps: Sequence[int],
     seed: int = 0,
     initial: Path | None = None,
@@ -140,7 +140,8 @@ def train(
     """Starts or resumes training and writes `output`/sam2; returns the scores of the last stage.
 
     Args:
-        sources: without photos, all pictures are scenes of the world.
+        textures: folders of photos for composites; without any, all pictures are scenes of the world.
+        masks: of some of these photos, see `pairs.load_objects`.
         steps: of each of `STAGES`; a stage of 0 steps is skipped.
         seed: draws weights, pictures and prompts.
         initial: a toy SAM 2 that a new run starts from.
@@ -148,6 +149,7 @@ def train(
     """
     scenes.check_seed(seed)
     torch.set_float32_matmul_precision("high")  # on a GPU; a CPU computes as before
+    sources = Sources(pairs.load_textures(textures), pairs.load_objects(textures, masks))
     sam = first_sam2(seed) if initial is None else read_sam2(initial)
     scores: dict[str, float] = {}
     for stage, count in zip(STAGES, steps, strict=True):
@@ -401,37 +403,7 @@ def evaluate(sam: Sam2MemoryModel, size: int, sources: Sources, device: str) -> 
 
 def main(arguments: list[str] | None = None) -> int:
     """Trains the model; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m tools.toy.train_sam2", description="Trains the toy SAM 2.")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the folder sam2; holds the runs as well")
-    parser.add_argument("--textures", type=Path, nargs="+", default=[], help="folders of photos for composites")
-    parser.add_argument("--masks", type=Path, help="folder of masks of some of these photos: <subject>/<photo>.png")
-    parser.add_argument("--initial", type=Path, help="toy SAM 2 to start from (default: none)")
-    for stage in STAGES:
-        text = f"optimizer steps at {stage.size} pixels (default: {stage.steps})"
-        parser.add_argument(f"--steps{stage.size}", type=int, default=stage.steps, help=text)
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights, pictures and prompts (default: 0)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    parser.add_argument("--workers", type=int, default=0, help="processes that draw the pictures (default: 0)")
-    options = parser.parse_args(arguments)
-    steps = [getattr(options, f"steps{stage.size}") for stage in STAGES]
-    try:
-        check_writable(options.output)
-        if min(steps) < 0 or max(steps) == 0:
-            raise InputError(f"the stages have {steps} steps: give at least one stage one or more")
-        textures = pairs.load_textures(options.textures)
-        scores = train(
-            options.output,
-            sources=Sources(textures, pairs.load_objects(options.textures, options.masks)),
-            steps=steps,
-            seed=options.seed,
-            initial=options.initial,
-            device=options.device,
-            workers=options.workers,
-        )
-    except InputError as error:
-        parser.exit(2, f"{error}\n")
-    print(f"{options.output / 'sam2'}: {json.dumps(scores)}")
-    return 0
+    return run_stages("train_sam2", "sam2", STAGES, train, arguments, has_workers=True)
 
 
 if __name__ == "__main__":

@@ -7,15 +7,15 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from persam_dreambooth.errors import InputError
-from persam_dreambooth.files import write_aside, write_json, write_text
+from persam_dreambooth.files import check_writable, write_aside, write_json, write_text
 
 CHECKPOINT = "checkpoint.pt"
 LOG = "log.jsonl"
@@ -196,3 +196,57 @@ def options_parser(
     parser.add_argument("--seed", type=int, default=0, help="seed of scenes, weights and noise (default: 0)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     return parser
+
+
+class Sized(Protocol):
+    """A stage of a training: the side of its pictures in pixels, and how many optimizer steps it has by default."""
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def steps(self) -> int: ...
+
+
+def run_stages(
+    program: str,
+    written: str,
+    stages: Sequence[Sized],
+    train: Callable[..., dict[str, float]],
+    arguments: list[str] | None,
+    has_workers: bool = False,
+) -> int:
+    """The command line of a training in stages of growing pictures; returns the exit code.
+
+    Args:
+        written: the folder that ends up in --output.
+        stages: each has an option for its steps; 0 skips it.
+        train: takes output, textures, masks, steps, seed, initial, device and, if told, workers; returns scores.
+        has_workers: whether processes can draw the pictures.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m tools.toy.{program}", description=f"Trains the toy {written}.")
+    parser.add_argument(
+        "--output", type=Path, required=True, help=f"folder for the folder {written}; holds the runs as well"
+    )
+    parser.add_argument("--textures", type=Path, nargs="+", default=[], help="folders of photos for composites")
+    parser.add_argument("--initial", type=Path, help="trained model to start from (default: none)")
+    parser.add_argument("--masks", type=Path, help="folder of masks of some of these photos: <subject>/<photo>.png")
+    for stage in stages:
+        text = f"optimizer steps at {stage.size} pixels (default: {stage.steps})"
+        parser.add_argument(f"--steps{stage.size}", type=int, default=stage.steps, help=text)
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, pictures and prompts (default: 0)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    if has_workers:
+        parser.add_argument("--workers", type=int, default=0, help="processes that draw the pictures (default: 0)")
+    options = vars(parser.parse_args(arguments))
+    steps = [options.pop(f"steps{stage.size}") for stage in stages]
+    output = options["output"]
+    try:
+        check_writable(output)
+        if min(steps) < 0 or max(steps) == 0:
+            raise InputError(f"the stages have {steps} steps: give at least one stage one or more")
+        scores = train(**options, steps=steps)
+    except InputError as error:
+        parser.exit(2, f"{error}\n")
+    print(f"{output / written}: {json.dumps(scores)}")
+    return 0
