@@ -64,7 +64,8 @@ def point_matching_loss(
         logits: (B, 256, 256) of the predicted masks; no gradient flows through the choice of their outlines.
         truths: the true outlines, each (P, 2), or None.
     """
-    found = [sample_outline(each) for each in logits.detach().float().cpu().numpy()]
+    count = next((len(truth) for truth in truths if truth is not None), OUTLINE_POINTS)
+    found = [sample_outline(each, count) for each in logits.detach().float().cpu().numpy()]
     pairs = [(place, one, two) for place, (one, two) in enumerate(zip(found, truths, strict=True)) if _both(one, two)]
     if not pairs:
         return upscaled.sum() * 0
