@@ -119,7 +119,8 @@ def test_an_untrained_pmm_is_off_by_the_distance_of_the_outlines():
     features = torch.randn(1, 4, 16, 16, requires_grad=True)
     assert point_matching_loss(pmm, features, logits, [sample_outline(truth)]).item() == pytest.approx(0.125, abs=1e-6)
     assert point_matching_loss(pmm, features, -torch.ones(1, 16, 16), [sample_outline(truth)]).item() == 0
-    few = point_matching_loss(pmm, features.repeat(2, 1, 1, 1), logits.repeat(2, 1, 1), [None, sample_outline(truth, 9)])
+    twice = features.repeat(2, 1, 1, 1), logits.repeat(2, 1, 1)
+    few = point_matching_loss(pmm, *twice, [None, sample_outline(truth, 9)])
     assert few.item() == pytest.approx(0.125, abs=1e-6)
     assert point_matching_loss(pmm, features, logits, [None]).item() == 0
     torch.nn.init.ones_(pmm.offsets.weight)
