@@ -3,7 +3,7 @@
     python -m benchmarks.task
 
 trains SAM-F, PLM and PLM with PMM on 5, 20 and 100 masks of each part, from points and boxes, and then, from 20 masks
-and points, a PLM without its MLP and PMMs of other numbers of points. It writes the tables and pictures to
+and points, a PLM without its MLP and PMMs of other numbers of points. It writes the tables to
 `benchmarks/results/task/` after each step. Every training takes minutes on a CPU; an interrupted measurement resumes.
 """
 
@@ -32,13 +32,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def measure(options: EvaluateTaskOptions, more_rows: Sequence[TaskRow] = ()) -> None:
-    """Evaluates, and copies the tables and the pictures to `RESULTS`."""
+    """Evaluates, and copies the tables to `RESULTS`."""
     evaluate_task(options, more_rows)
     output = Path(str(options.output))
     RESULTS.mkdir(parents=True, exist_ok=True)
-    for name in ("results.json", "results.md"):
-        shutil.copy(output / name, RESULTS / name)
-    shutil.copytree(output / "overlays", RESULTS / options.prompt, dirs_exist_ok=True)
+    for suffix in (".json", ".md"):
+        shutil.copy(output / f"results{suffix}", RESULTS / f"{options.sam_model}{suffix}")
 
 
 def main() -> None:
