@@ -758,9 +758,9 @@ def test_an_interrupted_davis_evaluation_does_only_what_is_left(rendered, davis_
 
 def test_davis_refuses_a_folder_of_other_settings_before_the_work(rendered, davis_rows, video, tmp_path, capsys):
     output, results = davis_rows[0], (davis_rows[0] / "results.json").read_bytes()
-    for more in (["--target_coverage", "0.4"], ["--predictions", output / "predictions" / "persam"]):
-        command = ["--data", rendered / "DAVIS", "--output", output, "--sam_model", rendered / "sam", *more]
-        assert davis(*command) == 2
+    sam = ["--sam_model", rendered / "sam"]
+    for more in ([*sam, "--target_coverage", "0.4"], ["--predictions", output / "predictions" / "persam"]):
+        assert davis("--data", rendered / "DAVIS", "--output", output, *more) == 2
         assert "holds an evaluation with other settings" in capsys.readouterr().err
     assert (output / "results.json").read_bytes() == results
     data, predictions = video

@@ -26,11 +26,11 @@ from persam_dreambooth.dreambooth.trainer import batch_losses, check_resolution
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.main_job import TrainOptions
 from persam_dreambooth.segmentation import PerSAM, PerSAMF
-from persam_dreambooth.segmentation.memory import remember, segment_from
+from persam_dreambooth.segmentation.memory import remember
 from persam_dreambooth.segmentation.sams.original_sam2 import read_sam2_config
 from persam_dreambooth.segmentation.sams.sam import Encoding, Sam
 from persam_dreambooth.segmentation.sams.sam2 import Sam2
-from persam_dreambooth.segmentation.sams.sam2_memory import Sam2MemoryModel, join_memories
+from persam_dreambooth.segmentation.sams.sam2_memory import Sam2MemoryModel, decode_cells, join_memories, recall
 from persam_dreambooth.segmentation.sams.sam_hq import SamHQ
 from persam_dreambooth.segmentation.target_semantic_prompting import Guidance
 
@@ -300,8 +300,9 @@ def test_every_published_sam_2_embeds_a_photo_in_256_by_64_by_64(size):
         model.set_positions()
     memory = join_memories([remember(sam, encoding, draw_photo()[1])] * 2)
     assert memory.tokens.shape == memory.positions.shape == (1, 2 * 4096, 64)
-    logits, scores = segment_from(sam, encoding, memory)
-    assert logits.shape == (1, 256, 256) and scores.shape == (1,)
+    finer = encoding.extra["high_resolution_features"]
+    logits, scores, _ = decode_cells(model, recall(model, encoding.embedding, memory), finer)
+    assert logits.shape == (1, 1, 256, 256) and scores.shape == (1, 1)
 
 
 @pytest.mark.parametrize("form", ["code", "paper"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
@@ -212,7 +213,7 @@ class Sam:
         if left:
             inputs = torch.cat([self.padded_input(pixels) for _, pixels in left.values()])
             # A training's autocast would put encodings of another precision into the cache.
-            with torch.autocast(self.device.type, enabled=False):
+            with without_autocast(self.device):
                 embeddings, extras = self.embed(inputs)
             for number, (place, (size, pixels)) in enumerate(left.items()):
                 own = slice(number, number + 1)
@@ -341,6 +342,12 @@ def tensors_sha256(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
             some = flat[:: max(1, len(flat) // SAMPLED)].contiguous().cpu()
             digest.update(some.view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """A block without autocast, on a device of any type."""
+    known = torch.amp.autocast_mode.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
 def find_device(name: torch.device | str | None) -> torch.device:

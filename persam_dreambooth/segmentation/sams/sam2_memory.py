@@ -157,8 +157,7 @@ def decode_cells(
         return masks[:, 0], scores[:, 0], visible[:, 0]
 
     masks, scores, visible = decoded(multimask=False)
-    unstable = ~is_stable(masks)
-    if replaced and unstable.any():  # the decoder returns one mask or three
+    if replaced and (unstable := ~is_stable(masks)).any():  # the decoder returns one mask or three
         three, their_scores, _ = decoded(multimask=True)
         place, best = torch.arange(count, device=device), their_scores.argmax(1)
         masks = torch.where(unstable[..., None, None], three[place, best][:, None], masks)
