@@ -331,7 +331,7 @@ def test_a_run_folder_that_cannot_be_written_names_output(complete, tmp_path, ca
 
 
 def test_an_interruption_keeps_the_images_and_the_same_command_goes_on(tmp_path, pictures):
-    options = {"model": "toy", "num_images": 10, "num_inference_steps": 2, "output": tmp_path / "out"}
+    options = {"model": "toy", "num_images": 20, "num_inference_steps": 2, "output": tmp_path / "out"}
     words = ["generate", "a duck", *flags(**options)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     program = [sys.executable, "-m", "persam_dreambooth", *words]
@@ -345,15 +345,15 @@ def test_an_interruption_keeps_the_images_and_the_same_command_goes_on(tmp_path,
     assert process.returncode == 128 + signal.SIGINT
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     found = re.search(
-        r"interrupted: (\d+) of 10 images are saved in (.+); the same command generates the others\n$", said
+        r"interrupted: (\d+) of 20 images are saved in (.+); the same command generates the others\n$", said
     )
     assert found and found[2] == str(tmp_path / "out")
     # The signal may come after an image is saved and before it is counted.
-    assert len(kept) - 1 <= int(found[1]) <= len(kept) < 10
+    assert len(kept) - 1 <= int(found[1]) <= len(kept) < 20
     assert command(*words) == 0
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     made = {path.name: np.asarray(Image.open(path)) for path in sorted((tmp_path / "out").glob("*.png"))}
-    assert alike(made, pictures("toy", "a duck", 10))
+    assert alike(made, pictures("toy", "a duck", 20))
 
 
 # --- the model

@@ -21,7 +21,7 @@ from torch import nn
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.files import write_aside
 from persam_dreambooth.segmentation.adapters import Adapter, read_adapter
-from persam_dreambooth.segmentation.sams.sam import Encoding, Sam
+from persam_dreambooth.segmentation.sams.sam import Encoding, Sam, without_autocast
 
 PLM_WEIGHTS = "plm.safetensors"
 """The file in an adapter's folder."""
@@ -124,7 +124,7 @@ def decode_prompts(
         Logits (B, masks, 256, 256) and predicted IoUs (B, masks); masks is 3 or 1.
     """
     # In half precision, a coordinate would be off by pixels.
-    with torch.no_grad(), torch.autocast(sam.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(sam.device):
         tokens, dense = _embed(sam, encodings, prompts)
         image = torch.cat([encoding.embedding for encoding in encodings])
         position = sam.model.get_image_wide_positional_embeddings()
