@@ -1,4 +1,4 @@
-"""Measures the toy checkpoints on held-out data, in a minute on two cores.
+"""Measures the toy checkpoints on held-out data, in minutes on two cores.
 
     python -m tools.toy.check [--json] [--stable_diffusion FOLDER] [--sam FOLDER] [--sam2 FOLDER] [--images N]
 
