@@ -31,9 +31,10 @@ from persam_dreambooth.segmentation.adaptation.episode_samples import (
     augment,
     hold_out,
 )
-from persam_dreambooth.segmentation.adaptation.few_shot import FewShot, smooth_dice, validate_episodes
+from persam_dreambooth.segmentation.adaptation.few_shot import FewShot, validate_episodes
 from persam_dreambooth.segmentation.adaptation.fs_sam2 import AdaptFsSam2Options, read_episode_images
 from persam_dreambooth.segmentation.adaptation.lora import LORA_FILE, add_lora, merge_lora, save_lora
+from persam_dreambooth.segmentation.adaptation.losses import smooth_dice
 from persam_dreambooth.segmentation.adaptation.training import Learner, run_adaptation, scheduled_rate
 from persam_dreambooth.segmentation.adapters import Adapter
 from persam_dreambooth.segmentation.evaluation.absence import EvaluateAbsenceOptions
@@ -205,7 +206,7 @@ def test_the_loss_is_worked_out_by_hand():
     logits = torch.tensor([[[[0.0, 0.0]]], [[[40.0, -40.0]]]])
     truth = torch.tensor([[[[1.0, 0.0]]], [[[1.0, 0.0]]]])
     # 1 - (2 * 0.5 + 1) / (1 + 1 + 1) and 1 - (2 + 1) / (1 + 1 + 1)
-    assert float(smooth_dice(logits, truth)) == pytest.approx((1 / 3 + 0) / 2)
+    assert float(smooth_dice(logits.sigmoid(), truth)) == pytest.approx((1 / 3 + 0) / 2)
 
 
 def test_augmentation_moves_photo_and_mask_together():

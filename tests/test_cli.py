@@ -398,7 +398,6 @@ IDLE: dict[str, dict[tuple[str, ...], tuple[str, ...]]] = {
     "adapt plm": {
         (*TASK, "--max_train_steps", "7"): ("num_train_epochs",),
         (*TASK, "--no_pmm"): ("outline_points",),
-        TASK: ("gradient_checkpointing",),
     },
     "evaluate task": {
         (*PERSEG, "--methods", "sam,sam-oracle"): ("train_masks", "max_train_steps", "train_batch_size"),

@@ -29,8 +29,9 @@ from persam_dreambooth.segmentation.adaptation.episode_samples import (
     blur,
     rotate,
 )
-from persam_dreambooth.segmentation.adaptation.few_shot import FewShot, smooth_dice
+from persam_dreambooth.segmentation.adaptation.few_shot import FewShot
 from persam_dreambooth.segmentation.adaptation.lora import add_lora
+from persam_dreambooth.segmentation.adaptation.losses import smooth_dice
 from persam_dreambooth.segmentation.adaptation.training import Learner, run_adaptation
 from persam_dreambooth.segmentation.adapters import Adapter
 from persam_dreambooth.segmentation.evaluation.episodes import FewShotData, sample_episode
@@ -240,7 +241,7 @@ def test_the_loss_is_that_of_the_authors():
     arrays = recorded("training")
     logits, truth = torch.from_numpy(arrays["loss_logits"]), torch.from_numpy(arrays["loss_masks"]).float()
     bce = torch.nn.functional.binary_cross_entropy_with_logits(logits, truth)
-    assert [float(bce), float(smooth_dice(logits, truth))] == pytest.approx(arrays["loss"][1:], rel=1e-6)
+    assert [float(bce), float(smooth_dice(logits.sigmoid(), truth))] == pytest.approx(arrays["loss"][1:], rel=1e-6)
 
 
 def test_gradients_are_those_of_the_authors_and_of_lora_alone():

@@ -50,7 +50,6 @@ class AdaptOptions(Options):
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
         None, "precision; default: that of the accelerate configuration"
     )
-    gradient_checkpointing: bool = option(False, "save memory at the cost of slower steps")
     dataloader_num_workers: int = option(
         0, "data loading processes; 0 loads in the main process", elsewhere=("max_data_loader_n_workers",)
     )

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from persam_dreambooth.segmentation.adaptation.episode_samples import ValidationEpisodes
+from persam_dreambooth.segmentation.adaptation.losses import smooth_dice
 from persam_dreambooth.segmentation.evaluation.few_shot_scores import episode_pixels, pooled_ious
 from persam_dreambooth.segmentation.sams.sam import PIXEL_MEAN, PIXEL_STD
 from persam_dreambooth.segmentation.sams.sam2_memory import (
@@ -64,14 +65,8 @@ class FewShot(nn.Module):
         """The losses of a batch: `bce`, `dice`, and their sum `loss`."""
         truth = batch["truth"].float()
         logits = F.interpolate(self.logits(batch).float(), truth.shape[-2:], mode="bilinear", align_corners=False)
-        bce, dice = F.binary_cross_entropy_with_logits(logits, truth), smooth_dice(logits, truth)
+        bce, dice = F.binary_cross_entropy_with_logits(logits, truth), smooth_dice(logits.sigmoid(), truth)
         return {"loss": bce + dice, "bce": bce, "dice": dice}
-
-
-def smooth_dice(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """The mean dice loss of masks (B, ...) with smoothing 1: 1 - (2 sum(p t) + 1) / (sum(p) + sum(t) + 1)."""
-    found, truth = logits.sigmoid().flatten(1), truth.flatten(1)
-    return (1 - (2 * (found * truth).sum(1) + 1) / (found.sum(1) + truth.sum(1) + 1)).mean()
 
 
 def validate_episodes(module: FewShot, episodes: ValidationEpisodes, batch_size: int, workers: int) -> dict[str, float]:

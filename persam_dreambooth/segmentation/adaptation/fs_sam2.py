@@ -42,6 +42,7 @@ class AdaptFsSam2Options(AdaptOptions):
         None, "folder with train.txt and val.txt, which list classes; default: --data", path=True, when=(IN_LISTS,)
     )
     shots: int = option(1, "number of support images of an episode")
+    gradient_checkpointing: bool = option(False, "save memory at the cost of slower steps")
     validation_episodes: int = option(200, "number of validation episodes")
 
     def check(self) -> None:

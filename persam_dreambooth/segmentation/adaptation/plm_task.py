@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from persam_dreambooth.errors import InputError
-from persam_dreambooth.options import Condition, below_one, option, require, with_flag, within
+from persam_dreambooth.options import below_one, option, require, with_flag, within
 from persam_dreambooth.segmentation.adaptation.adapt_options import AdaptOptions
 from persam_dreambooth.segmentation.prompts import PromptKind, draw_prompt
 
@@ -42,11 +42,6 @@ class AdaptPlmOptions(AdaptOptions):
         path=True,
     )
     learning_rate: float = option(1e-3, "learning rate of AdamW at the first step", elsewhere=("lr",))
-    gradient_checkpointing: bool = option(
-        False,
-        "not for a PLM: the image encoder takes no gradient",
-        when=(Condition(lambda _: False, "the image encoder takes no gradient, so leave it out"),),
-    )
     encoding_cache: str | None = option(
         None, "folder that keeps SAM's encodings of images for later runs with the same SAM", path=True
     )

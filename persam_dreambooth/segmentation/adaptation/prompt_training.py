@@ -28,6 +28,7 @@ from torch.utils.data import Dataset, default_collate
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.photos.masks import read_mask
 from persam_dreambooth.progress import bar
+from persam_dreambooth.segmentation.adaptation.losses import smooth_dice
 from persam_dreambooth.segmentation.point_matching import (
     OUTLINE_POINTS,
     PointMatching,
@@ -257,13 +258,12 @@ def mask_losses(
     balance = 0.25 * truth + 0.75 * (1 - truth)
     focal = balance * torch.sigmoid(-signed) ** 2 * F.softplus(-signed)
     chances = torch.sigmoid(logits) * inside
-    dice = 1 - (2 * (chances * truth).sum(1) + 1) / (chances.sum(1) + truth.sum(1) + 1)
     found = (logits > 0) & (inside > 0)
     either = (found | (truth > 0)).sum(1).clamp(min=1)
     reached = (found & (truth > 0)).sum(1) / either
     return {
         "focal": FOCAL_WEIGHT * ((focal * inside).sum(1) / inside.sum(1)).mean(),
-        "dice": DICE_WEIGHT * dice.mean(),
+        "dice": DICE_WEIGHT * smooth_dice(chances, truth),
         "iou": IOU_WEIGHT * F.mse_loss(scores, reached),
     }
 
