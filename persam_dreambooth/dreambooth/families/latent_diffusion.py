@@ -105,9 +105,9 @@ class LatentDiffusion(Family):
         settings = {**cls.load_settings, **parts}
         if models.is_single_file(source):  # which can be loaded in one dtype only
             return cls.pipeline_class.from_single_file(source, config=base_config, dtype=torch.float32, **settings)
-        clip, other = (frozen_precision(role, dtype) for role in ("clip", "language model"))
-        by_name = {cls.denoiser_name: frozen_precision("denoiser", dtype), **dict.fromkeys(cls.trainable_encoders, clip)}
-        by_name |= {"vae": torch.float32, "default": other}  # the VAE's configuration decides on its dtype
+        by_name = {cls.denoiser_name: frozen_precision("denoiser", dtype), "vae": torch.float32}  # see `vae_dtype`
+        by_name |= dict.fromkeys(cls.trainable_encoders, frozen_precision("clip", dtype))
+        by_name["default"] = frozen_precision("language model", dtype)
         return cls.pipeline_class.from_pretrained(source, revision=revision, variant=variant, dtype=by_name, **settings)
 
     @classmethod
