@@ -288,6 +288,7 @@ BUILDERS = {
     "flux-schnell": lambda: flux(dev=False),
     "klein": klein,
     "klein-distilled": lambda: klein(base=False),
+    "klein-one-layer": lambda: klein(read=1),
     "z-image": z_image,
 }
 
