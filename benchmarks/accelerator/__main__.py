@@ -23,7 +23,7 @@ from benchmarks.accelerator.records import Part
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "accelerator"
-SHARES = {"sam": 0.1, "paper": 0.16, "steps": 0.44, "diffusers": 0.18, "tests": 0.12}
+SHARES = {"sam": 0.09, "paper": 0.14, "steps": 0.46, "diffusers": 0.2, "tests": 0.11}
 """The parts in the order of their turn, with their shares of the time."""
 GRACE = 20.0
 """Seconds after its time in which a part may end by itself."""
@@ -31,7 +31,7 @@ GRACE = 20.0
 
 def tests(part: Part, arguments: argparse.Namespace) -> None:
     """Runs `pytest -m gpu`."""
-    words = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rf", "--durations=5", "-p", "no:cacheprovider"]
+    words = [sys.executable, "-m", "pytest", "-m", "gpu", "-rf", "--durations=5", "-p", "no:cacheprovider"]
     words += ["-n", str(arguments.processes), "--dist", "load"] if arguments.processes else []
     with part.trying("tests"):
         run = subprocess.run([*words, "tests"], cwd=ROOT, capture_output=True, text=True, timeout=max(part.left, 20))
@@ -67,7 +67,7 @@ def beside_diffusers(part: Part, arguments: argparse.Namespace) -> None:
                     full_size.build("sd1.5", device(), torch.float16).save_pretrained(checkpoint)
                 figures = against_diffusers.measure(
                     arguments.diffusers_repository, setups, checkpoint, 64 if part.tiny else 512,
-                    rounds=2 if part.tiny else 8, steps=2 if part.tiny else 15, more=("--mixed_precision", precision),
+                    rounds=2 if part.tiny else 5, steps=2 if part.tiny else 15, more=("--mixed_precision", precision),
                 )  # fmt: skip
                 part.add(model="sd1.5", **figures)
 
