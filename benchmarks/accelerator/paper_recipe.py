@@ -34,7 +34,9 @@ def measure_paper_recipe(part: Part) -> None:
         told = resolved_options(side, family, **{**options, "max_train_steps": ITERATIONS, "num_class_images": images})
         photos = find_photos(write_random_images(Path(folder), images, side))
         class_images = Crops(photos, None, side, told.center_crop, told.seed + CLASS_SEED, "a duck")
-        row = timed_training(told, family, 1.0 if part.tiny else part.left - STARTING, Peaks(), class_images)
+        row = timed_training(
+            told, family, 1.0 if part.tiny else part.left - STARTING, Peaks(family.placement), class_images
+        )
         part.add(model="sd1.5", setup="configs/paper-sd15.yaml", **of_1000(row), in_and_out=IN_AND_OUT, options=options)
 
 

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.accelerator.records import GIB, synchronize
+from benchmarks.accelerator.records import GIB, device, synchronize
 from benchmarks.training import photos
 from persam_dreambooth.dreambooth.data import Crops
-from persam_dreambooth.dreambooth.trainer import train
+from persam_dreambooth.dreambooth.placement import Phase, Placement
+from persam_dreambooth.dreambooth.trainer import ENCODED_AHEAD, train
 from persam_dreambooth.machine import read_peak_memory, reset_peak_memory
 from persam_dreambooth.main_job import TrainOptions
 from persam_dreambooth.progress import Progress, reporting
@@ -34,20 +35,29 @@ class Enough(Exception):
 
 
 class Peaks:
-    """The peak memory of each phase in GiB: of the accelerator, or of the process."""
+    """The peak memory of each phase in GiB: of the accelerator, or of the process.
 
-    def __init__(self) -> None:
+    Args:
+        placement: of the model; it tells where a phase begins. What it moves counts as `moves`, since the parts of the
+            phase before are still there then.
+    """
+
+    def __init__(self, placement: Placement | None = None) -> None:
         self.gib: dict[str, float] = {}
         self.reserved_gib: dict[str, float] = {}
+        self.phase: str | None = None
+        if placement:
+            self._enter = placement.enter
+            placement.enter = self._follow  # type: ignore[method-assign]
         self.restart()
 
     def restart(self) -> None:
-        """Starts a phase."""
+        """Starts to measure anew."""
         synchronize()
         reset_peak_memory()
 
     def mark(self, phase: str) -> None:
-        """Ends a phase; one that ends several times keeps its largest peak."""
+        """Takes the peak as a phase's, which keeps its largest one."""
         synchronize()
         peak = read_peak_memory()
         if peak is not None:
@@ -57,17 +67,14 @@ class Peaks:
             self.reserved_gib[phase] = max(self.reserved_gib.get(phase, 0.0), reserved)
         self.restart()
 
-    def marked_after(self, owner: Any, name: str, phase: str) -> None:
-        """Ends a phase when a method of an object returns for the first time."""
-        method: Callable[..., Any] = getattr(owner, name)
-
-        def marking(*arguments: Any, **named: Any) -> Any:
-            setattr(owner, name, method)
-            result = method(*arguments, **named)
-            self.mark(phase)
-            return result
-
-        setattr(owner, name, marking)
+    def _follow(self, phase: Phase) -> None:
+        begins = phase != self.phase
+        if begins and self.phase:
+            self.mark(self.phase)
+        self._enter(phase)
+        if begins:
+            self.mark("moves")
+            self.phase = phase
 
 
 class StepClock:
@@ -75,16 +82,16 @@ class StepClock:
 
     Args:
         seconds: the time after which it stops the training.
-        peaks: told when the warm-up and the timed steps end.
+        steps: a multiple of this many steps make a block.
     """
 
-    def __init__(self, seconds: float, peaks: Peaks) -> None:
+    def __init__(self, seconds: float, steps: int) -> None:
         self.seconds = seconds
-        self.peaks = peaks
+        self.steps = steps
         self.born = time.perf_counter()
         self.until_first = math.nan
         self.blocks: list[tuple[int, float]] = []
-        self._first, self._started, self._size = 0, math.inf, 1
+        self._first, self._started, self._size = 0, math.inf, steps
 
     def __call__(self, progress: Progress) -> None:
         if progress.what != "training":
@@ -94,23 +101,22 @@ class StepClock:
             synchronize()
             self.until_first = time.perf_counter() - self.born
         if progress.done == WARM_UP:
-            self.peaks.mark("first steps")
+            synchronize()
             self._first, self._started = progress.done, time.perf_counter()
         elif progress.done > WARM_UP and (progress.done - self._first >= self._size or last):
             synchronize()
             taken = time.perf_counter() - self._started
             self.blocks.append((progress.done - self._first, taken))
-            self._size = max(1, round(BLOCK * self.blocks[0][0] / self.blocks[0][1]))
+            blocks = round(BLOCK / taken * (progress.done - self._first) / self.steps)
+            self._size = max(1, blocks) * self.steps
             self._first, self._started = progress.done, time.perf_counter()
             if last or sum(taken for _, taken in self.blocks) >= self.seconds:
-                self.peaks.mark("training")
                 raise Enough
 
     @property
     def figures(self) -> dict[str, Any]:
         """Steps per second: median of the blocks, and the spread; seconds of a step."""
-        # The first block is a single step, which told the size of the others.
-        rates = [steps / taken for steps, taken in self.blocks[1:] or self.blocks]
+        rates = [steps / taken for steps, taken in self.blocks[1:] or self.blocks]  # the first may be a single step
         steps, taken = (sum(column) for column in zip(*self.blocks, strict=True))
         return {
             "steps_per_second": round(statistics.median(rates), 3),
@@ -148,12 +154,12 @@ def timed_training(
         class_images.shaped_like = crops
     with tempfile.TemporaryDirectory() as folder:
         accelerator = open_accelerator(options.mixed_precision, options.gradient_accumulation_steps, None, Path(folder))
-        clock = StepClock(seconds, peaks)
+        clock = StepClock(seconds, 1 if options.cache_latents or device() == "cpu" else ENCODED_AHEAD)
         try:
             with reporting(clock):
                 train(options, family, crops, class_images, Path(folder), accelerator, "toy")
         except Enough:
-            pass
+            peaks.mark("training")
         if afterwards:
             afterwards(accelerator, options)
         end_processes(accelerator)

@@ -1,6 +1,5 @@
 """Training steps per second and peak memory of each family at full size, through the trainer itself."""
 
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -111,9 +110,8 @@ def measure_model(
 ) -> None:
     """Measures one model's recipe and its setups, until the part has no more than `deadline` seconds left.
 
-    The recipe runs as a user's run does: its encoders encode the prompts, and the denoiser starts on the CPU. The
-    setups reuse the embeddings and build the denoiser on the accelerator, which takes seconds less; so they have no
-    peak of the prompts.
+    The recipe runs as a user's run does, whose encoders encode the prompts. The setups reuse the embeddings, so they
+    have no peak of the prompts.
     """
     embeddings: dict[str, Embeddings] = {}
     setups = {f"recipe {model.recipe}": recipe_options(model.recipe), **model.setups}
@@ -126,8 +124,7 @@ def measure_model(
             options = {"resolution": resolution, **given}
             if part.tiny:
                 options["resolution"] = resolution
-            row = measure_setup(build, options, embeddings, whole=not embeddings, tiny=part.tiny)
-            part.add(model=name, setup=setup, **row)
+            measure_setup(part, f"{name}, {setup}", build, options, embeddings)
         kept = free_everything()
         if kept > 0.1:
             part.errors.append(f"{name}, {setup}: {kept} GiB were not freed")
@@ -141,96 +138,70 @@ def recipe_options(name: str) -> dict[str, Any]:
 
 
 def measure_setup(
-    build: Callable[[], Any], given: dict[str, Any], embeddings: dict[str, Embeddings], whole: bool, tiny: bool
-) -> dict[str, Any]:
-    """The row of one setup.
+    part: Part, name: str, build: Callable[[], Any], given: dict[str, Any], embeddings: dict[str, Embeddings]
+) -> None:
+    """Adds the row of one setup.
 
     Args:
+        part: gets the row.
+        name: of model and setup, for errors.
         build: makes the pipeline on the accelerator.
         given: options with the resolution.
-        embeddings: of the prompts; filled where `whole`, else used in place of the encoders.
-        whole: whether to measure all phases.
-        tiny: whether to take few steps.
+        embeddings: of the prompts; if there are none yet, the encoders make them, and all phases are measured.
     """
-    pipeline = build()
+    whole, pipeline = not embeddings, build()
     kind = FAMILIES[type(pipeline).__name__]
-    if whole:
-        denoiser = getattr(pipeline, kind.denoiser_name)
-        park(denoiser)
-        for name, encoder in pipeline.components.items():
-            if name.startswith("text_encoder") and encoder is not None:
-                encoder.to("cpu")
-        pipeline.vae.to("cpu")
-    else:
-        for name in pipeline.components:
-            if name.startswith("text_encoder"):
-                setattr(pipeline, name, None)
-    gc.collect()
+    park(getattr(pipeline, kind.denoiser_name))
+    pipeline.vae.to("cpu")
+    for encoder in [each for each in pipeline.components if each.startswith("text_encoder")]:
+        if whole and getattr(pipeline, encoder) is not None:
+            getattr(pipeline, encoder).to("cpu")
+        else:
+            setattr(pipeline, encoder, None)
+    free_everything()
     family = kind(pipeline)
-    options = resolved_options(family=family, **given)
-    peaks = Peaks()
-    if whole:
-        encode: Callable[[list[str]], Embeddings] = family.encode_prompts
-
-        def encode_and_keep(prompts: list[str]) -> Embeddings:
-            found = encode(prompts)
-            for prompt, one in zip(prompts, found, strict=True):
-                embeddings.setdefault(prompt, detached(one))
-            return found
-
-        family.encode_prompts = encode_and_keep  # type: ignore[method-assign]
-        peaks.marked_after(family, "encode_prompts", "prompts")
-    else:
-        family.encode_prompts = lambda prompts: Embeddings.stack([embeddings[each] for each in prompts])  # type: ignore[method-assign]
-    peaks.marked_after(family, "cache_latents", "latents")
+    family.embeddings.update(embeddings)
+    options, peaks = resolved_options(family=family, **given), Peaks(family.placement)
 
     def generate(accelerator: Any, options: TrainOptions) -> None:
-        peaks.restart()
         side = options.resolution
-        with family.for_inference() as ready, accelerator.autocast():
-            list(sample(ready, Request(PROMPT, [0], num_inference_steps=2, width=side, height=side)))
+        with part.trying(f"{name}, pictures"), accelerator.autocast():
+            list(sample(family, Request(PROMPT, [0], num_inference_steps=2, width=side, height=side)))
         peaks.mark("pictures")
 
-    figures = timed_training(options, family, 0.5 if tiny else ONE_SETUP, peaks, afterwards=generate if whole else None)
-    base = given.get("quantize", str(next(iter(getattr(pipeline, kind.denoiser_name).parameters())).dtype))
-    trained = sum(
-        weight.numel() for each in family.trained.values() for weight in each.parameters() if weight.requires_grad
-    )
+    seconds = 0.0 if part.tiny else ONE_SETUP
+    figures = timed_training(options, family, seconds, peaks, afterwards=generate if whole else None)
+    embeddings.update(family.embeddings)
+    weights = [weight for each in family.trained.values() for weight in each.parameters() if weight.requires_grad]
     described = {key: value for key, value in given.items() if key != "resolution"}
-    return {
-        "resolution": options.resolution,
-        "base": base,
-        "trained_parameters": trained,
-        **figures,
-        "options": described,
-    }
-
-
-def detached(one: Embeddings) -> Embeddings:
-    """Embeddings without gradients."""
-    parts = (one.states, one.pooled, one.mask)
-    return Embeddings(*(None if each is None else each.detach() for each in parts))
+    model, setup = name.split(", ", 1)
+    part.add(
+        model=model, setup=setup, resolution=options.resolution, base=given.get("quantize", "bf16"),
+        trained_parameters=sum(weight.numel() for weight in weights), **figures, options=described,
+    )  # fmt: skip
 
 
 def park(denoiser: torch.nn.Module) -> None:
-    """Takes a denoiser off the accelerator; it gets random weights when it is moved back.
+    """Takes a denoiser off the accelerator; it gets random weights there when it is moved back.
 
-    The weights are not copied: tens of GB would take half a minute. Memory of the CPU that is never written costs
+    The weights are not copied, since tens of GB would take half a minute. Memory of the CPU that is never written costs
     nothing.
     """
-    weights = [weight for weight in denoiser.parameters() if weight.device.type != "cpu"]
-    for weight in weights:
+    if all(weight.device.type == "cpu" for weight in denoiser.parameters()):
+        return
+    for weight in denoiser.parameters():
         weight.data = torch.empty_like(weight, device="cpu")
     move = denoiser.to
 
-    def move_and_fill(*arguments: Any, **named: Any) -> Any:
-        moved = move(*arguments, **named)
-        if any(weight.device.type != "cpu" for weight in weights):
-            del denoiser.to
-            with torch.no_grad():
-                for weight in weights:
-                    weight.normal_(0, 0.02) if weight.ndim > 1 else weight.fill_(float(weight.ndim))
-        return moved
+    def fill_and_move(*arguments: Any, **named: Any) -> Any:
+        [place] = [each for each in (*arguments, *named.values()) if isinstance(each, torch.device)] or [None]
+        if place is not None and place.type != "cpu":
+            del denoiser.to  # this is done once
+            for name, weight in denoiser.named_parameters():
+                filled = torch.empty_like(weight.data, device=place)
+                weight.data = (
+                    filled.normal_(0, 0.02) if weight.ndim > 1 else filled.fill_(float(not name.endswith("bias")))
+                )
+        return move(*arguments, **named)
 
-    if weights:
-        denoiser.to = move_and_fill
+    denoiser.to = fill_and_move
