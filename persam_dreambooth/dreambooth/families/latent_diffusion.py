@@ -71,7 +71,12 @@ class LatentDiffusion(Family):
     inference_dtype: ClassVar[torch.dtype] = torch.float16
     """The half precision for inference on an accelerator."""
 
-    without: ClassVar[dict[str, str]] = {}
+    takes_mode: ClassVar[bool] = False
+    """Whether latents are the mode of the VAE's posterior; else they are sampled from it."""
+
+    without: ClassVar[dict[str, str]] = {
+        "text_encoder_out_layers": "which reads fixed layers of its text encoders",
+    }
 
     schedulers: ClassVar[dict[str, tuple[Any, dict[str, Any]]]] = {}
 
@@ -81,6 +86,7 @@ class LatentDiffusion(Family):
         self.trained: dict[str, Any] = {}
         self.cache: PosteriorCache | None = None
         self.embeddings: dict[str, Embeddings] = {}
+        self.frozen_dtype: torch.dtype = getattr(pipeline, self.denoiser_name).dtype
         self.encoders = [name for name, part in pipeline.components.items() if "text_encoder" in name and part]
         roles: dict[str, Role] = {self.denoiser_name: "denoiser", "vae": "vae"}
         roles |= {name: "clip" if name in self.trainable_encoders else "language model" for name in self.encoders}
@@ -130,7 +136,7 @@ class LatentDiffusion(Family):
 
     @property
     def latent_factor(self) -> int:
-        """Pixels per side of a latent cell, 8 for all published models."""
+        """Pixels per side of a latent cell, 8 for most published models."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
@@ -159,7 +165,7 @@ class LatentDiffusion(Family):
             frozen_dtype: dtype of the frozen weights.
             whole: the names of parts that are trained whole, in float32.
         """
-        self.placement.device = device
+        self.placement.device, self.frozen_dtype = device, frozen_dtype
         for name, role in self.placement.roles.items():
             part: Any = self.placement.parts[name]
             dtype = self.vae_dtype(frozen_dtype) if role == "vae" else frozen_precision(role, frozen_dtype)
@@ -253,9 +259,12 @@ class LatentDiffusion(Family):
                 (enable or part.gradient_checkpointing_enable)()
 
     def latents(self, posterior: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """See `Family`; latents are shifted, if the VAE's configuration has a shift, and scaled."""
-        mean, deviation = posterior.to(self.device)
-        latents = mean + deviation * noise.to(mean)
+        """See `Family`."""
+        mean, *deviation = posterior.to(self.device)
+        return self.scaled(mean + deviation[0] * noise.to(mean) if deviation else mean)
+
+    def scaled(self, latents: torch.Tensor) -> torch.Tensor:
+        """The VAE's latents as the denoiser knows them: shifted, if the VAE's configuration has a shift, and scaled."""
         if self.vae.config.shift_factor:
             latents = latents - self.vae.config.shift_factor
         return latents * self.vae.config.scaling_factor
@@ -267,11 +276,14 @@ class LatentDiffusion(Family):
 
     @torch.no_grad()
     def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels (3, H, W) in -1..1 to mean and standard deviation of the VAE's latents, (2, C, h, w)."""
+        """Pixels (3, H, W) in -1..1 to mean and standard deviation of the VAE's latents, (2, C, h, w).
+
+        If latents are the mode, it is the only row, (1, C, h, w).
+        """
         if "vae" not in self.placement.here:
             self.enter("encoding")
         answer = self.vae.encode(pixels[None].to(self.device, self.vae.dtype)).latent_dist
-        return torch.cat([answer.mean, answer.std])
+        return answer.mode() if self.takes_mode else torch.cat([answer.mean, answer.std])
 
     def cache_latents(self, crops: Iterable[torch.Tensor] | None) -> None:
         """See `Family`."""
@@ -291,8 +303,14 @@ class LatentDiffusion(Family):
     def unread(cls, pipeline: Any, prompt: str) -> str:
         """See `Family`."""
         lengths = {} if reads_long_prompts(pipeline) else cls.prompt_lengths(pipeline)
-        ends = [read_end(getattr(pipeline, name), prompt, length) for name, length in lengths.items()]
-        return prompt[max(ends, default=len(prompt)) :]
+        text = cls.written(pipeline, prompt)
+        ends = [read_end(getattr(pipeline, name), text, length) for name, length in lengths.items()]
+        return prompt[max(0, max(ends, default=len(text)) - text.index(prompt)) :]
+
+    @classmethod
+    def written(cls, pipeline: Any, prompt: str) -> str:
+        """The text that the text encoders of a pipeline read for a prompt, with the prompt in it."""
+        return prompt
 
     def embed(self, prompts: list[str]) -> list[Embeddings]:
         """See `Family`."""
