@@ -47,6 +47,7 @@ class StableDiffusion(LatentDiffusion):
     without: ClassVar = {
         **LatentDiffusion.without,
         "max_sequence_length": "whose CLIP reads a fixed number of tokens, and more with --long_prompts",
+        "quantize_text_encoder": "whose text encoders are small",
     }
     schedulers: ClassVar = {
         "dpm++_2m": (DPMSolverMultistepScheduler, {}),
