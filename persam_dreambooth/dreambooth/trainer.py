@@ -5,6 +5,7 @@ Shapes: B samples, C latent channels, h w latent size, H W training crop.
 
 import logging
 from contextlib import nullcontext
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -192,9 +193,9 @@ def batch_losses(
       prompt or the empty one, inside and outside the masks, if `class_preservation_weight` is not 0. It is the sum over
       the samples with class preservation, divided by their expected number.
 
-    `snr_gamma` weights each sample of all losses by its timestep. It applies to the last two as well, because the
-    effect of an error on the image depends on the timestep in the same way for all of them, and because the proportions
-    of the losses stay the same.
+    `snr_gamma` or `weighting_scheme` weights each sample of all losses by its timestep. It applies to the last two as
+    well, because the effect of an error on the image depends on the timestep in the same way for all of them, and
+    because the proportions of the losses stay the same.
 
     Args:
         batch: `Sample`s stacked: pixels (B, 3, H, W), mask (B, 1, H, W), crop (B, 4), prompt, preserves_class
@@ -205,11 +206,12 @@ def batch_losses(
     halves = [(batch, options.seed)]
     if class_batch is not None:
         halves.append((class_batch, options.seed + CLASS_SEED))
+    draw = partial(family.draw_timestep, options)
     device, shape = family.device, family.latent_shape(*batch["pixels"].shape[-2:])
     latents, noise, timesteps = [], [], []
     for half, seed in halves:
         numbers = half["number"].tolist()
-        vae_noise, noise_, timesteps_ = sample_noise(seed, numbers, shape, family.draw_timestep, options.noise_offset)
+        vae_noise, noise_, timesteps_ = sample_noise(seed, numbers, shape, draw, options.noise_offset)
         latents.append(family.encode_images(half["pixels"], vae_noise).float())
         noise.append(noise_.to(device))
         timesteps.append(timesteps_.to(device))
@@ -228,7 +230,7 @@ def batch_losses(
     inputs = [torch.cat([each, each[again]]) if again else each for each in (noisy, t, crops)]
     prediction = family.predict(inputs[0], inputs[1], text, inputs[2])
 
-    weight = family.min_snr_weights(t, options.snr_gamma) if options.snr_gamma else torch.ones(len(t), device=device)
+    weight = family.loss_weights(options, t)
     mask = None
     if not options.unmasked:
         mask = latent_mask(batch["mask"].to(device), target.shape[-2:], options.mask_dilation, options.mask_feather)
