@@ -37,8 +37,8 @@ added = ["--unmasked", "--method", "{method}", "--num_validation_images", "0"]
 sys.exit(cli.main(["train", *sys.argv[1:], *added]))
 """
 NOT_OURS = "not dreambooth_if and not if_model and not captions and not lora_block"
-"""What is left out: DeepFloyd IF is no family here, the hub's data set of captions is not at hand, and for `--lora_blocks`
-there is `--lora_targets`, which takes the endings of layers' names.
+"""What is left out: DeepFloyd IF is no family here, the hub's data set of captions is not at hand, and for
+`--lora_blocks` there is `--lora_targets`, which takes the endings of layers' names.
 """
 
 pytestmark = [

@@ -23,12 +23,10 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
-from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
-    Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
@@ -37,6 +35,7 @@ from transformers import (
     T5Tokenizer,
 )
 
+from benchmarks.full_size import qwen_tokenizer
 from persam_dreambooth import toy
 from tools.toy import build
 
@@ -95,32 +94,6 @@ def t5():
             feed_forward_proj="gated-gelu",
         )
     )
-
-
-CHAT = """{%- for message in messages -%}
-{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{ '<|im_start|>assistant\n' }}
-{%- if enable_thinking is defined and enable_thinking is false -%}{{ '<think>\n\n</think>\n\n' }}{%- endif -%}
-{%- endif -%}"""
-"""What Qwen3's template makes of a conversation of one message."""
-
-
-def qwen_tokenizer():
-    """Qwen's tokenizer: words with a space before them, and bytes for the others."""
-    parts, merges = sorted(ByteLevel.alphabet()), []
-    for word in dict.fromkeys(build.WORDS.split()):
-        for end in range(1, len(word) + 1):
-            pair = "Ġ" + word[: end - 1], word[end - 1]
-            if pair not in merges:
-                merges.append(pair)
-                parts.append("".join(pair))
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
-    vocabulary = {part: number for number, part in enumerate([*parts, *special])}
-    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=merges, additional_special_tokens=special[1:3])
-    tokenizer.chat_template = CHAT
-    return tokenizer
 
 
 def qwen(kind, width, layers):
