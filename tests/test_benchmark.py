@@ -198,7 +198,7 @@ def test_the_papers_recipe_is_extrapolated_to_its_1000_iterations(tmp_path):
     assert (code, result["errors"], row["resolution"]) == (0, [], 64)
     assert row["seconds_for_1000_iterations"] == pytest.approx(1000 * row["mean_seconds_per_step"], rel=0.01)
     assert row["how"] == f"extrapolated from {row['steps']} steps"
-    assert row["trained_parameters"] == 2_000_000
+    assert row["trained_parameters"] == 7_244_616
 
 
 @pytest.mark.slow
@@ -237,4 +237,4 @@ def test_training_steps_of_every_family_are_timed(name, tmp_path):
     assert part.errors == []
     recipe, cached = part.content["rows"]
     assert recipe["trained_parameters"] == cached["trained_parameters"] > 0
-    assert {"prompts", "pictures"} == recipe["peak_gib"].keys() - cached["peak_gib"].keys()
+    assert {"prompts", "encoding", "pictures"} == recipe["peak_gib"].keys() - cached["peak_gib"].keys()

@@ -172,13 +172,9 @@ def measure_setup(
     seconds = 0.0 if part.tiny else ONE_SETUP
     figures = timed_training(options, family, seconds, peaks, afterwards=generate if whole else None)
     embeddings.update(family.embeddings)
-    weights = [weight for each in family.trained.values() for weight in each.parameters() if weight.requires_grad]
     described = {key: value for key, value in given.items() if key != "resolution"}
     model, setup = name.split(", ", 1)
-    part.add(
-        model=model, setup=setup, resolution=options.resolution, base=given.get("quantize", "bf16"),
-        trained_parameters=sum(weight.numel() for weight in weights), **figures, options=described,
-    )  # fmt: skip
+    part.add(model=model, setup=setup, base=given.get("quantize", "bf16"), **figures, options=described)
 
 
 def park(denoiser: torch.nn.Module) -> None:
