@@ -480,6 +480,105 @@ def test_long_prompts_are_refused_where_t5_or_qwen_reads_them(runs, model, tmp_p
     assert "--long_prompts has no effect on a " in capsys.readouterr().err.splitlines()[-1]
 
 
+# --- prompts of a given length, Qwen3, distilled checkpoints
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", *QWEN])
+def test_prompts_have_the_length_that_is_asked_for(model):
+    family = registry.open_family(TrainOptions(max_sequence_length=24), str(model), torch.float32)
+    prompt = "a red duck " * 20
+    settings = {"sd3": {"prompt_2": None, "prompt_3": None}, "flux": {"prompt_2": None}}.get(model.name, {})
+    with torch.no_grad():
+        (found,) = family.encode_prompts([prompt])
+        states = plain_pipeline(model).encode_prompt(prompt, max_sequence_length=24, **settings)[0][0]
+    torch.testing.assert_close(found.states, states, rtol=0, atol=0)
+    assert len(states) == (32 + 24 if model.name == "sd3" else 24)
+    assert family.prompt_arguments(family.pipeline, [prompt])["max_sequence_length"] == 24
+    assert len(family.unread(family.pipeline, prompt)) > (0 if model.name in QWEN else 100)
+
+
+def test_a_run_reads_its_layers_of_qwen_in_training_and_in_generate(runs, checkpoints, tmp_path):
+    """Through `generate` and through diffusers alone, the pictures of a run are the same to the bit."""
+    model = save_tiny("klein-one-layer", checkpoints)
+    read = {"max_sequence_length": 48, "text_encoder_out_layers": "20"}
+    run = runs(pretrained_model_name_or_path=model, learning_rate=0.05, **read)
+    settings = {"num_inference_steps": 2, "guidance_scale": 3.0}
+    options = {"model": run, "output": tmp_path / "pictures", "num_images": 1, "negative_prompt": "a car", **settings}
+    assert command("generate", "a sks duck", *flags(**options)) == 0
+    pipeline = plain_pipeline(model)
+    pipeline.load_lora_weights(run)
+    call = {"max_sequence_length": 48, "text_encoder_out_layers": [20]}
+    negative, _ = pipeline.encode_prompt("a car", **call)
+    prompt = {"prompt": "a sks duck", "negative_prompt_embeds": negative}
+    size = {"width": SIDE, "height": SIDE, "generator": torch.Generator().manual_seed(0)}
+    expected = pipeline(**prompt, **size, **call, **settings).images[0]
+    (picture,) = (tmp_path / "pictures").glob("*.png")
+    assert np.array_equal(np.asarray(Image.open(picture)), np.asarray(expected))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("klein", {"text_encoder_out_layers": "9,18"}, "is 9,18: this model reads 3 of the 28 layers"),
+        ("klein", {"text_encoder_out_layers": "9,18,29"}, "is 9,18,29: this model reads 3 of the 28 layers"),
+        ("klein", {"text_encoder_out_layers": "all"}, "is all: give numbers with commas, such as 9,18,27"),
+        ("klein", {"max_sequence_length": 513}, "--max_sequence_length is 513: give a number from 1 to 512"),
+        ("klein", {"train_text_encoder": True}, "on a Flux2KleinPipeline, whose Qwen3 stays frozen: leave it out"),
+        ("z-image", {"train_text_encoder": True}, "on a ZImagePipeline, whose Qwen3 stays frozen: leave it out"),
+        ("z-image", {"text_encoder_out_layers": "9"}, "on a ZImagePipeline, which reads fixed layers of its text"),
+        ("z-image", {"export": "kohya"}, "on a ZImagePipeline, whose LoRA ComfyUI reads as it is saved: leave it out"),
+        ("sdxl", {"max_sequence_length": 20}, "on a StableDiffusionXLPipeline, whose CLIP reads a fixed number"),
+    ],
+)
+def test_options_that_a_family_cannot_follow_are_refused(runs, model, options, message, tmp_path, capsys):
+    assert runs.train(tmp_path / "run", pretrained_model_name_or_path=model, **options) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_distilled_checkpoint_comes_with_advice(checkpoints, caplog):
+    for name in ("klein", "z-image"):
+        registry.open_family(TrainOptions(), str(save_tiny(name, checkpoints)), torch.float32)
+    assert "distilled" not in caplog.text
+    distilled = str(save_tiny("klein-distilled", checkpoints))
+    registry.open_family(TrainOptions(pretrained_model_name_or_path=distilled), distilled, torch.float32)
+    assert f"{distilled} is distilled, and training undoes that in part: train on the base" in caplog.messages[-1]
+    options = TrainOptions(pretrained_model_name_or_path="Tongyi-MAI/Z-Image-Turbo")
+    registry.open_family(options, str(checkpoints / "z-image"), torch.float32)
+    assert caplog.messages[-1].startswith("Tongyi-MAI/Z-Image-Turbo is distilled")
+
+
+def test_a_lora_of_the_base_generates_on_the_distilled_checkpoint(runs, checkpoints, tmp_path, capsys):
+    base, distilled = (save_tiny(name, checkpoints) for name in ("klein", "klein-distilled"))
+    run = runs(pretrained_model_name_or_path=base, learning_rate=0.05)
+    for number, scale in enumerate((1, 0)):
+        options = {"model": run, "base_model": distilled, "output": tmp_path / f"{number}", "lora_scale": scale}
+        assert command("generate", "a duck", *flags(**options, num_images=1, num_inference_steps=2)) == 0
+    one, two = (np.asarray(Image.open(next((tmp_path / name).glob("*.png"))), np.int16) for name in "01")
+    assert np.abs(one - two).max() > 3
+    for name, value in {"negative_prompt": "a car", "guidance_scale": 2.0}.items():
+        assert command("generate", "a duck", *flags(**options, **{name: value})) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error == f"error: --{name} has no effect: the model takes no guidance; leave it out"
+
+
+@pytest.mark.parametrize("name", QWEN)
+def test_a_negative_prompt_changes_the_picture(model):
+    pipeline = load_pipeline(str(model))
+    family = registry.FAMILIES[type(pipeline).__name__]
+    settings = {"num_inference_steps": 2, "width": SIDE, "height": SIDE}
+    plain, negative, other = (
+        pipeline(
+            **family.prompt_arguments(pipeline, PROMPTS, words),
+            **settings,
+            generator=[torch.Generator().manual_seed(seed) for seed in (0, 1)],
+        ).images
+        for words in (None, "", "a car in the snow")
+    )
+    assert all(np.array_equal(one, two) for one, two in zip(plain, negative, strict=True))
+    assert not any(np.array_equal(one, two) for one, two in zip(plain, other, strict=True))
+
+
 # --- what is random
 
 

@@ -271,7 +271,7 @@ class LatentDiffusion(Family):
     def prompt_arguments(cls, pipeline: Any, prompts: list[str], negative_prompt: str | None = None) -> dict[str, Any]:
         """See `Family`."""
         negative = {} if negative_prompt is None else {"negative_prompt": [negative_prompt] * len(prompts)}
-        return {"prompt": prompts, **negative}
+        return {"prompt": list(prompts), **negative}  # a copy, because ZImagePipeline writes into it
 
     def tokens(self, tokenizer: Any, prompts: list[str], length: int | None = None) -> torch.Tensor:
         """Prompts to token ids (B, T), truncated or padded to `length`; default: the tokenizer's maximum length."""

@@ -3,6 +3,7 @@
 C 16, T up to 512, D 2560; other shapes as in `family`.
 """
 
+import logging
 from typing import Any, ClassVar
 
 import torch
@@ -10,6 +11,9 @@ from diffusers import DiffusionPipeline, ZImagePipeline
 
 from persam_dreambooth.dreambooth.families.family import Embeddings
 from persam_dreambooth.dreambooth.families.flow_matching import FlowMatching
+from persam_dreambooth.dreambooth.training_options import TrainingOptions
+
+logger = logging.getLogger(__name__)
 
 
 class ZImage(FlowMatching):
@@ -34,6 +38,16 @@ class ZImage(FlowMatching):
     sequence_tokenizer = "tokenizer"
     sequence_length = 512
     takes_mode = True
+
+    def check(self, options: TrainingOptions) -> None:
+        """See `LatentDiffusion`; also gives advice on Turbo, which only the name tells from the base."""
+        super().check(options)
+        if "turbo" in options.pretrained_model_name_or_path.lower():
+            logger.warning(
+                "%s is distilled, and training undoes that in part: train on Tongyi-MAI/Z-Image, or generate in 30 "
+                "steps with a --guidance_scale of 2",
+                options.pretrained_model_name_or_path,
+            )
 
     @classmethod
     def written(cls, pipeline: Any, prompt: str) -> str:
