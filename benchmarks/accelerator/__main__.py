@@ -8,6 +8,7 @@ a line in `errors` of that file, and the others go on; the exit code is then 1.
 
 All weights are random, of the published sizes. `--tiny` puts the small checkpoints that ship in their place, for any
 machine. `--diffusers_repository` names a checkout of diffusers for the part `diffusers`, which is left out without it.
+`--plans` adds the planned memory to results that are there already; it needs no accelerator, and half a minute a row.
 """
 
 import argparse
@@ -114,7 +115,12 @@ def main(words: list[str]) -> int:
     parser.add_argument("--processes", type=int, default=0, help="processes of pytest, which needs pytest-xdist")
     parser.add_argument("--output_dir", type=Path, default=RESULTS, help="folder of the JSON files")
     parser.add_argument("--tiny", action="store_true", help="small checkpoints, for a test of this program")
+    parser.add_argument(
+        "--plans", action="store_true", help="only add planned memory to the results of steps and paper"
+    )
     arguments = parser.parse_args(words)
+    if arguments.plans:
+        return add_plans(arguments.output_dir)
     known = [name for name in SHARES if name != "diffusers" or arguments.diffusers_repository]
     parts = [name for name in known if name in (arguments.parts or known)]
     if arguments.parts and "diffusers" in arguments.parts and not arguments.diffusers_repository:
@@ -136,6 +142,16 @@ def main(words: list[str]) -> int:
         share = min(seconds * SHARES[name] / total, left - 5)
         went_well &= run_apart(name, share, given)
     return int(not went_well)
+
+
+def add_plans(folder: Path) -> int:
+    """Adds the planned memory to results of steps and paper; the exit code."""
+    from benchmarks.accelerator import planned
+
+    paths = [path for name in ("steps", "paper") if (path := folder / f"{name}.json").is_file()]
+    errors = [error for path in paths for error in planned.add_plans(path)]
+    print("\n".join(f"  failed: {each}" for each in errors))
+    return int(bool(errors))
 
 
 def passed_on(arguments: argparse.Namespace) -> list[str]:

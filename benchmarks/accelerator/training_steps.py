@@ -162,6 +162,7 @@ def measure_setup(
     family = kind(pipeline)
     family.embeddings.update(embeddings)
     options, peaks = resolved_options(family=family, **given), Peaks(family.placement)
+    family.place_on(torch.device(device()), torch.bfloat16, family.whole_names(options))
 
     def generate(accelerator: Any, options: TrainOptions) -> None:
         side = options.resolution
