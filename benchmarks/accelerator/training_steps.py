@@ -158,6 +158,8 @@ def measure_setup(
             getattr(pipeline, encoder).to("cpu")
         else:
             setattr(pipeline, encoder, None)
+    if not hasattr(pipeline, "default_sample_size"):  # as a family sets it when it loads a model
+        pipeline.default_sample_size = given["resolution"] // pipeline.vae_scale_factor
     free_everything()
     family = kind(pipeline)
     family.embeddings.update(embeddings)
