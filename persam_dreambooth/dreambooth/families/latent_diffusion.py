@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from persam_dreambooth import models
 from persam_dreambooth.dreambooth.families.family import Embeddings, Family
 from persam_dreambooth.dreambooth.latent_cache import PosteriorCache
-from persam_dreambooth.dreambooth.placement import Phase, Placement, Role, precision
+from persam_dreambooth.dreambooth.placement import Phase, Placement, Role, frozen_precision
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.errors import InputError, InputNotFoundError
 
@@ -111,9 +111,9 @@ class LatentDiffusion(Family):
         settings = {**cls.load_settings, **parts}
         if models.is_single_file(source):  # which can be loaded in one dtype only
             return cls.pipeline_class.from_single_file(source, config=base_config, dtype=torch.float32, **settings)
-        clip, other = (precision(role, dtype) for role in ("clip", "language model"))
-        by_name = {cls.denoiser_name: precision("denoiser", dtype), **dict.fromkeys(cls.trainable_encoders, clip)}
-        by_name |= {"vae": torch.float32, "default": other}  # the VAE's configuration decides on its dtype
+        by_name = {cls.denoiser_name: frozen_precision("denoiser", dtype), "vae": torch.float32}  # see `vae_dtype`
+        by_name |= dict.fromkeys(cls.trainable_encoders, frozen_precision("clip", dtype))
+        by_name["default"] = frozen_precision("language model", dtype)
         return cls.pipeline_class.from_pretrained(source, revision=revision, variant=variant, dtype=by_name, **settings)
 
     @classmethod
@@ -168,7 +168,7 @@ class LatentDiffusion(Family):
         self.placement.device, self.frozen_dtype = device, frozen_dtype
         for name, role in self.placement.roles.items():
             part: Any = self.placement.parts[name]
-            dtype = self.vae_dtype(frozen_dtype) if role == "vae" else precision(role, frozen_dtype)
+            dtype = self.vae_dtype(frozen_dtype) if role == "vae" else frozen_precision(role, frozen_dtype)
             dtype = torch.float32 if name in whole else dtype
             if part.dtype != dtype:
                 part.to(dtype)
@@ -187,7 +187,7 @@ class LatentDiffusion(Family):
         self.place_on(device, frozen_dtype, self.whole_names(options))
         if options.preserves_base and options.method == "full":
             base = copy.deepcopy(placement.parts[self.denoiser_name])
-            placement.add(BASE_COPY, "base copy", base.to(precision("base copy", frozen_dtype)))
+            placement.add(BASE_COPY, "base copy", base.to(frozen_precision("base copy", frozen_dtype)))
         placement.kept = set(names)
         placement.enter("training")
         self.trained = {name: getattr(self.pipeline, name) for name in names}
