@@ -184,9 +184,9 @@ def measured(folder, part, *arguments):
 def test_training_steps_are_timed_with_the_peak_of_each_phase(tmp_path):
     code, result = measured(tmp_path, "steps")
     assert (code, result["errors"]) == (0, [])
-    assert [row["setup"] for row in result["rows"]] == ["recipe sd15-lora", *training_steps.SMALL]
+    assert [row["setup"] for row in result["rows"]] == ["recipe sd15-lora", *training_steps.SETUPS]
     assert all(row["steps_per_second"] > 0 for row in result["rows"])
-    recipe, plain, *_, quantized = result["rows"]
+    recipe, plain, quantized, *_ = result["rows"]
     assert {"prompts", "encoding", "training", "pictures"} < recipe["peak_gib"].keys()
     assert (recipe["trained_parameters"], plain["trained_parameters"]) == (56576, 48384)
     assert (plain["base"], quantized["base"]) == ("bf16", "nf4")
@@ -224,7 +224,7 @@ def test_a_measurement_that_fails_is_a_line_and_the_next_one_starts(tmp_path, mo
 def test_what_no_time_is_left_for_is_named(tmp_path):
     code, result = measured(tmp_path, "steps", "--minutes", "0")
     assert (code, result["rows"]) == (1, [])
-    assert result["errors"][1] == "sd1.5, masked: no time was left"
+    assert result["errors"][1] == "sd1.5, masked, cached, checkpointed: no time was left"
 
 
 @pytest.mark.parametrize(
