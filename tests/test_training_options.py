@@ -553,6 +553,18 @@ def counting_cache(limit=2**30):
     return PosteriorCache(encode, limit), asked
 
 
+def test_recurring_crops_are_soon_all_cached(photos):
+    asked_for = {}
+    for recurring in (False, True):
+        cache, asked = counting_cache()
+        crops = training_crops(photos, resolution=64, recurring=recurring)
+        for number in range(120):
+            cache(crops[number]["pixels"][None])
+        asked_for[recurring] = len(asked)
+    assert asked_for[True] <= 9 + 17 + 1 + 1  # every second pixel of what the photos are longer than 64
+    assert asked_for[False] > 1.3 * asked_for[True]
+
+
 def test_the_vae_is_asked_once_for_every_different_crop(photos):
     crops = training_crops(photos)
     cache, asked = counting_cache()
