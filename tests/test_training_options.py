@@ -25,6 +25,7 @@ from training_runs import (
     UP,
     assert_same_trajectory,
     column,
+    metrics,
     same_metrics,
     same_state,
     same_weights,
@@ -46,10 +47,12 @@ from persam_dreambooth.dreambooth.families.registry import load_pipeline
 from persam_dreambooth.dreambooth.families.stable_diffusion import StableDiffusion
 from persam_dreambooth.dreambooth.latent_cache import PosteriorCache
 from persam_dreambooth.dreambooth.loss import latent_mask, masked_loss
-from persam_dreambooth.dreambooth.optimizers import effective_rate, make_optimizer
+from persam_dreambooth.dreambooth.optimizers import make_optimizer
 from persam_dreambooth.dreambooth.trainer import batch_losses
 from persam_dreambooth.main_job import TrainOptions
 from persam_dreambooth.photos.datasets import photo_folder
+from persam_dreambooth.training import accelerators
+from persam_dreambooth.training.accelerators import open_accelerator
 
 
 @pytest.fixture(scope="session")
@@ -431,7 +434,7 @@ def test_prodigy_goes_the_way_of_its_own_package(runs):
     settings = {"betas": (0.8, 0.95), "weight_decay": 0.1, "eps": 1e-7}
     flags = {"adam_beta1": 0.8, "adam_beta2": 0.95, "adam_weight_decay": 0.1, "adam_epsilon": 1e-7}
     weight, twin = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
-    ours, _ = make_optimizer(TrainOptions(optimizer="prodigy", **flags), [weight], 1.0)
+    ours, _ = make_optimizer(TrainOptions(optimizer="prodigy", **flags), [[weight]], [1.0])
     theirs = prodigyopt.Prodigy([twin], lr=1.0, **settings, use_bias_correction=True, safeguard_warmup=True)
     for _ in range(20):
         for parameter, optimizer in ((weight, ours), (twin, theirs)):
@@ -439,7 +442,7 @@ def test_prodigy_goes_the_way_of_its_own_package(runs):
             (parameter * torch.tensor([1.0, 2.0, 3.0]) - 5).square().sum().backward()
             optimizer.step()
         assert torch.equal(weight, twin)
-    assert effective_rate(ours, 1.0) > 1e-6  # where its estimate starts
+    assert ours.param_groups[0]["d"] > 1e-6  # where its estimate starts
 
 
 def test_prodigy_trains_logs_the_rate_it_found_and_resumes(runs, tmp_path):
@@ -476,6 +479,7 @@ def test_adam_of_8_bits_goes_a_similar_way_and_resumes(runs, tmp_path):
     np.testing.assert_allclose(column(eight), column(plain), rtol=0.05)
     assert not same_weights(eight, plain)
     kept = states(eight, STEPS)["optimizer"]["state"].values()
+    kept = [state.get("__bnb_optimizer_quant_state__", state) for state in kept]  # where bitsandbytes 0.50 keeps it
     assert torch.uint8 in {state["state1"].dtype for state in kept}
     assert runs.train(tmp_path / "run", use_8bit_adam=True, max_train_steps=2, **options) == 0
     assert runs.train(tmp_path / "run", use_8bit_adam=True, resume_from_checkpoint="latest", **options) == 0
@@ -483,11 +487,75 @@ def test_adam_of_8_bits_goes_a_similar_way_and_resumes(runs, tmp_path):
     assert same_metrics(tmp_path / "run", eight)
 
 
+def test_prodigy_has_one_rate_for_all_parts(runs, tmp_path, capsys):
+    pytest.importorskip("prodigyopt")
+    options = {"optimizer": "prodigy", "train_text_encoder": True}
+    run = runs(checkpointing_steps=STEPS, **options)
+    [group] = states(run, STEPS)["optimizer"]["param_groups"]
+    assert len(group["params"]) == len(weights(run))
+    assert "text_encoder_lr" not in metrics(run)[0]
+    said = refused(runs, capsys, tmp_path / "run", text_encoder_lr=1.0, **options)
+    assert said == "error: --text_encoder_lr has no effect: prodigy finds one rate for all, remove it"
+
+
 def test_an_optimizer_does_not_go_on_from_the_state_of_another(runs, tmp_path, capsys):
     pytest.importorskip("prodigyopt")
     assert runs.train(tmp_path / "run", checkpointing_steps=2) == 0
     assert runs.train(tmp_path / "run", optimizer="prodigy", resume_from_checkpoint="latest") == 2
     assert "--optimizer is prodigy but" in capsys.readouterr().err
+
+
+# --- steps that the scaler skips
+
+
+@pytest.fixture
+def scaler(monkeypatch):
+    """Runs have a scaler that makes the gradients of every third step overflow, as fp16 may do on an accelerator.
+
+    After two updates the scale grows from 4 to 2**127, and back when float32 has overflowed. accelerate scales and
+    unscales in the optimizer; no gradient is clipped, because the norm of scaled gradients is that of no other run.
+    """
+
+    def opened(*arguments):
+        accelerator = open_accelerator(*arguments)
+        settings = {"growth_factor": 2.0**125, "backoff_factor": 2.0**-125, "growth_interval": 2}
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0, **settings)
+        return accelerator
+
+    monkeypatch.setattr(accelerators, "open_accelerator", opened)
+
+
+@pytest.fixture
+def overflowing(photos, tmp_path, scaler):
+    """Options without clipping and with a loss far above 2, since the photos are class images of a great weight too."""
+    folder = shutil.copytree(photos, tmp_path / "class")
+    heavy = {"with_prior_preservation": True, "class_data_dir": folder, "num_class_images": 4}
+    return {"max_grad_norm": 1e30, "prior_loss_weight": 1e4, **heavy, "max_train_steps": 6, "use_ema": True}
+
+
+def test_a_skipped_step_advances_neither_schedule_nor_average(runs, tmp_path, overflowing):
+    options = {**overflowing, "lr_scheduler": "linear", "train_text_encoder": True}
+    run = tmp_path / "run"
+    assert runs.train(run, checkpointing_steps=6, **options) == 0
+    assert column(run, "skipped_steps") == [0, 0, 1, 1, 1, 2]
+    rates = [1e-4 * (1 - update / 6) for update in (0, 1, 2, 2, 3, 4)]
+    assert column(run, "learning_rate") == column(run, "text_encoder_lr") == pytest.approx(rates)
+    state = states(run, 6)
+    assert state["average"]["step"] == 4
+    assert {int(each["step"]) for each in state["optimizer"]["state"].values()} == {4}
+
+
+def test_a_run_with_skipped_steps_resumes_to_the_bit(runs, tmp_path, overflowing):
+    options = {**overflowing, "lr_scheduler": "cosine", "checkpointing_steps": 1}
+    straight, run = tmp_path / "straight", tmp_path / "run"
+    assert runs.train(straight, **options) == 0
+    for step in (2, 3, 4):  # before, at and after a skipped step
+        shutil.copytree(straight, run)
+        assert runs.train(run, resume_from_checkpoint=f"checkpoint-{step}", **options) == 0
+        assert same_weights(run, straight)
+        assert same_metrics(run, straight)
+        assert same_state(states(run, 6), states(straight, 6))
+        shutil.rmtree(run)
 
 
 # --- flips and cached latents

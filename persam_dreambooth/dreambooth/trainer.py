@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers.optimization import get_scheduler
 
 from persam_dreambooth.dreambooth.data import CLASS_SEED, CLASS_SHARE, DROPOUT, Crops, sample_noise
 from persam_dreambooth.dreambooth.ema import AveragedWeights
 from persam_dreambooth.dreambooth.families.family import Embeddings, Family
 from persam_dreambooth.dreambooth.loss import latent_mask, masked_loss
-from persam_dreambooth.dreambooth.optimizers import effective_rate, make_optimizer
+from persam_dreambooth.dreambooth.optimizers import Schedule, make_optimizer
 from persam_dreambooth.dreambooth.results import save_weights
 from persam_dreambooth.dreambooth.samples import save_validation_samples
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
@@ -83,30 +82,25 @@ def train(
         fixed = [source.fixed_crops() for source in (photos, class_images) if source]
         family.cache_latents(chain.from_iterable(fixed) if options.center_crop else None)
 
-    rate = learning_rate(options, accelerator.num_processes)
-    optimizer, settings = make_optimizer(options, trained, rate)
+    parts = [[weight for weight in part.parameters() if weight.requires_grad] for part in family.trained.values()]
+    rates = learning_rates(options, len(parts), accelerator.num_processes)
+    optimizer, settings = make_optimizer(options, parts, rates)
+    schedule = Schedule(options)
     average = AveragedWeights(trained, options.ema_decay) if options.use_ema else None
     as_saved = average.swapped_in if average else nullcontext
     meter, first_step = Meter(run_dir, accelerator), 0
     if options.init_lora and not resume_from:
         family.init_lora(options)
+    states: dict[str, Any] = {"optimizer": optimizer, "schedule": schedule, "average": average, "meter": meter}
+    states["scaler"] = accelerator.scaler
     if resume_from:
-        states = {"optimizer": optimizer, "scaler": accelerator.scaler, "average": average, "meter": meter}
         with loading(str(resume_from), "remove it, and the run resumes from the checkpoint before it"):
             family.load_weights(resume_from)
             first_step = load_state(resume_from, **states)
         logger.info("resuming from %s at step %d", resume_from, first_step)
-    for group in optimizer.param_groups:  # options override the checkpoint if they changed
-        group.update(settings, initial_lr=rate)
-    schedule = get_scheduler(
-        options.lr_scheduler,
-        optimizer=optimizer,
-        num_warmup_steps=options.lr_warmup_steps,
-        num_training_steps=options.max_train_steps,
-        num_cycles=options.lr_num_cycles,
-        power=options.lr_power,
-        last_epoch=first_step - 1,
-    )
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)  # options override the checkpoint if they changed
+    schedule.start(optimizer, first_step)
 
     *models, optimizer = accelerator.prepare(*family.trained.values(), optimizer)
     family.trained = dict(zip(family.trained, models, strict=True))
@@ -131,7 +125,7 @@ def train(
     def save_checkpoint(parent: Path, step: int) -> None:
         with write_aside(parent / f"checkpoint-{step}") as folder:
             folder.mkdir()
-            save_state(folder, step, optimizer=optimizer, scaler=accelerator.scaler, average=average, meter=meter)
+            save_state(folder, step, **states)
             with as_saved():
                 family.save_weights(folder)
 
@@ -150,9 +144,9 @@ def train(
                         accelerator.clip_grad_norm_(trained, options.max_grad_norm)
                     optimizer.step()
                     optimizer.zero_grad()
-            rate = effective_rate(optimizer, schedule.get_last_lr()[0])
-            schedule.step()
-            if average:
+            rates = schedule.rates(optimizer)
+            schedule.step(optimizer.step_was_skipped)
+            if average and not optimizer.step_was_skipped:
                 average.step()
 
             last = step == last_step
@@ -160,7 +154,7 @@ def train(
             stopping = interruption.requested()
             checkpoint_due = stopping or step % options.checkpointing_steps == 0
             if step % options.logging_steps == 0 or last or checkpoint_due:
-                row = meter.write(step, rate)
+                row = meter.write(step, rates[0], figures(accelerator, schedule, rates))
                 steps.set_postfix(loss=f"{row['loss']:.4f}")
             if checkpoint_due and accelerator.is_main_process:
                 save_checkpoint(run_dir, step)
@@ -265,13 +259,22 @@ def encode_together(family: Family, prompts: list[str]) -> Embeddings:
     return family.encode_prompts(different)[[different.index(prompt) for prompt in prompts]]
 
 
-def learning_rate(options: TrainingOptions, processes: int) -> float:
-    """The learning rate, scaled if `scale_lr` is set."""
-    rate = options.learning_rate
-    assert rate is not None
-    if options.scale_lr:
-        rate *= options.train_batch_size * options.gradient_accumulation_steps * processes
-    return rate
+def learning_rates(options: TrainingOptions, parts: int, processes: int) -> list[float]:
+    """The learning rates of the denoiser and of the trained text encoders after it, scaled if `scale_lr` is set."""
+    own, text = options.learning_rate, options.text_encoder_lr
+    assert own is not None
+    factor = options.train_batch_size * options.gradient_accumulation_steps * processes if options.scale_lr else 1
+    return [factor * rate for rate in (own, *[own if text is None else text] * (parts - 1))]
+
+
+def figures(accelerator: Accelerator, schedule: Schedule, rates: list[float]) -> dict[str, float]:
+    """What a line of `metrics.jsonl` has besides losses and learning rate, where a run has it.
+
+    - `text_encoder_lr`: the learning rate of the trained text encoders.
+    - `skipped_steps`: the number of steps so far without an update, because gradients overflowed in fp16.
+    """
+    found: dict[str, float] = {"text_encoder_lr": rates[-1]} if len(rates) > 1 else {}
+    return {**found, "skipped_steps": schedule.skipped} if accelerator.scaler else found
 
 
 def check_resolution(options: TrainingOptions, family: Family) -> int:

@@ -67,6 +67,9 @@ class Family(Protocol):
     learning_rates: ClassVar[dict[str, float]]
     """The default learning rate of each supported method, `lora` and `full`."""
 
+    text_encoder_rates: ClassVar[dict[str, float]]
+    """The default learning rate of trained text encoders by method; without it, it is the denoiser's."""
+
     tags: ClassVar[list[str]]
     """The tags of the family in a model card."""
 

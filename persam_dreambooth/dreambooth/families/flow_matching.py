@@ -22,6 +22,7 @@ class FlowMatching(LatentDiffusion):
     """
 
     denoiser_name = "transformer"
+    text_encoder_rates: ClassVar = {"lora": 5e-6}  # of diffusers' LoRA scripts
     large = True
     inference_dtype = torch.bfloat16
     without: ClassVar = {

@@ -66,6 +66,8 @@ class LatentDiffusion(Family):
     trainable_encoders: ClassVar[list[str]] = ["text_encoder"]
     """The text encoders that `--train_text_encoder` trains: those of CLIP."""
 
+    text_encoder_rates: ClassVar[dict[str, float]] = {}
+
     large: ClassVar[bool] = False
     """Whether frozen weights are loaded in half precision, because float32 would need too much memory."""
 

@@ -26,7 +26,8 @@ from persam_dreambooth.errors import InputError
 class StableDiffusion(LatentDiffusion):
     """Stable Diffusion 1.x or 2.x in training.
 
-    Learning rates are the defaults of diffusers' `train_dreambooth_lora.py` and `train_dreambooth.py`.
+    Learning rates are the defaults of diffusers' `train_dreambooth_lora.py` and `train_dreambooth.py`, which have one
+    rate for all parts.
 
     Args:
         pipeline: the loaded pipeline.
