@@ -14,10 +14,12 @@ needs of it.
 """
 
 import argparse
+import hashlib
 import multiprocessing
 import os
 import platform
 import runpy
+import shutil
 import statistics
 import subprocess
 import sys
@@ -273,14 +275,15 @@ def _stand_in_for_torchvision() -> None:
 
 def _version(script: Path) -> dict[str, str]:
     """The commit of a checkout, if it is one of git, and git's hash of the script, which any checkout has."""
-
-    def git(*words: str) -> str:
-        answer = subprocess.run(["git", *words], cwd=script.parent, capture_output=True, text=True)
-        return answer.stdout.strip() or "unknown"
-
     if not script.is_file():
         return {}
-    return {"diffusers_commit": git("log", "-1", "--format=%H"), "script_blob": git("hash-object", script.name)}
+    content = script.read_bytes()
+    commit = "unknown"
+    if shutil.which("git"):
+        asked = subprocess.run(["git", "log", "-1", "--format=%H"], cwd=script.parent, capture_output=True, text=True)
+        commit = asked.stdout.strip() or commit
+    blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    return {"diffusers_commit": commit, "script_blob": blob}
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from persam_dreambooth.dreambooth.prompts import in_front_of
+from persam_dreambooth.dreambooth.samples import image_size
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.files import check_writable, locked, write_text
@@ -179,12 +180,14 @@ def generate_pictures(
     sampler = fast_sampler(pipeline)
     sampler.set_progress_bar_config(disable=True)
     sampler.vae.enable_slicing()  # one image at a time through the VAE, to save memory
+    width, height = image_size(sampler)
+    settings = {"num_inference_steps": BASE_PICTURE_STEPS, "width": width, "height": height}
     for start in steps(range(0, len(missing), batch_size), f"{kind} images", "batch"):
         numbers = missing[start : start + batch_size]
         told = [prompts[number % len(prompts)] for number in numbers]
         generators = [torch.Generator().manual_seed(seed + number) for number in numbers]
         arguments = FAMILIES[type(sampler).__name__].prompt_arguments(sampler, told)
-        images = sampler(**arguments, num_inference_steps=BASE_PICTURE_STEPS, generator=generators).images
+        images = sampler(**arguments, **settings, generator=generators).images
         for number, image, prompt in zip(numbers, images, told, strict=True):
             path = folder / f"{kind}-{number:04}.png"
             beside = path.with_suffix(".txt")

@@ -277,5 +277,6 @@ def _check_loaded(options: GenerateOptions, family: type[LatentDiffusion], pipel
     """Raises `InputError` for a size that the model does not support, or a guidance scale that it ignores."""
     if options.width or options.height:
         check_multiple(options, family(pipeline).granularity, "width", "height")
-    if options.guidance_scale is not None and not family.takes_guidance(pipeline):
-        raise InputError("--guidance_scale has no effect: the model takes no guidance; leave it out")
+    for name in ("guidance_scale", "negative_prompt"):
+        if options.given(name) and not family.takes_guidance(pipeline):
+            raise InputError(f"--{name} has no effect: the model takes no guidance; leave it out")

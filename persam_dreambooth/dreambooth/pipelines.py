@@ -100,7 +100,10 @@ class FoundModel:
         """
         dtype = self.dtype if self.family.large else torch.float32
         long_prompts = bool(self.config.get("long_prompts"))
-        pipeline = load_pipeline(self.source, self.revision, self.variant, dtype, long_prompts, self.base_config)
+        read = {name: self.config.get(name) for name in ("max_sequence_length", "text_encoder_out_layers")}
+        pipeline = load_pipeline(
+            self.source, self.revision, self.variant, dtype, long_prompts, self.base_config, **read
+        )
         with models.loading(str(self.folder)):
             if self.weights == "lora":
                 path = self.folder if self.folder.is_file() else self.folder / LORA_WEIGHTS

@@ -74,7 +74,12 @@ class LatentDiffusion(Family):
     inference_dtype: ClassVar[torch.dtype] = torch.float16
     """The half precision for inference on an accelerator."""
 
-    without: ClassVar[dict[str, str]] = {}
+    takes_mode: ClassVar[bool] = False
+    """Whether latents are the mode of the VAE's posterior; else they are sampled from it."""
+
+    without: ClassVar[dict[str, str]] = {
+        "text_encoder_out_layers": "which reads fixed layers of its text encoders",
+    }
 
     schedulers: ClassVar[dict[str, tuple[Any, dict[str, Any]]]] = {}
     """Schedulers for inference by name, the default first, with their settings; empty if the model's own is used."""
@@ -125,7 +130,7 @@ class LatentDiffusion(Family):
 
     @property
     def latent_factor(self) -> int:
-        """Pixels per side of a latent cell, 8 for all published models."""
+        """Pixels per side of a latent cell, 8 for most published models."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
@@ -217,19 +222,25 @@ class LatentDiffusion(Family):
                 (enable or part.gradient_checkpointing_enable)()
 
     def encode_images(self, pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """See `Family`; latents are shifted, if the VAE's configuration has a shift, and scaled."""
+        """See `Family`."""
         posterior = self.posterior(pixels) if self.cache is None else self.cache(pixels)
-        mean, deviation = posterior.to(self.device)
-        latents = mean + deviation * noise.to(mean)
+        mean, *deviation = posterior.to(self.device)
+        return self.scaled(mean + deviation[0] * noise.to(mean) if deviation else mean)
+
+    def scaled(self, latents: torch.Tensor) -> torch.Tensor:
+        """The VAE's latents as the denoiser knows them: shifted, if the VAE's configuration has a shift, and scaled."""
         if self.vae.config.shift_factor:
             latents = latents - self.vae.config.shift_factor
         return latents * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def posterior(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels (B, 3, H, W) to mean and standard deviation of the VAE's latents, (2, B, C, h, w)."""
+        """Pixels (B, 3, H, W) to mean and standard deviation of the VAE's latents, (2, B, C, h, w).
+
+        If latents are the mode, it is the only row, (1, B, C, h, w).
+        """
         answer = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
-        return torch.stack([answer.mean, answer.std])
+        return answer.mode()[None] if self.takes_mode else torch.stack([answer.mean, answer.std])
 
     def cache_latents(self, crops: Iterable[torch.Tensor] | None) -> None:
         """See `Family`."""
@@ -249,14 +260,20 @@ class LatentDiffusion(Family):
     def unread(cls, pipeline: Any, prompt: str) -> str:
         """See `Family`."""
         lengths = {} if reads_long_prompts(pipeline) else cls.prompt_lengths(pipeline)
-        ends = [read_end(getattr(pipeline, name), prompt, length) for name, length in lengths.items()]
-        return prompt[max(ends, default=len(prompt)) :]
+        text = cls.written(pipeline, prompt)
+        ends = [read_end(getattr(pipeline, name), text, length) for name, length in lengths.items()]
+        return prompt[max(0, max(ends, default=len(text)) - text.index(prompt)) :]
+
+    @classmethod
+    def written(cls, pipeline: Any, prompt: str) -> str:
+        """The text that the text encoders of a pipeline read for a prompt, with the prompt in it."""
+        return prompt
 
     @classmethod
     def prompt_arguments(cls, pipeline: Any, prompts: list[str], negative_prompt: str | None = None) -> dict[str, Any]:
         """See `Family`."""
         negative = {} if negative_prompt is None else {"negative_prompt": [negative_prompt] * len(prompts)}
-        return {"prompt": prompts, **negative}
+        return {"prompt": list(prompts), **negative}  # a copy, because ZImagePipeline writes into it
 
     def tokens(self, tokenizer: Any, prompts: list[str], length: int | None = None) -> torch.Tensor:
         """Prompts to token ids (B, T), truncated or padded to `length`; default: the tokenizer's maximum length."""
