@@ -257,7 +257,8 @@ def _cut(image: Image.Image, window: tuple[int, int, int, int], flipped: bool) -
 
 def _pixels(photo: Image.Image, window: tuple[int, int, int, int], flipped: bool) -> torch.Tensor:
     """A crop's pixels (3, H, W) in -1..1."""
-    return torch.from_numpy(np.array(_cut(photo, window, flipped), dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
+    levels = torch.from_numpy(np.array(_cut(photo, window, flipped)))
+    return levels.permute(2, 0, 1).contiguous().float().div_(127.5).sub_(1)  # contiguous while it is a byte a number
 
 
 def _offset(
