@@ -23,7 +23,6 @@ class FlowMatching(LatentDiffusion):
 
     denoiser_name = "transformer"
     text_encoder_rates: ClassVar = {"lora": 5e-6}  # of diffusers' LoRA scripts
-    large = True
     inference_dtype = torch.bfloat16
     without: ClassVar = {
         **LatentDiffusion.without,
@@ -104,17 +103,14 @@ class FlowMatching(LatentDiffusion):
         lengths = super().prompt_lengths(pipeline)
         return {**lengths, **{name: cls.length(pipeline) for name in lengths if name == cls.sequence_tokenizer}}
 
-    @classmethod
-    def prompt_arguments(cls, pipeline: Any, prompts: list[str], negative_prompt: str | None = None) -> dict[str, Any]:
-        """See `Family`."""
-        told = super().prompt_arguments(pipeline, prompts, negative_prompt)
-        return {**told, "max_sequence_length": cls.length(pipeline)}
-
     def t5_states(self, encoder: Any, tokenizer: Any, prompts: list[str], length: int) -> torch.Tensor:
-        """The hidden states of T5 (B, length, D); each prompt is encoded once, because T5 is frozen."""
+        """The hidden states of T5 (B, length, D).
+
+        T5 is frozen, so it encodes each prompt once; the states are kept in main memory.
+        """
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._t5_states]
         if new:
             with torch.no_grad():
                 states = encoder(self.tokens(tokenizer, new, length))[0]
-            self._t5_states.update(zip(new, states, strict=True))
-        return torch.stack([self._t5_states[prompt] for prompt in prompts])
+            self._t5_states.update(zip(new, states.cpu(), strict=True))
+        return torch.stack([self._t5_states[prompt] for prompt in prompts]).to(self.device)

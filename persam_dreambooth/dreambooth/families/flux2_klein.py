@@ -39,6 +39,7 @@ class Flux2Klein(FlowMatching):
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
         *("attn.to_qkv_mlp_proj", FUSED_OUTPUT),
     ]
+    trainable_encoders: ClassVar = []
     feedforward_targets: ClassVar = ["ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out"]
     learning_rates: ClassVar = {"lora": 1e-4}
     tags: ClassVar = ["flux2"]
@@ -100,10 +101,9 @@ class Flux2Klein(FlowMatching):
             name for target in super().lora_targets(options) for name in (fused if target == FUSED_OUTPUT else [target])
         ]
 
-    @torch.no_grad()
-    def posterior(self, pixels: torch.Tensor) -> torch.Tensor:
+    def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
         """See `LatentDiffusion`; in patches."""
-        return patchify(super().posterior(pixels).flatten(0, 1))[None]
+        return patchify(super().encode_image(pixels))
 
     def scaled(self, latents: torch.Tensor) -> torch.Tensor:
         """See `LatentDiffusion`: normalized by the mean and the variance that the VAE has of each channel."""
@@ -118,27 +118,15 @@ class Flux2Klein(FlowMatching):
         settings = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
         return pipeline.tokenizer.apply_chat_template(conversation, **settings)
 
-    @classmethod
-    def encode(cls, pipeline: Any, prompts: list[str], device: torch.device) -> torch.Tensor:
-        """The concatenated hidden states of prompts, (B, T, D), padding among them."""
-        length = cls.length(pipeline)
-        settings = {"max_sequence_length": length, "text_encoder_out_layers": cls.layers(pipeline)}
-        return pipeline.encode_prompt(prompts, device=device, **settings)[0]
-
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> Embeddings:
-        """See `Family`."""
-        return Embeddings(self.encode(self.pipeline, prompts, self.device))
-
-    @classmethod
-    def prompt_arguments(cls, pipeline: Any, prompts: list[str], negative_prompt: str | None = None) -> dict[str, Any]:
-        """See `Family`; the pipeline takes a negative prompt as embeddings only."""
-        told = {**super().prompt_arguments(pipeline, prompts), "text_encoder_out_layers": cls.layers(pipeline)}
-        if negative_prompt is None:
-            return told
-        with torch.no_grad():
-            negative = cls.encode(pipeline, [negative_prompt], pipeline.transformer.device)
-        return {**told, "negative_prompt_embeds": negative.expand(len(prompts), -1, -1)}
+        """See `Family`: the concatenated hidden states, padding among them."""
+        read = {
+            "max_sequence_length": self.length(self.pipeline),
+            "text_encoder_out_layers": self.layers(self.pipeline),
+        }
+        states, _ = self.pipeline.encode_prompt(prompts, device=self.device, **read)
+        return Embeddings(states.to(self.frozen_dtype))
 
     def denoise(
         self, denoiser: Any, noisy: torch.Tensor, timesteps: torch.Tensor, embeddings: Embeddings, crops: torch.Tensor

@@ -27,6 +27,7 @@ class ZImage(FlowMatching):
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = ZImagePipeline
     denoiser_targets: ClassVar = ["to_q", "to_k", "to_v", "to_out.0"]
+    trainable_encoders: ClassVar = []
     feedforward_targets: ClassVar = ["feed_forward.w1", "feed_forward.w2", "feed_forward.w3"]
     learning_rates: ClassVar = {"lora": 1e-4}
     tags: ClassVar = ["z-image"]
@@ -61,7 +62,15 @@ class ZImage(FlowMatching):
         """See `Family`; each prompt has its own length."""
         settings = {"do_classifier_free_guidance": False, "max_sequence_length": self.length(self.pipeline)}
         states, _ = self.pipeline.encode_prompt(list(prompts), device=self.device, **settings)
-        return Embeddings.stack([Embeddings(each) for each in states])
+        return Embeddings.stack([Embeddings(each.to(self.frozen_dtype)) for each in states])
+
+    def prompt_arguments(self, prompts: list[str], negative_prompt: str | None = None) -> dict[str, Any]:
+        """See `Family`: lists, because each prompt has its own length."""
+        told = {"": prompts, "negative_": [negative_prompt or ""] * len(prompts)}
+        return {
+            f"{prefix}prompt_embeds": [each.to(self.device).states for each in self.embed(texts)]
+            for prefix, texts in told.items()
+        }
 
     def denoise(
         self, denoiser: Any, noisy: torch.Tensor, timesteps: torch.Tensor, embeddings: Embeddings, crops: torch.Tensor
