@@ -286,7 +286,7 @@ class LatentDiffusion(Family):
 
     def posterior(self, pixels: torch.Tensor) -> torch.Tensor:
         """See `Family`."""
-        encode = self.cache or self.encode_image
+        encode = self.encode_image if self.cache is None else self.cache  # one that is empty still is one
         return torch.stack([encode(one) for one in pixels], dim=1)
 
     @torch.no_grad()
