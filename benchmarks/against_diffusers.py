@@ -126,6 +126,8 @@ def measure(
                 words += [] if "--unmasked" in OURS[name] else ["--mask_dir", str(root / "masks")]
             program = script if name in DIFFUSERS else None
             trainings[name] = Training(name, program, words, steps, Path(f"{output}.log"))
+        for training in trainings.values():  # which start together
+            training.wait()
         for number in range(rounds + 1):
             for name in setups if number % 2 else reversed(setups):
                 taken, most = trainings[name].turn()
@@ -169,6 +171,10 @@ class Training:
         self.process = multiprocessing.get_context("spawn").Process(target=train_in_turns, args=arguments, daemon=True)
         self.process.start()
         theirs.close()
+        self.trained_weights = 0
+
+    def wait(self) -> None:
+        """Waits for the first step."""
         self.trained_weights = self._answer()
 
     def turn(self) -> tuple[float, float]:
