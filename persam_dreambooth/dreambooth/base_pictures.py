@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from persam_dreambooth.dreambooth.prompts import in_front_of
 from persam_dreambooth.dreambooth.samples import image_size
