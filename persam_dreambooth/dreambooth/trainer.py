@@ -25,7 +25,7 @@ from persam_dreambooth.files import write_aside
 from persam_dreambooth.models import building, loading
 from persam_dreambooth.options import check_multiple
 from persam_dreambooth.progress import Progress, bar
-from persam_dreambooth.training.accelerators import frozen_dtype
+from persam_dreambooth.training.accelerators import frozen_dtype, sent
 from persam_dreambooth.training.batches import numbered_batches
 from persam_dreambooth.training.checkpoint import (
     load_state,
@@ -236,12 +236,12 @@ def batch_losses(
         numbers = half["number"].tolist()
         vae_noise, noise_, timesteps_ = sample_noise(seed, numbers, shape, family.draw_timestep, options.noise_offset)
         posterior = half["posterior"] if "posterior" in half else family.posterior(half["pixels"])
-        latents.append(family.latents(posterior, vae_noise).float())
-        noise.append(noise_.to(device))
-        timesteps.append(timesteps_.to(device))
+        latents.append(family.latents(sent(posterior, device), sent(vae_noise, device)).float())
+        noise.append(sent(noise_, device))
+        timesteps.append(sent(timesteps_, device))
     x, e, t = torch.cat(latents), torch.cat(noise), torch.cat(timesteps)
     prompts = [prompt for half, _ in halves for prompt in half["prompt"]]
-    crops = torch.cat([half["crop"] for half, _ in halves]).to(device)
+    crops = sent(torch.cat([half["crop"] for half, _ in halves]), device)
     noisy, target = family.add_noise(x, e, t), family.target(x, e, t)
 
     # Rows: photos, class images, and once more the photos with class preservation.
@@ -257,7 +257,7 @@ def batch_losses(
     weight = family.min_snr_weights(t, options.snr_gamma) if options.snr_gamma else torch.ones(len(t), device=device)
     mask = None
     if not options.unmasked:
-        mask = latent_mask(batch["mask"].to(device), target.shape[-2:], options.mask_dilation, options.mask_feather)
+        mask = latent_mask(sent(batch["mask"], device), target.shape[-2:], options.mask_dilation, options.mask_feather)
     normalization = options.mask_normalization
     own = masked_loss(prediction[:photos], target[:photos], mask, normalization, options.unmasked_weight)
     losses = {"loss": (weight[:photos] * own).mean()}
