@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
-from training_runs import toy_pipeline, uniform
+from training_runs import drawing, toy_pipeline, uniform
 
 from persam_dreambooth.dreambooth.backgrounds import Backgrounds
 from persam_dreambooth.dreambooth.data import Crops, sample_noise
@@ -278,7 +278,7 @@ def test_noise_depends_on_seed_and_number_not_on_the_place_in_the_batch():
 
 def test_noise_is_standard_normal_and_timesteps_are_uniform():
     numbers = list(range(2000))
-    vae_noise, noise, steps = sample_noise(0, numbers, (4, 4, 4), StableDiffusion(toy_pipeline()).draw_timestep)
+    vae_noise, noise, steps = sample_noise(0, numbers, (4, 4, 4), drawing(StableDiffusion(toy_pipeline())))
     for drawn in (vae_noise, noise):
         # 128,000 draws: five standard errors of mean and deviation.
         assert abs(drawn.mean()) < 5 / 128_000**0.5

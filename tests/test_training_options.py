@@ -5,6 +5,7 @@ B samples, C latent channels (4), h w latent size (8 x 8 for crops of 32).
 
 import base64
 import json
+import re
 import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,6 +14,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import DDPMScheduler
 from PIL import Image
 from tiny_families import save_tiny, toy_or_tiny
@@ -271,9 +273,21 @@ def test_lora_adapts_the_layers_that_are_asked_for(checkpoints):
     assert adapted("sd", lora_targets="to_q,conv_in") == {layer for layer in everything if layer.endswith("to_q")} | {
         "conv_in"
     }
-    flux = adapted("flux", "transformer")
+    flux, all_of_flux = (adapted("flux", "transformer", lora_targets=targets) for targets in (None, "all"))
     assert flux == adapted("flux", "transformer", lora_targets="attention+feedforward")
     assert adapted("flux", "transformer", lora_targets="attention") == {layer for layer in flux if ".attn." in layer}
+    inside = {layer for layer in all_of_flux if ".norm" not in layer and layer.split(".")[0].endswith("blocks")}
+    assert flux == inside  # whatever a block has but what modulates it
+    assert {"single_transformer_blocks.1.proj_out", "single_transformer_blocks.1.proj_mlp"} < flux
+    assert "proj_out" in all_of_flux - flux
+    sd3 = adapted("sd3", "transformer")
+    both = adapted("sd3", "transformer", lora_targets="attn.*,attn2.*")
+    assert sd3 == both == adapted("sd3", "transformer", lora_targets="attention")
+    assert "transformer_blocks.0.attn2.to_out.0" in sd3
+    feedforward = adapted("sd3", "transformer", lora_targets="attention+feedforward") - sd3
+    assert len(feedforward) == 3 * 2 and all(".ff" in layer for layer in feedforward)  # the last text leads nowhere
+    fewer = adapted("sd3", "transformer", lora_targets="transformer_blocks.1.attn.to_q")
+    assert fewer == {"transformer_blocks.1.attn.to_q"}
     text = adapted("sd", "text_encoder", train_text_encoder=True)
     assert {layer.rsplit(".", 1)[-1] for layer in text} == {"q_proj", "k_proj", "v_proj", "out_proj"}
     text = adapted("sd", "text_encoder", train_text_encoder=True, lora_targets="all") - text
@@ -328,6 +342,7 @@ def test_a_run_starts_from_the_lora_it_is_given(runs, checkpoints, tmp_path, nam
     for number, file in enumerate(files):
         # A step of no length: what is saved is what it started from.
         run, still = tmp_path / f"{number}", {**options, "learning_rate": 0.0, "max_train_steps": 1}
+        still |= {"text_encoder_lr": 0.0} if "train_text_encoder" in options else {}
         assert runs.train(run, init_lora=file, **still) == 0
         assert same_weights(run, first)
         assert column(run)[0] != column(first)[0]
@@ -361,6 +376,7 @@ def test_a_lora_that_does_not_fit_is_refused_in_a_line(runs, checkpoints, tmp_pa
     (tmp_path / "broken.safetensors").write_bytes(b"x")
     other = runs(pretrained_model_name_or_path=save_tiny("flux", checkpoints))
     name = LORA_WEIGHTS
+    fits = f"{first / name} adapts 56 layers and this run 28: add --lora_targets to_k,to_out.0,to_q,to_v"
     for options, said in (
         ({"init_lora": tmp_path / "none"}, f"--init_lora: {tmp_path / 'none'} does not exist: name a run's folder"),
         ({"init_lora": tmp_path}, f"--init_lora: {tmp_path / name} does not exist"),
@@ -369,13 +385,37 @@ def test_a_lora_that_does_not_fit_is_refused_in_a_line(runs, checkpoints, tmp_pa
         ({"init_lora": other}, f"{other / name} holds no LoRA of a StableDiffusionPipeline: name one of this family"),
         ({"init_lora": first, "rank": 8}, f"{first / name} has rank 4: set --rank to it"),
         ({"init_lora": first, "use_dora": True}, f"{first / name} is no DoRA: remove --use_dora"),
-        ({"init_lora": first, "lora_targets": "to_q,to_k"}, f"{first / name} adapts 56 layers, which end in to_k, "),
+        ({"init_lora": first, "lora_targets": "to_q,to_k"}, fits),
         ({"init_lora": text}, f"{text / name} also adapts the text_encoder: add --train_text_encoder, or name another"),
         ({"init_lora": first, "resume_from_checkpoint": "checkpoint-2"}, "--init_lora has no effect: a checkpoint has"),
         ({"init_lora": first, "method": "full"}, "--init_lora has no effect: add --method lora"),
     ):
         line = refused(runs, capsys, tmp_path / "run", **options)
         assert line.startswith(f"error: {said}"), line
+
+
+OF_010 = {
+    "sd3": "attn.to_q,attn.to_k,attn.to_v,attn.to_out.0,add_q_proj,add_k_proj,add_v_proj,to_add_out",
+    "flux": "to_q,to_k,to_v,to_out.0,add_q_proj,add_k_proj,add_v_proj,to_add_out,net.0.proj,net.2",
+}
+"""What LoRA adapted by default in version 0.1.0."""
+
+
+@pytest.mark.parametrize("name", [pytest.param("sd3"), pytest.param("flux", marks=SLOW)])
+def test_a_run_of_fewer_layers_by_default_continues_as_the_error_says(runs, checkpoints, tmp_path, capsys, name):
+    options = {"pretrained_model_name_or_path": save_tiny(name, checkpoints)}
+    run = tmp_path / "run"
+    assert runs.train(run, lora_targets=OF_010[name], checkpointing_steps=2, **options) == 0
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump({**config, "lora_targets": None}))
+    assert runs.train(run, resume_from_checkpoint="checkpoint-2", **options) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    advice = re.fullmatch(r"error: .* adapts \d+ layers of the transformer and this run \d+: continue (.*)", line)[1]
+    found = re.fullmatch(r"in another --output_dir with --init_lora (\S+) --lora_targets (\S+)", advice)
+    assert found[1] == str(run / "checkpoint-2")
+    still = {"learning_rate": 0.0, "max_train_steps": 1}
+    assert runs.train(tmp_path / "more", init_lora=found[1], lora_targets=found[2], **still, **options) == 0
+    assert same_weights(tmp_path / "more", run / "checkpoint-2")
 
 
 # --- the average

@@ -35,7 +35,7 @@ The VAE's configuration decides on its dtype; see `LatentDiffusion.vae_dtype`.
 """
 
 
-def precision(role: Role, frozen_dtype: torch.dtype) -> torch.dtype:
+def frozen_precision(role: Role, frozen_dtype: torch.dtype) -> torch.dtype:
     """The dtype of a frozen part, for the run's dtype of frozen weights."""
     return PRECISIONS[role].get(frozen_dtype, frozen_dtype)
 

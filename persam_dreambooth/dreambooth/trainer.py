@@ -6,6 +6,7 @@ Shapes: B samples, C latent channels, h w latent size, H W training crop.
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
@@ -217,9 +218,9 @@ def batch_losses(
       prompt or the empty one, inside and outside the masks, if `class_preservation_weight` is not 0. It is the sum over
       the samples with class preservation, divided by their expected number.
 
-    `snr_gamma` weights each sample of all losses by its timestep. It applies to the last two as well, because the
-    effect of an error on the image depends on the timestep in the same way for all of them, and because the proportions
-    of the losses stay the same.
+    `snr_gamma` or `weighting_scheme` weights each sample of all losses by its timestep. It applies to the last two as
+    well, because the effect of an error on the image depends on the timestep in the same way for all of them, and
+    because the proportions of the losses stay the same.
 
     Args:
         batch: `Sample`s stacked: pixels (B, 3, H, W) or in their place the posterior (2, B, C, h, w), mask
@@ -230,11 +231,12 @@ def batch_losses(
     halves = [(batch, options.seed)]
     if class_batch is not None:
         halves.append((class_batch, options.seed + CLASS_SEED))
+    draw = partial(family.draw_timestep, options)
     device, shape = family.device, family.latent_shape(*batch["mask"].shape[-2:])
     latents, noise, timesteps = [], [], []
     for half, seed in halves:
         numbers = half["number"].tolist()
-        vae_noise, noise_, timesteps_ = sample_noise(seed, numbers, shape, family.draw_timestep, options.noise_offset)
+        vae_noise, noise_, timesteps_ = sample_noise(seed, numbers, shape, draw, options.noise_offset)
         posterior = half["posterior"] if "posterior" in half else family.posterior(half["pixels"])
         latents.append(family.latents(sent(posterior, device), sent(vae_noise, device)).float())
         noise.append(sent(noise_, device))
@@ -254,7 +256,7 @@ def batch_losses(
     inputs = [torch.cat([each, each[again]]) if again else each for each in (noisy, t, crops)]
     prediction = family.predict(inputs[0], inputs[1], text, inputs[2])
 
-    weight = family.min_snr_weights(t, options.snr_gamma) if options.snr_gamma else torch.ones(len(t), device=device)
+    weight = family.loss_weights(options, t)
     mask = None
     if not options.unmasked:
         mask = latent_mask(sent(batch["mask"], device), target.shape[-2:], options.mask_dilation, options.mask_feather)

@@ -165,6 +165,18 @@ class TrainingOptions(SubjectOptions):
     )
 
     # The noise
+    weighting_scheme: Literal["logit_normal", "mode", "sigma_sqrt", "cosmap", "none"] = option(
+        "logit_normal", "density of noise levels for flow matching, or with sigma_sqrt and cosmap weights of the loss"
+    )
+    logit_mean: float = option(
+        0.0, "mean of logit_normal; above 0 for less noise", when=(with_flag("--weighting_scheme logit_normal"),)
+    )
+    logit_std: float = option(
+        1.0, "standard deviation of logit_normal", when=(with_flag("--weighting_scheme logit_normal"),)
+    )
+    mode_scale: float = option(
+        1.29, "weight of the middle noise levels, -1 to 1.75", when=(with_flag("--weighting_scheme mode"),)
+    )
     snr_gamma: float | None = option(
         None, "min-SNR loss weighting: gamma, such as 5; not for flow matching", elsewhere=("min_snr_gamma",)
     )
@@ -351,11 +363,13 @@ class TrainingOptions(SubjectOptions):
         )  # fmt: skip
         within(self, 0, 1, "unmasked_weight", "unmasked_probability", "lora_dropout", "noise_offset", "ema_decay")
         within(self, 1, 512, "max_sequence_length")
+        within(self, -1, 1.75, "mode_scale")  # its density is monotonic only here
+        within(self, -10, 10, "logit_mean")
         within(self, -16, 16, "mask_dilation")
         within(self, 0, 8, "mask_feather")
         within(self, 0, LAST_SEED, "seed")
         below_one(self, "adam_beta1", "adam_beta2", "caption_dropout")
-        above_zero(self, "max_grad_norm", "snr_gamma", "lora_alpha")
+        above_zero(self, "max_grad_norm", "snr_gamma", "lora_alpha", "logit_std")
         super().check()
         buckets = self.aspect_ratio_buckets
         if buckets not in (None, "auto") and not re.fullmatch(r"\d+,\d+(;\d+,\d+)*", str(buckets)):

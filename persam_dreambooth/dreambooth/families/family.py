@@ -160,7 +160,9 @@ class Family(Protocol):
             scheduler: a name in the family's `schedulers`; None for one that needs only 20 to 30 denoising steps.
         """
 
-    def draw_timestep(self, generator: torch.Generator, shape: tuple[int, int, int]) -> torch.Tensor:
+    def draw_timestep(
+        self, options: TrainingOptions, generator: torch.Generator, shape: tuple[int, int, int]
+    ) -> torch.Tensor:
         """Samples one timestep (1,) from the family's density, for a latent of shape (C, h, w); on the CPU."""
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
@@ -186,8 +188,8 @@ class Family(Protocol):
     def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """The target of `predict`, (B, C, h, w); arguments as in `add_noise`."""
 
-    def min_snr_weights(self, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
-        """Loss weights (B,) at timesteps (B,); not called if `without` contains `snr_gamma`."""
+    def loss_weights(self, options: TrainingOptions, timesteps: torch.Tensor) -> torch.Tensor:
+        """Weights (B,) of the loss at timesteps (B,); ones by default."""
 
     def init_lora(self, options: TrainingOptions) -> None:
         """Loads the LoRA that `options` name into the trained LoRA; `registry.open_family` checked that it fits."""
