@@ -124,7 +124,8 @@ def train(
     class_batches: Iterator[dict[str, Any] | None] = repeat(None)
     if class_images:
         class_batches = numbered_batches(class_images, options, first_step, last_step, accelerator)
-    encoded = with_posteriors(zip(batches, class_batches, strict=False), family)
+    ahead = 1 if options.cache_latents or family.device.type == "cpu" else ENCODED_AHEAD
+    encoded = with_posteriors(zip(batches, class_batches, strict=False), family, ahead)
     hidden = not accelerator.is_main_process
     steps = bar(range(first_step + 1, last_step + 1), "training", "step", last_step, first_step, hidden)
 
@@ -182,13 +183,14 @@ def train(
 
 
 def with_posteriors(
-    batches: Iterable[tuple[dict[str, Any], dict[str, Any] | None]], family: Family
+    batches: Iterable[tuple[dict[str, Any], dict[str, Any] | None]], family: Family, ahead: int
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None]]:
     """Replaces the pixels of batches by their `posterior`, and begins the phase `training`.
 
-    On an accelerator, several batches are encoded at once, so that the VAE moves there rarely.
+    So many batches are encoded `ahead` that the VAE moves to an accelerator rarely. Where most latents are cached, one
+    is: the next batch is prepared while the accelerator works.
     """
-    ahead, encoded = 1 if family.device.type == "cpu" else ENCODED_AHEAD, []
+    encoded = []
     for number, pair in enumerate(batches, start=1):
         for half in filter(None, pair):
             half["posterior"] = family.posterior(half.pop("pixels")).cpu()
