@@ -313,6 +313,13 @@ def test_what_cannot_be_quantized_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+def test_int8_refuses_dora_which_nf4_trains(runs, tmp_path, capsys):
+    """In peft, a DoRA over int8 layers on a CPU loses their scales."""
+    assert runs.train(tmp_path / "run", quantize="int8", use_dora=True) == 2
+    assert "int8 does not carry DoRA, give nf4 or remove --use_dora" in capsys.readouterr().err
+    assert runs.train(tmp_path / "run", quantize="nf4", use_dora=True, max_train_steps=1) == 0
+
+
 def test_a_checkpoint_that_is_quantized_already_is_refused(runs, checkpoints, tmp_path, capsys):
     model = tmp_path / "model"
     shutil.copytree(save_tiny("flux", checkpoints), model)
