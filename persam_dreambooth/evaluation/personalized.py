@@ -11,7 +11,7 @@ import logging
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -165,8 +165,7 @@ def _generate(
         found = find_model(str(run_dir))
     else:
         base = str(config["pretrained_model_name_or_path"])
-        settings = (config.get(name) for name in ("revision", "variant", "base_config"))
-        found = FoundModel(run_dir, config, None, base, *settings)
+        found = FoundModel(run_dir, config, None, base, *map(config.get, ("revision", "variant", "base_config")))
     family = found.open()
     settings = (options.num_inference_steps, options.guidance_scale)
     sampled: dict[str, list[Image.Image]] = {}
