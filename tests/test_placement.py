@@ -213,7 +213,7 @@ PRESERVED = {"masked_prior_preservation_weight": 1.0, "gradient_checkpointing": 
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-@pytest.mark.parametrize("name", ["sd", pytest.param("flux", marks=SLOW), pytest.param("z-image", marks=SLOW)])
+@pytest.mark.parametrize("name", ["sd", *(pytest.param(name, marks=SLOW) for name in ("flux", "klein", "z-image"))])
 def test_a_lora_of_a_quantized_base_is_that_of_the_unquantized_one(runs, checkpoints, kind, name):
     model = {"pretrained_model_name_or_path": toy_or_tiny(name, checkpoints)}
     run, plain = runs(quantize=kind, **model, **PRESERVED), runs(**model, **PRESERVED)

@@ -52,8 +52,8 @@ def single_file_config(source: str, base_config: str | None = None) -> str:
         weights = _shapes(source)
         if ANY_STABLE_DIFFUSION not in weights:
             raise InputError(
-                f"{source} holds no Stable Diffusion with its original key names: name another file, or for a "
-                "LoRA the folder of its run"
+                f"{source} holds no Stable Diffusion with its original key names: name another file, for a LoRA the "
+                "folder of its run, and for another family the folder or hub id of the whole model"
             )
         if base_config:
             return models.resolve(base_config, "stable-diffusion")
