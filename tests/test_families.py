@@ -380,9 +380,10 @@ def test_pictures_of_long_prompts_show_their_last_words(checkpoints, name):
     settings = {"num_inference_steps": 2, "height": SIDE, "width": SIDE}
 
     def draw(pipeline, *prompts, negative=None):
-        arguments = registry.FAMILIES[type(pipeline).__name__].prompt_arguments(pipeline, list(prompts), negative)
+        family = registry.FAMILIES[type(pipeline).__name__](pipeline)
+        arguments = family.prompt_arguments(list(prompts), negative)
         generators = [torch.Generator().manual_seed(0) for _ in prompts]
-        return [np.asarray(image) for image in pipeline(**arguments, **settings, generator=generators).images]
+        return [np.asarray(image) for image in family.sampler()(**arguments, **settings, generator=generators).images]
 
     def same(one, two):
         return np.array_equal(one, two)
@@ -559,7 +560,7 @@ def test_the_base_is_the_model_before_training_to_the_bit(photos, model, method)
     assert batch_losses(options, family, batch, None, embeddings)["preservation_loss"] > 1e-6
     before = registry.open_family(TrainOptions(), str(model), torch.float32)
     vae_noise, noise, steps = sample_noise(0, [0, 1], family.latent_shape(32, 32), family.draw_timestep)
-    noisy = family.add_noise(family.encode_images(batch["pixels"], vae_noise), noise, steps)
+    noisy = family.add_noise(family.latents(family.posterior(batch["pixels"]), vae_noise), noise, steps)
     noisy = noisy.contiguous()  # where channels lie last, modes of training and not round otherwise
     inputs = noisy, steps, Embeddings.stack([embeddings[prompt] for prompt in batch["prompt"]]), batch["crop"]
     with torch.no_grad():

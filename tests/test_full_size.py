@@ -80,7 +80,7 @@ def test_encode_predict_and_target_have_the_shapes_of_the_latent_grid(version, r
     side = resolution // 8
     embeddings = model.encode_prompts(["a sks cat", "a cat"])
     assert embeddings.states.shape == (2, 77, WIDTHS[version][0])
-    latents = model.encode_images(torch.zeros(2, 3, resolution, resolution), torch.zeros(2, 4, side, side))
+    latents = model.latents(model.posterior(torch.zeros(2, 3, resolution, resolution)), torch.zeros(2, 4, side, side))
     assert latents.shape == (2, 4, side, side)
     steps = torch.tensor([0, 999], device=META)
     assert model.predict(latents, steps, embeddings, torch.zeros(2, 4, device=META)).shape == (2, 4, side, side)
@@ -89,7 +89,7 @@ def test_encode_predict_and_target_have_the_shapes_of_the_latent_grid(version, r
 
 def test_latents_of_one_photo_are_4_by_64_by_64():
     model = family()
-    latents = model.encode_images(torch.zeros(1, 3, 512, 512), torch.zeros(1, 4, 64, 64))
+    latents = model.latents(model.posterior(torch.zeros(1, 3, 512, 512)), torch.zeros(1, 4, 64, 64))
     assert latents.shape == (1, 4, 64, 64)
 
 

@@ -50,7 +50,7 @@ def test_embeddings_and_latents_have_the_published_shapes(name):
     assert embeddings.pooled.shape == (2, pooled)
     shape = {"sdxl": 4}.get(name, 16), 128, 128
     assert model.latent_shape(1024, 1024) == shape
-    latents = model.encode_images(torch.zeros(2, 3, 1024, 1024), torch.zeros(2, *shape))
+    latents = model.latents(model.posterior(torch.zeros(2, 3, 1024, 1024)), torch.zeros(2, *shape))
     assert latents.shape == (2, *shape)
 
 

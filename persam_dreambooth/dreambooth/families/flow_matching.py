@@ -22,7 +22,6 @@ class FlowMatching(LatentDiffusion):
     """
 
     denoiser_name = "transformer"
-    large = True
     inference_dtype = torch.bfloat16
     without: ClassVar = {
         "snr_gamma": "which learns a flow: its density of timesteps does what min-SNR does",
@@ -82,10 +81,13 @@ class FlowMatching(LatentDiffusion):
         return {**lengths, **{name: cls.t5_length for name in lengths if name == cls.t5_tokenizer}}
 
     def t5_states(self, encoder: Any, tokenizer: Any, prompts: list[str], length: int) -> torch.Tensor:
-        """The hidden states of T5 (B, length, D); each prompt is encoded once, because T5 is frozen."""
+        """The hidden states of T5 (B, length, D).
+
+        T5 is frozen, so it encodes each prompt once; the states are kept in main memory.
+        """
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._t5_states]
         if new:
             with torch.no_grad():
                 states = encoder(self.tokens(tokenizer, new, length))[0]
-            self._t5_states.update(zip(new, states, strict=True))
-        return torch.stack([self._t5_states[prompt] for prompt in prompts])
+            self._t5_states.update(zip(new, states.cpu(), strict=True))
+        return torch.stack([self._t5_states[prompt] for prompt in prompts]).to(self.device)

@@ -59,7 +59,7 @@ class Flux(FlowMatching):
         pipeline = self.pipeline
         pooled = self.part("text_encoder")(self.tokens(pipeline.tokenizer, prompts)).pooler_output
         states = self.t5_states(pipeline.text_encoder_2, pipeline.tokenizer_2, prompts, self.t5_length)
-        return Embeddings(states, pooled)
+        return Embeddings(states.to(pooled.dtype), pooled)
 
     def denoise(
         self, denoiser: Any, noisy: torch.Tensor, timesteps: torch.Tensor, embeddings: Embeddings, crops: torch.Tensor

@@ -135,13 +135,21 @@ def load_pipeline(
     return pipeline
 
 
-def open_family(options: TrainingOptions, source: str, frozen_dtype: torch.dtype) -> LatentDiffusion:
+def open_family(
+    options: TrainingOptions,
+    source: str,
+    frozen_dtype: torch.dtype,
+    device: torch.device | None = None,
+    **parts: Any,
+) -> LatentDiffusion:
     """Loads a model for training.
 
     Args:
         options: method, revision, variant.
         source: hub id, folder or single file, from `models.resolve`.
         frozen_dtype: dtype of the frozen weights.
+        device: the device of the parts in use; default: the CPU.
+        parts: as in `load_pipeline`.
 
     Raises:
         InputError: as in `load_pipeline`; or a method or an option that the family does not support.
@@ -152,10 +160,11 @@ def open_family(options: TrainingOptions, source: str, frozen_dtype: torch.dtype
     if options.method not in family.learning_rates:
         methods = " or ".join(family.learning_rates)
         raise InputError(f"--method {options.method} is not supported for a {kind}: use {methods}")
-    dtype = frozen_dtype if family.large else torch.float32
+    dtype = frozen_dtype if options.method == "lora" else torch.float32
     settings = (options.revision, options.variant, dtype, options.long_prompts, options.base_config)
-    opened = family(load_pipeline(source, *settings))
+    opened = family(load_pipeline(source, *settings, **parts))
     opened.check(options)
+    opened.place_on(device or torch.device("cpu"), frozen_dtype, opened.whole_names(options))
     return opened
 
 

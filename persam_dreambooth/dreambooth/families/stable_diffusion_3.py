@@ -43,6 +43,10 @@ class StableDiffusion3(FlowMatching):
         settings = {"base_config": base_config, **left_out, **settings}
         return super().load_pipeline(source, revision, *arguments, **settings)
 
+    def vae_dtype(self, frozen_dtype: torch.dtype) -> torch.dtype:
+        """Float32, as in diffusers' script."""
+        return torch.float32
+
     @property
     def native_resolution(self) -> int:
         """See `Family`: 1024."""
@@ -62,7 +66,7 @@ class StableDiffusion3(FlowMatching):
         else:
             t5 = self.t5_states(self.pipeline.text_encoder_3, self.pipeline.tokenizer_3, prompts, self.t5_length)
         clip = F.pad(clip, (0, width - clip.shape[-1]))
-        return Embeddings(torch.cat([clip, t5], dim=1), torch.cat(pooled, dim=-1))
+        return Embeddings(torch.cat([clip, t5.to(clip.dtype)], dim=1), torch.cat(pooled, dim=-1))
 
     def denoise(
         self, denoiser: Any, noisy: torch.Tensor, timesteps: torch.Tensor, embeddings: Embeddings, crops: torch.Tensor
