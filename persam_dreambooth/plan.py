@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from persam_dreambooth import models
-from persam_dreambooth.errors import InputError
 from persam_dreambooth.main_job import TrainOptions
 from persam_dreambooth.options import takes_options
 
@@ -66,17 +65,21 @@ class MemoryPlan:
         """Whether the run fits a card with this memory in GiB."""
         return self.needed <= card
 
+    @property
+    def peaks(self) -> dict[str, int]:
+        """The peak of each phase in bytes, by its name."""
+        return {phase.name: phase.peak for phase in self.phases}
+
     def __str__(self) -> str:
         """A table of the phases, the largest one, and the cards that the run fits."""
-        lines = [f"{'phase':14} {'weights':>8} {'peak':>8}  GiB"]
-        lines += [f"{phase.name:14} {gib(phase.weights):8.2f} {gib(phase.peak):8.2f}" for phase in self.phases]
-        fitting = [f"{card} GB: {'fits' if self.fits(card) else 'too small'}" for card in CARDS]
+        largest, fitting = self.largest, [f"{card} GB: {'fits' if self.fits(card) else 'too small'}" for card in CARDS]
         return "\n".join(
             [
-                *lines,
-                f"{self.largest.name} is the largest phase: a card needs {self.needed:.1f} GiB, with {RESERVED:.0f} GiB for "
-                f"CUDA and its libraries and {FRAGMENTED:.0%} for gaps between tensors",
-                "; ".join(fitting),
+                f"{'phase':14} {'weights':>8} {'peak':>8}   GiB",
+                *(f"{phase.name:14} {gib(phase.weights):8.2f} {gib(phase.peak):8.2f}" for phase in self.phases),
+                f"The largest phase is {largest.name}. With {RESERVED:.0f} GiB for CUDA and its libraries, and "
+                f"{FRAGMENTED:.0%} for gaps between tensors, a card needs {self.needed:.1f} GiB:",
+                ", ".join(fitting),
             ]
         )
 

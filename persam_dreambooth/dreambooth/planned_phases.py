@@ -1,13 +1,10 @@
-"""The planned memory of each phase of a training run: its own code runs on the meta device, where tensors have no values.
-
-Shapes: B samples, H W training crop.
-"""
+"""The planned memory of each phase of a training run: its code runs on the meta device, on tensors without values."""
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import wraps
+from functools import partial, wraps
 from importlib import import_module
 from typing import Any
 
@@ -23,7 +20,7 @@ from persam_dreambooth.dreambooth.optimizers import make_optimizer
 from persam_dreambooth.dreambooth.placement import ON_THE_ACCELERATOR, Phase
 from persam_dreambooth.dreambooth.trainer import batch_losses, check_resolution
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
-from persam_dreambooth.training.planned_memory import META, MemoryCount, counting, tensors_of
+from persam_dreambooth.training.planned_memory import META, MemoryCount, counting, quantize_meta, tensors_of
 
 PROMPTS = ["a sks cat", "a cat", ""]
 
@@ -52,13 +49,16 @@ def plan_phases(options: TrainingOptions, family: LatentDiffusion, frozen_dtype:
         frozen_dtype: dtype of the frozen weights; autocast computes in it unless it is float32.
     """
     phases: list[PlannedPhase] = []
-    autocast = nullcontext() if frozen_dtype == torch.float32 else torch.autocast("cpu", frozen_dtype)
+    is_half = frozen_dtype != torch.float32
+    autocast = partial(torch.autocast, "cpu", frozen_dtype if is_half else torch.bfloat16, enabled=is_half)
     state: list[torch.Tensor] = []  # what training keeps on the accelerator besides the parts
 
     @contextmanager
     def phase(name: Phase, title: str) -> Iterator[MemoryCount]:
         family.enter(name)
         used = parts_of(family, name)
+        for part in used:
+            quantize_meta(part)
         with counting([*tensors_of(*used), *state]) as count:
             yield count
         phases.append(PlannedPhase(title, count.held, count.peak))
@@ -69,8 +69,8 @@ def plan_phases(options: TrainingOptions, family: LatentDiffusion, frozen_dtype:
         sampler.scheduler = without_values(sampler.scheduler)
         if batch > 1:
             sampler.vae.enable_slicing()
-        with autocast:
-            sampler(**arguments, num_inference_steps=2, output_type="pt")
+        with autocast():
+            sampler(**arguments, num_inference_steps=1, output_type="pt")
         sampler.vae.disable_slicing()
 
     width, height = largest_crop(options, family)
@@ -91,9 +91,9 @@ def plan_phases(options: TrainingOptions, family: LatentDiffusion, frozen_dtype:
             group["foreach"] = True  # the default on CUDA
     average = AveragedWeights(weights, options.ema_decay) if options.use_ema else None
     state += average.average.shadow_params if average else []
-    if frozen_dtype != torch.float32:  # as `Accelerator.prepare` does
+    if is_half:  # as `Accelerator.prepare` does
         for part in family.trained.values():
-            part.forward = convert_outputs_to_fp32(autocast(part.forward))
+            part.forward = convert_outputs_to_fp32(autocast()(part.forward))
     with phase("training", "training") as count:
         for weight in weights:
             weight.grad = torch.empty_like(weight)
@@ -101,12 +101,14 @@ def plan_phases(options: TrainingOptions, family: LatentDiffusion, frozen_dtype:
         if options.gradient_accumulation_steps == 1:
             optimizer.zero_grad()
         count.held = count.now
-        pair = batches(options, family, width, height)
-        losses = batch_losses(options, family, *pair, dict(zip(PROMPTS, embeddings, strict=True)))
+        batch, class_batch = meta_batches(options, family, width, height)
+        losses = batch_losses(options, family, batch, class_batch, dict(zip(PROMPTS, embeddings, strict=True)))
         torch.stack(list(losses.values())).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-    state += [each for each in torch.utils._pytree.tree_leaves(optimizer.state_dict()) if isinstance(each, torch.Tensor)]
+    state += [
+        each for each in torch.utils._pytree.tree_leaves(optimizer.state_dict()) if isinstance(each, torch.Tensor)
+    ]
     if not all_cached:
         with phase("encoding", "encoding"):
             family.posterior(torch.zeros(1, 3, height, width))
@@ -129,7 +131,9 @@ def largest_crop(options: TrainingOptions, family: LatentDiffusion) -> tuple[int
     return max(options.bucket_list, key=lambda size: size[0] * size[1], default=(resolution, resolution))
 
 
-def batches(options: TrainingOptions, family: LatentDiffusion, width: int, height: int) -> list[dict[str, Any] | None]:
+def meta_batches(
+    options: TrainingOptions, family: LatentDiffusion, width: int, height: int
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """A batch of photos and one of class images, if there are any; see `batch_losses`."""
     count = options.train_batch_size
     batch = {
@@ -141,7 +145,7 @@ def batches(options: TrainingOptions, family: LatentDiffusion, width: int, heigh
         "class_prompt": PROMPTS[1:2] * count,
         "number": torch.arange(count),
     }
-    return [batch, {**batch, "prompt": PROMPTS[1:2] * count} if options.with_prior_preservation else None]
+    return batch, {**batch, "prompt": PROMPTS[1:2] * count} if options.with_prior_preservation else None
 
 
 def without_values(scheduler: Any) -> Any:

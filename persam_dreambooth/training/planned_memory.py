@@ -1,12 +1,13 @@
-"""Counts the memory that a computation would need on a CUDA device, on tensors of the meta device, which have no values.
+"""Counts the memory that a computation would need on a CUDA device, with tensors on the meta device.
 
-Tensors of the meta device stand for those on the accelerator, tensors of the CPU for those in main memory. Attention and
-autocast are those of CUDA, since the meta device has neither.
+They have shapes but no values, and stand for those on the accelerator; tensors on the CPU stand for those in main
+memory. Attention and autocast are those of CUDA, since the meta device has neither.
 """
 
 import gc
+import math
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,21 +24,45 @@ HALF = (
     "scaled_dot_product_attention",
 )
 SINGLE = (
-    *("group_norm", "layer_norm", "rms_norm", "normalize", "norm", "softmax", "log_softmax", "softplus", "cosine_similarity"),
+    *(
+        "group_norm",
+        "layer_norm",
+        "rms_norm",
+        "normalize",
+        "norm",
+        "softmax",
+        "log_softmax",
+        "softplus",
+        "cosine_similarity",
+    ),
     *("exp", "expm1", "log", "log2", "log10", "log1p", "pow", "__pow__", "rpow", "__rpow__", "rsqrt", "reciprocal"),
     *("sum", "prod", "cumsum", "cumprod", "dist", "cdist", "acos", "asin", "cosh", "sinh", "tan", "erfinv"),
     *("l1_loss", "smooth_l1_loss", "mse_loss", "cross_entropy", "nll_loss", "kl_div"),
 )
 """What autocast computes in half and in single precision on CUDA, by name: PyTorch's "Automatic Mixed Precision"."""
 
+WORKSPACES: dict[str, Callable[..., int]] = {
+    # The weight in half precision.
+    "bitsandbytes.gemm_4bit.default": lambda inputs, weight, shape, *rest: math.prod(shape) * inputs.element_size(),
+    # The gradient of the queries in float32.
+    "aten._scaled_dot_product_flash_attention_backward.default": lambda gradient, query, *rest: query.numel() * 4,
+}
+"""The bytes that operations need while they run, from their arguments."""
+
+CHANGED = {*HALF, *SINGLE, "item", "__bool__", "cpu", "to", "backward"}
+"""The functions that `LikeCuda` changes."""
+
 FLASH_HEAD = 256
 """The largest head, in channels, of flash attention."""
 
 
 class MemoryCount(TorchDispatchMode):
-    """Counts the bytes of all meta tensors that exist inside the block.
+    """Counts the bytes of all tensors on a device that exist inside the block.
 
     A storage counts from the operation that makes it until nothing refers to it, autograd's saved tensors included.
+
+    Args:
+        device: the kind of device.
 
     Attributes:
         now: bytes of the storages that exist.
@@ -45,8 +70,9 @@ class MemoryCount(TorchDispatchMode):
         peak: the largest value of `now`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = META.type) -> None:
         super().__init__()
+        self.device = device
         self.now = self.held = self.peak = 0
         self._known: set[int] = set()
 
@@ -54,7 +80,7 @@ class MemoryCount(TorchDispatchMode):
         """Counts tensors that exist already; returns their bytes."""
         before = self.now
         for tensor in tree_leaves(list(tensors)):
-            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == self.device:
                 storage = tensor.untyped_storage()
                 key, size = storage._cdata, storage.nbytes()
                 if key not in self._known:
@@ -63,10 +89,6 @@ class MemoryCount(TorchDispatchMode):
                     weakref.finalize(storage, self._free, key, size)
         self.peak = max(self.peak, self.now)
         return self.now - before
-
-    def hold_for_a_moment(self, size: int) -> None:
-        """Counts bytes that an operation needs while it runs."""
-        self.peak = max(self.peak, self.now + size)
 
     def _free(self, key: int, size: int) -> None:
         self._known.discard(key)
@@ -77,9 +99,8 @@ class MemoryCount(TorchDispatchMode):
     ) -> Any:
         answer = function(*args, **(kwargs or {}))
         self.hold([answer])
-        if str(function) == "bitsandbytes.gemm_4bit.default":  # the weight is dequantized inside
-            rows, columns = args[2]
-            self.hold_for_a_moment(rows * columns * args[0].element_size())
+        if workspace := WORKSPACES.get(str(function)):
+            self.peak = max(self.peak, self.now + workspace(*args))
         return answer
 
 
@@ -89,25 +110,27 @@ class LikeCuda(TorchFunctionMode):
     - `torch.autocast("cpu")` has the effect that it has on CUDA for `"cuda"`.
     - Attention makes no matrix of scores: flash attention, or the memory-efficient one for masks, float32 and large
       heads.
-    - A value that is read (`item`) is 1; a tensor that is moved to the CPU is zeros.
+    - A value that is read is 1; a tensor that is moved to the CPU is zeros.
     """
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs, name = kwargs or {}, getattr(function, "__name__", "")
+        if name not in CHANGED:
+            return function(*args, **kwargs)
         tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
         if not any(tensor.is_meta for tensor in tensors):
             return function(*args, **kwargs)
-        if name == "item":
-            return 1.0
-        if name == "cpu" or (name == "to" and _device_of(args[1:], kwargs) == "cpu"):
+        if name in ("item", "__bool__"):
+            return 1.0 if name == "item" else True
+        if name == "cpu" or (name == "to" and any(map(_is_cpu, (*args[1:], *kwargs.values())))):
             return torch.zeros(args[0].shape, dtype=args[0].dtype)
         if name == "backward":  # this mode is off inside `function`, but gradient checkpointing computes again there
             run = torch.autograd.Variable._execution_engine.run_backward
             with self:
                 return run(tuple(tensors), tuple(map(torch.ones_like, tensors)), False, False, (), True, True)
-        if torch.is_autocast_enabled("cpu") and (name in HALF or name in SINGLE):
+        if name in HALF + SINGLE and torch.is_autocast_enabled("cpu"):
             dtype = torch.get_autocast_dtype("cpu") if name in HALF else torch.float32
             args, kwargs = tree_map(lambda value: _cast(value, dtype), (args, kwargs))
         if name == "scaled_dot_product_attention":
@@ -119,10 +142,10 @@ class LikeCuda(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def _device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """The kind of device in the arguments of `Tensor.to`."""
-    device = torch._C._nn._parse_to(*args, **kwargs)[0]
-    return device and device.type
+def _is_cpu(target: Any) -> bool:
+    """Whether an argument of `Tensor.to` is the CPU, or a tensor on it."""
+    device = getattr(target, "device", target)
+    return isinstance(device, (str, torch.device)) and torch.device(device).type == "cpu"
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
@@ -175,13 +198,21 @@ def counting(held: Iterable[torch.Tensor] = ()) -> Iterator[MemoryCount]:
     count = MemoryCount()
     count.held = count.hold(held)
     modes, known = torch.amp.autocast_mode, torch.amp.autocast_mode.is_autocast_available
-    torch.autocast, autocast = _Autocast, torch.autocast  # type: ignore[misc]
+    torch.autocast, autocast = _Autocast, torch.autocast
     modes.is_autocast_available = lambda kind: kind == META.type or known(kind)
     try:
         with LikeCuda(), count:
             yield count
     finally:
-        torch.autocast, modes.is_autocast_available = autocast, known  # type: ignore[misc]
+        torch.autocast, modes.is_autocast_available = autocast, known
+
+
+def quantize_meta(module: torch.nn.Module) -> None:
+    """Quantizes layers of bitsandbytes on the meta device; on others, the first move to an accelerator does."""
+    for layer in module.modules():
+        weight: Any = getattr(layer, "weight", None)
+        if type(weight).__name__ in ("Params4bit", "Int8Params") and weight.is_floating_point():
+            weight._quantize(META)
 
 
 def tensors_of(*modules: torch.nn.Module) -> list[torch.Tensor]:
