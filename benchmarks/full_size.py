@@ -5,7 +5,7 @@
     write_configuration(pipeline, folder)                         # configuration files and tokenizers, no weights
 
 `tests/test_full_size.py` and `test_full_size_families.py` compare their numbers of parameters with the published ones.
-The vocabulary of the tokenizers is small: the toy's for CLIP, the words of the toy world for T5.
+The vocabulary of the tokenizers is small: the toy's for CLIP, the words of the toy world for T5 and Qwen3.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,9 +17,12 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     DDIMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
@@ -27,12 +30,19 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
     SamConfig,
     SamModel,
     T5Config,
@@ -82,6 +92,16 @@ SAM_2S = {"tiny": (96, 12, 7), "small": (96, 16, 7), "base plus": (112, 24, 14),
 """SAM 2: width, blocks, side of the positional embedding."""
 
 
+CHAT = """{%- for message in messages -%}
+{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{ '<|im_start|>assistant\n' }}
+{%- if enable_thinking is defined and enable_thinking is false -%}{{ '<think>\n\n</think>\n\n' }}{%- endif -%}
+{%- endif -%}"""
+"""What Qwen3's template makes of a conversation of one message."""
+
+
 def clip_tokenizer() -> CLIPTokenizer:
     """The toy's tokenizer, which reads 77 tokens here."""
     return CLIPTokenizer.from_pretrained(toy.path("stable-diffusion") / "tokenizer", model_max_length=77)
@@ -94,6 +114,22 @@ def t5_tokenizer() -> T5Tokenizer:
     vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     vocabulary += [(piece, -2.0) for piece in pieces] + [(letter, -8.0) for letter in letters]
     return T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=512)
+
+
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """A tokenizer of Qwen3's kind: words with a space before them, and bytes for the others."""
+    parts, merges = sorted(ByteLevel.alphabet()), []
+    for word in dict.fromkeys(toy_build.WORDS.split()):
+        for end in range(1, len(word) + 1):
+            pair = "Ġ" + word[: end - 1], word[end - 1]
+            if pair not in merges:
+                merges.append(pair)
+                parts.append("".join(pair))
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+    vocabulary = {part: number for number, part in enumerate([*parts, *special])}
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=merges, additional_special_tokens=special[1:3])
+    tokenizer.chat_template = CHAT
+    return tokenizer
 
 
 def clip(kind: type[Any], projection: int, **sizes: Any) -> Any:
@@ -112,6 +148,23 @@ def t5() -> T5EncoderModel:
             num_layers=24,
             num_heads=64,
             feed_forward_proj="gated-gelu",
+        )
+    )
+
+
+def qwen(kind: type[Any], width: int, feedforward: int, tied: bool) -> Any:
+    """Qwen3, 4B or 8B; only in 4B the output layer is that of the words."""
+    return kind(
+        Qwen3Config(
+            vocab_size=151936,
+            hidden_size=width,
+            intermediate_size=feedforward,
+            num_hidden_layers=36,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            head_dim=128,
+            max_position_embeddings=40960,
+            tie_word_embeddings=tied,
         )
     )
 
@@ -228,6 +281,39 @@ def flux_dev() -> FluxPipeline:
     )
 
 
+def klein(transformer: dict[str, int], text_encoder: Any) -> Flux2KleinPipeline:
+    """FLUX.2 klein base, with the sizes of diffusers' `convert_flux2_to_diffusers.py`."""
+    width = 3 * text_encoder.config.hidden_size
+    return Flux2KleinPipeline(
+        vae=AutoencoderKLFlux2(),  # diffusers' defaults are its sizes, and the transformer's but for those here
+        text_encoder=text_encoder,
+        tokenizer=qwen_tokenizer(),
+        transformer=Flux2Transformer2DModel(joint_attention_dim=width, guidance_embeds=False, **transformer),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        is_distilled=False,
+    )
+
+
+def klein_4b() -> Flux2KleinPipeline:
+    sizes = {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24}
+    return klein(sizes, qwen(Qwen3ForCausalLM, 2560, 9728, tied=True))
+
+
+def klein_9b() -> Flux2KleinPipeline:
+    sizes = {"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32}
+    return klein(sizes, qwen(Qwen3ForCausalLM, 4096, 12288, tied=False))
+
+
+def z_image() -> ZImagePipeline:
+    return ZImagePipeline(
+        vae=vae(16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=qwen(Qwen3Model, 2560, 9728, tied=True),
+        tokenizer=qwen_tokenizer(),
+        transformer=ZImageTransformer2DModel(axes_lens=[1536, 512, 512]),  # diffusers' defaults are its other sizes
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+    )
+
+
 @dataclass(frozen=True)
 class Published:
     """A published model.
@@ -247,6 +333,9 @@ PUBLISHED = {
     "sdxl": Published(sdxl, "stabilityai/stable-diffusion-xl-base-1.0"),
     "sd3.5-medium": Published(sd35_medium, "stabilityai/stable-diffusion-3.5-medium"),
     "flux.1-dev": Published(flux_dev, "black-forest-labs/FLUX.1-dev"),
+    "flux.2-klein-4b": Published(klein_4b, "black-forest-labs/FLUX.2-klein-base-4B"),
+    "flux.2-klein-9b": Published(klein_9b, "black-forest-labs/FLUX.2-klein-base-9B"),
+    "z-image": Published(z_image, "Tongyi-MAI/Z-Image"),
 }
 """The published models by their short names."""
 

@@ -90,8 +90,8 @@ def test_weights_of_four_bits_count_with_their_scales():
     quantize_meta(layer)
     weights = 1024 * 2048
     with counting(tensors_of(layer)) as count:
-        # Half a byte each, a float32 scale for 64 of them, the 16 values of nf4.
-        assert count.held == weights // 2 + weights // 64 * 4 + 16 * 4
+        # Half a byte each; for 64 of them a scale of 8 bits, for 256 scales one of 32; the values of both codes; a mean.
+        assert count.held == weights // 2 + weights // 64 + weights // 64 // 256 * 4 + (16 + 256 + 1) * 4
         inputs = torch.empty(16, 1024, device=META, dtype=torch.bfloat16)
         layer(inputs)
     assert count.peak == count.held + size([inputs]) + 16 * 2048 * 2 + 2 * weights  # the weight in half precision
@@ -189,7 +189,7 @@ def test_the_plan_needs_configuration_files_only(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--pretrained_model_name_or_path", "nowhere/"], "nowhere is not a model folder"),
+        (["--pretrained_model_name_or_path", "./nowhere"], "./nowhere is not a model folder"),
         (["--pretrained_model_name_or_path", "some/model"], "some/model is not on this machine and the hub cannot be"),
         (["--pretrained_model_name_or_path", "toy", "--resolution", "100"], "--resolution is 100: this model needs a"),
         (["--pretrained_model_name_or_path", "toy", "--rank", "0"], "--rank is 0: give 1 or more"),

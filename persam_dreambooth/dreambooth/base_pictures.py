@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from persam_dreambooth.dreambooth.prompts import in_front_of
+from persam_dreambooth.dreambooth.samples import image_size
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.files import check_writable, locked, write_text
@@ -176,11 +177,13 @@ def generate_pictures(
     family.prompt_arguments(list(dict.fromkeys(told)))  # encodes all prompts before the denoiser is moved
     sampler = family.sampler()
     sampler.vae.enable_slicing()  # one image at a time through the VAE, to save memory
+    width, height = image_size(sampler)
+    settings = {"num_inference_steps": BASE_PICTURE_STEPS, "width": width, "height": height}
     for start in steps(range(0, len(missing), batch_size), f"{kind} images", "batch"):
         numbers, texts = missing[start : start + batch_size], told[start : start + batch_size]
         generators = [torch.Generator().manual_seed(seed + number) for number in numbers]
         arguments = family.prompt_arguments(texts)
-        images = sampler(**arguments, num_inference_steps=BASE_PICTURE_STEPS, generator=generators).images
+        images = sampler(**arguments, **settings, generator=generators).images
         for number, image, prompt in zip(numbers, images, texts, strict=True):
             path = folder / f"{kind}-{number:04}.png"
             beside = path.with_suffix(".txt")

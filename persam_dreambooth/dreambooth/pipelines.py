@@ -1,6 +1,7 @@
 """Loads pipelines for inference: a base model, a pipeline folder, or a training run."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors import safe_open
 from persam_dreambooth import models, toy
 from persam_dreambooth.dreambooth.families.latent_diffusion import LORA_WEIGHTS, LatentDiffusion, load_trained_parts
 from persam_dreambooth.dreambooth.families.registry import FAMILIES, family_of, load_pipeline
+from persam_dreambooth.dreambooth.placement import Role
 from persam_dreambooth.dreambooth.subject_options import SubjectOptions, saved_subjects
 from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.options import CONFIG, read_config
@@ -92,20 +94,24 @@ class FoundModel:
                     told.append(f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}")
         return hashlib.sha256("\n".join(told).encode("utf-8", "surrogateescape")).hexdigest()[:10]
 
-    def open(self, lora_scale: float | None = None) -> LatentDiffusion:
+    def open(self, lora_scale: float | None = None, quantized: Mapping[Role, str] | None = None) -> LatentDiffusion:
         """Loads the model for inference on the accelerator, in half precision, or on the CPU if there is none.
 
         Args:
             lora_scale: factor of the LoRA of the denoiser and of the text encoders; None is 1.
+            quantized: see `LatentDiffusion.place_on`.
         """
         family = self.family(self.load(self.dtype, lora_scale))
-        family.place_on(inference_device(), self.dtype)
+        family.place_on(inference_device(), self.dtype, quantized=quantized)
         return family
 
     def load(self, dtype: torch.dtype = torch.float32, lora_scale: float | None = None) -> Any:
         """Loads the pipeline on the CPU; arguments as in `open`."""
         long_prompts = bool(self.config.get("long_prompts"))
-        pipeline = load_pipeline(self.source, self.revision, self.variant, dtype, long_prompts, self.base_config)
+        read = {name: self.config.get(name) for name in ("max_sequence_length", "text_encoder_out_layers")}
+        pipeline = load_pipeline(
+            self.source, self.revision, self.variant, dtype, long_prompts, self.base_config, **read
+        )
         with models.loading(str(self.folder)):
             if self.weights == "lora":
                 path = self.folder if self.folder.is_file() else self.folder / LORA_WEIGHTS

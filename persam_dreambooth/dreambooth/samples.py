@@ -86,8 +86,7 @@ def sample(family: Family, request: Request) -> Iterator[Image.Image]:
     settings: dict[str, Any] = {"num_inference_steps": request.num_inference_steps}
     if request.guidance_scale is not None:
         settings["guidance_scale"] = request.guidance_scale
-    if request.width or request.height:  # diffusers ignores one of them alone
-        settings["width"], settings["height"] = image_size(pipeline, request)
+    settings["width"], settings["height"] = image_size(pipeline, request.width, request.height)
     with bar(list[int](), "sampling", "picture", total) as shown:
         for start in range(0, total, request.batch_size):
             seeds = request.seeds[start : start + request.batch_size]
@@ -154,18 +153,18 @@ def save_samples(
     yield _save(sheet, [folder / name for name in names], is_same, quality=92, comment=told.encode())
 
 
-def image_size(pipeline: Any, request: Request) -> tuple[int, int]:
-    """Width and height of the images in pixels."""
+def image_size(pipeline: Any, width: int | None = None, height: int | None = None) -> tuple[int, int]:
+    """Width and height of images in pixels, by default the model's own."""
     native = getattr(pipeline, "default_sample_size", None) or pipeline.unet.config.sample_size
     side = native * pipeline.vae_scale_factor
-    return request.width or side, request.height or side
+    return width or side, height or side
 
 
 def settings_text(family: Family, request: Request, model: dict[str, Any]) -> str:
     """The settings of images except the seed, as other programs write and read them in a PNG."""
     pipeline, schedulers = family.pipeline, family.schedulers
     defaults = inspect.signature(type(pipeline).__call__).parameters
-    width, height = image_size(pipeline, request)
+    width, height = image_size(pipeline, request.width, request.height)
     guidance = request.guidance_scale
     known = {
         "Steps": request.num_inference_steps,

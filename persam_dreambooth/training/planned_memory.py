@@ -211,8 +211,11 @@ def quantize_meta(module: torch.nn.Module) -> None:
     """Quantizes layers of bitsandbytes on the meta device; on others, the first move to an accelerator does."""
     for layer in module.modules():
         weight: Any = getattr(layer, "weight", None)
-        if type(weight).__name__ in ("Params4bit", "Int8Params") and weight.is_floating_point():
+        if type(weight).__name__ == "Params4bit" and not weight.bnb_quantized:
             weight._quantize(META)
+        elif type(weight).__name__ == "Int8Params" and weight.dtype != torch.int8:
+            weight._quantize(META)
+            layer.state.threshold = 0.0  # outliers are found by their values
 
 
 def tensors_of(*modules: torch.nn.Module) -> list[torch.Tensor]:
@@ -224,7 +227,7 @@ def tensors_of(*modules: torch.nn.Module) -> list[torch.Tensor]:
             state = getattr(weight, "quant_state", None)  # 4 bits
             if state is not None:
                 nested = state.state2 if state.nested else None
-                found += [state.absmax, state.code, *([nested.absmax, nested.code] if nested else [])]
+                found += [state.absmax, state.code, *([nested.absmax, nested.code, state.offset] if nested else [])]
             scale = getattr(weight, "SCB", None)  # 8 bits
             found += [] if scale is None else [scale]
     return found

@@ -7,7 +7,7 @@ A family declares its parts and defaults and implements the rest: prompts, noise
 import copy
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from persam_dreambooth import models
 from persam_dreambooth.dreambooth.families.family import Embeddings, Family
 from persam_dreambooth.dreambooth.latent_cache import PosteriorCache
-from persam_dreambooth.dreambooth.placement import Phase, Placement, Role, precision
+from persam_dreambooth.dreambooth.placement import Phase, Placement, Role, frozen_precision, quantized_roles
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.errors import InputError, InputNotFoundError
 
@@ -71,7 +71,12 @@ class LatentDiffusion(Family):
     inference_dtype: ClassVar[torch.dtype] = torch.float16
     """The half precision for inference on an accelerator."""
 
-    without: ClassVar[dict[str, str]] = {}
+    takes_mode: ClassVar[bool] = False
+    """Whether latents are the mode of the VAE's posterior; else they are sampled from it."""
+
+    without: ClassVar[dict[str, str]] = {
+        "text_encoder_out_layers": "which reads fixed layers of its text encoders",
+    }
 
     schedulers: ClassVar[dict[str, tuple[Any, dict[str, Any]]]] = {}
 
@@ -81,6 +86,7 @@ class LatentDiffusion(Family):
         self.trained: dict[str, Any] = {}
         self.cache: PosteriorCache | None = None
         self.embeddings: dict[str, Embeddings] = {}
+        self.frozen_dtype: torch.dtype = getattr(pipeline, self.denoiser_name).dtype
         self.encoders = [name for name, part in pipeline.components.items() if "text_encoder" in name and part]
         roles: dict[str, Role] = {self.denoiser_name: "denoiser", "vae": "vae"}
         roles |= {name: "clip" if name in self.trainable_encoders else "language model" for name in self.encoders}
@@ -105,9 +111,9 @@ class LatentDiffusion(Family):
         settings = {**cls.load_settings, **parts}
         if models.is_single_file(source):  # which can be loaded in one dtype only
             return cls.pipeline_class.from_single_file(source, config=base_config, dtype=torch.float32, **settings)
-        clip, other = (precision(role, dtype) for role in ("clip", "language model"))
-        by_name = {cls.denoiser_name: precision("denoiser", dtype), **dict.fromkeys(cls.trainable_encoders, clip)}
-        by_name |= {"vae": torch.float32, "default": other}  # the VAE's configuration decides on its dtype
+        by_name = {cls.denoiser_name: frozen_precision("denoiser", dtype), "vae": torch.float32}  # see `vae_dtype`
+        by_name |= dict.fromkeys(cls.trainable_encoders, frozen_precision("clip", dtype))
+        by_name["default"] = frozen_precision("language model", dtype)
         return cls.pipeline_class.from_pretrained(source, revision=revision, variant=variant, dtype=by_name, **settings)
 
     @classmethod
@@ -130,7 +136,7 @@ class LatentDiffusion(Family):
 
     @property
     def latent_factor(self) -> int:
-        """Pixels per side of a latent cell, 8 for all published models."""
+        """Pixels per side of a latent cell, 8 for most published models."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
@@ -151,21 +157,30 @@ class LatentDiffusion(Family):
         """The VAE's dtype, for the run's dtype of frozen weights."""
         return frozen_dtype
 
-    def place_on(self, device: torch.device, frozen_dtype: torch.dtype, whole: Sequence[str] = ()) -> None:
+    def place_on(
+        self,
+        device: torch.device,
+        frozen_dtype: torch.dtype,
+        whole: Sequence[str] = (),
+        quantized: Mapping[Role, str] | None = None,
+    ) -> None:
         """Sets the device of the parts in use, and the precision of all parts; see `placement`.
 
         Args:
             device: the accelerator, or the CPU.
             frozen_dtype: dtype of the frozen weights.
             whole: the names of parts that are trained whole, in float32.
+            quantized: `nf4` or `int8` of the roles that are quantized.
         """
-        self.placement.device = device
+        self.placement.device, self.frozen_dtype = device, frozen_dtype
         for name, role in self.placement.roles.items():
             part: Any = self.placement.parts[name]
-            dtype = self.vae_dtype(frozen_dtype) if role == "vae" else precision(role, frozen_dtype)
+            dtype = self.vae_dtype(frozen_dtype) if role == "vae" else frozen_precision(role, frozen_dtype)
             dtype = torch.float32 if name in whole else dtype
             if part.dtype != dtype:
                 part.to(dtype)
+            if quantized and role in quantized:
+                self.placement.quantize(name, quantized[role], dtype)
 
     def enter(self, phase: Phase) -> None:
         """See `Family`."""
@@ -178,10 +193,10 @@ class LatentDiffusion(Family):
     ) -> list[torch.nn.Parameter]:
         """See `Family`."""
         names, placement = self.trained_names(options), self.placement
-        self.place_on(device, frozen_dtype, self.whole_names(options))
+        self.place_on(device, frozen_dtype, self.whole_names(options), quantized_roles(options))
         if options.preserves_base and options.method == "full":
             base = copy.deepcopy(placement.parts[self.denoiser_name])
-            placement.add(BASE_COPY, "base copy", base.to(precision("base copy", frozen_dtype)))
+            placement.add(BASE_COPY, "base copy", base.to(frozen_precision("base copy", frozen_dtype)))
         placement.kept = set(names)
         placement.enter("training")
         self.trained = {name: getattr(self.pipeline, name) for name in names}
@@ -253,9 +268,12 @@ class LatentDiffusion(Family):
                 (enable or part.gradient_checkpointing_enable)()
 
     def latents(self, posterior: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """See `Family`; latents are shifted, if the VAE's configuration has a shift, and scaled."""
-        mean, deviation = posterior.to(self.device)
-        latents = mean + deviation * noise.to(mean)
+        """See `Family`."""
+        mean, *deviation = posterior.to(self.device)
+        return self.scaled(mean + deviation[0] * noise.to(mean) if deviation else mean)
+
+    def scaled(self, latents: torch.Tensor) -> torch.Tensor:
+        """The VAE's latents as the denoiser knows them: shifted, if the VAE's configuration has a shift, and scaled."""
         if self.vae.config.shift_factor:
             latents = latents - self.vae.config.shift_factor
         return latents * self.vae.config.scaling_factor
@@ -267,11 +285,14 @@ class LatentDiffusion(Family):
 
     @torch.no_grad()
     def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels (3, H, W) in -1..1 to mean and standard deviation of the VAE's latents, (2, C, h, w)."""
+        """Pixels (3, H, W) in -1..1 to mean and standard deviation of the VAE's latents, (2, C, h, w).
+
+        If latents are the mode, it is the only row, (1, C, h, w).
+        """
         if "vae" not in self.placement.here:
             self.enter("encoding")
         answer = self.vae.encode(pixels[None].to(self.device, self.vae.dtype)).latent_dist
-        return torch.cat([answer.mean, answer.std])
+        return answer.mode() if self.takes_mode else torch.cat([answer.mean, answer.std])
 
     def cache_latents(self, crops: Iterable[torch.Tensor] | None) -> None:
         """See `Family`."""
@@ -291,8 +312,14 @@ class LatentDiffusion(Family):
     def unread(cls, pipeline: Any, prompt: str) -> str:
         """See `Family`."""
         lengths = {} if reads_long_prompts(pipeline) else cls.prompt_lengths(pipeline)
-        ends = [read_end(getattr(pipeline, name), prompt, length) for name, length in lengths.items()]
-        return prompt[max(ends, default=len(prompt)) :]
+        text = cls.written(pipeline, prompt)
+        ends = [read_end(getattr(pipeline, name), text, length) for name, length in lengths.items()]
+        return prompt[max(0, max(ends, default=len(text)) - text.index(prompt)) :]
+
+    @classmethod
+    def written(cls, pipeline: Any, prompt: str) -> str:
+        """The text that the text encoders of a pipeline read for a prompt, with the prompt in it."""
+        return prompt
 
     def embed(self, prompts: list[str]) -> list[Embeddings]:
         """See `Family`."""

@@ -4,7 +4,7 @@ import pickle
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.loaders.single_file_utils import (
     DIFFUSERS_DEFAULT_PIPELINE_PATHS,
     SingleFileComponentError,
@@ -15,16 +15,20 @@ from safetensors import safe_open
 
 from persam_dreambooth import models
 from persam_dreambooth.dreambooth.families.flux import Flux
+from persam_dreambooth.dreambooth.families.flux2_klein import Flux2Klein
 from persam_dreambooth.dreambooth.families.latent_diffusion import LatentDiffusion
 from persam_dreambooth.dreambooth.families.stable_diffusion import StableDiffusion
 from persam_dreambooth.dreambooth.families.stable_diffusion_3 import StableDiffusion3
 from persam_dreambooth.dreambooth.families.stable_diffusion_xl import StableDiffusionXL
+from persam_dreambooth.dreambooth.families.z_image import ZImage
+from persam_dreambooth.dreambooth.placement import quantized_roles
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.errors import InputError, InputNotFoundError, UnavailableError
 from persam_dreambooth.options import Options
 
 FAMILIES: dict[str, type[LatentDiffusion]] = {
-    family.pipeline_class.__name__: family for family in (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux)
+    family.pipeline_class.__name__: family
+    for family in (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, Flux2Klein, ZImage)
 }
 """The families by the pipeline class in `model_index.json`."""
 
@@ -106,6 +110,8 @@ def load_pipeline(
     dtype: torch.dtype = torch.float32,
     long_prompts: bool = False,
     base_config: str | None = None,
+    max_sequence_length: int | None = None,
+    text_encoder_out_layers: str | None = None,
     **parts: Any,
 ) -> Any:
     """Loads a pipeline of any family, without a safety checker, which training does not use.
@@ -117,6 +123,8 @@ def load_pipeline(
         dtype: dtype of the weights.
         long_prompts: whether `prompt_arguments` reads long prompts in chunks, as in training with this option.
         base_config: the configuration of a single file; see `single_file_config`.
+        max_sequence_length: number of tokens that T5 or Qwen3 reads; by default that of diffusers' pipeline.
+        text_encoder_out_layers: the layers that FLUX.2 klein reads of Qwen3, as in training with this option.
         parts: loaded parts, such as a trained `unet`, to use instead of the checkpoint's.
 
     Raises:
@@ -126,13 +134,29 @@ def load_pipeline(
     base_config = single_file_config(source, base_config) if models.is_single_file(source) else None
     family = family_of(base_config or source, None if base_config else revision)
     with models.loading(source):
+        if not base_config:
+            _check_unquantized(family, source, revision)
         try:
             pipeline = family.load_pipeline(source, revision, variant, dtype, base_config=base_config, **parts)
         except SingleFileComponentError as error:
             raise InputError(f"{source} lacks a part ({error.message.splitlines()[0]}): name a whole model") from None
     pipeline.set_progress_bar_config(leave=False)
     pipeline.long_prompts = long_prompts
+    pipeline.max_sequence_length = max_sequence_length
+    pipeline.text_encoder_out_layers = text_encoder_out_layers
     return pipeline
+
+
+def _check_unquantized(family: type[LatentDiffusion], source: str, revision: str | None) -> None:
+    """Raises `InputError` if a checkpoint's denoiser or text encoder is quantized already."""
+    for name, kind in DiffusionPipeline.load_config(source, revision=revision).items():
+        if name == family.denoiser_name or (name.startswith("text_encoder") and kind[0]):
+            found = AutoencoderKL.load_config(source, subfolder=name, revision=revision).get("quantization_config")
+            if found:
+                raise InputError(
+                    f"the {name} of {source} is quantized already ({found.get('quant_method')}): name the checkpoint "
+                    "that it was made from, and add --quantize or --quantize_text_encoder"
+                )
 
 
 def open_family(
@@ -161,10 +185,10 @@ def open_family(
         methods = " or ".join(family.learning_rates)
         raise InputError(f"--method {options.method} is not supported for a {kind}: use {methods}")
     dtype = frozen_dtype if options.method == "lora" else torch.float32
-    settings = (options.revision, options.variant, dtype, options.long_prompts, options.base_config)
-    opened = family(load_pipeline(source, *settings, **parts))
+    read = (options.long_prompts, options.base_config, options.max_sequence_length, options.text_encoder_out_layers)
+    opened = family(load_pipeline(source, options.revision, options.variant, dtype, *read, **parts))
     opened.check(options)
-    opened.place_on(device or torch.device("cpu"), frozen_dtype, opened.whole_names(options))
+    opened.place_on(device or torch.device("cpu"), frozen_dtype, opened.whole_names(options), quantized_roles(options))
     return opened
 
 

@@ -44,6 +44,11 @@ class StableDiffusion(LatentDiffusion):
     denoiser_targets: ClassVar = ["to_q", "to_k", "to_v", "to_out.0"]
     learning_rates: ClassVar = {"lora": 1e-4, "full": 5e-6}
     tags: ClassVar = ["stable-diffusion"]
+    without: ClassVar = {
+        **LatentDiffusion.without,
+        "max_sequence_length": "whose CLIP reads a fixed number of tokens, and more with --long_prompts",
+        "quantize_text_encoder": "whose text encoders are small",
+    }
     schedulers: ClassVar = {
         "dpm++_2m": (DPMSolverMultistepScheduler, {}),
         "dpm++_2m_karras": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),

@@ -30,8 +30,8 @@ class StableDiffusion3(FlowMatching):
     learning_rates: ClassVar = {"lora": 1e-4}
     tags: ClassVar = ["sd3"]
     feedforward_targets: ClassVar = ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
-    t5_tokenizer = "tokenizer_3"
-    t5_length = 256
+    sequence_tokenizer = "tokenizer_3"
+    sequence_length = 256
 
     @classmethod
     def load_pipeline(
@@ -61,10 +61,11 @@ class StableDiffusion3(FlowMatching):
             states.append(answer.hidden_states[-2])
             pooled.append(answer.text_embeds)
         clip, width = torch.cat(states, dim=-1), self.pipeline.transformer.config.joint_attention_dim
+        length = self.length(self.pipeline)
         if self.pipeline.text_encoder_3 is None:
-            t5 = clip.new_zeros(len(prompts), self.t5_length, width)
+            t5 = clip.new_zeros(len(prompts), length, width)
         else:
-            t5 = self.t5_states(self.pipeline.text_encoder_3, self.pipeline.tokenizer_3, prompts, self.t5_length)
+            t5 = self.t5_states(self.pipeline.text_encoder_3, self.pipeline.tokenizer_3, prompts, length)
         clip = F.pad(clip, (0, width - clip.shape[-1]))
         return Embeddings(torch.cat([clip, t5.to(clip.dtype)], dim=1), torch.cat(pooled, dim=-1))
 
