@@ -95,7 +95,8 @@ def personalize(options: TrainOptions) -> Path:
     check_prompts(options, albums, family)
     resolution = check_resolution(options, family)
     buckets = open_buckets(options, family, resolution)
-    options = options.resolved(resolution, accelerator.mixed_precision, family.learning_rates[options.method])
+    rates = family.learning_rates[options.method], family.text_encoder_rates.get(options.method)
+    options = options.resolved(resolution, accelerator.mixed_precision, *rates)
 
     cut = Cut(resolution, buckets)
     known = [None if album.reference else make_crops(options, album, album.drawn, cut) for album in albums]
