@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_families import tiny_pipeline
+from tiny_sam import tiny_model
 
 from benchmarks import plan_table
-from benchmarks.full_size import build, build_sam, write_configuration
+from benchmarks.full_size import write_configuration
 from persam_dreambooth import cli, toy
 from persam_dreambooth.dreambooth.families.registry import open_family
 from persam_dreambooth.dreambooth.optimizers import make_optimizer
 from persam_dreambooth.dreambooth.planned_phases import PROMPTS, PlannedPhase, meta_batches
 from persam_dreambooth.dreambooth.trainer import batch_losses
-from persam_dreambooth.errors import InputError
 from persam_dreambooth.options import list_recipes
 from persam_dreambooth.plan import MemoryPlan, PlanOptions, plan
 from persam_dreambooth.training.planned_memory import LikeCuda, MemoryCount, counting, quantize_meta, tensors_of
@@ -90,7 +91,7 @@ def test_weights_of_four_bits_count_with_their_scales():
     quantize_meta(layer)
     weights = 1024 * 2048
     with counting(tensors_of(layer)) as count:
-        # Half a byte each; for 64 of them a scale of 8 bits, for 256 scales one of 32; the values of both codes; a mean.
+        # Half a byte each; for 64 a scale of 8 bits, for 256 scales one of 32; the values of both codes, and a mean.
         assert count.held == weights // 2 + weights // 64 + weights // 64 // 256 * 4 + (16 + 256 + 1) * 4
         inputs = torch.empty(16, 1024, device=META, dtype=torch.bfloat16)
         layer(inputs)
@@ -114,12 +115,12 @@ def test_weights_of_phases_are_exact_sums():
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_plan_of_training_is_what_real_tensors_need(checkpointing):
-    options = replace(TOY, gradient_checkpointing=checkpointing, resolution=128, train_batch_size=2)
+    options = replace(TOY, gradient_checkpointing=checkpointing, resolution=64, train_batch_size=2)
     family = real_family(options, torch.float32)
     embeddings = dict(zip(PROMPTS, family.embed(PROMPTS), strict=True))
     weights = family.make_trainable(options, torch.device("cpu"), torch.float32)
-    optimizer, _ = make_optimizer(options, weights, 1e-4)
-    batch, _ = meta_batches(options, family, 128, 128)
+    optimizer, _ = make_optimizer(options, [weights], [1e-4])
+    batch, _ = meta_batches(options, family, 64, 64)
     for _ in range(2):
         count = MemoryCount("cpu")
         state = [each for values in optimizer.state.values() for each in values.values()]
@@ -128,7 +129,7 @@ def test_the_plan_of_training_is_what_real_tensors_need(checkpointing):
             batch_losses(options, family, batch, None, embeddings)["loss"].backward()
             optimizer.step()
             optimizer.zero_grad()
-    planned = phases(gradient_checkpointing=checkpointing, resolution=128, train_batch_size=2)["training"].peak
+    planned = phases(gradient_checkpointing=checkpointing, resolution=64, train_batch_size=2)["training"].peak
     assert planned == pytest.approx(count.peak, rel=0.05)
 
 
@@ -137,9 +138,7 @@ def test_more_work_at_once_needs_more_memory():
     peak = phases(**usual)["training"].peak
     assert phases(**usual, gradient_checkpointing=True)["training"].peak < 0.6 * peak
     assert phases(**{**usual, "train_batch_size": 4})["training"].peak > 1.5 * peak
-    assert phases(**{**usual, "resolution": 512})["training"].peak > 2 * peak
     assert phases(**usual, class_preservation_weight=1.0)["training"].peak > 1.5 * peak  # each photo twice
-    assert phases(**{**usual, "mixed_precision": "no"})["training"].peak > peak
 
 
 @pytest.mark.parametrize(
@@ -163,27 +162,26 @@ def test_phases_follow_the_options():
     found = phases(with_prior_preservation=True, num_validation_images=1, class_name="cat")
     assert list(found) == every
     assert list(phases(cache_latents=True, center_crop=True)) == ["prompts", "latents", "training"]
-    assert [phase.name for phase in plan(replace(TOY, unmasked=False)).phases][0] == "masks"
-    one = phases(with_prior_preservation=True, class_name="cat", sample_batch_size=1)["class images"].peak
-    assert found["class images"].peak > 1.5 * one
+    assert next(iter(phases(unmasked=False))) == "masks"
 
 
 # --- The command
 
 
-def test_the_plan_needs_configuration_files_only(tmp_path, capsys):
-    model = write_configuration(build("sd1.5"), tmp_path / "model")
-    sam = write_configuration(build_sam("base"), tmp_path / "sam")
-    assert not [path for path in tmp_path.rglob("*") if path.stat().st_size > 100_000]
-    words = ["--config", "sd15-lora", "--num_validation_images", "0", "--resolution", "64"]
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux", "klein", "z-image"])
+def test_every_family_is_planned_from_configuration_files(name, tmp_path, capsys):
+    pipeline = tiny_pipeline(name)
+    model = write_configuration(pipeline, tmp_path / "model")
+    sam = write_configuration(tiny_model(), tmp_path / "sam")
+    assert not [*tmp_path.rglob("*.safetensors")]
+    words = ["--mixed_precision", "bf16", "--gradient_checkpointing", "--train_batch_size", "2"]
     assert cli.main(["plan", *words, "--pretrained_model_name_or_path", str(model), "--sam_model", str(sam)]) == 0
     shown = capsys.readouterr().out.splitlines()
-    figures = {line.split()[0]: line.split()[1:] for line in shown[1:5]}
-    assert list(figures) == ["masks", "prompts", "training", "encoding"]
-    assert figures["masks"][0] == f"{93_735_472 * 4 / 2**30:.2f}"
-    assert figures["prompts"][0] == f"{123_060_480 * 2 / 2**30:.2f}"
-    assert shown[5].startswith("The largest phase is masks. ")
-    assert shown[6].startswith("8 GB: fits, 12 GB: fits")
+    assert [line.split()[0] for line in shown[1:-2]] == ["masks", "prompts", "training", "encoding", "samples"]
+    assert shown[-1] == "8 GB: fits, 12 GB: fits, 16 GB: fits, 24 GB: fits"
+    encoders = [part for part_name, part in pipeline.components.items() if part_name.startswith("text_encoder")]
+    options = PlanOptions(pretrained_model_name_or_path=str(model), unmasked=True, mixed_precision="bf16")
+    assert plan(options).phases[0].weights == pytest.approx(size(tensors_of(*encoders)) / 2, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -219,7 +217,7 @@ def test_the_table_has_every_recipe():
     assert list(ROWS) == [recipe for recipe in list_recipes() if recipe != "toy"]
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # the largest operations of Stable Diffusion 1.5 and SAM ViT-H: 20 s
 def test_the_table_has_what_is_planned():
     with tempfile.TemporaryDirectory() as folder:
         assert plan_table.table_row("sd15-lora", plan_table.planned("sd15-lora", Path(folder))) == ROWS["sd15-lora"]

@@ -17,7 +17,7 @@ from persam_dreambooth.dreambooth.ema import AveragedWeights
 from persam_dreambooth.dreambooth.families.latent_diffusion import LatentDiffusion
 from persam_dreambooth.dreambooth.families.registry import open_family, single_file_config
 from persam_dreambooth.dreambooth.optimizers import make_optimizer
-from persam_dreambooth.dreambooth.placement import ON_THE_ACCELERATOR, Phase
+from persam_dreambooth.dreambooth.placement import ON_THE_ACCELERATOR, Phase, quantized_roles
 from persam_dreambooth.dreambooth.trainer import batch_losses, check_resolution
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.training.planned_memory import META, MemoryCount, counting, quantize_meta, tensors_of
@@ -45,7 +45,7 @@ def plan_phases(options: TrainingOptions, family: LatentDiffusion, frozen_dtype:
 
     Args:
         options: of the run.
-        family: the model on the meta device, from `open_meta_family`.
+        family: the model on the meta device; see `open_meta_family`.
         frozen_dtype: dtype of the frozen weights; autocast computes in it unless it is float32.
     """
     phases: list[PlannedPhase] = []
@@ -73,6 +73,7 @@ def plan_phases(options: TrainingOptions, family: LatentDiffusion, frozen_dtype:
             sampler(**arguments, num_inference_steps=1, output_type="pt")
         sampler.vae.disable_slicing()
 
+    family.place_on(META, frozen_dtype, family.whole_names(options), quantized_roles(options))
     width, height = largest_crop(options, family)
     with phase("prompts", "prompts"):
         embeddings = family.embed(PROMPTS)
@@ -85,10 +86,9 @@ def plan_phases(options: TrainingOptions, family: LatentDiffusion, frozen_dtype:
             family.posterior(torch.zeros(1, 3, height, width))
 
     weights = family.make_trainable(options, META, frozen_dtype)
-    optimizer, _ = make_optimizer(options, weights, 1e-4)
-    for group in optimizer.param_groups:
-        if group.get("foreach", False) is None and not group.get("fused"):
-            group["foreach"] = True  # the default on CUDA
+    parts = [[weight for weight in part.parameters() if weight.requires_grad] for part in family.trained.values()]
+    optimizer, _ = make_optimizer(options, parts, [1e-4] * len(parts))
+    is_fused = isinstance(optimizer, torch.optim.AdamW) and options.mixed_precision != "fp16"  # on CUDA
     average = AveragedWeights(weights, options.ema_decay) if options.use_ema else None
     state += average.average.shadow_params if average else []
     if is_half:  # as `Accelerator.prepare` does
@@ -97,14 +97,17 @@ def plan_phases(options: TrainingOptions, family: LatentDiffusion, frozen_dtype:
     with phase("training", "training") as count:
         for weight in weights:
             weight.grad = torch.empty_like(weight)
+        for group in optimizer.param_groups:
+            group["foreach"] = not is_fused
         optimizer.step()  # makes the optimizer's state
+        if is_fused:
+            count.peak = count.now  # without the temporary tensors of this step
         if options.gradient_accumulation_steps == 1:
             optimizer.zero_grad()
         count.held = count.now
         batch, class_batch = meta_batches(options, family, width, height)
         losses = batch_losses(options, family, batch, class_batch, dict(zip(PROMPTS, embeddings, strict=True)))
         torch.stack(list(losses.values())).sum().backward()
-        optimizer.step()
         optimizer.zero_grad()
     state += [
         each for each in torch.utils._pytree.tree_leaves(optimizer.state_dict()) if isinstance(each, torch.Tensor)

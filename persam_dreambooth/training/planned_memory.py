@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.fx.experimental import _config as symbolic_shapes
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -49,7 +50,7 @@ WORKSPACES: dict[str, Callable[..., int]] = {
 }
 """The bytes that operations need while they run, from their arguments."""
 
-CHANGED = {*HALF, *SINGLE, "item", "__bool__", "cpu", "to", "backward"}
+CHANGED = {*HALF, *SINGLE, "item", "tolist", "__bool__", "cpu", "to", "backward"}
 """The functions that `LikeCuda` changes."""
 
 FLASH_HEAD = 256
@@ -110,7 +111,7 @@ class LikeCuda(TorchFunctionMode):
     - `torch.autocast("cpu")` has the effect that it has on CUDA for `"cuda"`.
     - Attention makes no matrix of scores: flash attention, or the memory-efficient one for masks, float32 and large
       heads.
-    - A value that is read is 1; a tensor that is moved to the CPU is zeros.
+    - Values that are read are 1; a tensor that is moved to the CPU is zeros.
     """
 
     def __torch_function__(
@@ -122,8 +123,8 @@ class LikeCuda(TorchFunctionMode):
         tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
         if not any(tensor.is_meta for tensor in tensors):
             return function(*args, **kwargs)
-        if name in ("item", "__bool__"):
-            return 1.0 if name == "item" else True
+        if name in ("item", "tolist", "__bool__"):
+            return getattr(torch.ones(args[0].shape), name)()
         if name == "cpu" or (name == "to" and any(map(_is_cpu, (*args[1:], *kwargs.values())))):
             return torch.zeros(args[0].shape, dtype=args[0].dtype)
         if name == "backward":  # this mode is off inside `function`, but gradient checkpointing computes again there
@@ -200,8 +201,9 @@ def counting(held: Iterable[torch.Tensor] = ()) -> Iterator[MemoryCount]:
     modes, known = torch.amp.autocast_mode, torch.amp.autocast_mode.is_autocast_available
     torch.autocast, autocast = _Autocast, torch.autocast
     modes.is_autocast_available = lambda kind: kind == META.type or known(kind)
+    all_nonzero = {"meta_nonzero_assume_all_nonzero": True}  # its largest answer, such as all tokens of a prompt
     try:
-        with LikeCuda(), count:
+        with symbolic_shapes.patch(all_nonzero), LikeCuda(), count:
             yield count
     finally:
         torch.autocast, modes.is_autocast_available = autocast, known
@@ -210,7 +212,7 @@ def counting(held: Iterable[torch.Tensor] = ()) -> Iterator[MemoryCount]:
 def quantize_meta(module: torch.nn.Module) -> None:
     """Quantizes layers of bitsandbytes on the meta device; on others, the first move to an accelerator does."""
     for layer in module.modules():
-        weight: Any = getattr(layer, "weight", None)
+        weight: Any = layer._parameters.get("weight")
         if type(weight).__name__ == "Params4bit" and not weight.bnb_quantized:
             weight._quantize(META)
         elif type(weight).__name__ == "Int8Params" and weight.dtype != torch.int8:
