@@ -160,7 +160,11 @@ def _check_unquantized(family: type[LatentDiffusion], source: str, revision: str
 
 
 def open_family(
-    options: TrainingOptions, source: str, frozen_dtype: torch.dtype, device: torch.device | None = None
+    options: TrainingOptions,
+    source: str,
+    frozen_dtype: torch.dtype,
+    device: torch.device | None = None,
+    **parts: Any,
 ) -> LatentDiffusion:
     """Loads a model for training.
 
@@ -169,6 +173,7 @@ def open_family(
         source: hub id, folder or single file, from `models.resolve`.
         frozen_dtype: dtype of the frozen weights.
         device: the device of the parts in use; default: the CPU.
+        parts: as in `load_pipeline`.
 
     Raises:
         InputError: as in `load_pipeline`; or a method or an option that the family does not support.
@@ -181,7 +186,7 @@ def open_family(
         raise InputError(f"--method {options.method} is not supported for a {kind}: use {methods}")
     dtype = frozen_dtype if options.method == "lora" else torch.float32
     read = (options.long_prompts, options.base_config, options.max_sequence_length, options.text_encoder_out_layers)
-    opened = family(load_pipeline(source, options.revision, options.variant, dtype, *read))
+    opened = family(load_pipeline(source, options.revision, options.variant, dtype, *read, **parts))
     opened.check(options)
     opened.place_on(device or torch.device("cpu"), frozen_dtype, opened.whole_names(options), quantized_roles(options))
     return opened
