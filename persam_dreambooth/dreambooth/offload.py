@@ -81,6 +81,7 @@ class OffloadedBlocks:
             if type(block).__name__ in kinds:
                 block.register_forward_pre_hook(partial(self._before, len(self.blocks)))
                 self.blocks.append(BlockWeights.of(block))
+        self._pinned = False
         self._fetched: dict[int, torch.Tensor] = {}
         self._last: tuple[int, ...] = ()
         self._following: dict[tuple[int, ...], int] = {}
@@ -93,8 +94,9 @@ class OffloadedBlocks:
         for each in (*self.model.parameters(), *self.model.buffers()):
             if id(each) not in offloaded:
                 each.data = each.data.to(device)
-        if device.type == "cuda" and self.device.type != "cuda":
+        if device.type == "cuda" and not self._pinned:
             pin([block.on_cpu for block in self.blocks], device)
+            self._pinned = True
         self.device = device
         self._backend = torch.get_device_module(device)
         self._copies = self._backend.Stream()
