@@ -89,7 +89,7 @@ def personalize(options: TrainOptions) -> Path:
         options.mixed_precision, options.gradient_accumulation_steps, options.report_to, run_dir
     )
     models.log_device(str(accelerator.device), str(frozen_dtype(accelerator)))
-    family = open_family(options, base, frozen_dtype(accelerator))
+    family = open_family(options, base, frozen_dtype(accelerator), accelerator.device)
     check_prompts(options, albums, family)
     resolution = check_resolution(options, family)
     buckets = open_buckets(options, family, resolution)

@@ -1,4 +1,4 @@
-"""The background benchmark as a command: cells, resuming, several processes, the table; and the demo."""
+"""The background benchmark as a command: cells, resuming, several processes, the table; the demo; the accelerator's."""
 
 import json
 import re
@@ -7,7 +7,12 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_families import BUILDERS
+from training_runs import variants
 
+from benchmarks.accelerator import __main__ as accelerator
+from benchmarks.accelerator import training_steps
+from benchmarks.accelerator.records import Part
 from persam_dreambooth import demo
 from persam_dreambooth.cli import main
 from persam_dreambooth.evaluation import background, benchmark_subjects
@@ -167,3 +172,69 @@ def test_the_demo_ends_with_a_page_that_holds_its_pictures_and_figures(tmp_path,
     assert "mean IoU" in said and said.strip().endswith("report.html")
     assert main(["demo", "--output_dir", str(tmp_path / "demo")]) == 2
     assert "already holds other files: remove it" in capsys.readouterr().err
+
+
+def measured(folder, part, *arguments):
+    """The exit code of a part of the accelerator's benchmark on the small checkpoints, and what it wrote."""
+    code = accelerator.main(["--tiny", "--parts", part, "--output_dir", str(folder), *arguments])
+    return code, json.loads((folder / f"{part}.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.slow
+def test_training_steps_are_timed_with_the_peak_of_each_phase(tmp_path):
+    code, result = measured(tmp_path, "steps")
+    assert (code, result["errors"]) == (0, [])
+    assert [row["setup"] for row in result["rows"]] == ["recipe sd15-lora", *training_steps.SMALL]
+    assert all(row["steps_per_second"] > 0 for row in result["rows"])
+    recipe, plain, *_, quantized = result["rows"]
+    assert {"prompts", "encoding", "training", "pictures"} < recipe["peak_gib"].keys()
+    assert (recipe["trained_parameters"], plain["trained_parameters"]) == (56576, 48384)
+    assert (plain["base"], quantized["base"]) == ("bf16", "nf4")
+
+
+def test_the_papers_recipe_is_extrapolated_to_its_1000_iterations(tmp_path):
+    code, result = measured(tmp_path, "paper")
+    [row] = result["rows"]
+    assert (code, result["errors"], row["resolution"]) == (0, [], 64)
+    assert row["seconds_for_1000_iterations"] == pytest.approx(1000 * row["mean_seconds_per_step"], rel=0.01)
+    assert row["how"] == f"extrapolated from {row['steps']} steps"
+    assert row["trained_parameters"] == 2_000_000
+
+
+@pytest.mark.slow
+def test_sams_are_timed_in_both_precisions(tmp_path):
+    code, result = measured(tmp_path, "sam")
+    assert (code, result["errors"]) == (0, [])
+    assert [(row["what"], row["dtype"]) for row in result["rows"]] == [
+        (what, f"torch.{dtype}") for dtype in ("float32", "bfloat16") for what in ("encoder", "persam", "persam-f")
+    ]
+    assert all(row["photos_per_second"] > 0 for row in result["rows"])
+
+
+def test_a_measurement_that_fails_is_a_line_and_the_next_one_starts(tmp_path, monkeypatch):
+    setups = {"wrong": {"rank": 4, "no_such_option": 1}, "right": training_steps.CACHED}
+    monkeypatch.setitem(training_steps.MODELS, "sd1.5", training_steps.Model("no-such-recipe", 512, setups))
+    code, result = measured(tmp_path, "steps")
+    assert code == 1
+    [error] = result["errors"]
+    assert error.startswith("sd1.5, wrong: TypeError: ") and "no_such_option" in error
+    assert [row["setup"] for row in result["rows"]] == ["recipe no-such-recipe", "right"]
+
+
+def test_what_no_time_is_left_for_is_named(tmp_path):
+    code, result = measured(tmp_path, "steps", "--minutes", "0")
+    assert (code, result["rows"]) == (1, [])
+    assert result["errors"][1] == "sd1.5, masked: no time was left"
+
+
+@pytest.mark.parametrize(
+    "name", variants({name: name for name in ("sdxl", "sd3", "flux", "klein", "z-image")}, ["klein"])
+)
+def test_training_steps_of_every_family_are_timed(name, tmp_path):
+    part = Part(tmp_path / "steps.json", "steps", seconds=600, tiny=True)
+    model = training_steps.Model("flux-lora", 64, {"cached": training_steps.CACHED})
+    training_steps.measure_model(part, name, model, BUILDERS[name], 64, deadline=0)
+    assert part.errors == []
+    recipe, cached = part.content["rows"]
+    assert recipe["trained_parameters"] == cached["trained_parameters"] > 0
+    assert {"prompts", "pictures"} == recipe["peak_gib"].keys() - cached["peak_gib"].keys()

@@ -221,7 +221,8 @@ def test_the_options_of_train_are_these():
         *("subjects", "unmasked"),
         *("pretrained_model_name_or_path", "revision", "variant", "base_config"),
         *("method", "rank", "lora_alpha", "lora_targets", "init_lora", "lora_dropout", "lora_init", "use_dora"),
-        *("export", "train_text_encoder", "long_prompts", "caption_dropout"),
+        *("export", "train_text_encoder", "long_prompts"),
+        *("max_sequence_length", "text_encoder_out_layers", "caption_dropout"),
         *(
             "mask_normalization",
             "unmasked_weight",
@@ -280,6 +281,7 @@ ALWAYS: dict[str, tuple[str, ...]] = {
         *("instance_dir", "dataset_name", "mask", "mask_dir", "mask_from", "class_name", "identifier"),
         *("instance_prompt", "subjects", "unmasked"),
         *("pretrained_model_name_or_path", "method", "train_text_encoder", "long_prompts"),
+        *("max_sequence_length", "text_encoder_out_layers"),
         *("caption_dropout", "snr_gamma", "noise_offset", "with_prior_preservation", "class_preservation_weight"),
         *("aspect_ratio_buckets", "center_crop", "random_flip"),
         *("seed", "max_train_steps", "train_batch_size", "gradient_accumulation_steps"),

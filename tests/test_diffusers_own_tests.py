@@ -21,6 +21,7 @@ STAND_INS = {
     "tiny-stable-diffusion-xl-pipe": lambda: tiny_pipeline("sdxl"),
     "tiny-sd3-pipe": lambda: tiny_pipeline("sd3"),
     "tiny-flux-pipe": lambda: tiny_pipeline("flux"),
+    "tiny-flux2-klein": lambda: tiny_pipeline("klein-one-layer"),
 }
 SCRIPTS = {
     "train_dreambooth": "full",
@@ -28,15 +29,16 @@ SCRIPTS = {
     "train_dreambooth_lora_sdxl": "lora",
     "train_dreambooth_lora_sd3": "lora",
     "train_dreambooth_lora_flux": "lora",
+    "train_dreambooth_lora_flux2_klein": "lora",
 }
 SHIM = """import sys
 from persam_dreambooth import cli
 added = ["--unmasked", "--method", "{method}", "--num_validation_images", "0"]
 sys.exit(cli.main(["train", *sys.argv[1:], *added]))
 """
-NOT_OURS = "not dreambooth_if and not if_model and not captions and not lora_block and not lora_layer"
+NOT_OURS = "not dreambooth_if and not if_model and not captions and not lora_block"
 """What is left out: DeepFloyd IF is no family here, the hub's data set of captions is not at hand, and for
-`--lora_layers` and `--lora_blocks` there is `--lora_targets`, which takes the endings of layers' names.
+`--lora_blocks` there is `--lora_targets`, which takes the endings of layers' names.
 """
 
 pytestmark = [
@@ -67,7 +69,10 @@ def checkout(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "file",
-    ["test_dreambooth.py", "test_dreambooth_lora.py", "test_dreambooth_lora_sd3.py", "test_dreambooth_lora_flux.py"],
+    [
+        *("test_dreambooth.py", "test_dreambooth_lora.py", "test_dreambooth_lora_sd3.py"),
+        *("test_dreambooth_lora_flux.py", "test_dreambooth_lora_flux2_klein.py"),
+    ],
 )
 def test_they_pass_unchanged(checkout, file):
     shutil.copy(Path(str(REPOSITORY)) / "examples" / "dreambooth" / file, checkout / "examples" / "dreambooth")

@@ -1,6 +1,6 @@
 """Every model family through the real command line and beside plain diffusers, on tiny checkpoints.
 
-B samples, C latent channels, h w latent size (8 x 8 for crops of 32), T tokens.
+B samples, C latent channels, h w latent size (8 x 8 for crops of 32, 4 x 4 for klein), T tokens.
 """
 
 import shutil
@@ -8,7 +8,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, EDMEulerScheduler, FluxPipeline
+from diffusers import DiffusionPipeline, EDMEulerScheduler, Flux2KleinPipeline, FluxPipeline, ZImagePipeline
+from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from PIL import Image
 from scipy.stats import kstest
 from tiny_families import BUILDERS, SIDE, save_tiny, toy_or_tiny
@@ -36,7 +37,7 @@ from training_runs import (
 
 from persam_dreambooth import toy
 from persam_dreambooth.dreambooth.data import sample_noise
-from persam_dreambooth.dreambooth.families import flux, registry
+from persam_dreambooth.dreambooth.families import flux, flux2_klein, registry
 from persam_dreambooth.dreambooth.families.family import Embeddings
 from persam_dreambooth.dreambooth.families.latent_diffusion import LORA_WEIGHTS, TEXT_TARGETS
 from persam_dreambooth.dreambooth.families.registry import load_pipeline
@@ -47,9 +48,11 @@ from persam_dreambooth.dreambooth.trainer import batch_losses
 from persam_dreambooth.main_job import TrainOptions
 from persam_dreambooth.photos.folder import find_photos
 
-NEW = ("sdxl", "sd3", "flux")
+NEW = ("sdxl", "sd3", "flux", "klein", "z-image")
+QWEN = ("klein", "z-image")
 every_family = pytest.mark.parametrize("name", NEW)
-every_checkpoint = pytest.mark.parametrize("name", BUILDERS)
+CHECKPOINTS = [name for name in BUILDERS if name != "klein-one-layer"]  # which needs an option
+every_checkpoint = pytest.mark.parametrize("name", CHECKPOINTS)
 PROMPTS = ["a sks duck", "a duck in front of a beach"]
 
 
@@ -74,7 +77,12 @@ def plain_pipeline(model):
 
 def generate_image(pipeline):
     settings = {"num_inference_steps": 2, "height": SIDE, "width": SIDE, "generator": torch.Generator().manual_seed(0)}
-    return np.asarray(pipeline("a sks duck", **settings).images[0], dtype=np.int16)
+    return np.asarray(pipeline(prompt="a sks duck", **settings).images[0], dtype=np.int16)
+
+
+def with_text_encoder(name):
+    """The option that also trains CLIP, where a family has it."""
+    return {} if name in QWEN else {"train_text_encoder": True}
 
 
 def two_photos(photos, **options):
@@ -96,13 +104,16 @@ def change(family, size=0.05):
 
 
 def test_the_checkpoint_tells_its_family(checkpoints):
-    found = {name: registry.family_of(str(save_tiny(name, checkpoints))).__name__ for name in BUILDERS}
+    found = {name: registry.family_of(str(save_tiny(name, checkpoints))).__name__ for name in CHECKPOINTS}
     assert found == {
         "sdxl": "StableDiffusionXL",
         "sd3": "StableDiffusion3",
         "sd3-without-t5": "StableDiffusion3",
         "flux": "Flux",
         "flux-schnell": "Flux",
+        "klein": "Flux2Klein",
+        "klein-distilled": "Flux2Klein",
+        "z-image": "ZImage",
     }
 
 
@@ -111,15 +122,20 @@ def test_a_family_knows_its_geometry(model):
     family = registry.open_family(TrainOptions(), str(model), torch.float32)
     assert family.native_resolution == SIDE
     assert family.granularity == 8
-    channels = 8 if model.name.startswith("sd3") else 4
-    assert family.latent_shape(32, 32) == (channels, 8, 8)
+    shape = {"sd3": (8, 8, 8), "klein": (16, 4, 4)}.get(model.name.split("-")[0], (4, 8, 8))
+    assert family.latent_shape(32, 32) == shape
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", ["sd3", "flux", *QWEN])
 def test_full_fine_tuning_of_a_large_model_is_refused(runs, model, tmp_path, capsys):
     options = {"pretrained_model_name_or_path": model, "method": "full"}
     assert runs.train(tmp_path / "run", **options) == 2
-    kind = {"sd3": "StableDiffusion3Pipeline", "flux": "FluxPipeline"}[model.name]
+    kind = {
+        "sd3": "StableDiffusion3Pipeline",
+        "flux": "FluxPipeline",
+        "klein": "Flux2KleinPipeline",
+        "z-image": "ZImagePipeline",
+    }[model.name]
     error = capsys.readouterr().err.splitlines()[-1]
     assert error == f"error: --method full is not supported for a {kind}: use lora"
     assert not (tmp_path / "run").exists()
@@ -145,7 +161,7 @@ def test_resolution_that_the_latent_grid_cannot_hold_is_refused(runs, model, tmp
 # --- beside plain diffusers
 
 
-@every_checkpoint
+@pytest.mark.parametrize("name", [name for name in CHECKPOINTS if not name.startswith(QWEN)])
 def test_prompts_are_encoded_as_the_pipeline_encodes_them(model):
     family = registry.open_family(TrainOptions(), str(model), torch.float32)
     pipeline = plain_pipeline(model)
@@ -160,6 +176,19 @@ def test_prompts_are_encoded_as_the_pipeline_encodes_them(model):
     torch.testing.assert_close(embeddings.pooled, pooled, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", QWEN)
+def test_prompts_are_read_by_qwen_as_in_the_pipeline(model):
+    family = registry.open_family(TrainOptions(), str(model), torch.float32)
+    prompts = [*PROMPTS, "in front of a beach " * 8]
+    with torch.no_grad():
+        embeddings = family.encode_prompts(prompts)
+        expected, _ = plain_pipeline(model).encode_prompt(list(prompts))
+    for found, states in zip(embeddings, expected, strict=True):
+        own = found.states if found.mask is None else found.states[found.mask]
+        torch.testing.assert_close(own, states, rtol=0, atol=0)
+    assert embeddings.states.shape[1] == (512 if model.name == "klein" else len(expected[2]))
+
+
 def test_latents_are_packed_as_the_pipeline_packs_them():
     latents = torch.arange(2 * 4 * 6 * 8.0).view(2, 4, 6, 8)
     packed = flux.pack(latents)
@@ -167,17 +196,23 @@ def test_latents_are_packed_as_the_pipeline_packs_them():
     assert torch.equal(flux.unpack(packed, 6, 8), latents)
     expected = FluxPipeline._prepare_latent_image_ids(2, 3, 4, "cpu", torch.float32)
     assert torch.equal(flux.patch_positions(3, 4).float(), expected)
+    assert torch.equal(flux2_klein.patchify(latents), Flux2KleinPipeline._patchify_latents(latents))
 
 
 def noised(pipeline, batch, number, position, draw_timestep):
     """A sample's noisy latents, timestep and what is to be predicted, written out for each kind of model."""
-    channels = pipeline.vae.config.latent_channels
-    vae_noise, noise, step = sample_noise(
-        0, [number], (channels, *(side // 4 for side in batch["pixels"].shape[-2:])), draw_timestep
-    )
     posterior = pipeline.vae.encode(batch["pixels"][position : position + 1]).latent_dist
-    latents = posterior.mean + posterior.std * vae_noise
-    latents = (latents - (pipeline.vae.config.shift_factor or 0)) * pipeline.vae.config.scaling_factor
+    is_klein = isinstance(pipeline, Flux2KleinPipeline)
+    shape = pipeline._patchify_latents(posterior.mean).shape[1:] if is_klein else posterior.mean.shape[1:]
+    vae_noise, noise, step = sample_noise(0, [number], shape, draw_timestep)
+    if is_klein:
+        latents, norm = pipeline._patchify_latents(posterior.mode()), pipeline.vae.bn
+        mean, variance = (part.view(1, -1, 1, 1) for part in (norm.running_mean, norm.running_var))
+        latents = (latents - mean) / torch.sqrt(variance + pipeline.vae.config.batch_norm_eps)
+    else:
+        is_mode = isinstance(pipeline, ZImagePipeline)
+        latents = posterior.mode() if is_mode else posterior.mean + posterior.std * vae_noise
+        latents = (latents - (pipeline.vae.config.shift_factor or 0)) * pipeline.vae.config.scaling_factor
     if hasattr(pipeline, "unet"):
         kept = pipeline.scheduler.alphas_cumprod[step]
         return kept.sqrt() * latents + (1 - kept).sqrt() * noise, step, noise
@@ -188,6 +223,21 @@ def noised(pipeline, batch, number, position, draw_timestep):
 def answer(pipeline, noisy, step, crop):
     """The denoiser's answer as the pipeline asks for it."""
     rows, columns = noisy.shape[-2:]
+    if isinstance(pipeline, Flux2KleinPipeline):
+        states, text_ids = pipeline.encode_prompt("a sks duck")
+        predicted = pipeline.transformer(
+            hidden_states=pipeline._pack_latents(noisy),
+            timestep=step / 1000,
+            guidance=None,
+            encoder_hidden_states=states,
+            txt_ids=text_ids,
+            img_ids=(ids := pipeline._prepare_latent_ids(noisy)),
+        ).sample
+        return pipeline._unpack_latents_with_ids(predicted, ids)
+    if isinstance(pipeline, ZImagePipeline):
+        states, _ = pipeline.encode_prompt("a sks duck", do_classifier_free_guidance=False)
+        predicted = pipeline.transformer([noisy[0].unsqueeze(1)], (1000 - step) / 1000, states).sample
+        return -torch.stack(predicted)[:, :, 0]
     if isinstance(pipeline, FluxPipeline):
         states, pooled, text_ids = pipeline.encode_prompt("a sks duck")
         packed = pipeline._pack_latents(noisy, *noisy.shape)
@@ -210,7 +260,7 @@ def answer(pipeline, noisy, step, crop):
     return pipeline.transformer(noisy, states, pooled, step).sample
 
 
-def first_loss(batch, model):
+def first_loss(batch, model, masked=True):
     """What the first step's loss is, written out."""
     pipeline, expected = plain_pipeline(model), []
     family = registry.open_family(TrainOptions(), str(model), torch.float32)
@@ -219,8 +269,11 @@ def first_loss(batch, model):
             noisy, step, aim = noised(pipeline, batch, number, number, family.draw_timestep)
             error = ((answer(pipeline, noisy, step, batch["crop"][number]) - aim) ** 2).double().numpy()[0]
         rows, columns = noisy.shape[-2:]
-        mask = batch["mask"][number, 0].double().numpy().reshape(rows, 4, columns, 4).mean(axis=(1, 3))
+        cell = batch["mask"].shape[-1] // columns
+        mask = batch["mask"][number, 0].double().numpy().reshape(rows, cell, columns, cell).mean(axis=(1, 3))
         assert 0 < mask.mean() < 1
+        if not masked:
+            mask = np.ones_like(mask)
         expected.append((mask * error).sum() / (len(error) * mask.sum()))
     return np.mean(expected)
 
@@ -230,6 +283,16 @@ def test_first_loss_is_the_formula_worked_out_with_plain_diffusers(runs, photos,
     run = runs(pretrained_model_name_or_path=model, train_batch_size=2)
     # float32 against float64 in the sums, other batches in the products.
     assert column(run)[0] == pytest.approx(first_loss(two_photos(photos), model), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", QWEN)
+def test_first_loss_without_masks_is_that_of_diffusers_script(runs, photos, model):
+    """The formulas of `train_dreambooth_lora_flux2_klein.py` and `..._z_image.py`, for the same noise and level."""
+    run = runs(
+        pretrained_model_name_or_path=model, train_batch_size=2, unmasked=True, center_crop=True, max_train_steps=1
+    )
+    batch = two_photos(photos, center_crop=True)
+    assert column(run)[0] == pytest.approx(first_loss(batch, model, masked=False), rel=1e-5)
 
 
 @every_family
@@ -276,7 +339,12 @@ def test_words_that_clip_does_not_read_are_told(caplog):
 
 
 @pytest.mark.parametrize(
-    ("name", "words"), [("sdxl", 30), ("sd3", 255), ("sd3-without-t5", 30), ("flux", 511), ("flux-schnell", 511)]
+    ("name", "words"),
+    [
+        *(("sdxl", 30), ("sd3", 255), ("sd3-without-t5", 30), ("flux", 511), ("flux-schnell", 511)),
+        # Qwen3 also reads a mark, "user" and a new line, 6 tokens; a word without a space before it has one per letter.
+        *(("klein", 504), ("z-image", 504)),
+    ],
 )
 def test_only_words_that_no_encoder_reads_are_lost(model, words):
     pipeline = plain_pipeline(model)
@@ -380,9 +448,10 @@ def test_pictures_of_long_prompts_show_their_last_words(checkpoints, name):
     settings = {"num_inference_steps": 2, "height": SIDE, "width": SIDE}
 
     def draw(pipeline, *prompts, negative=None):
-        arguments = registry.FAMILIES[type(pipeline).__name__].prompt_arguments(pipeline, list(prompts), negative)
+        family = registry.FAMILIES[type(pipeline).__name__](pipeline)
+        arguments = family.prompt_arguments(list(prompts), negative)
         generators = [torch.Generator().manual_seed(0) for _ in prompts]
-        return [np.asarray(image) for image in pipeline(**arguments, **settings, generator=generators).images]
+        return [np.asarray(image) for image in family.sampler()(**arguments, **settings, generator=generators).images]
 
     def same(one, two):
         return np.array_equal(one, two)
@@ -407,25 +476,125 @@ def test_a_run_of_long_prompts_trains_its_encoder_and_generates(runs, checkpoint
     assert one != two
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux"])
-def test_long_prompts_are_refused_where_t5_reads_them(runs, model, tmp_path, capsys):
+@pytest.mark.parametrize("name", ["sd3", "flux", *QWEN])
+def test_long_prompts_are_refused_where_t5_or_qwen_reads_them(runs, model, tmp_path, capsys):
     assert runs.train(tmp_path / "run", pretrained_model_name_or_path=model, long_prompts=True) == 2
     assert "--long_prompts has no effect on a " in capsys.readouterr().err.splitlines()[-1]
+
+
+# --- prompts of a given length, Qwen3, distilled checkpoints
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", *QWEN])
+def test_prompts_have_the_length_that_is_asked_for(model):
+    family = registry.open_family(TrainOptions(max_sequence_length=24), str(model), torch.float32)
+    prompt = "a red duck " * 20
+    settings = {"sd3": {"prompt_2": None, "prompt_3": None}, "flux": {"prompt_2": None}}.get(model.name, {})
+    with torch.no_grad():
+        (found,) = family.encode_prompts([prompt])
+        states = plain_pipeline(model).encode_prompt(prompt, max_sequence_length=24, **settings)[0][0]
+    torch.testing.assert_close(found.states, states, rtol=0, atol=0)
+    assert len(states) == (32 + 24 if model.name == "sd3" else 24)
+    assert len(family.unread(family.pipeline, prompt)) > (0 if model.name in QWEN else 100)
+
+
+def test_a_run_reads_its_layers_of_qwen_in_training_and_in_generate(runs, checkpoints, tmp_path):
+    """Through `generate` and through diffusers alone, the pictures of a run are the same to the bit."""
+    model = save_tiny("klein-one-layer", checkpoints)
+    read = {"max_sequence_length": 48, "text_encoder_out_layers": "20"}
+    run = runs(pretrained_model_name_or_path=model, learning_rate=0.05, **read)
+    settings = {"num_inference_steps": 2, "guidance_scale": 3.0}
+    options = {"model": run, "output": tmp_path / "pictures", "num_images": 1, "negative_prompt": "a car", **settings}
+    assert command("generate", "a sks duck", *flags(**options)) == 0
+    pipeline = plain_pipeline(model)
+    pipeline.load_lora_weights(run)
+    call = {"max_sequence_length": 48, "text_encoder_out_layers": [20]}
+    negative, _ = pipeline.encode_prompt("a car", **call)
+    prompt = {"prompt": "a sks duck", "negative_prompt_embeds": negative}
+    size = {"width": SIDE, "height": SIDE, "generator": torch.Generator().manual_seed(0)}
+    expected = pipeline(**prompt, **size, **call, **settings).images[0]
+    (picture,) = (tmp_path / "pictures").glob("*.png")
+    assert np.array_equal(np.asarray(Image.open(picture)), np.asarray(expected))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("klein", {"text_encoder_out_layers": "9,18"}, "is 9,18: this model reads 3 of the 28 layers"),
+        ("klein", {"text_encoder_out_layers": "9,18,29"}, "is 9,18,29: this model reads 3 of the 28 layers"),
+        ("klein", {"text_encoder_out_layers": "all"}, "is all: give numbers with commas, such as 9,18,27"),
+        ("klein", {"max_sequence_length": 513}, "--max_sequence_length is 513: give a number from 1 to 512"),
+        ("klein", {"train_text_encoder": True}, "on a Flux2KleinPipeline, whose Qwen3 stays frozen: leave it out"),
+        ("z-image", {"train_text_encoder": True}, "on a ZImagePipeline, whose Qwen3 stays frozen: leave it out"),
+        ("z-image", {"text_encoder_out_layers": "9"}, "on a ZImagePipeline, which reads fixed layers of its text"),
+        ("z-image", {"export": "kohya"}, "on a ZImagePipeline, whose LoRA ComfyUI reads as it is saved: leave it out"),
+        ("sdxl", {"max_sequence_length": 20}, "on a StableDiffusionXLPipeline, whose CLIP reads a fixed number"),
+    ],
+)
+def test_options_that_a_family_cannot_follow_are_refused(runs, model, options, message, tmp_path, capsys):
+    assert runs.train(tmp_path / "run", pretrained_model_name_or_path=model, **options) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_distilled_checkpoint_comes_with_advice(checkpoints, caplog):
+    for name in ("klein", "z-image"):
+        registry.open_family(TrainOptions(), str(save_tiny(name, checkpoints)), torch.float32)
+    assert "distilled" not in caplog.text
+    distilled = str(save_tiny("klein-distilled", checkpoints))
+    registry.open_family(TrainOptions(pretrained_model_name_or_path=distilled), distilled, torch.float32)
+    assert f"{distilled} is distilled, and training undoes that in part: train on the base" in caplog.messages[-1]
+    options = TrainOptions(pretrained_model_name_or_path="Tongyi-MAI/Z-Image-Turbo")
+    registry.open_family(options, str(checkpoints / "z-image"), torch.float32)
+    assert caplog.messages[-1].startswith("Tongyi-MAI/Z-Image-Turbo is distilled")
+
+
+def test_a_lora_of_the_base_generates_on_the_distilled_checkpoint(runs, checkpoints, tmp_path, capsys):
+    base, distilled = (save_tiny(name, checkpoints) for name in ("klein", "klein-distilled"))
+    run = runs(pretrained_model_name_or_path=base, learning_rate=0.05)
+    for number, scale in enumerate((1, 0)):
+        options = {"model": run, "base_model": distilled, "output": tmp_path / f"{number}", "lora_scale": scale}
+        assert command("generate", "a duck", *flags(**options, num_images=1, num_inference_steps=2)) == 0
+    one, two = (np.asarray(Image.open(next((tmp_path / name).glob("*.png"))), np.int16) for name in "01")
+    assert np.abs(one - two).max() > 3
+    for name, value in {"negative_prompt": "a car", "guidance_scale": 2.0}.items():
+        assert command("generate", "a duck", *flags(**options, **{name: value})) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error == f"error: --{name} has no effect: the model takes no guidance; leave it out"
+
+
+@pytest.mark.parametrize("name", QWEN)
+def test_a_negative_prompt_changes_the_picture(model):
+    family = registry.open_family(TrainOptions(), str(model), torch.float32)
+    settings = {"num_inference_steps": 2, "width": SIDE, "height": SIDE}
+    plain, negative, other = (
+        family.sampler()(
+            **family.prompt_arguments(PROMPTS, words),
+            **settings,
+            generator=[torch.Generator().manual_seed(seed) for seed in (0, 1)],
+        ).images
+        for words in (None, "", "a car in the snow")
+    )
+    assert all(np.array_equal(one, two) for one, two in zip(plain, negative, strict=True))
+    assert not any(np.array_equal(one, two) for one, two in zip(plain, other, strict=True))
 
 
 # --- what is random
 
 
-@pytest.mark.parametrize(("name", "shift"), [("sd3", 3.0), ("flux", None), ("flux-schnell", 1.0)])
+@pytest.mark.parametrize(
+    ("name", "shift"), [("sd3", 3.0), ("flux", None), ("flux-schnell", 1.0), ("klein", None), ("z-image", 6.0)]
+)
 def test_timesteps_are_logit_normal_and_shifted_as_at_inference(model, shift):
     family = registry.open_family(TrainOptions(), str(model), torch.float32)
-    for shape, patches in (((4, 128, 128), 4096), ((4, 16, 64), 256)):
+    for shape, patches in ((family.latent_shape(512, 512), 4096), (family.latent_shape(64, 256), 256)):
         generators = [torch.Generator().manual_seed(number) for number in range(2000)]
         steps = torch.cat([family.draw_timestep(generator, shape) for generator in generators])
         part = steps.double().numpy() / 1000
         assert ((part > 0) & (part < 1)).all()
-        # dev moves them by exp(0.5) at 256 patches and by exp(1.15) at 4096.
+        # dev moves them by exp(0.5) at 256 patches and by exp(1.15) at 4096, klein in 200 steps too.
         factor = shift or np.exp(1.15 if patches == 4096 else 0.5)
+        assert shift or compute_empirical_mu(patches, 200) == pytest.approx(np.log(factor), abs=1e-3)
         normal = np.log(part / (1 - part)) - np.log(factor)
         assert kstest(normal, "norm").pvalue > 1e-3
         # The scheduler's own formula, on evenly spread times.
@@ -460,7 +629,7 @@ def test_the_empty_prompt_is_what_guidance_subtracts(model):
 
 @every_family
 def test_accumulated_batches_equal_one_large_batch(runs, model):
-    options = {"pretrained_model_name_or_path": model, "train_text_encoder": True}
+    options = {"pretrained_model_name_or_path": model, **with_text_encoder(model.name)}
     whole = runs(train_batch_size=2, **options)
     parts = runs(gradient_accumulation_steps=2, **options)
     assert_same_trajectory(whole, parts)
@@ -479,9 +648,8 @@ def test_two_processes_equal_one_of_the_same_global_batch(runs, model, tmp_path)
 
 # --- resuming
 
-EVERYTHING = {
-    "train_text_encoder": True, "class_preservation_weight": 1.0, "train_batch_size": 2, **ALL_AGAINST_BACKGROUNDS
-}  # fmt: skip
+STAYS = {"class_preservation_weight": 1.0, "train_batch_size": 2, **ALL_AGAINST_BACKGROUNDS}
+EVERYTHING = {"train_text_encoder": True, **STAYS}
 RESUMED = {
     "sdxl": ("sdxl", EVERYTHING),
     "sdxl, full": ("sdxl", {"method": "full", **EVERYTHING}),
@@ -490,11 +658,16 @@ RESUMED = {
     "sd3, half precision": ("sd3", {"mixed_precision": "bf16", "train_text_encoder": True}),
     "flux": ("flux", EVERYTHING),
     "flux, half precision": ("flux", {"mixed_precision": "bf16", **EVERYTHING}),
+    "klein": ("klein", STAYS),
+    "klein, half precision": ("klein", {"mixed_precision": "bf16", **STAYS}),
+    "z-image": ("z-image", STAYS),
+    "z-image, half precision": ("z-image", {"mixed_precision": "bf16", **STAYS}),
 }
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), variants(RESUMED, ["sdxl, half precision", "sd3", "flux, half precision"])
+    ("name", "options"),
+    variants(RESUMED, ["sdxl, half precision", "sd3", "flux, half precision", "klein", "z-image, half precision"]),
 )
 def test_stopped_and_resumed_run_equals_the_uninterrupted_one(runs, model, options, tmp_path):
     options = {"pretrained_model_name_or_path": model, "checkpointing_steps": 2, **options}
@@ -517,13 +690,13 @@ def test_stopped_and_resumed_run_equals_the_uninterrupted_one(runs, model, optio
 def test_a_training_step_learns_nothing_from_outside_the_mask(photos, model):
     family, embeddings = watched_family(model=model)
     batch = two_photos(photos)
-    channels = family.latent_shape(32, 32)[0]
-    outside = (latent_mask(batch["mask"], (8, 8)) == 0).expand(-1, channels, -1, -1)
+    channels, rows, columns = family.latent_shape(32, 32)
+    outside = (latent_mask(batch["mask"], (rows, columns)) == 0).expand(-1, channels, -1, -1)
     assert 0.1 < outside.float().mean() < 0.9
     loss = batch_losses(TrainOptions(), family, batch, None, embeddings)["loss"]
     loss.backward()
     gradient = family.prediction.grad
-    assert gradient.shape == (2, channels, 8, 8)
+    assert gradient.shape == (2, channels, rows, columns)
     assert (gradient[outside] == 0).all()
     assert (gradient[~outside] != 0).all()
     family.added = 1000.0 * outside
@@ -546,9 +719,7 @@ def test_all_ones_masks_equal_the_unmasked_run_to_the_bit(runs, photos, model, t
 # --- staying with the base
 
 
-@pytest.mark.parametrize(
-    ("name", "method"), [("sdxl", "lora"), ("sdxl", "full"), ("sd3", "lora"), ("flux", "lora")], ids=str
-)
+@pytest.mark.parametrize(("name", "method"), [(name, "lora") for name in NEW] + [("sdxl", "full")], ids=str)
 def test_the_base_is_the_model_before_training_to_the_bit(photos, model, method):
     options = TrainOptions(method=method, masked_prior_preservation_weight=1.0)
     family, embeddings = watched_family(model=model, method=method, masked_prior_preservation_weight=1.0)
@@ -559,7 +730,7 @@ def test_the_base_is_the_model_before_training_to_the_bit(photos, model, method)
     assert batch_losses(options, family, batch, None, embeddings)["preservation_loss"] > 1e-6
     before = registry.open_family(TrainOptions(), str(model), torch.float32)
     vae_noise, noise, steps = sample_noise(0, [0, 1], family.latent_shape(32, 32), family.draw_timestep)
-    noisy = family.add_noise(family.encode_images(batch["pixels"], vae_noise), noise, steps)
+    noisy = family.add_noise(family.latents(family.posterior(batch["pixels"]), vae_noise), noise, steps)
     noisy = noisy.contiguous()  # where channels lie last, modes of training and not round otherwise
     inputs = noisy, steps, Embeddings.stack([embeddings[prompt] for prompt in batch["prompt"]]), batch["crop"]
     with torch.no_grad():
@@ -572,7 +743,7 @@ def test_the_base_is_the_model_before_training_to_the_bit(photos, model, method)
 
 @every_family
 def test_loaded_lora_answers_as_the_model_under_training_and_changes_the_picture(runs, model):
-    options = {"rank": 2, "train_text_encoder": True}
+    options = {"rank": 2, **with_text_encoder(model.name)}
     run = runs(pretrained_model_name_or_path=model, learning_rate=0.05, checkpointing_steps=STEPS, **options)
     family = registry.open_family(TrainOptions(), str(model), torch.float32)
     family.make_trainable(TrainOptions(**options), torch.device("cpu"), torch.float32)
@@ -590,20 +761,23 @@ def test_loaded_lora_answers_as_the_model_under_training_and_changes_the_picture
 
 @every_family
 def test_every_layer_that_has_a_say_is_trained_and_t5_is_not(runs, model):
-    run = runs(pretrained_model_name_or_path=model, train_text_encoder=True)
+    run = runs(pretrained_model_name_or_path=model, **with_text_encoder(model.name))
     ups = {key: weight for key, weight in weights(run).items() if UP.search(key) or key.endswith("lora_B.weight")}
     still = {key for key, weight in ups.items() if not weight.any()}
     parts = {key.removeprefix("lora:").split(".")[0] for key in ups}
-    clip = {"flux": {"text_encoder"}}.get(model.name, {"text_encoder", "text_encoder_2"})
-    assert parts == clip | {"sdxl": {"unet"}}.get(model.name, {"transformer"})
+    clip = {
+        "sdxl": {"text_encoder", "text_encoder_2"},
+        "sd3": {"text_encoder", "text_encoder_2"},
+        "flux": {"text_encoder"},
+    }
+    assert parts == clip.get(model.name, set()) | {"sdxl": {"unet"}}.get(model.name, {"transformer"})
     # The first encoder of XL is read before its third and last layer; the last block of 3 asks for the text's sake what
     # nobody reads.
     unread = {
         "sdxl": {f"text_encoder.text_model.encoder.layers.2.self_attn.{part}" for part in TEXT_TARGETS},
         "sd3": {"transformer.transformer_blocks.1.attn.add_q_proj"},
-        "flux": set(),
     }
-    assert {key.removeprefix("lora:").split(".lora")[0] for key in still} == unread[model.name]
+    assert {key.removeprefix("lora:").split(".lora")[0] for key in still} == unread.get(model.name, set())
 
 
 @pytest.mark.parametrize("name", ["sdxl"])
@@ -620,7 +794,7 @@ def test_full_run_saves_a_pipeline(runs, model, text_encoder):
 
 @every_family
 def test_gradient_checkpointing_changes_nothing(runs, model):
-    options = {"pretrained_model_name_or_path": model, "train_text_encoder": True}
+    options = {"pretrained_model_name_or_path": model, **with_text_encoder(model.name)}
     plain, saving = runs(**options), runs(gradient_checkpointing=True, **options)
     assert same_metrics(plain, saving)
     assert same_weights(plain, saving)
@@ -662,9 +836,11 @@ def test_a_run_generates_and_its_card_names_its_family(runs, model, tmp_path):
         num_validation_images=1,
     )
     assert len(list((run / "class_images").glob("*.png"))) == len(list((run / "samples").glob("*.png"))) == 1
-    tag = {"sdxl": "stable-diffusion-xl", "flux": "flux"}.get(model.name.split("-")[0], "sd3")
+    tags = {"sdxl": "stable-diffusion-xl", "sd3": "sd3", "flux": "flux", "klein": "flux2", "z": "z-image"}
+    tag = tags[model.name.split("-")[0]]
     assert f"- {tag}\n" in (run / "README.md").read_text(encoding="utf-8")
-    for number, extra in enumerate(({}, {} if model.name == "flux-schnell" else {"guidance_scale": 2.0})):
+    is_distilled = model.name in ("flux-schnell", "klein-distilled")
+    for number, extra in enumerate(({}, {} if is_distilled else {"guidance_scale": 2.0})):
         options = {"model": run, "output": tmp_path / f"{number}", "num_images": 1, "num_inference_steps": 2}
         assert command("generate", "a [V] duck", *flags(**options, **extra)) == 0
         assert len(list((tmp_path / f"{number}").glob("*.png"))) == 1

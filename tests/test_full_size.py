@@ -1,101 +1,44 @@
 """Models of the real sizes through our code: Stable Diffusion 1.5 and 2.1 on the meta device, SAM and others at random.
 
 The meta device works out shapes and types without numbers, so a model of a billion parameters costs nothing. The
-configurations are written by hand; their parameter counts are those of the published weights.
+configurations of `benchmarks/full_size.py` are written by hand; the parameter counts here are those of the published
+weights.
 B samples, C latent channels, h w latent size; points are xy.
 """
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image, ImageDraw
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTokenizer,
-    SamConfig,
-    SamHQConfig,
-    SamHQModel,
-    SamModel,
-)
+from transformers import SamConfig, SamHQConfig, SamHQModel, SamModel
 
-from persam_dreambooth import toy
+from benchmarks.full_size import build, build_sam, build_sam2
 from persam_dreambooth.dreambooth.families.stable_diffusion import StableDiffusion
 from persam_dreambooth.dreambooth.trainer import batch_losses, check_resolution
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.main_job import TrainOptions
 from persam_dreambooth.segmentation import PerSAM, PerSAMF
 from persam_dreambooth.segmentation.memory import remember
-from persam_dreambooth.segmentation.sams.original_sam2 import read_sam2_config
 from persam_dreambooth.segmentation.sams.sam import Encoding, Sam
 from persam_dreambooth.segmentation.sams.sam2 import Sam2
-from persam_dreambooth.segmentation.sams.sam2_memory import Sam2MemoryModel, decode_cells, join_memories, recall
+from persam_dreambooth.segmentation.sams.sam2_memory import decode_cells, join_memories, recall
 from persam_dreambooth.segmentation.sams.sam_hq import SamHQ
 from persam_dreambooth.segmentation.target_semantic_prompting import Guidance
 
 META = torch.device("meta")
-CHANNELS = (320, 640, 1280, 1280)
-UNETS = {
-    "1.5": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
-    "2.1": {
-        "sample_size": 96,
-        "cross_attention_dim": 1024,
-        "attention_head_dim": (5, 10, 20, 20),
-        "use_linear_projection": True,
-    },
-}
-TEXT_ENCODERS = {
-    "1.5": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
-    "2.1": {
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 23,
-        "num_attention_heads": 16,
-        "hidden_act": "gelu",
-    },
-}
+WIDTHS = {"1.5": (768, 12), "2.1": (1024, 23)}
+"""Width and layers of the text encoder."""
 PARAMETERS = {
     "1.5": {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480},
     "2.1": {"unet": 865_910_724, "vae": 83_653_863, "text_encoder": 340_387_840},
 }
 
-every_version = pytest.mark.parametrize("version", UNETS)
+every_version = pytest.mark.parametrize("version", PARAMETERS)
 
 
 def family(version="1.5"):
     """Stable Diffusion of the real shapes; only its tokenizer is the toy's, whose tokens are fewer."""
-    with META:
-        unet = UNet2DConditionModel(block_out_channels=CHANNELS, layers_per_block=2, **UNETS[version])
-        vae = AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=2,
-            latent_channels=4,
-            sample_size=512,
-        )
-        text_encoder = CLIPTextModel(
-            CLIPTextConfig(vocab_size=49408, max_position_embeddings=77, **TEXT_ENCODERS[version])
-        )
-    pipeline = StableDiffusionPipeline(
-        vae=vae,
-        unet=unet,
-        text_encoder=text_encoder,
-        tokenizer=CLIPTokenizer.from_pretrained(toy.path("stable-diffusion") / "tokenizer", model_max_length=77),
-        scheduler=DDIMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            clip_sample=False,
-            steps_offset=1,
-            prediction_type="v_prediction" if version == "2.1" else "epsilon",
-        ),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    return StableDiffusion(pipeline)
+    return StableDiffusion(build(f"sd{version}"))
 
 
 def count(weights):
@@ -136,8 +79,8 @@ def test_encode_predict_and_target_have_the_shapes_of_the_latent_grid(version, r
     resolution = resolution or model.native_resolution
     side = resolution // 8
     embeddings = model.encode_prompts(["a sks cat", "a cat"])
-    assert embeddings.states.shape == (2, 77, UNETS[version]["cross_attention_dim"])
-    latents = model.encode_images(torch.zeros(2, 3, resolution, resolution), torch.zeros(2, 4, side, side))
+    assert embeddings.states.shape == (2, 77, WIDTHS[version][0])
+    latents = model.latents(model.posterior(torch.zeros(2, 3, resolution, resolution)), torch.zeros(2, 4, side, side))
     assert latents.shape == (2, 4, side, side)
     steps = torch.tensor([0, 999], device=META)
     assert model.predict(latents, steps, embeddings, torch.zeros(2, 4, device=META)).shape == (2, 4, side, side)
@@ -146,7 +89,7 @@ def test_encode_predict_and_target_have_the_shapes_of_the_latent_grid(version, r
 
 def test_latents_of_one_photo_are_4_by_64_by_64():
     model = family()
-    latents = model.encode_images(torch.zeros(1, 3, 512, 512), torch.zeros(1, 4, 64, 64))
+    latents = model.latents(model.posterior(torch.zeros(1, 3, 512, 512)), torch.zeros(1, 4, 64, 64))
     assert latents.shape == (1, 4, 64, 64)
 
 
@@ -166,7 +109,7 @@ def test_lora_of_the_text_encoder_covers_every_attention_layer(version):
     model = family(version)
     unet = sizes_of_lora(model.pipeline.unet, ["to_q", "to_k", "to_v", "to_out.0"], 4)
     text = sizes_of_lora(model.pipeline.text_encoder, ["q_proj", "k_proj", "v_proj", "out_proj"], 4)
-    width, layers = (TEXT_ENCODERS[version][name] for name in ("hidden_size", "num_hidden_layers"))
+    width, layers = WIDTHS[version]
     assert sum(text) == layers * 4 * 4 * 2 * width
     weights = model.make_trainable(TrainOptions(train_text_encoder=True), META, torch.float32)
     assert count(weights) == sum(unet) + sum(text)
@@ -235,17 +178,9 @@ def test_resolution_is_the_models_own_or_a_multiple_of_64():
 
 # --- SAM
 
-SAMS = {
-    "base": {},
-    "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
-    "huge": {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16},
-}
-GLOBAL_LAYERS = {"base": [2, 5, 8, 11], "large": [5, 11, 17, 23], "huge": [7, 15, 23, 31]}
 # The published weights, and 256 numbers of the positional encoding that transformers counts as parameters.
 SAM_PARAMETERS = {"base": 93_735_472 + 256, "large": 312_342_832 + 256, "huge": 641_090_608 + 256}
 
-SAM_2S = {"tiny": (96, 12, 7), "small": (96, 16, 7), "base plus": (112, 24, 14), "large": (144, 48, 7)}
-"""Width, blocks, side of the positional embedding."""
 # What Meta's program has for single photos; its positional encoding, 256 numbers, is no parameter in transformers.
 SAM_2_PARAMETERS = {"tiny": 31_440_977, "small": 38_538_833, "base plus": 73_328_657, "large": 216_925_121}
 
@@ -271,21 +206,18 @@ def vit_base():
     return Sam(SamModel(SamConfig()), "random ViT-B")
 
 
-@pytest.mark.parametrize("size", SAMS)
+@pytest.mark.parametrize("size", SAM_PARAMETERS)
 def test_every_published_sam_embeds_a_photo_in_256_by_64_by_64(size):
-    with META:
-        model = SamModel(SamConfig(vision_config={**SAMS[size], "global_attn_indexes": GLOBAL_LAYERS[size]}))
+    model = build_sam(size)
     assert count(model.parameters()) == SAM_PARAMETERS[size]
     encoding = Sam(model, size).encode(draw_photo()[0])
     assert encoding.embedding.shape == (1, 256, 64, 64)
     assert (encoding.size, encoding.resized, encoding.padded, encoding.grid) == ((480, 640), (768, 1024), 1024, 64)
 
 
-@pytest.mark.parametrize("size", SAM_2S)
+@pytest.mark.parametrize("size", SAM_2_PARAMETERS)
 def test_every_published_sam_2_embeds_a_photo_in_256_by_64_by_64(size):
-    width, depth, side = SAM_2S[size]
-    with META:
-        model = Sam2MemoryModel(read_sam2_config(width, depth, (side, side)))
+    model = build_sam2(size)
     assert count(model.parameters()) == SAM_2_PARAMETERS[size] - 256 + MEMORY_PARAMETERS
     sam = Sam2(model, size)
     encoding = sam.encode(draw_photo()[0])

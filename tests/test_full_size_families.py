@@ -1,155 +1,46 @@
-"""Stable Diffusion XL, 3.5 medium and FLUX.1-dev of the real sizes through our code, on the meta device.
+"""Stable Diffusion XL, 3.5 medium, FLUX.1-dev, FLUX.2 klein and Z-Image of the real sizes, on the meta device.
 
-The configurations are written by hand; see `test_full_size`. B samples, C latent channels, h w latent size.
+See `test_full_size`. B samples, C latent channels, h w latent size.
 """
 
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKL,
-    EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
-from tiny_families import t5_tokenizer
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    T5Config,
-    T5EncoderModel,
-)
+from diffusers import ZImagePipeline
 
-from persam_dreambooth import toy
+from benchmarks.full_size import build
+from persam_dreambooth.dreambooth.families.family import Embeddings
+from persam_dreambooth.dreambooth.families.latent_diffusion import adaptable_layers
 from persam_dreambooth.dreambooth.families.registry import FAMILIES
 from persam_dreambooth.dreambooth.trainer import batch_losses
 from persam_dreambooth.main_job import TrainOptions
 
 META = torch.device("meta")
-SMALL_CLIP = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-LARGE_CLIP = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
-
-
-def clip(kind, projection, **sizes):
-    return kind(CLIPTextConfig(vocab_size=49408, max_position_embeddings=77, projection_dim=projection, **sizes))
-
-
-def t5():
-    return T5EncoderModel(
-        T5Config(
-            vocab_size=32128,
-            d_model=4096,
-            d_kv=64,
-            d_ff=10240,
-            num_layers=24,
-            num_heads=64,
-            feed_forward_proj="gated-gelu",
-        )
-    )
-
-
-def vae(channels, **settings):
-    return AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        latent_channels=channels,
-        sample_size=1024,
-        **settings,
-    )
-
-
-def sdxl(tokenizer):
-    with torch.device("cpu"):
-        scheduler = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    unet = UNet2DConditionModel(
-        sample_size=128,
-        block_out_channels=(320, 640, 1280),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2, 10),
-        layers_per_block=2,
-        attention_head_dim=(5, 10, 20),
-        use_linear_projection=True,
-        cross_attention_dim=2048,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=2816,
-    )
-    return StableDiffusionXLPipeline(
-        vae=vae(4, scaling_factor=0.13025, force_upcast=True),
-        text_encoder=clip(CLIPTextModel, 768, **SMALL_CLIP),
-        text_encoder_2=clip(CLIPTextModelWithProjection, 1280, hidden_act="gelu", **LARGE_CLIP),
-        tokenizer=tokenizer,
-        tokenizer_2=tokenizer,
-        unet=unet,
-        scheduler=scheduler,
-        add_watermarker=False,
-    )
-
-
-def sd35_medium(tokenizer):
-    return StableDiffusion3Pipeline(
-        vae=vae(16, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False),
-        text_encoder=clip(CLIPTextModelWithProjection, 768, **SMALL_CLIP),
-        text_encoder_2=clip(CLIPTextModelWithProjection, 1280, hidden_act="gelu", **LARGE_CLIP),
-        text_encoder_3=t5(),
-        tokenizer=tokenizer,
-        tokenizer_2=tokenizer,
-        tokenizer_3=t5_tokenizer(),
-        transformer=SD3Transformer2DModel(
-            sample_size=128,
-            patch_size=2,
-            in_channels=16,
-            out_channels=16,
-            num_layers=24,
-            attention_head_dim=64,
-            num_attention_heads=24,
-            joint_attention_dim=4096,
-            caption_projection_dim=1536,
-            pooled_projection_dim=2048,
-            pos_embed_max_size=384,
-            dual_attention_layers=tuple(range(13)),
-            qk_norm="rms_norm",
-        ),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-    )
-
-
-def flux_dev(tokenizer):
-    return FluxPipeline(
-        vae=vae(16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
-        text_encoder=clip(CLIPTextModel, 768, **SMALL_CLIP),
-        text_encoder_2=t5(),
-        tokenizer=tokenizer,
-        tokenizer_2=t5_tokenizer(),
-        transformer=FluxTransformer2DModel(guidance_embeds=True),  # diffusers' defaults are its sizes
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-    )
-
-
-PIPELINES = {"sdxl": sdxl, "sd3.5-medium": sd35_medium, "flux.1-dev": flux_dev}
 PARAMETERS = {
     "sdxl": {"unet": 2_567_463_684, "text_encoder": 123_060_480, "text_encoder_2": 694_659_840},
     "sd3.5-medium": {"transformer": 2_243_171_520, "text_encoder_3": 4_762_310_656},
     "flux.1-dev": {"transformer": 11_901_408_320, "text_encoder_2": 4_762_310_656},
+    # Published: files of 7.75 and 18.2 GB in bfloat16; Qwen3 has 4.0 and 8.2 billion parameters.
+    "flux.2-klein-4b": {"transformer": 3_875_544_576, "text_encoder": 4_022_468_096, "vae": 84_046_115},
+    "flux.2-klein-9b": {"transformer": 9_078_581_248, "text_encoder": 8_190_735_360, "vae": 84_046_115},
+    # Published: 6 billion, in a file of 12.3 GB.
+    "z-image": {"transformer": 6_154_908_736, "text_encoder": 4_022_468_096, "vae": 83_819_683},
 }
-SLOW = {"sdxl": pytest.mark.slow, "sd3.5-medium": pytest.mark.slow}
-every_model = pytest.mark.parametrize("name", PIPELINES)
+SLOW = dict.fromkeys(("sdxl", "sd3.5-medium", "flux.2-klein-9b"), pytest.mark.slow)
+every_model = pytest.mark.parametrize("name", PARAMETERS)
 
 
 def family(name):
-    tokenizer = CLIPTokenizer.from_pretrained(toy.path("stable-diffusion") / "tokenizer", model_max_length=77)
-    with META:
-        pipeline = PIPELINES[name](tokenizer)
+    pipeline = build(name)
+    if "klein" in name:
+        pipeline.text_encoder.set_attn_implementation("eager")  # the others look at the values of masks
     return FAMILIES[type(pipeline).__name__](pipeline)
+
+
+def embed(model, prompts):
+    """The embeddings of prompts; without weights, nobody can say how long those of Z-Image are."""
+    if model.pipeline_class is ZImagePipeline:
+        return Embeddings(torch.zeros(len(prompts), 40, model.pipeline.text_encoder.config.hidden_size, device=META))
+    return model.encode_prompts(prompts)
 
 
 def count(weights):
@@ -160,23 +51,27 @@ def count(weights):
 def test_configurations_have_the_published_number_of_parameters(name):
     model = family(name)
     assert {part: count(getattr(model.pipeline, part).parameters()) for part in PARAMETERS[name]} == PARAMETERS[name]
-    assert (model.native_resolution, model.latent_factor) == (1024, 8)
+    assert (model.native_resolution, model.latent_factor) == (1024, 16 if "klein" in name else 8)
+    assert model.granularity == {"sdxl": 32}.get(name, 16)
 
 
 @every_model
 def test_embeddings_and_latents_have_the_published_shapes(name):
     model = family(name)
-    embeddings = model.encode_prompts(["a sks cat", "a cat"])
+    embeddings = embed(model, ["a sks cat", "a cat"])
     states, pooled = {
         "sdxl": ((77, 2048), 1280),
         "sd3.5-medium": ((77 + 256, 4096), 2048),
         "flux.1-dev": ((512, 4096), 768),
+        "flux.2-klein-4b": ((512, 3 * 2560), None),
+        "flux.2-klein-9b": ((512, 3 * 4096), None),
+        "z-image": ((40, 2560), None),
     }[name]
     assert embeddings.states.shape == (2, *states)
-    assert embeddings.pooled.shape == (2, pooled)
-    shape = {"sdxl": 4}.get(name, 16), 128, 128
+    assert (None if embeddings.pooled is None else embeddings.pooled.shape) == (pooled and (2, pooled))
+    shape = (128, 64, 64) if "klein" in name else ({"sdxl": 4}.get(name, 16), 128, 128)
     assert model.latent_shape(1024, 1024) == shape
-    latents = model.encode_images(torch.zeros(2, 3, 1024, 1024), torch.zeros(2, *shape))
+    latents = model.latents(model.posterior(torch.zeros(2, 3, 1024, 1024)), torch.zeros(2, *shape))
     assert latents.shape == (2, *shape)
 
 
@@ -186,6 +81,11 @@ LORA = {
     "sd3.5-medium": (24 * 8 - 1) * 4 * 2 * 1536,
     # 19 blocks of 8 layers of attention, 3072 wide, and 4 of feed-forward, 3072 to 12288; 38 blocks of 3 layers.
     "flux.1-dev": 19 * 4 * (8 * 2 * 3072 + 4 * (3072 + 12288)) + 38 * 4 * 3 * 2 * 3072,
+    # 5 blocks of 4 layers, 3072 wide; 20 blocks with queries, keys, values and twice 9216 in one layer, and one back.
+    "flux.2-klein-4b": 5 * 4 * 4 * 2 * 3072 + 20 * 4 * ((3072 + 3 * 3072 + 2 * 9216) + (3072 + 9216 + 3072)),
+    "flux.2-klein-9b": 8 * 4 * 4 * 2 * 4096 + 24 * 4 * ((4096 + 3 * 4096 + 2 * 12288) + (4096 + 12288 + 4096)),
+    # 34 blocks of 4 layers, 3840 wide.
+    "z-image": 34 * 4 * 4 * 2 * 3840,
 }
 """Parameters of LoRA of rank 4."""
 
@@ -195,16 +95,16 @@ def test_lora_has_as_many_parameters_as_its_layers_ask_for(name):
     model = family(name)
     endings = tuple(f".{target}" for target in model.denoiser_targets)
     denoiser = getattr(model.pipeline, model.denoiser_name)
-    layers = [layer for key, layer in denoiser.named_modules() if key.endswith(endings)]
+    layers = [denoiser.get_submodule(key) for key in adaptable_layers(denoiser) if f".{key}".endswith(endings)]
     expected = sum(4 * (layer.in_features + layer.out_features) for layer in layers)
     assert count(model.make_trainable(TrainOptions(), META, torch.bfloat16)) == expected == LORA[name]
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW.get(name, ())) for name in PIPELINES])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW.get(name, ())) for name in PARAMETERS])
 def test_a_training_step_reaches_every_trained_weight(name):
     model = family(name)
     kept = {"masked_prior_preservation_weight": 1.0, "class_preservation_weight": 5.0}
-    options = TrainOptions(train_text_encoder=True, **kept)
+    options = TrainOptions(train_text_encoder="train_text_encoder" not in model.without, **kept)
     weights = model.make_trainable(options, META, torch.float32)
     assert {weight.dtype for weight in weights} == {torch.float32}
     batch = {
@@ -217,7 +117,7 @@ def test_a_training_step_reaches_every_trained_weight(name):
         "number": torch.tensor([0]),
     }
     prompts = ["a sks cat", "a cat", ""]
-    embeddings = dict(zip(prompts, model.encode_prompts(prompts), strict=True))
+    embeddings = dict(zip(prompts, embed(model, prompts), strict=True))
     losses = batch_losses(options, model, batch, {**batch, "prompt": ["a cat"]}, embeddings)
     assert list(losses) == ["loss", "prior_loss", "preservation_loss", "class_preservation_loss"]
     sum(losses.values()).backward()

@@ -17,7 +17,7 @@ import torch
 from diffusers import EulerAncestralDiscreteScheduler
 from PIL import Image
 from tiny_families import save_tiny
-from training_runs import ROOT, STEPS, command, flags, toy_pipeline, variants
+from training_runs import ROOT, STEPS, command, flags, toy_family, toy_pipeline, variants
 
 from persam_dreambooth import models, toy
 from persam_dreambooth.dreambooth.families.latent_diffusion import LORA_WEIGHTS
@@ -118,11 +118,11 @@ def test_folder_that_cannot_generate_is_an_error_that_says_why(runs, tmp_path, c
 @pytest.mark.parametrize("scheduler", ["dpm++_2m", "dpm++_2m_sde", "euler_a"])
 def test_a_batch_gives_the_images_that_single_seeds_give(scheduler):
     """The order of float32 sums differs; two of the schedulers add noise in every step."""
-    pipeline = toy_pipeline()
+    family = toy_family()
     settings = {"num_inference_steps": 3, "scheduler": scheduler}
-    together = list(sample(pipeline, Request("a duck", range(3), batch_size=2, **settings)))
+    together = list(sample(family, Request("a duck", range(3), batch_size=2, **settings)))
     for seed, image in enumerate(together):
-        [alone] = sample(pipeline, Request("a duck", [seed], **settings))
+        [alone] = sample(family, Request("a duck", [seed], **settings))
         assert abs(np.asarray(alone).astype(int) - np.asarray(image)).max() <= 1
     assert abs(np.asarray(together[0]).astype(int) - np.asarray(together[1])).max() > 50
 
@@ -262,16 +262,16 @@ def test_a_resumed_run_does_not_replace_the_images_of_its_earlier_weights(runs, 
 def test_samples_of_a_run_replace_those_without_settings(tmp_path):
     Image.new("RGB", (64, 64), "red").save(tmp_path / "a-duck-0.png")
     Image.new("RGB", (64, 64), "red").save(tmp_path / "a-duck-grid.jpg")
-    made = list(save_samples(toy_pipeline(), Request("a duck", [0], 1), tmp_path))
+    made = list(save_samples(toy_family(), Request("a duck", [0], 1), tmp_path))
     assert made == [tmp_path / "a-duck-0.png", tmp_path / "a-duck-grid.jpg"]
     assert "a duck" in Image.open(made[0]).text["parameters"]
     assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_two_processes_in_one_folder_keep_the_images_of_both(tmp_path):
-    pipeline = toy_pipeline()
-    one = save_samples(pipeline, Request("a duck", [0, 1], 1), tmp_path, model={"Model": "one"})
-    other = save_samples(pipeline, Request("a Duck", [1], 1), tmp_path, model={"Model": "two"})
+    family = toy_family()
+    one = save_samples(family, Request("a duck", [0, 1], 1), tmp_path, model={"Model": "one"})
+    other = save_samples(family, Request("a Duck", [1], 1), tmp_path, model={"Model": "two"})
     first, third, second = next(one), next(other), next(one)
     assert (first.name, third.name) == ("a-duck-0.png", "a-duck-1.png")
     assert re.fullmatch(r"a-duck-[0-9a-f]{8}-1\.png", second.name)
@@ -281,7 +281,7 @@ def test_two_processes_in_one_folder_keep_the_images_of_both(tmp_path):
 
 
 def test_an_image_that_cannot_be_written_is_named(tmp_path):
-    images = save_samples(toy_pipeline(), Request("a duck", [3], 1), tmp_path)
+    images = save_samples(toy_family(), Request("a duck", [3], 1), tmp_path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # bytes
     try:

@@ -1,6 +1,6 @@
 """Tiny checkpoints of every model family with random weights, in the layout and with the traits of the real ones.
 
-Pictures are 64 x 64 pixels and latents 16 x 16; prompts have 32 tokens for CLIP.
+Pictures are 64 x 64 pixels and latents 16 x 16, or 8 x 8 for klein; prompts have 32 tokens for CLIP.
 """
 
 from functools import cache
@@ -9,24 +9,33 @@ from pathlib import Path
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
 )
 
+from benchmarks.full_size import qwen_tokenizer
 from persam_dreambooth import toy
 from tools.toy import build
 
@@ -36,6 +45,8 @@ NAMES = {
     "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
     "stabilityai/stable-diffusion-3.5-medium": "sd3",
     "black-forest-labs/FLUX.1-dev": "flux",
+    "black-forest-labs/FLUX.2-klein-base-4B": "klein",
+    "Tongyi-MAI/Z-Image": "z-image",
 }
 """What stands for the checkpoints that configurations and documents name; the toy stands for all others."""
 
@@ -85,8 +96,23 @@ def t5():
     )
 
 
-def vae(channels, **settings):
-    return AutoencoderKL(
+def qwen(kind, width, layers):
+    return kind(
+        Qwen3Config(
+            vocab_size=len(qwen_tokenizer()),
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            max_position_embeddings=512,
+        )
+    )
+
+
+def vae(channels, kind=AutoencoderKL, **settings):
+    return kind(
         block_out_channels=(8, 16, 16),
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -179,12 +205,64 @@ def flux(dev=True):
     )
 
 
+def klein(base=True, read=3):
+    """With statistics of its VAE's latents as if it had seen some; `read` layers of its text encoder are read."""
+    made = vae(4, AutoencoderKLFlux2)
+    made.bn.running_mean.normal_()
+    made.bn.running_var.uniform_(0.5, 2.0)
+    return Flux2KleinPipeline(
+        vae=made,
+        text_encoder=qwen(Qwen3ForCausalLM, 16, 28),
+        tokenizer=qwen_tokenizer(),
+        transformer=Flux2Transformer2DModel(
+            in_channels=4 * 4,
+            num_layers=1,
+            num_single_layers=2,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            joint_attention_dim=read * 16,
+            timestep_guidance_channels=32,
+            axes_dims_rope=(4, 4, 4, 4),
+            guidance_embeds=False,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        is_distilled=not base,
+    )
+
+
+def z_image():
+    transformer = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=24,
+        axes_dims=[4, 6, 6],
+        axes_lens=[600, 64, 64],
+    )
+    for weight in (transformer.x_pad_token, transformer.cap_pad_token):
+        weight.data.normal_()
+    return ZImagePipeline(
+        vae=vae(4, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=qwen(Qwen3Model, 24, 3),
+        tokenizer=qwen_tokenizer(),
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+    )
+
+
 BUILDERS = {
     "sdxl": sdxl,
     "sd3": sd3,
     "sd3-without-t5": lambda: sd3(has_t5=False),
     "flux": flux,
     "flux-schnell": lambda: flux(dev=False),
+    "klein": klein,
+    "klein-distilled": lambda: klein(base=False),
+    "klein-one-layer": lambda: klein(read=1),
+    "z-image": z_image,
 }
 
 

@@ -22,6 +22,7 @@ from persam_dreambooth import cli, toy
 from persam_dreambooth.dreambooth.data import Crops, sample_noise
 from persam_dreambooth.dreambooth.families.latent_diffusion import LORA_WEIGHTS
 from persam_dreambooth.dreambooth.families.registry import FAMILIES, load_pipeline
+from persam_dreambooth.dreambooth.families.stable_diffusion import StableDiffusion
 from persam_dreambooth.main_job import TrainOptions
 from persam_dreambooth.photos.folder import find_photos
 from persam_dreambooth.photos.mask_folder import load_masks
@@ -237,6 +238,10 @@ def toy_pipeline():
     pipeline = StableDiffusionPipeline.from_pretrained(toy.path("stable-diffusion"))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def toy_family():
+    return StableDiffusion(toy_pipeline())
 
 
 def unet_answer(pipeline):

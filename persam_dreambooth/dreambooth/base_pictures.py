@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from persam_dreambooth.dreambooth.prompts import in_front_of
+from persam_dreambooth.dreambooth.samples import image_size
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.files import check_writable, locked, write_text
@@ -132,16 +133,15 @@ def _base_pictures(
     Several runs may use one folder: while one of them fills it, the others wait.
     """
     if accelerator.is_main_process:
-        pipeline = family.pipeline.to(accelerator.device)
         full = folder.is_dir() and len(find_pictures(folder)) >= count  # such a folder may be read-only
         with accelerator.autocast(), nullcontext() if full else locked(folder, wait=True):
-            generate_pictures(pipeline, prompts, folder, count, options.sample_batch_size, options.seed, kind, default)
+            generate_pictures(family, prompts, folder, count, options.sample_batch_size, options.seed, kind, default)
     accelerator.wait_for_everyone()
     return find_pictures(folder)
 
 
 def generate_pictures(
-    pipeline: Any,
+    family: Family,
     prompts: list[str],
     folder: Path,
     count: int,
@@ -155,7 +155,7 @@ def generate_pictures(
     The prompt of each image is saved beside it in a text file, unless it is the default.
 
     Args:
-        pipeline: the base model of any family, before training.
+        family: the base model, before training.
         prompts: such as "a cat"; images use them in turn.
         folder: created if missing.
         count: number of images in the folder.
@@ -166,8 +166,6 @@ def generate_pictures(
     """
     import torch
 
-    from persam_dreambooth.dreambooth.families.registry import FAMILIES, fast_sampler
-
     present = [photo.path for photo in find_pictures(folder)] if folder.is_dir() else []
     if len(present) >= count:
         return
@@ -175,16 +173,18 @@ def generate_pictures(
     free = [number for number in range(count) if f"{kind}-{number:04}" not in names]
     missing = free[: count - len(present)]
     logger.info('generating %d %s images ("%s") in %s', len(missing), kind, '", "'.join(prompts), folder)
-    sampler = fast_sampler(pipeline)
-    sampler.set_progress_bar_config(disable=True)
+    told = [prompts[number % len(prompts)] for number in missing]
+    family.prompt_arguments(list(dict.fromkeys(told)))  # encodes all prompts before the denoiser is moved
+    sampler = family.sampler()
     sampler.vae.enable_slicing()  # one image at a time through the VAE, to save memory
+    width, height = image_size(sampler)
+    settings = {"num_inference_steps": BASE_PICTURE_STEPS, "width": width, "height": height}
     for start in steps(range(0, len(missing), batch_size), f"{kind} images", "batch"):
-        numbers = missing[start : start + batch_size]
-        told = [prompts[number % len(prompts)] for number in numbers]
+        numbers, texts = missing[start : start + batch_size], told[start : start + batch_size]
         generators = [torch.Generator().manual_seed(seed + number) for number in numbers]
-        arguments = FAMILIES[type(sampler).__name__].prompt_arguments(sampler, told)
-        images = sampler(**arguments, num_inference_steps=BASE_PICTURE_STEPS, generator=generators).images
-        for number, image, prompt in zip(numbers, images, told, strict=True):
+        arguments = family.prompt_arguments(texts)
+        images = sampler(**arguments, **settings, generator=generators).images
+        for number, image, prompt in zip(numbers, images, texts, strict=True):
             path = folder / f"{kind}-{number:04}.png"
             beside = path.with_suffix(".txt")
             if prompt != default or beside.exists():  # a deleted image may have left its text file

@@ -130,7 +130,7 @@ def generate(options: GenerateOptions) -> list[Path]:
     options.check()
     name = _find_name(options.model or None)
 
-    from persam_dreambooth.dreambooth.pipelines import find_model, inference_device, to_accelerator
+    from persam_dreambooth.dreambooth.pipelines import find_model, inference_device
 
     model = find_model(name, options.base_model, options.base_config)
     _check_supported(options, model)
@@ -143,14 +143,14 @@ def generate(options: GenerateOptions) -> list[Path]:
     models.log_device(str(inference_device()), str(model.dtype))
     saved: list[Path] = []
     try:
-        pipeline = to_accelerator(model.load(options.lora_scale))
-        _check_loaded(options, model.family, pipeline)
+        family = model.open(options.lora_scale)
+        _check_loaded(options, family)
         known = [subject.word for subject in model.subjects] or [IDENTIFIER]
         words = [options.identifier] if options.identifier else known
         named = next((word for word in words if word in prompt), None)
-        check_unread("the prompt", prompt, model.family.unread(pipeline, prompt), named)
+        check_unread("the prompt", prompt, family.unread(family.pipeline, prompt), named)
         if options.negative_prompt:
-            unread = model.family.unread(pipeline, options.negative_prompt)
+            unread = family.unread(family.pipeline, options.negative_prompt)
             check_unread("the negative prompt", options.negative_prompt, unread)
         request = Request(
             prompt,
@@ -163,7 +163,7 @@ def generate(options: GenerateOptions) -> list[Path]:
             options.scheduler,
             options.batch_size,
         )
-        for path in save_samples(pipeline, request, folder, model.notice, _identity(model, options.lora_scale)):
+        for path in save_samples(family, request, folder, model.notice, _identity(model, options.lora_scale)):
             saved.append(path)
     except KeyboardInterrupt:
         done = f"{len(saved)} of {options.num_images} images are saved in {folder}"
@@ -273,9 +273,10 @@ def _check_supported(options: GenerateOptions, model: FoundModel) -> None:
         raise InputError("--lora_scale has no effect: the magnitudes of a DoRA have no scale; leave it out")
 
 
-def _check_loaded(options: GenerateOptions, family: type[LatentDiffusion], pipeline: Any) -> None:
+def _check_loaded(options: GenerateOptions, family: LatentDiffusion) -> None:
     """Raises `InputError` for a size that the model does not support, or a guidance scale that it ignores."""
     if options.width or options.height:
-        check_multiple(options, family(pipeline).granularity, "width", "height")
-    if options.guidance_scale is not None and not family.takes_guidance(pipeline):
-        raise InputError("--guidance_scale has no effect: the model takes no guidance; leave it out")
+        check_multiple(options, family.granularity, "width", "height")
+    for name in ("guidance_scale", "negative_prompt"):
+        if options.given(name) and not family.takes_guidance(family.pipeline):
+            raise InputError(f"--{name} has no effect: the model takes no guidance; leave it out")

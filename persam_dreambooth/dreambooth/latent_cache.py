@@ -1,6 +1,6 @@
 """A cache of the VAE's outputs, so that each crop is encoded only once.
 
-Shapes: B samples, C latent channels, h w latent size, H W training crop.
+Shapes: C latent channels, h w latent size, H W training crop.
 """
 
 import hashlib
@@ -17,10 +17,9 @@ class PosteriorCache:
     """Posteriors of crops in main memory, keyed by their exact pixels; the least recently used are evicted first.
 
     The key is the VAE's input, so any change of a crop (photo, window, flip, replaced background) misses the cache.
-    Each crop is encoded alone, whatever its batch, so a resumed run with an empty cache gets the same bits.
 
     Args:
-        encode: pixels (1, 3, H, W) to mean and standard deviation (2, 1, C, h, w).
+        encode: pixels (3, H, W) to mean and standard deviation (2, C, h, w).
         limit: maximum size in bytes.
     """
 
@@ -34,16 +33,13 @@ class PosteriorCache:
         return len(self._kept)
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels (B, 3, H, W) on the CPU to mean and standard deviation (2, B, C, h, w) on the CPU."""
-        return torch.stack([self._posterior(one) for one in pixels], dim=1)
-
-    def _posterior(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels (3, H, W) on the CPU to mean and standard deviation (2, C, h, w) on the CPU."""
         # Crops of one color have the same bytes in any shape.
         key = (*pixels.shape, hashlib.sha1(pixels.contiguous().numpy().data, usedforsecurity=False).digest())
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
-        posterior = self.encode(pixels[None])[:, 0].cpu()
+        posterior = self.encode(pixels).cpu()
         self._kept[key] = posterior
         self.size += posterior.nbytes
         while self.size > self.limit:

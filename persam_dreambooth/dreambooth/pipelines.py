@@ -92,15 +92,23 @@ class FoundModel:
                     told.append(f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}")
         return hashlib.sha256("\n".join(told).encode("utf-8", "surrogateescape")).hexdigest()[:10]
 
-    def load(self, lora_scale: float | None = None) -> Any:
-        """Loads the pipeline on the CPU: in float32, or a large one in the precision for inference.
+    def open(self, lora_scale: float | None = None) -> LatentDiffusion:
+        """Loads the model for inference on the accelerator, in half precision, or on the CPU if there is none.
 
         Args:
             lora_scale: factor of the LoRA of the denoiser and of the text encoders; None is 1.
         """
-        dtype = self.dtype if self.family.large else torch.float32
+        family = self.family(self.load(self.dtype, lora_scale))
+        family.place_on(inference_device(), self.dtype)
+        return family
+
+    def load(self, dtype: torch.dtype = torch.float32, lora_scale: float | None = None) -> Any:
+        """Loads the pipeline on the CPU; arguments as in `open`."""
         long_prompts = bool(self.config.get("long_prompts"))
-        pipeline = load_pipeline(self.source, self.revision, self.variant, dtype, long_prompts, self.base_config)
+        read = {name: self.config.get(name) for name in ("max_sequence_length", "text_encoder_out_layers")}
+        pipeline = load_pipeline(
+            self.source, self.revision, self.variant, dtype, long_prompts, self.base_config, **read
+        )
         with models.loading(str(self.folder)):
             if self.weights == "lora":
                 path = self.folder if self.folder.is_file() else self.folder / LORA_WEIGHTS
@@ -152,7 +160,7 @@ def find_model(name: str, base_model: str | None = None, base_config: str | None
 
 
 def load_model(name: str, base_config: str | None = None) -> Any:
-    """Loads a model for inference on the CPU; arguments and errors as in `find_model`."""
+    """Loads a model on the CPU, in float32, as the pipeline of diffusers; arguments and errors as in `find_model`."""
     return find_model(name, base_config=base_config).load()
 
 
@@ -160,12 +168,6 @@ def inference_device() -> torch.device:
     """The accelerator if there is one, else the CPU."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return accelerator or torch.device("cpu")
-
-
-def to_accelerator(pipeline: Any) -> Any:
-    """Moves the pipeline to the accelerator in its family's half precision; unchanged if there is no accelerator."""
-    device = inference_device()
-    return pipeline if device.type == "cpu" else pipeline.to(device, FAMILIES[type(pipeline).__name__].inference_dtype)
 
 
 def _is_lora_file(path: Path) -> bool:

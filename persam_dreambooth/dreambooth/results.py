@@ -17,7 +17,6 @@ from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.errors import SaveError
 from persam_dreambooth.files import filled_aside, write_text
 from persam_dreambooth.photos.mask_folder import PhotoMask
-from persam_dreambooth.training.accelerators import frozen_dtype
 from persam_dreambooth.training.meter import metrics_rows
 
 logger = logging.getLogger(__name__)
@@ -55,7 +54,7 @@ def save_results(
         masks: of all photos.
         crops: the training crops.
     """
-    run_dir, pipeline = options.run_dir, family.pipeline
+    run_dir = options.run_dir
     accelerator.free_memory()
     notice = model_notice(options.pretrained_model_name_or_path)
     rows = metrics_rows(run_dir)
@@ -65,9 +64,8 @@ def save_results(
         last_step = options.max_train_steps
         try:
             with if_memory_lasts(last_step):
-                pipeline = pipeline.to(accelerator.device, frozen_dtype(accelerator))
-                save_run_samples(options, pipeline, accelerator, run_dir / SAMPLES, last_step)
+                save_run_samples(options, family, accelerator, run_dir / SAMPLES, last_step)
         except SaveError as error:
             raise SaveError(f"{error}; the weights are saved: persam-dreambooth generate makes pictures") from error
     if options.push_to_hub:
-        logger.info("uploaded to %s", push(options, pipeline))
+        logger.info("uploaded to %s", push(options, family.pipeline))

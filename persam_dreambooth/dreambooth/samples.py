@@ -71,26 +71,26 @@ class Request:
     batch_size: int = 1
 
 
-def sample(pipeline: Any, request: Request) -> Iterator[Image.Image]:
+def sample(family: Family, request: Request) -> Iterator[Image.Image]:
     """Generates images, batch by batch; each depends only on its own seed."""
     import torch
 
-    from persam_dreambooth.dreambooth.families.registry import FAMILIES, fast_sampler
-
-    pipeline = fast_sampler(pipeline, request.scheduler)
-    pipeline.set_progress_bar_config(disable=True)
+    total = len(request.seeds)
+    if not total:
+        return
+    prompts = [request.prompt] * min(request.batch_size, total)
+    arguments = family.prompt_arguments(prompts, request.negative_prompt)
+    pipeline = family.sampler(request.scheduler)
     if request.batch_size > 1:
         pipeline.vae.enable_slicing()  # one image at a time through the VAE, to save memory
     settings: dict[str, Any] = {"num_inference_steps": request.num_inference_steps}
     if request.guidance_scale is not None:
         settings["guidance_scale"] = request.guidance_scale
-    if request.width or request.height:  # diffusers ignores one of them alone
-        settings["width"], settings["height"] = image_size(pipeline, request)
-    family, total = FAMILIES[type(pipeline).__name__], len(request.seeds)
-    with bar(list[int](), "sampling", "picture", total, hidden=not total) as shown:
+    settings["width"], settings["height"] = image_size(pipeline, request.width, request.height)
+    with bar(list[int](), "sampling", "picture", total) as shown:
         for start in range(0, total, request.batch_size):
             seeds = request.seeds[start : start + request.batch_size]
-            told = family.prompt_arguments(pipeline, [request.prompt] * len(seeds), request.negative_prompt)
+            told = {name: each[: len(seeds)] for name, each in arguments.items()}
             generators = [torch.Generator().manual_seed(seed) for seed in seeds]
             for done, image in enumerate(pipeline(**told, **settings, generator=generators).images, start + 1):
                 yield image
@@ -99,7 +99,7 @@ def sample(pipeline: Any, request: Request) -> Iterator[Image.Image]:
 
 
 def save_samples(
-    pipeline: Any, request: Request, folder: Path, notice: str | None = None, model: dict[str, Any] | None = None
+    family: Family, request: Request, folder: Path, notice: str | None = None, model: dict[str, Any] | None = None
 ) -> Iterator[Path]:
     """Generates images; saves each one at once as `<prompt>-<seed>.png`, and at the end a grid of them as JPEG.
 
@@ -107,7 +107,7 @@ def save_samples(
     never replaced: the names of this request then contain a hash of its settings.
 
     Args:
-        pipeline: the model.
+        family: the model.
         request: prompt, seeds and settings.
         folder: the output folder.
         notice: a line to show above the grid.
@@ -117,7 +117,7 @@ def save_samples(
     Yields:
         The path of each image, the grid last.
     """
-    settings = settings_text(pipeline, request, model or {})
+    settings = settings_text(family, request, model or {})
 
     def is_own(path: Path) -> bool:
         found = read_settings(path).rpartition(", Seed")[0]
@@ -134,7 +134,7 @@ def save_samples(
     new = [seed for seed, path in paths.items() if model is None or not is_own(path)]
     if len(new) < len(paths):
         logger.info("%d of %d images are in %s already and are kept", len(paths) - len(new), len(paths), folder)
-    images = sample(pipeline, replace(request, seeds=new))
+    images = sample(family, replace(request, seeds=new))
     for seed, path in paths.items():
         if seed in new:
             info = PngInfo()
@@ -153,20 +153,18 @@ def save_samples(
     yield _save(sheet, [folder / name for name in names], is_same, quality=92, comment=told.encode())
 
 
-def image_size(pipeline: Any, request: Request) -> tuple[int, int]:
-    """Width and height of the images in pixels."""
+def image_size(pipeline: Any, width: int | None = None, height: int | None = None) -> tuple[int, int]:
+    """Width and height of images in pixels, by default the model's own."""
     native = getattr(pipeline, "default_sample_size", None) or pipeline.unet.config.sample_size
     side = native * pipeline.vae_scale_factor
-    return request.width or side, request.height or side
+    return width or side, height or side
 
 
-def settings_text(pipeline: Any, request: Request, model: dict[str, Any]) -> str:
+def settings_text(family: Family, request: Request, model: dict[str, Any]) -> str:
     """The settings of images except the seed, as other programs write and read them in a PNG."""
-    from persam_dreambooth.dreambooth.families.registry import FAMILIES
-
-    schedulers = FAMILIES[type(pipeline).__name__].schedulers
+    pipeline, schedulers = family.pipeline, family.schedulers
     defaults = inspect.signature(type(pipeline).__call__).parameters
-    width, height = image_size(pipeline, request)
+    width, height = image_size(pipeline, request.width, request.height)
     guidance = request.guidance_scale
     known = {
         "Steps": request.num_inference_steps,
@@ -247,12 +245,12 @@ def save_validation_samples(options: TrainingOptions, family: Family, accelerato
     step is seeded at its start.
     """
     folder = options.run_dir / SAMPLES / f"step-{step}"
-    with if_memory_lasts(step), family.for_inference() as pipeline, accelerator.autocast():
-        save_run_samples(options, pipeline, accelerator, folder, step)
+    with if_memory_lasts(step):
+        save_run_samples(options, family, accelerator, folder, step)
 
 
 def save_run_samples(
-    options: TrainingOptions, pipeline: Any, accelerator: Accelerator, folder: Path, step: int
+    options: TrainingOptions, family: Family, accelerator: Accelerator, folder: Path, step: int
 ) -> None:
     """Generates images for the validation prompts of a run, saves them to a folder and logs them to the trackers."""
     from persam_dreambooth.dreambooth.pipelines import model_notice
@@ -260,7 +258,8 @@ def save_run_samples(
     notice = model_notice(options.pretrained_model_name_or_path)
     seeds = range(options.seed, options.seed + options.num_validation_images)
     for prompt in options.validation_prompts:
-        *paths, _ = save_samples(pipeline, Request(prompt, seeds), folder, notice)
+        with accelerator.autocast():
+            *paths, _ = save_samples(family, Request(prompt, seeds), folder, notice)
         pictures = np.stack([np.asarray(Image.open(path)) for path in paths])
         for tracker in accelerator.trackers:
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}

@@ -4,8 +4,9 @@ Shapes: B samples, C latent channels, h w latent size, H W training crop.
 """
 
 import logging
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,9 @@ from persam_dreambooth.training.checkpoint import (
 from persam_dreambooth.training.interruption import Interruption
 from persam_dreambooth.training.meter import Meter
 from persam_dreambooth.training.seeds import derived_seed
+
+ENCODED_AHEAD = 16
+"""The number of batches whose crops are encoded at once on an accelerator."""
 
 logger = logging.getLogger(__name__)
 
@@ -72,16 +76,16 @@ def train(
     """
     if options.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
-    torch.manual_seed(options.seed)  # LoRA's matrices are initialized at random
-    with building():
-        trained = family.make_trainable(options, accelerator.device, frozen_dtype(accelerator))
     prompts = [*photos.all_prompts(), *(class_images.all_prompts() if class_images else [])]
-    with torch.no_grad():
-        base_embeddings = dict(zip(prompts, family.encode_prompts(prompts), strict=True))
-    family.offload_text_encoders()
+    if options.num_validation_images:
+        prompts += [*options.validation_prompts, ""]
+    base_embeddings = dict(zip(prompts, family.embed(prompts), strict=True))
     if options.cache_latents:
         fixed = [source.fixed_crops() for source in (photos, class_images) if source]
         family.cache_latents(chain.from_iterable(fixed) if options.center_crop else None)
+    torch.manual_seed(options.seed)  # LoRA's matrices are initialized at random
+    with building():
+        trained = family.make_trainable(options, accelerator.device, frozen_dtype(accelerator))
 
     rate = learning_rate(options, accelerator.num_processes)
     optimizer, settings = make_optimizer(options, trained, rate)
@@ -122,9 +126,10 @@ def train(
 
     last_step = options.max_train_steps
     batches = numbered_batches(photos, options, first_step, last_step, accelerator)
-    class_batches = None
+    class_batches: Iterator[dict[str, Any] | None] = repeat(None)
     if class_images:
         class_batches = numbered_batches(class_images, options, first_step, last_step, accelerator)
+    encoded = with_posteriors(zip(batches, class_batches, strict=False), family)
     hidden = not accelerator.is_main_process
     steps = bar(range(first_step + 1, last_step + 1), "training", "step", last_step, first_step, hidden)
 
@@ -141,8 +146,7 @@ def train(
             torch.manual_seed(derived_seed(options.seed, DROPOUT, step, accelerator.process_index))
             for _ in range(options.gradient_accumulation_steps):
                 with accelerator.accumulate(*models):
-                    batch = next(batches)
-                    class_batch = next(class_batches) if class_batches else None
+                    batch, class_batch = next(encoded)
                     losses = batch_losses(options, family, batch, class_batch, base_embeddings)
                     meter.add(step, losses, batch["name"])
                     accelerator.backward(sum(weights[name] * loss for name, loss in losses.items()))
@@ -171,6 +175,7 @@ def train(
                 if accelerator.is_main_process:
                     with as_saved():
                         save_validation_samples(options, family, accelerator, step)
+                    family.enter("training")
                 accelerator.wait_for_everyone()
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
@@ -179,6 +184,26 @@ def train(
                 save_weights(options, family, accelerator, base)
     if average:
         average.copy_to_weights()
+
+
+def with_posteriors(
+    batches: Iterable[tuple[dict[str, Any], dict[str, Any] | None]], family: Family
+) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None]]:
+    """Replaces the pixels of batches by their `posterior`, and begins the phase `training`.
+
+    On an accelerator, several batches are encoded at once, so that the VAE moves there rarely.
+    """
+    ahead, encoded = 1 if family.device.type == "cpu" else ENCODED_AHEAD, []
+    for number, pair in enumerate(batches, start=1):
+        for half in filter(None, pair):
+            half["posterior"] = family.posterior(half.pop("pixels")).cpu()
+        encoded.append(pair)
+        if number % ahead == 0:
+            family.enter("training")
+            yield from encoded
+            encoded.clear()
+    family.enter("training")
+    yield from encoded
 
 
 def batch_losses(
@@ -203,20 +228,21 @@ def batch_losses(
     of the losses stay the same.
 
     Args:
-        batch: `Sample`s stacked: pixels (B, 3, H, W), mask (B, 1, H, W), crop (B, 4), prompt, preserves_class
-            (B,), class_prompt, name, number (B,).
+        batch: `Sample`s stacked: pixels (B, 3, H, W) or in their place the posterior (2, B, C, h, w), mask
+            (B, 1, H, W), crop (B, 4), prompt, preserves_class (B,), class_prompt, name, number (B,).
         class_batch: the same for class images; or None.
-        base_embeddings: the embeddings of each prompt before training, on the training device.
+        base_embeddings: the embeddings of each prompt before training.
     """
     halves = [(batch, options.seed)]
     if class_batch is not None:
         halves.append((class_batch, options.seed + CLASS_SEED))
-    device, shape = family.device, family.latent_shape(*batch["pixels"].shape[-2:])
+    device, shape = family.device, family.latent_shape(*batch["mask"].shape[-2:])
     latents, noise, timesteps = [], [], []
     for half, seed in halves:
         numbers = half["number"].tolist()
         vae_noise, noise_, timesteps_ = sample_noise(seed, numbers, shape, family.draw_timestep, options.noise_offset)
-        latents.append(family.encode_images(half["pixels"], vae_noise).float())
+        posterior = half["posterior"] if "posterior" in half else family.posterior(half["pixels"])
+        latents.append(family.latents(posterior, vae_noise).float())
         noise.append(noise_.to(device))
         timesteps.append(timesteps_.to(device))
     x, e, t = torch.cat(latents), torch.cat(noise), torch.cat(timesteps)
@@ -228,7 +254,7 @@ def batch_losses(
     photos, images = len(batch["number"]), len(t)
     again = batch["preserves_class"].nonzero().flatten().tolist() if options.class_preservation_weight else []
     prompts += [batch["class_prompt"][index] for index in again]
-    base_text = Embeddings.stack([base_embeddings[prompt] for prompt in prompts])
+    base_text = Embeddings.stack([base_embeddings[prompt] for prompt in prompts]).to(device)
     text = encode_together(family, prompts) if options.train_text_encoder else base_text
     noisy = noisy.to(base_text.states.dtype)
     inputs = [torch.cat([each, each[again]]) if again else each for each in (noisy, t, crops)]

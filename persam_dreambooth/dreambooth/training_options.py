@@ -55,7 +55,7 @@ class TrainingOptions(SubjectOptions):
     # The model
     pretrained_model_name_or_path: str = option(
         "stable-diffusion-v1-5/stable-diffusion-v1-5",
-        "Stable Diffusion 1.x, 2.x, XL, 3, 3.5 or FLUX.1: hub id, local folder, single file, or toy",
+        "Stable Diffusion 1.x to 3.5, FLUX.1, FLUX.2 klein or Z-Image: hub id, local folder, single file, or toy",
         path=True,
         elsewhere=("model", "base_model_name"),
     )
@@ -84,7 +84,8 @@ class TrainingOptions(SubjectOptions):
         None,
         "attention, attention+feedforward, all, or name endings such as to_q,to_v; default: the family's",
         when=WHEN_LORA,
-        elsewhere=("lora_layers", "target_modules"),
+        alias="lora_layers",
+        elsewhere=("target_modules",),
     )
     init_lora: str | None = option(
         None,
@@ -112,11 +113,19 @@ class TrainingOptions(SubjectOptions):
             Condition(lambda options: not options.use_dora, "it does not carry DoRA, remove --use_dora"),
         ),
     )
-    train_text_encoder: bool = option(False, "also train CLIP's text encoders; T5 stays frozen")
+    train_text_encoder: bool = option(False, "also train CLIP's text encoders; T5 and Qwen3 stay frozen")
     long_prompts: bool = option(
         False,
         "read prompts longer than CLIP's 77 tokens in chunks; generate then does the same",
         elsewhere=("max_token_length",),
+    )
+    max_sequence_length: int | None = option(
+        None,
+        "tokens that T5 or Qwen3 reads, 1 to 512; default: 256 for Stable Diffusion 3, else 512",
+        elsewhere=("t5xxl_max_token_length",),
+    )
+    text_encoder_out_layers: str | None = option(
+        None, "layers of Qwen3 whose states FLUX.2 klein reads; default: 9,18,27"
     )
 
     caption_dropout: float = option(
@@ -332,6 +341,7 @@ class TrainingOptions(SubjectOptions):
             "num_validation_images",
         )  # fmt: skip
         within(self, 0, 1, "unmasked_weight", "unmasked_probability", "lora_dropout", "noise_offset", "ema_decay")
+        within(self, 1, 512, "max_sequence_length")
         within(self, -16, 16, "mask_dilation")
         within(self, 0, 8, "mask_feather")
         within(self, 0, LAST_SEED, "seed")
@@ -349,6 +359,8 @@ class TrainingOptions(SubjectOptions):
                 raise InputError(f"--learning_rate is {rate}: polynomial ends at {POLYNOMIAL_END}, give more")
             if warmup >= steps:
                 raise InputError(f"--lr_warmup_steps is {warmup} of {steps} steps: give fewer with polynomial")
+        if not re.fullmatch(r"\d+(,\d+)*", layers := self.text_encoder_out_layers or "9"):
+            raise InputError(f"--text_encoder_out_layers is {layers}: give numbers with commas, such as 9,18,27")
         if not self.scenes:
             raise InputError("--background_scenes is empty: give scenes, such as: a beach, a sofa")
         if self.optimizer == "prodigy":

@@ -70,19 +70,19 @@ def make_masks(folder: Path, owner: Personal, recipe: Recipe) -> None:
 def generate_base_pictures(folder: Path, kinds: list[str], recipes: list[Recipe]) -> None:
     """Generates backgrounds and class images with the base model, if a recipe uses them."""
     from persam_dreambooth.dreambooth.base_pictures import generate_pictures
-    from persam_dreambooth.dreambooth.families.registry import load_pipeline
+    from persam_dreambooth.dreambooth.pipelines import find_model
 
     base = TrainOptions(**{**BASE, "class_name": "subject"})
-    pipeline = load_pipeline(str(toy.path("stable-diffusion")))
+    family = find_model(str(toy.path("stable-diffusion"))).open()
     needed = [recipe.options or {} for recipe in recipes]
     if any(given.get("replace_background") == "generated" for given in needed):
         backgrounds = folder / "backgrounds"
-        generate_pictures(pipeline, base.scenes, backgrounds, base.num_background_images, 16, 0, "background")
+        generate_pictures(family, base.scenes, backgrounds, base.num_background_images, 16, 0, "background")
     in_scenes = {bool(given.get("class_scenes")) for given in needed if given.get("with_prior_preservation")}
     for kind in kinds:
         for scenes in sorted(in_scenes):
             prompts = [in_front_of(f"a {kind}", place) for place in base.scenes] if scenes else [f"a {kind}"]
-            generate_pictures(pipeline, prompts, class_folder(folder, kind, scenes), CLASS_IMAGES, 16, 0)
+            generate_pictures(family, prompts, class_folder(folder, kind, scenes), CLASS_IMAGES, 16, 0)
 
 
 def grown(mask: np.ndarray, cells: float) -> np.ndarray:

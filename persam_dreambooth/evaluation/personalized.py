@@ -158,16 +158,16 @@ def model_prompts(kind: str, owner: SubjectOptions, options: EvaluateModelOption
 def _generate(
     model: str, base_config: str | None, owner: SubjectOptions, options: EvaluateModelOptions
 ) -> dict[str, list[Image.Image]]:
-    from persam_dreambooth.dreambooth.pipelines import load_model, to_accelerator
+    from persam_dreambooth.dreambooth.pipelines import find_model
     from persam_dreambooth.dreambooth.samples import Request, sample
 
-    pipeline = to_accelerator(load_model(model, base_config))
+    family = find_model(model, base_config=base_config).open()
     settings = (options.num_inference_steps, options.guidance_scale)
     sampled: dict[str, list[Image.Image]] = {}
     for kind in ("own", "class", "scenes"):
         prompts = [fill_identifier(prompt, owner.word) for prompt in model_prompts(kind, owner, options)]
         sampled[kind] = [
-            next(sample(pipeline, Request(prompt, [options.seed + number], *settings)))
+            next(sample(family, Request(prompt, [options.seed + number], *settings)))
             for number, prompt in enumerate(prompts)
         ]
     return sampled

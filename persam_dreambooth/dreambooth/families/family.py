@@ -5,7 +5,6 @@ prompt.
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -13,6 +12,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from persam_dreambooth.dreambooth.placement import Phase
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
 
 
@@ -50,9 +50,12 @@ class Embeddings:
             mask = pad_sequence(own, batch_first=True)
         return Embeddings(states, torch.stack(pooled) if pooled else None, mask)
 
-    def to(self, dtype: torch.dtype) -> "Embeddings":
-        """Converts to another dtype."""
-        return Embeddings(self.states.to(dtype), None if self.pooled is None else self.pooled.to(dtype), self.mask)
+    def to(self, target: torch.dtype | torch.device | str) -> "Embeddings":
+        """Converts to another dtype, or moves to another device."""
+        pooled, mask = self.pooled, self.mask
+        if mask is not None and not isinstance(target, torch.dtype):
+            mask = mask.to(target)
+        return Embeddings(self.states.to(target), None if pooled is None else pooled.to(target), mask)
 
 
 class Family(Protocol):
@@ -73,6 +76,9 @@ class Family(Protocol):
     without: ClassVar[dict[str, str]]
     """Options that the family does not support, with the reason as half a sentence; they are refused."""
 
+    schedulers: ClassVar[dict[str, tuple[Any, dict[str, Any]]]]
+    """Schedulers for inference by name, the default first, with their settings; empty if the model's own is used."""
+
     @property
     def native_resolution(self) -> int:
         """Side in pixels of the images the model was trained for: the default training resolution."""
@@ -83,7 +89,7 @@ class Family(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """The model's device."""
+        """The device of the parts in use; see `enter`."""
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, h, w) of the latents of a crop of this size in pixels; masks are resized to (h, w)."""
@@ -93,39 +99,61 @@ class Family(Protocol):
     ) -> list[torch.nn.Parameter]:
         """Adds LoRA matrices (`lora`), or unfreezes all weights (`full`); returns the trained parameters, in float32.
 
+        The parts in training are moved to the accelerator, and stay there.
+
         Args:
-            options: method, rank, dropout, text encoder, gradient checkpointing.
-            device: the device of all parts.
+            options: method, rank, dropout, text encoder, gradient checkpointing, quantization.
+            device: the device of the parts in use.
             frozen_dtype: dtype of the frozen weights.
         """
 
-    def encode_images(self, pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """Pixels (B, 3, H, W) in -1..1 to scaled latents (B, C, h, w), sampled with the given noise (B, C, h, w)."""
+    def enter(self, phase: Phase) -> None:
+        """Moves the parts that a phase uses to the accelerator, and the others to main memory; see `placement`.
+
+        It costs nothing if they are there already. Parts in training are in training mode except in `pictures`.
+        """
+
+    def posterior(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels (B, 3, H, W) in -1..1 to mean and standard deviation of the VAE's latents, (2, B, C, h, w).
+
+        Each image is encoded alone, so that the batch does not change its bits. If an image is not cached and the VAE
+        is in main memory, the phase `encoding` begins.
+        """
+
+    def latents(self, posterior: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """A `posterior` (2, B, C, h, w) to scaled latents (B, C, h, w), sampled with the given noise (B, C, h, w)."""
 
     def cache_latents(self, crops: Iterable[torch.Tensor] | None) -> None:
-        """Lets `encode_images` cache the latents of crops.
+        """Lets `posterior` cache its results.
 
         Args:
-            crops: all crops of the run, (3, H, W) each, if they are known: they are encoded now, and the VAE moves to
-                the CPU; or None.
+            crops: all crops of the run, (3, H, W) each, if they are known: they are encoded now; or None.
         """
 
     def encode_prompts(self, prompts: list[str]) -> Embeddings:
         """Encodes prompts; the embeddings have gradients if the text encoders are trained."""
 
+    def embed(self, prompts: list[str]) -> list[Embeddings]:
+        """The embedding of each prompt, without gradients, in main memory.
+
+        New prompts begin the phase `prompts` and are encoded one by one, so that no prompt changes the bits of another.
+        A frozen text encoder encodes each prompt once. Trained ones encode as they are now, in evaluation mode until a
+        phase begins.
+        """
+
     @classmethod
     def unread(cls, pipeline: Any, prompt: str) -> str:
         """The end of a prompt that no text encoder of a pipeline reads, because the prompt has too many tokens."""
 
-    @classmethod
-    def prompt_arguments(cls, pipeline: Any, prompts: list[str], negative_prompt: str | None = None) -> dict[str, Any]:
-        """The arguments of a pipeline's call for a batch of prompts: the prompts, or the embeddings of long ones."""
+    def prompt_arguments(self, prompts: list[str], negative_prompt: str | None = None) -> dict[str, Any]:
+        """The arguments of the `sampler`'s call for a batch of prompts: their embeddings, made by `embed`."""
 
-    def offload_text_encoders(self) -> None:
-        """Moves frozen text encoders to the CPU, after every prompt has been encoded once."""
+    def sampler(self, scheduler: str | None = None) -> Any:
+        """Begins the phase `pictures`; returns the pipeline without its text encoders, to call with embeddings.
 
-    def for_inference(self) -> AbstractContextManager[Any]:
-        """Yields the pipeline for inference during training: all parts on the accelerator, in evaluation mode."""
+        Args:
+            scheduler: a name in the family's `schedulers`; None for one that needs only 20 to 30 denoising steps.
+        """
 
     def draw_timestep(self, generator: torch.Generator, shape: tuple[int, int, int]) -> torch.Tensor:
         """Samples one timestep (1,) from the family's density, for a latent of shape (C, h, w); on the CPU."""

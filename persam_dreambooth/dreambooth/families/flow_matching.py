@@ -1,4 +1,4 @@
-"""Rectified flow, the training objective of Stable Diffusion 3 and FLUX.1 (Esser et al. 2024, arXiv 2403.03206).
+"""Rectified flow, the training objective of Stable Diffusion 3 and later models (Esser et al. 2024, arXiv 2403.03206).
 
 A transformer over 2 x 2 patches of the latents predicts noise minus latents. Shapes as in `family`; timesteps are 1000
 times the fraction of noise, from 0 to 1000.
@@ -15,36 +15,52 @@ PATCH = 2
 
 
 class FlowMatching(LatentDiffusion):
-    """The code that the two families of rectified flow share: timesteps, noise, target, and a frozen T5.
+    """The code that the families of rectified flow share: timesteps, noise, target, and a frozen T5.
 
     Args:
         pipeline: the loaded pipeline.
     """
 
     denoiser_name = "transformer"
-    large = True
     inference_dtype = torch.bfloat16
     without: ClassVar = {
+        **LatentDiffusion.without,
         "snr_gamma": "which learns a flow: its density of timesteps does what min-SNR does",
         "export": "whose LoRA ComfyUI reads as it is saved",
         "long_prompts": "whose T5 reads long prompts",
         "scheduler": "which has its own scheduler of flow matching",
     }
-    t5_tokenizer: ClassVar[str]
-    """The name of T5's tokenizer in the pipeline."""
+    patch: ClassVar[int] = PATCH
+    """Latent cells per side of a patch, which is one token of the transformer."""
 
-    t5_length: ClassVar[int]
-    """The number of tokens that T5 reads."""
+    sequence_tokenizer: ClassVar[str]
+    """The name in the pipeline of the tokenizer that `--max_sequence_length` is for: that of T5 or Qwen3."""
+
+    sequence_length: ClassVar[int]
+    """The number of tokens that T5 or Qwen3 reads by default, as in the pipeline of diffusers."""
 
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)
         self.flow: Any = pipeline.scheduler.config
         self._t5_states: dict[str, torch.Tensor] = {}
 
+    @classmethod
+    def load_pipeline(cls, *arguments: Any, **settings: Any) -> Any:
+        """See `LatentDiffusion`; the VAE's configuration has the default image size if the transformer's has none."""
+        pipeline = super().load_pipeline(*arguments, **settings)
+        if not pipeline.transformer.config.get("sample_size"):
+            pipeline.default_sample_size = pipeline.vae.config.sample_size // pipeline.vae_scale_factor
+        return pipeline
+
+    @property
+    def native_resolution(self) -> int:
+        """See `Family`: 1024."""
+        return self.vae.config.sample_size
+
     @property
     def granularity(self) -> int:
         """See `Family`."""
-        return self.latent_factor * PATCH
+        return self.latent_factor * self.patch
 
     def shift(self, shape: tuple[int, int, int]) -> float:
         """The shift of timesteps toward more noise for a latent of shape (C, h, w), as in the pipeline's inference.
@@ -54,7 +70,7 @@ class FlowMatching(LatentDiffusion):
         """
         if not self.flow.use_dynamic_shifting:
             return self.flow.shift
-        patches = shape[1] * shape[2] / PATCH**2
+        patches = shape[1] * shape[2] / self.patch**2
         first, last = self.flow.base_image_seq_len, self.flow.max_image_seq_len
         part = (patches - first) / (last - first)
         mu = self.flow.base_shift + part * (self.flow.max_shift - self.flow.base_shift)
@@ -76,16 +92,24 @@ class FlowMatching(LatentDiffusion):
         return noise - latents
 
     @classmethod
+    def length(cls, pipeline: Any) -> int:
+        """The number of tokens that T5 or Qwen3 reads in a pipeline."""
+        return getattr(pipeline, "max_sequence_length", None) or cls.sequence_length
+
+    @classmethod
     def prompt_lengths(cls, pipeline: Any) -> dict[str, int]:
-        """See `LatentDiffusion`; T5 reads as many tokens as in the pipeline of diffusers."""
+        """See `LatentDiffusion`."""
         lengths = super().prompt_lengths(pipeline)
-        return {**lengths, **{name: cls.t5_length for name in lengths if name == cls.t5_tokenizer}}
+        return {**lengths, **{name: cls.length(pipeline) for name in lengths if name == cls.sequence_tokenizer}}
 
     def t5_states(self, encoder: Any, tokenizer: Any, prompts: list[str], length: int) -> torch.Tensor:
-        """The hidden states of T5 (B, length, D); each prompt is encoded once, because T5 is frozen."""
+        """The hidden states of T5 (B, length, D).
+
+        T5 is frozen, so it encodes each prompt once; the states are kept in main memory.
+        """
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._t5_states]
         if new:
             with torch.no_grad():
                 states = encoder(self.tokens(tokenizer, new, length))[0]
-            self._t5_states.update(zip(new, states, strict=True))
-        return torch.stack([self._t5_states[prompt] for prompt in prompts])
+            self._t5_states.update(zip(new, states.cpu(), strict=True))
+        return torch.stack([self._t5_states[prompt] for prompt in prompts]).to(self.device)

@@ -33,33 +33,21 @@ class Flux(FlowMatching):
         "negative_prompt": "whose guidance is distilled: it does not compare with another prompt",
     }
     feedforward_targets: ClassVar = ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
-    t5_tokenizer = "tokenizer_2"
-    t5_length = 512
+    sequence_tokenizer = "tokenizer_2"
+    sequence_length = 512
     guidance = 1.0
-
-    @classmethod
-    def load_pipeline(cls, *arguments: Any, **settings: Any) -> Any:
-        """See `LatentDiffusion`; takes the default image size from the VAE's configuration."""
-        pipeline = super().load_pipeline(*arguments, **settings)
-        pipeline.default_sample_size = pipeline.vae.config.sample_size // pipeline.vae_scale_factor
-        return pipeline
 
     @staticmethod
     def takes_guidance(pipeline: Any) -> bool:
         """See `LatentDiffusion`: dev does, schnell does not."""
         return bool(pipeline.transformer.config.guidance_embeds)
 
-    @property
-    def native_resolution(self) -> int:
-        """See `Family`: 1024."""
-        return self.vae.config.sample_size
-
     def encode_prompts(self, prompts: list[str]) -> Embeddings:
         """See `Family`: the hidden states of T5 and the pooled embedding of CLIP."""
         pipeline = self.pipeline
         pooled = self.part("text_encoder")(self.tokens(pipeline.tokenizer, prompts)).pooler_output
-        states = self.t5_states(pipeline.text_encoder_2, pipeline.tokenizer_2, prompts, self.t5_length)
-        return Embeddings(states, pooled)
+        states = self.t5_states(pipeline.text_encoder_2, pipeline.tokenizer_2, prompts, self.length(pipeline))
+        return Embeddings(states.to(pooled.dtype), pooled)
 
     def denoise(
         self, denoiser: Any, noisy: torch.Tensor, timesteps: torch.Tensor, embeddings: Embeddings, crops: torch.Tensor

@@ -7,8 +7,7 @@ A family declares its parts and defaults and implements the rest: prompts, noise
 import copy
 import json
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,12 +26,15 @@ from safetensors.torch import load_file
 from persam_dreambooth import models
 from persam_dreambooth.dreambooth.families.family import Embeddings, Family
 from persam_dreambooth.dreambooth.latent_cache import PosteriorCache
+from persam_dreambooth.dreambooth.placement import Phase, Placement, Role, precision
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.errors import InputError, InputNotFoundError
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 LORA_SETTINGS = "lora_adapter_metadata"
 """The entry of diffusers' settings, alpha among them, in the metadata of a LoRA file."""
+BASE_COPY = "base"
+"""The name of the denoiser's copy that `--method full` compares with."""
 TEXT_LEVEL = "text_model."
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 TEXT_FEEDFORWARD = ["fc1", "fc2"]
@@ -66,27 +68,34 @@ class LatentDiffusion(Family):
     trainable_encoders: ClassVar[list[str]] = ["text_encoder"]
     """The text encoders that `--train_text_encoder` trains: those of CLIP."""
 
-    large: ClassVar[bool] = False
-    """Whether frozen weights are loaded in half precision, because float32 would need too much memory."""
-
     inference_dtype: ClassVar[torch.dtype] = torch.float16
     """The half precision for inference on an accelerator."""
 
-    without: ClassVar[dict[str, str]] = {}
+    takes_mode: ClassVar[bool] = False
+    """Whether latents are the mode of the VAE's posterior; else they are sampled from it."""
+
+    without: ClassVar[dict[str, str]] = {
+        "text_encoder_out_layers": "which reads fixed layers of its text encoders",
+    }
 
     schedulers: ClassVar[dict[str, tuple[Any, dict[str, Any]]]] = {}
-    """Schedulers for inference by name, the default first, with their settings; empty if the model's own is used."""
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
         self.vae = pipeline.vae
         self.trained: dict[str, Any] = {}
-        self.base_denoiser: Any = None
         self.cache: PosteriorCache | None = None
-        self.offloaded: list[str] = []
+        self.embeddings: dict[str, Embeddings] = {}
+        self.frozen_dtype: torch.dtype = getattr(pipeline, self.denoiser_name).dtype
         self.encoders = [name for name, part in pipeline.components.items() if "text_encoder" in name and part]
-        for name in (self.denoiser_name, "vae", *self.encoders):
-            getattr(pipeline, name).requires_grad_(False)
+        roles: dict[str, Role] = {self.denoiser_name: "denoiser", "vae": "vae"}
+        roles |= {name: "clip" if name in self.trainable_encoders else "language model" for name in self.encoders}
+        self.placement = Placement({name: getattr(pipeline, name) for name in roles}, roles)
+        for part in self.placement.parts.values():
+            part.requires_grad_(False)
+        decode = self.vae.decode
+        # Images may be generated under autocast, and with a denoiser of another precision.
+        self.vae.decode = lambda latents, **settings: in_own_precision(self.vae, decode, latents, **settings)
 
     @classmethod
     def load_pipeline(
@@ -99,10 +108,13 @@ class LatentDiffusion(Family):
         **parts: Any,
     ) -> Any:
         """Loads a pipeline of this family; arguments as in `registry.load_pipeline`."""
-        settings = {"dtype": dtype, **cls.load_settings, **parts}
-        if models.is_single_file(source):
-            return cls.pipeline_class.from_single_file(source, config=base_config, **settings)
-        return cls.pipeline_class.from_pretrained(source, revision=revision, variant=variant, **settings)
+        settings = {**cls.load_settings, **parts}
+        if models.is_single_file(source):  # which can be loaded in one dtype only
+            return cls.pipeline_class.from_single_file(source, config=base_config, dtype=torch.float32, **settings)
+        clip, other = (precision(role, dtype) for role in ("clip", "language model"))
+        by_name = {cls.denoiser_name: precision("denoiser", dtype), **dict.fromkeys(cls.trainable_encoders, clip)}
+        by_name |= {"vae": torch.float32, "default": other}  # the VAE's configuration decides on its dtype
+        return cls.pipeline_class.from_pretrained(source, revision=revision, variant=variant, dtype=by_name, **settings)
 
     @classmethod
     def fast_sampler(cls, pipeline: Any, name: str | None = None) -> Any:
@@ -118,39 +130,67 @@ class LatentDiffusion(Family):
         return True
 
     def part(self, name: str) -> Any:
-        """A part of the pipeline by its name; a trained part comes with accelerate's wrapper."""
-        return self.trained.get(name, getattr(self.pipeline, name))
+        """A part of the pipeline by its name; if gradients are computed, a trained part has accelerate's wrapper."""
+        part = getattr(self.pipeline, name)
+        return self.trained.get(name, part) if torch.is_grad_enabled() else part
 
     @property
     def latent_factor(self) -> int:
-        """Pixels per side of a latent cell, 8 for all published models."""
+        """Pixels per side of a latent cell, 8 for most published models."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
     def device(self) -> torch.device:
-        """See `Family`: the denoiser's device; the VAE and the text encoders may be on the CPU."""
-        return getattr(self.pipeline, self.denoiser_name).device
+        """See `Family`."""
+        return self.placement.device
+
+    @property
+    def base_denoiser(self) -> Any:
+        """The denoiser's copy as it was before training, if there is one."""
+        return self.placement.parts.get(BASE_COPY)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """See `Family`."""
         return self.vae.config.latent_channels, height // self.latent_factor, width // self.latent_factor
 
     def vae_dtype(self, frozen_dtype: torch.dtype) -> torch.dtype:
-        """The VAE's dtype during training."""
+        """The VAE's dtype, for the run's dtype of frozen weights."""
         return frozen_dtype
+
+    def place_on(self, device: torch.device, frozen_dtype: torch.dtype, whole: Sequence[str] = ()) -> None:
+        """Sets the device of the parts in use, and the precision of all parts; see `placement`.
+
+        Args:
+            device: the accelerator, or the CPU.
+            frozen_dtype: dtype of the frozen weights.
+            whole: the names of parts that are trained whole, in float32.
+        """
+        self.placement.device, self.frozen_dtype = device, frozen_dtype
+        for name, role in self.placement.roles.items():
+            part: Any = self.placement.parts[name]
+            dtype = self.vae_dtype(frozen_dtype) if role == "vae" else precision(role, frozen_dtype)
+            dtype = torch.float32 if name in whole else dtype
+            if part.dtype != dtype:
+                part.to(dtype)
+
+    def enter(self, phase: Phase) -> None:
+        """See `Family`."""
+        self.placement.enter(phase)
+        for part in self.trained.values():
+            part.train(phase != "pictures")
 
     def make_trainable(
         self, options: TrainingOptions, device: torch.device, frozen_dtype: torch.dtype
     ) -> list[torch.nn.Parameter]:
         """See `Family`."""
-        names = self.trained_names(options)
-        for name in (self.denoiser_name, *self.encoders):
-            whole = options.method == "full" and name in names
-            getattr(self.pipeline, name).to(device, torch.float32 if whole else frozen_dtype)
-        self.vae.to(device, self.vae_dtype(frozen_dtype))
-        self.trained = {name: getattr(self.pipeline, name) for name in names}
+        names, placement = self.trained_names(options), self.placement
+        self.place_on(device, frozen_dtype, self.whole_names(options))
         if options.preserves_base and options.method == "full":
-            self.base_denoiser = copy.deepcopy(self.trained[self.denoiser_name]).to(frozen_dtype)
+            base = copy.deepcopy(placement.parts[self.denoiser_name])
+            placement.add(BASE_COPY, "base copy", base.to(precision("base copy", frozen_dtype)))
+        placement.kept = set(names)
+        placement.enter("training")
+        self.trained = {name: getattr(self.pipeline, name) for name in names}
         for name in names:
             self.free(name, options)
         return [weight for part in self.trained.values() for weight in part.parameters() if weight.requires_grad]
@@ -158,6 +198,10 @@ class LatentDiffusion(Family):
     def trained_names(self, options: TrainingOptions) -> list[str]:
         """The names of the trained parts, the denoiser first."""
         return [self.denoiser_name, *(self.trainable_encoders if options.train_text_encoder else [])]
+
+    def whole_names(self, options: TrainingOptions) -> list[str]:
+        """The names of the parts that are trained whole, in float32."""
+        return self.trained_names(options) if options.method == "full" else []
 
     def check(self, options: TrainingOptions) -> None:
         """Raises `InputError` for options that this model does not support."""
@@ -214,28 +258,40 @@ class LatentDiffusion(Family):
                 enable = getattr(part, "activation_checkpointing_enable", None)
                 (enable or part.gradient_checkpointing_enable)()
 
-    def encode_images(self, pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """See `Family`; latents are shifted, if the VAE's configuration has a shift, and scaled."""
-        posterior = self.posterior(pixels) if self.cache is None else self.cache(pixels)
-        mean, deviation = posterior.to(self.device)
-        latents = mean + deviation * noise.to(mean)
+    def latents(self, posterior: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """See `Family`."""
+        mean, *deviation = posterior.to(self.device)
+        return self.scaled(mean + deviation[0] * noise.to(mean) if deviation else mean)
+
+    def scaled(self, latents: torch.Tensor) -> torch.Tensor:
+        """The VAE's latents as the denoiser knows them: shifted, if the VAE's configuration has a shift, and scaled."""
         if self.vae.config.shift_factor:
             latents = latents - self.vae.config.shift_factor
         return latents * self.vae.config.scaling_factor
 
-    @torch.no_grad()
     def posterior(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels (B, 3, H, W) to mean and standard deviation of the VAE's latents, (2, B, C, h, w)."""
-        answer = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
-        return torch.stack([answer.mean, answer.std])
+        """See `Family`."""
+        encode = self.cache or self.encode_image
+        return torch.stack([encode(one) for one in pixels], dim=1)
+
+    @torch.no_grad()
+    def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels (3, H, W) in -1..1 to mean and standard deviation of the VAE's latents, (2, C, h, w).
+
+        If latents are the mode, it is the only row, (1, C, h, w).
+        """
+        if "vae" not in self.placement.here:
+            self.enter("encoding")
+        answer = self.vae.encode(pixels[None].to(self.device, self.vae.dtype)).latent_dist
+        return answer.mode() if self.takes_mode else torch.cat([answer.mean, answer.std])
 
     def cache_latents(self, crops: Iterable[torch.Tensor] | None) -> None:
         """See `Family`."""
-        self.cache = PosteriorCache(self.posterior)
+        self.cache = PosteriorCache(self.encode_image)
         if crops is not None:
+            self.enter("latents")
             for pixels in crops:
-                self.cache(pixels[None])
-            self.offload("vae")
+                self.cache(pixels)
 
     @classmethod
     def prompt_lengths(cls, pipeline: Any) -> dict[str, int]:
@@ -247,44 +303,53 @@ class LatentDiffusion(Family):
     def unread(cls, pipeline: Any, prompt: str) -> str:
         """See `Family`."""
         lengths = {} if reads_long_prompts(pipeline) else cls.prompt_lengths(pipeline)
-        ends = [read_end(getattr(pipeline, name), prompt, length) for name, length in lengths.items()]
-        return prompt[max(ends, default=len(prompt)) :]
+        text = cls.written(pipeline, prompt)
+        ends = [read_end(getattr(pipeline, name), text, length) for name, length in lengths.items()]
+        return prompt[max(0, max(ends, default=len(text)) - text.index(prompt)) :]
 
     @classmethod
-    def prompt_arguments(cls, pipeline: Any, prompts: list[str], negative_prompt: str | None = None) -> dict[str, Any]:
+    def written(cls, pipeline: Any, prompt: str) -> str:
+        """The text that the text encoders of a pipeline read for a prompt, with the prompt in it."""
+        return prompt
+
+    def embed(self, prompts: list[str]) -> list[Embeddings]:
         """See `Family`."""
-        negative = {} if negative_prompt is None else {"negative_prompt": [negative_prompt] * len(prompts)}
-        return {"prompt": prompts, **negative}
+        if any(prompt not in self.embeddings for prompt in prompts):
+            self.enter("prompts")
+        trained = [self.trained[name] for name in self.encoders if name in self.trained]
+        for part in trained:
+            part.eval()
+        for prompt in dict.fromkeys(prompts):
+            if trained or prompt not in self.embeddings:
+                with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+                    self.embeddings[prompt] = self.encode_prompts([prompt]).to("cpu")[0]
+        return [self.embeddings[prompt] for prompt in prompts]
+
+    def prompt_arguments(self, prompts: list[str], negative_prompt: str | None = None) -> dict[str, Any]:
+        """See `Family`; the negative prompt is the empty one if none is given, as in the pipelines."""
+        told, arguments = {"": prompts}, {}
+        if "negative_prompt" not in self.without:
+            told["negative_"] = [negative_prompt or ""] * len(prompts)
+        for prefix, texts in told.items():
+            embeddings = Embeddings.stack(self.embed(texts)).to(self.device)
+            arguments[f"{prefix}prompt_embeds"] = embeddings.states
+            if embeddings.pooled is not None:
+                arguments[f"{prefix}pooled_prompt_embeds"] = embeddings.pooled
+        return arguments
+
+    def sampler(self, scheduler: str | None = None) -> Any:
+        """See `Family`."""
+        self.enter("pictures")
+        pipeline = copy.copy(self.pipeline)
+        for name in self.encoders:
+            setattr(pipeline, name, None)
+        pipeline.set_progress_bar_config(disable=True)
+        return self.fast_sampler(pipeline, scheduler)
 
     def tokens(self, tokenizer: Any, prompts: list[str], length: int | None = None) -> torch.Tensor:
         """Prompts to token ids (B, T), truncated or padded to `length`; default: the tokenizer's maximum length."""
         settings = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
         return tokenizer(prompts, max_length=length or tokenizer.model_max_length, **settings).input_ids.to(self.device)
-
-    def offload_text_encoders(self) -> None:
-        """See `Family`."""
-        self.offload(*(name for name in self.encoders if name not in self.trained))
-
-    def offload(self, *names: str) -> None:
-        """Moves unused parts to the CPU."""
-        self.offloaded += names
-        for name in names:
-            getattr(self.pipeline, name).to("cpu")
-
-    @contextmanager
-    def for_inference(self) -> Iterator[Any]:
-        """See `Family`."""
-        for name in self.offloaded:
-            getattr(self.pipeline, name).to(self.device)
-        for part in self.trained.values():
-            part.eval()
-        try:
-            yield self.pipeline
-        finally:
-            for part in self.trained.values():
-                part.train()
-            for name in self.offloaded:
-                getattr(self.pipeline, name).to("cpu")
 
     def denoise(
         self,
@@ -469,6 +534,12 @@ def adapter_settings(part: Any) -> dict[str, Any]:
         "use_dora": settings.use_dora,
         "target_modules": sorted(settings.target_modules),
     }
+
+
+def in_own_precision(vae: Any, decode: Callable[..., Any], latents: torch.Tensor, **settings: Any) -> Any:
+    """Decodes latents (B, C, h, w) in the dtype of the VAE's weights, also under autocast."""
+    with torch.autocast(latents.device.type, enabled=False):
+        return decode(latents.to(vae.dtype), **settings)
 
 
 def reads_long_prompts(pipeline: Any) -> bool:

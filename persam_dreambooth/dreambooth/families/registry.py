@@ -15,16 +15,19 @@ from safetensors import safe_open
 
 from persam_dreambooth import models
 from persam_dreambooth.dreambooth.families.flux import Flux
+from persam_dreambooth.dreambooth.families.flux2_klein import Flux2Klein
 from persam_dreambooth.dreambooth.families.latent_diffusion import LatentDiffusion
 from persam_dreambooth.dreambooth.families.stable_diffusion import StableDiffusion
 from persam_dreambooth.dreambooth.families.stable_diffusion_3 import StableDiffusion3
 from persam_dreambooth.dreambooth.families.stable_diffusion_xl import StableDiffusionXL
+from persam_dreambooth.dreambooth.families.z_image import ZImage
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.errors import InputError, InputNotFoundError, UnavailableError
 from persam_dreambooth.options import Options
 
 FAMILIES: dict[str, type[LatentDiffusion]] = {
-    family.pipeline_class.__name__: family for family in (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux)
+    family.pipeline_class.__name__: family
+    for family in (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, Flux2Klein, ZImage)
 }
 """The families by the pipeline class in `model_index.json`."""
 
@@ -106,6 +109,8 @@ def load_pipeline(
     dtype: torch.dtype = torch.float32,
     long_prompts: bool = False,
     base_config: str | None = None,
+    max_sequence_length: int | None = None,
+    text_encoder_out_layers: str | None = None,
     **parts: Any,
 ) -> Any:
     """Loads a pipeline of any family, without a safety checker, which training does not use.
@@ -117,6 +122,8 @@ def load_pipeline(
         dtype: dtype of the weights.
         long_prompts: whether `prompt_arguments` reads long prompts in chunks, as in training with this option.
         base_config: the configuration of a single file; see `single_file_config`.
+        max_sequence_length: number of tokens that T5 or Qwen3 reads; by default that of diffusers' pipeline.
+        text_encoder_out_layers: the layers that FLUX.2 klein reads of Qwen3, as in training with this option.
         parts: loaded parts, such as a trained `unet`, to use instead of the checkpoint's.
 
     Raises:
@@ -132,16 +139,21 @@ def load_pipeline(
             raise InputError(f"{source} lacks a part ({error.message.splitlines()[0]}): name a whole model") from None
     pipeline.set_progress_bar_config(leave=False)
     pipeline.long_prompts = long_prompts
+    pipeline.max_sequence_length = max_sequence_length
+    pipeline.text_encoder_out_layers = text_encoder_out_layers
     return pipeline
 
 
-def open_family(options: TrainingOptions, source: str, frozen_dtype: torch.dtype) -> LatentDiffusion:
+def open_family(
+    options: TrainingOptions, source: str, frozen_dtype: torch.dtype, device: torch.device | None = None
+) -> LatentDiffusion:
     """Loads a model for training.
 
     Args:
         options: method, revision, variant.
         source: hub id, folder or single file, from `models.resolve`.
         frozen_dtype: dtype of the frozen weights.
+        device: the device of the parts in use; default: the CPU.
 
     Raises:
         InputError: as in `load_pipeline`; or a method or an option that the family does not support.
@@ -152,10 +164,11 @@ def open_family(options: TrainingOptions, source: str, frozen_dtype: torch.dtype
     if options.method not in family.learning_rates:
         methods = " or ".join(family.learning_rates)
         raise InputError(f"--method {options.method} is not supported for a {kind}: use {methods}")
-    dtype = frozen_dtype if family.large else torch.float32
-    settings = (options.revision, options.variant, dtype, options.long_prompts, options.base_config)
-    opened = family(load_pipeline(source, *settings))
+    dtype = frozen_dtype if options.method == "lora" else torch.float32
+    read = (options.long_prompts, options.base_config, options.max_sequence_length, options.text_encoder_out_layers)
+    opened = family(load_pipeline(source, options.revision, options.variant, dtype, *read))
     opened.check(options)
+    opened.place_on(device or torch.device("cpu"), frozen_dtype, opened.whole_names(options))
     return opened
 
 

@@ -22,6 +22,9 @@ from persam_dreambooth.dreambooth.families.family import Embeddings
 from persam_dreambooth.dreambooth.families.latent_diffusion import LatentDiffusion, reads_long_prompts
 from persam_dreambooth.errors import InputError
 
+EMPTY_CHUNK = " "
+"""A prompt with the tokens of the empty one, whose embedding is not replaced by zeros."""
+
 
 class StableDiffusion(LatentDiffusion):
     """Stable Diffusion 1.x or 2.x in training.
@@ -41,6 +44,10 @@ class StableDiffusion(LatentDiffusion):
     denoiser_targets: ClassVar = ["to_q", "to_k", "to_v", "to_out.0"]
     learning_rates: ClassVar = {"lora": 1e-4, "full": 5e-6}
     tags: ClassVar = ["stable-diffusion"]
+    without: ClassVar = {
+        **LatentDiffusion.without,
+        "max_sequence_length": "whose CLIP reads a fixed number of tokens, and more with --long_prompts",
+    }
     schedulers: ClassVar = {
         "dpm++_2m": (DPMSolverMultistepScheduler, {}),
         "dpm++_2m_karras": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
@@ -110,28 +117,19 @@ class StableDiffusion(LatentDiffusion):
             start += count
         return Embeddings.stack(joined)
 
-    @classmethod
-    def prompt_arguments(cls, pipeline: Any, prompts: list[str], negative_prompt: str | None = None) -> dict[str, Any]:
+    def prompt_arguments(self, prompts: list[str], negative_prompt: str | None = None) -> dict[str, Any]:
         """See `Family`; prompts with fewer chunks, and the negative prompt, are padded with chunks of the empty one."""
-        if not reads_long_prompts(pipeline):
-            return super().prompt_arguments(pipeline, prompts, negative_prompt)
-        told = [*prompts, negative_prompt or ""]
-        encoders = [part for name, part in pipeline.components.items() if "text_encoder" in name and part]
-        ids = [chunks(getattr(pipeline, name), [*told, ""]) for name in cls.prompt_lengths(pipeline)]
-        most = max(map(len, ids[0]))
-        if most == 1:
-            return super().prompt_arguments(pipeline, prompts, negative_prompt)
-        padded = [[torch.cat([one, *[each[-1]] * (most - len(one))]) for one in each[:-1]] for each in ids]
-        with torch.no_grad():
-            encoded = cls.encode_chunks(encoders, [[one.to(encoders[0].device) for one in each] for each in padded])
-        states, negative = encoded.states[:-1], encoded.states[-1:].expand(len(prompts), -1, -1)
-        arguments = {"prompt_embeds": states, "negative_prompt_embeds": negative}
-        if encoded.pooled is not None:
-            pooled, negative_pooled = encoded.pooled[:-1], encoded.pooled[-1:].expand(len(prompts), -1)
-            arguments |= {"pooled_prompt_embeds": pooled, "negative_pooled_prompt_embeds": negative_pooled}
-        if negative_prompt is None and pipeline.config.get("force_zeros_for_empty_prompt"):
-            zeros = {name: torch.zeros_like(part) for name, part in arguments.items() if name.startswith("negative")}
-            arguments |= zeros
+        arguments = super().prompt_arguments(prompts, negative_prompt)
+        if not reads_long_prompts(self.pipeline):
+            return arguments
+        fillers = {"": EMPTY_CHUNK, "negative_": EMPTY_CHUNK if negative_prompt else ""}
+        told = {"": prompts, "negative_": [negative_prompt or ""] * len(prompts)}
+        states = {prefix: [one.states for one in self.embed(texts)] for prefix, texts in told.items()}
+        longest = max(len(one) for each in states.values() for one in each)
+        for prefix, filler in fillers.items():
+            empty = self.embed([filler])[0].states
+            padded = [torch.cat([one, *[empty] * ((longest - len(one)) // len(empty))]) for one in states[prefix]]
+            arguments[f"{prefix}prompt_embeds"] = torch.stack(padded).to(self.device)
         return arguments
 
     def draw_timestep(self, generator: torch.Generator, shape: tuple[int, int, int]) -> torch.Tensor:

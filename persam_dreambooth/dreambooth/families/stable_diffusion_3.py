@@ -30,8 +30,8 @@ class StableDiffusion3(FlowMatching):
     learning_rates: ClassVar = {"lora": 1e-4}
     tags: ClassVar = ["sd3"]
     feedforward_targets: ClassVar = ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
-    t5_tokenizer = "tokenizer_3"
-    t5_length = 256
+    sequence_tokenizer = "tokenizer_3"
+    sequence_length = 256
 
     @classmethod
     def load_pipeline(
@@ -42,6 +42,10 @@ class StableDiffusion3(FlowMatching):
         left_out = {name: None for name, kind in index.items() if kind == [None, None]}
         settings = {"base_config": base_config, **left_out, **settings}
         return super().load_pipeline(source, revision, *arguments, **settings)
+
+    def vae_dtype(self, frozen_dtype: torch.dtype) -> torch.dtype:
+        """Float32, as in diffusers' script."""
+        return torch.float32
 
     @property
     def native_resolution(self) -> int:
@@ -57,12 +61,13 @@ class StableDiffusion3(FlowMatching):
             states.append(answer.hidden_states[-2])
             pooled.append(answer.text_embeds)
         clip, width = torch.cat(states, dim=-1), self.pipeline.transformer.config.joint_attention_dim
+        length = self.length(self.pipeline)
         if self.pipeline.text_encoder_3 is None:
-            t5 = clip.new_zeros(len(prompts), self.t5_length, width)
+            t5 = clip.new_zeros(len(prompts), length, width)
         else:
-            t5 = self.t5_states(self.pipeline.text_encoder_3, self.pipeline.tokenizer_3, prompts, self.t5_length)
+            t5 = self.t5_states(self.pipeline.text_encoder_3, self.pipeline.tokenizer_3, prompts, length)
         clip = F.pad(clip, (0, width - clip.shape[-1]))
-        return Embeddings(torch.cat([clip, t5], dim=1), torch.cat(pooled, dim=-1))
+        return Embeddings(torch.cat([clip, t5.to(clip.dtype)], dim=1), torch.cat(pooled, dim=-1))
 
     def denoise(
         self, denoiser: Any, noisy: torch.Tensor, timesteps: torch.Tensor, embeddings: Embeddings, crops: torch.Tensor

@@ -3,7 +3,6 @@
 C 4, T 77, D 768 + 1280, P 1280; other shapes as in `family`.
 """
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -27,13 +26,6 @@ class StableDiffusionXL(StableDiffusion):
     trainable_encoders: ClassVar = ["text_encoder", "text_encoder_2"]
     learning_rates: ClassVar = {"lora": 1e-4, "full": 1e-6}
     tags: ClassVar = ["stable-diffusion-xl"]
-
-    def __init__(self, pipeline: Any) -> None:
-        super().__init__(pipeline)
-        if self.vae.config.force_upcast:
-            decode = self.vae.decode
-            # Class images are generated under autocast, which would ignore the VAE's dtype.
-            self.vae.decode = lambda latents, **settings: in_own_precision(self.vae, decode, latents, **settings)
 
     def vae_dtype(self, frozen_dtype: torch.dtype) -> torch.dtype:
         """Float32 if the VAE's configuration asks for it: the published VAE overflows in half precision."""
@@ -71,9 +63,3 @@ class StableDiffusionXL(StableDiffusion):
         conditions = {"text_embeds": embeddings.pooled, "time_ids": time_ids.float()}
         text = {"encoder_hidden_states": embeddings.states, "encoder_attention_mask": embeddings.mask}
         return denoiser(noisy, timesteps, **text, added_cond_kwargs=conditions).sample
-
-
-def in_own_precision(vae: Any, decode: Callable[..., Any], latents: torch.Tensor, **settings: Any) -> Any:
-    """Decodes latents (B, C, h, w) in the dtype of the VAE's weights, also under autocast."""
-    with torch.autocast(latents.device.type, enabled=False):
-        return decode(latents.to(vae.dtype), **settings)

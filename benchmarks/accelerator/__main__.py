@@ -1,0 +1,152 @@
+"""Measures an accelerator in eight minutes: tests, training steps, diffusers' script beside, the paper's recipe, SAM.
+
+    python -m benchmarks.accelerator [--parts tests steps diffusers paper sam] [--minutes 8]
+
+Each part runs in a process of its own with its share of the minutes and writes `PART.json` into
+`benchmarks/results/accelerator/` after each measurement, so that nothing measured is lost. A measurement that fails is
+a line in `errors` of that file, and the others go on; the exit code is then 1.
+
+All weights are random, of the published sizes. `--tiny` puts the small checkpoints that ship in their place, for any
+machine. `--diffusers_repository` names a checkout of diffusers for the part `diffusers`, which is left out without it.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.accelerator.records import Part
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "accelerator"
+SHARES = {"sam": 0.09, "paper": 0.14, "steps": 0.46, "diffusers": 0.2, "tests": 0.11}
+"""The parts in the order of their turn, with their shares of the time."""
+GRACE = 20.0
+"""Seconds after its time in which a part may end by itself."""
+
+
+def tests(part: Part, arguments: argparse.Namespace) -> None:
+    """Runs `pytest -m gpu`."""
+    words = [sys.executable, "-m", "pytest", "-m", "gpu", "-rf", "--durations=5", "-p", "no:cacheprovider"]
+    words += ["-n", str(arguments.processes), "--dist", "load"] if arguments.processes else []
+    with part.trying("tests"):
+        run = subprocess.run([*words, "tests"], cwd=ROOT, capture_output=True, text=True, timeout=max(part.left, 20))
+        last = run.stdout.strip().splitlines()[-60:]
+        counts = {kind: int(count) for count, kind in re.findall(r"(\d+) (passed|failed|errors?|skipped)", last[-1])}
+        part.add(command=" ".join(words[1:]), exit_code=run.returncode, **counts, output=last)
+        if run.returncode:
+            part.errors.append(f"pytest ended with {run.returncode}: {last[-1]} {run.stderr.strip()[-500:]}")
+
+
+def steps(part: Part, arguments: argparse.Namespace) -> None:
+    """Steps of every family; see `training_steps`."""
+    from benchmarks.accelerator.training_steps import MODELS, measure_steps
+
+    measure_steps(part, arguments.models or (["sd1.5"] if part.tiny else list(MODELS)))
+
+
+def beside_diffusers(part: Part, arguments: argparse.Namespace) -> None:
+    """diffusers' script beside ours; see `against_diffusers`."""
+    import torch
+
+    from benchmarks import against_diffusers, full_size
+    from benchmarks.accelerator.records import device
+
+    setups = ["diffusers", "ours", "ours, cached, center crops"]
+    with tempfile.TemporaryDirectory() as folder:
+        for precision in ("bf16",):
+            with part.trying(f"diffusers, {precision}"):
+                checkpoint = Path(folder) / "model"
+                if part.tiny:
+                    against_diffusers.narrow_checkpoint(checkpoint)
+                else:
+                    full_size.build("sd1.5", device(), torch.float16).save_pretrained(checkpoint)
+                figures = against_diffusers.measure(
+                    arguments.diffusers_repository, setups, checkpoint, 64 if part.tiny else 512,
+                    rounds=2 if part.tiny else 5, steps=2 if part.tiny else 15, more=("--mixed_precision", precision),
+                )  # fmt: skip
+                part.add(model="sd1.5", **figures)
+
+
+def paper(part: Part, arguments: argparse.Namespace) -> None:
+    """The paper's recipe; see `paper_recipe`."""
+    from benchmarks.accelerator.paper_recipe import measure_paper_recipe
+
+    measure_paper_recipe(part)
+
+
+def sam(part: Part, arguments: argparse.Namespace) -> None:
+    """PerSAM and PerSAM-F; see `sam_photos`."""
+    from benchmarks.accelerator.sam_photos import measure_sams
+
+    measure_sams(part)
+
+
+PARTS: dict[str, tuple[Callable[[Part, argparse.Namespace], None], str]] = {
+    "sam": (sam, "photos per second of PerSAM and PerSAM-F with SAM ViT-H of random weights"),
+    "paper": (paper, "seconds of 1000 iterations of full fine-tuning of Stable Diffusion 1.5 by the paper's recipe"),
+    "steps": (steps, "training steps per second and peak memory in GiB of full-size models of random weights"),
+    "diffusers": (beside_diffusers, "a LoRA's training step beside that of diffusers' train_dreambooth_lora.py"),
+    "tests": (tests, "the tests that need an accelerator"),
+}
+
+
+def run_apart(name: str, seconds: float, arguments: list[str]) -> bool:
+    """Runs a part in a process of its own and ends it where it takes too long; whether it went well."""
+    words = [sys.executable, "-m", "benchmarks.accelerator", *arguments, "--parts", name]
+    try:
+        return not subprocess.run([*words, "--minutes", f"{seconds / 60:.3f}"], timeout=seconds + GRACE).returncode
+    except subprocess.TimeoutExpired:
+        print(f"{name} was ended after {seconds + GRACE:.0f} s: what it had measured is in its file", flush=True)
+        return False
+
+
+def main(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(description="Measures what one accelerator shows, in parts.")
+    parser.add_argument("--parts", nargs="+", choices=SHARES, help="default: all")
+    parser.add_argument("--minutes", type=float, default=8.0, help="time for all parts")
+    parser.add_argument("--models", nargs="+", help="models of the part steps; default: all")
+    parser.add_argument("--diffusers_repository", type=Path, help="a checkout of diffusers")
+    parser.add_argument("--processes", type=int, default=0, help="processes of pytest, which needs pytest-xdist")
+    parser.add_argument("--output_dir", type=Path, default=RESULTS, help="folder of the JSON files")
+    parser.add_argument("--tiny", action="store_true", help="small checkpoints, for a test of this program")
+    arguments = parser.parse_args(words)
+    known = [name for name in SHARES if name != "diffusers" or arguments.diffusers_repository]
+    parts = [name for name in known if name in (arguments.parts or known)]
+    if arguments.parts and "diffusers" in arguments.parts and not arguments.diffusers_repository:
+        parser.error("the part diffusers needs --diffusers_repository")
+    seconds = 60 * arguments.minutes
+    if len(parts) == 1:
+        measure, what = PARTS[parts[0]]
+        part = Part(arguments.output_dir / f"{parts[0]}.json", what, seconds, arguments.tiny)
+        with part.trying(parts[0]):
+            measure(part, arguments)
+        part.write()
+        print("\n".join([f"{parts[0]}: {part.content['seconds']} s", *(f"  failed: {each}" for each in part.errors)]))
+        return int(bool(part.errors))
+    started, went_well = time.perf_counter(), True
+    given = passed_on(arguments)
+    total = sum(SHARES[name] for name in parts)
+    for name in parts:
+        left = seconds - (time.perf_counter() - started)
+        share = min(seconds * SHARES[name] / total, left - 5)
+        went_well &= run_apart(name, share, given)
+    return int(not went_well)
+
+
+def passed_on(arguments: argparse.Namespace) -> list[str]:
+    """The words of the options that the processes of the parts share."""
+    words = ["--output_dir", str(arguments.output_dir), "--processes", str(arguments.processes)]
+    if arguments.models:
+        words += ["--models", *arguments.models]
+    if arguments.diffusers_repository:
+        words += ["--diffusers_repository", str(arguments.diffusers_repository)]
+    return [*words, "--tiny"] if arguments.tiny else words
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

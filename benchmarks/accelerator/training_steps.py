@@ -1,0 +1,207 @@
+"""Training steps per second and peak memory of each family at full size, through the trainer itself."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import full_size
+from benchmarks.accelerator.records import Part, device
+from benchmarks.accelerator.timed_training import (
+    PROMPT,
+    Peaks,
+    free_everything,
+    resolved_options,
+    timed_training,
+)
+from persam_dreambooth import toy
+from persam_dreambooth.dreambooth.families.family import Embeddings
+from persam_dreambooth.dreambooth.families.registry import FAMILIES, load_pipeline
+from persam_dreambooth.dreambooth.samples import Request, sample
+from persam_dreambooth.main_job import TrainOptions
+from persam_dreambooth.options import read_config
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+ONE_SETUP = 3.5
+"""Seconds of timed steps of a setup."""
+CACHED = {"cache_latents": True, "center_crop": True}
+SPARING = {**CACHED, "gradient_checkpointing": True}
+KEPT = {"masked_prior_preservation_weight": 1.0}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A published model to measure.
+
+    Args:
+        recipe: the configuration whose options are the first setup; its encoders encode the prompts.
+        setups: resolution and options by name.
+    """
+
+    recipe: str
+    resolution: int
+    setups: dict[str, dict[str, Any]]
+
+
+SMALL: dict[str, dict[str, Any]] = {
+    "masked": {},
+    "unmasked": {"unmasked": True},
+    "masked, cached": CACHED,
+    "unmasked, cached": {**CACHED, "unmasked": True},
+    "masked, cached, preserving": {**CACHED, **KEPT},
+    "masked, cached, preserving, checkpointed": {**SPARING, **KEPT},
+    "masked, cached, checkpointed, nf4": {**SPARING, "quantize": "nf4"},
+}
+"""Of a model that trains without gradient checkpointing on this card."""
+
+LARGE: dict[str, dict[str, Any]] = {
+    "masked, cached, checkpointed": SPARING,
+    "masked, cached, checkpointed, nf4": {**SPARING, "quantize": "nf4"},
+    "masked, checkpointed": {"gradient_checkpointing": True},
+    "unmasked, cached, checkpointed": {**SPARING, "unmasked": True},
+    "masked, cached": CACHED,
+}
+
+MODELS = {
+    "sd1.5": Model("sd15-lora", 512, SMALL),
+    "sdxl": Model("sdxl-lora", 1024, SMALL),
+    "flux.1-dev": Model(
+        "flux-lora", 512, {**LARGE, "masked, cached, checkpointed, 1024": {**SPARING, "resolution": 1024}}
+    ),
+    "sd3.5-medium": Model("sd3-lora", 1024, SMALL),
+    "flux.2-klein-4b": Model("flux2-klein-lora", 1024, LARGE),
+    "z-image": Model("z-image-lora", 1024, LARGE),
+}
+"""By name in `full_size`, in the order of their turn."""
+
+NOT_OF_A_RUN = {"pretrained_model_name_or_path", "sam_model", "segmenter", "resolution", "mixed_precision"}
+"""Options of a recipe that the measurement sets itself, or that make masks."""
+
+
+def measure_steps(part: Part, models: list[str]) -> None:
+    """Measures models, each in its share of the time that is left."""
+    for number, name in enumerate(models):
+        model = MODELS[name]
+        if name not in full_size.PUBLISHED:
+            part.errors.append(f"{name}: full_size does not build it yet")
+            continue
+        deadline = part.left * (1 - 1 / (len(models) - number))
+        if part.tiny:
+            measure_model(part, name, model, toy_pipeline, 64, deadline)
+        else:
+            measure_model(part, name, model, partial(full_pipeline, name), model.resolution, deadline)
+
+
+def full_pipeline(name: str) -> Any:
+    """A published model with random weights, on the accelerator."""
+    return full_size.build(name, device(), torch.bfloat16)
+
+
+def toy_pipeline() -> Any:
+    """The checkpoint that ships."""
+    return load_pipeline(str(toy.path("stable-diffusion")))
+
+
+def measure_model(
+    part: Part, name: str, model: Model, build: Callable[[], Any], resolution: int, deadline: float
+) -> None:
+    """Measures one model's recipe and its setups, until the part has no more than `deadline` seconds left.
+
+    The recipe runs as a user's run does, whose encoders encode the prompts. The setups reuse the embeddings, so they
+    have no peak of the prompts.
+    """
+    embeddings: dict[str, Embeddings] = {}
+    setups = {f"recipe {model.recipe}": recipe_options(model.recipe), **model.setups}
+    for setup, given in setups.items():
+        if part.left <= deadline:
+            part.errors.append(f"{name}, {setup}: no time was left")
+            part.write()
+            continue
+        with part.trying(f"{name}, {setup}"):
+            options = {"resolution": resolution, **given}
+            if part.tiny:
+                options["resolution"] = resolution
+            measure_setup(part, f"{name}, {setup}", build, options, embeddings)
+        kept = free_everything()
+        if kept > 0.1:
+            part.errors.append(f"{name}, {setup}: {kept} GiB were not freed")
+
+
+def recipe_options(name: str) -> dict[str, Any]:
+    """The options of a configuration that say how a step is made; none if there is no such configuration."""
+    path = CONFIGS / f"{name}.yaml"
+    known = read_config(path) if path.is_file() else {}
+    return {key: value for key, value in known.items() if key not in NOT_OF_A_RUN | {"max_train_steps"}}
+
+
+def measure_setup(
+    part: Part, name: str, build: Callable[[], Any], given: dict[str, Any], embeddings: dict[str, Embeddings]
+) -> None:
+    """Adds the row of one setup.
+
+    Args:
+        part: gets the row.
+        name: of model and setup, for errors.
+        build: makes the pipeline on the accelerator.
+        given: options with the resolution.
+        embeddings: of the prompts; if there are none yet, the encoders make them, and all phases are measured.
+    """
+    whole, pipeline = not embeddings, build()
+    kind = FAMILIES[type(pipeline).__name__]
+    park(getattr(pipeline, kind.denoiser_name))
+    pipeline.vae.to("cpu")
+    for encoder in [each for each in pipeline.components if each.startswith("text_encoder")]:
+        if whole and getattr(pipeline, encoder) is not None:
+            getattr(pipeline, encoder).to("cpu")
+        else:
+            setattr(pipeline, encoder, None)
+    free_everything()
+    family = kind(pipeline)
+    family.embeddings.update(embeddings)
+    options, peaks = resolved_options(family=family, **given), Peaks(family.placement)
+
+    def generate(accelerator: Any, options: TrainOptions) -> None:
+        side = options.resolution
+        with part.trying(f"{name}, pictures"), accelerator.autocast():
+            list(sample(family, Request(PROMPT, [0], num_inference_steps=2, width=side, height=side)))
+        peaks.mark("pictures")
+
+    seconds = 0.0 if part.tiny else ONE_SETUP
+    figures = timed_training(options, family, seconds, peaks, afterwards=generate if whole else None)
+    embeddings.update(family.embeddings)
+    weights = [weight for each in family.trained.values() for weight in each.parameters() if weight.requires_grad]
+    described = {key: value for key, value in given.items() if key != "resolution"}
+    model, setup = name.split(", ", 1)
+    part.add(
+        model=model, setup=setup, resolution=options.resolution, base=given.get("quantize", "bf16"),
+        trained_parameters=sum(weight.numel() for weight in weights), **figures, options=described,
+    )  # fmt: skip
+
+
+def park(denoiser: torch.nn.Module) -> None:
+    """Takes a denoiser off the accelerator; it gets random weights there when it is moved back.
+
+    The weights are not copied, since tens of GB would take half a minute. Memory of the CPU that is never written costs
+    nothing.
+    """
+    if all(weight.device.type == "cpu" for weight in denoiser.parameters()):
+        return
+    for weight in denoiser.parameters():
+        weight.data = torch.empty_like(weight, device="cpu")
+    move = denoiser.to
+
+    def fill_and_move(*arguments: Any, **named: Any) -> Any:
+        [place] = [each for each in (*arguments, *named.values()) if isinstance(each, torch.device)] or [None]
+        if place is not None and place.type != "cpu":
+            del denoiser.to  # this is done once
+            for name, weight in denoiser.named_parameters():
+                filled = torch.empty_like(weight.data, device=place)
+                weight.data = (
+                    filled.normal_(0, 0.02) if weight.ndim > 1 else filled.fill_(float(not name.endswith("bias")))
+                )
+        return move(*arguments, **named)
+
+    denoiser.to = fill_and_move
