@@ -4,11 +4,22 @@ import copy
 
 import pytest
 import torch
-from tiny_families import tiny_pipeline
+from tiny_families import save_tiny, tiny_pipeline
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from training_runs import toy_pipeline, variants
+from training_runs import (
+    SLOW,
+    assert_same_trajectory,
+    command,
+    flags,
+    in_two_processes,
+    same_metrics,
+    same_weights,
+    toy_pipeline,
+    variants,
+)
 
+from persam_dreambooth.dreambooth import placement
 from persam_dreambooth.dreambooth.families.registry import FAMILIES
 from persam_dreambooth.dreambooth.offload import OffloadedBlocks
 from persam_dreambooth.main_job import TrainOptions
@@ -104,3 +115,47 @@ def test_a_text_encoder_gives_the_same_states():
         found = [encoder(tokens)[0] for _ in range(2)]
     assert (len(offloaded.blocks), reads.wrong, reads.most) == (2, set(), 2)
     assert all(torch.equal(each, expected) for each in found)
+
+
+OPTIONS = {"masked_prior_preservation_weight": 1.0, "gradient_checkpointing": True}
+ENDED = {"validation_steps": 2, "num_validation_images": 1}
+"""Samples in the midst of a run, where parts that training does not need come and go."""
+
+
+@pytest.mark.parametrize("name", variants({name: name for name in ("sd", "sdxl", "sd3", "flux")}, ["flux"]))
+def test_a_run_with_offload_is_the_same_run(runs, tmp_path, monkeypatch, name):
+    made = []
+
+    class Listed(OffloadedBlocks):
+        def __init__(self, model):
+            super().__init__(model)
+            made.append(self)
+
+    monkeypatch.setattr(placement, "OffloadedBlocks", Listed)
+    model = "toy" if name == "sd" else save_tiny(name, tmp_path)
+    options = {"pretrained_model_name_or_path": model, **OPTIONS, **ENDED, "checkpointing_steps": 2}
+    for folder, offload in (("plain", "no"), ("offloaded", "group")):
+        assert runs.train(tmp_path / folder, offload=offload, **options) == 0
+    assert len(made) == (2 if name in ("sd3", "flux") else 1)  # the denoiser, and T5
+    assert all(each._following for each in made)
+    assert same_weights(tmp_path / "plain", tmp_path / "offloaded")
+    assert same_metrics(tmp_path / "plain", tmp_path / "offloaded")
+    pictures = [sorted((tmp_path / folder / "samples").rglob("*.png")) for folder in ("plain", "offloaded")]
+    assert len(pictures[0]) == 2
+    assert [path.read_bytes() for path in pictures[0]] == [path.read_bytes() for path in pictures[1]]
+
+
+def test_generate_with_offload_gives_the_same_picture(runs, tmp_path):
+    run = runs(rank=2, learning_rate=1e-3)
+    for offload in ("no", "group"):
+        how = flags(model=run, output=tmp_path / offload, num_images=1, num_inference_steps=2, offload=offload)
+        assert command("generate", "a [V] duck", *how) == 0
+    one, two = (next((tmp_path / offload).glob("*.png")).read_bytes() for offload in ("no", "group"))
+    assert one == two
+
+
+@SLOW
+def test_two_processes_with_offload_equal_one(runs, tmp_path):
+    options = {**OPTIONS, "offload": "group"}
+    in_two_processes("-m", "persam_dreambooth", "train", *flags(**runs.options(output_dir=tmp_path / "two", **options)))
+    assert_same_trajectory(runs(train_batch_size=2, **options), tmp_path / "two")

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from persam_dreambooth import models
 from persam_dreambooth.dreambooth.prompts import check_unread, fill_identifier
@@ -96,6 +96,9 @@ class GenerateOptions(Options):
     lora_scale: float | None = option(
         None, "factor of the run's LoRA, 0 for the base model; default: 1", elsewhere=("network_mul",)
     )
+    offload: Literal["no", "group"] = option(
+        "no", "group: keep the weights of large parts on the CPU, and only those of two blocks on the GPU"
+    )
     batch_size: int = option(1, "images at once; faster on a GPU, needs more memory", elsewhere=("n_samples",))
     identifier: str | None = option(
         None, "the token that replaces [V]; default: the run's own, else sks", when=(NAMED,)
@@ -143,7 +146,7 @@ def generate(options: GenerateOptions) -> list[Path]:
     models.log_device(str(inference_device()), str(model.dtype))
     saved: list[Path] = []
     try:
-        family = model.open(options.lora_scale)
+        family = model.open(options.lora_scale, options.offload)
         _check_loaded(options, family)
         known = [subject.word for subject in model.subjects] or [IDENTIFIER]
         words = [options.identifier] if options.identifier else known

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 logger = logging.getLogger(__name__)
 
@@ -74,23 +75,21 @@ class OffloadedBlocks:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.device = torch.device("cpu")
         self.blocks: list[BlockWeights] = []
-        kinds = getattr(model, "_repeated_blocks", None) or model._no_split_modules or ()
-        for block in model.modules():
-            if type(block).__name__ in kinds:
-                block.register_forward_pre_hook(partial(self._before, len(self.blocks)))
-                self.blocks.append(BlockWeights.of(block))
+        for number, block in enumerate(repeated_blocks(model)):
+            block.register_forward_pre_hook(partial(self._before, number))
+            self.blocks.append(BlockWeights.of(block))
         self._pinned = False
         self._fetched: dict[int, torch.Tensor] = {}
         self._last: tuple[int, ...] = ()
         self._following: dict[tuple[int, ...], int] = {}
+        self.to(torch.device("cpu"))
 
     def to(self, device: torch.device) -> None:
         """Moves everything but the blocks' frozen weights to a device; these follow block by block."""
         for number in list(self._fetched):
             self._leave(number)
-        offloaded = {id(weight) for block in self.blocks for weight in block.weights}
+        offloaded = self._ids()
         for each in (*self.model.parameters(), *self.model.buffers()):
             if id(each) not in offloaded:
                 each.data = each.data.to(device)
@@ -100,6 +99,18 @@ class OffloadedBlocks:
         self.device = device
         self._backend = torch.get_device_module(device)
         self._copies = self._backend.Stream()
+
+    def hide_from_ddp(self) -> None:
+        """Lets `DistributedDataParallel` leave out the offloaded weights; call it after LoRA is added.
+
+        It wants all weights on one kind of device, and would send them to the other processes.
+        """
+        offloaded = self._ids()
+        names = [name for name, weight in self.model.named_parameters() if id(weight) in offloaded]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, names)
+
+    def _ids(self) -> set[int]:
+        return {id(weight) for block in self.blocks for weight in block.weights}
 
     def _before(self, number: int, *_: Any) -> None:
         """Before a block computes: its weights are on the device, those of others are not; the next are copied."""
@@ -126,6 +137,12 @@ class OffloadedBlocks:
         """Frees the device's copy of a block's weights."""
         self.blocks[number].use(self.blocks[number].on_cpu)
         del self._fetched[number]
+
+
+def repeated_blocks(model: Any) -> list[torch.nn.Module]:
+    """The blocks of a model of diffusers or transformers, by the names of their classes that the model declares."""
+    kinds = getattr(model, "_repeated_blocks", None) or model._no_split_modules or ()
+    return [block for block in model.modules() if type(block).__name__ in kinds]
 
 
 def pin(buffers: list[torch.Tensor], device: torch.device) -> None:

@@ -8,6 +8,8 @@ from typing import Literal
 
 import torch
 
+from persam_dreambooth.dreambooth.offload import OffloadedBlocks
+
 Role = Literal["clip", "language model", "denoiser", "base copy", "vae"]
 """What a part is for: a text encoder of CLIP, another text encoder (T5, Qwen3), the denoiser, the copy of it that stays
 as it was before training (`--method full`), and the VAE."""
@@ -22,6 +24,9 @@ ON_THE_ACCELERATOR: dict[Phase, tuple[Role, ...]] = {
     "pictures": ("denoiser", "vae"),  # class images, backgrounds, samples; their prompts are embeddings
 }
 """The parts that a phase uses. Parts in training stay on the accelerator in all phases."""
+
+BLOCK_BY_BLOCK: tuple[Role, ...] = ("language model", "denoiser")
+"""The parts that `--offload group` moves to the accelerator block by block while they are used; see `offload`."""
 
 PRECISIONS: dict[Role, dict[torch.dtype, torch.dtype]] = {
     "clip": {},
@@ -58,10 +63,22 @@ class Placement:
         """The names of the parts on the accelerator."""
         self.kept: set[str] = set()
         """The names of the parts in training, which stay where the optimizer found them."""
+        self.offloaded: dict[str, OffloadedBlocks] = {}
+        """The parts, by name, whose blocks stay in main memory."""
 
     def add(self, name: str, role: Role, part: torch.nn.Module) -> None:
         """Adds a part, which is in main memory."""
         self.parts[name], self.roles[name] = part, role
+
+    def offload(self) -> None:
+        """Keeps the blocks of large parts, which are in main memory in their final precision, in main memory."""
+        for name, role in self.roles.items():
+            if role in BLOCK_BY_BLOCK and name not in self.offloaded:
+                self.offloaded[name] = OffloadedBlocks(self.parts[name])
+
+    def move(self, name: str, device: torch.device) -> None:
+        """Moves a part; the blocks of an offloaded one follow when they compute."""
+        (self.offloaded.get(name) or self.parts[name]).to(device)
 
     def enter(self, phase: Phase) -> None:
         """Moves parts that the phase does not use away, then those that it uses to the accelerator."""
@@ -69,7 +86,7 @@ class Placement:
         if self.device == self.main_memory:
             used |= self.here
         for name in self.here - used:
-            self.parts[name].to(self.main_memory)
+            self.move(name, self.main_memory)
         for name in used - self.here:
-            self.parts[name].to(self.device)
+            self.move(name, self.device)
         self.here = used

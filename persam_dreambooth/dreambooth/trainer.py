@@ -112,7 +112,8 @@ def train(
         last_epoch=first_step - 1,
     )
 
-    *models, optimizer = accelerator.prepare(*family.trained.values(), optimizer)
+    placed = [*(False for _ in family.trained), True]  # the models are on their devices already
+    *models, optimizer = accelerator.prepare(*family.trained.values(), optimizer, device_placement=placed)
     family.trained = dict(zip(family.trained, models, strict=True))
     if accelerator.is_main_process:
         remove_later_checkpoints(run_dir, first_step)

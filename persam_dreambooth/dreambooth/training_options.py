@@ -288,6 +288,12 @@ class TrainingOptions(SubjectOptions):
         None, "precision; default: that of the accelerate configuration"
     )
     gradient_checkpointing: bool = option(False, "save memory at the cost of slower steps")
+    offload: Literal["no", "group"] = option(
+        "no",
+        "group: keep frozen weights on the CPU, and only those of two blocks on the GPU; slower",
+        when=(*WHEN_LORA, with_flag("--gradient_checkpointing")),
+        elsewhere=("blocks_to_swap", "layer_offloading"),
+    )
     allow_tf32: bool = option(False, "allow TF32 matrix products on Ampere GPUs and later")
     dataloader_num_workers: int = option(
         0, "data loading processes; 0 loads in the main process", elsewhere=("max_data_loader_n_workers",)

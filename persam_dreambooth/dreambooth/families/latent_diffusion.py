@@ -157,13 +157,16 @@ class LatentDiffusion(Family):
         """The VAE's dtype, for the run's dtype of frozen weights."""
         return frozen_dtype
 
-    def place_on(self, device: torch.device, frozen_dtype: torch.dtype, whole: Sequence[str] = ()) -> None:
+    def place_on(
+        self, device: torch.device, frozen_dtype: torch.dtype, whole: Sequence[str] = (), offload: str = "no"
+    ) -> None:
         """Sets the device of the parts in use, and the precision of all parts; see `placement`.
 
         Args:
             device: the accelerator, or the CPU.
             frozen_dtype: dtype of the frozen weights.
             whole: the names of parts that are trained whole, in float32.
+            offload: `group`, or `no`.
         """
         self.placement.device, self.frozen_dtype = device, frozen_dtype
         for name, role in self.placement.roles.items():
@@ -172,6 +175,8 @@ class LatentDiffusion(Family):
             dtype = torch.float32 if name in whole else dtype
             if part.dtype != dtype:
                 part.to(dtype)
+        if offload == "group":
+            self.placement.offload()
 
     def enter(self, phase: Phase) -> None:
         """See `Family`."""
@@ -184,7 +189,7 @@ class LatentDiffusion(Family):
     ) -> list[torch.nn.Parameter]:
         """See `Family`."""
         names, placement = self.trained_names(options), self.placement
-        self.place_on(device, frozen_dtype, self.whole_names(options))
+        self.place_on(device, frozen_dtype, self.whole_names(options), options.offload)
         if options.preserves_base and options.method == "full":
             base = copy.deepcopy(placement.parts[self.denoiser_name])
             placement.add(BASE_COPY, "base copy", base.to(precision("base copy", frozen_dtype)))
@@ -193,6 +198,9 @@ class LatentDiffusion(Family):
         self.trained = {name: getattr(self.pipeline, name) for name in names}
         for name in names:
             self.free(name, options)
+        for name in placement.offloaded.keys() & self.trained.keys():
+            placement.offloaded[name].hide_from_ddp()
+            placement.move(name, device)  # LoRA is created where the frozen weights are
         return [weight for part in self.trained.values() for weight in part.parameters() if weight.requires_grad]
 
     def trained_names(self, options: TrainingOptions) -> list[str]:
