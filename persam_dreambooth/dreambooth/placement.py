@@ -76,6 +76,13 @@ class Placement:
             if role in BLOCK_BY_BLOCK and name not in self.offloaded:
                 self.offloaded[name] = OffloadedBlocks(self.parts[name])
 
+    def wait(self, *names: str) -> None:
+        """Moves parts to main memory, and leaves them there in all phases to come."""
+        for name in names:
+            self.move(name, self.main_memory)
+            self.here.discard(name)
+            del self.roles[name]
+
     def move(self, name: str, device: torch.device) -> None:
         """Moves a part; the blocks of an offloaded one follow when they compute."""
         (self.offloaded.get(name) or self.parts[name]).to(device)

@@ -294,6 +294,17 @@ class TrainingOptions(SubjectOptions):
         when=(*WHEN_LORA, with_flag("--gradient_checkpointing")),
         elsewhere=("blocks_to_swap", "layer_offloading"),
     )
+    fsdp: bool = option(
+        False,
+        "shard the denoiser among the processes of accelerate launch, instead of a copy in each",
+        when=(
+            Condition(lambda options: options.optimizer_name == "adamw", "only AdamW's states are sharded, remove it"),
+            without_flag("--use_ema"),
+            without_flag("--train_text_encoder"),
+            without_flag("--validation_steps"),
+            without_flag("--offload group"),
+        ),
+    )
     allow_tf32: bool = option(False, "allow TF32 matrix products on Ampere GPUs and later")
     dataloader_num_workers: int = option(
         0, "data loading processes; 0 loads in the main process", elsewhere=("max_data_loader_n_workers",)
