@@ -138,10 +138,10 @@ def steps_of(name: str, family: StableDiffusion, accelerator: Accelerator, repea
     crops = Crops(found, None if options.unmasked else masks, RESOLUTION, options.center_crop, 0, PROMPT)
     batches = numbered_batches(crops, options, 0, repeats, accelerator)
     weights = [weight for weight in family.pipeline.unet.parameters() if weight.requires_grad]
-    optimizer, _ = make_optimizer(options, weights, 1e-4)
+    optimizer, _ = make_optimizer(options, [weights], [1e-4])
     cache = PosteriorCache(family.encode_image) if options.cache_latents else None
     for pixels in crops.fixed_crops():  # also resizes the photos, which is done once in a run
-        if cache:
+        if cache is not None:
             cache(pixels)
     with torch.no_grad():
         embeddings = {PROMPT: next(iter(family.encode_prompts([PROMPT])))}

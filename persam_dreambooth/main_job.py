@@ -67,6 +67,7 @@ def personalize(options: TrainOptions) -> Path:
     from persam_dreambooth.dreambooth.hub import check_login
     from persam_dreambooth.dreambooth.optimizers import check_optimizer
     from persam_dreambooth.dreambooth.pipelines import find_model
+    from persam_dreambooth.dreambooth.placement import check_quantization
     from persam_dreambooth.dreambooth.results import save_results
     from persam_dreambooth.dreambooth.trainer import check_resolution, train
     from persam_dreambooth.dreambooth.training_crops import Cut, check_prompts, join_crops, make_crops
@@ -80,6 +81,7 @@ def personalize(options: TrainOptions) -> Path:
     from persam_dreambooth.training.checkpoint import find_checkpoint
 
     check_optimizer(options)
+    check_quantization(options)
     if options.report_to:
         check_installed(options.report_to, f"--report_to {options.report_to}")
     if options.push_to_hub:
@@ -102,7 +104,8 @@ def personalize(options: TrainOptions) -> Path:
     check_prompts(options, albums, family)
     resolution = check_resolution(options, family)
     buckets = open_buckets(options, family, resolution)
-    options = options.resolved(resolution, accelerator.mixed_precision, family.learning_rates[options.method])
+    rates = family.learning_rates[options.method], family.text_encoder_rates.get(options.method)
+    options = options.resolved(resolution, accelerator.mixed_precision, *rates)
 
     cut = Cut(resolution, buckets)
     known = [None if album.reference else make_crops(options, album, album.drawn, cut) for album in albums]

@@ -4,14 +4,16 @@ B samples, C latent channels, h w latent size (8 x 8 for crops of 32, 4 x 4 for 
 """
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, EDMEulerScheduler, Flux2KleinPipeline, FluxPipeline, ZImagePipeline
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 from PIL import Image
-from scipy.stats import kstest
+from scipy.stats import ks_2samp, kstest
 from tiny_families import BUILDERS, SIDE, save_tiny, toy_or_tiny
 from torch.utils.data import default_collate
 from training_runs import (
@@ -23,6 +25,7 @@ from training_runs import (
     assert_same_trajectory,
     column,
     command,
+    drawing,
     ends_with,
     flags,
     in_two_processes,
@@ -42,7 +45,7 @@ from persam_dreambooth.dreambooth.families.family import Embeddings
 from persam_dreambooth.dreambooth.families.latent_diffusion import LORA_WEIGHTS, TEXT_TARGETS
 from persam_dreambooth.dreambooth.families.registry import load_pipeline
 from persam_dreambooth.dreambooth.families.stable_diffusion import StableDiffusion
-from persam_dreambooth.dreambooth.loss import latent_mask
+from persam_dreambooth.dreambooth.loss import latent_mask, masked_loss
 from persam_dreambooth.dreambooth.prompts import check_unread
 from persam_dreambooth.dreambooth.trainer import batch_losses
 from persam_dreambooth.main_job import TrainOptions
@@ -266,7 +269,7 @@ def first_loss(batch, model, masked=True):
     family = registry.open_family(TrainOptions(), str(model), torch.float32)
     for number in (0, 1):
         with torch.no_grad():
-            noisy, step, aim = noised(pipeline, batch, number, number, family.draw_timestep)
+            noisy, step, aim = noised(pipeline, batch, number, number, drawing(family))
             error = ((answer(pipeline, noisy, step, batch["crop"][number]) - aim) ** 2).double().numpy()[0]
         rows, columns = noisy.shape[-2:]
         cell = batch["mask"].shape[-1] // columns
@@ -589,7 +592,7 @@ def test_timesteps_are_logit_normal_and_shifted_as_at_inference(model, shift):
     family = registry.open_family(TrainOptions(), str(model), torch.float32)
     for shape, patches in ((family.latent_shape(512, 512), 4096), (family.latent_shape(64, 256), 256)):
         generators = [torch.Generator().manual_seed(number) for number in range(2000)]
-        steps = torch.cat([family.draw_timestep(generator, shape) for generator in generators])
+        steps = torch.cat([drawing(family)(generator, shape) for generator in generators])
         part = steps.double().numpy() / 1000
         assert ((part > 0) & (part < 1)).all()
         # dev moves them by exp(0.5) at 256 patches and by exp(1.15) at 4096, klein in 200 steps too.
@@ -605,14 +608,87 @@ def test_timesteps_are_logit_normal_and_shifted_as_at_inference(model, shift):
         np.testing.assert_allclose(scheduler.sigmas[:3], expected, rtol=1e-5)
 
 
+def drawn_fractions(family, count=2000, **options):
+    """What diffusers' scripts draw, which is 1 less the fraction of noise before it is shifted, by a shift of 3."""
+    drawn = [drawing(family, **options)(torch.Generator().manual_seed(number), (8, 16, 16)) for number in range(count)]
+    noise = torch.cat(drawn).double() / 1000
+    return 1 - noise / (3 - 2 * noise)
+
+
+@pytest.mark.parametrize("name", ["sd3"])
+@pytest.mark.parametrize("scheme", ["mode", "sigma_sqrt", "cosmap", "none"])
+@pytest.mark.parametrize("scale", [1.29, -0.5])
+def test_densities_of_noise_are_those_of_diffusers(model, scheme, scale):
+    family = registry.open_family(TrainOptions(), str(model), torch.float32)
+    options = {"weighting_scheme": scheme, "mode_scale": scale}
+    generators = (torch.Generator().manual_seed(number) for number in range(200))
+    theirs = [compute_density_for_timestep_sampling(scheme, 1, mode_scale=scale, generator=each) for each in generators]
+    torch.testing.assert_close(
+        drawn_fractions(family, 200, **options), torch.cat(theirs).double(), rtol=0, atol=1e-3
+    )  # which round down to a thousandth, and at least one of noise is left
+
+
+@pytest.mark.parametrize("name", ["sd3"])
+@pytest.mark.parametrize(("mean", "deviation"), [(0.0, 1.0), (0.8, 0.5), (-1.5, 2.0)])
+def test_the_logit_normal_density_is_that_of_diffusers(model, mean, deviation):
+    family = registry.open_family(TrainOptions(), str(model), torch.float32)
+    ours = drawn_fractions(family, logit_mean=mean, logit_std=deviation)
+    theirs = compute_density_for_timestep_sampling(
+        "logit_normal", 20000, mean, deviation, generator=torch.Generator().manual_seed(0)
+    )
+    assert ks_2samp(ours, theirs).pvalue > 1e-3
+    assert ours.median() == pytest.approx(1 / (1 + np.exp(-mean)), abs=0.05)  # above 0, less noise
+
+
+@pytest.mark.parametrize("name", ["flux"])
+def test_noise_levels_weight_the_loss_as_in_diffusers(photos, model):
+    kept = {"masked_prior_preservation_weight": 1.0}
+    family, embeddings = watched_family(model=model, **kept)
+    change(family)
+    batch = two_photos(photos)
+    class_batch = {**batch, "prompt": ["a duck", "a duck"]}
+    fractions = torch.tensor([0.001, 0.2, 0.5, 1.0])
+    for scheme in ("logit_normal", "mode", "sigma_sqrt", "cosmap", "none"):
+        options = TrainOptions(weighting_scheme=scheme, **kept)
+        expected = compute_loss_weighting_for_sd3(scheme, fractions)
+        torch.testing.assert_close(family.loss_weights(options, 1000 * fractions), expected)
+    plain = TrainOptions(weighting_scheme="none", **kept)
+    levels = [
+        sample_noise(seed, [0, 1], (4, 8, 8), drawing(family, weighting_scheme="none"))[2] / 1000 for seed in (0, 1)
+    ]
+    weight = compute_loss_weighting_for_sd3("cosmap", torch.cat(levels))
+    assert len(weight.unique()) == 4
+    losses = batch_losses(replace(plain, weighting_scheme="cosmap"), family, batch, class_batch, embeddings)
+    prediction, target = family.prediction, family.aim
+    own = masked_loss(prediction[:2], target[:2], latent_mask(batch["mask"], (8, 8)))
+    torch.testing.assert_close(losses["loss"], (weight[:2] * own).mean())
+    torch.testing.assert_close(losses["prior_loss"], (weight[2:] * masked_loss(prediction[2:], target[2:])).mean())
+    alone = [{key: values[index : index + 1] for key, values in batch.items()} for index in (0, 1)]
+    each = torch.stack([batch_losses(plain, family, one, None, embeddings)["preservation_loss"] for one in alone])
+    torch.testing.assert_close(losses["preservation_loss"], (weight[:2] * each).mean(), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"weighting_scheme": "mode"}, {"logit_mean": 1.0}, {"logit_std": 2.0}],
+    ids=lambda options: next(iter(options)),
+)
+def test_densities_of_flow_matching_are_refused_for_stable_diffusion(runs, tmp_path, capsys, options):
+    assert runs.train(tmp_path / "run", **options) == 2
+    name = next(iter(options))
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"error: --{name} has no effect on a StableDiffusionPipeline, whose timesteps are uniform: leave it out"
+    )
+
+
 @every_family
 def test_timesteps_depend_on_seed_and_number_not_on_the_place_in_the_batch(model):
     family = registry.open_family(TrainOptions(), str(model), torch.float32)
     shape = family.latent_shape(32, 32)
-    together = sample_noise(5, [9, 3, 9, 0], shape, family.draw_timestep)
+    together = sample_noise(5, [9, 3, 9, 0], shape, drawing(family))
     for place, number in enumerate([9, 3, 9, 0]):
         torch.manual_seed(place)
-        alone = sample_noise(5, [number], shape, family.draw_timestep)
+        alone = sample_noise(5, [number], shape, drawing(family))
         assert all(torch.equal(many[place], one[0]) for many, one in zip(together, alone, strict=True))
     assert len(set(together[2].tolist())) == 3
 
@@ -729,7 +805,7 @@ def test_the_base_is_the_model_before_training_to_the_bit(photos, model, method)
     change(family)
     assert batch_losses(options, family, batch, None, embeddings)["preservation_loss"] > 1e-6
     before = registry.open_family(TrainOptions(), str(model), torch.float32)
-    vae_noise, noise, steps = sample_noise(0, [0, 1], family.latent_shape(32, 32), family.draw_timestep)
+    vae_noise, noise, steps = sample_noise(0, [0, 1], family.latent_shape(32, 32), drawing(family))
     noisy = family.add_noise(family.latents(family.posterior(batch["pixels"]), vae_noise), noise, steps)
     noisy = noisy.contiguous()  # where channels lie last, modes of training and not round otherwise
     inputs = noisy, steps, Embeddings.stack([embeddings[prompt] for prompt in batch["prompt"]]), batch["crop"]

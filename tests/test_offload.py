@@ -71,7 +71,7 @@ def gradients(family, trained, steps=3):
         embeddings = family.encode_prompts(["a duck", "a sks duck"])
     for _ in range(steps):
         noisy = torch.randn(2, *shape, generator=generator)
-        times = torch.cat([family.draw_timestep(generator, shape) for _ in range(2)])
+        times = torch.tensor([10.0, 500.0])
         inputs = (noisy, times, embeddings, torch.tensor([[64, 64, 0, 0]] * 2))
         (family.predict(*inputs) - family.predict_base(*inputs)).square().mean().backward()
     return [weight.grad for weight in trained]

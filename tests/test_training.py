@@ -36,6 +36,7 @@ from training_runs import (
     ends_with,
     flags,
     in_two_processes,
+    metrics,
     same_metrics,
     same_state,
     same_weights,
@@ -252,6 +253,53 @@ def test_options_changed_on_resuming_count_from_then_on(runs, tmp_path):
         "param_groups"
     ]
     assert (group["betas"], group["weight_decay"]) == ((0.5, 0.999), 0.5)
+
+
+def test_text_encoders_have_a_rate_of_their_own_which_is_saved_scaled_scheduled_and_changed(runs, tmp_path):
+    text = {"train_text_encoder": True, "lr_scheduler": "linear", "text_encoder_lr": 2e-5}
+    straight = runs(**text, checkpointing_steps=2)
+    for name, rate in (("learning_rate", 1e-4), ("text_encoder_lr", 2e-5)):
+        assert column(straight, name) == pytest.approx([rate, 0.75 * rate, 0.5 * rate, 0.25 * rate])
+    assert "| learning rate | 0.0001, 2e-05 for text encoders |" in (straight / "README.md").read_text()
+    scaled = runs(train_text_encoder=True, text_encoder_lr=2e-5, gradient_accumulation_steps=2, scale_lr=True)
+    assert set(column(scaled, "text_encoder_lr")) == {4e-5}
+    run = tmp_path / "run"
+    assert runs.train(run, **text, checkpointing_steps=2) == 0
+    resumed = {"resume_from_checkpoint": "checkpoint-2", "checkpointing_steps": 2}
+    assert runs.train(run, **text, **resumed) == 0
+    assert same_weights(run, straight)
+    assert same_metrics(run, straight)
+    assert runs.train(run, **{**text, **resumed, "text_encoder_lr": 0.0}) == 0
+    assert column(run, "text_encoder_lr")[2:] == [0, 0]
+    before = weights(run / "checkpoint-2")
+    for name, tensor in weights(run).items():
+        assert torch.equal(tensor, before[name]) == name.startswith("lora:text_encoder.")
+
+
+def test_the_first_step_of_each_part_has_the_length_of_its_rate(runs):
+    """AdamW's first step is its rate times the sign of the gradient."""
+    options = {"adam_weight_decay": 0.0, "max_train_steps": 1, "train_text_encoder": True}
+    moved = weights(runs(**options, learning_rate=1e-3, text_encoder_lr=1e-5))
+    lengths = {
+        part: max(float(weight.abs().max()) for key, weight in moved.items() if UP.search(key) and part in key)
+        for part in ("lora:unet", "lora:text_encoder")
+    }
+    assert lengths == {"lora:unet": pytest.approx(1e-3, rel=1e-3), "lora:text_encoder": pytest.approx(1e-5, rel=1e-3)}
+
+
+def test_a_run_of_one_group_of_weights_resumes_with_a_group_for_each_part(runs, tmp_path):
+    """Version 0.1.0 had one learning rate."""
+    options = {"train_text_encoder": True, "checkpointing_steps": 2}
+    run = tmp_path / "run"
+    assert runs.train(run, **options) == 0
+    path = run / "checkpoint-2" / "training_state.pt"
+    state = torch.load(path, weights_only=True)
+    first, second = state["optimizer"]["param_groups"]
+    state["optimizer"]["param_groups"] = [{**first, "params": first["params"] + second["params"]}]
+    del state["schedule"]
+    torch.save(state, path)
+    assert runs.train(run, **options, resume_from_checkpoint="checkpoint-2") == 0
+    assert same_weights(run, runs(**options))
 
 
 def test_going_on_from_an_earlier_checkpoint_leaves_the_later_ones_behind(runs, tmp_path):
@@ -540,6 +588,8 @@ def test_scaled_learning_rate_is_multiplied_by_batch_and_accumulation(runs):
 def test_default_learning_rates_are_those_of_the_method(runs):
     assert set(column(runs(), "learning_rate")) == {1e-4}
     assert set(column(runs(method="full"), "learning_rate")) == {5e-6}
+    assert "text_encoder_lr" not in metrics(runs())[0]
+    assert set(column(runs(train_text_encoder=True), "text_encoder_lr")) == {1e-4}  # diffusers has one for SD
 
 
 def test_gradients_are_clipped_to_the_norm(runs):

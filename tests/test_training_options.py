@@ -5,6 +5,7 @@ B samples, C latent channels (4), h w latent size (8 x 8 for crops of 32).
 
 import base64
 import json
+import re
 import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,6 +14,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import DDPMScheduler
 from PIL import Image
 from tiny_families import save_tiny, toy_or_tiny
@@ -25,6 +27,7 @@ from training_runs import (
     UP,
     assert_same_trajectory,
     column,
+    metrics,
     same_metrics,
     same_state,
     same_weights,
@@ -46,10 +49,12 @@ from persam_dreambooth.dreambooth.families.registry import load_pipeline
 from persam_dreambooth.dreambooth.families.stable_diffusion import StableDiffusion
 from persam_dreambooth.dreambooth.latent_cache import PosteriorCache
 from persam_dreambooth.dreambooth.loss import latent_mask, masked_loss
-from persam_dreambooth.dreambooth.optimizers import effective_rate, make_optimizer
+from persam_dreambooth.dreambooth.optimizers import make_optimizer
 from persam_dreambooth.dreambooth.trainer import batch_losses
 from persam_dreambooth.main_job import TrainOptions
 from persam_dreambooth.photos.datasets import photo_folder
+from persam_dreambooth.training import accelerators
+from persam_dreambooth.training.accelerators import open_accelerator
 
 
 @pytest.fixture(scope="session")
@@ -268,9 +273,21 @@ def test_lora_adapts_the_layers_that_are_asked_for(checkpoints):
     assert adapted("sd", lora_targets="to_q,conv_in") == {layer for layer in everything if layer.endswith("to_q")} | {
         "conv_in"
     }
-    flux = adapted("flux", "transformer")
+    flux, all_of_flux = (adapted("flux", "transformer", lora_targets=targets) for targets in (None, "all"))
     assert flux == adapted("flux", "transformer", lora_targets="attention+feedforward")
     assert adapted("flux", "transformer", lora_targets="attention") == {layer for layer in flux if ".attn." in layer}
+    inside = {layer for layer in all_of_flux if ".norm" not in layer and layer.split(".")[0].endswith("blocks")}
+    assert flux == inside  # whatever a block has but what modulates it
+    assert {"single_transformer_blocks.1.proj_out", "single_transformer_blocks.1.proj_mlp"} < flux
+    assert "proj_out" in all_of_flux - flux
+    sd3 = adapted("sd3", "transformer")
+    both = adapted("sd3", "transformer", lora_targets="attn.*,attn2.*")
+    assert sd3 == both == adapted("sd3", "transformer", lora_targets="attention")
+    assert "transformer_blocks.0.attn2.to_out.0" in sd3
+    feedforward = adapted("sd3", "transformer", lora_targets="attention+feedforward") - sd3
+    assert len(feedforward) == 3 * 2 and all(".ff" in layer for layer in feedforward)  # the last text leads nowhere
+    fewer = adapted("sd3", "transformer", lora_targets="transformer_blocks.1.attn.to_q")
+    assert fewer == {"transformer_blocks.1.attn.to_q"}
     text = adapted("sd", "text_encoder", train_text_encoder=True)
     assert {layer.rsplit(".", 1)[-1] for layer in text} == {"q_proj", "k_proj", "v_proj", "out_proj"}
     text = adapted("sd", "text_encoder", train_text_encoder=True, lora_targets="all") - text
@@ -325,6 +342,7 @@ def test_a_run_starts_from_the_lora_it_is_given(runs, checkpoints, tmp_path, nam
     for number, file in enumerate(files):
         # A step of no length: what is saved is what it started from.
         run, still = tmp_path / f"{number}", {**options, "learning_rate": 0.0, "max_train_steps": 1}
+        still |= {"text_encoder_lr": 0.0} if "train_text_encoder" in options else {}
         assert runs.train(run, init_lora=file, **still) == 0
         assert same_weights(run, first)
         assert column(run)[0] != column(first)[0]
@@ -358,6 +376,7 @@ def test_a_lora_that_does_not_fit_is_refused_in_a_line(runs, checkpoints, tmp_pa
     (tmp_path / "broken.safetensors").write_bytes(b"x")
     other = runs(pretrained_model_name_or_path=save_tiny("flux", checkpoints))
     name = LORA_WEIGHTS
+    fits = f"{first / name} adapts 56 layers and this run 28: add --lora_targets to_k,to_out.0,to_q,to_v"
     for options, said in (
         ({"init_lora": tmp_path / "none"}, f"--init_lora: {tmp_path / 'none'} does not exist: name a run's folder"),
         ({"init_lora": tmp_path}, f"--init_lora: {tmp_path / name} does not exist"),
@@ -366,13 +385,37 @@ def test_a_lora_that_does_not_fit_is_refused_in_a_line(runs, checkpoints, tmp_pa
         ({"init_lora": other}, f"{other / name} holds no LoRA of a StableDiffusionPipeline: name one of this family"),
         ({"init_lora": first, "rank": 8}, f"{first / name} has rank 4: set --rank to it"),
         ({"init_lora": first, "use_dora": True}, f"{first / name} is no DoRA: remove --use_dora"),
-        ({"init_lora": first, "lora_targets": "to_q,to_k"}, f"{first / name} adapts 56 layers, which end in to_k, "),
+        ({"init_lora": first, "lora_targets": "to_q,to_k"}, fits),
         ({"init_lora": text}, f"{text / name} also adapts the text_encoder: add --train_text_encoder, or name another"),
         ({"init_lora": first, "resume_from_checkpoint": "checkpoint-2"}, "--init_lora has no effect: a checkpoint has"),
         ({"init_lora": first, "method": "full"}, "--init_lora has no effect: add --method lora"),
     ):
         line = refused(runs, capsys, tmp_path / "run", **options)
         assert line.startswith(f"error: {said}"), line
+
+
+OF_010 = {
+    "sd3": "attn.to_q,attn.to_k,attn.to_v,attn.to_out.0,add_q_proj,add_k_proj,add_v_proj,to_add_out",
+    "flux": "to_q,to_k,to_v,to_out.0,add_q_proj,add_k_proj,add_v_proj,to_add_out,net.0.proj,net.2",
+}
+"""What LoRA adapted by default in version 0.1.0."""
+
+
+@pytest.mark.parametrize("name", [pytest.param("sd3"), pytest.param("flux", marks=SLOW)])
+def test_a_run_of_fewer_layers_by_default_continues_as_the_error_says(runs, checkpoints, tmp_path, capsys, name):
+    options = {"pretrained_model_name_or_path": save_tiny(name, checkpoints)}
+    run = tmp_path / "run"
+    assert runs.train(run, lora_targets=OF_010[name], checkpointing_steps=2, **options) == 0
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump({**config, "lora_targets": None}))
+    assert runs.train(run, resume_from_checkpoint="checkpoint-2", **options) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    advice = re.fullmatch(r"error: .* adapts \d+ layers of the transformer and this run \d+: continue (.*)", line)[1]
+    found = re.fullmatch(r"in another --output_dir with --init_lora (\S+) --lora_targets (\S+)", advice)
+    assert found[1] == str(run / "checkpoint-2")
+    still = {"learning_rate": 0.0, "max_train_steps": 1}
+    assert runs.train(tmp_path / "more", init_lora=found[1], lora_targets=found[2], **still, **options) == 0
+    assert same_weights(tmp_path / "more", run / "checkpoint-2")
 
 
 # --- the average
@@ -426,12 +469,30 @@ def test_a_run_does_not_go_on_with_an_average_it_did_not_start(runs, tmp_path, c
 # --- optimizers
 
 
+def test_adamw_updates_all_weights_in_one_kernel_to_the_values_of_the_plain_one():
+    settings = {"betas": (0.8, 0.95), "weight_decay": 0.1, "eps": 1e-7}
+    flags = {"adam_beta1": 0.8, "adam_beta2": 0.95, "adam_weight_decay": 0.1, "adam_epsilon": 1e-7}
+    weight, twin = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    ours, _ = make_optimizer(TrainOptions(**flags), [[weight]], [1e-2])
+    plain = torch.optim.AdamW([twin], lr=1e-2, **settings, foreach=False)
+    assert ours.param_groups[0]["fused"]
+    for _ in range(20):
+        for parameter, optimizer in ((weight, ours), (twin, plain)):
+            optimizer.zero_grad()
+            (parameter * torch.tensor([1.0, 2.0, 3.0]) - 5).square().sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(weight, twin, rtol=1e-6, atol=0)
+    assert float(weight.detach().min()) > 1.1  # it moved
+    [in_fp16] = make_optimizer(TrainOptions(mixed_precision="fp16"), [[weight]], [1e-2])[0].param_groups
+    assert not in_fp16["fused"]  # accelerate tells a skipped step by an optimizer that was not called
+
+
 def test_prodigy_goes_the_way_of_its_own_package(runs):
     prodigyopt = pytest.importorskip("prodigyopt")
     settings = {"betas": (0.8, 0.95), "weight_decay": 0.1, "eps": 1e-7}
     flags = {"adam_beta1": 0.8, "adam_beta2": 0.95, "adam_weight_decay": 0.1, "adam_epsilon": 1e-7}
     weight, twin = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
-    ours, _ = make_optimizer(TrainOptions(optimizer="prodigy", **flags), [weight], 1.0)
+    ours, _ = make_optimizer(TrainOptions(optimizer="prodigy", **flags), [[weight]], [1.0])
     theirs = prodigyopt.Prodigy([twin], lr=1.0, **settings, use_bias_correction=True, safeguard_warmup=True)
     for _ in range(20):
         for parameter, optimizer in ((weight, ours), (twin, theirs)):
@@ -439,7 +500,7 @@ def test_prodigy_goes_the_way_of_its_own_package(runs):
             (parameter * torch.tensor([1.0, 2.0, 3.0]) - 5).square().sum().backward()
             optimizer.step()
         assert torch.equal(weight, twin)
-    assert effective_rate(ours, 1.0) > 1e-6  # where its estimate starts
+    assert ours.param_groups[0]["d"] > 1e-6  # where its estimate starts
 
 
 def test_prodigy_trains_logs_the_rate_it_found_and_resumes(runs, tmp_path):
@@ -476,6 +537,7 @@ def test_adam_of_8_bits_goes_a_similar_way_and_resumes(runs, tmp_path):
     np.testing.assert_allclose(column(eight), column(plain), rtol=0.05)
     assert not same_weights(eight, plain)
     kept = states(eight, STEPS)["optimizer"]["state"].values()
+    kept = [state.get("__bnb_optimizer_quant_state__", state) for state in kept]  # where bitsandbytes 0.50 keeps it
     assert torch.uint8 in {state["state1"].dtype for state in kept}
     assert runs.train(tmp_path / "run", use_8bit_adam=True, max_train_steps=2, **options) == 0
     assert runs.train(tmp_path / "run", use_8bit_adam=True, resume_from_checkpoint="latest", **options) == 0
@@ -483,11 +545,75 @@ def test_adam_of_8_bits_goes_a_similar_way_and_resumes(runs, tmp_path):
     assert same_metrics(tmp_path / "run", eight)
 
 
+def test_prodigy_has_one_rate_for_all_parts(runs, tmp_path, capsys):
+    pytest.importorskip("prodigyopt")
+    options = {"optimizer": "prodigy", "train_text_encoder": True}
+    run = runs(checkpointing_steps=STEPS, **options)
+    [group] = states(run, STEPS)["optimizer"]["param_groups"]
+    assert len(group["params"]) == len(weights(run))
+    assert "text_encoder_lr" not in metrics(run)[0]
+    said = refused(runs, capsys, tmp_path / "run", text_encoder_lr=1.0, **options)
+    assert said == "error: --text_encoder_lr has no effect: prodigy finds one rate for all, remove it"
+
+
 def test_an_optimizer_does_not_go_on_from_the_state_of_another(runs, tmp_path, capsys):
     pytest.importorskip("prodigyopt")
     assert runs.train(tmp_path / "run", checkpointing_steps=2) == 0
     assert runs.train(tmp_path / "run", optimizer="prodigy", resume_from_checkpoint="latest") == 2
     assert "--optimizer is prodigy but" in capsys.readouterr().err
+
+
+# --- steps that the scaler skips
+
+
+@pytest.fixture
+def scaler(monkeypatch):
+    """Runs have a scaler that makes the gradients of every third step overflow, as fp16 may do on an accelerator.
+
+    After two updates the scale grows from 4 to 2**127, and back when float32 has overflowed. accelerate scales and
+    unscales in the optimizer; no gradient is clipped, because the norm of scaled gradients is that of no other run.
+    """
+
+    def opened(*arguments):
+        accelerator = open_accelerator(*arguments)
+        settings = {"growth_factor": 2.0**125, "backoff_factor": 2.0**-125, "growth_interval": 2}
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0, **settings)
+        return accelerator
+
+    monkeypatch.setattr(accelerators, "open_accelerator", opened)
+
+
+@pytest.fixture
+def overflowing(photos, tmp_path, scaler):
+    """Options without clipping and with a loss far above 2, since the photos are class images of a great weight too."""
+    folder = shutil.copytree(photos, tmp_path / "class")
+    heavy = {"with_prior_preservation": True, "class_data_dir": folder, "num_class_images": 4}
+    return {"max_grad_norm": 1e30, "prior_loss_weight": 1e4, **heavy, "max_train_steps": 6, "use_ema": True}
+
+
+def test_a_skipped_step_advances_neither_schedule_nor_average(runs, tmp_path, overflowing):
+    options = {**overflowing, "lr_scheduler": "linear", "train_text_encoder": True}
+    run = tmp_path / "run"
+    assert runs.train(run, checkpointing_steps=6, **options) == 0
+    assert column(run, "skipped_steps") == [0, 0, 1, 1, 1, 2]
+    rates = [1e-4 * (1 - update / 6) for update in (0, 1, 2, 2, 3, 4)]
+    assert column(run, "learning_rate") == column(run, "text_encoder_lr") == pytest.approx(rates)
+    state = states(run, 6)
+    assert state["average"]["step"] == 4
+    assert {int(each["step"]) for each in state["optimizer"]["state"].values()} == {4}
+
+
+def test_a_run_with_skipped_steps_resumes_to_the_bit(runs, tmp_path, overflowing):
+    options = {**overflowing, "lr_scheduler": "cosine", "checkpointing_steps": 1}
+    straight, run = tmp_path / "straight", tmp_path / "run"
+    assert runs.train(straight, **options) == 0
+    for step in (2, 3, 4):  # before, at and after a skipped step
+        shutil.copytree(straight, run)
+        assert runs.train(run, resume_from_checkpoint=f"checkpoint-{step}", **options) == 0
+        assert same_weights(run, straight)
+        assert same_metrics(run, straight)
+        assert same_state(states(run, 6), states(straight, 6))
+        shutil.rmtree(run)
 
 
 # --- flips and cached latents
@@ -551,6 +677,18 @@ def counting_cache(limit=2**30):
         return torch.stack([pixels.mean(dim=0, keepdim=True), pixels.std(dim=0, keepdim=True)])
 
     return PosteriorCache(encode, limit), asked
+
+
+def test_recurring_crops_are_soon_all_cached(photos):
+    asked_for = {}
+    for recurring in (False, True):
+        cache, asked = counting_cache()
+        crops = training_crops(photos, resolution=64, recurring=recurring)
+        for number in range(120):
+            cache(crops[number]["pixels"])
+        asked_for[recurring] = len(asked)
+    assert asked_for[True] <= 9 + 17 + 1 + 1  # every second pixel of what the photos are longer than 64
+    assert asked_for[False] > 1.3 * asked_for[True]
 
 
 def test_the_vae_is_asked_once_for_every_different_crop(photos):

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -232,6 +233,11 @@ def assert_same_trajectory(one, two, rate=1e-4, steps=STEPS):
 def uniform(generator, shape):
     """Stable Diffusion's timesteps."""
     return torch.randint(0, 1000, (1,), generator=generator)
+
+
+def drawing(family, **options):
+    """A family's density of timesteps."""
+    return partial(family.draw_timestep, TrainOptions(**options))
 
 
 def toy_pipeline():

@@ -35,7 +35,7 @@ persam-dreambooth generate "a [V] {subject} on a beach" --model {folder}
 | | |
 |---|---|
 | steps | {steps}, batch size {batch} per process |
-| learning rate | {rate:g}{scaled} |
+| learning rate | {rate:g}{text_rate}{scaled} |
 | resolution | {resolution} |
 | masks | {coverage} |
 | final loss | {loss} |
@@ -88,6 +88,7 @@ def model_card(
         steps=options.max_train_steps,
         batch=options.train_batch_size * options.gradient_accumulation_steps,
         rate=options.learning_rate,
+        text_rate="" if options.text_encoder_lr is None else f", {options.text_encoder_lr:g} for text encoders",
         scaled=" times batch, accumulation and processes" if options.scale_lr else "",
         resolution=_sizes(crops) if options.aspect_ratio_buckets else crops.resolution,
         coverage=coverage,

@@ -6,19 +6,19 @@ Shapes: B samples, C latent channels, h w latent size, H W training crop.
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers.optimization import get_scheduler
 
 from persam_dreambooth.dreambooth.data import CLASS_SEED, CLASS_SHARE, DROPOUT, Crops, sample_noise
 from persam_dreambooth.dreambooth.ema import AveragedWeights
 from persam_dreambooth.dreambooth.families.family import Embeddings, Family
 from persam_dreambooth.dreambooth.loss import latent_mask, masked_loss
-from persam_dreambooth.dreambooth.optimizers import effective_rate, make_optimizer
+from persam_dreambooth.dreambooth.optimizers import Schedule, make_optimizer
 from persam_dreambooth.dreambooth.results import save_weights
 from persam_dreambooth.dreambooth.samples import save_validation_samples
 from persam_dreambooth.dreambooth.sharding import WholeState
@@ -28,7 +28,7 @@ from persam_dreambooth.files import write_aside
 from persam_dreambooth.models import building, loading
 from persam_dreambooth.options import check_multiple
 from persam_dreambooth.progress import Progress, bar
-from persam_dreambooth.training.accelerators import frozen_dtype
+from persam_dreambooth.training.accelerators import frozen_dtype, sent
 from persam_dreambooth.training.batches import numbered_batches
 from persam_dreambooth.training.checkpoint import (
     load_state,
@@ -100,28 +100,23 @@ def train(
     if options.fsdp:
         trained = family.shard()
 
-    rate = learning_rate(options, accelerator.num_processes)
-    optimizer, settings = make_optimizer(options, trained, rate)
+    parts = [[weight for weight in part.parameters() if weight.requires_grad] for part in family.trained.values()]
+    rates = learning_rates(options, len(parts), accelerator.num_processes)
+    optimizer, settings = make_optimizer(options, parts, rates)
+    schedule = Schedule(options)
     average = AveragedWeights(trained, options.ema_decay) if options.use_ema else None
     as_saved = average.swapped_in if average else nullcontext
     meter, first_step = Meter(run_dir, accelerator), 0
     saved_optimizer = WholeState(optimizer, trained) if options.fsdp else optimizer
+    states: dict[str, Any] = {"optimizer": saved_optimizer, "schedule": schedule, "average": average, "meter": meter}
+    states["scaler"] = accelerator.scaler
     if resume_from:
-        states = {"optimizer": saved_optimizer, "scaler": accelerator.scaler, "average": average, "meter": meter}
         with loading(str(resume_from), BROKEN):
             first_step = load_state(resume_from, **states)
         logger.info("resuming from %s at step %d", resume_from, first_step)
-    for group in optimizer.param_groups:  # options override the checkpoint if they changed
-        group.update(settings, initial_lr=rate)
-    schedule = get_scheduler(
-        options.lr_scheduler,
-        optimizer=optimizer,
-        num_warmup_steps=options.lr_warmup_steps,
-        num_training_steps=options.max_train_steps,
-        num_cycles=options.lr_num_cycles,
-        power=options.lr_power,
-        last_epoch=first_step - 1,
-    )
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)  # options override the checkpoint if they changed
+    schedule.start(optimizer, first_step)
 
     if isinstance(saved_optimizer, WholeState):  # without DDP, which holds whole copies
         models = [accelerator.prepare_model(part, False, evaluation_mode=True) for part in family.trained.values()]
@@ -145,14 +140,15 @@ def train(
     class_batches: Iterator[dict[str, Any] | None] = repeat(None)
     if class_images:
         class_batches = numbered_batches(class_images, options, first_step, last_step, accelerator)
-    encoded = with_posteriors(zip(batches, class_batches, strict=False), family)
+    ahead = 1 if options.cache_latents or family.device.type == "cpu" else ENCODED_AHEAD
+    encoded = with_posteriors(zip(batches, class_batches, strict=False), family, ahead)
     hidden = not accelerator.is_main_process
     steps = bar(range(first_step + 1, last_step + 1), "training", "step", last_step, first_step, hidden)
 
     def save_checkpoint(parent: Path, step: int) -> None:
         with write_aside(parent / f"checkpoint-{step}") as folder:
             folder.mkdir()
-            save_state(folder, step, optimizer=saved_optimizer, scaler=accelerator.scaler, average=average, meter=meter)
+            save_state(folder, step, **states)
             with as_saved():
                 family.save_weights(folder)
 
@@ -181,9 +177,9 @@ def train(
                         accelerator.clip_grad_norm_(trained, options.max_grad_norm)
                     optimizer.step()
                     optimizer.zero_grad()
-            rate = effective_rate(optimizer, schedule.get_last_lr()[0])
-            schedule.step()
-            if average:
+            rates = schedule.rates(optimizer)
+            schedule.step(optimizer.step_was_skipped)
+            if average and not optimizer.step_was_skipped:
                 average.step()
 
             last = step == last_step
@@ -191,7 +187,7 @@ def train(
             stopping = interruption.requested()
             checkpoint_due = stopping or step % options.checkpointing_steps == 0
             if step % options.logging_steps == 0 or last or checkpoint_due:
-                row = meter.write(step, rate)
+                row = meter.write(step, rates[0], figures(accelerator, schedule, rates))
                 steps.set_postfix(loss=f"{row['loss']:.4f}")
             if checkpoint_due:
                 gather()
@@ -217,13 +213,14 @@ def train(
 
 
 def with_posteriors(
-    batches: Iterable[tuple[dict[str, Any], dict[str, Any] | None]], family: Family
+    batches: Iterable[tuple[dict[str, Any], dict[str, Any] | None]], family: Family, ahead: int
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None]]:
     """Replaces the pixels of batches by their `posterior`, and begins the phase `training`.
 
-    On an accelerator, several batches are encoded at once, so that the VAE moves there rarely.
+    So many batches are encoded `ahead` that the VAE moves to an accelerator rarely. Where most latents are cached, one
+    is: the next batch is prepared while the accelerator works.
     """
-    ahead, encoded = 1 if family.device.type == "cpu" else ENCODED_AHEAD, []
+    encoded = []
     for number, pair in enumerate(batches, start=1):
         for half in filter(None, pair):
             half["posterior"] = family.posterior(half.pop("pixels")).cpu()
@@ -253,9 +250,9 @@ def batch_losses(
       prompt or the empty one, inside and outside the masks, if `class_preservation_weight` is not 0. It is the sum over
       the samples with class preservation, divided by their expected number.
 
-    `snr_gamma` weights each sample of all losses by its timestep. It applies to the last two as well, because the
-    effect of an error on the image depends on the timestep in the same way for all of them, and because the proportions
-    of the losses stay the same.
+    `snr_gamma` or `weighting_scheme` weights each sample of all losses by its timestep. It applies to the last two as
+    well, because the effect of an error on the image depends on the timestep in the same way for all of them, and
+    because the proportions of the losses stay the same.
 
     Args:
         batch: `Sample`s stacked: pixels (B, 3, H, W) or in their place the posterior (2, B, C, h, w), mask
@@ -266,18 +263,19 @@ def batch_losses(
     halves = [(batch, options.seed)]
     if class_batch is not None:
         halves.append((class_batch, options.seed + CLASS_SEED))
+    draw = partial(family.draw_timestep, options)
     device, shape = family.device, family.latent_shape(*batch["mask"].shape[-2:])
     latents, noise, timesteps = [], [], []
     for half, seed in halves:
         numbers = half["number"].tolist()
-        vae_noise, noise_, timesteps_ = sample_noise(seed, numbers, shape, family.draw_timestep, options.noise_offset)
+        vae_noise, noise_, timesteps_ = sample_noise(seed, numbers, shape, draw, options.noise_offset)
         posterior = half["posterior"] if "posterior" in half else family.posterior(half["pixels"])
-        latents.append(family.latents(posterior, vae_noise).float())
-        noise.append(noise_.to(device))
-        timesteps.append(timesteps_.to(device))
+        latents.append(family.latents(sent(posterior, device), sent(vae_noise, device)).float())
+        noise.append(sent(noise_, device))
+        timesteps.append(sent(timesteps_, device))
     x, e, t = torch.cat(latents), torch.cat(noise), torch.cat(timesteps)
     prompts = [prompt for half, _ in halves for prompt in half["prompt"]]
-    crops = torch.cat([half["crop"] for half, _ in halves]).to(device)
+    crops = sent(torch.cat([half["crop"] for half, _ in halves]), device)
     noisy, target = family.add_noise(x, e, t), family.target(x, e, t)
 
     # Rows: photos, class images, and once more the photos with class preservation.
@@ -290,10 +288,10 @@ def batch_losses(
     inputs = [torch.cat([each, each[again]]) if again else each for each in (noisy, t, crops)]
     prediction = family.predict(inputs[0], inputs[1], text, inputs[2])
 
-    weight = family.min_snr_weights(t, options.snr_gamma) if options.snr_gamma else torch.ones(len(t), device=device)
+    weight = family.loss_weights(options, t)
     mask = None
     if not options.unmasked:
-        mask = latent_mask(batch["mask"].to(device), target.shape[-2:], options.mask_dilation, options.mask_feather)
+        mask = latent_mask(sent(batch["mask"], device), target.shape[-2:], options.mask_dilation, options.mask_feather)
     normalization = options.mask_normalization
     own = masked_loss(prediction[:photos], target[:photos], mask, normalization, options.unmasked_weight)
     losses = {"loss": (weight[:photos] * own).mean()}
@@ -321,13 +319,22 @@ def encode_together(family: Family, prompts: list[str]) -> Embeddings:
     return family.encode_prompts(different)[[different.index(prompt) for prompt in prompts]]
 
 
-def learning_rate(options: TrainingOptions, processes: int) -> float:
-    """The learning rate, scaled if `scale_lr` is set."""
-    rate = options.learning_rate
-    assert rate is not None
-    if options.scale_lr:
-        rate *= options.train_batch_size * options.gradient_accumulation_steps * processes
-    return rate
+def learning_rates(options: TrainingOptions, parts: int, processes: int) -> list[float]:
+    """The learning rates of the denoiser and of the trained text encoders after it, scaled if `scale_lr` is set."""
+    own, text = options.learning_rate, options.text_encoder_lr
+    assert own is not None
+    factor = options.train_batch_size * options.gradient_accumulation_steps * processes if options.scale_lr else 1
+    return [factor * rate for rate in (own, *[own if text is None else text] * (parts - 1))]
+
+
+def figures(accelerator: Accelerator, schedule: Schedule, rates: list[float]) -> dict[str, float]:
+    """What a line of `metrics.jsonl` has besides losses and learning rate, where a run has it.
+
+    - `text_encoder_lr`: the learning rate of the trained text encoders.
+    - `skipped_steps`: the number of steps so far without an update, because gradients overflowed in fp16.
+    """
+    found: dict[str, float] = {"text_encoder_lr": rates[-1]} if len(rates) > 1 else {}
+    return {**found, "skipped_steps": schedule.skipped} if accelerator.scaler else found
 
 
 def check_resolution(options: TrainingOptions, family: Family) -> int:

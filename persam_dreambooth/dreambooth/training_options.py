@@ -35,6 +35,9 @@ WHEN_MASKED = (without_flag("--unmasked"),)
 WHEN_LORA = (with_flag("--method lora"),)
 WHEN_PRIOR = (with_flag("--with_prior_preservation"),)
 WHEN_GENERATED = (with_flag("--replace_background generated"),)
+WHOLE_WEIGHTS = Condition(
+    lambda options: options.quantize == "no", "quantized weights stay whole on the GPU, remove it or --quantize"
+)
 """Conditions under which options have an effect."""
 
 
@@ -165,6 +168,18 @@ class TrainingOptions(SubjectOptions):
     )
 
     # The noise
+    weighting_scheme: Literal["logit_normal", "mode", "sigma_sqrt", "cosmap", "none"] = option(
+        "logit_normal", "density of noise levels for flow matching, or with sigma_sqrt and cosmap weights of the loss"
+    )
+    logit_mean: float = option(
+        0.0, "mean of logit_normal; above 0 for less noise", when=(with_flag("--weighting_scheme logit_normal"),)
+    )
+    logit_std: float = option(
+        1.0, "standard deviation of logit_normal", when=(with_flag("--weighting_scheme logit_normal"),)
+    )
+    mode_scale: float = option(
+        1.29, "weight of the middle noise levels, -1 to 1.75", when=(with_flag("--weighting_scheme mode"),)
+    )
     snr_gamma: float | None = option(
         None, "min-SNR loss weighting: gamma, such as 5; not for flow matching", elsewhere=("min_snr_gamma",)
     )
@@ -255,9 +270,18 @@ class TrainingOptions(SubjectOptions):
     learning_rate: float | None = option(
         None,
         "default: 1e-4 for lora; for full 5e-6, and 1e-6 with XL; for prodigy 1, which multiplies what it finds",
-        elsewhere=("lr",),
+        elsewhere=("lr", "unet_lr"),
     )
-    scale_lr: bool = option(False, "multiply the learning rate by batch, accumulation and processes")
+    text_encoder_lr: float | None = option(
+        None,
+        "learning rate of the text encoders; default: 5e-6 for lora with XL, 3 and FLUX.1, else --learning_rate",
+        when=(
+            with_flag("--train_text_encoder"),
+            Condition(lambda options: options.optimizer != "prodigy", "prodigy finds one rate for all, remove it"),
+        ),
+        elsewhere=("text_encoder_learning_rate",),
+    )
+    scale_lr: bool = option(False, "multiply the learning rates by batch, accumulation and processes")
     lr_scheduler: SCHEDULES = option("constant", "learning rate schedule")
     lr_warmup_steps: int = option(
         0,
@@ -287,11 +311,17 @@ class TrainingOptions(SubjectOptions):
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
         None, "precision; default: that of the accelerate configuration"
     )
+    quantize: Literal["no", "nf4", "int8"] = option(
+        "no", "load the linear layers of the frozen denoiser in 4 bits (nf4) or 8 bits (bitsandbytes)", when=WHEN_LORA
+    )
+    quantize_text_encoder: Literal["no", "nf4", "int8"] = option(
+        "no", "load the linear layers of T5 or Qwen3 in 4 bits (nf4) or 8 bits (bitsandbytes)"
+    )
     gradient_checkpointing: bool = option(False, "save memory at the cost of slower steps")
     offload: Literal["no", "group"] = option(
         "no",
         "group: keep frozen weights on the CPU, and only those of two blocks on the GPU; slower",
-        when=(*WHEN_LORA, with_flag("--gradient_checkpointing")),
+        when=(*WHEN_LORA, with_flag("--gradient_checkpointing"), WHOLE_WEIGHTS),
         elsewhere=("blocks_to_swap", "layer_offloading"),
     )
     fsdp: bool = option(
@@ -303,6 +333,7 @@ class TrainingOptions(SubjectOptions):
             without_flag("--train_text_encoder"),
             without_flag("--validation_steps"),
             without_flag("--offload group"),
+            WHOLE_WEIGHTS,
         ),
     )
     allow_tf32: bool = option(False, "allow TF32 matrix products on Ampere GPUs and later")
@@ -354,16 +385,18 @@ class TrainingOptions(SubjectOptions):
         )  # fmt: skip
         within(
             self, 0, math.inf, "prior_loss_weight", "masked_prior_preservation_weight", "class_preservation_weight",
-            "learning_rate", "lr_warmup_steps", "adam_weight_decay", "adam_epsilon", "dataloader_num_workers",
-            "num_validation_images",
+            "learning_rate", "text_encoder_lr", "lr_warmup_steps", "adam_weight_decay", "adam_epsilon",
+            "dataloader_num_workers", "num_validation_images",
         )  # fmt: skip
         within(self, 0, 1, "unmasked_weight", "unmasked_probability", "lora_dropout", "noise_offset", "ema_decay")
         within(self, 1, 512, "max_sequence_length")
+        within(self, -1, 1.75, "mode_scale")  # its density is monotonic only here
+        within(self, -10, 10, "logit_mean")
         within(self, -16, 16, "mask_dilation")
         within(self, 0, 8, "mask_feather")
         within(self, 0, LAST_SEED, "seed")
         below_one(self, "adam_beta1", "adam_beta2", "caption_dropout")
-        above_zero(self, "max_grad_norm", "snr_gamma", "lora_alpha")
+        above_zero(self, "max_grad_norm", "snr_gamma", "lora_alpha", "logit_std")
         super().check()
         buckets = self.aspect_ratio_buckets
         if buckets not in (None, "auto") and not re.fullmatch(r"\d+,\d+(;\d+,\d+)*", str(buckets)):
@@ -477,7 +510,9 @@ class TrainingOptions(SubjectOptions):
         names = dict.fromkeys(subject.source for subject in self.each_subject)
         return Path(self.output_dir or f"outputs/{'-'.join(names)}")
 
-    def resolved(self: Own, resolution: int, mixed_precision: Any, learning_rate: float) -> Own:
+    def resolved(
+        self: Own, resolution: int, mixed_precision: Any, learning_rate: float, text_encoder_lr: float | None = None
+    ) -> Own:
         """The same options with dynamic defaults filled in.
 
         Class name and prompts stay None if they follow from the photos' folder, so that saved options can be used with
@@ -487,16 +522,21 @@ class TrainingOptions(SubjectOptions):
             resolution: the training resolution; ignored if buckets are listed.
             mixed_precision: the precision of the accelerator.
             learning_rate: the model family's default, used if none was given and the optimizer does not find its own.
+            text_encoder_lr: the same for trained text encoders; None for the learning rate.
         """
         if self.optimizer == "prodigy":
             learning_rate = 1.0
+        rate = learning_rate if self.learning_rate is None else self.learning_rate
+        text_rates = [own for own in (self.text_encoder_lr, text_encoder_lr, rate) if own is not None]
+        has_text_rate = self.train_text_encoder and self.optimizer != "prodigy"
         words: dict[str, Any] = {"identifier": self.word}
         if self.subjects:
             words = {"subjects": [{**asdict(each), "identifier": each.word} for each in read_subjects(self.subjects)]}
         return replace(
             self,
             **words,
-            learning_rate=learning_rate if self.learning_rate is None else self.learning_rate,
+            learning_rate=rate,
+            text_encoder_lr=text_rates[0] if has_text_rate else None,
             output_dir=str(self.run_dir),
             resolution=None if self.bucket_list else resolution,
             mixed_precision=mixed_precision,

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from persam_dreambooth.dreambooth.placement import Phase
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
+from persam_dreambooth.training.accelerators import sent
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,11 @@ class Embeddings:
 
     def to(self, target: torch.dtype | torch.device | str) -> "Embeddings":
         """Converts to another dtype, or moves to another device."""
+        to: Any = sent if isinstance(target, torch.device) else torch.Tensor.to
         pooled, mask = self.pooled, self.mask
         if mask is not None and not isinstance(target, torch.dtype):
-            mask = mask.to(target)
-        return Embeddings(self.states.to(target), None if pooled is None else pooled.to(target), mask)
+            mask = to(mask, target)
+        return Embeddings(to(self.states, target), None if pooled is None else to(pooled, target), mask)
 
 
 class Family(Protocol):
@@ -69,6 +71,9 @@ class Family(Protocol):
 
     learning_rates: ClassVar[dict[str, float]]
     """The default learning rate of each supported method, `lora` and `full`."""
+
+    text_encoder_rates: ClassVar[dict[str, float]]
+    """The default learning rate of trained text encoders by method; without it, it is the denoiser's."""
 
     tags: ClassVar[list[str]]
     """The tags of the family in a model card."""
@@ -161,7 +166,9 @@ class Family(Protocol):
             scheduler: a name in the family's `schedulers`; None for one that needs only 20 to 30 denoising steps.
         """
 
-    def draw_timestep(self, generator: torch.Generator, shape: tuple[int, int, int]) -> torch.Tensor:
+    def draw_timestep(
+        self, options: TrainingOptions, generator: torch.Generator, shape: tuple[int, int, int]
+    ) -> torch.Tensor:
         """Samples one timestep (1,) from the family's density, for a latent of shape (C, h, w); on the CPU."""
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
@@ -187,8 +194,8 @@ class Family(Protocol):
     def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """The target of `predict`, (B, C, h, w); arguments as in `add_noise`."""
 
-    def min_snr_weights(self, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
-        """Loss weights (B,) at timesteps (B,); not called if `without` contains `snr_gamma`."""
+    def loss_weights(self, options: TrainingOptions, timesteps: torch.Tensor) -> torch.Tensor:
+        """Weights (B,) of the loss at timesteps (B,); ones by default."""
 
     def init_lora(self, options: TrainingOptions) -> None:
         """Loads the LoRA that `options` name into the trained LoRA; `registry.open_family` checked that it fits."""

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from persam_dreambooth.dreambooth.families.latent_diffusion import LatentDiffusion
+from persam_dreambooth.dreambooth.training_options import TrainingOptions
 
 PATCH = 2
 
@@ -22,6 +23,7 @@ class FlowMatching(LatentDiffusion):
     """
 
     denoiser_name = "transformer"
+    text_encoder_rates: ClassVar = {"lora": 5e-6}  # of diffusers' LoRA scripts
     inference_dtype = torch.bfloat16
     without: ClassVar = {
         **LatentDiffusion.without,
@@ -76,9 +78,28 @@ class FlowMatching(LatentDiffusion):
         mu = self.flow.base_shift + part * (self.flow.max_shift - self.flow.base_shift)
         return math.exp(mu) if self.flow.time_shift_type == "exponential" else mu
 
-    def draw_timestep(self, generator: torch.Generator, shape: tuple[int, int, int]) -> torch.Tensor:
-        """See `Family`: logit-normal with mean 0 and standard deviation 1 (section 3.1), then shifted (eq. 23)."""
-        part = torch.sigmoid(torch.randn((1,), generator=generator))
+    def draw_timestep(
+        self, options: TrainingOptions, generator: torch.Generator, shape: tuple[int, int, int]
+    ) -> torch.Tensor:
+        """See `Family`: a fraction of noise from the density of `weighting_scheme` (section 3.1), shifted (eq. 23).
+
+        The densities are those of diffusers' scripts, which draw 1 - fraction: a `logit_mean` above 0 means less noise,
+        while m in eq. 19 of the paper means more. As there, the fraction is at least one of `num_train_timesteps`.
+
+            logit_normal   logit(fraction) = std z - mean, z normal
+            mode           fraction = u + s (cos^2(pi u / 2) - 1 + u), u uniform (eq. 20)
+            others         uniform
+        """
+        match options.weighting_scheme:
+            case "logit_normal":
+                normal = torch.randn((1,), generator=generator)
+                part = torch.sigmoid(options.logit_std * normal - options.logit_mean)
+            case "mode":
+                u = torch.rand((1,), generator=generator)
+                part = u + options.mode_scale * (torch.cos(math.pi * u / 2) ** 2 - 1 + u)
+            case _:
+                part = 1 - torch.rand((1,), generator=generator)
+        part = part.clamp(min=1 / self.flow.num_train_timesteps)
         shift = self.shift(shape)
         return self.flow.num_train_timesteps * shift * part / (1 + (shift - 1) * part)
 
@@ -90,6 +111,21 @@ class FlowMatching(LatentDiffusion):
     def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """See `Family`: noise - latents, the derivative of `add_noise` with respect to t."""
         return noise - latents
+
+    def loss_weights(self, options: TrainingOptions, timesteps: torch.Tensor) -> torch.Tensor:
+        """See `Family`; with s the fraction of noise:
+
+        sigma_sqrt   1 / s^2
+        cosmap       2 / (pi (1 - 2 s + 2 s^2))
+        others       1
+        """
+        part = timesteps / self.flow.num_train_timesteps
+        match options.weighting_scheme:
+            case "sigma_sqrt":
+                return part**-2
+            case "cosmap":
+                return 2 / (math.pi * (1 - 2 * part + 2 * part**2))
+        return torch.ones_like(part)
 
     @classmethod
     def length(cls, pipeline: Any) -> int:

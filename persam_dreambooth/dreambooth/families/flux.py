@@ -15,16 +15,23 @@ from persam_dreambooth.dreambooth.families.flow_matching import PATCH, FlowMatch
 class Flux(FlowMatching):
     """FLUX.1 in training.
 
-    The learning rate, LoRA's layers, and the guidance of 1 for dev during training are those of diffusers'
-    `train_dreambooth_lora_flux.py` and its README. The length of T5's prompts is that of `FluxPipeline`. Timesteps are
-    sampled as for Stable Diffusion 3, with the shift of dev's inference; diffusers' script samples them uniformly.
+    The learning rate, and the guidance of 1 for dev during training, are those of diffusers'
+    `train_dreambooth_lora_flux.py` and its README. LoRA adapts all layers of attention and all feed-forward layers; the
+    script leaves out `proj_mlp` and `proj_out` of the single blocks, which kohya's script adapts. The length of T5's
+    prompts is that of `FluxPipeline`. Timesteps are sampled as for Stable Diffusion 3, with the shift of dev's
+    inference; diffusers' script samples them uniformly.
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = FluxPipeline
+    feedforward_targets: ClassVar = [
+        *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+        # Of attention and feed-forward at once. The last layer of the transformer has this name too.
+        *("proj_mlp", "single_transformer_blocks.*.proj_out"),
+    ]
     denoiser_targets: ClassVar = [
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
-        *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+        *feedforward_targets,
     ]
     learning_rates: ClassVar = {"lora": 1e-4}
     tags: ClassVar = ["flux"]
@@ -32,7 +39,6 @@ class Flux(FlowMatching):
         **FlowMatching.without,
         "negative_prompt": "whose guidance is distilled: it does not compare with another prompt",
     }
-    feedforward_targets: ClassVar = ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
     sequence_tokenizer = "tokenizer_2"
     sequence_length = 512
     guidance = 1.0

@@ -14,14 +14,13 @@ from diffusers import DiffusionPipeline, Flux2KleinPipeline
 from persam_dreambooth.dreambooth.families.family import Embeddings
 from persam_dreambooth.dreambooth.families.flow_matching import PATCH, FlowMatching
 from persam_dreambooth.dreambooth.families.flux import patch_positions
-from persam_dreambooth.dreambooth.families.latent_diffusion import adaptable_layers
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-FUSED_OUTPUT = "attn.to_out"
-"""The ending of the output layer of single blocks; in double blocks it is a list, whose first layer adds `.0`."""
+FUSED_OUTPUT = "single_transformer_blocks.*.attn.to_out"
+"""The output layers of single blocks; in double blocks peft would take the list of this name for a layer."""
 
 
 class Flux2Klein(FlowMatching):
@@ -93,13 +92,6 @@ class Flux2Klein(FlowMatching):
                 "(black-forest-labs/FLUX.2-klein-base-4B or -9B), and give the distilled one to generate --base_model",
                 options.pretrained_model_name_or_path,
             )
-
-    def lora_targets(self, options: TrainingOptions) -> list[str]:
-        """See `LatentDiffusion`; outputs of single blocks by their whole names, because peft would also take lists."""
-        fused = [name for name in adaptable_layers(self.pipeline.transformer) if name.endswith(f".{FUSED_OUTPUT}")]
-        return [
-            name for target in super().lora_targets(options) for name in (fused if target == FUSED_OUTPUT else [target])
-        ]
 
     def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
         """See `LatentDiffusion`; in patches."""

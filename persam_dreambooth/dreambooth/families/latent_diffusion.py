@@ -7,7 +7,8 @@ A family declares its parts and defaults and implements the rest: prompts, noise
 import copy
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,7 +27,7 @@ from safetensors.torch import load_file
 from persam_dreambooth import models
 from persam_dreambooth.dreambooth.families.family import Embeddings, Family
 from persam_dreambooth.dreambooth.latent_cache import PosteriorCache
-from persam_dreambooth.dreambooth.placement import Phase, Placement, Role, precision
+from persam_dreambooth.dreambooth.placement import Phase, Placement, Role, frozen_precision, quantized_roles
 from persam_dreambooth.dreambooth.sharding import shard, whole, whole_model
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.errors import InputError, InputNotFoundError
@@ -39,6 +40,7 @@ BASE_COPY = "base"
 TEXT_LEVEL = "text_model."
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 TEXT_FEEDFORWARD = ["fc1", "fc2"]
+LORA_KEYWORDS = ("attention", "attention+feedforward", "all")
 DORA_LENGTH = "lora_magnitude_vector"
 INITS: dict[str, Any] = {"gaussian": "gaussian", "kaiming": True}
 """The names in peft. Initializations that change the base weights (PiSSA, OLoRA) would be lost in a saved LoRA."""
@@ -61,13 +63,18 @@ class LatentDiffusion(Family):
     """The denoiser's name in the pipeline: `unet` or `transformer`."""
 
     denoiser_targets: ClassVar[list[str]]
-    """Name endings of the denoiser's layers that LoRA adapts by default, without `--lora_targets`."""
+    """Name endings of the denoiser's layers that LoRA adapts by default, without `--lora_targets`.
+
+    `*` stands for any text, such as the number of a block.
+    """
 
     feedforward_targets: ClassVar[list[str]] = ["ff.net.0.proj", "ff.net.2"]
     """Name endings of the feed-forward layers."""
 
     trainable_encoders: ClassVar[list[str]] = ["text_encoder"]
     """The text encoders that `--train_text_encoder` trains: those of CLIP."""
+
+    text_encoder_rates: ClassVar[dict[str, float]] = {}
 
     inference_dtype: ClassVar[torch.dtype] = torch.float16
     """The half precision for inference on an accelerator."""
@@ -113,9 +120,9 @@ class LatentDiffusion(Family):
         settings = {**cls.load_settings, **parts}
         if models.is_single_file(source):  # which can be loaded in one dtype only
             return cls.pipeline_class.from_single_file(source, config=base_config, dtype=torch.float32, **settings)
-        clip, other = (precision(role, dtype) for role in ("clip", "language model"))
-        by_name = {cls.denoiser_name: precision("denoiser", dtype), **dict.fromkeys(cls.trainable_encoders, clip)}
-        by_name |= {"vae": torch.float32, "default": other}  # the VAE's configuration decides on its dtype
+        by_name = {cls.denoiser_name: frozen_precision("denoiser", dtype), "vae": torch.float32}  # see `vae_dtype`
+        by_name |= dict.fromkeys(cls.trainable_encoders, frozen_precision("clip", dtype))
+        by_name["default"] = frozen_precision("language model", dtype)
         return cls.pipeline_class.from_pretrained(source, revision=revision, variant=variant, dtype=by_name, **settings)
 
     @classmethod
@@ -160,7 +167,12 @@ class LatentDiffusion(Family):
         return frozen_dtype
 
     def place_on(
-        self, device: torch.device, frozen_dtype: torch.dtype, whole: Sequence[str] = (), offload: str = "no"
+        self,
+        device: torch.device,
+        frozen_dtype: torch.dtype,
+        whole: Sequence[str] = (),
+        quantized: Mapping[Role, str] | None = None,
+        offload: str = "no",
     ) -> None:
         """Sets the device of the parts in use, and the precision of all parts; see `placement`.
 
@@ -168,15 +180,18 @@ class LatentDiffusion(Family):
             device: the accelerator, or the CPU.
             frozen_dtype: dtype of the frozen weights.
             whole: the names of parts that are trained whole, in float32.
+            quantized: `nf4` or `int8` of the roles that are quantized.
             offload: `group`, or `no`.
         """
         self.placement.device, self.frozen_dtype = device, frozen_dtype
         for name, role in self.placement.roles.items():
             part: Any = self.placement.parts[name]
-            dtype = self.vae_dtype(frozen_dtype) if role == "vae" else precision(role, frozen_dtype)
+            dtype = self.vae_dtype(frozen_dtype) if role == "vae" else frozen_precision(role, frozen_dtype)
             dtype = torch.float32 if name in whole else dtype
             if part.dtype != dtype:
                 part.to(dtype)
+            if quantized and role in quantized:
+                self.placement.quantize(name, quantized[role], dtype)
         if offload == "group":
             self.placement.offload()
 
@@ -191,10 +206,10 @@ class LatentDiffusion(Family):
     ) -> list[torch.nn.Parameter]:
         """See `Family`."""
         names, placement = self.trained_names(options), self.placement
-        self.place_on(device, frozen_dtype, self.whole_names(options), options.offload)
+        self.place_on(device, frozen_dtype, self.whole_names(options), quantized_roles(options), options.offload)
         if options.preserves_base and options.method == "full":
             base = copy.deepcopy(placement.parts[self.denoiser_name])
-            placement.add(BASE_COPY, "base copy", base.to(precision("base copy", frozen_dtype)))
+            placement.add(BASE_COPY, "base copy", base.to(frozen_precision("base copy", frozen_dtype)))
         if options.fsdp:  # these parts are sharded later, and then stay where they are
             placement.wait(*(name for name in (*names, BASE_COPY) if name in placement.roles))
         else:
@@ -242,7 +257,7 @@ class LatentDiffusion(Family):
         """Raises `InputError` for options that this model does not support."""
         layers = adaptable_layers(getattr(self.pipeline, self.denoiser_name))
         for ending in self.lora_targets(options):
-            if not any(f".{layer}".endswith(f".{ending}") for layer in layers):
+            if not targeted(layers, [ending]):
                 known = ", ".join(self.denoiser_targets)
                 raise InputError(f"--lora_targets: no layer of the {self.denoiser_name} ends in {ending}: try {known}")
         if options.init_lora:
@@ -254,19 +269,27 @@ class LatentDiffusion(Family):
                 check_lora(path, state, layers, self.part_targets(name, options), options)
 
     def lora_targets(self, options: TrainingOptions) -> list[str]:
-        """Name endings of the denoiser's layers that LoRA adapts; call it only before LoRA is added."""
+        """Name endings of the denoiser's layers that LoRA adapts; call it only before LoRA is added.
+
+        Layers of an ending with `*` have their whole names.
+        """
+        layers = adaptable_layers(getattr(self.pipeline, self.denoiser_name))
         attention = [ending for ending in self.denoiser_targets if ending not in self.feedforward_targets]
         match options.lora_targets:
             case None:
-                return self.denoiser_targets
+                endings = self.denoiser_targets
             case "attention":
-                return attention
+                endings = attention
             case "attention+feedforward":
-                return [*attention, *self.feedforward_targets]
+                endings = [*attention, *self.feedforward_targets]
             case "all":
-                return adaptable_layers(getattr(self.pipeline, self.denoiser_name))
-            case endings:
-                return [ending.strip() for ending in endings.split(",")]
+                return layers
+            case given:
+                endings = [ending.strip() for ending in given.split(",")]
+        if options.lora_targets in (None, *LORA_KEYWORDS):  # a model may lack some of its family's layers
+            endings = [ending for ending in endings if targeted(layers, [ending])]
+        starred = {ending: targeted(layers, [ending]) for ending in endings if "*" in ending}
+        return [name for ending in endings for name in starred.get(ending) or [ending]]
 
     def free(self, name: str, options: TrainingOptions) -> None:
         """Unfreezes one part, or adds LoRA to it."""
@@ -306,7 +329,7 @@ class LatentDiffusion(Family):
 
     def posterior(self, pixels: torch.Tensor) -> torch.Tensor:
         """See `Family`."""
-        encode = self.cache or self.encode_image
+        encode = self.encode_image if self.cache is None else self.cache  # one that is empty still is one
         return torch.stack([encode(one) for one in pixels], dim=1)
 
     @torch.no_grad()
@@ -459,8 +482,16 @@ class LatentDiffusion(Family):
             return
         state = load_file(folder / LORA_WEIGHTS)
         for name in self.trained:
-            own = self.lora_of_part(name, state)
-            set_peft_model_state_dict(getattr(self.pipeline, name), own, adapter_name="default")
+            own, part = self.lora_of_part(name, state), getattr(self.pipeline, name)
+            saved = {key.split(".lora_")[0] for key in own}
+            wanted = {key for key, layer in part.named_modules() if hasattr(layer, "lora_A")}
+            if saved != wanted:  # a run of an earlier version, whose default was another
+                targets = ",".join(endings_of(saved, wanted))
+                raise InputError(
+                    f"{folder} adapts {len(saved)} layers of the {name} and this run {len(wanted)}: continue in "
+                    f"another --output_dir with --init_lora {folder} --lora_targets {targets}"
+                )
+            set_peft_model_state_dict(part, own, adapter_name="default")
 
     def lora_of_part(self, name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The LoRA of one part, with peft's names, from a state with the names of diffusers."""
@@ -517,6 +548,22 @@ def adaptable_layers(part: torch.nn.Module) -> list[str]:
     return [name for name, layer in part.named_modules() if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))]
 
 
+def targeted(layers: Iterable[str], endings: Iterable[str]) -> list[str]:
+    """The layers whose names have one of the endings; `*` in an ending stands for any text."""
+    patterns = [f"*.{ending}" for ending in endings]
+    return [layer for layer in layers if any(fnmatchcase(f".{layer}", pattern) for pattern in patterns)]
+
+
+def endings_of(chosen: set[str], layers: set[str]) -> list[str]:
+    """The shortest endings of names that only the chosen ones of a part's layers have, or else their whole names."""
+    split = [re.findall(r"[^.]+(?:\.\d+)*", layer) for layer in sorted(chosen)]
+    for count in range(1, max(map(len, split), default=1)):
+        endings = list(dict.fromkeys(".".join(words[-count:]) for words in split))
+        if set(targeted(layers | chosen, endings)) == chosen:
+            return endings
+    return sorted(chosen)
+
+
 def text_targets(options: TrainingOptions) -> list[str]:
     """Name endings of a text encoder's layers that LoRA adapts: attention, and feed-forward layers if asked."""
     more = options.lora_targets in ("attention+feedforward", "all")
@@ -545,12 +592,11 @@ def check_lora(
         options: rank, DoRA.
     """
     adapted = {key.split(".lora_")[0] for key in state}
-    wanted = {layer for layer in layers if any(f".{layer}".endswith(f".{ending}") for ending in targets)}
+    wanted = set(targeted(layers, targets))
     if adapted != wanted:
-        endings = {re.sub(r".*?([^.]+(\.\d+)?)$", r"\1", layer) for layer in adapted}
         raise InputError(
-            f"{path} adapts {len(adapted)} layers, which end in {', '.join(sorted(endings))}; "
-            f"this run adapts {len(wanted)}, which end in {', '.join(targets)}: set --lora_targets"
+            f"{path} adapts {len(adapted)} layers and this run {len(wanted)}: "
+            f"add --lora_targets {','.join(endings_of(adapted, set(layers)))}"
         )
     ranks = {value.shape[0] for key, value in state.items() if ".lora_A" in key}
     if ranks != {options.rank}:

@@ -20,6 +20,7 @@ from diffusers import (
 
 from persam_dreambooth.dreambooth.families.family import Embeddings
 from persam_dreambooth.dreambooth.families.latent_diffusion import LatentDiffusion, reads_long_prompts
+from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.errors import InputError
 
 EMPTY_CHUNK = " "
@@ -29,7 +30,8 @@ EMPTY_CHUNK = " "
 class StableDiffusion(LatentDiffusion):
     """Stable Diffusion 1.x or 2.x in training.
 
-    Learning rates are the defaults of diffusers' `train_dreambooth_lora.py` and `train_dreambooth.py`.
+    Learning rates are the defaults of diffusers' `train_dreambooth_lora.py` and `train_dreambooth.py`, which have one
+    rate for all parts.
 
     Args:
         pipeline: the loaded pipeline.
@@ -47,6 +49,8 @@ class StableDiffusion(LatentDiffusion):
     without: ClassVar = {
         **LatentDiffusion.without,
         "max_sequence_length": "whose CLIP reads a fixed number of tokens, and more with --long_prompts",
+        "quantize_text_encoder": "whose text encoders are small",
+        **dict.fromkeys(("weighting_scheme", "logit_mean", "logit_std", "mode_scale"), "whose timesteps are uniform"),
     }
     schedulers: ClassVar = {
         "dpm++_2m": (DPMSolverMultistepScheduler, {}),
@@ -132,7 +136,9 @@ class StableDiffusion(LatentDiffusion):
             arguments[f"{prefix}prompt_embeds"] = torch.stack(padded).to(self.device)
         return arguments
 
-    def draw_timestep(self, generator: torch.Generator, shape: tuple[int, int, int]) -> torch.Tensor:
+    def draw_timestep(
+        self, options: TrainingOptions, generator: torch.Generator, shape: tuple[int, int, int]
+    ) -> torch.Tensor:
         """See `Family`: uniform from 0 to 999."""
         return torch.randint(0, self.timesteps, (1,), generator=generator)
 
@@ -146,8 +152,14 @@ class StableDiffusion(LatentDiffusion):
             return noise
         return self.noise_schedule.get_velocity(latents, noise, timesteps)
 
+    def loss_weights(self, options: TrainingOptions, timesteps: torch.Tensor) -> torch.Tensor:
+        """See `Family`; `snr_gamma` is the gamma of min-SNR."""
+        if options.snr_gamma is None:
+            return torch.ones(len(timesteps), device=timesteps.device)
+        return self.min_snr_weights(timesteps, options.snr_gamma)
+
     def min_snr_weights(self, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
-        """See `Family`: min-SNR (Hang et al. 2023, arXiv 2303.09556), for the squared error of the prediction.
+        """Loss weights (B,) at timesteps (B,) for the squared error: min-SNR (Hang et al. 2023, arXiv 2303.09556).
 
         With the signal-to-noise ratio s = a / (1 - a), the error of the latents has the weight min(s, gamma):
 

@@ -16,7 +16,8 @@ from persam_dreambooth.dreambooth.families.flow_matching import FlowMatching
 class StableDiffusion3(FlowMatching):
     """Stable Diffusion 3 or 3.5 in training.
 
-    The learning rate and LoRA's layers are those of diffusers' `train_dreambooth_lora_sd3.py`. The length of T5's
+    The learning rate is that of diffusers' `train_dreambooth_lora_sd3.py`. LoRA adapts all layers of attention; the
+    script leaves out `attn2`, the second attention of some blocks of 3.5 medium, which kohya adapts. The length of T5's
     prompts is that of `StableDiffusion3Pipeline`. A checkpoint may have no T5; its hidden states are then zeros, as in
     the pipeline.
     """
@@ -25,6 +26,7 @@ class StableDiffusion3(FlowMatching):
     denoiser_targets: ClassVar = [
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+        *("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"),
     ]
     trainable_encoders: ClassVar = ["text_encoder", "text_encoder_2"]
     learning_rates: ClassVar = {"lora": 1e-4}

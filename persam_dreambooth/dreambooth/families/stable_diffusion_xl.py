@@ -25,6 +25,7 @@ class StableDiffusionXL(StableDiffusion):
     load_settings: ClassVar = {"add_watermarker": False}
     trainable_encoders: ClassVar = ["text_encoder", "text_encoder_2"]
     learning_rates: ClassVar = {"lora": 1e-4, "full": 1e-6}
+    text_encoder_rates: ClassVar = {"lora": 5e-6}
     tags: ClassVar = ["stable-diffusion-xl"]
 
     def vae_dtype(self, frozen_dtype: torch.dtype) -> torch.dtype:
