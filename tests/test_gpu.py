@@ -1,6 +1,7 @@
 """What only an accelerator can show: devices and half precision. Run with `pytest -m gpu`."""
 
 import copy
+import gc
 
 import numpy as np
 import pytest
@@ -9,10 +10,12 @@ from diffusers import FluxTransformer2DModel
 from peft import LoraConfig
 from PIL import Image
 from small_sams import save_sam2_video
+from tiny_families import save_tiny
 from training_runs import ALL_AGAINST_BACKGROUNDS, column, command, flags
 
 from persam_dreambooth import toy
 from persam_dreambooth.dreambooth.offload import OffloadedBlocks
+from persam_dreambooth.dreambooth.pipelines import find_model
 from persam_dreambooth.photos.masks import read_mask
 from persam_dreambooth.segmentation import MemorySegmenter, PerSAM, PerSAMF, VideoSegmenter, open_sam
 from persam_dreambooth.training.accelerators import sent
@@ -67,6 +70,55 @@ def test_offloaded_parts_return_for_inference_during_training(runs, tmp_path, pr
     assert runs.train(tmp_path / "plain", **fixed) == 0
     assert np.allclose(column(tmp_path / "watched"), column(tmp_path / "plain"), rtol=1e-2)
     assert len(list((tmp_path / "watched" / "samples" / "step-2").glob("*.png"))) == 1
+
+
+def draw(family):
+    settings = {"num_inference_steps": 2, "width": 64, "height": 64, "generator": torch.Generator().manual_seed(0)}
+    arguments = family.prompt_arguments(["a duck"])
+    return np.asarray(family.sampler()(**arguments, **settings).images[0])
+
+
+def held():
+    """Bytes of weights and other tensors on the accelerator."""
+    gc.collect()
+    return torch.accelerator.memory_allocated()
+
+
+def bytes_of(part):
+    return sum(tensor.nbytes for tensor in (*part.parameters(), *part.buffers()))
+
+
+@pytest.mark.parametrize("kind", ["no", "nf4", "int8"])
+def test_only_the_parts_of_a_phase_are_on_the_accelerator(tmp_path, kind):
+    quantized = {role: kind for role in ("denoiser", "language model") if kind != "no"}
+    family = find_model(str(save_tiny("flux", tmp_path))).open(quantized=quantized)
+    empty, parts = held(), family.placement.parts
+    family.embed(["a duck"])
+    with_encoders, before = held() - empty, draw(family)
+    with_pictures = held() - empty
+    if kind == "no":
+        assert with_encoders == pytest.approx(bytes_of(parts["text_encoder"]) + bytes_of(parts["text_encoder_2"]), 0.1)
+        assert with_pictures == pytest.approx(bytes_of(parts["transformer"]) + bytes_of(parts["vae"]), rel=0.1)
+    for _ in range(2):  # int8 layers have left and come back
+        family.enter("latents")
+        assert held() - empty == pytest.approx(bytes_of(parts["vae"]), rel=0.1)
+        assert np.array_equal(draw(family), before)
+        assert held() - empty == pytest.approx(with_pictures, rel=0.02)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux", "klein", "z-image"])
+def test_a_run_over_a_quantized_base_resumes_and_generates(runs, tmp_path, name, kind):
+    model = {"pretrained_model_name_or_path": save_tiny(name, tmp_path)}
+    options = {**model, "quantize": kind, "mixed_precision": "bf16", "gradient_checkpointing": True}
+    options |= {"masked_prior_preservation_weight": 1.0, "checkpointing_steps": 2}
+    options |= {} if name == "sdxl" else {"quantize_text_encoder": kind}
+    assert runs.train(tmp_path / "run", max_train_steps=2, **options) == 0
+    more = {"num_validation_images": 1, "resume_from_checkpoint": "latest"}
+    assert runs.train(tmp_path / "run", **{**options, **more}) == 0
+    assert all(np.isfinite([*column(tmp_path / "run"), *column(tmp_path / "run", "preservation_loss")]))
+    pictures = {"model": tmp_path / "run", "output": tmp_path / "pictures", "num_images": 1, "num_inference_steps": 2}
+    assert command("generate", "a [V] duck", *flags(**pictures)) == 0
 
 
 def test_a_sam_moves_and_what_belongs_to_it_follows(tmp_path):
