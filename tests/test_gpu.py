@@ -217,3 +217,20 @@ def test_offloaded_blocks_give_the_same_gradients_in_the_memory_of_two(tokens):
     assert sum(sizes[:-2]) - 2**24 < most - least <= sum(sizes)
     blocks.to(torch.device("cpu"))
     assert {weight.device.type for weight in offloaded.parameters()} == {"cpu"}
+
+
+def test_a_run_with_offload_is_the_same_run_and_generates_the_same_picture(runs, tmp_path):
+    model = save_tiny("flux", tmp_path)
+    options = {"mixed_precision": "bf16", "gradient_checkpointing": True, "masked_prior_preservation_weight": 1.0}
+    told = {"pretrained_model_name_or_path": model, "validation_steps": 2, "num_validation_images": 1, **options}
+    for offload in ("no", "group"):
+        assert runs.train(tmp_path / offload, offload=offload, **told) == 0
+        how = flags(model=tmp_path / "no", output=tmp_path / f"pictures-{offload}", num_images=1, offload=offload)
+        assert command("generate", "a [V] duck", *how, "--num_inference_steps", "4") == 0
+    # LoRA's first matrices are random, and drawn where the frozen weights are.
+    assert np.allclose(column(tmp_path / "no"), column(tmp_path / "group"), rtol=1e-2)
+    one, two = (
+        np.asarray(Image.open(next((tmp_path / f"pictures-{offload}").glob("*.png"))), dtype=float)
+        for offload in ("no", "group")
+    )
+    assert np.abs(one - two).mean() < 1

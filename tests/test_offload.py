@@ -145,6 +145,17 @@ def test_a_run_with_offload_is_the_same_run(runs, tmp_path, monkeypatch, name):
     assert [path.read_bytes() for path in pictures[0]] == [path.read_bytes() for path in pictures[1]]
 
 
+def test_a_quantized_encoder_stays_beside_an_offloaded_denoiser(runs, tmp_path, capsys):
+    pytest.importorskip("bitsandbytes")
+    model = save_tiny("flux", tmp_path)
+    options = {"pretrained_model_name_or_path": model, "gradient_checkpointing": True, "quantize_text_encoder": "nf4"}
+    for offload in ("no", "group"):
+        assert runs.train(tmp_path / offload, offload=offload, **options) == 0
+    assert same_weights(tmp_path / "no", tmp_path / "group")
+    assert runs.train(tmp_path / "both", offload="group", quantize="nf4", **options) == 2
+    assert "quantized weights stay whole on the GPU" in capsys.readouterr().err
+
+
 def test_generate_with_offload_gives_the_same_picture(runs, tmp_path):
     run = runs(rank=2, learning_rate=1e-3)
     for offload in ("no", "group"):
