@@ -188,7 +188,9 @@ def open_family(
     read = (options.long_prompts, options.base_config, options.max_sequence_length, options.text_encoder_out_layers)
     opened = family(load_pipeline(source, options.revision, options.variant, dtype, *read, **parts))
     opened.check(options)
-    opened.place_on(device or torch.device("cpu"), frozen_dtype, opened.whole_names(options), quantized_roles(options))
+    quantized = quantized_roles(options)
+    whole = opened.whole_names(options)
+    opened.place_on(device or torch.device("cpu"), frozen_dtype, whole, quantized, options.offload)
     return opened
 
 
