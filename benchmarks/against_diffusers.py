@@ -15,6 +15,7 @@ needs of it.
 
 import argparse
 import hashlib
+import json
 import multiprocessing
 import os
 import platform
@@ -36,6 +37,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageOps
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from benchmarks import full_size
 from benchmarks.training import Peak, clock, ratio, unet, vae
 from persam_dreambooth import cli, toy
 from persam_dreambooth.files import write_json
@@ -52,8 +54,12 @@ OURS: dict[str, list[str]] = {
     "ours": [],
     "ours, unmasked": ["--unmasked"],
     "ours, cached, center crops": ["--cache_latents", "--center_crop"],
+    "ours, cached": ["--cache_latents"],
 }
 """The options of each setup beside the shared ones."""
+
+SETTLING = {"ours, cached": 80}
+"""Steps of a setup before its first turn: the VAE encodes most of the random crops in them."""
 
 
 def narrow_checkpoint(folder: Path) -> Path:
@@ -76,6 +82,14 @@ def write_photos(folder: Path, width: int) -> Path:
         ImageOps.fit(Image.open(path), size).save(folder / "photos" / path.name, quality=92)
         Image.fromarray(mask).save(folder / "masks" / f"{path.stem}.png")
     return folder
+
+
+def find_script(repository: Path, setups: list[str]) -> Path:
+    """The script in a checkout of diffusers; raises `FileNotFoundError` if a setup needs it and it is not there."""
+    script = repository / SCRIPT
+    if any(name in DIFFUSERS for name in setups) and not script.is_file():
+        raise FileNotFoundError(f"{script} does not exist: give a checkout of diffusers as --diffusers_repository")
+    return script
 
 
 def measure(
@@ -104,16 +118,15 @@ def measure(
         FileNotFoundError: the script is not in the repository.
         ChildProcessError: a training ended before its last turn; the message has the end of its log.
     """
-    script = repository / SCRIPT
-    if any(name in DIFFUSERS for name in setups) and not script.is_file():
-        raise FileNotFoundError(f"{script} does not exist: give a checkout of diffusers as --diffusers_repository")
+    script = find_script(repository, setups)
     seconds: dict[str, list[float]] = {name: [] for name in setups}
     memory: dict[str, list[float]] = {name: [] for name in setups}
     with tempfile.TemporaryDirectory() as temporary:
         root = write_photos(Path(temporary) / "data", photo_width)
         shared = ["--pretrained_model_name_or_path", str(checkpoint), "--resolution", str(resolution)]
         shared += ["--instance_prompt", "a sks duck", "--train_batch_size", "1", "--rank", "4", "--seed", "0"]
-        shared += ["--max_train_steps", str(steps * (rounds + 2)), "--learning_rate", "1e-4"]
+        last = steps * (rounds + 2) + 2 * max(SETTLING.values())
+        shared += ["--max_train_steps", str(last), "--learning_rate", "1e-4"]
         shared += ["--lr_warmup_steps", "0", "--checkpointing_steps", "100000", *more]
         trainings: dict[str, Training] = {}
         for number, name in enumerate(setups):
@@ -126,6 +139,11 @@ def measure(
                 words += [] if "--unmasked" in OURS[name] else ["--mask_dir", str(root / "masks")]
             program = script if name in DIFFUSERS else None
             trainings[name] = Training(name, program, words, steps, Path(f"{output}.log"))
+        for training in trainings.values():  # which start together
+            training.wait()
+        for name in setups:
+            for _ in range(-(-SETTLING.get(name, 0) // steps)):
+                trainings[name].turn()
         for number in range(rounds + 1):
             for name in setups if number % 2 else reversed(setups):
                 taken, most = trainings[name].turn()
@@ -169,6 +187,10 @@ class Training:
         self.process = multiprocessing.get_context("spawn").Process(target=train_in_turns, args=arguments, daemon=True)
         self.process.start()
         theirs.close()
+        self.trained_weights = 0
+
+    def wait(self) -> None:
+        """Waits for the first step."""
         self.trained_weights = self._answer()
 
     def turn(self) -> tuple[float, float]:
@@ -292,20 +314,29 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="turns of each setup; medians count")
     parser.add_argument("--setups", nargs="+", default=[*DIFFUSERS, *OURS], choices=[*DIFFUSERS, *OURS])
     parser.add_argument("--photo_width", type=int, default=1024, help="width of the photos in pixels")
+    parser.add_argument("--model", default="narrow", help="narrow, or a Stable Diffusion 1.x or 2.x of full_size")
+    parser.add_argument("--resolution", type=int, default=256, help="side of the crops in pixels")
+    parser.add_argument("--mixed_precision", default="no", choices=("no", "fp16", "bf16"))
     arguments = parser.parse_args()
+    try:
+        find_script(arguments.diffusers_repository, arguments.setups)
+    except FileNotFoundError as error:
+        sys.exit(str(error))
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = narrow_checkpoint(Path(folder) / "model")
-        try:
-            result = measure(
-                arguments.diffusers_repository, arguments.setups, checkpoint, 256, arguments.rounds,
-                photo_width=arguments.photo_width,
-            )  # fmt: skip
-        except FileNotFoundError as error:
-            sys.exit(str(error))
+        checkpoint = Path(folder) / "model"
+        if arguments.model == "narrow":
+            narrow_checkpoint(checkpoint)
+        else:
+            full_size.build(arguments.model, "cpu", torch.float16).save_pretrained(checkpoint)
+        result = measure(
+            arguments.diffusers_repository, arguments.setups, checkpoint, arguments.resolution, arguments.rounds,
+            photo_width=arguments.photo_width, more=("--mixed_precision", arguments.mixed_precision),
+        )  # fmt: skip
     what = "seconds of a LoRA training step beside that of diffusers' train_dreambooth_lora.py"
     machine = f"{platform.machine()}, cpu, {torch.get_num_threads()} threads"
-    result = {"what": what, **result, "machine": machine}
-    write_json(RESULT, result)
+    result = {"what": what, "model": arguments.model, **result, "machine": machine}
+    known = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
+    write_json(RESULT, {**known, f"{arguments.model}, {arguments.mixed_precision}": result})
     print(result)
 
 

@@ -141,7 +141,7 @@ def steps_of(name: str, family: StableDiffusion, accelerator: Accelerator, repea
     optimizer, _ = make_optimizer(options, [weights], [1e-4])
     cache = PosteriorCache(family.encode_image) if options.cache_latents else None
     for pixels in crops.fixed_crops():  # also resizes the photos, which is done once in a run
-        if cache:
+        if cache is not None:
             cache(pixels)
     with torch.no_grad():
         embeddings = {PROMPT: next(iter(family.encode_prompts([PROMPT])))}

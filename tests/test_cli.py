@@ -243,7 +243,8 @@ def test_the_options_of_train_are_these():
         *("lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power"),
         *("adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm"),
         *("use_ema", "ema_decay"),
-        *("mixed_precision", "gradient_checkpointing", "allow_tf32", "dataloader_num_workers"),
+        *("mixed_precision", "quantize", "quantize_text_encoder", "gradient_checkpointing", "allow_tf32"),
+        "dataloader_num_workers",
         *("output_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "logging_steps"),
         *("num_validation_images", "validation_steps"),
         *("report_to", "push_to_hub", "hub_model_id"),
@@ -294,7 +295,7 @@ ALWAYS: dict[str, tuple[str, ...]] = {
         *("seed", "max_train_steps", "train_batch_size", "gradient_accumulation_steps"),
         *("optimizer", "learning_rate", "scale_lr", "lr_scheduler"),
         *("adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm", "use_ema"),
-        *("mixed_precision", "gradient_checkpointing", "allow_tf32", "dataloader_num_workers"),
+        *("mixed_precision", "quantize_text_encoder", "gradient_checkpointing", "allow_tf32", "dataloader_num_workers"),
         *("output_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "logging_steps"),
         *("num_validation_images", "report_to", "push_to_hub"),
         "sam_model",  # scripts name it once for runs with and without masks that are made
@@ -315,7 +316,7 @@ ALWAYS: dict[str, tuple[str, ...]] = {
     ),
     "generate": (
         *("prompt", "model", "num_images", "seed", "output", "num_inference_steps", "guidance_scale"),
-        *("width", "height", "scheduler", "batch_size"),
+        *("width", "height", "scheduler", "quantize", "quantize_text_encoder", "batch_size"),
     ),
     "evaluate perseg": ("data", "output", "predictions", "reference_index", "sam_model"),
     "evaluate pascal5i": (*EPISODES, "fold"),
@@ -380,7 +381,7 @@ IDLE: dict[str, dict[tuple[str, ...], tuple[str, ...]]] = {
         ("--dataset_name", "me/cat", "--mask_dir", "m"): ("caption_from",),
         (*MASKS_GIVEN, "--method", "full"): (
             *("rank", "lora_alpha", "lora_targets", "init_lora", "lora_dropout", "lora_init", "use_dora"),
-            "export",
+            *("export", "quantize"),
         ),
         (*MASKS_GIVEN, "--aspect_ratio_buckets", "64,64"): ("resolution",),
         (*MASKS_GIVEN, "--replace_background", "color"): ("cache_latents",),

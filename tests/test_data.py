@@ -175,6 +175,27 @@ def test_random_crop_of_a_whole_photo_takes_any_place(tmp_path):
     assert set(lefts) == set(range(11))
 
 
+def test_recurring_crops_are_the_random_ones_moved_to_a_few_places(tmp_path):
+    columns = np.tile(np.arange(96, dtype=np.uint8), (64, 1))
+    Image.fromarray(columns).save(tmp_path / "a.png")
+    photos = [Photo.open(tmp_path / "a.png")]
+    anywhere, recurring = (Crops(photos, None, 64, False, seed=0, recurring=each) for each in (False, True))
+    lefts = [(int(anywhere[number]["crop"][3]), int(recurring[number]["crop"][3])) for number in range(300)]
+    assert {moved for _, moved in lefts} == set(range(0, 33, 2))
+    assert max(abs(drawn - moved) for drawn, moved in lefts) == 1
+    for number in range(10):  # where the crop says that it lies
+        assert round(float((recurring[number]["pixels"][0, 0, 0] + 1) * 127.5)) == lefts[number][1]
+
+
+def test_a_recurring_crop_holds_the_whole_subject_where_it_fits(tmp_path):
+    for last, places in ((95, {32}), (96, {33}), (90, {28, 30, 32})):  # 33 is no multiple of 2, but nothing else holds
+        mask = draw_subject((128, 64), (33, 5, last, 60))
+        crops = Crops([save_photo(tmp_path / f"{last}.png", mask)], [mask], 64, False, seed=0, recurring=True)
+        samples = [crops[number] for number in range(100)]
+        assert {int(sample["crop"][3]) for sample in samples} == places
+        assert {int((sample["mask"] * 255).round().sum()) for sample in samples} == {255 * mask.sum()}
+
+
 def test_subject_outside_the_center_crop_is_named(tmp_path):
     masks = {}
     for name, box in (("left", (2, 5, 12, 25)), ("middle", (45, 5, 60, 25)), ("half", (30, 5, 50, 25))):

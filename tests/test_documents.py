@@ -163,7 +163,7 @@ def test_the_commands_of_the_families_run_in_their_order(home, toy_sam):
     for command in listed:
         run(command, home, toy_sam)
     made = sorted(path.parent.name for path in home.glob("outputs/*/pytorch_lora_weights.safetensors"))
-    assert made == ["cat-3", "cat-flux", "cat-xl"]
+    assert made == ["cat-3", "cat-flux", "cat-klein", "cat-xl", "cat-z"]
 
 
 def test_the_commands_of_the_training_options_run(home, toy_sam, complete):

@@ -11,7 +11,7 @@ from persam_dreambooth import toy
 from persam_dreambooth.photos.masks import read_mask
 from persam_dreambooth.segmentation import MemorySegmenter, PerSAM, PerSAMF, VideoSegmenter, open_sam
 from persam_dreambooth.training import accelerators
-from persam_dreambooth.training.accelerators import open_accelerator
+from persam_dreambooth.training.accelerators import open_accelerator, sent
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,6 +31,13 @@ def test_masks_agree_with_those_of_the_cpu(kind, dtype):
     ]
     least = 0.99 if dtype == torch.float32 else 0.9
     assert np.logical_and(*masks).sum() / np.logical_or(*masks).sum() > least
+
+
+def test_tensors_that_are_sent_arrive_as_they_are():
+    device = torch.accelerator.current_accelerator()
+    tensors = [torch.randn(1000, number + 1) for number in range(300)]
+    arrived = [sent(tensor.clone(), device) for tensor in tensors]  # the memory of a clone is used again at once
+    assert all(torch.equal(there.cpu(), here) for there, here in zip(arrived, tensors, strict=True))
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])

@@ -471,6 +471,24 @@ def test_a_run_does_not_go_on_with_an_average_it_did_not_start(runs, tmp_path, c
 # --- optimizers
 
 
+def test_adamw_updates_all_weights_in_one_kernel_to_the_values_of_the_plain_one():
+    settings = {"betas": (0.8, 0.95), "weight_decay": 0.1, "eps": 1e-7}
+    flags = {"adam_beta1": 0.8, "adam_beta2": 0.95, "adam_weight_decay": 0.1, "adam_epsilon": 1e-7}
+    weight, twin = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    ours, _ = make_optimizer(TrainOptions(**flags), [[weight]], [1e-2])
+    plain = torch.optim.AdamW([twin], lr=1e-2, **settings, foreach=False)
+    assert ours.param_groups[0]["fused"]
+    for _ in range(20):
+        for parameter, optimizer in ((weight, ours), (twin, plain)):
+            optimizer.zero_grad()
+            (parameter * torch.tensor([1.0, 2.0, 3.0]) - 5).square().sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(weight, twin, rtol=1e-6, atol=0)
+    assert float(weight.detach().min()) > 1.1  # it moved
+    [in_fp16] = make_optimizer(TrainOptions(mixed_precision="fp16"), [[weight]], [1e-2])[0].param_groups
+    assert not in_fp16["fused"]  # accelerate tells a skipped step by an optimizer that was not called
+
+
 def test_prodigy_goes_the_way_of_its_own_package(runs):
     prodigyopt = pytest.importorskip("prodigyopt")
     settings = {"betas": (0.8, 0.95), "weight_decay": 0.1, "eps": 1e-7}
@@ -661,6 +679,18 @@ def counting_cache(limit=2**30):
         return torch.stack([pixels.mean(dim=0, keepdim=True), pixels.std(dim=0, keepdim=True)])
 
     return PosteriorCache(encode, limit), asked
+
+
+def test_recurring_crops_are_soon_all_cached(photos):
+    asked_for = {}
+    for recurring in (False, True):
+        cache, asked = counting_cache()
+        crops = training_crops(photos, resolution=64, recurring=recurring)
+        for number in range(120):
+            cache(crops[number]["pixels"])
+        asked_for[recurring] = len(asked)
+    assert asked_for[True] <= 9 + 17 + 1 + 1  # every second pixel of what the photos are longer than 64
+    assert asked_for[False] > 1.3 * asked_for[True]
 
 
 def test_the_vae_is_asked_once_for_every_different_crop(photos):

@@ -8,9 +8,11 @@ a line in `errors` of that file, and the others go on; the exit code is then 1.
 
 All weights are random, of the published sizes. `--tiny` puts the small checkpoints that ship in their place, for any
 machine. `--diffusers_repository` names a checkout of diffusers for the part `diffusers`, which is left out without it.
+`--plans` adds the planned memory to results that are there already; it needs no accelerator, and half a minute a row.
 """
 
 import argparse
+import json
 import re
 import subprocess
 import sys
@@ -20,10 +22,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.accelerator.records import Part
+from persam_dreambooth.files import write_json
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "accelerator"
-SHARES = {"sam": 0.09, "paper": 0.14, "steps": 0.46, "diffusers": 0.2, "tests": 0.11}
+SHARES = {"sam": 0.08, "paper": 0.12, "steps": 0.48, "diffusers": 0.2, "tests": 0.12}
 """The parts in the order of their turn, with their shares of the time."""
 GRACE = 20.0
 """Seconds after its time in which a part may end by itself."""
@@ -33,13 +36,18 @@ def tests(part: Part, arguments: argparse.Namespace) -> None:
     """Runs `pytest -m gpu`."""
     words = [sys.executable, "-m", "pytest", "-m", "gpu", "-rf", "--durations=5", "-p", "no:cacheprovider"]
     words += ["-n", str(arguments.processes), "--dist", "load"] if arguments.processes else []
-    with part.trying("tests"):
+    try:
         run = subprocess.run([*words, "tests"], cwd=ROOT, capture_output=True, text=True, timeout=max(part.left, 20))
-        last = run.stdout.strip().splitlines()[-60:]
-        counts = {kind: int(count) for count, kind in re.findall(r"(\d+) (passed|failed|errors?|skipped)", last[-1])}
-        part.add(command=" ".join(words[1:]), exit_code=run.returncode, **counts, output=last)
-        if run.returncode:
-            part.errors.append(f"pytest ended with {run.returncode}: {last[-1]} {run.stderr.strip()[-500:]}")
+        output, code = run.stdout + run.stderr, run.returncode
+    except subprocess.TimeoutExpired as error:
+        output, code = (error.stdout or b"").decode() + "\nstopped: no time was left", None
+    lines = output.strip().splitlines()
+    counts = re.findall(r"(\d+) (passed|failed|errors?|skipped)", lines[-1])
+    part.add(
+        command=" ".join(words[1:]), exit_code=code, **{kind: int(count) for count, kind in counts}, output=lines[-60:]
+    )
+    if code != 0:
+        part.errors.append(f"pytest ended with {code}: {lines[-1]}")
 
 
 def steps(part: Part, arguments: argparse.Namespace) -> None:
@@ -95,13 +103,24 @@ PARTS: dict[str, tuple[Callable[[Part, argparse.Namespace], None], str]] = {
 }
 
 
-def run_apart(name: str, seconds: float, arguments: list[str]) -> bool:
-    """Runs a part in a process of its own and ends it where it takes too long; whether it went well."""
+def run_apart(name: str, path: Path, seconds: float, arguments: list[str]) -> bool:
+    """Runs a part in a process of its own and ends it where it takes too long; whether it went well.
+
+    Args:
+        name: of the part.
+        path: the file of its results, which gets a line if it is ended.
+        seconds: its time.
+        arguments: words of the options of all parts.
+    """
     words = [sys.executable, "-m", "benchmarks.accelerator", *arguments, "--parts", name]
     try:
         return not subprocess.run([*words, "--minutes", f"{seconds / 60:.3f}"], timeout=seconds + GRACE).returncode
     except subprocess.TimeoutExpired:
-        print(f"{name} was ended after {seconds + GRACE:.0f} s: what it had measured is in its file", flush=True)
+        said = f"ended after {seconds + GRACE:.0f} s, since its time was over"
+        print(f"{name}: {said}", flush=True)
+        if path.is_file():
+            result = json.loads(path.read_text(encoding="utf-8"))
+            write_json(path, {**result, "errors": [*result["errors"], said]})
         return False
 
 
@@ -114,7 +133,12 @@ def main(words: list[str]) -> int:
     parser.add_argument("--processes", type=int, default=0, help="processes of pytest, which needs pytest-xdist")
     parser.add_argument("--output_dir", type=Path, default=RESULTS, help="folder of the JSON files")
     parser.add_argument("--tiny", action="store_true", help="small checkpoints, for a test of this program")
+    parser.add_argument(
+        "--plans", action="store_true", help="only add planned memory to the results of steps and paper"
+    )
     arguments = parser.parse_args(words)
+    if arguments.plans:
+        return add_plans(arguments.output_dir)
     known = [name for name in SHARES if name != "diffusers" or arguments.diffusers_repository]
     parts = [name for name in known if name in (arguments.parts or known)]
     if arguments.parts and "diffusers" in arguments.parts and not arguments.diffusers_repository:
@@ -130,12 +154,21 @@ def main(words: list[str]) -> int:
         return int(bool(part.errors))
     started, went_well = time.perf_counter(), True
     given = passed_on(arguments)
-    total = sum(SHARES[name] for name in parts)
-    for name in parts:
+    for number, name in enumerate(parts):
         left = seconds - (time.perf_counter() - started)
-        share = min(seconds * SHARES[name] / total, left - 5)
-        went_well &= run_apart(name, share, given)
+        share = left * SHARES[name] / sum(SHARES[other] for other in parts[number:])
+        went_well &= run_apart(name, arguments.output_dir / f"{name}.json", share, given)
     return int(not went_well)
+
+
+def add_plans(folder: Path) -> int:
+    """Adds the planned memory to results of steps and paper; the exit code."""
+    from benchmarks.accelerator import planned
+
+    paths = [path for name in ("steps", "paper") if (path := folder / f"{name}.json").is_file()]
+    errors = [error for path in paths for error in planned.add_plans(path)]
+    print("\n".join(f"  failed: {each}" for each in errors))
+    return int(bool(errors))
 
 
 def passed_on(arguments: argparse.Namespace) -> list[str]:

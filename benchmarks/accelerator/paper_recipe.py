@@ -27,11 +27,15 @@ IN_AND_OUT = (
 
 def measure_paper_recipe(part: Part) -> None:
     """Trains by configs/paper-sd15.yaml with random weights and class images of random pixels."""
-    options = recipe_options("paper-sd15")
-    side, images = (64, 4) if part.tiny else (512, int(options["num_class_images"]))
+    options = {**recipe_options("paper-sd15"), "max_train_steps": ITERATIONS}
+    if part.tiny:
+        options["num_class_images"] = 4
+    side, images = 64 if part.tiny else 512, options["num_class_images"]
     with part.trying("paper"), tempfile.TemporaryDirectory() as folder:
-        family = StableDiffusion(toy_pipeline() if part.tiny else full_size.build("sd1.5", device(), torch.float32))
-        told = resolved_options(side, family, **{**options, "max_train_steps": ITERATIONS, "num_class_images": images})
+        built = toy_pipeline() if part.tiny else full_size.build("sd1.5", device(), torch.float32).to("cpu")
+        family = StableDiffusion(built)
+        told = resolved_options(side, family, **options)
+        family.place_on(torch.device(device()), torch.bfloat16, family.whole_names(told))
         photos = find_photos(write_random_images(Path(folder), images, side))
         class_images = Crops(photos, None, side, told.center_crop, told.seed + CLASS_SEED, "a duck")
         row = timed_training(

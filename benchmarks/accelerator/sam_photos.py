@@ -22,7 +22,7 @@ from persam_dreambooth.segmentation.segmenter import Segmenter
 
 SIZE = (1024, 768)
 """Width and height of the photos, JPEGs."""
-ONE_METHOD = 3.0
+ONE_METHOD = 1.5
 """Seconds of each measurement."""
 
 

@@ -163,7 +163,9 @@ def timed_training(
         if afterwards:
             afterwards(accelerator, options)
         end_processes(accelerator)
-    return {**clock.figures, **described_peaks(peaks)}
+    weights = [weight for each in family.trained.values() for weight in each.parameters() if weight.requires_grad]
+    trained = {"resolution": options.resolution, "trained_parameters": sum(weight.numel() for weight in weights)}
+    return {**trained, **clock.figures, **described_peaks(peaks)}
 
 
 def described_peaks(peaks: Peaks) -> dict[str, Any]:

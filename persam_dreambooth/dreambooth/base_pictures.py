@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from persam_dreambooth.dreambooth.prompts import in_front_of
 from persam_dreambooth.dreambooth.samples import image_size
@@ -97,7 +97,8 @@ def class_crops(options: TrainingOptions, family: Family, accelerator: Accelerat
         options, family, accelerator, prompts, options.class_dir, options.num_class_images, "class", default
     )
     cut = (photos.resolution, options.center_crop, options.seed + CLASS_SEED)
-    crops = Crops(pictures, None, *cut, read_prompts(pictures, default or ""), random_flip=options.random_flip)
+    cached: dict[str, Any] = {"random_flip": options.random_flip, "recurring": options.cache_latents}
+    crops = Crops(pictures, None, *cut, read_prompts(pictures, default or ""), **cached)
     crops.shaped_like = photos
     return crops
 

@@ -34,6 +34,9 @@ gave the same.
 CLASS_SEED = 1
 """Added to the run's seed for class images, so that their order and noise differ from those of the photos."""
 
+RECURRING = 32
+"""Recurring crops are 1 / 32 of their side apart: 16 pixels at 512, so a 4 : 3 photo has at most 12 different crops."""
+
 
 class Sample(TypedDict):
     """One training sample; H W are its height and width.
@@ -79,6 +82,7 @@ class Crops(Dataset):
         random_flip: flip half of the crops left to right, with their masks.
         buckets: (width, height) of crops instead of squares; each photo is cropped to the nearest.
         alike: number of consecutive samples in one bucket.
+        recurring: move each random crop to the nearest of a few places, so that a cache has most of them soon.
     """
 
     def __init__(
@@ -96,6 +100,7 @@ class Crops(Dataset):
         buckets: list[tuple[int, int]] | None = None,
         alike: int = 1,
         class_prompts: list[str] | None = None,
+        recurring: bool = False,
     ) -> None:
         self.photos = photos
         self.masks = masks
@@ -111,6 +116,7 @@ class Crops(Dataset):
         self.random_flip = random_flip
         self.sizes = [nearest_bucket(photo.size, buckets or [(resolution, resolution)]) for photo in photos]
         self.alike = alike
+        self.recurring = recurring
         self.preserves_empty = not caption_dropout
         """Whether half of the class preservation is for the empty prompt, which caption dropout trains."""
         self.shaped_like: Crops | None = None
@@ -239,8 +245,8 @@ class Crops(Dataset):
             box = mask.getbbox() or (0, 0, *mask.size)
             marked = np.flatnonzero(np.asarray(mask))
             y, x = divmod(int(random.choice(marked)), mask.width) if len(marked) else (box[1], box[0])
-            left = _offset(random, mask.width, width, box[0], box[2], x)
-            top = _offset(random, mask.height, height, box[1], box[3], y)
+            left = _offset(random, mask.width, width, box[0], box[2], x, self.recurring)
+            top = _offset(random, mask.height, height, box[1], box[3], y, self.recurring)
         return left, top, left + width, top + height
 
 
@@ -251,17 +257,26 @@ def _cut(image: Image.Image, window: tuple[int, int, int, int], flipped: bool) -
 
 def _pixels(photo: Image.Image, window: tuple[int, int, int, int], flipped: bool) -> torch.Tensor:
     """A crop's pixels (3, H, W) in -1..1."""
-    return torch.from_numpy(np.array(_cut(photo, window, flipped), dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
+    levels = torch.from_numpy(np.array(_cut(photo, window, flipped)))
+    return levels.permute(2, 0, 1).contiguous().float().div_(127.5).sub_(1)  # contiguous while it is a byte a number
 
 
-def _offset(random: np.random.Generator, side: int, size: int, first: int, last: int, pixel: int) -> int:
+def _offset(
+    random: np.random.Generator, side: int, size: int, first: int, last: int, pixel: int, recurring: bool = False
+) -> int:
     """A random offset of a window of `size` in 0..side.
 
     The window contains first..last. If that range is longer than the window, the window lies inside it and contains
-    `pixel`, so a subject in several pieces is never missed.
+    `pixel`, so a subject in several pieces is never missed. A recurring offset is moved to the nearest of a few places
+    at which this still holds.
     """
     low, high = sorted((max(0, last - size), min(first, side - size)))
-    return int(random.integers(max(low, pixel - size + 1), min(high, pixel), endpoint=True))
+    low, high = max(low, pixel - size + 1), min(high, pixel)
+    offset = int(random.integers(low, high, endpoint=True))
+    if not recurring:
+        return offset
+    places = [*range(0, side - size, max(1, size // RECURRING)), side - size]
+    return min((place for place in places if low <= place <= high), key=lambda at: abs(at - offset), default=offset)
 
 
 def sample_noise(

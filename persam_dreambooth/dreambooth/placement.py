@@ -1,12 +1,15 @@
-"""Where the parts of a model are in each phase of a run, and in which precision: two tables, and what obeys them.
+"""Where the parts of a model are in each phase of a run, and in which precision: three tables, and what obeys them.
 
 A part that a phase does not use waits in main memory.
 """
 
+import logging
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+
+from persam_dreambooth.extras import check_installed
 
 Role = Literal["clip", "language model", "denoiser", "base copy", "vae"]
 """What a part is for: a text encoder of CLIP, another text encoder (T5, Qwen3), the denoiser, the copy of it that stays
@@ -35,6 +38,29 @@ The VAE's configuration decides on its dtype; see `LatentDiffusion.vae_dtype`.
 """
 
 
+QUANTIZED_BY: dict[Role, str] = {"denoiser": "quantize", "language model": "quantize_text_encoder"}
+"""The option that quantizes the linear layers of a part, to `nf4` or `int8`. Its other layers keep their dtype."""
+
+WEIGHTS_PER_WORD = 8
+"""A layer is quantized if its number of weights is a multiple of this."""
+
+OUTLIER = 6.0
+"""Inputs of an int8 layer above this stay in half precision, as in bitsandbytes' and diffusers' default."""
+
+
+def check_quantization(options: Any) -> None:
+    """Raises `InputError` if an option needs bitsandbytes, and it is not installed."""
+    for name in QUANTIZED_BY.values():
+        if getattr(options, name) not in (None, "no"):
+            check_installed("bitsandbytes", f"--{name} {getattr(options, name)}", "quantize")
+
+
+def quantized_roles(options: Any, saved: Mapping[str, Any] | None = None) -> dict[Role, str]:
+    """What `place_on` quantizes: by the options, or where they are None by those of a saved run."""
+    given = {role: getattr(options, name) or (saved or {}).get(name, "no") for role, name in QUANTIZED_BY.items()}
+    return {role: kind for role, kind in given.items() if kind != "no"}
+
+
 def frozen_precision(role: Role, frozen_dtype: torch.dtype) -> torch.dtype:
     """The dtype of a frozen part, for the run's dtype of frozen weights."""
     return PRECISIONS[role].get(frozen_dtype, frozen_dtype)
@@ -58,10 +84,18 @@ class Placement:
         """The names of the parts on the accelerator."""
         self.kept: set[str] = set()
         """The names of the parts in training, which stay where the optimizer found them."""
+        self.quantized: set[str] = set()
+        """The names of the quantized parts."""
 
     def add(self, name: str, role: Role, part: torch.nn.Module) -> None:
         """Adds a part, which is in main memory."""
         self.parts[name], self.roles[name] = part, role
+
+    def quantize(self, name: str, kind: str, dtype: torch.dtype) -> None:
+        """Quantizes the linear layers of a part when it is first moved; see `quantize_linear`."""
+        if name not in self.quantized:
+            quantize_linear(self.parts[name], kind, dtype)
+            self.quantized.add(name)
 
     def enter(self, phase: Phase) -> None:
         """Moves parts that the phase does not use away, then those that it uses to the accelerator."""
@@ -69,7 +103,55 @@ class Placement:
         if self.device == self.main_memory:
             used |= self.here
         for name in self.here - used:
-            self.parts[name].to(self.main_memory)
+            move(self.parts[name], self.main_memory)
         for name in used - self.here:
-            self.parts[name].to(self.device)
+            move(self.parts[name], self.device)
         self.here = used
+
+
+def quantize_linear(part: torch.nn.Module, kind: str, dtype: torch.dtype) -> None:
+    """Replaces linear layers by those of bitsandbytes, whose weights are quantized when they are first moved.
+
+    - `nf4`: 4 bits, with a scale for 64 weights, which has 8 bits (Dettmers et al. 2023, arXiv 2305.14314).
+    - `int8`: 8 bits, with a scale for each output (Dettmers et al. 2022, arXiv 2208.07339).
+
+    Args:
+        part: a model, also with LoRA, whose matrices stay as they are.
+        kind: `nf4` or `int8`.
+        dtype: of the inputs and outputs.
+    """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at each product
+    from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+
+    for name, layer in list(part.named_modules()):
+        if type(layer) is not torch.nn.Linear or ".lora_" in name or layer.weight.numel() % WEIGHTS_PER_WORD:
+            continue
+        sides, weight = (layer.in_features, layer.out_features, layer.bias is not None), layer.weight.data
+        with torch.device("meta"):
+            if kind == "nf4":
+                # Some models cast their inputs to the dtype of a layer's weights, so packed weights have it too.
+                quantized = Linear4bit(*sides, compute_dtype=dtype, quant_type="nf4", quant_storage=dtype)
+                quantized.support_avx512bf16_for_cpu = False  # layers packed for inference have no gradients
+            else:
+                quantized = Linear8bitLt(*sides, has_fp16_weights=False, threshold=OUTLIER)
+        if kind == "nf4":
+            settings = {"quant_type": "nf4", "quant_storage": dtype, "module": quantized}
+            quantized.weight = Params4bit(weight, requires_grad=False, **settings)
+        else:
+            quantized.weight = Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+        quantized.bias = layer.bias
+        quantized.train(layer.training)
+        owner, _, last = name.rpartition(".")
+        setattr(part.get_submodule(owner), last, quantized)
+
+
+def move(part: torch.nn.Module, device: torch.device) -> None:
+    """Moves a part, also one with int8 layers, which leave their scales where they are."""
+    part.to(device)
+    for layer in part.modules():
+        if type(layer).__name__ == "Linear8bitLt":
+            weight, state = layer.weight, layer.state
+            scales = state.SCB if weight.SCB is None else weight.SCB
+            if scales is not None:
+                state.CB, state.SCB = weight.data, scales.to(device)
+                weight.CB = weight.SCB = None

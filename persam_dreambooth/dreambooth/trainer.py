@@ -26,7 +26,7 @@ from persam_dreambooth.files import write_aside
 from persam_dreambooth.models import building, loading
 from persam_dreambooth.options import check_multiple
 from persam_dreambooth.progress import Progress, bar
-from persam_dreambooth.training.accelerators import frozen_dtype
+from persam_dreambooth.training.accelerators import frozen_dtype, sent
 from persam_dreambooth.training.batches import numbered_batches
 from persam_dreambooth.training.checkpoint import (
     load_state,
@@ -124,7 +124,8 @@ def train(
     class_batches: Iterator[dict[str, Any] | None] = repeat(None)
     if class_images:
         class_batches = numbered_batches(class_images, options, first_step, last_step, accelerator)
-    encoded = with_posteriors(zip(batches, class_batches, strict=False), family)
+    ahead = 1 if options.cache_latents or family.device.type == "cpu" else ENCODED_AHEAD
+    encoded = with_posteriors(zip(batches, class_batches, strict=False), family, ahead)
     hidden = not accelerator.is_main_process
     steps = bar(range(first_step + 1, last_step + 1), "training", "step", last_step, first_step, hidden)
 
@@ -182,13 +183,14 @@ def train(
 
 
 def with_posteriors(
-    batches: Iterable[tuple[dict[str, Any], dict[str, Any] | None]], family: Family
+    batches: Iterable[tuple[dict[str, Any], dict[str, Any] | None]], family: Family, ahead: int
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None]]:
     """Replaces the pixels of batches by their `posterior`, and begins the phase `training`.
 
-    On an accelerator, several batches are encoded at once, so that the VAE moves there rarely.
+    So many batches are encoded `ahead` that the VAE moves to an accelerator rarely. Where most latents are cached, one
+    is: the next batch is prepared while the accelerator works.
     """
-    ahead, encoded = 1 if family.device.type == "cpu" else ENCODED_AHEAD, []
+    encoded = []
     for number, pair in enumerate(batches, start=1):
         for half in filter(None, pair):
             half["posterior"] = family.posterior(half.pop("pixels")).cpu()
@@ -238,12 +240,12 @@ def batch_losses(
         numbers = half["number"].tolist()
         vae_noise, noise_, timesteps_ = sample_noise(seed, numbers, shape, draw, options.noise_offset)
         posterior = half["posterior"] if "posterior" in half else family.posterior(half["pixels"])
-        latents.append(family.latents(posterior, vae_noise).float())
-        noise.append(noise_.to(device))
-        timesteps.append(timesteps_.to(device))
+        latents.append(family.latents(sent(posterior, device), sent(vae_noise, device)).float())
+        noise.append(sent(noise_, device))
+        timesteps.append(sent(timesteps_, device))
     x, e, t = torch.cat(latents), torch.cat(noise), torch.cat(timesteps)
     prompts = [prompt for half, _ in halves for prompt in half["prompt"]]
-    crops = torch.cat([half["crop"] for half, _ in halves]).to(device)
+    crops = sent(torch.cat([half["crop"] for half, _ in halves]), device)
     noisy, target = family.add_noise(x, e, t), family.target(x, e, t)
 
     # Rows: photos, class images, and once more the photos with class preservation.
@@ -259,7 +261,7 @@ def batch_losses(
     weight = family.loss_weights(options, t)
     mask = None
     if not options.unmasked:
-        mask = latent_mask(batch["mask"].to(device), target.shape[-2:], options.mask_dilation, options.mask_feather)
+        mask = latent_mask(sent(batch["mask"], device), target.shape[-2:], options.mask_dilation, options.mask_feather)
     normalization = options.mask_normalization
     own = masked_loss(prediction[:photos], target[:photos], mask, normalization, options.unmasked_weight)
     losses = {"loss": (weight[:photos] * own).mean()}

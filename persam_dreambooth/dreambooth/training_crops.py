@@ -55,6 +55,7 @@ def make_crops(options: TrainingOptions, album: Album, masks: list[PhotoMask], c
         "random_flip": options.random_flip,
         "buckets": cut.buckets,
         "alike": options.train_batch_size if cut.buckets else 1,
+        "recurring": options.cache_latents,
     }
 
     def prompts(photos: list[Photo]) -> dict[str, Any]:

@@ -308,6 +308,12 @@ class TrainingOptions(SubjectOptions):
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
         None, "precision; default: that of the accelerate configuration"
     )
+    quantize: Literal["no", "nf4", "int8"] = option(
+        "no", "load the linear layers of the frozen denoiser in 4 bits (nf4) or 8 bits (bitsandbytes)", when=WHEN_LORA
+    )
+    quantize_text_encoder: Literal["no", "nf4", "int8"] = option(
+        "no", "load the linear layers of T5 or Qwen3 in 4 bits (nf4) or 8 bits (bitsandbytes)"
+    )
     gradient_checkpointing: bool = option(False, "save memory at the cost of slower steps")
     allow_tf32: bool = option(False, "allow TF32 matrix products on Ampere GPUs and later")
     dataloader_num_workers: int = option(

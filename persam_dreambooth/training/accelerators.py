@@ -98,6 +98,13 @@ def frozen_dtype(accelerator: Accelerator) -> torch.dtype:
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
 
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on a device, where it arrives after the work that is queued there; the CPU does not wait for it."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def end_processes(accelerator: Accelerator) -> None:
     """Ends the process group after the DDP wrappers are freed; the caller keeps none of them.
 

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from persam_dreambooth.dreambooth.placement import Phase
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
+from persam_dreambooth.training.accelerators import sent
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,11 @@ class Embeddings:
 
     def to(self, target: torch.dtype | torch.device | str) -> "Embeddings":
         """Converts to another dtype, or moves to another device."""
+        to: Any = sent if isinstance(target, torch.device) else torch.Tensor.to
         pooled, mask = self.pooled, self.mask
         if mask is not None and not isinstance(target, torch.dtype):
-            mask = mask.to(target)
-        return Embeddings(self.states.to(target), None if pooled is None else pooled.to(target), mask)
+            mask = to(mask, target)
+        return Embeddings(to(self.states, target), None if pooled is None else to(pooled, target), mask)
 
 
 class Family(Protocol):

@@ -7,7 +7,7 @@ A family declares its parts and defaults and implements the rest: prompts, noise
 import copy
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from persam_dreambooth import models
 from persam_dreambooth.dreambooth.families.family import Embeddings, Family
 from persam_dreambooth.dreambooth.latent_cache import PosteriorCache
-from persam_dreambooth.dreambooth.placement import Phase, Placement, Role, frozen_precision
+from persam_dreambooth.dreambooth.placement import Phase, Placement, Role, frozen_precision, quantized_roles
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.errors import InputError, InputNotFoundError
 
@@ -166,13 +166,20 @@ class LatentDiffusion(Family):
         """The VAE's dtype, for the run's dtype of frozen weights."""
         return frozen_dtype
 
-    def place_on(self, device: torch.device, frozen_dtype: torch.dtype, whole: Sequence[str] = ()) -> None:
+    def place_on(
+        self,
+        device: torch.device,
+        frozen_dtype: torch.dtype,
+        whole: Sequence[str] = (),
+        quantized: Mapping[Role, str] | None = None,
+    ) -> None:
         """Sets the device of the parts in use, and the precision of all parts; see `placement`.
 
         Args:
             device: the accelerator, or the CPU.
             frozen_dtype: dtype of the frozen weights.
             whole: the names of parts that are trained whole, in float32.
+            quantized: `nf4` or `int8` of the roles that are quantized.
         """
         self.placement.device, self.frozen_dtype = device, frozen_dtype
         for name, role in self.placement.roles.items():
@@ -181,6 +188,8 @@ class LatentDiffusion(Family):
             dtype = torch.float32 if name in whole else dtype
             if part.dtype != dtype:
                 part.to(dtype)
+            if quantized and role in quantized:
+                self.placement.quantize(name, quantized[role], dtype)
 
     def enter(self, phase: Phase) -> None:
         """See `Family`."""
@@ -193,7 +202,7 @@ class LatentDiffusion(Family):
     ) -> list[torch.nn.Parameter]:
         """See `Family`."""
         names, placement = self.trained_names(options), self.placement
-        self.place_on(device, frozen_dtype, self.whole_names(options))
+        self.place_on(device, frozen_dtype, self.whole_names(options), quantized_roles(options))
         if options.preserves_base and options.method == "full":
             base = copy.deepcopy(placement.parts[self.denoiser_name])
             for layer in base.modules():  # what autocast rounds in the denoiser
@@ -291,7 +300,7 @@ class LatentDiffusion(Family):
 
     def posterior(self, pixels: torch.Tensor) -> torch.Tensor:
         """See `Family`."""
-        encode = self.cache or self.encode_image
+        encode = self.encode_image if self.cache is None else self.cache  # one that is empty still is one
         return torch.stack([encode(one) for one in pixels], dim=1)
 
     @torch.no_grad()

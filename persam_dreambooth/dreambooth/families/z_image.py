@@ -46,7 +46,7 @@ class ZImage(FlowMatching):
         if "turbo" in options.pretrained_model_name_or_path.lower():
             logger.warning(
                 "%s is distilled, and training undoes that in part: train on Tongyi-MAI/Z-Image, or generate in 30 "
-                "steps with a --guidance_scale of 2",
+                "steps in place of 8",
                 options.pretrained_model_name_or_path,
             )
 

@@ -1,0 +1,48 @@
+"""Adds the planned peak of each phase to the measured ones, and their ratio. It needs no accelerator."""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from persam_dreambooth.dreambooth.planned_phases import plan_phases
+
+from benchmarks import full_size
+from benchmarks.accelerator.records import GIB
+from benchmarks.accelerator.timed_training import resolved_options
+from persam_dreambooth.dreambooth.families.registry import FAMILIES
+from persam_dreambooth.files import write_json
+
+NAMES = {"samples": "pictures"}
+"""Phases of the plan that have another name in the measurement."""
+
+
+def add_plans(path: Path) -> list[str]:
+    """Adds `planned_gib` and `measured_per_planned` to the rows of a result; the errors, one line each."""
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    errors = []
+    for row in result["rows"]:
+        if row.get("planned_gib"):
+            continue
+        try:
+            options = {name: value for name, value in row["options"].items() if name != "unmasked"}  # of no effect
+            planned = planned_peaks(row["model"], row["resolution"], json.dumps(options))
+        except Exception as error:
+            errors.append(f"{row['model']}, {row['setup']}: {type(error).__name__}: {error}")
+            continue
+        both = {phase: row["peak_gib"][phase] / gib for phase, gib in planned.items() if phase in row["peak_gib"]}
+        row["planned_gib"] = planned
+        row["measured_per_planned"] = {phase: round(value, 3) for phase, value in both.items()}
+        print(f"  {row['model']}, {row['setup']}: {row['measured_per_planned']}", flush=True)
+        write_json(path, result)
+    return errors
+
+
+@cache
+def planned_peaks(model: str, resolution: int, options: str) -> dict[str, float]:
+    """The planned peaks in GiB of a run by phase; the options are JSON."""
+    pipeline = full_size.build(model, "meta", torch.bfloat16)
+    family: Any = FAMILIES[type(pipeline).__name__](pipeline)
+    phases = plan_phases(resolved_options(resolution, family, **json.loads(options)), family, torch.bfloat16)
+    return {NAMES.get(phase.name, phase.name): round(phase.peak / GIB, 3) for phase in phases}
