@@ -920,6 +920,33 @@ def test_half_precision_trains_close_to_single_and_saves_single(runs, model):
     assert {weight.dtype for weight in weights(half).values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_t5_keeps_its_range_in_half_precision(model, tmp_path, name, dtype):
+    """Published T5s have activations above 65504, the largest number of float16."""
+    other, part = tmp_path / "model", {"sd3": "text_encoder_3", "flux": "text_encoder_2"}[name]
+    pipeline, largest = plain_pipeline(model), []
+    with torch.no_grad():
+        for block in getattr(pipeline, part).encoder.block:
+            block.layer[-1].DenseReluDense.wi_1.weight *= 1e9
+    pipeline.save_pretrained(other)
+    exact, half = (registry.open_family(TrainOptions(), str(other), each) for each in (torch.float32, dtype))
+    wo = getattr(exact.pipeline, part).encoder.block[-1].layer[-1].DenseReluDense.wo
+    wo.register_forward_hook(lambda layer, inputs, output: largest.append(float(inputs[0].abs().max())))
+    expected, found = (family.embed(["a sks duck in snow"])[0] for family in (exact, half))
+    assert max(largest) > 65504
+    assert found.states.dtype == dtype and found.states.isfinite().all()
+    assert (found.states.float() - expected.states).norm() < 0.03 * expected.states.norm()
+
+
+@pytest.mark.parametrize("name", ["sd3"])
+def test_the_vae_of_stable_diffusion_3_encodes_in_single_precision(model):
+    half, exact = (registry.open_family(TrainOptions(), str(model), each) for each in (torch.bfloat16, torch.float32))
+    assert half.pipeline.transformer.dtype == torch.bfloat16
+    pixels = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert torch.equal(half.posterior(pixels), exact.posterior(pixels))
+
+
 @pytest.mark.parametrize("name", ["sdxl"])
 @pytest.mark.parametrize("asked", [True, False])
 def test_the_vae_trains_in_single_precision_where_its_configuration_asks(model, tmp_path, asked):

@@ -18,7 +18,8 @@ from persam_dreambooth.dreambooth.offload import OffloadedBlocks
 from persam_dreambooth.dreambooth.pipelines import find_model
 from persam_dreambooth.photos.masks import read_mask
 from persam_dreambooth.segmentation import MemorySegmenter, PerSAM, PerSAMF, VideoSegmenter, open_sam
-from persam_dreambooth.training.accelerators import sent
+from persam_dreambooth.training import accelerators
+from persam_dreambooth.training.accelerators import open_accelerator, sent
 
 pytestmark = [
     pytest.mark.gpu,
@@ -60,6 +61,23 @@ def test_a_run_in_half_precision_resumes_and_generates(runs, tmp_path, precision
     pictures = {"model": run, "output": tmp_path / "pictures", "num_images": 1, "num_inference_steps": 2}
     assert command("generate", "a [V] duck", *flags(**pictures)) == 0
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 1
+
+
+def test_a_step_that_the_scaler_of_fp16_skips_does_not_advance_the_schedule(runs, tmp_path, monkeypatch):
+    def opened(*arguments):
+        accelerator = open_accelerator(*arguments)
+        # The first step overflows, and the next ones do not.
+        accelerator.scaler = torch.amp.GradScaler(init_scale=2.0**60, backoff_factor=2.0**-52)
+        return accelerator
+
+    monkeypatch.setattr(accelerators, "open_accelerator", opened)
+    run = tmp_path / "run"
+    averaged = {"use_ema": True, "train_text_encoder": True, "text_encoder_lr": 1e-5, "checkpointing_steps": 4}
+    assert runs.train(run, mixed_precision="fp16", lr_scheduler="linear", **averaged) == 0
+    assert column(run, "skipped_steps") == [1, 1, 1, 1]
+    assert column(run, "learning_rate") == pytest.approx([1e-4, 1e-4, 0.75e-4, 0.5e-4])
+    state = torch.load(run / "checkpoint-4" / "training_state.pt", weights_only=True)
+    assert state["average"]["step"] == 3
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])

@@ -210,11 +210,10 @@ def test_more_weight_keeps_the_prediction_outside_nearer_to_the_base(runs):
 
 
 @every_method
-def test_it_runs_in_half_precision(runs, method):
-    run = runs(**KEEP, mixed_precision="bf16", **method)
-    assert np.isfinite(column(run, "preservation_loss")).all()
-    # A copy in half precision rounds otherwise than the weights that autocast rounds: 8 bits of predictions near 1.
-    assert column(run, "preservation_loss")[0] <= 1e-4
+def test_it_starts_at_the_base_in_half_precision(runs, method):
+    kept = column(runs(**KEEP, mixed_precision="bf16", **method), "preservation_loss")
+    assert kept[0] == 0  # the copy rounds as the model in training does
+    assert min(kept[1:]) > 0 and max(kept) < np.inf
 
 
 def test_dropout_inside_lora_leaves_the_base_alone(runs):

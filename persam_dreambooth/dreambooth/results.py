@@ -3,6 +3,7 @@
 import logging
 
 from accelerate import Accelerator
+from accelerate.utils import release_memory
 
 from persam_dreambooth.dreambooth import kohya
 from persam_dreambooth.dreambooth.card import model_card
@@ -58,6 +59,7 @@ def save_results(
     """
     run_dir = options.run_dir
     accelerator.free_memory()
+    release_memory()  # again: in fp16 the optimizer and accelerate's wrapper refer to one another
     notice = model_notice(options.pretrained_model_name_or_path)
     rows = metrics_rows(run_dir)
     final_loss = rows[-1]["loss"] if rows else None

@@ -8,6 +8,7 @@ import copy
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, ClassVar
@@ -40,6 +41,7 @@ BASE_COPY = "base"
 TEXT_LEVEL = "text_model."
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 TEXT_FEEDFORWARD = ["fc1", "fc2"]
+ADAPTABLE = torch.nn.Linear, torch.nn.Conv2d
 LORA_KEYWORDS = ("attention", "attention+feedforward", "all")
 DORA_LENGTH = "lora_magnitude_vector"
 INITS: dict[str, Any] = {"gaussian": "gaussian", "kaiming": True}
@@ -209,7 +211,10 @@ class LatentDiffusion(Family):
         self.place_on(device, frozen_dtype, self.whole_names(options), quantized_roles(options), options.offload)
         if options.preserves_base and options.method == "full":
             base = copy.deepcopy(placement.parts[self.denoiser_name])
-            placement.add(BASE_COPY, "base copy", base.to(frozen_precision("base copy", frozen_dtype)))
+            for layer in base.modules():  # what autocast rounds in the denoiser
+                if isinstance(layer, ADAPTABLE):
+                    layer.to(frozen_precision("base copy", frozen_dtype))
+            placement.add(BASE_COPY, "base copy", base)
         if options.fsdp:  # these parts are sharded later, and then stay where they are
             placement.wait(*(name for name in (*names, BASE_COPY) if name in placement.roles))
         else:
@@ -377,9 +382,12 @@ class LatentDiffusion(Family):
         trained = [self.trained[name] for name in self.encoders if name in self.trained]
         for part in trained:
             part.eval()
+        clips = [getattr(self.pipeline, name) for name in self.encoders if name in self.trainable_encoders]
+        whole = any(part.dtype == torch.float32 for part in clips)
         for prompt in dict.fromkeys(prompts):
             if trained or prompt not in self.embeddings:
-                with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+                own = self.training_autocast() if whole else torch.autocast(self.device.type, enabled=False)
+                with torch.no_grad(), own:
                     self.embeddings[prompt] = self.encode_prompts([prompt]).to("cpu")[0]
         return [self.embeddings[prompt] for prompt in prompts]
 
@@ -409,6 +417,11 @@ class LatentDiffusion(Family):
         settings = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
         return tokenizer(prompts, max_length=length or tokenizer.model_max_length, **settings).input_ids.to(self.device)
 
+    def training_autocast(self) -> AbstractContextManager[Any]:
+        """The autocast under which accelerate runs parts that are trained whole."""
+        half = self.frozen_dtype != torch.float32
+        return torch.autocast(self.device.type, self.frozen_dtype) if half else nullcontext()
+
     def denoise(
         self,
         denoiser: Any,
@@ -433,11 +446,11 @@ class LatentDiffusion(Family):
         """See `Family`.
 
         With LoRA, the base model is the denoiser with its adapters disabled; else it is a copy, which `make_trainable`
-        makes if it is needed.
+        makes if it is needed, under the autocast of the denoiser.
         """
         if self.base_denoiser is not None:
-            dtype = self.base_denoiser.dtype
-            return self.denoise(self.base_denoiser, noisy.to(dtype), timesteps, embeddings.to(dtype), crops)
+            with self.training_autocast():
+                return self.denoise(self.base_denoiser, noisy, timesteps, embeddings, crops)
         denoiser = getattr(self.pipeline, self.denoiser_name)
         denoiser.disable_adapters()
         try:
@@ -545,7 +558,7 @@ class LatentDiffusion(Family):
 
 def adaptable_layers(part: torch.nn.Module) -> list[str]:
     """The names of all linear and convolutional layers, which LoRA can adapt."""
-    return [name for name, layer in part.named_modules() if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))]
+    return [name for name, layer in part.named_modules() if isinstance(layer, ADAPTABLE)]
 
 
 def targeted(layers: Iterable[str], endings: Iterable[str]) -> list[str]:
