@@ -35,7 +35,7 @@ CLASS_SEED = 1
 """Added to the run's seed for class images, so that their order and noise differ from those of the photos."""
 
 RECURRING = 32
-"""Recurring crops are 1 / 32 of their side apart: 16 pixels at 512, so a 4 : 3 photo has at most 12 different crops."""
+"""Recurring crops are 1 / 32 of their side apart: 16 pixels at 512, so a 4 : 3 photo has 12 places."""
 
 
 class Sample(TypedDict):
