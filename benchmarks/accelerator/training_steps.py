@@ -171,7 +171,9 @@ def measure_setup(
     if not whole:
         family.embeddings.update(embeddings)
     options, peaks = resolved_options(family=family, **given), Peaks(family.placement)
-    family.place_on(torch.device(device()), torch.bfloat16, family.whole_names(options), quantized_roles(options))
+    family.place_on(
+        torch.device(device()), torch.bfloat16, family.whole_names(options), quantized_roles(options), options.offload
+    )
 
     def generate(accelerator: Any, options: TrainOptions) -> None:
         side = options.resolution
