@@ -26,7 +26,7 @@ from persam_dreambooth.files import write_json
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "accelerator"
-SHARES = {"sam": 0.08, "paper": 0.12, "steps": 0.48, "diffusers": 0.2, "tests": 0.12}
+SHARES = {"sam": 0.11, "paper": 0.1, "steps": 0.45, "diffusers": 0.2, "tests": 0.14}
 """The parts in the order of their turn, with their shares of the time."""
 GRACE = 20.0
 """Seconds after its time in which a part may end by itself."""
@@ -64,7 +64,7 @@ def beside_diffusers(part: Part, arguments: argparse.Namespace) -> None:
     from benchmarks import against_diffusers, full_size
     from benchmarks.accelerator.records import device
 
-    setups = ["diffusers", "ours", "ours, cached, center crops"]
+    setups = ["diffusers", "ours", "ours, cached, center crops", "ours, cached"]
     with tempfile.TemporaryDirectory() as folder:
         for precision in ("bf16",):
             with part.trying(f"diffusers, {precision}"):
@@ -103,6 +103,17 @@ PARTS: dict[str, tuple[Callable[[Part, argparse.Namespace], None], str]] = {
 }
 
 
+def run_here(name: str, seconds: float, arguments: argparse.Namespace) -> bool:
+    """Runs a part in this process; whether it went well."""
+    measure, what = PARTS[name]
+    part = Part(arguments.output_dir / f"{name}.json", what, seconds, arguments.tiny)
+    with part.trying(name):
+        measure(part, arguments)
+    part.write()
+    print("\n".join([f"{name}: {part.content['seconds']} s", *(f"  failed: {each}" for each in part.errors)]))
+    return not part.errors
+
+
 def run_apart(name: str, path: Path, seconds: float, arguments: list[str]) -> bool:
     """Runs a part in a process of its own and ends it where it takes too long; whether it went well.
 
@@ -131,6 +142,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--models", nargs="+", help="models of the part steps; default: all")
     parser.add_argument("--diffusers_repository", type=Path, help="a checkout of diffusers")
     parser.add_argument("--processes", type=int, default=0, help="processes of pytest, which needs pytest-xdist")
+    parser.add_argument("--one_process", action="store_true", help="all parts in this process, which saves the starts")
     parser.add_argument("--output_dir", type=Path, default=RESULTS, help="folder of the JSON files")
     parser.add_argument("--tiny", action="store_true", help="small checkpoints, for a test of this program")
     parser.add_argument(
@@ -144,20 +156,15 @@ def main(words: list[str]) -> int:
     if arguments.parts and "diffusers" in arguments.parts and not arguments.diffusers_repository:
         parser.error("the part diffusers needs --diffusers_repository")
     seconds = 60 * arguments.minutes
-    if len(parts) == 1:
-        measure, what = PARTS[parts[0]]
-        part = Part(arguments.output_dir / f"{parts[0]}.json", what, seconds, arguments.tiny)
-        with part.trying(parts[0]):
-            measure(part, arguments)
-        part.write()
-        print("\n".join([f"{parts[0]}: {part.content['seconds']} s", *(f"  failed: {each}" for each in part.errors)]))
-        return int(bool(part.errors))
     started, went_well = time.perf_counter(), True
     given = passed_on(arguments)
     for number, name in enumerate(parts):
         left = seconds - (time.perf_counter() - started)
         share = left * SHARES[name] / sum(SHARES[other] for other in parts[number:])
-        went_well &= run_apart(name, arguments.output_dir / f"{name}.json", share, given)
+        if arguments.one_process or len(parts) == 1:
+            went_well &= run_here(name, share, arguments)
+        else:
+            went_well &= run_apart(name, arguments.output_dir / f"{name}.json", share, given)
     return int(not went_well)
 
 

@@ -17,8 +17,8 @@ from persam_dreambooth.dreambooth.families.stable_diffusion import StableDiffusi
 from persam_dreambooth.photos.folder import find_photos
 
 ITERATIONS = 1000
-STARTING = 25.0
-"""Seconds of the part's time for building and saving; the rest is for steps."""
+STARTING = 10.0
+"""Seconds of the part's time, after the model is built, until the first step; the rest is for steps."""
 IN_AND_OUT = (
     "in: reading and cropping a photo and a class image, the VAE's encoding of both, the UNet's passes and AdamW, "
     "lines of metrics; out: loading the model, masks, 200 class images, the first 3 steps, checkpoints, saving, samples"
@@ -38,9 +38,8 @@ def measure_paper_recipe(part: Part) -> None:
         family.place_on(torch.device(device()), torch.bfloat16, family.whole_names(told))
         photos = find_photos(write_random_images(Path(folder), images, side))
         class_images = Crops(photos, None, side, told.center_crop, told.seed + CLASS_SEED, "a duck")
-        row = timed_training(
-            told, family, 1.0 if part.tiny else part.left - STARTING, Peaks(family.placement), class_images
-        )
+        seconds = 1.0 if part.tiny else max(part.left - STARTING, 5.0)
+        row = timed_training(told, family, seconds, Peaks(family.placement), class_images)
         part.add(model="sd1.5", setup="configs/paper-sd15.yaml", **of_1000(row), in_and_out=IN_AND_OUT, options=options)
 
 

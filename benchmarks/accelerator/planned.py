@@ -11,6 +11,7 @@ from benchmarks import full_size
 from benchmarks.accelerator.records import GIB
 from benchmarks.accelerator.timed_training import resolved_options
 from persam_dreambooth.dreambooth.families.registry import FAMILIES
+from persam_dreambooth.dreambooth.placement import quantized_roles
 from persam_dreambooth.dreambooth.planned_phases import plan_phases
 from persam_dreambooth.files import write_json
 
@@ -44,5 +45,7 @@ def planned_peaks(model: str, resolution: int, options: str) -> dict[str, float]
     """The planned peaks in GiB of a run by phase; the options are JSON."""
     pipeline = full_size.build(model, "meta", torch.bfloat16)
     family: Any = FAMILIES[type(pipeline).__name__](pipeline)
-    phases = plan_phases(resolved_options(resolution, family, **json.loads(options)), family, torch.bfloat16)
+    told = resolved_options(resolution, family, **json.loads(options))
+    family.place_on(torch.device("meta"), torch.bfloat16, family.whole_names(told), quantized_roles(told))
+    phases = plan_phases(told, family, torch.bfloat16)
     return {NAMES.get(phase.name, phase.name): round(phase.peak / GIB, 3) for phase in phases}

@@ -22,7 +22,7 @@ from persam_dreambooth.segmentation.segmenter import Segmenter
 
 SIZE = (1024, 768)
 """Width and height of the photos, JPEGs."""
-ONE_METHOD = 1.5
+ONE_METHOD = 1.0
 """Seconds of each measurement."""
 
 
@@ -57,7 +57,7 @@ def measure_sam(part: Part, dtype: torch.dtype, paths: list[Path], mask: Image.I
     peaks.mark("encoder")
     for kind in (PerSAM, PerSAMF):
         segmenter = kind(sam)
-        fit = seconds_of(partial(segmenter.fit, sam.encode(paths[0]), mask), seconds / 3)
+        fit = seconds_of(partial(segmenter.fit, sam.encode(paths[0]), mask), 0)
         alone = rate(partial(segmenter.predict, paths[-1]), 1, seconds)
         batched = rate(partial(find_each, segmenter, paths), len(paths), seconds)
         peaks.mark(kind.method)

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, supported_activities
 
 from benchmarks.accelerator.records import GIB, device, synchronize
 from benchmarks.training import photos
@@ -78,16 +80,19 @@ class Peaks:
 
 
 class StepClock:
-    """Times a training's steps in blocks; give it to `progress.reporting`.
+    """Times a training's steps in blocks, then profiles some; give it to `progress.reporting`.
 
     Args:
         seconds: the time after which it stops the training.
         steps: a multiple of this many steps make a block.
+        profiled: steps to profile, which tells how long the accelerator itself is busy; 0 for none.
     """
 
-    def __init__(self, seconds: float, steps: int) -> None:
+    def __init__(self, seconds: float, steps: int, profiled: int = 0) -> None:
         self.seconds = seconds
         self.steps = steps
+        self.profiled = profiled
+        self.profile: Any = None
         self.born = time.perf_counter()
         self.until_first = math.nan
         self.blocks: list[tuple[int, float]] = []
@@ -97,6 +102,12 @@ class StepClock:
         if progress.what != "training":
             return
         last = progress.done == progress.total
+        if self.profile is not None:
+            if progress.done - self._first == self.profiled:
+                synchronize()
+                self.profile.stop()
+                raise Enough
+            return
         if progress.done == 1:
             synchronize()
             self.until_first = time.perf_counter() - self.born
@@ -111,7 +122,25 @@ class StepClock:
             self._size = max(1, blocks) * self.steps
             self._first, self._started = progress.done, time.perf_counter()
             if last or sum(taken for _, taken in self.blocks) >= self.seconds:
-                raise Enough
+                if last or not self.profiled or ProfilerActivity.CUDA not in supported_activities():
+                    raise Enough
+                self.profile = profile(activities=[ProfilerActivity.CUDA])
+                self.profile.start()
+
+    def busy(self) -> dict[str, Any]:
+        """Of a step: seconds in which the accelerator computes, launched kernels, and those that take longest."""
+        if self.profile is None:
+            return {}
+        kernels = [each for each in self.profile.key_averages() if each.device_type == DeviceType.CUDA]
+        kernels.sort(key=lambda each: -each.self_device_time_total)
+        seconds = sum(each.self_device_time_total for each in kernels) / 1e6 / self.profiled
+        return {
+            "busy_seconds_per_step": round(seconds, 5),
+            "kernels_per_step": round(sum(each.count for each in kernels) / self.profiled),
+            "longest_kernels_ms": {
+                each.key[:80]: round(each.self_device_time_total / 1e3 / self.profiled, 3) for each in kernels[:6]
+            },
+        }
 
     @property
     def figures(self) -> dict[str, Any]:
@@ -135,6 +164,7 @@ def timed_training(
     peaks: Peaks,
     class_images: Crops | None = None,
     afterwards: Callable[[Any, TrainOptions], None] | None = None,
+    profiled: int = 0,
 ) -> dict[str, Any]:
     """Trains for some seconds of steps after the warm-up; the figures of the steps.
 
@@ -145,6 +175,7 @@ def timed_training(
         peaks: gets the peaks of the phases.
         class_images: for prior preservation.
         afterwards: called with the accelerator and the options once the steps are timed.
+        profiled: steps to profile on a GPU after the timed ones; 0 for none.
     """
     found, masks = photos()
     assert options.resolution
@@ -154,7 +185,8 @@ def timed_training(
         class_images.shaped_like = crops
     with tempfile.TemporaryDirectory() as folder:
         accelerator = open_accelerator(options.mixed_precision, options.gradient_accumulation_steps, None, Path(folder))
-        clock = StepClock(seconds, 1 if options.cache_latents or device() == "cpu" else ENCODED_AHEAD)
+        every = 1 if options.cache_latents or device() == "cpu" else ENCODED_AHEAD
+        clock = StepClock(seconds, every, profiled if device() == "cuda" else 0)
         try:
             with reporting(clock):
                 train(options, family, crops, class_images, Path(folder), accelerator, "toy")
@@ -165,7 +197,7 @@ def timed_training(
         end_processes(accelerator)
     weights = [weight for each in family.trained.values() for weight in each.parameters() if weight.requires_grad]
     trained = {"resolution": options.resolution, "trained_parameters": sum(weight.numel() for weight in weights)}
-    return {**trained, **clock.figures, **described_peaks(peaks)}
+    return {**trained, **clock.figures, **clock.busy(), **described_peaks(peaks)}
 
 
 def described_peaks(peaks: Peaks) -> dict[str, Any]:

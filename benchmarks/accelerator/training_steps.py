@@ -20,6 +20,7 @@ from benchmarks.accelerator.timed_training import (
 from persam_dreambooth import toy
 from persam_dreambooth.dreambooth.families.family import Embeddings
 from persam_dreambooth.dreambooth.families.registry import FAMILIES, load_pipeline
+from persam_dreambooth.dreambooth.placement import quantized_roles
 from persam_dreambooth.dreambooth.samples import Request, sample
 from persam_dreambooth.main_job import TrainOptions
 from persam_dreambooth.options import read_config
@@ -36,7 +37,8 @@ class Model:
     """A published model to measure.
 
     Args:
-        recipe: the configuration whose options are the first setup; its encoders encode the prompts.
+        recipe: the configuration whose options are the setup `recipe`.
+        resolution: of its training crops in pixels.
         setups: resolution and options by name.
     """
 
@@ -45,10 +47,17 @@ class Model:
     setups: dict[str, dict[str, Any]]
 
 
+RECIPE = "recipe"
+"""The setup with the options of the model's configuration."""
+
+PROFILED = "masked, cached, checkpointed"
+"""The setup whose steps are profiled."""
+
 SETUPS: dict[str, dict[str, Any]] = {
     "masked, cached, checkpointed": SPARING,
     "masked, cached, checkpointed, nf4": {**SPARING, "quantize": "nf4"},
     "masked, cached": CACHED,
+    RECIPE: {},
     "masked": {},
     "unmasked": {"unmasked": True},
 }
@@ -56,8 +65,10 @@ LARGE: dict[str, dict[str, Any]] = {
     "masked, cached, checkpointed": SPARING,
     "masked, cached, checkpointed, nf4": {**SPARING, "quantize": "nf4"},
     "masked, cached, checkpointed, 1024": {**SPARING, "resolution": 1024},
+    RECIPE: {},
     "masked, checkpointed": {"gradient_checkpointing": True},
     "unmasked, cached, checkpointed": {**SPARING, "unmasked": True},
+    "masked, cached, checkpointed, offloaded": {**SPARING, "offload": "group"},
 }
 """Of a model that trains with gradient checkpointing only."""
 
@@ -104,18 +115,17 @@ def measure_model(
 ) -> None:
     """Measures one model's recipe and its setups, until the part has no more than `deadline` seconds left.
 
-    The recipe runs as a user's run does, whose encoders encode the prompts. The setups reuse the embeddings, so they
-    have no peak of the prompts.
+    The first setup and the recipe run as a user's run does, whose encoders encode the prompts. The other setups reuse
+    the embeddings, so they have no peak of the prompts.
     """
     embeddings: dict[str, Embeddings] = {}
-    setups = {f"recipe {model.recipe}": recipe_options(model.recipe), **model.setups}
-    for setup, given in setups.items():
+    for setup, given in model.setups.items():
         if part.left <= deadline:
             part.errors.append(f"{name}, {setup}: no time was left")
             part.write()
             continue
         with part.trying(f"{name}, {setup}"):
-            options = {"resolution": resolution, **given}
+            options = {"resolution": resolution, **(recipe_options(model.recipe) if setup == RECIPE else given)}
             if part.tiny:
                 options["resolution"] = resolution
             measure_setup(part, f"{name}, {setup}", build, options, embeddings)
@@ -141,11 +151,15 @@ def measure_setup(
         name: of model and setup, for errors.
         build: makes the pipeline on the accelerator.
         given: options with the resolution.
-        embeddings: of the prompts; if there are none yet, the encoders make them, and all phases are measured.
+        embeddings: of the prompts; if there are none yet, or for the recipe, the encoders make them, and all phases are
+            measured.
     """
-    whole, pipeline = not embeddings, build()
+    whole, pipeline = not embeddings or name.endswith(RECIPE), build()
     kind = FAMILIES[type(pipeline).__name__]
-    park(getattr(pipeline, kind.denoiser_name))
+    if given.get("offload", "no") == "no":
+        park(getattr(pipeline, kind.denoiser_name))
+    else:  # its weights are used from main memory
+        getattr(pipeline, kind.denoiser_name).to("cpu")
     pipeline.vae.to("cpu")
     if not whole:
         for name_of_part in [each for each in pipeline.components if each.startswith("text_encoder")]:
@@ -154,9 +168,12 @@ def measure_setup(
         pipeline.default_sample_size = given["resolution"] // pipeline.vae_scale_factor
     free_everything()
     family = kind(pipeline)
-    family.embeddings.update(embeddings)
+    if not whole:
+        family.embeddings.update(embeddings)
     options, peaks = resolved_options(family=family, **given), Peaks(family.placement)
-    family.place_on(torch.device(device()), torch.bfloat16, family.whole_names(options))
+    family.place_on(
+        torch.device(device()), torch.bfloat16, family.whole_names(options), quantized_roles(options), options.offload
+    )
 
     def generate(accelerator: Any, options: TrainOptions) -> None:
         side = options.resolution
@@ -165,7 +182,8 @@ def measure_setup(
         peaks.mark("pictures")
 
     seconds = 0.0 if part.tiny else ONE_SETUP
-    figures = timed_training(options, family, seconds, peaks, afterwards=generate if whole else None)
+    profiled = 2 if name.endswith(PROFILED) else 0
+    figures = timed_training(options, family, seconds, peaks, None, generate if whole else None, profiled)
     # Trained encoders leave embeddings in float32.
     embeddings.update({prompt: one.to(torch.bfloat16) for prompt, one in family.embeddings.items()})
     described = {key: value for key, value in given.items() if key != "resolution"}
