@@ -213,7 +213,7 @@ PRESERVED = {"masked_prior_preservation_weight": 1.0, "gradient_checkpointing": 
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-@pytest.mark.parametrize("name", ["sd", pytest.param("flux", marks=SLOW), pytest.param("z-image", marks=SLOW)])
+@pytest.mark.parametrize("name", ["sd", *(pytest.param(name, marks=SLOW) for name in ("flux", "klein", "z-image"))])
 def test_a_lora_of_a_quantized_base_is_that_of_the_unquantized_one(runs, checkpoints, kind, name):
     model = {"pretrained_model_name_or_path": toy_or_tiny(name, checkpoints)}
     run, plain = runs(quantize=kind, **model, **PRESERVED), runs(**model, **PRESERVED)
@@ -311,6 +311,13 @@ def test_what_cannot_be_quantized_is_refused_before_anything_is_written(
     first, second = (line for line in capsys.readouterr().err.splitlines() if "error: " in line)
     assert said in first and said in second
     assert not (tmp_path / "run").exists()
+
+
+def test_int8_refuses_dora_which_nf4_trains(runs, tmp_path, capsys):
+    """In peft, a DoRA over int8 layers on a CPU loses their scales."""
+    assert runs.train(tmp_path / "run", quantize="int8", use_dora=True) == 2
+    assert "int8 does not carry DoRA, give nf4 or remove --use_dora" in capsys.readouterr().err
+    assert runs.train(tmp_path / "run", quantize="nf4", use_dora=True, max_train_steps=1) == 0
 
 
 def test_a_checkpoint_that_is_quantized_already_is_refused(runs, checkpoints, tmp_path, capsys):

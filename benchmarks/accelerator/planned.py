@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from persam_dreambooth.dreambooth.planned_phases import plan_phases
 
 from benchmarks import full_size
 from benchmarks.accelerator.records import GIB
 from benchmarks.accelerator.timed_training import resolved_options
 from persam_dreambooth.dreambooth.families.registry import FAMILIES
+from persam_dreambooth.dreambooth.planned_phases import plan_phases
 from persam_dreambooth.files import write_json
 
 NAMES = {"samples": "pictures"}

@@ -142,15 +142,18 @@ def quantize_linear(part: torch.nn.Module, kind: str, dtype: torch.dtype) -> Non
     - `int8`: 8 bits, with a scale for each output (Dettmers et al. 2022, arXiv 2208.07339).
 
     Args:
-        part: a model, also with LoRA, whose matrices stay as they are.
+        part: a model; LoRA's matrices, and a layer that shares its weights with an embedding, stay as they are.
         kind: `nf4` or `int8`.
         dtype: of the inputs and outputs.
     """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at each product
     from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 
+    shared = {id(layer.weight) for layer in part.modules() if isinstance(layer, torch.nn.Embedding)}
     for name, layer in list(part.named_modules()):
-        if type(layer) is not torch.nn.Linear or ".lora_" in name or layer.weight.numel() % WEIGHTS_PER_WORD:
+        if type(layer) is not torch.nn.Linear or ".lora_" in name or id(layer.weight) in shared:
+            continue
+        if layer.weight.numel() % WEIGHTS_PER_WORD:
             continue
         sides, weight = (layer.in_features, layer.out_features, layer.bias is not None), layer.weight.data
         with torch.device("meta"):

@@ -312,7 +312,15 @@ class TrainingOptions(SubjectOptions):
         None, "precision; default: that of the accelerate configuration"
     )
     quantize: Literal["no", "nf4", "int8"] = option(
-        "no", "load the linear layers of the frozen denoiser in 4 bits (nf4) or 8 bits (bitsandbytes)", when=WHEN_LORA
+        "no",
+        "load the linear layers of the frozen denoiser in 4 bits (nf4) or 8 bits (bitsandbytes)",
+        when=(
+            *WHEN_LORA,
+            Condition(
+                lambda options: not (options.use_dora and options.quantize == "int8"),
+                "int8 does not carry DoRA, give nf4 or remove --use_dora",
+            ),
+        ),
     )
     quantize_text_encoder: Literal["no", "nf4", "int8"] = option(
         "no", "load the linear layers of T5 or Qwen3 in 4 bits (nf4) or 8 bits (bitsandbytes)"

@@ -52,8 +52,8 @@ def single_file_config(source: str, base_config: str | None = None) -> str:
         weights = _shapes(source)
         if ANY_STABLE_DIFFUSION not in weights:
             raise InputError(
-                f"{source} holds no Stable Diffusion with its original key names: name another file, or for a "
-                "LoRA the folder of its run"
+                f"{source} holds no Stable Diffusion with its original key names: name another file, for a LoRA the "
+                "folder of its run, and for another family the folder or hub id of the whole model"
             )
         if base_config:
             return models.resolve(base_config, "stable-diffusion")
@@ -160,7 +160,11 @@ def _check_unquantized(family: type[LatentDiffusion], source: str, revision: str
 
 
 def open_family(
-    options: TrainingOptions, source: str, frozen_dtype: torch.dtype, device: torch.device | None = None
+    options: TrainingOptions,
+    source: str,
+    frozen_dtype: torch.dtype,
+    device: torch.device | None = None,
+    **parts: Any,
 ) -> LatentDiffusion:
     """Loads a model for training.
 
@@ -169,6 +173,7 @@ def open_family(
         source: hub id, folder or single file, from `models.resolve`.
         frozen_dtype: dtype of the frozen weights.
         device: the device of the parts in use; default: the CPU.
+        parts: as in `load_pipeline`.
 
     Raises:
         InputError: as in `load_pipeline`; or a method or an option that the family does not support.
@@ -181,7 +186,7 @@ def open_family(
         raise InputError(f"--method {options.method} is not supported for a {kind}: use {methods}")
     dtype = frozen_dtype if options.method == "lora" else torch.float32
     read = (options.long_prompts, options.base_config, options.max_sequence_length, options.text_encoder_out_layers)
-    opened = family(load_pipeline(source, options.revision, options.variant, dtype, *read))
+    opened = family(load_pipeline(source, options.revision, options.variant, dtype, *read, **parts))
     opened.check(options)
     quantized = quantized_roles(options)
     whole = opened.whole_names(options)
