@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from persam_dreambooth import models
+from persam_dreambooth.errors import InputError
 from persam_dreambooth.main_job import TrainOptions
 from persam_dreambooth.options import takes_options
 
@@ -99,6 +100,11 @@ def plan(options: PlanOptions) -> MemoryPlan:
         UnavailableError: the hub cannot be reached.
     """
     options.check()
+    for name in ("offload", "fsdp"):
+        if options.given(name):
+            raise InputError(
+                f"a plan does not count --{name} yet: leave it out, and see docs/training.md for its memory"
+            )
 
     from persam_dreambooth.dreambooth.planned_phases import open_meta_family, plan_phases
 

@@ -170,3 +170,9 @@ def test_two_processes_with_offload_equal_one(runs, tmp_path):
     options = {**OPTIONS, "offload": "group"}
     in_two_processes("-m", "persam_dreambooth", "train", *flags(**runs.options(output_dir=tmp_path / "two", **options)))
     assert_same_trajectory(runs(train_batch_size=2, **options), tmp_path / "two")
+
+
+def test_a_plan_refuses_what_it_does_not_count(runs, tmp_path, capsys):
+    told = flags(**runs.options(output_dir=tmp_path / "run", offload="group", gradient_checkpointing=True))
+    assert command("plan", *told) == 2
+    assert "a plan does not count --offload yet" in capsys.readouterr().err

@@ -45,8 +45,8 @@ def open_accelerator(
     for variable, name in SHARDING.items():
         if os.environ.get(variable, "false").lower() == "true":
             raise InputError(
-                f"{name} of accelerate is not supported: choose multi-GPU in accelerate config, or launch with "
-                "--config_file configs/accelerate/multi-gpu.yaml, and shard the model with --fsdp"
+                f"{name} is not supported: choose multi-GPU in accelerate config, or launch with "
+                "--config_file configs/accelerate/multi-gpu.yaml, and add --fsdp to shard the model"
             )
     AcceleratorState._reset_state()  # an earlier training in this process may have used another precision
     try:
