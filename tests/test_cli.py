@@ -420,6 +420,8 @@ IDLE: dict[str, dict[tuple[str, ...], tuple[str, ...]]] = {
 }
 """Arguments of each command, and the options that have no effect beside them."""
 
+IDLE["plan"], ALWAYS["plan"] = IDLE["train"], ALWAYS["train"]
+
 
 def other_value(kind: type[Options], name: str) -> list[str]:
     """A value of an option, as typed, that is not its default."""
