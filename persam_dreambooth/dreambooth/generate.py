@@ -102,6 +102,16 @@ class GenerateOptions(Options):
     quantize_text_encoder: Literal["no", "nf4", "int8"] | None = option(
         None, "quantize T5 or Qwen3, as in training; default: as in the run"
     )
+    offload: Literal["no", "group"] = option(
+        "no",
+        "group: keep the weights of large parts on the CPU, and only those of two blocks on the GPU",
+        when=(
+            Condition(
+                lambda options: options.quantize in (None, "no"),
+                "quantized weights stay on the GPU, remove it or --quantize",
+            ),
+        ),
+    )
     batch_size: int = option(1, "images at once; faster on a GPU, needs more memory", elsewhere=("n_samples",))
     identifier: str | None = option(
         None, "the token that replaces [V]; default: the run's own, else sks", when=(NAMED,)
@@ -152,7 +162,10 @@ def generate(options: GenerateOptions) -> list[Path]:
     models.log_device(str(inference_device()), str(model.dtype))
     saved: list[Path] = []
     try:
-        family = model.open(options.lora_scale, quantized_roles(options, model.config))
+        quantized = quantized_roles(options, model.config)
+        if options.offload != "no" and "denoiser" in quantized:
+            raise InputError("--offload has no effect: the run's denoiser is quantized, add --quantize no")
+        family = model.open(options.lora_scale, quantized, options.offload)
         _check_loaded(options, family)
         known = [subject.word for subject in model.subjects] or [IDENTIFIER]
         words = [options.identifier] if options.identifier else known

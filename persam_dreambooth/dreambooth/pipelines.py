@@ -94,15 +94,17 @@ class FoundModel:
                     told.append(f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}")
         return hashlib.sha256("\n".join(told).encode("utf-8", "surrogateescape")).hexdigest()[:10]
 
-    def open(self, lora_scale: float | None = None, quantized: Mapping[Role, str] | None = None) -> LatentDiffusion:
+    def open(
+        self, lora_scale: float | None = None, quantized: Mapping[Role, str] | None = None, offload: str = "no"
+    ) -> LatentDiffusion:
         """Loads the model for inference on the accelerator, in half precision, or on the CPU if there is none.
 
         Args:
             lora_scale: factor of the LoRA of the denoiser and of the text encoders; None is 1.
-            quantized: see `LatentDiffusion.place_on`.
+            quantized, offload: see `LatentDiffusion.place_on`.
         """
         family = self.family(self.load(self.dtype, lora_scale))
-        family.place_on(inference_device(), self.dtype, quantized=quantized)
+        family.place_on(inference_device(), self.dtype, quantized=quantized, offload=offload)
         return family
 
     def load(self, dtype: torch.dtype = torch.float32, lora_scale: float | None = None) -> Any:

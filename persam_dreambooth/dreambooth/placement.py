@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from persam_dreambooth.dreambooth.offload import OffloadedBlocks
 from persam_dreambooth.extras import check_installed
 
 Role = Literal["clip", "language model", "denoiser", "base copy", "vae"]
@@ -25,6 +26,9 @@ ON_THE_ACCELERATOR: dict[Phase, tuple[Role, ...]] = {
     "pictures": ("denoiser", "vae"),  # class images, backgrounds, samples; their prompts are embeddings
 }
 """The parts that a phase uses. Parts in training stay on the accelerator in all phases."""
+
+BLOCK_BY_BLOCK: tuple[Role, ...] = ("language model", "denoiser")
+"""The parts that `--offload group` moves to the accelerator block by block while they are used; see `offload`."""
 
 PRECISIONS: dict[Role, dict[torch.dtype, torch.dtype]] = {
     "clip": {},
@@ -86,6 +90,8 @@ class Placement:
         """The names of the parts in training, which stay where the optimizer found them."""
         self.quantized: set[str] = set()
         """The names of the quantized parts."""
+        self.offloaded: dict[str, OffloadedBlocks] = {}
+        """The parts, by name, whose blocks stay in main memory."""
 
     def add(self, name: str, role: Role, part: torch.nn.Module) -> None:
         """Adds a part, which is in main memory."""
@@ -97,15 +103,35 @@ class Placement:
             quantize_linear(self.parts[name], kind, dtype)
             self.quantized.add(name)
 
+    def offload(self) -> None:
+        """Keeps the blocks of large parts in main memory, where they are in their final precision, if not quantized."""
+        for name, role in self.roles.items():
+            if role in BLOCK_BY_BLOCK and name not in self.offloaded.keys() | self.quantized:
+                self.offloaded[name] = OffloadedBlocks(self.parts[name])
+
+    def wait(self, *names: str) -> None:
+        """Moves parts to main memory, and leaves them there in all phases to come."""
+        for name in names:
+            self.move(name, self.main_memory)
+            self.here.discard(name)
+            del self.roles[name]
+
+    def move(self, name: str, device: torch.device) -> None:
+        """Moves a part; the blocks of an offloaded one follow when they compute."""
+        if name in self.offloaded:
+            self.offloaded[name].to(device)
+        else:
+            move(self.parts[name], device)
+
     def enter(self, phase: Phase) -> None:
         """Moves parts that the phase does not use away, then those that it uses to the accelerator."""
         used = {name for name, role in self.roles.items() if role in ON_THE_ACCELERATOR[phase]} | self.kept
         if self.device == self.main_memory:
             used |= self.here
         for name in self.here - used:
-            move(self.parts[name], self.main_memory)
+            self.move(name, self.main_memory)
         for name in used - self.here:
-            move(self.parts[name], self.device)
+            self.move(name, self.device)
         self.here = used
 
 
@@ -116,15 +142,18 @@ def quantize_linear(part: torch.nn.Module, kind: str, dtype: torch.dtype) -> Non
     - `int8`: 8 bits, with a scale for each output (Dettmers et al. 2022, arXiv 2208.07339).
 
     Args:
-        part: a model, also with LoRA, whose matrices stay as they are.
+        part: a model; LoRA's matrices, and a layer that shares its weights with an embedding, stay as they are.
         kind: `nf4` or `int8`.
         dtype: of the inputs and outputs.
     """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at each product
     from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 
+    shared = {id(layer.weight) for layer in part.modules() if isinstance(layer, torch.nn.Embedding)}
     for name, layer in list(part.named_modules()):
-        if type(layer) is not torch.nn.Linear or ".lora_" in name or layer.weight.numel() % WEIGHTS_PER_WORD:
+        if type(layer) is not torch.nn.Linear or ".lora_" in name or id(layer.weight) in shared:
+            continue
+        if layer.weight.numel() % WEIGHTS_PER_WORD:
             continue
         sides, weight = (layer.in_features, layer.out_features, layer.bias is not None), layer.weight.data
         with torch.device("meta"):

@@ -52,8 +52,8 @@ def single_file_config(source: str, base_config: str | None = None) -> str:
         weights = _shapes(source)
         if ANY_STABLE_DIFFUSION not in weights:
             raise InputError(
-                f"{source} holds no Stable Diffusion with its original key names: name another file, or for a "
-                "LoRA the folder of its run"
+                f"{source} holds no Stable Diffusion with its original key names: name another file, for a LoRA the "
+                "folder of its run, and for another family the folder or hub id of the whole model"
             )
         if base_config:
             return models.resolve(base_config, "stable-diffusion")
@@ -188,7 +188,9 @@ def open_family(
     read = (options.long_prompts, options.base_config, options.max_sequence_length, options.text_encoder_out_layers)
     opened = family(load_pipeline(source, options.revision, options.variant, dtype, *read, **parts))
     opened.check(options)
-    opened.place_on(device or torch.device("cpu"), frozen_dtype, opened.whole_names(options), quantized_roles(options))
+    quantized = quantized_roles(options)
+    whole = opened.whole_names(options)
+    opened.place_on(device or torch.device("cpu"), frozen_dtype, whole, quantized, options.offload)
     return opened
 
 
