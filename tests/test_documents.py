@@ -66,9 +66,9 @@ def run(command: str, folder: Path, sam: list[str]) -> None:
     words = PROGRAMS[program] + shlex.split(command.removeprefix(program))
     # In a file, so that a command of given masks leaves out what is of SAM.
     sam_options = {flag.removeprefix("--"): value for flag, value in zip(sam[::2], sam[1::2], strict=True)}
-    short = SHORT if words[0] == "train" else {}
+    short = SHORT if words[0] in ("train", "plan") else {}
     (folder / "short.yaml").write_text(yaml.safe_dump({**short, **sam_options}), encoding="utf-8")
-    if words[0] == "train":
+    if words[0] in ("train", "plan"):
         words += ["--config", "short.yaml", "--pretrained_model_name_or_path", small_model(words, folder)]
     elif words[0] == "generate":
         words += ["--num_inference_steps", "2"]
@@ -98,6 +98,12 @@ def test_the_commands_of_the_readme_run_in_their_order(home, toy_sam):
     for made in ("outputs/cat/overview.png", "outputs/cat-2/samples", "outputs/paper/model_index.json", "masks/01.png"):
         assert (home / made).exists(), made
     assert len(list((home / "outputs/cat/generated").glob("a-sks-cat-on-a-beach-*.png"))) == 4
+
+
+def test_the_command_of_the_memory_page_runs(home, toy_sam, capsys):
+    [command] = commands(ROOT / "docs" / "memory.md")
+    run(command, home, toy_sam)
+    assert "The largest phase is " in capsys.readouterr().out
 
 
 @pytest.mark.slow
