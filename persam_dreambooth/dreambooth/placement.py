@@ -130,9 +130,10 @@ class Placement:
             used |= self.here
         for name in self.here - used:
             self.move(name, self.main_memory)
+            self.here.discard(name)
         for name in used - self.here:
             self.move(name, self.device)
-        self.here = used
+            self.here.add(name)
 
 
 def quantize_linear(part: torch.nn.Module, kind: str, dtype: torch.dtype) -> None:
