@@ -139,6 +139,8 @@ def measure(
                 words += [] if "--unmasked" in OURS[name] else ["--mask_dir", str(root / "masks")]
             program = script if name in DIFFUSERS else None
             trainings[name] = Training(name, program, words, steps, Path(f"{output}.log"))
+        for training in trainings.values():  # which start together
+            training.wait()
         for name in setups:
             for _ in range(-(-SETTLING.get(name, 0) // steps)):
                 trainings[name].turn()
@@ -185,6 +187,10 @@ class Training:
         self.process = multiprocessing.get_context("spawn").Process(target=train_in_turns, args=arguments, daemon=True)
         self.process.start()
         theirs.close()
+        self.trained_weights = 0
+
+    def wait(self) -> None:
+        """Waits for the first step."""
         self.trained_weights = self._answer()
 
     def turn(self) -> tuple[float, float]:

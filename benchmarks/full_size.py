@@ -370,6 +370,24 @@ def build_sam(size: str, device: str = "meta") -> SamModel:
         return SamModel(SamConfig(vision_config=SAMS[size]))
 
 
+def write_named(name: str, folder: Path) -> str:
+    """Writes the configuration of a published model that is named by its hub id; returns its folder, or `toy`.
+
+    Args:
+        name: a hub id in `PUBLISHED` or that of a SAM ViT, or `toy`.
+        folder: the folder of the models' folders.
+
+    Raises:
+        KeyError: another name.
+    """
+    if name == "toy":
+        return name
+    sams = {f"facebook/sam-vit-{size}": size for size in SAMS}
+    names = {published.hub_id: short for short, published in PUBLISHED.items()}
+    model = build_sam(sams[name]) if name in sams else build(names[name])
+    return str(write_configuration(model, folder / name.replace("/", "--")))
+
+
 def build_sam2(size: str, device: str = "meta") -> Sam2MemoryModel:
     """SAM 2 with its memory, in float32; `size` is a name in `SAM_2S`."""
     width, depth, side = SAM_2S[size]

@@ -119,6 +119,12 @@ COMMANDS = {
         _trained,
         resume="a training run resumes with --resume_from_checkpoint latest",
     ),
+    "plan": Command(
+        "the memory that each phase of a training needs on a GPU, before its weights are downloaded",
+        "plan:PlanOptions",
+        "plan:plan",
+        lambda _, memory: str(memory),
+    ),
     "adapt fs-sam2": Command(
         "trains SAM 2's memory on episodes of a few-shot data set (FS-SAM2), for --segmenter memory",
         "segmentation.adaptation.fs_sam2:AdaptFsSam2Options",

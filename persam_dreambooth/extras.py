@@ -15,8 +15,14 @@ EXTRAS = {
 """The extra of this package that installs each package."""
 
 
-def check_installed(package: str, option: str) -> None:
-    """Raises `InputError` if the package that an option such as "--optimizer prodigy" needs is not installed."""
+def check_installed(package: str, option: str, extra: str | None = None) -> None:
+    """Raises `InputError` if the package that an option such as "--optimizer prodigy" needs is not installed.
+
+    Args:
+        package: the package's name for `import`.
+        option: the option, for the message.
+        extra: the extra to name, if several install the package; default: that in `EXTRAS`.
+    """
     if find_spec(package) is None:
-        extra = EXTRAS[package]
+        extra = extra or EXTRAS[package]
         raise InputError(f"{option} needs {package}, which is not installed: pip install 'persam-dreambooth[{extra}]'")

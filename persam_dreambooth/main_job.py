@@ -66,13 +66,22 @@ def personalize(options: TrainOptions) -> Path:
     from persam_dreambooth.dreambooth.families.registry import open_family
     from persam_dreambooth.dreambooth.hub import check_login
     from persam_dreambooth.dreambooth.optimizers import check_optimizer
+    from persam_dreambooth.dreambooth.pipelines import find_model
+    from persam_dreambooth.dreambooth.placement import check_quantization
     from persam_dreambooth.dreambooth.results import save_results
     from persam_dreambooth.dreambooth.trainer import check_resolution, train
     from persam_dreambooth.dreambooth.training_crops import Cut, check_prompts, join_crops, make_crops
-    from persam_dreambooth.training.accelerators import end_processes, frozen_dtype, open_accelerator, writing
+    from persam_dreambooth.training.accelerators import (
+        check_sharding,
+        end_processes,
+        frozen_dtype,
+        open_accelerator,
+        writing,
+    )
     from persam_dreambooth.training.checkpoint import find_checkpoint
 
     check_optimizer(options)
+    check_quantization(options)
     if options.report_to:
         check_installed(options.report_to, f"--report_to {options.report_to}")
     if options.push_to_hub:
@@ -88,6 +97,8 @@ def personalize(options: TrainOptions) -> Path:
     accelerator = open_accelerator(
         options.mixed_precision, options.gradient_accumulation_steps, options.report_to, run_dir
     )
+    if options.fsdp:
+        check_sharding(accelerator)
     models.log_device(str(accelerator.device), str(frozen_dtype(accelerator)))
     family = open_family(options, base, frozen_dtype(accelerator), accelerator.device)
     check_prompts(options, albums, family)
@@ -121,6 +132,8 @@ def personalize(options: TrainOptions) -> Path:
             accelerator.init_trackers("persam-dreambooth", described, {"wandb": {"name": run_dir.name, "dir": run_dir}})
         train(options, family, photos, class_images, run_dir, accelerator, base, resume_from)
         if accelerator.is_main_process:
+            if options.fsdp:  # one process alone has no whole model
+                family = find_model(str(run_dir)).open()
             save_results(options, family, accelerator, all_masks, photos)
     family.trained = {name: getattr(family.pipeline, name) for name in family.trained}  # frees the DDP wrappers
     end_processes(accelerator)

@@ -21,6 +21,9 @@ ORIGINAL_SAM = (".pth", ".pt")
 SINGLE_FILES = (".safetensors", ".ckpt")
 """Suffixes of a whole Stable Diffusion in one file, with the key names of the original program."""
 
+CONFIGURATION = ("*.json", "*.txt", "*.model")
+"""The files of a model on the hub that are not weights: configurations and tokenizers."""
+
 LIBRARIES = ("transformers", "diffusers")
 """Libraries that print messages which are not useful to users."""
 
@@ -69,6 +72,24 @@ def resolve(name: str, kind: str, revision: str | None = None) -> str:
         raise InputNotFoundError(f"{name} is not a model folder: name a hub id (owner/model), a local folder, or toy")
     _check_hub(name, marker, revision)
     return name
+
+
+def configuration_folder(source: str, revision: str | None = None) -> str:
+    """The folder with a model's configuration files, which are downloaded for a model on the hub; its weights are not.
+
+    Args:
+        source: hub id or folder, from `resolve`.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        InputError, UnavailableError: the files cannot be downloaded.
+    """
+    if Path(source).is_dir():
+        return source
+    from huggingface_hub import snapshot_download
+
+    with loading(source):
+        return snapshot_download(source, revision=revision, allow_patterns=list(CONFIGURATION))
 
 
 def is_single_file(name: str) -> bool:

@@ -55,7 +55,9 @@ NEW = ("sdxl", "sd3", "flux", "klein", "z-image")
 QWEN = ("klein", "z-image")
 every_family = pytest.mark.parametrize("name", NEW)
 CHECKPOINTS = [name for name in BUILDERS if name != "klein-one-layer"]  # which needs an option
-every_checkpoint = pytest.mark.parametrize("name", CHECKPOINTS)
+every_checkpoint = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=SLOW if name == "klein-distilled" else ()) for name in CHECKPOINTS]
+)
 PROMPTS = ["a sks duck", "a duck in front of a beach"]
 
 
@@ -501,6 +503,35 @@ def test_prompts_have_the_length_that_is_asked_for(model):
     assert len(family.unread(family.pipeline, prompt)) > (0 if model.name in QWEN else 100)
 
 
+@pytest.mark.parametrize("name", ["z-image"])
+def test_a_prompt_of_another_length_changes_nothing(model):
+    family = registry.open_family(TrainOptions(), str(model), torch.float32)
+    long, short = family.embed(["in front of a beach " * 10, "a sks duck"])
+    assert len(long.states) > 32 > len(short.states)
+    noisy = torch.randn(2, *family.latent_shape(32, 48), generator=torch.Generator().manual_seed(0))
+    steps, crops = torch.tensor([10.0, 700.0]), torch.zeros(2, 4)
+    with torch.no_grad():
+        both = family.predict(noisy, steps, Embeddings.stack([long, short]), crops)
+        alone = [
+            family.predict(noisy[i : i + 1], steps[i : i + 1], Embeddings.stack([one]), crops[:1])
+            for i, one in enumerate((long, short))
+        ]
+        other = family.predict(noisy, steps, Embeddings.stack([short, short]), crops)
+    torch.testing.assert_close(both, torch.cat(alone), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(both[0], other[0], atol=1e-3)
+    torch.testing.assert_close(both[1], other[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", QWEN)
+def test_qwen_is_never_in_float16(model):
+    family = registry.open_family(TrainOptions(), str(model), torch.float16)
+    assert family.pipeline.text_encoder.dtype == torch.bfloat16
+    assert family.pipeline.transformer.dtype == torch.float16
+    (found,) = family.embed(["a duck"])
+    assert found.states.dtype == torch.float16
+    assert found.states.isfinite().all()
+
+
 def test_a_run_reads_its_layers_of_qwen_in_training_and_in_generate(runs, checkpoints, tmp_path):
     """Through `generate` and through diffusers alone, the pictures of a run are the same to the bit."""
     model = save_tiny("klein-one-layer", checkpoints)
@@ -712,9 +743,10 @@ def test_accumulated_batches_equal_one_large_batch(runs, model):
 
 
 @SLOW
-@pytest.mark.parametrize("name", ["sdxl", "sd3"])  # with layers that get no gradient, or always zero
+@pytest.mark.parametrize("name", ["sdxl", "sd3", *QWEN])  # with layers that get no gradient, or always zero
 def test_two_processes_equal_one_of_the_same_global_batch(runs, model, tmp_path):
-    options = {"pretrained_model_name_or_path": model, "train_text_encoder": True, "class_preservation_weight": 1.0}
+    options = {"class_preservation_weight": 1.0, **with_text_encoder(model.name)}
+    options |= {"pretrained_model_name_or_path": model}
     arguments = runs.options(output_dir=tmp_path / "two", **options)
     in_two_processes(ROOT / "train_dreambooth_masked.py", *flags(**arguments))
     whole = runs(train_batch_size=2, **options)
@@ -724,7 +756,8 @@ def test_two_processes_equal_one_of_the_same_global_batch(runs, model, tmp_path)
 
 # --- resuming
 
-STAYS = {"class_preservation_weight": 1.0, "train_batch_size": 2, **ALL_AGAINST_BACKGROUNDS}
+PRESERVES = {"class_preservation_weight": 1.0, "masked_prior_preservation_weight": 1.0, "train_batch_size": 2}
+STAYS = {**PRESERVES, **ALL_AGAINST_BACKGROUNDS}
 EVERYTHING = {"train_text_encoder": True, **STAYS}
 RESUMED = {
     "sdxl": ("sdxl", EVERYTHING),
@@ -734,10 +767,12 @@ RESUMED = {
     "sd3, half precision": ("sd3", {"mixed_precision": "bf16", "train_text_encoder": True}),
     "flux": ("flux", EVERYTHING),
     "flux, half precision": ("flux", {"mixed_precision": "bf16", **EVERYTHING}),
-    "klein": ("klein", STAYS),
+    "klein": ("klein", PRESERVES),
+    "klein, backgrounds": ("klein", STAYS),
     "klein, half precision": ("klein", {"mixed_precision": "bf16", **STAYS}),
     "z-image": ("z-image", STAYS),
-    "z-image, half precision": ("z-image", {"mixed_precision": "bf16", **STAYS}),
+    "z-image, half precision": ("z-image", {"mixed_precision": "bf16", **PRESERVES}),
+    "z-image, half precision, backgrounds": ("z-image", {"mixed_precision": "bf16", **STAYS}),
 }
 
 

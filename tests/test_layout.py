@@ -45,6 +45,7 @@ ROOMS = (
     ("training",),
     ("segmentation", "dreambooth"),
     ("main_job",),
+    ("plan",),
     ("evaluation",),
     ("demo",),
     ("cli", "__main__"),

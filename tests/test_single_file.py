@@ -9,7 +9,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import save_file
-from tiny_families import save_tiny
+from tiny_families import save_tiny, tiny_pipeline
 from training_runs import assert_same_trajectory, command, flags, same_state
 
 from persam_dreambooth import toy
@@ -215,12 +215,14 @@ def test_single_files_that_cannot_be_used_are_refused_in_a_line(
     (tmp_path / "program.ckpt").write_bytes(pickle.dumps({"state_dict": Program()}))
     state = original_state(load_pipeline(TOY))
     save_file({name: value for name, value in state.items() if "cond_stage" not in name}, "part.safetensors")
+    save_file(tiny_pipeline("klein").transformer.state_dict(), "klein.safetensors")
     file, sdxl = str(files / "sd.safetensors"), str(save_tiny("sdxl", checkpoints))
     for model, base_config, said in (
         (file, "nowhere", "nowhere is not a model folder: name a hub id"),
         (file, sdxl, r".*sd\.safetensors (cannot be loaded|lacks a part) \("),
         ("none.safetensors", TOY, "none.safetensors does not exist: name a file, a hub id"),
         ("lora.safetensors", TOY, "lora.safetensors holds no Stable Diffusion with its original key names"),
+        ("klein.safetensors", None, "klein.safetensors holds no Stable Diffusion .* or hub id of the whole model$"),
         ("broken.safetensors", TOY, r"broken.safetensors cannot be loaded \("),
         ("part.safetensors", TOY, r"part.safetensors lacks a part \("),
         ("program.ckpt", TOY, "program.ckpt holds more than weights, and loading it could run a program: convert it"),

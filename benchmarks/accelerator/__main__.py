@@ -12,6 +12,7 @@ machine. `--diffusers_repository` names a checkout of diffusers for the part `di
 """
 
 import argparse
+import json
 import re
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.accelerator.records import Part
+from persam_dreambooth.files import write_json
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "accelerator"
@@ -101,13 +103,24 @@ PARTS: dict[str, tuple[Callable[[Part, argparse.Namespace], None], str]] = {
 }
 
 
-def run_apart(name: str, seconds: float, arguments: list[str]) -> bool:
-    """Runs a part in a process of its own and ends it where it takes too long; whether it went well."""
+def run_apart(name: str, path: Path, seconds: float, arguments: list[str]) -> bool:
+    """Runs a part in a process of its own and ends it where it takes too long; whether it went well.
+
+    Args:
+        name: of the part.
+        path: the file of its results, which gets a line if it is ended.
+        seconds: its time.
+        arguments: words of the options of all parts.
+    """
     words = [sys.executable, "-m", "benchmarks.accelerator", *arguments, "--parts", name]
     try:
         return not subprocess.run([*words, "--minutes", f"{seconds / 60:.3f}"], timeout=seconds + GRACE).returncode
     except subprocess.TimeoutExpired:
-        print(f"{name} was ended after {seconds + GRACE:.0f} s: what it had measured is in its file", flush=True)
+        said = f"ended after {seconds + GRACE:.0f} s, since its time was over"
+        print(f"{name}: {said}", flush=True)
+        if path.is_file():
+            result = json.loads(path.read_text(encoding="utf-8"))
+            write_json(path, {**result, "errors": [*result["errors"], said]})
         return False
 
 
@@ -144,7 +157,7 @@ def main(words: list[str]) -> int:
     for number, name in enumerate(parts):
         left = seconds - (time.perf_counter() - started)
         share = left * SHARES[name] / sum(SHARES[other] for other in parts[number:])
-        went_well &= run_apart(name, share, given)
+        went_well &= run_apart(name, arguments.output_dir / f"{name}.json", share, given)
     return int(not went_well)
 
 

@@ -166,7 +166,8 @@ def measure_setup(
 
     seconds = 0.0 if part.tiny else ONE_SETUP
     figures = timed_training(options, family, seconds, peaks, afterwards=generate if whole else None)
-    embeddings.update(family.embeddings)
+    # Trained encoders leave embeddings in float32.
+    embeddings.update({prompt: one.to(torch.bfloat16) for prompt, one in family.embeddings.items()})
     described = {key: value for key, value in given.items() if key != "resolution"}
     model, setup = name.split(", ", 1)
     part.add(model=model, setup=setup, base=given.get("quantize", "bf16"), **figures, options=described)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from persam_dreambooth import models
 from persam_dreambooth.dreambooth.prompts import check_unread, fill_identifier
@@ -96,6 +96,22 @@ class GenerateOptions(Options):
     lora_scale: float | None = option(
         None, "factor of the run's LoRA, 0 for the base model; default: 1", elsewhere=("network_mul",)
     )
+    quantize: Literal["no", "nf4", "int8"] | None = option(
+        None, "quantize the denoiser, as in training; default: as in the run"
+    )
+    quantize_text_encoder: Literal["no", "nf4", "int8"] | None = option(
+        None, "quantize T5 or Qwen3, as in training; default: as in the run"
+    )
+    offload: Literal["no", "group"] = option(
+        "no",
+        "group: keep the weights of large parts on the CPU, and only those of two blocks on the GPU",
+        when=(
+            Condition(
+                lambda options: options.quantize in (None, "no"),
+                "quantized weights stay on the GPU, remove it or --quantize",
+            ),
+        ),
+    )
     batch_size: int = option(1, "images at once; faster on a GPU, needs more memory", elsewhere=("n_samples",))
     identifier: str | None = option(
         None, "the token that replaces [V]; default: the run's own, else sks", when=(NAMED,)
@@ -131,6 +147,9 @@ def generate(options: GenerateOptions) -> list[Path]:
     name = _find_name(options.model or None)
 
     from persam_dreambooth.dreambooth.pipelines import find_model, inference_device
+    from persam_dreambooth.dreambooth.placement import check_quantization, quantized_roles
+
+    check_quantization(options)
 
     model = find_model(name, options.base_model, options.base_config)
     _check_supported(options, model)
@@ -143,7 +162,10 @@ def generate(options: GenerateOptions) -> list[Path]:
     models.log_device(str(inference_device()), str(model.dtype))
     saved: list[Path] = []
     try:
-        family = model.open(options.lora_scale)
+        quantized = quantized_roles(options, model.config)
+        if options.offload != "no" and "denoiser" in quantized:
+            raise InputError("--offload has no effect: the run's denoiser is quantized, add --quantize no")
+        family = model.open(options.lora_scale, quantized, options.offload)
         _check_loaded(options, family)
         known = [subject.word for subject in model.subjects] or [IDENTIFIER]
         words = [options.identifier] if options.identifier else known

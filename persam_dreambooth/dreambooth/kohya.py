@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from persam_dreambooth.dreambooth.families.family import Family
@@ -39,7 +38,7 @@ def weights(family: Family) -> dict[str, torch.Tensor]:
     for name in family.trained:
         part = getattr(family.pipeline, name)
         level = "" if name == "unet" else TEXT_LEVEL
-        for key, value in get_peft_model_state_dict(part).items():
+        for key, value in family.lora_state(name).items():
             layer, matrix, _ = key.rsplit(".", 2)
             stem = f"{prefixes[name]}_{level}{layer.removeprefix(level)}".replace(".", "_")
             named[f"{stem}.{MATRICES[matrix]}.weight"] = value.detach().cpu().contiguous()

@@ -1,6 +1,7 @@
 """Loads pipelines for inference: a base model, a pipeline folder, or a training run."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors import safe_open
 from persam_dreambooth import models, toy
 from persam_dreambooth.dreambooth.families.latent_diffusion import LORA_WEIGHTS, LatentDiffusion, load_trained_parts
 from persam_dreambooth.dreambooth.families.registry import FAMILIES, family_of, load_pipeline
+from persam_dreambooth.dreambooth.placement import Role
 from persam_dreambooth.dreambooth.subject_options import SubjectOptions, saved_subjects
 from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.options import CONFIG, read_config
@@ -92,14 +94,17 @@ class FoundModel:
                     told.append(f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}")
         return hashlib.sha256("\n".join(told).encode("utf-8", "surrogateescape")).hexdigest()[:10]
 
-    def open(self, lora_scale: float | None = None) -> LatentDiffusion:
+    def open(
+        self, lora_scale: float | None = None, quantized: Mapping[Role, str] | None = None, offload: str = "no"
+    ) -> LatentDiffusion:
         """Loads the model for inference on the accelerator, in half precision, or on the CPU if there is none.
 
         Args:
             lora_scale: factor of the LoRA of the denoiser and of the text encoders; None is 1.
+            quantized, offload: see `LatentDiffusion.place_on`.
         """
         family = self.family(self.load(self.dtype, lora_scale))
-        family.place_on(inference_device(), self.dtype)
+        family.place_on(inference_device(), self.dtype, quantized=quantized, offload=offload)
         return family
 
     def load(self, dtype: torch.dtype = torch.float32, lora_scale: float | None = None) -> Any:

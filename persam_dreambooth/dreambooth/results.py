@@ -24,8 +24,7 @@ logger = logging.getLogger(__name__)
 
 def save_weights(options: TrainingOptions, family: Family, accelerator: Accelerator, base: str) -> None:
     """Saves the trained weights, LoRA or a whole pipeline, to the run's folder; `base` is the base model's place."""
-    trained = {name: getattr(family.pipeline, name) for name in family.trained}
-    for part in trained.values():
+    for part in (getattr(family.pipeline, name) for name in family.trained):
         # With mixed precision, accelerate's wrapper returns float32, which the other parts do not accept.
         accelerator.unwrap_model(part, keep_fp32_wrapper=False).eval()
     with filled_aside(options.run_dir) as folder:
@@ -34,7 +33,10 @@ def save_weights(options: TrainingOptions, family: Family, accelerator: Accelera
             if options.export == "kohya":
                 kohya.export(family, folder)
         else:  # frozen parts may be in half precision here, so they are loaded from the base model
-            settings = {"base_config": options.base_config, **trained}
+            settings = {
+                "base_config": options.base_config,
+                **{name: family.whole_part(name) for name in family.trained},
+            }
             load_pipeline(base, options.revision, options.variant, **settings).save_pretrained(folder)
 
 

@@ -64,6 +64,7 @@ def check_same_model(options: TrainingOptions) -> None:
     before = with_absolute_paths(read_config(run_dir / CONFIG), type(options))
     current = with_absolute_paths(asdict(options), type(options))
     shapes = ("method", "rank", "lora_alpha", "lora_targets", "use_dora", "train_text_encoder")
+    base = ("quantize", "quantize_text_encoder", "pretrained_model_name_or_path", "revision")
     states = ("use_ema", "optimizer", "use_8bit_adam")
     if mask_folders(saved_subjects(before)) != mask_folders(options.each_subject):
         names = " and ".join(subject.word for subject in saved_subjects(before))
@@ -71,7 +72,7 @@ def check_same_model(options: TrainingOptions) -> None:
             f"{run_dir} was trained on other subjects ({names}): "
             "use these subjects, or choose another folder with --output_dir"
         )
-    for name in (*shapes, *states, "pretrained_model_name_or_path", "revision"):
+    for name in (*shapes, *states, *base):
         now = current[name]
         if name in before and before[name] != now:
             raise InputError(

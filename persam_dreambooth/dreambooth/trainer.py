@@ -21,7 +21,9 @@ from persam_dreambooth.dreambooth.loss import latent_mask, masked_loss
 from persam_dreambooth.dreambooth.optimizers import Schedule, make_optimizer
 from persam_dreambooth.dreambooth.results import save_weights
 from persam_dreambooth.dreambooth.samples import save_validation_samples
+from persam_dreambooth.dreambooth.sharding import WholeState
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
+from persam_dreambooth.errors import SaveError
 from persam_dreambooth.files import write_aside
 from persam_dreambooth.models import building, loading
 from persam_dreambooth.options import check_multiple
@@ -38,6 +40,9 @@ from persam_dreambooth.training.checkpoint import (
 from persam_dreambooth.training.interruption import Interruption
 from persam_dreambooth.training.meter import Meter
 from persam_dreambooth.training.seeds import derived_seed
+
+BROKEN = "remove it, and the run resumes from the checkpoint before it"
+"""What to do with a checkpoint that cannot be loaded."""
 
 ENCODED_AHEAD = 16
 """The number of batches whose crops are encoded at once on an accelerator."""
@@ -87,6 +92,14 @@ def train(
     with building():
         trained = family.make_trainable(options, accelerator.device, frozen_dtype(accelerator))
 
+    if options.init_lora and not resume_from:
+        family.init_lora(options)
+    if resume_from:
+        with loading(str(resume_from), BROKEN):
+            family.load_weights(resume_from)
+    if options.fsdp:
+        trained = family.shard()
+
     parts = [[weight for weight in part.parameters() if weight.requires_grad] for part in family.trained.values()]
     rates = learning_rates(options, len(parts), accelerator.num_processes)
     optimizer, settings = make_optimizer(options, parts, rates)
@@ -94,20 +107,23 @@ def train(
     average = AveragedWeights(trained, options.ema_decay) if options.use_ema else None
     as_saved = average.swapped_in if average else nullcontext
     meter, first_step = Meter(run_dir, accelerator), 0
-    if options.init_lora and not resume_from:
-        family.init_lora(options)
-    states: dict[str, Any] = {"optimizer": optimizer, "schedule": schedule, "average": average, "meter": meter}
+    saved_optimizer = WholeState(optimizer, trained) if options.fsdp else optimizer
+    states: dict[str, Any] = {"optimizer": saved_optimizer, "schedule": schedule, "average": average, "meter": meter}
     states["scaler"] = accelerator.scaler
     if resume_from:
-        with loading(str(resume_from), "remove it, and the run resumes from the checkpoint before it"):
-            family.load_weights(resume_from)
+        with loading(str(resume_from), BROKEN):
             first_step = load_state(resume_from, **states)
         logger.info("resuming from %s at step %d", resume_from, first_step)
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)  # options override the checkpoint if they changed
     schedule.start(optimizer, first_step)
 
-    *models, optimizer = accelerator.prepare(*family.trained.values(), optimizer)
+    if isinstance(saved_optimizer, WholeState):  # without DDP, which holds whole copies
+        models = [accelerator.prepare_model(part, False, evaluation_mode=True) for part in family.trained.values()]
+        optimizer = accelerator.prepare(optimizer)
+    else:
+        placed = [*(False for _ in family.trained), True]  # the models are on their devices already
+        *models, optimizer = accelerator.prepare(*family.trained.values(), optimizer, device_placement=placed)
     family.trained = dict(zip(family.trained, models, strict=True))
     if accelerator.is_main_process:
         remove_later_checkpoints(run_dir, first_step)
@@ -136,8 +152,19 @@ def train(
             with as_saved():
                 family.save_weights(folder)
 
+    def gather() -> None:
+        """Sharded weights and states are gathered by all processes; the main one saves them."""
+        if isinstance(saved_optimizer, WholeState):
+            saved_optimizer.gather()
+            family.gather()
+
+    def rescue(parent: Path, step: int) -> None:
+        if options.fsdp:
+            raise SaveError("the other processes have parts of the weights")
+        save_checkpoint(parent, step)
+
     step = first_step
-    with Interruption(accelerator) as interruption, rescuing(save_checkpoint, run_dir, lambda: step):
+    with Interruption(accelerator) as interruption, rescuing(rescue, run_dir, lambda: step):
         for step in steps:
             torch.manual_seed(derived_seed(options.seed, DROPOUT, step, accelerator.process_index))
             for _ in range(options.gradient_accumulation_steps):
@@ -162,6 +189,8 @@ def train(
             if step % options.logging_steps == 0 or last or checkpoint_due:
                 row = meter.write(step, rates[0], figures(accelerator, schedule, rates))
                 steps.set_postfix(loss=f"{row['loss']:.4f}")
+            if checkpoint_due:
+                gather()
             if checkpoint_due and accelerator.is_main_process:
                 save_checkpoint(run_dir, step)
                 remove_old_checkpoints(run_dir, options.checkpoints_total_limit)
@@ -174,6 +203,7 @@ def train(
                     family.enter("training")
                 accelerator.wait_for_everyone()
         accelerator.wait_for_everyone()
+        gather()
         if accelerator.is_main_process:
             meter.draw(run_dir / "loss.png")
             with as_saved():

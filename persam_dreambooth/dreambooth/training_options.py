@@ -35,6 +35,9 @@ WHEN_MASKED = (without_flag("--unmasked"),)
 WHEN_LORA = (with_flag("--method lora"),)
 WHEN_PRIOR = (with_flag("--with_prior_preservation"),)
 WHEN_GENERATED = (with_flag("--replace_background generated"),)
+WHOLE_WEIGHTS = Condition(
+    lambda options: options.quantize == "no", "quantized weights stay whole on the GPU, remove it or --quantize"
+)
 """Conditions under which options have an effect."""
 
 
@@ -308,7 +311,39 @@ class TrainingOptions(SubjectOptions):
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
         None, "precision; default: that of the accelerate configuration"
     )
+    quantize: Literal["no", "nf4", "int8"] = option(
+        "no",
+        "load the linear layers of the frozen denoiser in 4 bits (nf4) or 8 bits (bitsandbytes)",
+        when=(
+            *WHEN_LORA,
+            Condition(
+                lambda options: not (options.use_dora and options.quantize == "int8"),
+                "int8 does not carry DoRA, give nf4 or remove --use_dora",
+            ),
+        ),
+    )
+    quantize_text_encoder: Literal["no", "nf4", "int8"] = option(
+        "no", "load the linear layers of T5 or Qwen3 in 4 bits (nf4) or 8 bits (bitsandbytes)"
+    )
     gradient_checkpointing: bool = option(False, "save memory at the cost of slower steps")
+    offload: Literal["no", "group"] = option(
+        "no",
+        "group: keep frozen weights on the CPU, and only those of two blocks on the GPU; slower",
+        when=(*WHEN_LORA, with_flag("--gradient_checkpointing"), WHOLE_WEIGHTS),
+        elsewhere=("blocks_to_swap", "layer_offloading"),
+    )
+    fsdp: bool = option(
+        False,
+        "shard the denoiser among the processes of accelerate launch, instead of a copy in each",
+        when=(
+            Condition(lambda options: options.optimizer_name == "adamw", "only AdamW's states are sharded, remove it"),
+            without_flag("--use_ema"),
+            without_flag("--train_text_encoder"),
+            without_flag("--validation_steps"),
+            without_flag("--offload group"),
+            WHOLE_WEIGHTS,
+        ),
+    )
     allow_tf32: bool = option(False, "allow TF32 matrix products on Ampere GPUs and later")
     dataloader_num_workers: int = option(
         0, "data loading processes; 0 loads in the main process", elsewhere=("max_data_loader_n_workers",)

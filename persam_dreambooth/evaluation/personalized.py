@@ -11,7 +11,7 @@ import logging
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -120,10 +120,9 @@ def evaluate_model(options: EvaluateModelOptions) -> ModelScores:
 
     clip, dino = Clip(options.clip_model), Dino(options.dino_model)
     segmenter = PerSAMF(open_sam(sam, dtype=options.sam_dtype)).fit(masks[0].photo.read(), masks[0].mask)
-    base = str(config["pretrained_model_name_or_path"])
     figures = {}
-    for name, model in {"trained": str(run_dir), "base": base}.items():
-        pictures = _generate(model, config.get("base_config"), subject, options)
+    for name in ("trained", "base"):
+        pictures = _generate(run_dir, config if name == "base" else None, subject, options)
         figures[name] = _measure(pictures, masks, segmenter, clip, dino, subject, output / f"{name}.jpg", options)
     scores = ModelScores(**figures)
     write_json(output / "figures.json", asdict(scores))
@@ -156,12 +155,18 @@ def model_prompts(kind: str, owner: SubjectOptions, options: EvaluateModelOption
 
 
 def _generate(
-    model: str, base_config: str | None, owner: SubjectOptions, options: EvaluateModelOptions
+    run_dir: Path, config: dict[str, Any] | None, owner: SubjectOptions, options: EvaluateModelOptions
 ) -> dict[str, list[Image.Image]]:
-    from persam_dreambooth.dreambooth.pipelines import find_model
+    """Pictures of a run's model, or of its base model if the run's options are given; both read prompts alike."""
+    from persam_dreambooth.dreambooth.pipelines import FoundModel, find_model
     from persam_dreambooth.dreambooth.samples import Request, sample
 
-    family = find_model(model, base_config=base_config).open()
+    if config is None:
+        found = find_model(str(run_dir))
+    else:
+        base = str(config["pretrained_model_name_or_path"])
+        found = FoundModel(run_dir, config, None, base, *map(config.get, ("revision", "variant", "base_config")))
+    family = found.open()
     settings = (options.num_inference_steps, options.guidance_scale)
     sampled: dict[str, list[Image.Image]] = {}
     for kind in ("own", "class", "scenes"):

@@ -45,8 +45,8 @@ def open_accelerator(
     for variable, name in SHARDING.items():
         if os.environ.get(variable, "false").lower() == "true":
             raise InputError(
-                f"{name} is not supported: choose multi-GPU in accelerate config, or launch with "
-                "--config_file configs/accelerate/multi-gpu.yaml"
+                f"{name} of accelerate is not supported: choose multi-GPU in accelerate config, or launch with "
+                "--config_file configs/accelerate/multi-gpu.yaml, and shard the model with --fsdp"
             )
     AcceleratorState._reset_state()  # an earlier training in this process may have used another precision
     try:
@@ -69,6 +69,14 @@ def open_accelerator(
             "GPUs, or set ACCELERATE_USE_CPU=1 to train together on CPUs"
         )
     return accelerator
+
+
+def check_sharding(accelerator: Accelerator) -> None:
+    """Raises `InputError` if the processes cannot shard a model."""
+    if accelerator.num_processes == 1:
+        raise InputError("--fsdp has no effect in one process: launch several with accelerate launch, or remove it")
+    if accelerator.mixed_precision == "fp16":
+        raise InputError("--fsdp does not scale the losses of fp16: use --mixed_precision bf16 or no")
 
 
 @contextmanager

@@ -112,6 +112,12 @@ class Family(Protocol):
             frozen_dtype: dtype of the frozen weights.
         """
 
+    def shard(self) -> list[torch.nn.Parameter]:
+        """Shards the parts in training among processes (`--fsdp`); returns the trained parameters, sharded."""
+
+    def gather(self) -> None:
+        """Gathers sharded weights for the next `save_weights`. All processes must call it."""
+
     def enter(self, phase: Phase) -> None:
         """Moves the parts that a phase uses to the accelerator, and the others to main memory; see `placement`.
 
@@ -193,6 +199,12 @@ class Family(Protocol):
 
     def init_lora(self, options: TrainingOptions) -> None:
         """Loads the LoRA that `options` name into the trained LoRA; `registry.open_family` checked that it fits."""
+
+    def lora_state(self, name: str) -> dict[str, torch.Tensor]:
+        """The LoRA of a part with peft's names; a sharded one is that of the last `gather`."""
+
+    def whole_part(self, name: str) -> Any:
+        """A part that is trained whole; a sharded one is that of the last `gather`."""
 
     def save_weights(self, folder: Path) -> None:
         """Saves the trained weights to an existing folder: LoRA in diffusers' format, or a folder for each part."""

@@ -7,7 +7,7 @@ A family declares its parts and defaults and implements the rest: prompts, noise
 import copy
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,7 +27,8 @@ from safetensors.torch import load_file
 from persam_dreambooth import models
 from persam_dreambooth.dreambooth.families.family import Embeddings, Family
 from persam_dreambooth.dreambooth.latent_cache import PosteriorCache
-from persam_dreambooth.dreambooth.placement import Phase, Placement, Role, frozen_precision
+from persam_dreambooth.dreambooth.placement import Phase, Placement, Role, frozen_precision, quantized_roles
+from persam_dreambooth.dreambooth.sharding import shard, whole, whole_model
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.errors import InputError, InputNotFoundError
 
@@ -91,6 +92,7 @@ class LatentDiffusion(Family):
         self.pipeline = pipeline
         self.vae = pipeline.vae
         self.trained: dict[str, Any] = {}
+        self.gathered: dict[str, Any] = {}
         self.cache: PosteriorCache | None = None
         self.embeddings: dict[str, Embeddings] = {}
         self.frozen_dtype: torch.dtype = getattr(pipeline, self.denoiser_name).dtype
@@ -164,13 +166,22 @@ class LatentDiffusion(Family):
         """The VAE's dtype, for the run's dtype of frozen weights."""
         return frozen_dtype
 
-    def place_on(self, device: torch.device, frozen_dtype: torch.dtype, whole: Sequence[str] = ()) -> None:
+    def place_on(
+        self,
+        device: torch.device,
+        frozen_dtype: torch.dtype,
+        whole: Sequence[str] = (),
+        quantized: Mapping[Role, str] | None = None,
+        offload: str = "no",
+    ) -> None:
         """Sets the device of the parts in use, and the precision of all parts; see `placement`.
 
         Args:
             device: the accelerator, or the CPU.
             frozen_dtype: dtype of the frozen weights.
             whole: the names of parts that are trained whole, in float32.
+            quantized: `nf4` or `int8` of the roles that are quantized.
+            offload: `group`, or `no`.
         """
         self.placement.device, self.frozen_dtype = device, frozen_dtype
         for name, role in self.placement.roles.items():
@@ -179,6 +190,10 @@ class LatentDiffusion(Family):
             dtype = torch.float32 if name in whole else dtype
             if part.dtype != dtype:
                 part.to(dtype)
+            if quantized and role in quantized:
+                self.placement.quantize(name, quantized[role], dtype)
+        if offload == "group":
+            self.placement.offload()
 
     def enter(self, phase: Phase) -> None:
         """See `Family`."""
@@ -191,16 +206,44 @@ class LatentDiffusion(Family):
     ) -> list[torch.nn.Parameter]:
         """See `Family`."""
         names, placement = self.trained_names(options), self.placement
-        self.place_on(device, frozen_dtype, self.whole_names(options))
+        self.place_on(device, frozen_dtype, self.whole_names(options), quantized_roles(options), options.offload)
         if options.preserves_base and options.method == "full":
             base = copy.deepcopy(placement.parts[self.denoiser_name])
             placement.add(BASE_COPY, "base copy", base.to(frozen_precision("base copy", frozen_dtype)))
-        placement.kept = set(names)
-        placement.enter("training")
+        if options.fsdp:  # these parts are sharded later, and then stay where they are
+            placement.wait(*(name for name in (*names, BASE_COPY) if name in placement.roles))
+        else:
+            placement.kept = set(names)
+            placement.enter("training")
         self.trained = {name: getattr(self.pipeline, name) for name in names}
         for name in names:
             self.free(name, options)
+        for name in placement.offloaded.keys() & self.trained.keys():
+            placement.offloaded[name].hide_from_ddp()
+            placement.move(name, device)  # LoRA is created where the frozen weights are
         return [weight for part in self.trained.values() for weight in part.parameters() if weight.requires_grad]
+
+    def shard(self) -> list[torch.nn.Parameter]:
+        """See `Family`."""
+        for name in (*self.trained, BASE_COPY):
+            if name in self.placement.parts:
+                shard(self.placement.parts[name], self.device)
+        return [weight for part in self.trained.values() for weight in part.parameters() if weight.requires_grad]
+
+    def gather(self) -> None:
+        """See `Family`."""
+        for name in self.trained:
+            part = getattr(self.pipeline, name)
+            has_lora = hasattr(part, "peft_config")
+            self.gathered[name] = whole(get_peft_model_state_dict(part)) if has_lora else whole_model(part)
+
+    def lora_state(self, name: str) -> dict[str, torch.Tensor]:
+        """See `Family`."""
+        return self.gathered.get(name) or get_peft_model_state_dict(getattr(self.pipeline, name))
+
+    def whole_part(self, name: str) -> Any:
+        """See `Family`."""
+        return self.gathered.get(name) or getattr(self.pipeline, name)
 
     def trained_names(self, options: TrainingOptions) -> list[str]:
         """The names of the trained parts, the denoiser first."""
@@ -413,15 +456,15 @@ class LatentDiffusion(Family):
         for name in self.trained:
             part = getattr(self.pipeline, name)
             if not hasattr(part, "peft_config"):
-                part.save_pretrained(folder / name)
+                self.whole_part(name).save_pretrained(folder / name)
                 continue
             layers[f"{name}_lora_adapter_metadata"] = adapter_settings(part)
             if name == self.denoiser_name:
-                layers[f"{name}_lora_layers"] = self.published_lora_names(get_peft_model_state_dict(part))
+                layers[f"{name}_lora_layers"] = self.published_lora_names(self.lora_state(name))
             else:
                 # Other programs need the prefix `text_model.`, which transformers 5.6 dropped from CLIPTextModel. DoRA
                 # magnitudes need their name in peft, the only one that transformers finds.
-                state = convert_state_dict_to_diffusers(get_peft_model_state_dict(part))
+                state = convert_state_dict_to_diffusers(self.lora_state(name))
                 layers[f"{name}_lora_layers"] = {
                     TEXT_LEVEL + key.removeprefix(TEXT_LEVEL) + (".weight" if key.endswith(DORA_LENGTH) else ""): weight
                     for key, weight in state.items()

@@ -4,7 +4,7 @@ import pickle
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.loaders.single_file_utils import (
     DIFFUSERS_DEFAULT_PIPELINE_PATHS,
     SingleFileComponentError,
@@ -21,6 +21,7 @@ from persam_dreambooth.dreambooth.families.stable_diffusion import StableDiffusi
 from persam_dreambooth.dreambooth.families.stable_diffusion_3 import StableDiffusion3
 from persam_dreambooth.dreambooth.families.stable_diffusion_xl import StableDiffusionXL
 from persam_dreambooth.dreambooth.families.z_image import ZImage
+from persam_dreambooth.dreambooth.placement import quantized_roles
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.errors import InputError, InputNotFoundError, UnavailableError
 from persam_dreambooth.options import Options
@@ -51,8 +52,8 @@ def single_file_config(source: str, base_config: str | None = None) -> str:
         weights = _shapes(source)
         if ANY_STABLE_DIFFUSION not in weights:
             raise InputError(
-                f"{source} holds no Stable Diffusion with its original key names: name another file, or for a "
-                "LoRA the folder of its run"
+                f"{source} holds no Stable Diffusion with its original key names: name another file, for a LoRA the "
+                "folder of its run, and for another family the folder or hub id of the whole model"
             )
         if base_config:
             return models.resolve(base_config, "stable-diffusion")
@@ -133,6 +134,8 @@ def load_pipeline(
     base_config = single_file_config(source, base_config) if models.is_single_file(source) else None
     family = family_of(base_config or source, None if base_config else revision)
     with models.loading(source):
+        if not base_config:
+            _check_unquantized(family, source, revision)
         try:
             pipeline = family.load_pipeline(source, revision, variant, dtype, base_config=base_config, **parts)
         except SingleFileComponentError as error:
@@ -144,8 +147,24 @@ def load_pipeline(
     return pipeline
 
 
+def _check_unquantized(family: type[LatentDiffusion], source: str, revision: str | None) -> None:
+    """Raises `InputError` if a checkpoint's denoiser or text encoder is quantized already."""
+    for name, kind in DiffusionPipeline.load_config(source, revision=revision).items():
+        if name == family.denoiser_name or (name.startswith("text_encoder") and kind[0]):
+            found = AutoencoderKL.load_config(source, subfolder=name, revision=revision).get("quantization_config")
+            if found:
+                raise InputError(
+                    f"the {name} of {source} is quantized already ({found.get('quant_method')}): name the checkpoint "
+                    "that it was made from, and add --quantize or --quantize_text_encoder"
+                )
+
+
 def open_family(
-    options: TrainingOptions, source: str, frozen_dtype: torch.dtype, device: torch.device | None = None
+    options: TrainingOptions,
+    source: str,
+    frozen_dtype: torch.dtype,
+    device: torch.device | None = None,
+    **parts: Any,
 ) -> LatentDiffusion:
     """Loads a model for training.
 
@@ -154,6 +173,7 @@ def open_family(
         source: hub id, folder or single file, from `models.resolve`.
         frozen_dtype: dtype of the frozen weights.
         device: the device of the parts in use; default: the CPU.
+        parts: as in `load_pipeline`.
 
     Raises:
         InputError: as in `load_pipeline`; or a method or an option that the family does not support.
@@ -166,9 +186,11 @@ def open_family(
         raise InputError(f"--method {options.method} is not supported for a {kind}: use {methods}")
     dtype = frozen_dtype if options.method == "lora" else torch.float32
     read = (options.long_prompts, options.base_config, options.max_sequence_length, options.text_encoder_out_layers)
-    opened = family(load_pipeline(source, options.revision, options.variant, dtype, *read))
+    opened = family(load_pipeline(source, options.revision, options.variant, dtype, *read, **parts))
     opened.check(options)
-    opened.place_on(device or torch.device("cpu"), frozen_dtype, opened.whole_names(options))
+    quantized = quantized_roles(options)
+    whole = opened.whole_names(options)
+    opened.place_on(device or torch.device("cpu"), frozen_dtype, whole, quantized, options.offload)
     return opened
 
 

@@ -49,6 +49,7 @@ class StableDiffusion(LatentDiffusion):
     without: ClassVar = {
         **LatentDiffusion.without,
         "max_sequence_length": "whose CLIP reads a fixed number of tokens, and more with --long_prompts",
+        "quantize_text_encoder": "whose text encoders are small",
         **dict.fromkeys(("weighting_scheme", "logit_mean", "logit_std", "mode_scale"), "whose timesteps are uniform"),
     }
     schedulers: ClassVar = {

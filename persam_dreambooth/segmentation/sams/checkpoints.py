@@ -1,7 +1,7 @@
 """Loads SAM checkpoints by name."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,6 +14,9 @@ from persam_dreambooth.segmentation.sams.sam_hq import SamHQ
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+WRAPPERS: dict[str, type[Sam]] = {"sam": Sam, "sam_hq": SamHQ, "sam2": Sam2}
+"""The classes for models by their `model_type` in transformers."""
 
 
 def open_sam(
@@ -42,9 +45,29 @@ def open_sam(
     source = models.resolve(name, "sam", revision)
     with models.loading(name):
         model = read_original(Path(source)) if Path(source).is_file() else _read_folder(source, revision)
-    wrapper = {"sam": Sam, "sam_hq": SamHQ, "sam2": Sam2}[model.config.model_type]
     cache = Path(encoding_cache) if encoding_cache else None
-    return wrapper(model.to(place, torch.float32), name, precision(dtype, place), cache)
+    return WRAPPERS[model.config.model_type](model.to(place, torch.float32), name, precision(dtype, place), cache)
+
+
+def open_meta_sam(name: str, dtype: str = "float32") -> Sam:
+    """A SAM on the meta device, where tensors have no values; only the configuration of one on the hub is downloaded.
+
+    Args:
+        name: as for `open_sam`.
+        dtype: precision of the image encoder on an accelerator.
+
+    Raises:
+        InputError, InputNotFoundError, UnavailableError: as for `open_sam`.
+    """
+    source = models.resolve(name, "sam")
+    with models.loading(name):
+        if Path(source).is_file():
+            model = read_original(Path(source)).to("meta")
+        else:
+            loader, config = _find_loader(models.configuration_folder(source))
+            with torch.device("meta"):
+                model = loader(config)
+    return WRAPPERS[model.config.model_type](model, name, precision(dtype, torch.device("cuda")))
 
 
 def precision(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
@@ -60,6 +83,17 @@ def precision(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
 
 def _read_folder(source: str, revision: str | None) -> "PreTrainedModel":
     """Loads a checkpoint in transformers' format: a folder or a hub id."""
+    loader, config = _find_loader(source, revision)
+    model, found = loader.from_pretrained(source, revision=revision, config=config, output_loading_info=True)
+    if found["missing_keys"]:
+        raise InputError(
+            f"{source} lacks weights ({min(found['missing_keys'])}, ...): download it again, or name another model"
+        )
+    return model
+
+
+def _find_loader(source: str, revision: str | None = None) -> tuple[Any, Any]:
+    """The model class of a checkpoint in transformers' format, and its configuration."""
     from transformers import AutoConfig, Sam2Model, SamHQModel, SamModel
 
     from persam_dreambooth.segmentation.sams.sam2_memory import Sam2MemoryModel
@@ -70,10 +104,4 @@ def _read_folder(source: str, revision: str | None) -> "PreTrainedModel":
     if config.model_type not in loaders:
         kind = config.model_type
         raise InputError(f"{source} is a model of type {kind}: name a SAM, SAM-HQ or SAM 2 checkpoint, or toy")
-    loader = loaders[config.model_type]
-    model, found = loader.from_pretrained(source, revision=revision, config=config, output_loading_info=True)
-    if found["missing_keys"]:
-        raise InputError(
-            f"{source} lacks weights ({min(found['missing_keys'])}, ...): download it again, or name another model"
-        )
-    return model
+    return loaders[config.model_type], config
