@@ -147,5 +147,5 @@ class FlowMatching(LatentDiffusion):
         if new:
             with torch.no_grad():
                 states = encoder(self.tokens(tokenizer, new, length))[0]
-            self._t5_states.update(zip(new, states.cpu(), strict=True))
+            self._t5_states.update(zip(new, states.to(self.placement.main_memory), strict=True))
         return torch.stack([self._t5_states[prompt] for prompt in prompts]).to(self.device)

@@ -346,7 +346,7 @@ class LatentDiffusion(Family):
         for prompt in dict.fromkeys(prompts):
             if trained or prompt not in self.embeddings:
                 with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-                    self.embeddings[prompt] = self.encode_prompts([prompt]).to("cpu")[0]
+                    self.embeddings[prompt] = self.encode_prompts([prompt]).to(self.placement.main_memory)[0]
         return [self.embeddings[prompt] for prompt in prompts]
 
     def prompt_arguments(self, prompts: list[str], negative_prompt: str | None = None) -> dict[str, Any]:
