@@ -17,7 +17,7 @@ from persam_dreambooth.dreambooth.ema import AveragedWeights
 from persam_dreambooth.dreambooth.families.latent_diffusion import LatentDiffusion
 from persam_dreambooth.dreambooth.families.registry import open_family, single_file_config
 from persam_dreambooth.dreambooth.optimizers import make_optimizer
-from persam_dreambooth.dreambooth.placement import ON_THE_ACCELERATOR, Phase, quantized_roles
+from persam_dreambooth.dreambooth.placement import ON_THE_ACCELERATOR, Phase
 from persam_dreambooth.dreambooth.trainer import batch_losses, check_resolution
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.training.planned_memory import META, MemoryCount, counting, quantize_meta, tensors_of
@@ -73,7 +73,7 @@ def plan_phases(options: TrainingOptions, family: LatentDiffusion, frozen_dtype:
             sampler(**arguments, num_inference_steps=1, output_type="pt")
         sampler.vae.disable_slicing()
 
-    family.place_on(META, frozen_dtype, family.whole_names(options), quantized_roles(options))
+    family.place_on(META, frozen_dtype, *family.placement_settings(options))
     width, height = largest_crop(options, family)
     with phase("prompts", "prompts"):
         embeddings = family.embed(PROMPTS)
