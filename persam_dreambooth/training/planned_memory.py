@@ -91,6 +91,10 @@ class MemoryCount(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
         return self.now - before
 
+    def leave_out(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Does not count tensors that exist already."""
+        self._known |= {tensor.untyped_storage()._cdata for tensor in tensors}
+
     def _free(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.now -= size
@@ -193,10 +197,11 @@ class _Autocast(torch.autocast):
 
 
 @contextmanager
-def counting(held: Iterable[torch.Tensor] = ()) -> Iterator[MemoryCount]:
-    """Counts the memory of the block, and of the tensors that exist before it."""
+def counting(held: Iterable[torch.Tensor] = (), elsewhere: Iterable[torch.Tensor] = ()) -> Iterator[MemoryCount]:
+    """Counts the memory of the block, and of the tensors `held` before it, but not of those `elsewhere`."""
     gc.collect()
     count = MemoryCount()
+    count.leave_out(elsewhere)
     count.held = count.hold(held)
     modes, known = torch.amp.autocast_mode, torch.amp.autocast_mode.is_autocast_available
     torch.autocast, autocast = _Autocast, torch.autocast
