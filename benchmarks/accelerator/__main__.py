@@ -54,7 +54,7 @@ def steps(part: Part, arguments: argparse.Namespace) -> None:
     """Steps of every family; see `training_steps`."""
     from benchmarks.accelerator.training_steps import MODELS, measure_steps
 
-    measure_steps(part, arguments.models or (["sd1.5"] if part.tiny else list(MODELS)))
+    measure_steps(part, arguments.models or (["sd1.5"] if part.tiny else list(MODELS)), arguments.setups)
 
 
 def beside_diffusers(part: Part, arguments: argparse.Namespace) -> None:
@@ -140,6 +140,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--parts", nargs="+", choices=SHARES, help="default: all")
     parser.add_argument("--minutes", type=float, default=8.0, help="time for all parts")
     parser.add_argument("--models", nargs="+", help="models of the part steps; default: all")
+    parser.add_argument("--setups", nargs="+", help="setups of the part steps; default: all")
     parser.add_argument("--diffusers_repository", type=Path, help="a checkout of diffusers")
     parser.add_argument("--processes", type=int, default=0, help="processes of pytest, which needs pytest-xdist")
     parser.add_argument("--one_process", action="store_true", help="all parts in this process, which saves the starts")
@@ -183,6 +184,8 @@ def passed_on(arguments: argparse.Namespace) -> list[str]:
     words = ["--output_dir", str(arguments.output_dir), "--processes", str(arguments.processes)]
     if arguments.models:
         words += ["--models", *arguments.models]
+    if arguments.setups:
+        words += ["--setups", *arguments.setups]
     if arguments.diffusers_repository:
         words += ["--diffusers_repository", str(arguments.diffusers_repository)]
     return [*words, "--tiny"] if arguments.tiny else words
