@@ -64,7 +64,9 @@ def beside_diffusers(part: Part, arguments: argparse.Namespace) -> None:
     from benchmarks import against_diffusers, full_size
     from benchmarks.accelerator.records import device
 
-    setups = ["diffusers", "ours", "ours, cached, center crops", "ours, cached"]
+    setups = ["diffusers", "ours", "ours, cached, center crops"]
+    if device() == "cuda":
+        setups.append("ours, cached, center crops, CUDA graphs")
     with tempfile.TemporaryDirectory() as folder:
         for precision in ("bf16",):
             with part.trying(f"diffusers, {precision}"):
@@ -75,7 +77,7 @@ def beside_diffusers(part: Part, arguments: argparse.Namespace) -> None:
                     full_size.build("sd1.5", device(), torch.float16).save_pretrained(checkpoint)
                 figures = against_diffusers.measure(
                     arguments.diffusers_repository, setups, checkpoint, 64 if part.tiny else 512,
-                    rounds=2 if part.tiny else 5, steps=2 if part.tiny else 15, more=("--mixed_precision", precision),
+                    rounds=2 if part.tiny else 4, steps=2 if part.tiny else 8, more=("--mixed_precision", precision),
                 )  # fmt: skip
                 part.add(model="sd1.5", **figures)
 
