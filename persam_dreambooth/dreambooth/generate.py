@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -33,6 +33,7 @@ from persam_dreambooth.options import (
 if TYPE_CHECKING:
     from persam_dreambooth.dreambooth.families.latent_diffusion import LatentDiffusion
     from persam_dreambooth.dreambooth.pipelines import FoundModel
+    from persam_dreambooth.dreambooth.placement import Role
 
 logger = logging.getLogger(__name__)
 
@@ -188,7 +189,8 @@ def generate(options: GenerateOptions) -> list[Path]:
             options.scheduler,
             options.batch_size,
         )
-        for path in save_samples(family, request, folder, model.notice, _identity(model, options.lora_scale)):
+        identity = _identity(model, options.lora_scale, quantized, family.tiled)
+        for path in save_samples(family, request, folder, model.notice, identity):
             saved.append(path)
     except KeyboardInterrupt:
         done = f"{len(saved)} of {options.num_images} images are saved in {folder}"
@@ -276,12 +278,15 @@ def _default_folder(model: FoundModel) -> Path:
     return model.run_dir / GENERATED / (model.folder.name if model.is_checkpoint else "")
 
 
-def _identity(model: FoundModel, lora_scale: float | None) -> dict[str, Any]:
-    """The settings that identify a model."""
+def _identity(
+    model: FoundModel, lora_scale: float | None, quantized: Mapping[Role, str], tiled: bool
+) -> dict[str, Any]:
+    """The settings that identify a model, and how it was opened where that changes its pictures."""
     folder = model.folder.resolve()
     name = f"{folder.parent.name}/{folder.name}" if model.is_checkpoint else folder.name
     scale = {"Lora scale": f"{1 if lora_scale is None else lora_scale:g}"} if model.weights == "lora" else {}
-    return {"Model": name, "Model hash": model.digest(), **scale}
+    how = {f"Quantized {role}": kind for role, kind in quantized.items()} | ({"VAE tiling": "yes"} if tiled else {})
+    return {"Model": name, "Model hash": model.digest(), **scale, **how}
 
 
 def _check_supported(options: GenerateOptions, model: FoundModel) -> None:
