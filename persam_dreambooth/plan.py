@@ -106,8 +106,12 @@ def plan(options: PlanOptions) -> MemoryPlan:
                 f"a plan does not count --{name} yet: leave it out, and see docs/training.md for its memory"
             )
 
+    from persam_dreambooth.dreambooth.optimizers import check_optimizer
+    from persam_dreambooth.dreambooth.placement import check_quantization, quantized_roles
     from persam_dreambooth.dreambooth.planned_phases import open_meta_family, plan_phases
 
+    check_optimizer(options)
+    check_quantization(quantized_roles(options))
     phases = [plan_masks(options)] if options.makes_masks else []
     dtype = planned_dtype(options)
     return MemoryPlan([*phases, *plan_phases(options, open_meta_family(options, dtype), dtype)])

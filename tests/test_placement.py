@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -306,6 +307,24 @@ def made_anew(run, output, words):
     told = flags(model=run, output=output, num_images=1, num_inference_steps=2)
     assert command("generate", "a [V] duck", *told, *words) == 0
     return len([*output.glob("*.png")]) > before
+
+
+def test_a_run_and_its_base_are_opened_as_the_run_was_trained(runs):
+    """So `evaluate model` compares them at the precision of the training."""
+    trained = find_model(str(runs(quantize="nf4", **PRESERVED)))
+    for found in (trained, replace(trained, weights=None)):
+        family = found.open()
+        layers = [type(layer) for layer in family.pipeline.unet.modules()]
+        assert Linear4bit in layers and family.placement.quantized == {"unet"}
+    assert not any(type(layer) is Linear4bit for layer in trained.open(quantized={}).pipeline.unet.modules())
+
+
+def test_a_quantized_run_generates_nothing_where_bitsandbytes_is_missing(runs, tmp_path, monkeypatch, capsys):
+    run = runs(quantize="nf4", **PRESERVED)
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)
+    assert command("generate", "a [V] duck", *flags(model=run, output=tmp_path / "images")) == 2
+    assert "error: --quantize nf4 needs bitsandbytes, which is not installed: pip" in capsys.readouterr().err
+    assert not (tmp_path / "images").exists()
 
 
 def test_a_run_does_not_go_on_over_another_base(runs, tmp_path, capsys):

@@ -12,7 +12,7 @@ from tiny_sam import tiny_model
 
 from benchmarks import plan_table
 from benchmarks.full_size import write_configuration
-from persam_dreambooth import cli, toy
+from persam_dreambooth import cli, extras, toy
 from persam_dreambooth.dreambooth.families.registry import open_family
 from persam_dreambooth.dreambooth.offload import repeated_blocks
 from persam_dreambooth.dreambooth.optimizers import make_optimizer
@@ -223,6 +223,22 @@ def test_what_cannot_be_planned_is_one_line(words, message, capsys, monkeypatch)
     assert cli.main(["plan", *words, *sam]) == 2
     [line] = capsys.readouterr().err.splitlines()[-1:]
     assert line.startswith(f"error: {message}")
+
+
+@pytest.mark.parametrize(
+    ("words", "package"),
+    [
+        (["--quantize", "nf4"], "bitsandbytes"),
+        (["--quantize_text_encoder", "int8"], "bitsandbytes"),
+        (["--use_8bit_adam"], "bitsandbytes"),
+        (["--optimizer", "prodigy"], "prodigyopt"),
+    ],
+)
+def test_a_package_that_is_missing_is_one_line(words, package, capsys, monkeypatch):
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)
+    assert cli.main(["plan", "--unmasked", "--pretrained_model_name_or_path", "toy", *words]) == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert f"needs {package}, which is not installed: pip install" in line
 
 
 def test_a_card_needs_the_largest_phase_and_a_reserve():

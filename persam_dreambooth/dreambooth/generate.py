@@ -151,9 +151,7 @@ def generate(options: GenerateOptions) -> list[Path]:
     name = _find_name(options.model or None)
 
     from persam_dreambooth.dreambooth.pipelines import find_model, inference_device
-    from persam_dreambooth.dreambooth.placement import check_quantization, quantized_roles
-
-    check_quantization(options)
+    from persam_dreambooth.dreambooth.placement import quantized_roles
 
     model = find_model(name, options.base_model, options.base_config)
     _check_supported(options, model)

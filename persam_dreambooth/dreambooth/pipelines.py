@@ -14,7 +14,7 @@ from safetensors import safe_open
 from persam_dreambooth import models, toy
 from persam_dreambooth.dreambooth.families.latent_diffusion import LORA_WEIGHTS, LatentDiffusion, load_trained_parts
 from persam_dreambooth.dreambooth.families.registry import FAMILIES, family_of, load_pipeline
-from persam_dreambooth.dreambooth.placement import Role
+from persam_dreambooth.dreambooth.placement import Role, check_quantization, quantized_roles
 from persam_dreambooth.dreambooth.subject_options import SubjectOptions, saved_subjects
 from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.options import CONFIG, read_config
@@ -105,8 +105,14 @@ class FoundModel:
 
         Args:
             lora_scale: factor of the LoRA of the denoiser and of the text encoders; None is 1.
-            quantized, offload, tiled: see `LatentDiffusion.place_on`; tiles are by default as in the run.
+            quantized, offload, tiled: see `LatentDiffusion.place_on`; what is quantized, and tiles, are by default as
+                in the run.
+
+        Raises:
+            InputError: a package is missing, or a file of weights cannot be used.
         """
+        quantized = quantized_roles(None, self.config) if quantized is None else quantized
+        check_quantization(quantized)
         family = self.family(self.load(self.dtype, lora_scale))
         tiled = self.config.get("vae_tiling", False) if tiled is None else tiled
         family.place_on(inference_device(), self.dtype, quantized=quantized, offload=offload, tiled=tiled)
