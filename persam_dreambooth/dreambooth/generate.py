@@ -15,6 +15,7 @@ from persam_dreambooth.dreambooth.prompts import check_unread, fill_identifier
 from persam_dreambooth.dreambooth.run_folder import MODEL_CARD
 from persam_dreambooth.dreambooth.samples import Request, save_samples
 from persam_dreambooth.dreambooth.subject_options import IDENTIFIER, SubjectOptions
+from persam_dreambooth.dreambooth.training_options import NO_INT8_DORA
 from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.files import check_writable
 from persam_dreambooth.models import is_single_file, quiet
@@ -297,8 +298,10 @@ def _check_supported(options: GenerateOptions, model: FoundModel) -> None:
         raise InputError(f"--scheduler is {options.scheduler}: give one of {', '.join(family.schedulers)}")
     if options.lora_scale is not None and model.weights != "lora":
         raise InputError(f"--lora_scale has no effect: {model.folder} has no LoRA")
-    if options.lora_scale is not None and model.config.get("use_dora"):
+    if options.lora_scale is not None and model.has_dora:
         raise InputError("--lora_scale has no effect: the magnitudes of a DoRA have no scale; leave it out")
+    if options.quantize == "int8" and model.has_dora:
+        raise InputError(f"--quantize has no effect: {NO_INT8_DORA}, give nf4 or no")
 
 
 def _check_loaded(options: GenerateOptions, family: LatentDiffusion) -> None:

@@ -30,6 +30,7 @@ POLYNOMIAL_END = 1e-7
 
 SCHEDULES = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 
+NO_INT8_DORA = "int8 does not carry DoRA"
 
 WHEN_MASKED = (without_flag("--unmasked"),)
 WHEN_LORA = (with_flag("--method lora"),)
@@ -318,7 +319,7 @@ class TrainingOptions(SubjectOptions):
             *WHEN_LORA,
             Condition(
                 lambda options: not (options.use_dora and options.quantize == "int8"),
-                "int8 does not carry DoRA, give nf4 or remove --use_dora",
+                f"{NO_INT8_DORA}, give nf4 or remove --use_dora",
             ),
         ),
     )
