@@ -1,5 +1,6 @@
 """The memory that is planned on the meta device, against sums and against the same count on real tensors."""
 
+import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -7,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from huggingface_hub.utils import filter_repo_objects
 from tiny_families import tiny_pipeline
 from tiny_sam import tiny_model
 
 from benchmarks import plan_table
 from benchmarks.full_size import write_configuration
-from persam_dreambooth import cli, extras, toy
+from persam_dreambooth import cli, extras, models, toy
 from persam_dreambooth.dreambooth.families.registry import open_family
 from persam_dreambooth.dreambooth.offload import repeated_blocks
 from persam_dreambooth.dreambooth.optimizers import make_optimizer
@@ -152,6 +154,16 @@ def test_the_state_of_training_is_counted(options, copies):
     assert phases(method="full", **options)["training"].weights == pytest.approx(copies * weights, rel=0.001)
 
 
+def test_the_precision_of_accelerate_launch_is_planned_as_that_of_the_option(monkeypatch):
+    usual = {"method": "full", "train_text_encoder": True, "resolution": 32}
+    half, brain = (phases(mixed_precision=precision, **usual) for precision in ("fp16", "bf16"))
+    for precision, expected in (("fp16", half), ("bf16", brain)):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+        assert phases(**usual) == expected
+    # The temporary tensors of an AdamW whose steps the scaler of fp16 can skip.
+    assert half["training"].peak > brain["training"].peak
+
+
 def test_the_optimizer_of_eight_bits_keeps_a_quarter():
     pytest.importorskip("bitsandbytes")
     usual, small = (phases(method="full", optimizer=name)["training"].weights for name in ("adamw", "adamw8bit"))
@@ -191,10 +203,19 @@ def test_phases_follow_the_options():
 # --- The command
 
 
+def hub_copy(folder, copy):
+    """The files of a folder that `plan` downloads if it is on the hub."""
+    names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+    for name in filter_repo_objects(names, allow_patterns=list(models.CONFIGURATION)):
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / name, copy / name)
+    return copy
+
+
 @pytest.mark.parametrize("name", ["sdxl", "sd3", "flux", "klein", "z-image"])
-def test_every_family_is_planned_from_configuration_files(name, tmp_path, capsys):
+def test_every_family_is_planned_from_what_is_read_of_the_hub(name, tmp_path, capsys):
     pipeline = tiny_pipeline(name)
-    model = write_configuration(pipeline, tmp_path / "model")
+    model = hub_copy(write_configuration(pipeline, tmp_path / "whole"), tmp_path / "model")
     sam = write_configuration(tiny_model(), tmp_path / "sam")
     assert not [*tmp_path.rglob("*.safetensors")]
     words = ["--mixed_precision", "bf16", "--gradient_checkpointing", "--train_batch_size", "2"]

@@ -93,7 +93,7 @@ def plan_phases(options: TrainingOptions, family: LatentDiffusion, frozen_dtype:
     weights = family.make_trainable(in_place, META, frozen_dtype)
     parts = [[weight for weight in part.parameters() if weight.requires_grad] for part in family.trained.values()]
     optimizer, _ = make_optimizer(options, parts, [1e-4] * len(parts))
-    is_fused = isinstance(optimizer, torch.optim.AdamW) and options.mixed_precision != "fp16"  # on CUDA
+    is_fused = isinstance(optimizer, torch.optim.AdamW) and frozen_dtype != torch.float16  # on CUDA
     average = AveragedWeights(weights, options.ema_decay) if options.use_ema else None
     state += average.average.shadow_params if average else []
     if is_half:  # as `Accelerator.prepare` does
