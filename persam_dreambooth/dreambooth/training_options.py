@@ -30,6 +30,9 @@ POLYNOMIAL_END = 1e-7
 
 SCHEDULES = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 
+LONGEST_SEQUENCE = 512
+"""The largest number of tokens that T5 or Qwen3 reads."""
+
 NO_INT8_DORA = "int8 does not carry DoRA"
 
 WHEN_MASKED = (without_flag("--unmasked"),)
@@ -421,7 +424,7 @@ class TrainingOptions(SubjectOptions):
             "dataloader_num_workers", "num_validation_images",
         )  # fmt: skip
         within(self, 0, 1, "unmasked_weight", "unmasked_probability", "lora_dropout", "noise_offset", "ema_decay")
-        within(self, 1, 512, "max_sequence_length")
+        within(self, 1, LONGEST_SEQUENCE, "max_sequence_length")
         within(self, -1, 1.75, "mode_scale")  # its density is monotonic only here
         within(self, -10, 10, "logit_mean")
         within(self, -16, 16, "mask_dilation")
