@@ -13,7 +13,7 @@ from tiny_families import tiny_pipeline
 from tiny_sam import tiny_model
 
 from benchmarks import plan_table
-from benchmarks.full_size import write_configuration
+from benchmarks.full_size import build_sam, write_configuration
 from persam_dreambooth import cli, extras, models, toy
 from persam_dreambooth.dreambooth.families.registry import open_family
 from persam_dreambooth.dreambooth.offload import repeated_blocks
@@ -21,7 +21,8 @@ from persam_dreambooth.dreambooth.optimizers import make_optimizer
 from persam_dreambooth.dreambooth.planned_phases import PROMPTS, PlannedPhase, meta_batches
 from persam_dreambooth.dreambooth.trainer import batch_losses
 from persam_dreambooth.options import list_recipes
-from persam_dreambooth.plan import MemoryPlan, PlanOptions, plan
+from persam_dreambooth.plan import MemoryPlan, PlanOptions, plan, plan_masks
+from persam_dreambooth.segmentation.sams.sam import Sam
 from persam_dreambooth.training.planned_memory import LikeCuda, MemoryCount, counting, quantize_meta, tensors_of
 
 META = torch.device("meta")
@@ -190,6 +191,14 @@ def test_pictures_decoded_in_tiles_need_less_memory(tmp_path):
     whole, tiled = (phases(pretrained_model_name_or_path=model, **usual, vae_tiling=on) for on in (False, True))
     assert tiled["samples"].peak < 0.5 * whole["samples"].peak
     assert tiled["encoding"] == whole["encoding"]
+
+
+def test_masks_are_planned_for_the_photos_that_sam_encodes_at_once():
+    """What one H100 needed for four photos at once, of benchmarks/results/accelerator/sam.json, and one by one."""
+    masks = plan_masks(Sam(build_sam("huge"), "ViT-H", torch.float32))
+    assert masks.roomy == pytest.approx(11.092 * 2**30, rel=0.02)
+    activations = masks.roomy - masks.weights
+    assert masks.peak - masks.weights == pytest.approx(activations / 4, rel=0.1)
 
 
 def test_phases_follow_the_options():

@@ -35,11 +35,13 @@ class PlannedPhase:
         name: of the phase.
         weights: of the parts on the accelerator, with the optimizer's state and the averaged weights.
         peak: the most at any time of the phase, weights included.
+        roomy: the peak where memory allows more at once, for a phase that then does less at once; else None.
     """
 
     name: str
     weights: int
     peak: int
+    roomy: int | None = None
 
 
 def plan_phases(options: TrainingOptions, family: LatentDiffusion, frozen_dtype: torch.dtype) -> list[PlannedPhase]:
