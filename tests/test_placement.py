@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -250,8 +251,7 @@ def test_tiles_change_pictures_but_not_training_and_generate_decodes_as_the_run_
         run = tmp_path / name
         assert runs.train(run, num_validation_images=1, max_train_steps=2, vae_tiling=name == "tiled" or None) == 0
         for asked in ("as_the_run", "--vae_tiling", "--no_vae_tiling"):
-            how = flags(model=run, output=run / asked, num_images=1, num_inference_steps=2)
-            assert command("generate", "a [V] duck", *how, *([asked] if asked.startswith("--") else [])) == 0
+            assert made_anew(run, run / asked, [asked] if asked.startswith("--") else [])
     assert same_weights(tmp_path / "whole", tmp_path / "tiled")
     assert same_metrics(tmp_path / "whole", tmp_path / "tiled")
     found = {path.relative_to(tmp_path).parts[:2]: np.asarray(Image.open(path)) for path in tmp_path.rglob("*.png")}
@@ -260,6 +260,9 @@ def test_tiles_change_pictures_but_not_training_and_generate_decodes_as_the_run_
             assert not np.array_equal(found[name, asked], found[other, asked])
         assert np.array_equal(found[name, "--vae_tiling"], found["tiled", "as_the_run"])
         assert np.array_equal(found[name, "--no_vae_tiling"], found["whole", "as_the_run"])
+        for asked in ("--vae_tiling", "--no_vae_tiling"):
+            is_other = (asked == "--vae_tiling") != (name == "tiled")
+            assert made_anew(tmp_path / name, tmp_path / name / "as_the_run", [asked]) == is_other
 
 
 # --- quantized parts
@@ -292,15 +295,36 @@ def test_a_quantized_run_resumes_to_the_bit_and_generates_as_it_was_trained(runs
     assert runs.train(run, max_train_steps=2, **options) == 0
     assert runs.train(run, resume_from_checkpoint="latest", **options) == 0
     assert same_weights(whole, run) and same_metrics(whole, run)
-    images = {}
-    for name, asked in {"as the run": {}, kind: {"quantize": kind}, "no": {"quantize": "no"}}.items():
-        output = tmp_path / name
-        told = flags(model=run, output=output, num_images=1, num_inference_steps=2, **asked)
-        assert command("generate", "a [V] duck", *told) == 0
-        [path] = output.glob("*.png")
-        images[name] = path.read_bytes()
-    assert images["as the run"] == images[kind]
-    assert images["no"] != images[kind]
+    for asked in (None, kind, "no"):
+        assert made_anew(run, tmp_path / "images", [] if asked is None else ["--quantize", asked]) == (asked != kind)
+    first, second = (np.asarray(Image.open(path)) for path in (tmp_path / "images").glob("*.png"))
+    assert not np.array_equal(first, second)
+
+
+def made_anew(run, output, words):
+    """Generates an image of a run in two steps; whether its folder has one more then."""
+    before = len([*output.glob("*.png")])
+    told = flags(model=run, output=output, num_images=1, num_inference_steps=2)
+    assert command("generate", "a [V] duck", *told, *words) == 0
+    return len([*output.glob("*.png")]) > before
+
+
+def test_a_run_and_its_base_are_opened_as_the_run_was_trained(runs):
+    """So `evaluate model` compares them at the precision of the training."""
+    trained = find_model(str(runs(quantize="nf4", **PRESERVED)))
+    for found in (trained, replace(trained, weights=None)):
+        family = found.open()
+        layers = [type(layer) for layer in family.pipeline.unet.modules()]
+        assert Linear4bit in layers and family.placement.quantized == {"unet"}
+    assert not any(type(layer) is Linear4bit for layer in trained.open(quantized={}).pipeline.unet.modules())
+
+
+def test_a_quantized_run_generates_nothing_where_bitsandbytes_is_missing(runs, tmp_path, monkeypatch, capsys):
+    run = runs(quantize="nf4", **PRESERVED)
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)
+    assert command("generate", "a [V] duck", *flags(model=run, output=tmp_path / "images")) == 2
+    assert "error: --quantize nf4 needs bitsandbytes, which is not installed: pip" in capsys.readouterr().err
+    assert not (tmp_path / "images").exists()
 
 
 def test_a_run_does_not_go_on_over_another_base(runs, tmp_path, capsys):

@@ -149,7 +149,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--output_dir", type=Path, default=RESULTS, help="folder of the JSON files")
     parser.add_argument("--tiny", action="store_true", help="small checkpoints, for a test of this program")
     parser.add_argument(
-        "--plans", action="store_true", help="only add planned memory to the results of steps and paper"
+        "--plans", action="store_true", help="only add planned memory to the results of steps, paper and sam"
     )
     arguments = parser.parse_args(words)
     if arguments.plans:
@@ -172,10 +172,10 @@ def main(words: list[str]) -> int:
 
 
 def add_plans(folder: Path) -> int:
-    """Adds the planned memory to results of steps and paper; the exit code."""
+    """Adds the planned memory to results of steps, paper and sam; the exit code."""
     from benchmarks.accelerator import planned
 
-    paths = [path for name in ("steps", "paper") if (path := folder / f"{name}.json").is_file()]
+    paths = [path for name in ("steps", "paper", "sam") if (path := folder / f"{name}.json").is_file()]
     errors = [error for path in paths for error in planned.add_plans(path)]
     print("\n".join(f"  failed: {each}" for each in errors))
     return int(bool(errors))
