@@ -91,6 +91,17 @@ def test_a_part_is_on_the_accelerator_only_while_it_is_used(moves, name, options
     assert len(moves) == count
 
 
+def test_parts_in_training_change_their_mode_only_for_pictures_and_back(monkeypatch):
+    """To set the mode of all layers at every batch costs more than cached latents save."""
+    family = toy_family()
+    family.make_trainable(TrainOptions(), torch.device("cpu"), torch.float32)
+    layer, modes = family.pipeline.unet.conv_in, []
+    monkeypatch.setattr(layer, "train", lambda mode=True: modes.append(mode) or type(layer).train(layer, mode))
+    for phase in ("training", "encoding", "training", "pictures", "training"):
+        family.enter(phase)
+    assert modes == [False, True]
+
+
 def test_parts_leave_before_others_come(moves):
     family = FAMILIES["FluxPipeline"](tiny_pipeline("flux"))
     family.place_on(CUDA, torch.float32)

@@ -226,7 +226,8 @@ class LatentDiffusion(Family):
         """See `Family`."""
         self.placement.enter(phase)
         for part in self.trained.values():
-            part.train(phase != "pictures")
+            if part.training != (phase != "pictures"):  # to set the mode of thousands of layers takes tens of ms
+                part.train(phase != "pictures")
 
     def make_trainable(
         self, options: TrainingOptions, device: torch.device, frozen_dtype: torch.dtype
