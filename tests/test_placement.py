@@ -165,6 +165,24 @@ def test_a_run_encodes_all_prompts_before_its_first_step(runs, tmp_path, phases)
     assert phases == ["prompts", "training", *FIRST_STEP, "pictures", "training", "pictures"]
 
 
+@pytest.mark.parametrize("name", ["toy", "flux"])
+def test_pictures_during_training_need_no_new_prompt(runs, checkpoints, tmp_path, phases, monkeypatch, name):
+    """Long prompts are padded with a chunk of their own, and FLUX.1 takes no negative prompt."""
+    encoded, encode = [], FAMILIES["FluxPipeline"].encode_prompts
+    monkeypatch.setattr(
+        FAMILIES["FluxPipeline"],
+        "encode_prompts",
+        lambda family, prompts: encoded.extend(prompts) or encode(family, prompts),
+    )
+    options = {"num_validation_images": 1, "validation_steps": 1, "max_train_steps": 2}
+    options |= (
+        {"long_prompts": True} if name == "toy" else {"pretrained_model_name_or_path": save_tiny(name, checkpoints)}
+    )
+    assert runs.train(tmp_path / "run", **options) == 0
+    assert phases == ["prompts", "training", *FIRST_STEP, "pictures", "training", "pictures"]
+    assert "" not in encoded
+
+
 def test_fixed_crops_are_encoded_before_the_first_step_and_the_vae_leaves(runs, tmp_path, phases):
     assert runs.train(tmp_path / "run", cache_latents=True, center_crop=True) == 0
     assert phases == ["prompts", "latents", "training"]

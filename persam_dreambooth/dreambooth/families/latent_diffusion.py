@@ -417,6 +417,10 @@ class LatentDiffusion(Family):
                     self.embeddings[prompt] = self.encode_prompts([prompt]).to(self.placement.main_memory)[0]
         return [self.embeddings[prompt] for prompt in prompts]
 
+    def picture_prompts(self, prompts: list[str], negative_prompt: str | None = None) -> list[str]:
+        """See `Family`."""
+        return [*prompts, *([] if "negative_prompt" in self.without else [negative_prompt or ""])]
+
     def prompt_arguments(self, prompts: list[str], negative_prompt: str | None = None) -> dict[str, Any]:
         """See `Family`; the negative prompt is the empty one if none is given, as in the pipelines."""
         told, arguments = {"": prompts}, {}
