@@ -153,7 +153,7 @@ def test_agreement_pairs_pictures_with_their_own_texts():
 
 
 @pytest.mark.parametrize("family", ["sd", pytest.param("klein", marks=SLOW), pytest.param("z-image", marks=SLOW)])
-def test_a_run_is_evaluated_beside_its_base(family, complete, runs, tmp_path, capsys):
+def test_a_run_is_evaluated_beside_its_base(family, complete, runs, tmp_path, phases, capsys):
     """The whole command on a real run, with CLIP and DINO from folders."""
     options = {}
     if family == "klein":  # whose base cannot be read without the run's options
@@ -163,6 +163,7 @@ def test_a_run_is_evaluated_beside_its_base(family, complete, runs, tmp_path, ca
     elif family == "z-image":
         options = {"pretrained_model_name_or_path": save_tiny("z-image", tmp_path)}
     run = runs(**options) if options else complete
+    phases.clear()
     small_clip(tmp_path / "clip")
     small_dino(tmp_path / "dino")
     output = tmp_path / "out"
@@ -171,6 +172,7 @@ def test_a_run_is_evaluated_beside_its_base(family, complete, runs, tmp_path, ca
          "--clip_model", str(tmp_path / "clip"), "--dino_model", str(tmp_path / "dino"), "--num_inference_steps", "2"]
     )  # fmt: skip
     assert code == 0, capsys.readouterr().err
+    assert phases == 2 * ["prompts", "pictures"]
     table = (output / "figures.md").read_text(encoding="utf-8")
     from persam_dreambooth.evaluation.personalized import MODEL_FIGURES
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from diffusers import DiffusionPipeline
 from PIL import Image
@@ -30,8 +31,8 @@ from persam_dreambooth.dreambooth import placement
 from persam_dreambooth.dreambooth.families import latent_diffusion
 from persam_dreambooth.dreambooth.families.registry import FAMILIES, fast_sampler
 from persam_dreambooth.dreambooth.pipelines import find_model
-from persam_dreambooth.dreambooth.placement import Placement, move, quantize_linear
-from persam_dreambooth.dreambooth.samples import Request, sample
+from persam_dreambooth.dreambooth.placement import move, quantize_linear
+from persam_dreambooth.dreambooth.samples import Request, sample, save_run_samples
 from persam_dreambooth.main_job import TrainOptions
 from persam_dreambooth.training.planned_memory import MemoryCount
 
@@ -92,6 +93,17 @@ def test_a_part_is_on_the_accelerator_only_while_it_is_used(moves, name, options
     assert len(moves) == count
 
 
+def test_parts_in_training_change_their_mode_only_for_pictures_and_back(monkeypatch):
+    """To set the mode of all layers at every batch costs more than cached latents save."""
+    family = toy_family()
+    family.make_trainable(TrainOptions(), torch.device("cpu"), torch.float32)
+    layer, modes = family.pipeline.unet.conv_in, []
+    monkeypatch.setattr(layer, "train", lambda mode=True: modes.append(mode) or type(layer).train(layer, mode))
+    for phase in ("training", "encoding", "training", "pictures", "training"):
+        family.enter(phase)
+    assert modes == [False, True]
+
+
 def test_parts_leave_before_others_come(moves):
     family = FAMILIES["FluxPipeline"](tiny_pipeline("flux"))
     family.place_on(CUDA, torch.float32)
@@ -131,20 +143,6 @@ def test_parts_are_loaded_in_their_precision(checkpoints, name, dtype):
         assert {str(weight.dtype) for weight in getattr(family.pipeline, part).parameters()} == {f"torch.{expected}"}
 
 
-@pytest.fixture
-def phases(monkeypatch):
-    """The phases of the runs of a test, without repetitions."""
-    seen, enter = [], Placement.enter
-
-    def watched(self, phase):
-        if seen[-1:] != [phase]:
-            seen.append(phase)
-        enter(self, phase)
-
-    monkeypatch.setattr(Placement, "enter", watched)
-    return seen
-
-
 FIRST_STEP = ["encoding", "training"]
 """On a CPU, the VAE stays where it is after it was used once."""
 
@@ -153,6 +151,33 @@ def test_a_run_encodes_all_prompts_before_its_first_step(runs, tmp_path, phases)
     options = {"num_validation_images": 1, "validation_steps": 1, "caption_dropout": 0.5, "max_train_steps": 2}
     assert runs.train(tmp_path / "run", **options) == 0
     assert phases == ["prompts", "training", *FIRST_STEP, "pictures", "training", "pictures"]
+
+
+@pytest.mark.parametrize("name", ["toy", "flux"])
+def test_pictures_during_training_need_no_new_prompt(runs, checkpoints, tmp_path, phases, monkeypatch, name):
+    """Long prompts are padded with a chunk of their own, and FLUX.1 takes no negative prompt."""
+    encoded, encode = [], FAMILIES["FluxPipeline"].encode_prompts
+    monkeypatch.setattr(
+        FAMILIES["FluxPipeline"],
+        "encode_prompts",
+        lambda family, prompts: encoded.extend(prompts) or encode(family, prompts),
+    )
+    options = {"num_validation_images": 1, "validation_steps": 1, "max_train_steps": 2}
+    options |= (
+        {"long_prompts": True} if name == "toy" else {"pretrained_model_name_or_path": save_tiny(name, checkpoints)}
+    )
+    assert runs.train(tmp_path / "run", **options) == 0
+    assert phases == ["prompts", "training", *FIRST_STEP, "pictures", "training", "pictures"]
+    assert "" not in encoded
+
+
+def test_a_model_that_is_loaded_for_samples_reads_all_their_prompts_first(checkpoints, tmp_path, phases):
+    """As after `--fsdp`."""
+    model = str(save_tiny("flux", checkpoints))
+    told = {"class_name": "duck", "num_validation_images": 1, "validation_prompt": ["a [V] duck", "a duck"]}
+    options = TrainOptions(pretrained_model_name_or_path=model, **told)
+    save_run_samples(options, find_model(model).open(), Accelerator(cpu=True), tmp_path, 1)
+    assert phases == ["prompts", "pictures"] and len(list(tmp_path.glob("*.png"))) == 2
 
 
 def test_fixed_crops_are_encoded_before_the_first_step_and_the_vae_leaves(runs, tmp_path, phases):

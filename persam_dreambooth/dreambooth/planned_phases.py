@@ -84,6 +84,7 @@ def plan_phases(options: TrainingOptions, family: LatentDiffusion, frozen_dtype:
     width, height = largest_crop(options, family)
     with phase("prompts", "prompts"):
         embeddings = family.embed(PROMPTS)
+        family.embed(family.picture_prompts(PROMPTS[:1]))
     if options.with_prior_preservation or options.replace_background == "generated":
         with phase("pictures", "class images"):
             generate(options.sample_batch_size)

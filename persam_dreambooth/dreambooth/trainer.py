@@ -83,7 +83,7 @@ def train(
         torch.backends.cuda.matmul.allow_tf32 = True
     prompts = [*photos.all_prompts(), *(class_images.all_prompts() if class_images else [])]
     if options.num_validation_images:
-        prompts += [*options.validation_prompts, ""]
+        prompts += family.picture_prompts(options.validation_prompts)
     base_embeddings = dict(zip(prompts, family.embed(prompts), strict=True))
     if options.cache_latents:
         fixed = [source.fixed_crops() for source in (photos, class_images) if source]

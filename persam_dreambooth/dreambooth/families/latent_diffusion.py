@@ -8,7 +8,6 @@ import copy
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -109,6 +108,12 @@ class LatentDiffusion(Family):
         self.placement = Placement({name: getattr(pipeline, name) for name in roles}, roles)
         for part in self.placement.parts.values():
             part.requires_grad_(False)
+        self.trains_text = False
+        """Whether text encoders are trained: prompts are then embedded under the autocast of training from the start.
+
+        Autocast computes some layers in float32 on a GPU, which the base embeddings and the trained ones would differ
+        by before the first step.
+        """
         self.tiled = False
         """Whether images are decoded in tiles; they are never encoded in tiles, which would change latents."""
         self.decode_at_once = self.vae.decode
@@ -195,6 +200,7 @@ class LatentDiffusion(Family):
         quantized: Mapping[Role, str] | None = None,
         offload: str = "no",
         tiled: bool = False,
+        trains_text: bool = False,
     ) -> None:
         """Sets the device of the parts in use, and the precision of all parts; see `placement`.
 
@@ -205,8 +211,10 @@ class LatentDiffusion(Family):
             quantized: `nf4` or `int8` of the roles that are quantized.
             offload: `group`, or `no`.
             tiled: whether images are decoded in tiles.
+            trains_text: whether text encoders are trained.
         """
-        self.placement.device, self.frozen_dtype, self.tiled = device, frozen_dtype, tiled
+        self.placement.device, self.frozen_dtype = device, frozen_dtype
+        self.tiled, self.trains_text = tiled, trains_text
         for name, role in self.placement.roles.items():
             part: Any = self.placement.parts[name]
             dtype = self.vae_dtype(frozen_dtype) if role == "vae" else frozen_precision(role, frozen_dtype)
@@ -218,15 +226,17 @@ class LatentDiffusion(Family):
         if offload == "group":
             self.placement.offload()
 
-    def placement_settings(self, options: TrainingOptions) -> tuple[list[str], dict[Role, str], str, bool]:
+    def placement_settings(self, options: TrainingOptions) -> tuple[list[str], dict[Role, str], str, bool, bool]:
         """The last arguments of `place_on` for a run."""
-        return self.whole_names(options), quantized_roles(options), options.offload, options.vae_tiling
+        whole, quantized = self.whole_names(options), quantized_roles(options)
+        return whole, quantized, options.offload, options.vae_tiling, options.train_text_encoder
 
     def enter(self, phase: Phase) -> None:
         """See `Family`."""
         self.placement.enter(phase)
         for part in self.trained.values():
-            part.train(phase != "pictures")
+            if part.training != (phase != "pictures"):  # to set the mode of thousands of layers takes tens of ms
+                part.train(phase != "pictures")
 
     def make_trainable(
         self, options: TrainingOptions, device: torch.device, frozen_dtype: torch.dtype
@@ -407,14 +417,15 @@ class LatentDiffusion(Family):
         trained = [self.trained[name] for name in self.encoders if name in self.trained]
         for part in trained:
             part.eval()
-        clips = [getattr(self.pipeline, name) for name in self.encoders if name in self.trainable_encoders]
-        whole = any(part.dtype == torch.float32 for part in clips)
         for prompt in dict.fromkeys(prompts):
             if trained or prompt not in self.embeddings:
-                own = self.training_autocast() if whole else torch.autocast(self.device.type, enabled=False)
-                with torch.no_grad(), own:
+                with torch.no_grad(), self.training_autocast(self.trains_text):
                     self.embeddings[prompt] = self.encode_prompts([prompt]).to(self.placement.main_memory)[0]
         return [self.embeddings[prompt] for prompt in prompts]
+
+    def picture_prompts(self, prompts: list[str], negative_prompt: str | None = None) -> list[str]:
+        """See `Family`."""
+        return [*prompts, *([] if "negative_prompt" in self.without else [negative_prompt or ""])]
 
     def prompt_arguments(self, prompts: list[str], negative_prompt: str | None = None) -> dict[str, Any]:
         """See `Family`; the negative prompt is the empty one if none is given, as in the pipelines."""
@@ -442,10 +453,11 @@ class LatentDiffusion(Family):
         settings = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
         return tokenizer(prompts, max_length=length or tokenizer.model_max_length, **settings).input_ids.to(self.device)
 
-    def training_autocast(self) -> AbstractContextManager[Any]:
-        """The autocast under which accelerate runs parts that are trained whole."""
-        half = self.frozen_dtype != torch.float32
-        return torch.autocast(self.device.type, self.frozen_dtype) if half else nullcontext()
+    def training_autocast(self, enabled: bool = True) -> torch.autocast:
+        """The autocast under which accelerate runs trained parts; if it is not enabled, none within another."""
+        kind = "cpu" if self.device.type == "meta" else self.device.type  # see `planned_memory`
+        half = enabled and self.frozen_dtype != torch.float32
+        return torch.autocast(kind, self.frozen_dtype if half else None, enabled=half)
 
     def denoise(
         self,
