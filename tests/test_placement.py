@@ -63,7 +63,7 @@ def on_cuda(family, moves):
         ("flux", {"train_text_encoder": True}, {"text_encoder_2"}, {"text_encoder", "transformer"}),
         ("klein", {}, {"text_encoder"}, {"transformer"}),
     ],
-    ids=str,
+    ids=["flux", "flux-trained-clip", "klein"],
 )
 def test_a_part_is_on_the_accelerator_only_while_it_is_used(moves, name, options, frozen, trained):
     pipeline = BUILDERS[name]()

@@ -14,6 +14,7 @@ from benchmarks import plan_table
 from benchmarks.full_size import write_configuration
 from persam_dreambooth import cli, toy
 from persam_dreambooth.dreambooth.families.registry import open_family
+from persam_dreambooth.dreambooth.offload import repeated_blocks
 from persam_dreambooth.dreambooth.optimizers import make_optimizer
 from persam_dreambooth.dreambooth.planned_phases import PROMPTS, PlannedPhase, meta_batches
 from persam_dreambooth.dreambooth.trainer import batch_losses
@@ -155,6 +156,18 @@ def test_the_optimizer_of_eight_bits_keeps_a_quarter():
     pytest.importorskip("bitsandbytes")
     usual, small = (phases(method="full", optimizer=name)["training"].weights for name in ("adamw", "adamw8bit"))
     assert small < (1 + 2 / 4 + 0.1) / 3 * usual
+
+
+def test_offloaded_blocks_are_two_at_a_time():
+    usual = {"mixed_precision": "bf16", "gradient_checkpointing": True}
+    blocks = [
+        size(block.parameters())
+        for block in repeated_blocks(real_family(replace(TOY, **usual), torch.bfloat16).pipeline.unet)
+    ]
+    assert len(blocks) > 2
+    here, away = (phases(**usual, offload=where)["training"] for where in ("no", "group"))
+    assert here.weights - away.weights == sum(blocks) - 2 * max(blocks)
+    assert away.peak < here.peak
 
 
 def test_phases_follow_the_options():

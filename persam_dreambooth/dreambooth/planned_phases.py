@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial, wraps
 from importlib import import_module
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from persam_dreambooth import models
 from persam_dreambooth.dreambooth.ema import AveragedWeights
 from persam_dreambooth.dreambooth.families.latent_diffusion import LatentDiffusion
 from persam_dreambooth.dreambooth.families.registry import open_family, single_file_config
+from persam_dreambooth.dreambooth.offload import repeated_blocks
 from persam_dreambooth.dreambooth.optimizers import make_optimizer
-from persam_dreambooth.dreambooth.placement import ON_THE_ACCELERATOR, Phase, quantized_roles
+from persam_dreambooth.dreambooth.placement import BLOCK_BY_BLOCK, ON_THE_ACCELERATOR, Phase, quantized_roles
 from persam_dreambooth.dreambooth.trainer import batch_losses, check_resolution
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.training.planned_memory import META, MemoryCount, counting, quantize_meta, tensors_of
@@ -59,7 +61,9 @@ def plan_phases(options: TrainingOptions, family: LatentDiffusion, frozen_dtype:
         used = parts_of(family, name)
         for part in used:
             quantize_meta(part)
-        with counting([*tensors_of(*used), *state]) as count:
+        blocks = offloaded_blocks(family, used) if options.offload == "group" else []
+        copies = torch.empty(2 * max(map(bytes_of, blocks), default=0), dtype=torch.uint8, device=META)
+        with counting([*tensors_of(*used), *state, copies], elsewhere=chain.from_iterable(blocks)) as count:
             yield count
         phases.append(PlannedPhase(title, count.held, count.peak))
 
@@ -73,6 +77,7 @@ def plan_phases(options: TrainingOptions, family: LatentDiffusion, frozen_dtype:
             sampler(**arguments, num_inference_steps=1, output_type="pt")
         sampler.vae.disable_slicing()
 
+    in_place = replace(options, offload="no")  # what `phase` counts
     family.place_on(META, frozen_dtype, family.whole_names(options), quantized_roles(options))
     width, height = largest_crop(options, family)
     with phase("prompts", "prompts"):
@@ -85,7 +90,7 @@ def plan_phases(options: TrainingOptions, family: LatentDiffusion, frozen_dtype:
         with phase("latents", "latents"):
             family.posterior(torch.zeros(1, 3, height, width))
 
-    weights = family.make_trainable(options, META, frozen_dtype)
+    weights = family.make_trainable(in_place, META, frozen_dtype)
     parts = [[weight for weight in part.parameters() if weight.requires_grad] for part in family.trained.values()]
     optimizer, _ = make_optimizer(options, parts, [1e-4] * len(parts))
     is_fused = isinstance(optimizer, torch.optim.AdamW) and options.mixed_precision != "fp16"  # on CUDA
@@ -126,6 +131,20 @@ def parts_of(family: LatentDiffusion, phase: Phase) -> list[torch.nn.Module]:
     placement = family.placement
     used = [name for name, role in placement.roles.items() if role in ON_THE_ACCELERATOR[phase]]
     return [placement.parts[name] for name in dict.fromkeys([*used, *placement.kept])]
+
+
+def offloaded_blocks(family: LatentDiffusion, parts: list[torch.nn.Module]) -> list[list[torch.Tensor]]:
+    """The frozen weights of each block of these parts that `--offload group` keeps in main memory; see `offload`."""
+    placement = family.placement
+    names = [name for name, role in placement.roles.items() if role in BLOCK_BY_BLOCK]
+    large = [placement.parts[name] for name in names if name not in placement.quantized]
+    blocks = [block for part in parts if any(part is each for each in large) for block in repeated_blocks(part)]
+    return [[weight for weight in block.parameters() if not weight.requires_grad] for block in blocks]
+
+
+def bytes_of(tensors: list[torch.Tensor]) -> int:
+    """The bytes of tensors."""
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def largest_crop(options: TrainingOptions, family: LatentDiffusion) -> tuple[int, int]:
@@ -177,7 +196,7 @@ def open_meta_family(options: TrainingOptions, frozen_dtype: torch.dtype) -> Lat
     if models.is_single_file(source):
         source = single_file_config(source, options.base_config)
     folder = models.configuration_folder(source, options.revision)
-    local = replace(options, revision=None, variant=None, base_config=None)
+    local = replace(options, revision=None, variant=None, base_config=None, offload="no")
     return open_family(local, folder, frozen_dtype, META, **meta_parts(folder))
 
 

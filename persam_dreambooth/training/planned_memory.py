@@ -42,7 +42,16 @@ SINGLE = (
 )
 """What autocast computes in half and in single precision on CUDA, by name: PyTorch's "Automatic Mixed Precision"."""
 
+
+
+def _channels_last_copies(inputs: torch.Tensor, weight: torch.Tensor, bias: Any, stride: list[int], *rest: Any) -> int:
+    """Bytes of a convolution's input and output in the order of channels that cuDNN computes in."""
+    outputs = inputs.numel() // inputs.shape[1] * weight.shape[0] // math.prod(stride)
+    return (inputs.numel() + outputs) * inputs.element_size()
+
+
 WORKSPACES: dict[str, Callable[..., int]] = {
+    "aten.convolution.default": _channels_last_copies,
     # The weight in half precision.
     "bitsandbytes.gemm_4bit.default": lambda inputs, weight, shape, *rest: math.prod(shape) * inputs.element_size(),
     # The gradient of the queries in float32.
@@ -90,6 +99,10 @@ class MemoryCount(TorchDispatchMode):
                     weakref.finalize(storage, self._free, key, size)
         self.peak = max(self.peak, self.now)
         return self.now - before
+
+    def leave_out(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Does not count tensors that exist already."""
+        self._known |= {tensor.untyped_storage()._cdata for tensor in tensors}
 
     def _free(self, key: int, size: int) -> None:
         self._known.discard(key)
@@ -193,10 +206,11 @@ class _Autocast(torch.autocast):
 
 
 @contextmanager
-def counting(held: Iterable[torch.Tensor] = ()) -> Iterator[MemoryCount]:
-    """Counts the memory of the block, and of the tensors that exist before it."""
+def counting(held: Iterable[torch.Tensor] = (), elsewhere: Iterable[torch.Tensor] = ()) -> Iterator[MemoryCount]:
+    """Counts the memory of the block, and of the tensors `held` before it, but not of those `elsewhere`."""
     gc.collect()
     count = MemoryCount()
+    count.leave_out(elsewhere)
     count.held = count.hold(held)
     modes, known = torch.amp.autocast_mode, torch.amp.autocast_mode.is_autocast_available
     torch.autocast, autocast = _Autocast, torch.autocast

@@ -388,7 +388,7 @@ class LatentDiffusion(Family):
             if trained or prompt not in self.embeddings:
                 own = self.training_autocast() if whole else torch.autocast(self.device.type, enabled=False)
                 with torch.no_grad(), own:
-                    self.embeddings[prompt] = self.encode_prompts([prompt]).to("cpu")[0]
+                    self.embeddings[prompt] = self.encode_prompts([prompt]).to(self.placement.main_memory)[0]
         return [self.embeddings[prompt] for prompt in prompts]
 
     def prompt_arguments(self, prompts: list[str], negative_prompt: str | None = None) -> dict[str, Any]:
