@@ -11,7 +11,6 @@ from benchmarks import full_size
 from benchmarks.accelerator.records import GIB
 from benchmarks.accelerator.timed_training import resolved_options
 from persam_dreambooth.dreambooth.families.registry import FAMILIES
-from persam_dreambooth.dreambooth.placement import quantized_roles
 from persam_dreambooth.dreambooth.planned_phases import plan_phases
 from persam_dreambooth.files import write_json
 
@@ -46,6 +45,6 @@ def planned_peaks(model: str, resolution: int, options: str) -> dict[str, float]
     pipeline = full_size.build(model, "meta", torch.bfloat16)
     family: Any = FAMILIES[type(pipeline).__name__](pipeline)
     told = resolved_options(resolution, family, **json.loads(options))
-    family.place_on(torch.device("meta"), torch.bfloat16, family.whole_names(told), quantized_roles(told))
+    family.place_on(torch.device("meta"), torch.bfloat16, *family.placement_settings(told))
     phases = plan_phases(told, family, torch.bfloat16)
     return {NAMES.get(phase.name, phase.name): round(phase.peak / GIB, 3) for phase in phases}

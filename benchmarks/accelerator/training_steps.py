@@ -20,7 +20,6 @@ from benchmarks.accelerator.timed_training import (
 from persam_dreambooth import toy
 from persam_dreambooth.dreambooth.families.family import Embeddings
 from persam_dreambooth.dreambooth.families.registry import FAMILIES, load_pipeline
-from persam_dreambooth.dreambooth.placement import quantized_roles
 from persam_dreambooth.dreambooth.samples import Request, sample
 from persam_dreambooth.main_job import TrainOptions
 from persam_dreambooth.options import read_config
@@ -171,9 +170,7 @@ def measure_setup(
     if not whole:
         family.embeddings.update(embeddings)
     options, peaks = resolved_options(family=family, **given), Peaks(family.placement)
-    family.place_on(
-        torch.device(device()), torch.bfloat16, family.whole_names(options), quantized_roles(options), options.offload
-    )
+    family.place_on(torch.device(device()), torch.bfloat16, *family.placement_settings(options))
 
     def generate(accelerator: Any, options: TrainOptions) -> None:
         side = options.resolution

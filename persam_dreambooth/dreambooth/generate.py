@@ -112,6 +112,9 @@ class GenerateOptions(Options):
             ),
         ),
     )
+    vae_tiling: bool | None = option(
+        None, "decode images in tiles of 512 pixels, as in training; default: as in the run"
+    )
     batch_size: int = option(1, "images at once; faster on a GPU, needs more memory", elsewhere=("n_samples",))
     identifier: str | None = option(
         None, "the token that replaces [V]; default: the run's own, else sks", when=(NAMED,)
@@ -165,7 +168,7 @@ def generate(options: GenerateOptions) -> list[Path]:
         quantized = quantized_roles(options, model.config)
         if options.offload != "no" and "denoiser" in quantized:
             raise InputError("--offload has no effect: the run's denoiser is quantized, add --quantize no")
-        family = model.open(options.lora_scale, quantized, options.offload)
+        family = model.open(options.lora_scale, quantized, options.offload, options.vae_tiling)
         _check_loaded(options, family)
         known = [subject.word for subject in model.subjects] or [IDENTIFIER]
         words = [options.identifier] if options.identifier else known

@@ -95,16 +95,21 @@ class FoundModel:
         return hashlib.sha256("\n".join(told).encode("utf-8", "surrogateescape")).hexdigest()[:10]
 
     def open(
-        self, lora_scale: float | None = None, quantized: Mapping[Role, str] | None = None, offload: str = "no"
+        self,
+        lora_scale: float | None = None,
+        quantized: Mapping[Role, str] | None = None,
+        offload: str = "no",
+        tiled: bool | None = None,
     ) -> LatentDiffusion:
         """Loads the model for inference on the accelerator, in half precision, or on the CPU if there is none.
 
         Args:
             lora_scale: factor of the LoRA of the denoiser and of the text encoders; None is 1.
-            quantized, offload: see `LatentDiffusion.place_on`.
+            quantized, offload, tiled: see `LatentDiffusion.place_on`; tiles are by default as in the run.
         """
         family = self.family(self.load(self.dtype, lora_scale))
-        family.place_on(inference_device(), self.dtype, quantized=quantized, offload=offload)
+        tiled = self.config.get("vae_tiling", False) if tiled is None else tiled
+        family.place_on(inference_device(), self.dtype, quantized=quantized, offload=offload, tiled=tiled)
         return family
 
     def load(self, dtype: torch.dtype = torch.float32, lora_scale: float | None = None) -> Any:

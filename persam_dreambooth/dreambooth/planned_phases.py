@@ -19,7 +19,7 @@ from persam_dreambooth.dreambooth.families.latent_diffusion import LatentDiffusi
 from persam_dreambooth.dreambooth.families.registry import open_family, single_file_config
 from persam_dreambooth.dreambooth.offload import repeated_blocks
 from persam_dreambooth.dreambooth.optimizers import make_optimizer
-from persam_dreambooth.dreambooth.placement import BLOCK_BY_BLOCK, ON_THE_ACCELERATOR, Phase, quantized_roles
+from persam_dreambooth.dreambooth.placement import BLOCK_BY_BLOCK, ON_THE_ACCELERATOR, Phase
 from persam_dreambooth.dreambooth.trainer import batch_losses, check_resolution
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.training.planned_memory import META, MemoryCount, counting, quantize_meta, tensors_of
@@ -78,7 +78,7 @@ def plan_phases(options: TrainingOptions, family: LatentDiffusion, frozen_dtype:
         sampler.vae.disable_slicing()
 
     in_place = replace(options, offload="no")  # what `phase` counts
-    family.place_on(META, frozen_dtype, family.whole_names(options), quantized_roles(options))
+    family.place_on(META, frozen_dtype, *family.placement_settings(in_place))
     width, height = largest_crop(options, family)
     with phase("prompts", "prompts"):
         embeddings = family.embed(PROMPTS)

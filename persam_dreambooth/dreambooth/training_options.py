@@ -332,6 +332,20 @@ class TrainingOptions(SubjectOptions):
         when=(*WHEN_LORA, with_flag("--gradient_checkpointing"), WHOLE_WEIGHTS),
         elsewhere=("blocks_to_swap", "layer_offloading"),
     )
+    vae_tiling: bool = option(
+        False,
+        "decode samples, class images and backgrounds in overlapping tiles of 512 pixels, to save memory",
+        when=(
+            Condition(
+                lambda options: (
+                    options.num_validation_images
+                    or options.with_prior_preservation
+                    or options.replace_background == "generated"
+                ),
+                "the run generates no images, remove it",
+            ),
+        ),
+    )
     fsdp: bool = option(
         False,
         "shard the denoiser among the processes of accelerate launch, instead of a copy in each",

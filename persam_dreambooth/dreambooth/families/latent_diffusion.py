@@ -7,7 +7,7 @@ A family declares its parts and defaults and implements the rest: prompts, noise
 import copy
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -42,6 +42,8 @@ TEXT_LEVEL = "text_model."
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 TEXT_FEEDFORWARD = ["fc1", "fc2"]
 ADAPTABLE = torch.nn.Linear, torch.nn.Conv2d
+TILE = 512
+"""Side of the VAE's tiles in pixels with `--vae_tiling`."""
 LORA_KEYWORDS = ("attention", "attention+feedforward", "all")
 DORA_LENGTH = "lora_magnitude_vector"
 INITS: dict[str, Any] = {"gaussian": "gaussian", "kaiming": True}
@@ -104,9 +106,10 @@ class LatentDiffusion(Family):
         self.placement = Placement({name: getattr(pipeline, name) for name in roles}, roles)
         for part in self.placement.parts.values():
             part.requires_grad_(False)
-        decode = self.vae.decode
-        # Images may be generated under autocast, and with a denoiser of another precision.
-        self.vae.decode = lambda latents, **settings: in_own_precision(self.vae, decode, latents, **settings)
+        self.tiled = False
+        """Whether images are decoded in tiles; they are never encoded in tiles, which would change latents."""
+        self.decode_at_once = self.vae.decode
+        self.vae.decode = self.decode
 
     @classmethod
     def load_pipeline(
@@ -164,6 +167,19 @@ class LatentDiffusion(Family):
         """See `Family`."""
         return self.vae.config.latent_channels, height // self.latent_factor, width // self.latent_factor
 
+    def decode(self, latents: torch.Tensor, **settings: Any) -> Any:
+        """Decodes latents (B, C, h, w) in the dtype of the VAE's weights, also under autocast; in tiles if `tiled`."""
+        vae = self.vae
+        if self.tiled:
+            vae.tile_sample_min_size = TILE  # the default of some VAEs is 1024
+            vae.tile_latent_min_size = TILE // 2 ** (len(vae.config.block_out_channels) - 1)
+            vae.enable_tiling()
+        try:
+            with torch.autocast(latents.device.type, enabled=False):
+                return self.decode_at_once(latents.to(vae.dtype), **settings)
+        finally:
+            vae.disable_tiling()
+
     def vae_dtype(self, frozen_dtype: torch.dtype) -> torch.dtype:
         """The VAE's dtype, for the run's dtype of frozen weights."""
         return frozen_dtype
@@ -175,6 +191,7 @@ class LatentDiffusion(Family):
         whole: Sequence[str] = (),
         quantized: Mapping[Role, str] | None = None,
         offload: str = "no",
+        tiled: bool = False,
     ) -> None:
         """Sets the device of the parts in use, and the precision of all parts; see `placement`.
 
@@ -184,8 +201,9 @@ class LatentDiffusion(Family):
             whole: the names of parts that are trained whole, in float32.
             quantized: `nf4` or `int8` of the roles that are quantized.
             offload: `group`, or `no`.
+            tiled: whether images are decoded in tiles.
         """
-        self.placement.device, self.frozen_dtype = device, frozen_dtype
+        self.placement.device, self.frozen_dtype, self.tiled = device, frozen_dtype, tiled
         for name, role in self.placement.roles.items():
             part: Any = self.placement.parts[name]
             dtype = self.vae_dtype(frozen_dtype) if role == "vae" else frozen_precision(role, frozen_dtype)
@@ -196,6 +214,10 @@ class LatentDiffusion(Family):
                 self.placement.quantize(name, quantized[role], dtype)
         if offload == "group":
             self.placement.offload()
+
+    def placement_settings(self, options: TrainingOptions) -> tuple[list[str], dict[Role, str], str, bool]:
+        """The last arguments of `place_on` for a run."""
+        return self.whole_names(options), quantized_roles(options), options.offload, options.vae_tiling
 
     def enter(self, phase: Phase) -> None:
         """See `Family`."""
@@ -208,7 +230,7 @@ class LatentDiffusion(Family):
     ) -> list[torch.nn.Parameter]:
         """See `Family`."""
         names, placement = self.trained_names(options), self.placement
-        self.place_on(device, frozen_dtype, self.whole_names(options), quantized_roles(options), options.offload)
+        self.place_on(device, frozen_dtype, *self.placement_settings(options))
         if options.preserves_base and options.method == "full":
             base = copy.deepcopy(placement.parts[self.denoiser_name])
             for layer in base.modules():  # what autocast rounds in the denoiser
@@ -628,12 +650,6 @@ def adapter_settings(part: Any) -> dict[str, Any]:
         "use_dora": settings.use_dora,
         "target_modules": sorted(settings.target_modules),
     }
-
-
-def in_own_precision(vae: Any, decode: Callable[..., Any], latents: torch.Tensor, **settings: Any) -> Any:
-    """Decodes latents (B, C, h, w) in the dtype of the VAE's weights, also under autocast."""
-    with torch.autocast(latents.device.type, enabled=False):
-        return decode(latents.to(vae.dtype), **settings)
 
 
 def reads_long_prompts(pipeline: Any) -> bool:

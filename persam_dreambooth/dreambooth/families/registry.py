@@ -21,7 +21,6 @@ from persam_dreambooth.dreambooth.families.stable_diffusion import StableDiffusi
 from persam_dreambooth.dreambooth.families.stable_diffusion_3 import StableDiffusion3
 from persam_dreambooth.dreambooth.families.stable_diffusion_xl import StableDiffusionXL
 from persam_dreambooth.dreambooth.families.z_image import ZImage
-from persam_dreambooth.dreambooth.placement import quantized_roles
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.errors import InputError, InputNotFoundError, UnavailableError
 from persam_dreambooth.options import Options
@@ -188,9 +187,7 @@ def open_family(
     read = (options.long_prompts, options.base_config, options.max_sequence_length, options.text_encoder_out_layers)
     opened = family(load_pipeline(source, options.revision, options.variant, dtype, *read, **parts))
     opened.check(options)
-    quantized = quantized_roles(options)
-    whole = opened.whole_names(options)
-    opened.place_on(device or torch.device("cpu"), frozen_dtype, whole, quantized, options.offload)
+    opened.place_on(device or torch.device("cpu"), frozen_dtype, *opened.placement_settings(options))
     return opened
 
 
