@@ -43,7 +43,6 @@ SINGLE = (
 """What autocast computes in half and in single precision on CUDA, by name: PyTorch's "Automatic Mixed Precision"."""
 
 
-
 def _channels_last_copies(inputs: torch.Tensor, weight: torch.Tensor, bias: Any, stride: list[int], *rest: Any) -> int:
     """Bytes of a convolution's input and output in the order of channels that cuDNN computes in."""
     outputs = inputs.numel() // inputs.shape[1] * weight.shape[0] // math.prod(stride)
