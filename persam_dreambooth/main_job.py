@@ -72,6 +72,7 @@ def personalize(options: TrainOptions) -> Path:
     from persam_dreambooth.dreambooth.trainer import check_resolution, train
     from persam_dreambooth.dreambooth.training_crops import Cut, check_prompts, join_crops, make_crops
     from persam_dreambooth.training.accelerators import (
+        check_graphs,
         check_sharding,
         end_processes,
         frozen_dtype,
@@ -99,6 +100,8 @@ def personalize(options: TrainOptions) -> Path:
     )
     if options.fsdp:
         check_sharding(accelerator)
+    if options.cuda_graphs:
+        check_graphs(accelerator)
     models.log_device(str(accelerator.device), str(frozen_dtype(accelerator)))
     family = open_family(options, base, frozen_dtype(accelerator), accelerator.device)
     check_prompts(options, albums, family)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from diffusers import DiffusionPipeline
+from PIL import Image
 from tiny_families import BUILDERS, SIDE, save_tiny, tiny_pipeline, toy_or_tiny
 from training_runs import (
     ALL_AGAINST_BACKGROUNDS,
@@ -19,11 +20,13 @@ from training_runs import (
     same_weights,
     toy_family,
     training_crops,
+    variants,
     weights,
 )
 
-from persam_dreambooth import extras
+from persam_dreambooth import extras, toy
 from persam_dreambooth.dreambooth import placement
+from persam_dreambooth.dreambooth.families import latent_diffusion
 from persam_dreambooth.dreambooth.families.registry import FAMILIES, fast_sampler
 from persam_dreambooth.dreambooth.pipelines import find_model
 from persam_dreambooth.dreambooth.placement import Placement, move, quantize_linear
@@ -205,6 +208,58 @@ def test_images_are_those_of_the_plain_pipeline_called_with_the_prompt(checkpoin
     [image] = sample(family, Request("a sks duck", [3], 2, negative_prompt=negative, **settings))
     assert np.array_equal(np.asarray(image), np.asarray(expected))
     assert all(getattr(family.pipeline, encoder) is not None for encoder in family.encoders)
+
+
+TILED = variants({name: name for name in ("toy", "sdxl", "sd3", "flux", "klein", "z-image")}, ["toy", "klein"])
+
+
+@pytest.mark.parametrize("name", TILED)
+@torch.no_grad()
+def test_an_image_of_several_tiles_needs_less_memory_and_each_tile_has_512_pixels(name):
+    pipeline = toy_family().pipeline if name == "toy" else BUILDERS[name]()
+    family = FAMILIES[type(pipeline).__name__](pipeline)
+    factor = 2 ** (len(family.vae.config.block_out_channels) - 1)
+    photo = Image.open(toy.path("photos") / "duck" / "00.jpg").convert("RGB").resize((768, 640))
+    pixels = torch.from_numpy(np.asarray(photo) / 127.5 - 1).float().permute(2, 0, 1)[None]
+    latents = family.vae.encode(pixels).latent_dist.mean
+    images, peaks = {}, {}
+    for family.tiled in (False, True):
+        with MemoryCount("cpu") as count:
+            images[family.tiled] = family.vae.decode(latents).sample
+        peaks[family.tiled] = count.peak
+    assert peaks[True] < 0.6 * peaks[False]
+    assert images[True].shape == images[False].shape == pixels.shape
+    first = latents[..., : 512 // factor, : 512 // factor]
+    alone = family.vae.decode(first).sample
+    # A quarter of the next tile overlaps it.
+    assert torch.equal(images[True][..., :384, :384], alone[..., :384, :384])
+    difference = (images[True] - images[False]).abs()
+    assert difference.max() > 0
+    if name == "toy":  # with random weights, the mean of a tile can differ much from that of the image
+        assert difference.mean() < 0.02  # 2 of 255 levels
+    family.tiled = False
+    assert torch.equal(family.vae.decode(first).sample, alone)
+    encoded = family.vae.encode(pixels).latent_dist.mean
+    family.tiled = True
+    assert torch.equal(family.vae.encode(pixels).latent_dist.mean, encoded)
+
+
+def test_tiles_change_pictures_but_not_training_and_generate_decodes_as_the_run_did(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(latent_diffusion, "TILE", 16)
+    for name in ("whole", "tiled"):
+        run = tmp_path / name
+        assert runs.train(run, num_validation_images=1, max_train_steps=2, vae_tiling=name == "tiled" or None) == 0
+        for asked in ("as_the_run", "--vae_tiling", "--no_vae_tiling"):
+            how = flags(model=run, output=run / asked, num_images=1, num_inference_steps=2)
+            assert command("generate", "a [V] duck", *how, *([asked] if asked.startswith("--") else [])) == 0
+    assert same_weights(tmp_path / "whole", tmp_path / "tiled")
+    assert same_metrics(tmp_path / "whole", tmp_path / "tiled")
+    found = {path.relative_to(tmp_path).parts[:2]: np.asarray(Image.open(path)) for path in tmp_path.rglob("*.png")}
+    for name, other in (("whole", "tiled"), ("tiled", "whole")):
+        for asked in ("samples", "as_the_run"):
+            assert not np.array_equal(found[name, asked], found[other, asked])
+        assert np.array_equal(found[name, "--vae_tiling"], found["tiled", "as_the_run"])
+        assert np.array_equal(found[name, "--no_vae_tiling"], found["whole", "as_the_run"])
 
 
 # --- quantized parts

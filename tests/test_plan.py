@@ -170,6 +170,16 @@ def test_offloaded_blocks_are_two_at_a_time():
     assert away.peak < here.peak
 
 
+def test_pictures_decoded_in_tiles_need_less_memory(tmp_path):
+    pipeline = tiny_pipeline("flux")
+    pipeline.vae.register_to_config(sample_size=1024)
+    usual = {"resolution": 64, "num_validation_images": 1}
+    model = str(write_configuration(pipeline, tmp_path / "model"))
+    whole, tiled = (phases(pretrained_model_name_or_path=model, **usual, vae_tiling=on) for on in (False, True))
+    assert tiled["samples"].peak < 0.5 * whole["samples"].peak
+    assert tiled["encoding"] == whole["encoding"]
+
+
 def test_phases_follow_the_options():
     every = ["prompts", "class images", "training", "encoding", "samples"]
     found = phases(with_prior_preservation=True, num_validation_images=1, class_name="cat")

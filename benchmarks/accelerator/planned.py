@@ -45,6 +45,5 @@ def planned_peaks(model: str, resolution: int, options: str) -> dict[str, float]
     pipeline = full_size.build(model, "meta", torch.bfloat16)
     family: Any = FAMILIES[type(pipeline).__name__](pipeline)
     told = resolved_options(resolution, family, **json.loads(options))
-    family.place_on(torch.device("meta"), torch.bfloat16, *family.placement_settings(told))
     phases = plan_phases(told, family, torch.bfloat16)
     return {NAMES.get(phase.name, phase.name): round(phase.peak / GIB, 3) for phase in phases}

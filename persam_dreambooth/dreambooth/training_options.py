@@ -326,6 +326,15 @@ class TrainingOptions(SubjectOptions):
         "no", "load the linear layers of T5 or Qwen3 in 4 bits (nf4) or 8 bits (bitsandbytes)"
     )
     gradient_checkpointing: bool = option(False, "save memory at the cost of slower steps")
+    cuda_graphs: bool = option(
+        False,
+        "launch a pass of the UNet at once: faster where the CPU limits small steps; needs an NVIDIA GPU, more memory",
+        when=(
+            without_flag("--gradient_checkpointing"),
+            without_flag("--fsdp"),
+            Condition(lambda options: options.quantize == "no", "it does not hold quantized layers, remove --quantize"),
+        ),
+    )
     offload: Literal["no", "group"] = option(
         "no",
         "group: keep frozen weights on the CPU, and only those of two blocks on the GPU; slower",

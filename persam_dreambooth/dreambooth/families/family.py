@@ -197,6 +197,9 @@ class Family(Protocol):
     def loss_weights(self, options: TrainingOptions, timesteps: torch.Tensor) -> torch.Tensor:
         """Weights (B,) of the loss at timesteps (B,); ones by default."""
 
+    def use_graphs(self) -> None:
+        """Lets `predict` and `predict_base` replay CUDA graphs; not called if `without` contains `cuda_graphs`."""
+
     def init_lora(self, options: TrainingOptions) -> None:
         """Loads the LoRA that `options` name into the trained LoRA; `registry.open_family` checked that it fits."""
 

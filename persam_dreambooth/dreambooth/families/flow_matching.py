@@ -30,6 +30,7 @@ class FlowMatching(LatentDiffusion):
         "snr_gamma": "which learns a flow: its density of timesteps does what min-SNR does",
         "export": "whose LoRA ComfyUI reads as it is saved",
         "long_prompts": "whose T5 reads long prompts",
+        "cuda_graphs": "whose passes are not prepared for it",
         "scheduler": "which has its own scheduler of flow matching",
     }
     patch: ClassVar[int] = PATCH

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,6 +27,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from persam_dreambooth import models
+from persam_dreambooth.dreambooth.cuda_graphs import CudaGraphs
 from persam_dreambooth.dreambooth.families.family import Embeddings, Family
 from persam_dreambooth.dreambooth.latent_cache import PosteriorCache
 from persam_dreambooth.dreambooth.placement import Phase, Placement, Role, frozen_precision, quantized_roles
@@ -98,6 +100,7 @@ class LatentDiffusion(Family):
         self.trained: dict[str, Any] = {}
         self.gathered: dict[str, Any] = {}
         self.cache: PosteriorCache | None = None
+        self.graphs: tuple[CudaGraphs, CudaGraphs] | None = None
         self.embeddings: dict[str, Embeddings] = {}
         self.frozen_dtype: torch.dtype = getattr(pipeline, self.denoiser_name).dtype
         self.encoders = [name for name, part in pipeline.components.items() if "text_encoder" in name and part]
@@ -459,13 +462,22 @@ class LatentDiffusion(Family):
         self, noisy: torch.Tensor, timesteps: torch.Tensor, embeddings: Embeddings, crops: torch.Tensor
     ) -> torch.Tensor:
         """See `Family`."""
+        if self.graphs:
+            return self.graphs[0](noisy, timesteps, embeddings, crops)
         return self.denoise(self.part(self.denoiser_name), noisy, timesteps, embeddings, crops)
 
     @torch.no_grad()
     def predict_base(
         self, noisy: torch.Tensor, timesteps: torch.Tensor, embeddings: Embeddings, crops: torch.Tensor
     ) -> torch.Tensor:
-        """See `Family`.
+        """See `Family`."""
+        denoise = self.graphs[1] if self.graphs else self.denoise_as_base
+        return denoise(noisy, timesteps, embeddings, crops)
+
+    def denoise_as_base(
+        self, noisy: torch.Tensor, timesteps: torch.Tensor, embeddings: Embeddings, crops: torch.Tensor
+    ) -> torch.Tensor:
+        """The prediction of the base model; arguments as in `predict`.
 
         With LoRA, the base model is the denoiser with its adapters disabled; else it is a copy, which `make_trainable`
         makes if it is needed, under the autocast of the denoiser.
@@ -479,6 +491,11 @@ class LatentDiffusion(Family):
             return self.denoise(denoiser, noisy, timesteps, embeddings, crops)
         finally:
             denoiser.enable_adapters()
+
+    def use_graphs(self) -> None:
+        """Lets `predict` and `predict_base` replay CUDA graphs; call it after accelerate prepared the denoiser."""
+        denoiser = self.part(self.denoiser_name)
+        self.graphs = (CudaGraphs(partial(self.denoise, denoiser), denoiser), CudaGraphs(self.denoise_as_base))
 
     @staticmethod
     def published_lora_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
