@@ -54,7 +54,7 @@ def steps(part: Part, arguments: argparse.Namespace) -> None:
     """Steps of every family; see `training_steps`."""
     from benchmarks.accelerator.training_steps import MODELS, measure_steps
 
-    measure_steps(part, arguments.models or (["sd1.5"] if part.tiny else list(MODELS)))
+    measure_steps(part, arguments.models or (["sd1.5"] if part.tiny else list(MODELS)), arguments.setups)
 
 
 def beside_diffusers(part: Part, arguments: argparse.Namespace) -> None:
@@ -64,7 +64,9 @@ def beside_diffusers(part: Part, arguments: argparse.Namespace) -> None:
     from benchmarks import against_diffusers, full_size
     from benchmarks.accelerator.records import device
 
-    setups = ["diffusers", "ours", "ours, cached, center crops", "ours, cached"]
+    setups = ["diffusers", "ours", "ours, cached, center crops"]
+    if device() == "cuda":
+        setups.append("ours, cached, center crops, CUDA graphs")
     with tempfile.TemporaryDirectory() as folder:
         for precision in ("bf16",):
             with part.trying(f"diffusers, {precision}"):
@@ -75,7 +77,7 @@ def beside_diffusers(part: Part, arguments: argparse.Namespace) -> None:
                     full_size.build("sd1.5", device(), torch.float16).save_pretrained(checkpoint)
                 figures = against_diffusers.measure(
                     arguments.diffusers_repository, setups, checkpoint, 64 if part.tiny else 512,
-                    rounds=2 if part.tiny else 5, steps=2 if part.tiny else 15, more=("--mixed_precision", precision),
+                    rounds=2 if part.tiny else 4, steps=2 if part.tiny else 8, more=("--mixed_precision", precision),
                 )  # fmt: skip
                 part.add(model="sd1.5", **figures)
 
@@ -140,6 +142,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--parts", nargs="+", choices=SHARES, help="default: all")
     parser.add_argument("--minutes", type=float, default=8.0, help="time for all parts")
     parser.add_argument("--models", nargs="+", help="models of the part steps; default: all")
+    parser.add_argument("--setups", nargs="+", help="setups of the part steps; default: all")
     parser.add_argument("--diffusers_repository", type=Path, help="a checkout of diffusers")
     parser.add_argument("--processes", type=int, default=0, help="processes of pytest, which needs pytest-xdist")
     parser.add_argument("--one_process", action="store_true", help="all parts in this process, which saves the starts")
@@ -183,6 +186,8 @@ def passed_on(arguments: argparse.Namespace) -> list[str]:
     words = ["--output_dir", str(arguments.output_dir), "--processes", str(arguments.processes)]
     if arguments.models:
         words += ["--models", *arguments.models]
+    if arguments.setups:
+        words += ["--setups", *arguments.setups]
     if arguments.diffusers_repository:
         words += ["--diffusers_repository", str(arguments.diffusers_repository)]
     return [*words, "--tiny"] if arguments.tiny else words
