@@ -107,11 +107,8 @@ def plan(options: PlanOptions) -> MemoryPlan:
         UnavailableError: the hub cannot be reached.
     """
     options.check()
-    for name in ("offload", "fsdp"):
-        if options.given(name):
-            raise InputError(
-                f"a plan does not count --{name} yet: leave it out, and see docs/training.md for its memory"
-            )
+    if options.fsdp:
+        raise InputError("a plan does not count --fsdp yet: leave it out, and see docs/training.md for its memory")
 
     from persam_dreambooth.dreambooth.optimizers import check_optimizer
     from persam_dreambooth.dreambooth.placement import check_quantization, quantized_roles

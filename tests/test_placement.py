@@ -34,7 +34,7 @@ from persam_dreambooth.dreambooth.pipelines import find_model
 from persam_dreambooth.dreambooth.placement import move, quantize_linear
 from persam_dreambooth.dreambooth.samples import Request, sample, save_run_samples
 from persam_dreambooth.main_job import TrainOptions
-from persam_dreambooth.training.planned_memory import MemoryCount
+from persam_dreambooth.training.planned_memory import MemoryCount, quantize_meta, tensors_of
 
 CUDA = torch.device("cuda:0")
 
@@ -397,6 +397,24 @@ def test_gradients_pass_quantized_layers_after_they_were_used_for_pictures(kind)
     part.train()(inputs).sum().backward()
     torch.testing.assert_close(inputs.grad, plain.sum(0).expand(5, -1), rtol=0.2, atol=0.2)
     assert inputs.grad.abs().mean() > 0.1
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])  # with int8, the operations on the meta device are those of CUDA
+@pytest.mark.parametrize("kind", LAYERS)
+def test_quantized_layers_do_not_keep_their_inputs_for_backward(kind, device):
+    with torch.device(device):
+        part = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 32))
+        one = torch.ones((), requires_grad=True)
+    quantize_linear(part, kind, torch.float32)
+    quantize_meta(part) if device == "meta" else move(part, torch.device(device))
+    part(torch.zeros(5, 64, device=device))
+    with MemoryCount(device) as count:
+        count.hold([*tensors_of(part), one])
+        before = count.now
+        outputs = part(one.expand(5, 64) * 2)
+        assert count.now - before < 4 * (outputs.numel() + 5 * 64)
+        outputs.sum().backward()
+    assert one.grad is not None
 
 
 @pytest.mark.parametrize(

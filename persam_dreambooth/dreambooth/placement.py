@@ -168,10 +168,22 @@ def quantize_linear(part: torch.nn.Module, kind: str, dtype: torch.dtype) -> Non
             quantized.weight = Params4bit(weight, requires_grad=False, **settings)
         else:
             quantized.weight = Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+            quantized.register_forward_hook(forget_inputs)
         quantized.bias = layer.bias
         quantized.train(layer.training)
         owner, _, last = name.rpartition(".")
         setattr(part.get_submodule(owner), last, quantized)
+
+
+def forget_inputs(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    """A forward hook of int8 layers: frees the inputs that bitsandbytes keeps for the gradient of their weights.
+
+    The weights are frozen, and gradient checkpointing does not see these inputs: without the hook, it saves little.
+    """
+    if hasattr(output.grad_fn, "tensors"):
+        output.grad_fn.tensors = (None, None, None)
+    if hasattr(output.grad_fn, "A"):  # on a CPU
+        output.grad_fn.A = None
 
 
 def move(part: torch.nn.Module, device: torch.device) -> None:
