@@ -204,11 +204,26 @@ def park(denoiser: torch.nn.Module) -> None:
         [place] = [each for each in (*arguments, *named.values()) if isinstance(each, torch.device)] or [None]
         if place is not None and place.type != "cpu":
             del denoiser.to  # this is done once
-            for name, weight in denoiser.named_parameters():
-                filled = torch.empty_like(weight.data, device=place)
-                weight.data = (
-                    filled.normal_(0, 0.02) if weight.ndim > 1 else filled.fill_(float(not name.endswith("bias")))
-                )
+            fill(denoiser, place)
         return move(*arguments, **named)
 
     denoiser.to = fill_and_move
+
+
+def fill(denoiser: torch.nn.Module, place: torch.device) -> None:
+    """Moves a denoiser layer by layer and gives each layer random weights, before they are quantized.
+
+    As in a run, at most one layer is there unquantized. Weights have the deviation 1 / sqrt(inputs), with which
+    activations and gradients grow little from block to block.
+    """
+    for layer in denoiser.modules():
+        for name, weight in layer.named_parameters(recurse=False):
+            filled = torch.empty(weight.shape, dtype=weight.dtype, device=place)
+            if weight.ndim > 1:
+                filled.normal_(0, weight[0].numel() ** -0.5)
+            else:
+                filled.fill_(float(name != "bias"))
+            # bitsandbytes quantizes what it moves, and to 8 bits only what comes from the CPU.
+            weight.data = filled.cpu() if type(weight).__name__ == "Int8Params" else filled
+            if type(weight) is not torch.nn.Parameter:
+                setattr(layer, name, weight.to(place))
