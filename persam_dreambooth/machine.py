@@ -10,7 +10,6 @@ from typing import Any
 
 import persam_dreambooth
 
-
 RESULTS = "benchmarks/results"
 """The folder of a checkout that benchmarks write, so that they do not call their own code changed."""
 
