@@ -99,10 +99,10 @@ def is_single_file(name: str) -> bool:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Hides what transformers, diffusers and bitsandbytes print below errors, also if they are first imported inside the block.
+    """Hides what transformers, diffusers and bitsandbytes print below errors.
 
-    After the last of nested or concurrent blocks, they are as before. A variable such as `TRANSFORMERS_VERBOSITY` takes
-    precedence.
+    They may be first imported inside the block. After the last of nested or concurrent blocks, they are as before. A
+    variable such as `TRANSFORMERS_VERBOSITY` takes precedence.
     """
     global _quiet_blocks
     with _quiet_lock:
