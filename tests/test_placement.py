@@ -271,7 +271,7 @@ def test_an_image_of_several_tiles_needs_less_memory_and_each_tile_has_512_pixel
 
 
 def test_tiles_change_pictures_but_not_training_and_generate_decodes_as_the_run_did(runs, tmp_path, monkeypatch):
-    monkeypatch.setattr(latent_diffusion, "TILE", 16)
+    monkeypatch.setattr(latent_diffusion, "VAE_TILE", 16)
     for name in ("whole", "tiled"):
         run = tmp_path / name
         assert runs.train(run, num_validation_images=1, max_train_steps=2, vae_tiling=name == "tiled" or None) == 0

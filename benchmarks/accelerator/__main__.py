@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.accelerator.records import Part
+from persam_dreambooth import models
 from persam_dreambooth.files import write_json
 
 ROOT = Path(__file__).parents[2]
@@ -137,6 +138,7 @@ def run_apart(name: str, path: Path, seconds: float, arguments: list[str]) -> bo
         return False
 
 
+@models.quiet()
 def main(words: list[str]) -> int:
     parser = argparse.ArgumentParser(description="Measures what one accelerator shows, in parts.")
     parser.add_argument("--parts", nargs="+", choices=SHARES, help="default: all")
