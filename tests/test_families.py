@@ -48,6 +48,7 @@ from persam_dreambooth.dreambooth.families.stable_diffusion import StableDiffusi
 from persam_dreambooth.dreambooth.loss import latent_mask, masked_loss
 from persam_dreambooth.dreambooth.prompts import check_unread
 from persam_dreambooth.dreambooth.trainer import batch_losses
+from persam_dreambooth.errors import InputError
 from persam_dreambooth.main_job import TrainOptions
 from persam_dreambooth.photos.folder import find_photos
 
@@ -949,6 +950,13 @@ def test_t5_keeps_its_range_in_half_precision(model, tmp_path, name, dtype, trai
     assert max(largest) > 65504
     assert found.states.dtype == dtype and found.states.isfinite().all()
     assert (found.states.float() - expected.states).norm() < 0.03 * expected.states.norm()
+
+
+@pytest.mark.parametrize("name", ["klein", "z-image"])
+def test_qwen3_is_not_read_in_float16(model):
+    """No norm bounds the hidden states that these families read."""
+    with pytest.raises(InputError, match="--mixed_precision fp16 is not supported for a .*: use bf16"):
+        registry.open_family(TrainOptions(), str(model), torch.float16)
 
 
 @pytest.mark.parametrize("name", ["sd3"])

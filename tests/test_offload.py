@@ -22,9 +22,16 @@ from training_runs import (
 from persam_dreambooth.dreambooth import placement
 from persam_dreambooth.dreambooth.families.registry import FAMILIES
 from persam_dreambooth.dreambooth.offload import OffloadedBlocks
+from persam_dreambooth.errors import InputError
 from persam_dreambooth.main_job import TrainOptions
 
 CPU = torch.device("cpu")
+
+
+def test_a_device_that_does_not_copy_while_it_computes_is_refused():
+    family = FAMILIES["FluxPipeline"](tiny_pipeline("flux"))
+    with pytest.raises(InputError, match="--offload group is not supported on a device of type mps"):
+        family.place_on(torch.device("mps"), torch.float32, offload="group")
 
 
 class Reads(TorchDispatchMode):

@@ -284,9 +284,10 @@ def test_the_first_step_of_each_part_has_the_length_of_its_rate(runs):
     assert lengths == {"lora:unet": pytest.approx(1e-3, rel=1e-3), "lora:text_encoder": pytest.approx(1e-5, rel=1e-3)}
 
 
-def test_a_run_of_one_group_of_weights_resumes_with_a_group_for_each_part(runs, tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+def test_a_run_of_one_group_of_weights_resumes_with_a_group_for_each_part(runs, tmp_path, optimizer):
     """Version 0.1.0 had one learning rate."""
-    options = {"train_text_encoder": True, "checkpointing_steps": 2}
+    options = {"train_text_encoder": True, "checkpointing_steps": 2, "optimizer": optimizer}
     run = tmp_path / "run"
     assert runs.train(run, **options) == 0
     path = run / "checkpoint-2" / "training_state.pt"

@@ -55,19 +55,31 @@ def make_optimizer(
         with redirect_stdout(None):  # Prodigy prints its kind of weight decay
             return Prodigy(groups, rates[0], **adam, use_bias_correction=True, safeguard_warmup=True), settings
     fused = options.mixed_precision != "fp16" and all(weight.device.type in ("cpu", "cuda") for weight in chain(*parts))
-    optimizer = torch.optim.AdamW(groups, rates[0], **adam, fused=fused or None)
-    optimizer.register_load_state_dict_pre_hook(_with_own_groups)
-    return optimizer, settings
+    return torch.optim.AdamW(groups, rates[0], **adam, fused=fused or None), settings
 
 
-def _with_own_groups(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any] | None:
-    """The state of version 0.1.0, whose only group has the weights of all parts, with the groups of an optimizer."""
-    groups, [saved, *others] = optimizer.param_groups, state["param_groups"]
-    if others or len(groups) == 1:
-        return None
-    numbers = iter(saved["params"])
-    own = [{**saved, "params": [next(numbers) for _ in group["params"]]} for group in groups]
-    return {**state, "param_groups": own}
+class OptimizerState:
+    """The state of an optimizer, to save and to load; that of version 0.1.0 has one group with the weights of all parts.
+
+    Args:
+        optimizer: any; bitsandbytes' optimizers do not run torch's hooks for loading.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizer's state."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned, now or in version 0.1.0."""
+        groups, [saved, *others] = self.optimizer.param_groups, state["param_groups"]
+        if len(groups) > 1 and not others:
+            numbers = iter(saved["params"])
+            own = [{**saved, "params": [next(numbers) for _ in group["params"]]} for group in groups]
+            state = {**state, "param_groups": own}
+        self.optimizer.load_state_dict(state)
 
 
 class Schedule:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from persam_dreambooth.dreambooth.offload import OffloadedBlocks
+from persam_dreambooth.errors import InputError
 from persam_dreambooth.extras import check_installed
 
 Role = Literal["clip", "language model", "denoiser", "base copy", "vae"]
@@ -103,7 +104,13 @@ class Placement:
             self.quantized.add(name)
 
     def offload(self) -> None:
-        """Keeps the blocks of large parts in main memory, where they are in their final precision, if not quantized."""
+        """Keeps the blocks of large parts in main memory, where they are in their final precision, if not quantized.
+
+        Raises:
+            InputError: the accelerator cannot copy weights while it computes.
+        """
+        if not hasattr(torch.get_device_module(self.device), "Stream"):
+            raise InputError(f"--offload group is not supported on a device of type {self.device.type}: leave it out")
         for name, role in self.roles.items():
             if role in BLOCK_BY_BLOCK and name not in self.offloaded.keys() | self.quantized:
                 self.offloaded[name] = OffloadedBlocks(self.parts[name])

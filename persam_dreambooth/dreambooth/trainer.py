@@ -18,7 +18,7 @@ from persam_dreambooth.dreambooth.data import CLASS_SEED, CLASS_SHARE, DROPOUT, 
 from persam_dreambooth.dreambooth.ema import AveragedWeights
 from persam_dreambooth.dreambooth.families.family import Embeddings, Family
 from persam_dreambooth.dreambooth.loss import latent_mask, masked_loss
-from persam_dreambooth.dreambooth.optimizers import Schedule, make_optimizer
+from persam_dreambooth.dreambooth.optimizers import OptimizerState, Schedule, make_optimizer
 from persam_dreambooth.dreambooth.results import save_weights
 from persam_dreambooth.dreambooth.samples import save_validation_samples
 from persam_dreambooth.dreambooth.sharding import WholeState
@@ -107,7 +107,9 @@ def train(
     average = AveragedWeights(trained, options.ema_decay) if options.use_ema else None
     as_saved = average.swapped_in if average else nullcontext
     meter, first_step = Meter(run_dir, accelerator), 0
-    saved_optimizer = WholeState(optimizer, trained) if options.fsdp else optimizer
+    saved_optimizer: Any = OptimizerState(optimizer)
+    if options.fsdp:
+        saved_optimizer = WholeState(saved_optimizer, trained)
     states: dict[str, Any] = {"optimizer": saved_optimizer, "schedule": schedule, "average": average, "meter": meter}
     states["scaler"] = accelerator.scaler
     if resume_from:

@@ -50,6 +50,7 @@ class Flux2Klein(FlowMatching):
     sequence_tokenizer = "tokenizer"
     sequence_length = 512
     patch = 1
+    takes_float16 = False
     takes_mode = True
     guidance = 1.0
     read_layers = (9, 18, 27)

@@ -84,6 +84,9 @@ class LatentDiffusion(Family):
     inference_dtype: ClassVar[torch.dtype] = torch.float16
     """The half precision for inference on an accelerator."""
 
+    takes_float16: ClassVar[bool] = True
+    """Whether the model is trained with `--mixed_precision fp16`."""
+
     takes_mode: ClassVar[bool] = False
     """Whether latents are the mode of the VAE's posterior; else they are sampled from it."""
 

@@ -183,6 +183,11 @@ def open_family(
     if options.method not in family.learning_rates:
         methods = " or ".join(family.learning_rates)
         raise InputError(f"--method {options.method} is not supported for a {kind}: use {methods}")
+    if frozen_dtype == torch.float16 and not family.takes_float16:
+        raise InputError(
+            f"--mixed_precision fp16 is not supported for a {kind}, whose weights are published in bfloat16 and whose "
+            "Qwen3 has hidden states of any size: use bf16"
+        )
     dtype = frozen_dtype if options.method == "lora" else torch.float32
     read = (options.long_prompts, options.base_config, options.max_sequence_length, options.text_encoder_out_layers)
     opened = family(load_pipeline(source, options.revision, options.variant, dtype, *read, **parts))

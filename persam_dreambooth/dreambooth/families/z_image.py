@@ -38,6 +38,7 @@ class ZImage(FlowMatching):
     }
     sequence_tokenizer = "tokenizer"
     sequence_length = 512
+    takes_float16 = False
     takes_mode = True
 
     def check(self, options: TrainingOptions) -> None:
