@@ -67,11 +67,12 @@ def personalize(options: TrainOptions) -> Path:
     from persam_dreambooth.dreambooth.hub import check_login
     from persam_dreambooth.dreambooth.optimizers import check_optimizer
     from persam_dreambooth.dreambooth.pipelines import find_model
-    from persam_dreambooth.dreambooth.placement import check_quantization
+    from persam_dreambooth.dreambooth.placement import check_quantization, quantized_roles
     from persam_dreambooth.dreambooth.results import save_results
     from persam_dreambooth.dreambooth.trainer import check_resolution, train
     from persam_dreambooth.dreambooth.training_crops import Cut, check_prompts, join_crops, make_crops
     from persam_dreambooth.training.accelerators import (
+        check_graphs,
         check_sharding,
         end_processes,
         frozen_dtype,
@@ -81,7 +82,7 @@ def personalize(options: TrainOptions) -> Path:
     from persam_dreambooth.training.checkpoint import find_checkpoint
 
     check_optimizer(options)
-    check_quantization(options)
+    check_quantization(quantized_roles(options))
     if options.report_to:
         check_installed(options.report_to, f"--report_to {options.report_to}")
     if options.push_to_hub:
@@ -99,6 +100,8 @@ def personalize(options: TrainOptions) -> Path:
     )
     if options.fsdp:
         check_sharding(accelerator)
+    if options.cuda_graphs:
+        check_graphs(accelerator)
     models.log_device(str(accelerator.device), str(frozen_dtype(accelerator)))
     family = open_family(options, base, frozen_dtype(accelerator), accelerator.device)
     check_prompts(options, albums, family)

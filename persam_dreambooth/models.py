@@ -21,8 +21,8 @@ ORIGINAL_SAM = (".pth", ".pt")
 SINGLE_FILES = (".safetensors", ".ckpt")
 """Suffixes of a whole Stable Diffusion in one file, with the key names of the original program."""
 
-CONFIGURATION = ("*.json", "*.txt", "*.model")
-"""The files of a model on the hub that are not weights: configurations and tokenizers."""
+CONFIGURATION = ("*.json", "*.txt", "*.model", "*.jinja")
+"""The files of a model on the hub that are not weights: configurations, tokenizers and their chat templates."""
 
 LIBRARIES = ("transformers", "diffusers", "bitsandbytes")
 """Libraries that print messages which are not useful to users."""

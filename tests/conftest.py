@@ -11,6 +11,7 @@ from tiny_sam import tiny_model
 from training_runs import Runs, adaptation, command, draw_photos
 
 from persam_dreambooth.dreambooth import base_pictures
+from persam_dreambooth.dreambooth.placement import Placement
 from persam_dreambooth.toy import world
 from persam_dreambooth.toy.rendered_parts import part_scenes
 
@@ -93,3 +94,17 @@ def adapted(task, filled_sam, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapted") / "plm"
     assert command(*adaptation(task, folder, filled_sam)) == 0
     return folder
+
+
+@pytest.fixture
+def phases(monkeypatch):
+    """The phases of the runs of a test, without repetitions."""
+    seen, enter = [], Placement.enter
+
+    def watched(self, phase):
+        if seen[-1:] != [phase]:
+            seen.append(phase)
+        enter(self, phase)
+
+    monkeypatch.setattr(Placement, "enter", watched)
+    return seen

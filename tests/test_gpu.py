@@ -10,7 +10,7 @@ from diffusers import FluxTransformer2DModel
 from peft import LoraConfig
 from PIL import Image
 from small_sams import save_sam2_video
-from tiny_families import save_tiny
+from tiny_families import save_tiny, toy_or_tiny
 from training_runs import ALL_AGAINST_BACKGROUNDS, column, command, flags
 
 from persam_dreambooth import toy
@@ -268,3 +268,18 @@ def test_a_run_with_offload_is_the_same_run_and_generates_the_same_picture(runs,
         for offload in ("no", "group")
     )
     assert np.abs(one - two).mean() < 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("model", ["sd", "sdxl"])
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_run_with_cuda_graphs_is_that_without_them(runs, checkpoints, tmp_path, model, method):
+    """Rows with and without class preservation have graphs of their own; gradients are accumulated."""
+    told = {"method": method, "masked_prior_preservation_weight": 1.0, "class_preservation_weight": 5.0}
+    told |= {"train_text_encoder": True, "gradient_accumulation_steps": 2, "mixed_precision": "bf16"}
+    told |= {"max_train_steps": 6, "pretrained_model_name_or_path": str(toy_or_tiny(model, checkpoints))}
+    assert runs.train(tmp_path / "plain", **told) == 0
+    assert runs.train(tmp_path / "graphs", cuda_graphs=True, **told) == 0
+    for loss in ("loss", "preservation_loss", "class_preservation_loss"):
+        plain, graphs = (column(tmp_path / run, loss) for run in ("plain", "graphs"))
+        assert np.allclose(plain, graphs, rtol=2e-2, atol=1e-5)

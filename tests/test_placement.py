@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from diffusers import DiffusionPipeline
 from PIL import Image
@@ -29,8 +31,8 @@ from persam_dreambooth.dreambooth import placement
 from persam_dreambooth.dreambooth.families import latent_diffusion
 from persam_dreambooth.dreambooth.families.registry import FAMILIES, fast_sampler
 from persam_dreambooth.dreambooth.pipelines import find_model
-from persam_dreambooth.dreambooth.placement import Placement, move, quantize_linear
-from persam_dreambooth.dreambooth.samples import Request, sample
+from persam_dreambooth.dreambooth.placement import move, quantize_linear
+from persam_dreambooth.dreambooth.samples import Request, sample, save_run_samples
 from persam_dreambooth.main_job import TrainOptions
 from persam_dreambooth.training.planned_memory import MemoryCount
 
@@ -66,7 +68,7 @@ def on_cuda(family, moves):
         ("flux", {"train_text_encoder": True}, {"text_encoder_2"}, {"text_encoder", "transformer"}),
         ("klein", {}, {"text_encoder"}, {"transformer"}),
     ],
-    ids=str,
+    ids=["flux", "flux-trained-clip", "klein"],
 )
 def test_a_part_is_on_the_accelerator_only_while_it_is_used(moves, name, options, frozen, trained):
     pipeline = BUILDERS[name]()
@@ -89,6 +91,17 @@ def test_a_part_is_on_the_accelerator_only_while_it_is_used(moves, name, options
     count = len(moves)
     family.enter("training")
     assert len(moves) == count
+
+
+def test_parts_in_training_change_their_mode_only_for_pictures_and_back(monkeypatch):
+    """To set the mode of all layers at every batch costs more than cached latents save."""
+    family = toy_family()
+    family.make_trainable(TrainOptions(), torch.device("cpu"), torch.float32)
+    layer, modes = family.pipeline.unet.conv_in, []
+    monkeypatch.setattr(layer, "train", lambda mode=True: modes.append(mode) or type(layer).train(layer, mode))
+    for phase in ("training", "encoding", "training", "pictures", "training"):
+        family.enter(phase)
+    assert modes == [False, True]
 
 
 def test_parts_leave_before_others_come(moves):
@@ -130,20 +143,6 @@ def test_parts_are_loaded_in_their_precision(checkpoints, name, dtype):
         assert {str(weight.dtype) for weight in getattr(family.pipeline, part).parameters()} == {f"torch.{expected}"}
 
 
-@pytest.fixture
-def phases(monkeypatch):
-    """The phases of the runs of a test, without repetitions."""
-    seen, enter = [], Placement.enter
-
-    def watched(self, phase):
-        if seen[-1:] != [phase]:
-            seen.append(phase)
-        enter(self, phase)
-
-    monkeypatch.setattr(Placement, "enter", watched)
-    return seen
-
-
 FIRST_STEP = ["encoding", "training"]
 """On a CPU, the VAE stays where it is after it was used once."""
 
@@ -152,6 +151,33 @@ def test_a_run_encodes_all_prompts_before_its_first_step(runs, tmp_path, phases)
     options = {"num_validation_images": 1, "validation_steps": 1, "caption_dropout": 0.5, "max_train_steps": 2}
     assert runs.train(tmp_path / "run", **options) == 0
     assert phases == ["prompts", "training", *FIRST_STEP, "pictures", "training", "pictures"]
+
+
+@pytest.mark.parametrize("name", ["toy", "flux"])
+def test_pictures_during_training_need_no_new_prompt(runs, checkpoints, tmp_path, phases, monkeypatch, name):
+    """Long prompts are padded with a chunk of their own, and FLUX.1 takes no negative prompt."""
+    encoded, encode = [], FAMILIES["FluxPipeline"].encode_prompts
+    monkeypatch.setattr(
+        FAMILIES["FluxPipeline"],
+        "encode_prompts",
+        lambda family, prompts: encoded.extend(prompts) or encode(family, prompts),
+    )
+    options = {"num_validation_images": 1, "validation_steps": 1, "max_train_steps": 2}
+    options |= (
+        {"long_prompts": True} if name == "toy" else {"pretrained_model_name_or_path": save_tiny(name, checkpoints)}
+    )
+    assert runs.train(tmp_path / "run", **options) == 0
+    assert phases == ["prompts", "training", *FIRST_STEP, "pictures", "training", "pictures"]
+    assert "" not in encoded
+
+
+def test_a_model_that_is_loaded_for_samples_reads_all_their_prompts_first(checkpoints, tmp_path, phases):
+    """As after `--fsdp`."""
+    model = str(save_tiny("flux", checkpoints))
+    told = {"class_name": "duck", "num_validation_images": 1, "validation_prompt": ["a [V] duck", "a duck"]}
+    options = TrainOptions(pretrained_model_name_or_path=model, **told)
+    save_run_samples(options, find_model(model).open(), Accelerator(cpu=True), tmp_path, 1)
+    assert phases == ["prompts", "pictures"] and len(list(tmp_path.glob("*.png"))) == 2
 
 
 def test_fixed_crops_are_encoded_before_the_first_step_and_the_vae_leaves(runs, tmp_path, phases):
@@ -250,8 +276,7 @@ def test_tiles_change_pictures_but_not_training_and_generate_decodes_as_the_run_
         run = tmp_path / name
         assert runs.train(run, num_validation_images=1, max_train_steps=2, vae_tiling=name == "tiled" or None) == 0
         for asked in ("as_the_run", "--vae_tiling", "--no_vae_tiling"):
-            how = flags(model=run, output=run / asked, num_images=1, num_inference_steps=2)
-            assert command("generate", "a [V] duck", *how, *([asked] if asked.startswith("--") else [])) == 0
+            assert made_anew(run, run / asked, [asked] if asked.startswith("--") else [])
     assert same_weights(tmp_path / "whole", tmp_path / "tiled")
     assert same_metrics(tmp_path / "whole", tmp_path / "tiled")
     found = {path.relative_to(tmp_path).parts[:2]: np.asarray(Image.open(path)) for path in tmp_path.rglob("*.png")}
@@ -260,6 +285,9 @@ def test_tiles_change_pictures_but_not_training_and_generate_decodes_as_the_run_
             assert not np.array_equal(found[name, asked], found[other, asked])
         assert np.array_equal(found[name, "--vae_tiling"], found["tiled", "as_the_run"])
         assert np.array_equal(found[name, "--no_vae_tiling"], found["whole", "as_the_run"])
+        for asked in ("--vae_tiling", "--no_vae_tiling"):
+            is_other = (asked == "--vae_tiling") != (name == "tiled")
+            assert made_anew(tmp_path / name, tmp_path / name / "as_the_run", [asked]) == is_other
 
 
 # --- quantized parts
@@ -292,15 +320,36 @@ def test_a_quantized_run_resumes_to_the_bit_and_generates_as_it_was_trained(runs
     assert runs.train(run, max_train_steps=2, **options) == 0
     assert runs.train(run, resume_from_checkpoint="latest", **options) == 0
     assert same_weights(whole, run) and same_metrics(whole, run)
-    images = {}
-    for name, asked in {"as the run": {}, kind: {"quantize": kind}, "no": {"quantize": "no"}}.items():
-        output = tmp_path / name
-        told = flags(model=run, output=output, num_images=1, num_inference_steps=2, **asked)
-        assert command("generate", "a [V] duck", *told) == 0
-        [path] = output.glob("*.png")
-        images[name] = path.read_bytes()
-    assert images["as the run"] == images[kind]
-    assert images["no"] != images[kind]
+    for asked in (None, kind, "no"):
+        assert made_anew(run, tmp_path / "images", [] if asked is None else ["--quantize", asked]) == (asked != kind)
+    first, second = (np.asarray(Image.open(path)) for path in (tmp_path / "images").glob("*.png"))
+    assert not np.array_equal(first, second)
+
+
+def made_anew(run, output, words):
+    """Generates an image of a run in two steps; whether its folder has one more then."""
+    before = len([*output.glob("*.png")])
+    told = flags(model=run, output=output, num_images=1, num_inference_steps=2)
+    assert command("generate", "a [V] duck", *told, *words) == 0
+    return len([*output.glob("*.png")]) > before
+
+
+def test_a_run_and_its_base_are_opened_as_the_run_was_trained(runs):
+    """So `evaluate model` compares them at the precision of the training."""
+    trained = find_model(str(runs(quantize="nf4", **PRESERVED)))
+    for found in (trained, replace(trained, weights=None)):
+        family = found.open()
+        layers = [type(layer) for layer in family.pipeline.unet.modules()]
+        assert Linear4bit in layers and family.placement.quantized == {"unet"}
+    assert not any(type(layer) is Linear4bit for layer in trained.open(quantized={}).pipeline.unet.modules())
+
+
+def test_a_quantized_run_generates_nothing_where_bitsandbytes_is_missing(runs, tmp_path, monkeypatch, capsys):
+    run = runs(quantize="nf4", **PRESERVED)
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)
+    assert command("generate", "a [V] duck", *flags(model=run, output=tmp_path / "images")) == 2
+    assert "error: --quantize nf4 needs bitsandbytes, which is not installed: pip" in capsys.readouterr().err
+    assert not (tmp_path / "images").exists()
 
 
 def test_a_run_does_not_go_on_over_another_base(runs, tmp_path, capsys):

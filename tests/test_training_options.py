@@ -964,3 +964,10 @@ def test_a_data_set_that_is_not_there_is_refused(runs, tmp_path, capsys):
     said = refused(runs, capsys, tmp_path / "run", **options)
     assert said.startswith(f"error: --dataset_name {tmp_path / 'nowhere'} cannot be loaded (")
     assert said.endswith("): name another data set, or use --instance_dir")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is an NVIDIA GPU")
+def test_cuda_graphs_without_an_nvidia_gpu_are_an_error_of_one_line(runs, tmp_path, capsys):
+    assert runs.train(tmp_path / "run", cuda_graphs=True) == 2
+    assert "--cuda_graphs needs an NVIDIA GPU, and this run is on cpu: remove it\n" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -27,20 +27,27 @@ IN_AND_OUT = (
 
 def measure_paper_recipe(part: Part) -> None:
     """Trains by configs/paper-sd15.yaml with random weights and class images of random pixels."""
-    options = {**recipe_options("paper-sd15"), "max_train_steps": ITERATIONS}
+    measure(part, "configs/paper-sd15.yaml", (part.left - STARTING) / 2)
+    if device() == "cuda":
+        measure(part, "configs/paper-sd15.yaml, CUDA graphs", part.left - STARTING, cuda_graphs=True)
+
+
+def measure(part: Part, setup: str, seconds: float, **more: Any) -> None:
+    """Adds the row of one setup: the recipe, with more options."""
+    options = {**recipe_options("paper-sd15"), "max_train_steps": ITERATIONS, **more}
     if part.tiny:
         options["num_class_images"] = 4
     side, images = 64 if part.tiny else 512, options["num_class_images"]
-    with part.trying("paper"), tempfile.TemporaryDirectory() as folder:
+    with part.trying(setup), tempfile.TemporaryDirectory() as folder:
         built = toy_pipeline() if part.tiny else full_size.build("sd1.5", device(), torch.float32).to("cpu")
         family = StableDiffusion(built)
         told = resolved_options(side, family, **options)
         family.place_on(torch.device(device()), torch.bfloat16, family.whole_names(told))
         photos = find_photos(write_random_images(Path(folder), images, side))
         class_images = Crops(photos, None, side, told.center_crop, told.seed + CLASS_SEED, "a duck")
-        seconds = 1.0 if part.tiny else max(part.left - STARTING, 5.0)
-        row = timed_training(told, family, seconds, Peaks(family.placement), class_images)
-        part.add(model="sd1.5", setup="configs/paper-sd15.yaml", **of_1000(row), in_and_out=IN_AND_OUT, options=options)
+        timed = 1.0 if part.tiny else max(seconds, 5.0)
+        row = timed_training(told, family, timed, Peaks(family.placement), class_images)
+        part.add(model="sd1.5", setup=setup, **of_1000(row), in_and_out=IN_AND_OUT, options=options)
 
 
 def of_1000(row: dict[str, Any]) -> dict[str, Any]:

@@ -175,7 +175,7 @@ def generate_pictures(
     missing = free[: count - len(present)]
     logger.info('generating %d %s images ("%s") in %s', len(missing), kind, '", "'.join(prompts), folder)
     told = [prompts[number % len(prompts)] for number in missing]
-    family.prompt_arguments(list(dict.fromkeys(told)))  # encodes all prompts before the denoiser is moved
+    family.embed(family.picture_prompts(told))
     sampler = family.sampler()
     sampler.vae.enable_slicing()  # one image at a time through the VAE, to save memory
     width, height = image_size(sampler)

@@ -52,16 +52,15 @@ OUTLIER = 6.0
 """Inputs of an int8 layer above this stay in half precision, as in bitsandbytes' and diffusers' default."""
 
 
-def check_quantization(options: Any) -> None:
-    """Raises `InputError` if an option needs bitsandbytes, and it is not installed."""
-    for name in QUANTIZED_BY.values():
-        if getattr(options, name) not in (None, "no"):
-            check_installed("bitsandbytes", f"--{name} {getattr(options, name)}", "quantize")
+def check_quantization(quantized: Mapping[Role, str]) -> None:
+    """Raises `InputError` if a role is to be quantized, and bitsandbytes is not installed."""
+    for role, kind in quantized.items():
+        check_installed("bitsandbytes", f"--{QUANTIZED_BY[role]} {kind}", "quantize")
 
 
 def quantized_roles(options: Any, saved: Mapping[str, Any] | None = None) -> dict[Role, str]:
-    """What `place_on` quantizes: by the options, or where they are None by those of a saved run."""
-    given = {role: getattr(options, name) or (saved or {}).get(name, "no") for role, name in QUANTIZED_BY.items()}
+    """What `place_on` quantizes: by the options, or where they are missing or None by those of a saved run."""
+    given = {role: getattr(options, name, None) or (saved or {}).get(name, "no") for role, name in QUANTIZED_BY.items()}
     return {role: kind for role, kind in given.items() if kind != "no"}
 
 

@@ -257,6 +257,7 @@ def save_run_samples(
 
     notice = model_notice(options.pretrained_model_name_or_path)
     seeds = range(options.seed, options.seed + options.num_validation_images)
+    family.embed(family.picture_prompts(options.validation_prompts))
     for prompt in options.validation_prompts:
         with accelerator.autocast():
             *paths, _ = save_samples(family, Request(prompt, seeds), folder, notice)

@@ -83,7 +83,7 @@ def train(
         torch.backends.cuda.matmul.allow_tf32 = True
     prompts = [*photos.all_prompts(), *(class_images.all_prompts() if class_images else [])]
     if options.num_validation_images:
-        prompts += [*options.validation_prompts, ""]
+        prompts += family.picture_prompts(options.validation_prompts)
     base_embeddings = dict(zip(prompts, family.embed(prompts), strict=True))
     if options.cache_latents:
         fixed = [source.fixed_crops() for source in (photos, class_images) if source]
@@ -125,6 +125,10 @@ def train(
         placed = [*(False for _ in family.trained), True]  # the models are on their devices already
         *models, optimizer = accelerator.prepare(*family.trained.values(), optimizer, device_placement=placed)
     family.trained = dict(zip(family.trained, models, strict=True))
+    if options.cuda_graphs:
+        for weight in trained:  # a graph's own gradients are overwritten by its next pass
+            weight.grad = torch.zeros_like(weight)
+        family.use_graphs()
     if accelerator.is_main_process:
         remove_later_checkpoints(run_dir, first_step)
     meter.start(first_step)
@@ -176,7 +180,7 @@ def train(
                     if accelerator.sync_gradients:
                         accelerator.clip_grad_norm_(trained, options.max_grad_norm)
                     optimizer.step()
-                    optimizer.zero_grad()
+                    optimizer.zero_grad(set_to_none=not options.cuda_graphs)
             rates = schedule.rates(optimizer)
             schedule.step(optimizer.step_was_skipped)
             if average and not optimizer.step_was_skipped:

@@ -168,14 +168,18 @@ def _generate(
         found = FoundModel(run_dir, config, None, base, *map(config.get, ("revision", "variant", "base_config")))
     family = found.open()
     settings = (options.num_inference_steps, options.guidance_scale)
-    sampled: dict[str, list[Image.Image]] = {}
-    for kind in ("own", "class", "scenes"):
-        prompts = [fill_identifier(prompt, owner.word) for prompt in model_prompts(kind, owner, options)]
-        sampled[kind] = [
+    prompts = {
+        kind: [fill_identifier(prompt, owner.word) for prompt in model_prompts(kind, owner, options)]
+        for kind in ("own", "class", "scenes")
+    }
+    family.embed(family.picture_prompts([prompt for own in prompts.values() for prompt in own]))
+    return {
+        kind: [
             next(sample(family, Request(prompt, [options.seed + number], *settings)))
-            for number, prompt in enumerate(prompts)
+            for number, prompt in enumerate(own)
         ]
-    return sampled
+        for kind, own in prompts.items()
+    }
 
 
 def _measure(

@@ -79,6 +79,14 @@ def check_sharding(accelerator: Accelerator) -> None:
         raise InputError("--fsdp does not scale the losses of fp16: use --mixed_precision bf16 or no")
 
 
+def check_graphs(accelerator: Accelerator) -> None:
+    """Raises `InputError` where `--cuda_graphs` cannot be used: without an NVIDIA GPU, and in many processes."""
+    if accelerator.device.type != "cuda":
+        raise InputError(f"--cuda_graphs needs an NVIDIA GPU, and this run is on {accelerator.device.type}: remove it")
+    if accelerator.num_processes > 1:
+        raise InputError("--cuda_graphs is for one process: remove it, or launch one process")
+
+
 @contextmanager
 def writing(run_dir: Path, accelerator: Accelerator, last_written: str) -> Iterator[None]:
     """Locks the run's folder for the main process; the error of a full disk says how to resume.

@@ -42,7 +42,15 @@ SINGLE = (
 )
 """What autocast computes in half and in single precision on CUDA, by name: PyTorch's "Automatic Mixed Precision"."""
 
+
+def _channels_last_copies(inputs: torch.Tensor, weight: torch.Tensor, bias: Any, stride: list[int], *rest: Any) -> int:
+    """Bytes of a convolution's input and output in the order of channels that cuDNN computes in."""
+    outputs = inputs.numel() // inputs.shape[1] * weight.shape[0] // math.prod(stride)
+    return (inputs.numel() + outputs) * inputs.element_size()
+
+
 WORKSPACES: dict[str, Callable[..., int]] = {
+    "aten.convolution.default": _channels_last_copies,
     # The weight in half precision.
     "bitsandbytes.gemm_4bit.default": lambda inputs, weight, shape, *rest: math.prod(shape) * inputs.element_size(),
     # The gradient of the queries in float32.

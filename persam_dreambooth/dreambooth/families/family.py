@@ -156,6 +156,13 @@ class Family(Protocol):
     def unread(cls, pipeline: Any, prompt: str) -> str:
         """The end of a prompt that no text encoder of a pipeline reads, because the prompt has too many tokens."""
 
+    def picture_prompts(self, prompts: list[str], negative_prompt: str | None = None) -> list[str]:
+        """All prompts that `prompt_arguments` embeds for these, so that `embed` can do it before the phase `pictures`.
+
+        Whoever generates images of several prompts, or during training, embeds all of them first: a new prompt moves
+        the text encoders to the accelerator, and parts in use away.
+        """
+
     def prompt_arguments(self, prompts: list[str], negative_prompt: str | None = None) -> dict[str, Any]:
         """The arguments of the `sampler`'s call for a batch of prompts: their embeddings, made by `embed`."""
 
@@ -196,6 +203,9 @@ class Family(Protocol):
 
     def loss_weights(self, options: TrainingOptions, timesteps: torch.Tensor) -> torch.Tensor:
         """Weights (B,) of the loss at timesteps (B,); ones by default."""
+
+    def use_graphs(self) -> None:
+        """Lets `predict` and `predict_base` replay CUDA graphs; not called if `without` contains `cuda_graphs`."""
 
     def init_lora(self, options: TrainingOptions) -> None:
         """Loads the LoRA that `options` name into the trained LoRA; `registry.open_family` checked that it fits."""

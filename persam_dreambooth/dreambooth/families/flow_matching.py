@@ -30,6 +30,7 @@ class FlowMatching(LatentDiffusion):
         "snr_gamma": "which learns a flow: its density of timesteps does what min-SNR does",
         "export": "whose LoRA ComfyUI reads as it is saved",
         "long_prompts": "whose T5 reads long prompts",
+        "cuda_graphs": "whose passes are not prepared for it",
         "scheduler": "which has its own scheduler of flow matching",
     }
     patch: ClassVar[int] = PATCH
@@ -141,11 +142,12 @@ class FlowMatching(LatentDiffusion):
     def t5_states(self, encoder: Any, tokenizer: Any, prompts: list[str], length: int) -> torch.Tensor:
         """The hidden states of T5 (B, length, D).
 
-        T5 is frozen, so it encodes each prompt once; the states are kept in main memory.
+        T5 is frozen, so it encodes each prompt once; the states are kept in main memory. The autocast under which CLIP
+        is trained may be to float16, whose range T5 leaves.
         """
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._t5_states]
-        if new:
-            with torch.no_grad():
+        with torch.no_grad(), self.training_autocast(False):
+            if new:
                 states = encoder(self.tokens(tokenizer, new, length))[0]
-            self._t5_states.update(zip(new, states.to(self.placement.main_memory), strict=True))
-        return torch.stack([self._t5_states[prompt] for prompt in prompts]).to(self.device)
+                self._t5_states.update(zip(new, states.to(self.placement.main_memory), strict=True))
+            return torch.stack([self._t5_states[prompt] for prompt in prompts]).to(self.device)

@@ -8,8 +8,8 @@ import copy
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,6 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from persam_dreambooth import models
+from persam_dreambooth.dreambooth.cuda_graphs import CudaGraphs
 from persam_dreambooth.dreambooth.families.family import Embeddings, Family
 from persam_dreambooth.dreambooth.latent_cache import PosteriorCache
 from persam_dreambooth.dreambooth.placement import Phase, Placement, Role, frozen_precision, quantized_roles
@@ -98,6 +99,7 @@ class LatentDiffusion(Family):
         self.trained: dict[str, Any] = {}
         self.gathered: dict[str, Any] = {}
         self.cache: PosteriorCache | None = None
+        self.graphs: tuple[CudaGraphs, CudaGraphs] | None = None
         self.embeddings: dict[str, Embeddings] = {}
         self.frozen_dtype: torch.dtype = getattr(pipeline, self.denoiser_name).dtype
         self.encoders = [name for name, part in pipeline.components.items() if "text_encoder" in name and part]
@@ -106,6 +108,12 @@ class LatentDiffusion(Family):
         self.placement = Placement({name: getattr(pipeline, name) for name in roles}, roles)
         for part in self.placement.parts.values():
             part.requires_grad_(False)
+        self.trains_text = False
+        """Whether text encoders are trained: prompts are then embedded under the autocast of training from the start.
+
+        Autocast computes some layers in float32 on a GPU, which the base embeddings and the trained ones would differ
+        by before the first step.
+        """
         self.tiled = False
         """Whether images are decoded in tiles; they are never encoded in tiles, which would change latents."""
         self.decode_at_once = self.vae.decode
@@ -192,6 +200,7 @@ class LatentDiffusion(Family):
         quantized: Mapping[Role, str] | None = None,
         offload: str = "no",
         tiled: bool = False,
+        trains_text: bool = False,
     ) -> None:
         """Sets the device of the parts in use, and the precision of all parts; see `placement`.
 
@@ -202,8 +211,10 @@ class LatentDiffusion(Family):
             quantized: `nf4` or `int8` of the roles that are quantized.
             offload: `group`, or `no`.
             tiled: whether images are decoded in tiles.
+            trains_text: whether text encoders are trained.
         """
-        self.placement.device, self.frozen_dtype, self.tiled = device, frozen_dtype, tiled
+        self.placement.device, self.frozen_dtype = device, frozen_dtype
+        self.tiled, self.trains_text = tiled, trains_text
         for name, role in self.placement.roles.items():
             part: Any = self.placement.parts[name]
             dtype = self.vae_dtype(frozen_dtype) if role == "vae" else frozen_precision(role, frozen_dtype)
@@ -215,15 +226,17 @@ class LatentDiffusion(Family):
         if offload == "group":
             self.placement.offload()
 
-    def placement_settings(self, options: TrainingOptions) -> tuple[list[str], dict[Role, str], str, bool]:
+    def placement_settings(self, options: TrainingOptions) -> tuple[list[str], dict[Role, str], str, bool, bool]:
         """The last arguments of `place_on` for a run."""
-        return self.whole_names(options), quantized_roles(options), options.offload, options.vae_tiling
+        whole, quantized = self.whole_names(options), quantized_roles(options)
+        return whole, quantized, options.offload, options.vae_tiling, options.train_text_encoder
 
     def enter(self, phase: Phase) -> None:
         """See `Family`."""
         self.placement.enter(phase)
         for part in self.trained.values():
-            part.train(phase != "pictures")
+            if part.training != (phase != "pictures"):  # to set the mode of thousands of layers takes tens of ms
+                part.train(phase != "pictures")
 
     def make_trainable(
         self, options: TrainingOptions, device: torch.device, frozen_dtype: torch.dtype
@@ -404,14 +417,15 @@ class LatentDiffusion(Family):
         trained = [self.trained[name] for name in self.encoders if name in self.trained]
         for part in trained:
             part.eval()
-        clips = [getattr(self.pipeline, name) for name in self.encoders if name in self.trainable_encoders]
-        whole = any(part.dtype == torch.float32 for part in clips)
         for prompt in dict.fromkeys(prompts):
             if trained or prompt not in self.embeddings:
-                own = self.training_autocast() if whole else torch.autocast(self.device.type, enabled=False)
-                with torch.no_grad(), own:
+                with torch.no_grad(), self.training_autocast(self.trains_text):
                     self.embeddings[prompt] = self.encode_prompts([prompt]).to(self.placement.main_memory)[0]
         return [self.embeddings[prompt] for prompt in prompts]
+
+    def picture_prompts(self, prompts: list[str], negative_prompt: str | None = None) -> list[str]:
+        """See `Family`."""
+        return [*prompts, *([] if "negative_prompt" in self.without else [negative_prompt or ""])]
 
     def prompt_arguments(self, prompts: list[str], negative_prompt: str | None = None) -> dict[str, Any]:
         """See `Family`; the negative prompt is the empty one if none is given, as in the pipelines."""
@@ -439,10 +453,11 @@ class LatentDiffusion(Family):
         settings = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
         return tokenizer(prompts, max_length=length or tokenizer.model_max_length, **settings).input_ids.to(self.device)
 
-    def training_autocast(self) -> AbstractContextManager[Any]:
-        """The autocast under which accelerate runs parts that are trained whole."""
-        half = self.frozen_dtype != torch.float32
-        return torch.autocast(self.device.type, self.frozen_dtype) if half else nullcontext()
+    def training_autocast(self, enabled: bool = True) -> torch.autocast:
+        """The autocast under which accelerate runs trained parts; if it is not enabled, none within another."""
+        kind = "cpu" if self.device.type == "meta" else self.device.type  # see `planned_memory`
+        half = enabled and self.frozen_dtype != torch.float32
+        return torch.autocast(kind, self.frozen_dtype if half else None, enabled=half)
 
     def denoise(
         self,
@@ -459,13 +474,22 @@ class LatentDiffusion(Family):
         self, noisy: torch.Tensor, timesteps: torch.Tensor, embeddings: Embeddings, crops: torch.Tensor
     ) -> torch.Tensor:
         """See `Family`."""
+        if self.graphs:
+            return self.graphs[0](noisy, timesteps, embeddings, crops)
         return self.denoise(self.part(self.denoiser_name), noisy, timesteps, embeddings, crops)
 
     @torch.no_grad()
     def predict_base(
         self, noisy: torch.Tensor, timesteps: torch.Tensor, embeddings: Embeddings, crops: torch.Tensor
     ) -> torch.Tensor:
-        """See `Family`.
+        """See `Family`."""
+        denoise = self.graphs[1] if self.graphs else self.denoise_as_base
+        return denoise(noisy, timesteps, embeddings, crops)
+
+    def denoise_as_base(
+        self, noisy: torch.Tensor, timesteps: torch.Tensor, embeddings: Embeddings, crops: torch.Tensor
+    ) -> torch.Tensor:
+        """The prediction of the base model; arguments as in `predict`.
 
         With LoRA, the base model is the denoiser with its adapters disabled; else it is a copy, which `make_trainable`
         makes if it is needed, under the autocast of the denoiser.
@@ -479,6 +503,11 @@ class LatentDiffusion(Family):
             return self.denoise(denoiser, noisy, timesteps, embeddings, crops)
         finally:
             denoiser.enable_adapters()
+
+    def use_graphs(self) -> None:
+        """Lets `predict` and `predict_base` replay CUDA graphs; call it after accelerate prepared the denoiser."""
+        denoiser = self.part(self.denoiser_name)
+        self.graphs = (CudaGraphs(partial(self.denoise, denoiser), denoiser), CudaGraphs(self.denoise_as_base))
 
     @staticmethod
     def published_lora_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -121,6 +121,11 @@ class StableDiffusion(LatentDiffusion):
             start += count
         return Embeddings.stack(joined)
 
+    def picture_prompts(self, prompts: list[str], negative_prompt: str | None = None) -> list[str]:
+        """See `Family`; long prompts need the chunk that pads shorter ones."""
+        filler = [EMPTY_CHUNK] if reads_long_prompts(self.pipeline) else []
+        return [*super().picture_prompts(prompts, negative_prompt), *filler]
+
     def prompt_arguments(self, prompts: list[str], negative_prompt: str | None = None) -> dict[str, Any]:
         """See `Family`; prompts with fewer chunks, and the negative prompt, are padded with chunks of the empty one."""
         arguments = super().prompt_arguments(prompts, negative_prompt)

@@ -59,8 +59,8 @@ class StableDiffusionXL(StableDiffusion):
         self, denoiser: Any, noisy: torch.Tensor, timesteps: torch.Tensor, embeddings: Embeddings, crops: torch.Tensor
     ) -> torch.Tensor:
         """See `LatentDiffusion`; photo size, crop and target size are six conditions (section 2.2)."""
-        target_size = torch.tensor([side * self.latent_factor for side in noisy.shape[-2:]], device=crops.device)
-        time_ids = torch.cat([crops, target_size.expand(len(crops), 2)], dim=1)
+        height, width = (torch.full_like(crops[:, :1], side * self.latent_factor) for side in noisy.shape[-2:])
+        time_ids = torch.cat([crops, height, width], dim=1)
         conditions = {"text_embeds": embeddings.pooled, "time_ids": time_ids.float()}
         text = {"encoder_hidden_states": embeddings.states, "encoder_attention_mask": embeddings.mask}
         return denoiser(noisy, timesteps, **text, added_cond_kwargs=conditions).sample
