@@ -6,7 +6,6 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from tiny_families import BUILDERS
 from training_runs import variants
@@ -16,7 +15,6 @@ from benchmarks.accelerator import training_steps
 from benchmarks.accelerator.records import Part
 from persam_dreambooth import demo
 from persam_dreambooth.cli import main
-from persam_dreambooth.dreambooth.placement import move, quantize_linear
 from persam_dreambooth.evaluation import background, benchmark_subjects
 from persam_dreambooth.evaluation.benchmark_results import RecipeRow, Spread, front
 from persam_dreambooth.evaluation.recipes import RECIPES
@@ -243,19 +241,3 @@ def test_training_steps_of_every_family_are_timed(name, tmp_path):
     cached, quantized = part.content["rows"]
     assert cached["trained_parameters"] == quantized["trained_parameters"] > 0
     assert {"prompts", "pictures"} == cached["peak_gib"].keys() - quantized["peak_gib"].keys()
-
-
-@pytest.mark.parametrize("kind", [None, "nf4", "int8"])
-def test_a_filled_denoiser_is_quantized_and_keeps_the_size_of_activations(kind):
-    layers = [torch.nn.Linear(256, 1024), torch.nn.Linear(1024, 256)]
-    model = torch.nn.Sequential(*layers, torch.nn.LayerNorm(256)).to(torch.bfloat16).requires_grad_(False)
-    if kind:
-        quantize_linear(model, kind, torch.bfloat16)
-    for weight in model.parameters():
-        weight.data.fill_(torch.nan)
-    training_steps.fill(model, torch.device("cpu"))
-    assert model[0].weight.dtype == (torch.int8 if kind == "int8" else torch.bfloat16)
-    assert model[0].weight.nbytes == 256 * 1024 * {None: 2, "nf4": 0.5, "int8": 1}[kind]
-    move(model, torch.device("cpu"))
-    hidden = model[:2](torch.randn(64, 256, dtype=torch.bfloat16))
-    assert 0.8 < hidden.std() < 1.2
