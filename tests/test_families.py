@@ -62,11 +62,6 @@ every_checkpoint = pytest.mark.parametrize(
 PROMPTS = ["a sks duck", "a duck in front of a beach"]
 
 
-@pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory):
-    return tmp_path_factory.mktemp("checkpoints")
-
-
 @pytest.fixture
 def model(name, checkpoints):
     """The folder of the tiny checkpoint that a test asks for by name."""
@@ -955,7 +950,7 @@ def test_t5_keeps_its_range_in_half_precision(model, tmp_path, name, dtype, trai
 @pytest.mark.parametrize("name", ["klein", "z-image"])
 def test_qwen3_is_not_read_in_float16(model):
     """No norm bounds the hidden states that these families read."""
-    with pytest.raises(InputError, match="--mixed_precision fp16 is not supported for a .*: use bf16"):
+    with pytest.raises(InputError, match=r"--mixed_precision fp16 is not supported for a .*: use bf16"):
         registry.open_family(TrainOptions(), str(model), torch.float16)
 
 

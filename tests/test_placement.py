@@ -39,11 +39,6 @@ from persam_dreambooth.training.planned_memory import MemoryCount, quantize_meta
 CUDA = torch.device("cuda:0")
 
 
-@pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory):
-    return tmp_path_factory.mktemp("checkpoints")
-
-
 # --- phases
 
 
