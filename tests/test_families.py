@@ -944,7 +944,7 @@ def test_t5_keeps_its_range_in_half_precision(model, tmp_path, name, dtype, trai
 @pytest.mark.parametrize("name", ["klein", "z-image"])
 def test_qwen3_is_not_read_in_float16(model):
     """No norm bounds the hidden states that these families read."""
-    with pytest.raises(InputError, match="--mixed_precision fp16 is not supported for a .*: use bf16"):
+    with pytest.raises(InputError, match=r"--mixed_precision fp16 is not supported for a .*: use bf16"):
         registry.open_family(TrainOptions(), str(model), torch.float16)
 
 
