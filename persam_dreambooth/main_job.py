@@ -15,15 +15,14 @@ from persam_dreambooth.dreambooth.albums import Album, read_albums
 from persam_dreambooth.dreambooth.base_pictures import check_base_pictures, class_crops, open_backgrounds
 from persam_dreambooth.dreambooth.run_folder import (
     MODEL_CARD,
+    begin_run,
     beside_own_masks,
     check_run_folder,
     check_same_model,
     nothing_left,
-    write_config,
 )
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.extras import check_installed
-from persam_dreambooth.files import saving
 from persam_dreambooth.options import takes_options
 from persam_dreambooth.photos.mask_folder import MaskWriter, load_known, load_masks
 from persam_dreambooth.report.pictures import save_overview
@@ -116,7 +115,7 @@ def personalize(options: TrainOptions) -> Path:
     with writing(run_dir, accelerator, last_written=MODEL_CARD):
         if accelerator.is_main_process:
             check_run_folder(options)  # again: another run may have ended here since
-            write_masks(options, albums)
+            write_masks(options, albums, begins=resume_from is None)
         accelerator.wait_for_everyone()
         soft = options.soft_masks
         masks = [[] if options.unmasked else load_masks(album.mask_dir, album.photos, soft=soft) for album in albums]
@@ -143,8 +142,14 @@ def personalize(options: TrainOptions) -> Path:
     return run_dir
 
 
-def write_masks(options: TrainOptions, albums: list[Album]) -> None:
-    """Writes the run's options and its mask folders; a resumed run keeps its masks."""
+def write_masks(options: TrainOptions, albums: list[Album], begins: bool) -> None:
+    """Writes the run's options and its mask folders; a resumed run keeps its masks.
+
+    Args:
+        options: of the run.
+        albums: its subjects.
+        begins: whether the run begins; the options of a resumed one are written once its checkpoint is loaded.
+    """
     known = [load_known(album.mask_dir, album.photos) for album in albums]
     missing = [
         (album, album.reference, masks)
@@ -152,9 +157,8 @@ def write_masks(options: TrainOptions, albums: list[Album]) -> None:
         if album.reference and len(masks) < len(album.photos)
     ]
     segmenter = open_segmenter(options) if missing else None
-    with saving(card := options.run_dir / MODEL_CARD):
-        card.unlink(missing_ok=True)
-    write_config(options)
+    if begins:
+        begin_run(options)
     if segmenter:
         for album, reference, masks in missing:
             logger.info("%smasks are made from the mask of %s", album.label, reference[0].name)

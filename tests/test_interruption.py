@@ -199,9 +199,11 @@ def test_a_broken_checkpoint_is_one_line(name, left, reason, runs, tmp_path, cap
     shutil.copytree(runs(checkpointing_steps=2), folder)
     broken = folder / "checkpoint-4"
     (broken / name).unlink() if left is None else (broken / name).write_bytes(left)
-    (folder / "README.md").unlink()
+    kept = {path: path.read_bytes() for path in (folder / "config.yaml", folder / "README.md")}
     capsys.readouterr()
-    assert runs.train(folder, checkpointing_steps=2, resume_from_checkpoint="latest") == 2
+    assert runs.train(folder, checkpointing_steps=3, max_train_steps=6, resume_from_checkpoint="latest") == 2
+    assert {path: path.read_bytes() for path in kept} == kept
+    (folder / "README.md").unlink()
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith(f"error: {broken} cannot be loaded (") and reason in said
     assert said.endswith("): remove it, and the run resumes from the checkpoint before it")

@@ -12,7 +12,7 @@ import persam_dreambooth
 from persam_dreambooth.dreambooth.subject_options import SubjectOptions, mask_folders, saved_subjects
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.errors import InputError
-from persam_dreambooth.files import check_new, check_writable, write_text
+from persam_dreambooth.files import check_new, check_writable, saving, write_text
 from persam_dreambooth.machine import commit, package_versions
 from persam_dreambooth.options import CONFIG, CONFIG_HEAD, Options, read_config
 from persam_dreambooth.photos.folder import MASK_INDEX
@@ -104,6 +104,13 @@ def nothing_left(options: TrainingOptions, resume_from: Path | None) -> bool:
     if start > steps and not finished:
         raise InputError(f"{resume_from} is later than --max_train_steps {steps}: give {start} or more")
     return finished and (options.resume_from_checkpoint == "latest" or start >= steps)
+
+
+def begin_run(options: TrainingOptions) -> None:
+    """Writes `config.yaml`, and removes the model card: the run is not finished, and can be resumed."""
+    with saving(card := options.run_dir / MODEL_CARD):
+        card.unlink(missing_ok=True)
+    write_config(options)
 
 
 def write_config(options: TrainingOptions) -> None:

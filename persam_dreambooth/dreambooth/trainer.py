@@ -20,6 +20,7 @@ from persam_dreambooth.dreambooth.families.family import Embeddings, Family
 from persam_dreambooth.dreambooth.loss import latent_mask, masked_loss
 from persam_dreambooth.dreambooth.optimizers import OptimizerState, Schedule, make_optimizer
 from persam_dreambooth.dreambooth.results import save_weights
+from persam_dreambooth.dreambooth.run_folder import begin_run
 from persam_dreambooth.dreambooth.samples import save_validation_samples
 from persam_dreambooth.dreambooth.sharding import WholeState
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
@@ -132,6 +133,8 @@ def train(
             weight.grad = torch.zeros_like(weight)
         family.use_graphs()
     if accelerator.is_main_process:
+        if resume_from:
+            begin_run(options)
         remove_later_checkpoints(run_dir, first_step)
     meter.start(first_step)
     weights = {
