@@ -384,6 +384,7 @@ IDLE: dict[str, dict[tuple[str, ...], tuple[str, ...]]] = {
             *("rank", "lora_alpha", "lora_targets", "init_lora", "lora_dropout", "lora_init", "use_dora"),
             *("export", "quantize"),
         ),
+        (*MASKS_GIVEN, "--gradient_checkpointing"): ("cuda_graphs",),
         (*MASKS_GIVEN, "--aspect_ratio_buckets", "64,64"): ("resolution",),
         (*MASKS_GIVEN, "--replace_background", "color"): ("cache_latents",),
         (*MASKS_GIVEN, "--optimizer", "prodigy"): ("use_8bit_adam", "fsdp"),
