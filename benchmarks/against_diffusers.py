@@ -55,6 +55,7 @@ OURS: dict[str, list[str]] = {
     "ours, unmasked": ["--unmasked"],
     "ours, cached, center crops": ["--cache_latents", "--center_crop"],
     "ours, cached": ["--cache_latents"],
+    "ours, cached, center crops, CUDA graphs": ["--cache_latents", "--center_crop", "--cuda_graphs"],
 }
 """The options of each setup beside the shared ones."""
 

@@ -321,6 +321,7 @@ def guarded(command: Callable[[], None]) -> int:
     logging.basicConfig(level=logging.INFO if is_main_process() else logging.ERROR, format="%(message)s")
     for name in ("httpx", "httpx2", "accelerate", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         with showing_bars():
             command()

@@ -1,7 +1,6 @@
 """What a result was computed with: versions, commit, device and peak memory."""
 
 import platform
-import shutil
 import subprocess
 import time
 from datetime import datetime, timezone
@@ -10,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import persam_dreambooth
+
+RESULTS = "benchmarks/results"
+"""The folder of a checkout that benchmarks write, so that they do not call their own code changed."""
 
 
 class Stopwatch:
@@ -55,13 +57,24 @@ def package_versions(*names: str) -> dict[str, str]:
     return {name: version(name) for name in names}
 
 
-def commit() -> str | None:
-    """The short commit of a source checkout; None for an installed package."""
-    root = Path(persam_dreambooth.__file__).parents[1]
-    if not (root / ".git").exists() or shutil.which("git") is None:
-        return None
-    asked = subprocess.run(["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return asked.stdout.strip() if asked.returncode == 0 else None
+def commit(root: Path = Path(persam_dreambooth.__file__).parents[1]) -> str | None:
+    """The short commit of a source checkout, and whether files differ from it; None for an installed package.
+
+    It is `ca72859, changed` if files are changed or new, results aside, and `unknown` if git cannot say.
+    """
+    if not (root / ".git").exists():
+        return "unknown" if (root / "pyproject.toml").exists() else None
+    try:
+        head = _git(root, "rev-parse", "--short", "HEAD")
+        changed = _git(root, "status", "--porcelain", "--", ".", f":(exclude){RESULTS}")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return f"{head}, changed" if changed else head
+
+
+def _git(root: Path, *words: str) -> str:
+    """What git says of a checkout; raises `OSError` without git, `CalledProcessError` without a checkout."""
+    return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def reset_peak_memory() -> None:

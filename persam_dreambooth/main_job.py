@@ -66,7 +66,7 @@ def personalize(options: TrainOptions) -> Path:
     from persam_dreambooth.dreambooth.hub import check_login
     from persam_dreambooth.dreambooth.optimizers import check_optimizer
     from persam_dreambooth.dreambooth.pipelines import find_model
-    from persam_dreambooth.dreambooth.placement import check_quantization
+    from persam_dreambooth.dreambooth.placement import check_quantization, quantized_roles
     from persam_dreambooth.dreambooth.results import save_results
     from persam_dreambooth.dreambooth.trainer import check_resolution, train
     from persam_dreambooth.dreambooth.training_crops import Cut, check_prompts, join_crops, make_crops
@@ -81,7 +81,7 @@ def personalize(options: TrainOptions) -> Path:
     from persam_dreambooth.training.checkpoint import find_checkpoint
 
     check_optimizer(options)
-    check_quantization(options)
+    check_quantization(quantized_roles(options))
     if options.report_to:
         check_installed(options.report_to, f"--report_to {options.report_to}")
     if options.push_to_hub:

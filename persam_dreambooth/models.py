@@ -21,10 +21,10 @@ ORIGINAL_SAM = (".pth", ".pt")
 SINGLE_FILES = (".safetensors", ".ckpt")
 """Suffixes of a whole Stable Diffusion in one file, with the key names of the original program."""
 
-CONFIGURATION = ("*.json", "*.txt", "*.model")
-"""The files of a model on the hub that are not weights: configurations and tokenizers."""
+CONFIGURATION = ("*.json", "*.txt", "*.model", "*.jinja")
+"""The files of a model on the hub that are not weights: configurations, tokenizers and their chat templates."""
 
-LIBRARIES = ("transformers", "diffusers")
+LIBRARIES = ("transformers", "diffusers", "bitsandbytes")
 """Libraries that print messages which are not useful to users."""
 
 _building = threading.RLock()
@@ -99,10 +99,10 @@ def is_single_file(name: str) -> bool:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Hides what transformers and diffusers print below errors, also if they are first imported inside the block.
+    """Hides what transformers, diffusers and bitsandbytes print below errors.
 
-    After the last of nested or concurrent blocks, they are as before. A variable such as `TRANSFORMERS_VERBOSITY` takes
-    precedence.
+    They may be first imported inside the block. After the last of nested or concurrent blocks, they are as before. A
+    variable such as `TRANSFORMERS_VERBOSITY` takes precedence.
     """
     global _quiet_blocks
     with _quiet_lock:
@@ -112,9 +112,8 @@ def quiet() -> Iterator[None]:
                 variable, level = f"{name.upper()}_VERBOSITY", logging.getLogger(name).level
                 if variable not in os.environ:
                     _levels_before[name] = level or logging.WARNING  # 0: not imported yet
-                    if level:
-                        logging.getLogger(name).setLevel(logging.ERROR)
-                    else:
+                    logging.getLogger(name).setLevel(logging.ERROR)
+                    if not level:  # transformers and diffusers set their own level by the variable
                         os.environ[variable] = "error"
     try:
         yield

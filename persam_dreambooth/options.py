@@ -366,7 +366,7 @@ def list_recipes() -> dict[str, Path]:
     """The recipes by name: from the package's folder if installed, or beside it in a checkout."""
     package = Path(__file__).parent
     folders = (package / "configs", package.parent / "configs")
-    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
+    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"), key=lambda path: path.stem)}
 
 
 def check_known(word: str, known: Sequence[str], what: str) -> str:

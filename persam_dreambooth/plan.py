@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import torch
 
     from persam_dreambooth.dreambooth.planned_phases import PlannedPhase
+    from persam_dreambooth.segmentation.sams.sam import Sam
+    from persam_dreambooth.training.planned_memory import MemoryCount
 
 CARDS = (8, 12, 16, 24)
 """Memory of common cards in GiB."""
@@ -77,7 +79,7 @@ class MemoryPlan:
         return "\n".join(
             [
                 f"{'phase':14} {'weights':>8} {'peak':>8}   GiB",
-                *(f"{phase.name:14} {gib(phase.weights):8.2f} {gib(phase.peak):8.2f}" for phase in self.phases),
+                *map(_row, self.phases),
                 f"The largest phase is {largest.name}. With {RESERVED:.0f} GiB for CUDA and its libraries, and "
                 f"{FRAGMENTED:.0%} for gaps between tensors, a card needs {self.needed:.1f} GiB:",
                 ", ".join(fitting),
@@ -90,6 +92,11 @@ def gib(size: int) -> float:
     return size / 2**30
 
 
+def _row(phase: PlannedPhase) -> str:
+    more = f"   {gib(phase.roomy):.2f} where memory allows" if phase.roomy else ""
+    return f"{phase.name:14} {gib(phase.weights):8.2f} {gib(phase.peak):8.2f}{more}"
+
+
 @takes_options(PlanOptions)
 @models.quiet()
 def plan(options: PlanOptions) -> MemoryPlan:
@@ -100,15 +107,19 @@ def plan(options: PlanOptions) -> MemoryPlan:
         UnavailableError: the hub cannot be reached.
     """
     options.check()
-    for name in ("offload", "fsdp"):
-        if options.given(name):
-            raise InputError(
-                f"a plan does not count --{name} yet: leave it out, and see docs/training.md for its memory"
-            )
+    if options.fsdp:
+        raise InputError("a plan does not count --fsdp yet: leave it out, and see docs/training.md for its memory")
 
+    from persam_dreambooth.dreambooth.optimizers import check_optimizer
+    from persam_dreambooth.dreambooth.placement import check_quantization, quantized_roles
     from persam_dreambooth.dreambooth.planned_phases import open_meta_family, plan_phases
+    from persam_dreambooth.segmentation.sams.checkpoints import open_meta_sam
 
-    phases = [plan_masks(options)] if options.makes_masks else []
+    check_optimizer(options)
+    check_quantization(quantized_roles(options))
+    phases = []
+    if options.makes_masks:
+        phases.append(plan_masks(open_meta_sam(options.sam_model, options.sam_dtype)))
     dtype = planned_dtype(options)
     return MemoryPlan([*phases, *plan_phases(options, open_meta_family(options, dtype), dtype)])
 
@@ -121,16 +132,22 @@ def planned_dtype(options: TrainOptions) -> torch.dtype:
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
 
 
-def plan_masks(options: TrainOptions) -> PlannedPhase:
-    """The phase that makes masks: SAM encodes one photo, then decodes a prompt."""
+def plan_masks(sam: Sam) -> PlannedPhase:
+    """The phase that makes masks: a SAM on the meta device encodes photos, then decodes a prompt.
+
+    It encodes `BATCH` photos at once where memory allows, else one by one.
+    """
     import numpy as np
 
     from persam_dreambooth.dreambooth.planned_phases import PlannedPhase
-    from persam_dreambooth.segmentation.sams.checkpoints import open_meta_sam
+    from persam_dreambooth.segmentation.sams.sam import BATCH
     from persam_dreambooth.training.planned_memory import counting, tensors_of
 
-    sam = open_meta_sam(options.sam_model, options.sam_dtype)
-    with counting(tensors_of(sam.model)) as count:
-        encoding = sam.encode(np.zeros((sam.padded, sam.padded, 3), np.uint8))
-        sam.decode(encoding, np.array([[0, 0]]), np.array([1]))
-    return PlannedPhase("masks", count.held, count.peak)
+    def count(photos: int) -> MemoryCount:
+        with counting(tensors_of(sam.model)) as counted:
+            *_, encoding = sam.encode_batch([np.zeros((sam.padded, sam.padded, 3), np.uint8)] * photos)
+            sam.decode(encoding, np.array([[0, 0]]), np.array([1]))
+        return counted
+
+    one = count(1)
+    return PlannedPhase("masks", one.held, one.peak, count(BATCH).peak)

@@ -108,3 +108,9 @@ def phases(monkeypatch):
 
     monkeypatch.setattr(Placement, "enter", watched)
     return seen
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """The folder of tiny checkpoints, which no test changes; see `tiny_families.save_tiny`."""
+    return tmp_path_factory.mktemp("checkpoints")

@@ -37,6 +37,7 @@ SHORT = {
     "resolution": 64,
     "mixed_precision": "no",
     "max_train_steps": 2,
+    "gradient_accumulation_steps": 1,
     "num_class_images": 2,
     "num_validation_images": 1,
 }

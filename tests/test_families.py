@@ -62,11 +62,6 @@ every_checkpoint = pytest.mark.parametrize(
 PROMPTS = ["a sks duck", "a duck in front of a beach"]
 
 
-@pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory):
-    return tmp_path_factory.mktemp("checkpoints")
-
-
 @pytest.fixture
 def model(name, checkpoints):
     """The folder of the tiny checkpoint that a test asks for by name."""
@@ -335,7 +330,7 @@ def test_words_that_clip_does_not_read_are_told(caplog):
     assert StableDiffusion.unread(pipeline, LONG) == "ing with snow"
     assert StableDiffusion.unread(pipeline, LONG.removesuffix("thing with snow")) == ""
     assert StableDiffusion.unread(pipeline, "") == ""
-    check_unread("the prompt", LONG, "ing with snow", "sks", ", or add --long_prompts")
+    check_unread("the prompt", LONG, "ing with snow", "sks", "add --long_prompts")
     check_unread("the prompt", "a sks duck, 猫と雪", "雪", "sks")
     check_unread("the prompt", "a sks duck", "")
     assert caplog.messages == [
@@ -374,6 +369,17 @@ def test_an_identifier_that_the_model_does_not_read_is_refused(runs, tmp_path, c
     assert command("generate", prompt, "--model", "toy", "--output", str(tmp_path / "pictures")) == 2
     assert capsys.readouterr().err.splitlines()[-1].endswith("not the identifier sks: move it to the front")
     assert not (tmp_path / "pictures").exists()
+
+
+@pytest.mark.parametrize(("length", "mended"), [(4, ""), (12, "move it to the front, or ")])
+def test_an_identifier_that_a_short_sequence_leaves_out_is_refused(runs, checkpoints, tmp_path, capsys, length, mended):
+    """Qwen3 reads three tokens of a template before the prompt."""
+    model = {"pretrained_model_name_or_path": save_tiny("klein", checkpoints), "max_sequence_length": length}
+    prompt = "a picture, large and bright, of a [V] duck"
+    assert runs.train(tmp_path / "run", instance_prompt=prompt, **model) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.endswith(f", and so not the identifier sks: {mended}give a larger --max_sequence_length")
+    assert not (tmp_path / "run").exists()
 
 
 def test_captions_class_prompts_and_scenes_that_are_too_long_are_told(runs, photos, tmp_path, caplog):

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from tiny_families import save_tiny
-from training_runs import SLOW
+from training_runs import SLOW, command, flags
 
-from persam_dreambooth import toy
+from persam_dreambooth import extras, toy
 from persam_dreambooth.cli import main
 from persam_dreambooth.evaluation import features
 from tools.toy.build import build_tokenizer
@@ -179,6 +179,17 @@ def test_a_run_is_evaluated_beside_its_base(family, complete, runs, tmp_path, ph
     assert all(f"| {name} |" in table for name in MODEL_FIGURES)
     for name in ("trained", "base"):
         assert Image.open(output / f"{name}.jpg").width > (500 if family == "sd" else 100)
+
+
+def test_a_quantized_run_is_evaluated_quantized(runs, tmp_path, monkeypatch, capsys):
+    run = runs(quantize="nf4")
+    small_clip(tmp_path / "clip")
+    small_dino(tmp_path / "dino")
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)  # as where bitsandbytes is not installed
+    read = {"sam_model": "toy", "clip_model": tmp_path / "clip", "dino_model": tmp_path / "dino"}
+    assert command("evaluate", "model", run, *flags(**read, output=tmp_path / "out")) == 2
+    assert "error: --quantize nf4 needs bitsandbytes, which is not installed: pip" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

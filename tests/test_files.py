@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from persam_dreambooth.errors import InputError, SaveError
 from persam_dreambooth.files import filled_aside, locked, write_aside, write_text
+from persam_dreambooth.machine import RESULTS, commit
 
 
 @pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
@@ -103,3 +104,24 @@ def test_a_full_disk_is_told_by_every_library(tmp_path, writer):
         assert not list(small.iterdir())
     finally:
         subprocess.run(["umount", small], check=True)
+
+
+def test_the_commit_of_a_result_says_whether_files_differ_from_it(tmp_path, monkeypatch):
+    assert commit(tmp_path) is None
+    (tmp_path / "pyproject.toml").touch()
+    assert commit(tmp_path) == "unknown"
+    git = ("git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b")
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *words], check=True)
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    assert commit(tmp_path) == head
+    (tmp_path / RESULTS).mkdir(parents=True)
+    (tmp_path / RESULTS / "steps.json").touch()
+    assert commit(tmp_path) == head
+    (tmp_path / "new.py").touch()
+    assert commit(tmp_path) == f"{head}, changed"
+    (tmp_path / "new.py").unlink()
+    (tmp_path / "pyproject.toml").write_text("changed")
+    assert commit(tmp_path) == f"{head}, changed"
+    monkeypatch.setenv("PATH", "")
+    assert commit(tmp_path) == "unknown"

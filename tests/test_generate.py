@@ -172,6 +172,7 @@ def test_the_scale_of_a_lora_is_from_the_base_model_to_the_run(strong, tmp_path_
             {"lora_scale": 0.5},
             "--lora_scale has no effect: the magnitudes of a DoRA have no scale",
         ),
+        ("dora", {"quantize": "int8"}, "--quantize has no effect: int8 does not carry DoRA, give nf4 or no\n"),
         ("toy", {"scheduler": "flow"}, "--scheduler is flow: give one of dpm++_2m, dpm++_2m_karras, "),
         ("sd3", {"scheduler": "euler"}, "--scheduler has no effect on a StableDiffusion3Pipeline, which has its own"),
         ("flux", {"negative_prompt": "x"}, "--negative_prompt has no effect on a FluxPipeline, whose guidance is"),
@@ -202,6 +203,15 @@ def test_a_lora_without_its_run_needs_the_base_model(runs, tmp_path, pictures, c
     assert all(abs(given[name].astype(int) - own[name]).max() <= 1 for name in own)
     assert command("generate", "a duck", *flags(model="toy", base_model="toy", output=tmp_path / "out")) == 2
     assert "error: --base_model has no effect: toy is no LoRA\n" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", [{"quantize": "int8"}, {"lora_scale": 0.5}], ids=str)
+def test_a_dora_without_its_run_is_known_by_its_weights(runs, tmp_path, capsys, options):
+    shutil.copy(runs(use_dora=True) / LORA_WEIGHTS, tmp_path / "mine.safetensors")
+    given = flags(model=tmp_path / "mine.safetensors", base_model="toy", output=tmp_path / "out", **options)
+    assert command("generate", "a duck", *given) == 2
+    assert "DoRA" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

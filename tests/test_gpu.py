@@ -170,6 +170,22 @@ def test_the_memory_of_sam_2_agrees_with_that_of_the_cpu_and_moves(dtype, tmp_pa
         assert np.abs(each - expected).mean() < 0.15 * np.abs(expected).mean()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA, whose allocator counts what is in use")
+@torch.no_grad()
+def test_a_large_image_decoded_in_tiles_needs_less_than_half_of_the_memory():
+    family = find_model("toy").open()
+    family.enter("pictures")
+    latents = torch.randn(1, *family.latent_shape(1024, 1024), device=family.device)
+    peaks = {}
+    for family.tiled in (False, True):
+        family.vae.decode(latents)  # finds its algorithms
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        family.vae.decode(latents)
+        peaks[family.tiled] = torch.cuda.max_memory_allocated() - before
+    assert peaks[True] < 0.5 * peaks[False]
+
+
 def large_flux():
     """A FLUX.1 of 0.9 GiB with LoRA that is not zero, on the CPU, with gradient checkpointing."""
     torch.manual_seed(0)

@@ -180,6 +180,5 @@ def test_two_processes_with_offload_equal_one(runs, tmp_path):
 
 
 def test_a_plan_refuses_what_it_does_not_count(runs, tmp_path, capsys):
-    told = flags(**runs.options(output_dir=tmp_path / "run", offload="group", gradient_checkpointing=True))
-    assert command("plan", *told) == 2
-    assert "a plan does not count --offload yet" in capsys.readouterr().err
+    assert command("plan", *flags(**runs.options(output_dir=tmp_path / "run", fsdp=True))) == 2
+    assert "a plan does not count --fsdp yet" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -33,14 +34,9 @@ from persam_dreambooth.dreambooth.pipelines import find_model
 from persam_dreambooth.dreambooth.placement import move, quantize_linear
 from persam_dreambooth.dreambooth.samples import Request, sample, save_run_samples
 from persam_dreambooth.main_job import TrainOptions
-from persam_dreambooth.training.planned_memory import MemoryCount
+from persam_dreambooth.training.planned_memory import MemoryCount, quantize_meta, tensors_of
 
 CUDA = torch.device("cuda:0")
-
-
-@pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory):
-    return tmp_path_factory.mktemp("checkpoints")
 
 
 # --- phases
@@ -270,13 +266,12 @@ def test_an_image_of_several_tiles_needs_less_memory_and_each_tile_has_512_pixel
 
 
 def test_tiles_change_pictures_but_not_training_and_generate_decodes_as_the_run_did(runs, tmp_path, monkeypatch):
-    monkeypatch.setattr(latent_diffusion, "TILE", 16)
+    monkeypatch.setattr(latent_diffusion, "VAE_TILE", 16)
     for name in ("whole", "tiled"):
         run = tmp_path / name
         assert runs.train(run, num_validation_images=1, max_train_steps=2, vae_tiling=name == "tiled" or None) == 0
         for asked in ("as_the_run", "--vae_tiling", "--no_vae_tiling"):
-            how = flags(model=run, output=run / asked, num_images=1, num_inference_steps=2)
-            assert command("generate", "a [V] duck", *how, *([asked] if asked.startswith("--") else [])) == 0
+            assert made_anew(run, run / asked, [asked] if asked.startswith("--") else [])
     assert same_weights(tmp_path / "whole", tmp_path / "tiled")
     assert same_metrics(tmp_path / "whole", tmp_path / "tiled")
     found = {path.relative_to(tmp_path).parts[:2]: np.asarray(Image.open(path)) for path in tmp_path.rglob("*.png")}
@@ -285,6 +280,9 @@ def test_tiles_change_pictures_but_not_training_and_generate_decodes_as_the_run_
             assert not np.array_equal(found[name, asked], found[other, asked])
         assert np.array_equal(found[name, "--vae_tiling"], found["tiled", "as_the_run"])
         assert np.array_equal(found[name, "--no_vae_tiling"], found["whole", "as_the_run"])
+        for asked in ("--vae_tiling", "--no_vae_tiling"):
+            is_other = (asked == "--vae_tiling") != (name == "tiled")
+            assert made_anew(tmp_path / name, tmp_path / name / "as_the_run", [asked]) == is_other
 
 
 # --- quantized parts
@@ -317,15 +315,36 @@ def test_a_quantized_run_resumes_to_the_bit_and_generates_as_it_was_trained(runs
     assert runs.train(run, max_train_steps=2, **options) == 0
     assert runs.train(run, resume_from_checkpoint="latest", **options) == 0
     assert same_weights(whole, run) and same_metrics(whole, run)
-    images = {}
-    for name, asked in {"as the run": {}, kind: {"quantize": kind}, "no": {"quantize": "no"}}.items():
-        output = tmp_path / name
-        told = flags(model=run, output=output, num_images=1, num_inference_steps=2, **asked)
-        assert command("generate", "a [V] duck", *told) == 0
-        [path] = output.glob("*.png")
-        images[name] = path.read_bytes()
-    assert images["as the run"] == images[kind]
-    assert images["no"] != images[kind]
+    for asked in (None, kind, "no"):
+        assert made_anew(run, tmp_path / "images", [] if asked is None else ["--quantize", asked]) == (asked != kind)
+    first, second = (np.asarray(Image.open(path)) for path in (tmp_path / "images").glob("*.png"))
+    assert not np.array_equal(first, second)
+
+
+def made_anew(run, output, words):
+    """Generates an image of a run in two steps; whether its folder has one more then."""
+    before = len([*output.glob("*.png")])
+    told = flags(model=run, output=output, num_images=1, num_inference_steps=2)
+    assert command("generate", "a [V] duck", *told, *words) == 0
+    return len([*output.glob("*.png")]) > before
+
+
+def test_a_run_and_its_base_are_opened_as_the_run_was_trained(runs):
+    """So `evaluate model` compares them at the precision of the training."""
+    trained = find_model(str(runs(quantize="nf4", **PRESERVED)))
+    for found in (trained, replace(trained, weights=None)):
+        family = found.open()
+        layers = [type(layer) for layer in family.pipeline.unet.modules()]
+        assert Linear4bit in layers and family.placement.quantized == {"unet"}
+    assert not any(type(layer) is Linear4bit for layer in trained.open(quantized={}).pipeline.unet.modules())
+
+
+def test_a_quantized_run_generates_nothing_where_bitsandbytes_is_missing(runs, tmp_path, monkeypatch, capsys):
+    run = runs(quantize="nf4", **PRESERVED)
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)
+    assert command("generate", "a [V] duck", *flags(model=run, output=tmp_path / "images")) == 2
+    assert "error: --quantize nf4 needs bitsandbytes, which is not installed: pip" in capsys.readouterr().err
+    assert not (tmp_path / "images").exists()
 
 
 def test_a_run_does_not_go_on_over_another_base(runs, tmp_path, capsys):
@@ -373,6 +392,24 @@ def test_gradients_pass_quantized_layers_after_they_were_used_for_pictures(kind)
     part.train()(inputs).sum().backward()
     torch.testing.assert_close(inputs.grad, plain.sum(0).expand(5, -1), rtol=0.2, atol=0.2)
     assert inputs.grad.abs().mean() > 0.1
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])  # with int8, the operations on the meta device are those of CUDA
+@pytest.mark.parametrize("kind", LAYERS)
+def test_quantized_layers_do_not_keep_their_inputs_for_backward(kind, device):
+    with torch.device(device):
+        part = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 32))
+        one = torch.ones((), requires_grad=True)
+    quantize_linear(part, kind, torch.float32)
+    quantize_meta(part) if device == "meta" else move(part, torch.device(device))
+    part(torch.zeros(5, 64, device=device))
+    with MemoryCount(device) as count:
+        count.hold([*tensors_of(part), one])
+        before = count.now
+        outputs = part(one.expand(5, 64) * 2)
+        assert count.now - before < 4 * (outputs.numel() + 5 * 64)
+        outputs.sum().backward()
+    assert one.grad is not None
 
 
 @pytest.mark.parametrize(

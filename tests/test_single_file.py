@@ -230,8 +230,3 @@ def test_single_files_that_cannot_be_used_are_refused_in_a_line(
         assert runs.train(tmp_path / "run", pretrained_model_name_or_path=model, base_config=base_config) == 2
         assert re.match(f"error: {said}", capsys.readouterr().err.splitlines()[-1]), model
         assert not (tmp_path / "run").exists()
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
-    return tmp_path_factory.mktemp("checkpoints")

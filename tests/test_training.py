@@ -19,12 +19,9 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
-from tiny_families import tiny_for
 from torch.utils.data import default_collate
 from training_runs import (
     ALL_AGAINST_BACKGROUNDS,
-    CONFIGS,
-    ROOT,
     SIZES,
     SLOW,
     STEPS,
@@ -693,31 +690,3 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_photo(runs, 
     assert not (run / LORA_WEIGHTS).exists()
     assert not list(run.glob("checkpoint-*"))
     assert column(run, "step") == ([1] if logging_steps == 1 else [])
-
-
-# --- the configurations that ship
-
-
-@pytest.mark.parametrize("config", CONFIGS, ids=[path.relative_to(ROOT).as_posix() for path in CONFIGS])
-def test_every_configuration_trains_two_steps(config, photos, tmp_path):
-    given = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
-    masks = {"mask_dir": photos.parent / "masks"}
-    if given.get("unmasked"):
-        masks = {}
-    elif given.get("mask"):
-        masks = {"mask": photos.parent / "masks" / "00.png", "reference_image": "00.png"}
-    options = {
-        "instance_dir": photos,
-        **masks,
-        "output_dir": tmp_path / "run",
-        "pretrained_model_name_or_path": tiny_for(given.get("pretrained_model_name_or_path"), tmp_path),
-        "sam_model": "toy",
-        "resolution": 64,
-        "max_train_steps": 2,
-        "mixed_precision": "no",
-        "num_validation_images": 1,
-        **({"num_class_images": 2, "class_data_dir": tmp_path / "class"} if "with_prior_preservation" in given else {}),
-    }
-    assert command("train", "--config", config, *flags(**options)) == 0
-    assert column(tmp_path / "run", "step")[-1] == 2
-    assert len(list((tmp_path / "run" / "samples").glob("*.png"))) == 1

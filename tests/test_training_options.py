@@ -61,11 +61,6 @@ from persam_dreambooth.training import accelerators
 from persam_dreambooth.training.accelerators import open_accelerator
 
 
-@pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory):
-    return tmp_path_factory.mktemp("checkpoints")
-
-
 def two_photos(photos):
     crops = training_crops(photos)
     return default_collate([crops[0], crops[1]])

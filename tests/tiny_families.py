@@ -46,6 +46,7 @@ NAMES = {
     "stabilityai/stable-diffusion-3.5-medium": "sd3",
     "black-forest-labs/FLUX.1-dev": "flux",
     "black-forest-labs/FLUX.2-klein-base-4B": "klein",
+    "black-forest-labs/FLUX.2-klein-base-9B": "klein",
     "Tongyi-MAI/Z-Image": "z-image",
 }
 """What stands for the checkpoints that configurations and documents name; the toy stands for all others."""

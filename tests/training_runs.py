@@ -30,7 +30,6 @@ from persam_dreambooth.photos.mask_folder import load_masks
 from tools.toy import build
 
 ROOT = Path(persam_dreambooth.__file__).parents[1]
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 MULTI_GPU = ROOT / "configs" / "accelerate" / "multi-gpu.yaml"
 SIZES = ((80, 64), (64, 96), (72, 72), (64, 64))
 RESOLUTION = 32

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.accelerator.records import Part
+from persam_dreambooth import models
 from persam_dreambooth.files import write_json
 
 ROOT = Path(__file__).parents[2]
@@ -54,7 +55,7 @@ def steps(part: Part, arguments: argparse.Namespace) -> None:
     """Steps of every family; see `training_steps`."""
     from benchmarks.accelerator.training_steps import MODELS, measure_steps
 
-    measure_steps(part, arguments.models or (["sd1.5"] if part.tiny else list(MODELS)))
+    measure_steps(part, arguments.models or (["sd1.5"] if part.tiny else list(MODELS)), arguments.setups)
 
 
 def beside_diffusers(part: Part, arguments: argparse.Namespace) -> None:
@@ -64,7 +65,9 @@ def beside_diffusers(part: Part, arguments: argparse.Namespace) -> None:
     from benchmarks import against_diffusers, full_size
     from benchmarks.accelerator.records import device
 
-    setups = ["diffusers", "ours", "ours, cached, center crops", "ours, cached"]
+    setups = ["diffusers", "ours", "ours, cached, center crops"]
+    if device() == "cuda":
+        setups.append("ours, cached, center crops, CUDA graphs")
     with tempfile.TemporaryDirectory() as folder:
         for precision in ("bf16",):
             with part.trying(f"diffusers, {precision}"):
@@ -75,7 +78,7 @@ def beside_diffusers(part: Part, arguments: argparse.Namespace) -> None:
                     full_size.build("sd1.5", device(), torch.float16).save_pretrained(checkpoint)
                 figures = against_diffusers.measure(
                     arguments.diffusers_repository, setups, checkpoint, 64 if part.tiny else 512,
-                    rounds=2 if part.tiny else 5, steps=2 if part.tiny else 15, more=("--mixed_precision", precision),
+                    rounds=2 if part.tiny else 4, steps=2 if part.tiny else 8, more=("--mixed_precision", precision),
                 )  # fmt: skip
                 part.add(model="sd1.5", **figures)
 
@@ -135,18 +138,20 @@ def run_apart(name: str, path: Path, seconds: float, arguments: list[str]) -> bo
         return False
 
 
+@models.quiet()
 def main(words: list[str]) -> int:
     parser = argparse.ArgumentParser(description="Measures what one accelerator shows, in parts.")
     parser.add_argument("--parts", nargs="+", choices=SHARES, help="default: all")
     parser.add_argument("--minutes", type=float, default=8.0, help="time for all parts")
     parser.add_argument("--models", nargs="+", help="models of the part steps; default: all")
+    parser.add_argument("--setups", nargs="+", help="setups of the part steps; default: all")
     parser.add_argument("--diffusers_repository", type=Path, help="a checkout of diffusers")
     parser.add_argument("--processes", type=int, default=0, help="processes of pytest, which needs pytest-xdist")
     parser.add_argument("--one_process", action="store_true", help="all parts in this process, which saves the starts")
     parser.add_argument("--output_dir", type=Path, default=RESULTS, help="folder of the JSON files")
     parser.add_argument("--tiny", action="store_true", help="small checkpoints, for a test of this program")
     parser.add_argument(
-        "--plans", action="store_true", help="only add planned memory to the results of steps and paper"
+        "--plans", action="store_true", help="only add planned memory to the results of steps, paper and sam"
     )
     arguments = parser.parse_args(words)
     if arguments.plans:
@@ -169,10 +174,10 @@ def main(words: list[str]) -> int:
 
 
 def add_plans(folder: Path) -> int:
-    """Adds the planned memory to results of steps and paper; the exit code."""
+    """Adds the planned memory to results of steps, paper and sam; the exit code."""
     from benchmarks.accelerator import planned
 
-    paths = [path for name in ("steps", "paper") if (path := folder / f"{name}.json").is_file()]
+    paths = [path for name in ("steps", "paper", "sam") if (path := folder / f"{name}.json").is_file()]
     errors = [error for path in paths for error in planned.add_plans(path)]
     print("\n".join(f"  failed: {each}" for each in errors))
     return int(bool(errors))
@@ -183,6 +188,8 @@ def passed_on(arguments: argparse.Namespace) -> list[str]:
     words = ["--output_dir", str(arguments.output_dir), "--processes", str(arguments.processes)]
     if arguments.models:
         words += ["--models", *arguments.models]
+    if arguments.setups:
+        words += ["--setups", *arguments.setups]
     if arguments.diffusers_repository:
         words += ["--diffusers_repository", str(arguments.diffusers_repository)]
     return [*words, "--tiny"] if arguments.tiny else words

@@ -1,8 +1,8 @@
 """Training steps per second and peak memory of each family at full size, through the trainer itself."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +85,12 @@ NOT_OF_A_RUN = {"pretrained_model_name_or_path", "sam_model", "segmenter", "reso
 """Options of a recipe that the measurement sets itself, or that make masks."""
 
 
-def measure_steps(part: Part, models: list[str]) -> None:
-    """Measures models, each in its share of the time that is left."""
+def measure_steps(part: Part, models: list[str], setups: list[str] | None = None) -> None:
+    """Measures models in these setups, or in all, each in its share of the time that is left."""
     for number, name in enumerate(models):
         model = MODELS[name]
+        if setups:
+            model = replace(model, setups={key: each for key, each in model.setups.items() if key in setups})
         if name not in full_size.PUBLISHED:
             part.errors.append(f"{name}: full_size does not build it yet")
             continue
@@ -155,10 +157,7 @@ def measure_setup(
     """
     whole, pipeline = not embeddings or name.endswith(RECIPE), build()
     kind = FAMILIES[type(pipeline).__name__]
-    if given.get("offload", "no") == "no":
-        park(getattr(pipeline, kind.denoiser_name))
-    else:  # its weights are used from main memory
-        getattr(pipeline, kind.denoiser_name).to("cpu")
+    park(getattr(pipeline, kind.denoiser_name))
     pipeline.vae.to("cpu")
     if not whole:
         for name_of_part in [each for each in pipeline.components if each.startswith("text_encoder")]:
@@ -189,26 +188,23 @@ def measure_setup(
 
 
 def park(denoiser: torch.nn.Module) -> None:
-    """Takes a denoiser off the accelerator; it gets random weights there when it is moved back.
+    """Gives a denoiser random weights in main memory, from where a run moves and quantizes them.
 
-    The weights are not copied, since tens of GB would take half a minute. Memory of the CPU that is never written costs
-    nothing.
+    All weights are parts of one random block, since filling tens of GB would take half a minute. Their deviation keeps
+    the activations of deep transformers within the range of half precision.
     """
-    if all(weight.device.type == "cpu" for weight in denoiser.parameters()):
-        return
-    for weight in denoiser.parameters():
-        weight.data = torch.empty_like(weight, device="cpu")
-    move = denoiser.to
+    size = max(weight.numel() for weight in denoiser.parameters())
+    blocks = {dtype: random_block(size, dtype) for dtype in {weight.dtype for weight in denoiser.parameters()}}
+    for name, weight in denoiser.named_parameters():
+        if weight.ndim > 1:
+            weight.data = blocks[weight.dtype][: weight.numel()].view(weight.shape)
+        else:
+            weight.data = torch.full(weight.shape, float(not name.endswith("bias")), dtype=weight.dtype)
+    for buffer in denoiser.buffers():
+        buffer.data = buffer.data.cpu()
 
-    def fill_and_move(*arguments: Any, **named: Any) -> Any:
-        [place] = [each for each in (*arguments, *named.values()) if isinstance(each, torch.device)] or [None]
-        if place is not None and place.type != "cpu":
-            del denoiser.to  # this is done once
-            for name, weight in denoiser.named_parameters():
-                filled = torch.empty_like(weight.data, device=place)
-                weight.data = (
-                    filled.normal_(0, 0.02) if weight.ndim > 1 else filled.fill_(float(not name.endswith("bias")))
-                )
-        return move(*arguments, **named)
 
-    denoiser.to = fill_and_move
+@cache
+def random_block(size: int, dtype: torch.dtype) -> torch.Tensor:
+    """Random numbers in main memory."""
+    return torch.empty(size, dtype=dtype).normal_(0, 0.01)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +15,7 @@ from persam_dreambooth.dreambooth.prompts import check_unread, fill_identifier
 from persam_dreambooth.dreambooth.run_folder import MODEL_CARD
 from persam_dreambooth.dreambooth.samples import Request, save_samples
 from persam_dreambooth.dreambooth.subject_options import IDENTIFIER, SubjectOptions
+from persam_dreambooth.dreambooth.training_options import NO_INT8_DORA
 from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.files import check_writable
 from persam_dreambooth.models import is_single_file, quiet
@@ -33,6 +34,7 @@ from persam_dreambooth.options import (
 if TYPE_CHECKING:
     from persam_dreambooth.dreambooth.families.latent_diffusion import LatentDiffusion
     from persam_dreambooth.dreambooth.pipelines import FoundModel
+    from persam_dreambooth.dreambooth.placement import Role
 
 logger = logging.getLogger(__name__)
 
@@ -150,9 +152,7 @@ def generate(options: GenerateOptions) -> list[Path]:
     name = _find_name(options.model or None)
 
     from persam_dreambooth.dreambooth.pipelines import find_model, inference_device
-    from persam_dreambooth.dreambooth.placement import check_quantization, quantized_roles
-
-    check_quantization(options)
+    from persam_dreambooth.dreambooth.placement import quantized_roles
 
     model = find_model(name, options.base_model, options.base_config)
     _check_supported(options, model)
@@ -188,7 +188,8 @@ def generate(options: GenerateOptions) -> list[Path]:
             options.scheduler,
             options.batch_size,
         )
-        for path in save_samples(family, request, folder, model.notice, _identity(model, options.lora_scale)):
+        identity = _identity(model, options.lora_scale, quantized, family.tiled)
+        for path in save_samples(family, request, folder, model.notice, identity):
             saved.append(path)
     except KeyboardInterrupt:
         done = f"{len(saved)} of {options.num_images} images are saved in {folder}"
@@ -276,12 +277,15 @@ def _default_folder(model: FoundModel) -> Path:
     return model.run_dir / GENERATED / (model.folder.name if model.is_checkpoint else "")
 
 
-def _identity(model: FoundModel, lora_scale: float | None) -> dict[str, Any]:
-    """The settings that identify a model."""
+def _identity(
+    model: FoundModel, lora_scale: float | None, quantized: Mapping[Role, str], tiled: bool
+) -> dict[str, Any]:
+    """The settings that identify a model, and how it was opened where that changes its pictures."""
     folder = model.folder.resolve()
     name = f"{folder.parent.name}/{folder.name}" if model.is_checkpoint else folder.name
     scale = {"Lora scale": f"{1 if lora_scale is None else lora_scale:g}"} if model.weights == "lora" else {}
-    return {"Model": name, "Model hash": model.digest(), **scale}
+    how = {f"Quantized {role}": kind for role, kind in quantized.items()} | ({"VAE tiling": "yes"} if tiled else {})
+    return {"Model": name, "Model hash": model.digest(), **scale, **how}
 
 
 def _check_supported(options: GenerateOptions, model: FoundModel) -> None:
@@ -294,8 +298,10 @@ def _check_supported(options: GenerateOptions, model: FoundModel) -> None:
         raise InputError(f"--scheduler is {options.scheduler}: give one of {', '.join(family.schedulers)}")
     if options.lora_scale is not None and model.weights != "lora":
         raise InputError(f"--lora_scale has no effect: {model.folder} has no LoRA")
-    if options.lora_scale is not None and model.config.get("use_dora"):
+    if options.lora_scale is not None and model.has_dora:
         raise InputError("--lora_scale has no effect: the magnitudes of a DoRA have no scale; leave it out")
+    if options.quantize == "int8" and model.has_dora:
+        raise InputError(f"--quantize has no effect: {NO_INT8_DORA}, give nf4 or no")
 
 
 def _check_loaded(options: GenerateOptions, family: LatentDiffusion) -> None:

@@ -59,7 +59,7 @@ def make_optimizer(
 
 
 class OptimizerState:
-    """The state of an optimizer, to save and to load; that of version 0.1.0 has one group for the weights of all parts.
+    """The state of an optimizer, to save and to load; that of version 0.1.0 has one group with all parts' weights.
 
     Args:
         optimizer: any; bitsandbytes' optimizers do not run torch's hooks for loading.

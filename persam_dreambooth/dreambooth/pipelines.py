@@ -12,12 +12,20 @@ from huggingface_hub import try_to_load_from_cache
 from safetensors import safe_open
 
 from persam_dreambooth import models, toy
-from persam_dreambooth.dreambooth.families.latent_diffusion import LORA_WEIGHTS, LatentDiffusion, load_trained_parts
+from persam_dreambooth.dreambooth.families.latent_diffusion import (
+    DORA_LENGTH,
+    LORA_WEIGHTS,
+    LatentDiffusion,
+    load_trained_parts,
+)
 from persam_dreambooth.dreambooth.families.registry import FAMILIES, family_of, load_pipeline
-from persam_dreambooth.dreambooth.placement import Role
+from persam_dreambooth.dreambooth.placement import Role, check_quantization, quantized_roles
 from persam_dreambooth.dreambooth.subject_options import SubjectOptions, saved_subjects
 from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.options import CONFIG, read_config
+
+DORA_LENGTHS = (DORA_LENGTH, f"{DORA_LENGTH}.weight", "dora_scale")
+"""How the magnitudes of a DoRA are named: by peft, and by kohya's scripts."""
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt")
 
@@ -58,6 +66,18 @@ class FoundModel:
     def is_checkpoint(self) -> bool:
         """Whether the model is a checkpoint of a run."""
         return self.run_dir not in (None, self.folder)
+
+    @property
+    def lora_file(self) -> Path:
+        """The file of a LoRA."""
+        return self.folder if self.folder.is_file() else self.folder / LORA_WEIGHTS
+
+    @property
+    def has_dora(self) -> bool:
+        """Whether the LoRA is a DoRA, which has magnitudes, also one that another program trained."""
+        return self.weights == "lora" and any(
+            key.endswith(ending) for key in _weight_names(self.lora_file) for ending in DORA_LENGTHS
+        )
 
     @property
     def subjects(self) -> list[SubjectOptions]:
@@ -105,8 +125,14 @@ class FoundModel:
 
         Args:
             lora_scale: factor of the LoRA of the denoiser and of the text encoders; None is 1.
-            quantized, offload, tiled: see `LatentDiffusion.place_on`; tiles are by default as in the run.
+            quantized, offload, tiled: see `LatentDiffusion.place_on`; what is quantized, and tiles, are by default as
+                in the run.
+
+        Raises:
+            InputError: a package is missing, or a file of weights cannot be used.
         """
+        quantized = quantized_roles(None, self.config) if quantized is None else quantized
+        check_quantization(quantized)
         family = self.family(self.load(self.dtype, lora_scale))
         tiled = self.config.get("vae_tiling", False) if tiled is None else tiled
         family.place_on(inference_device(), self.dtype, quantized=quantized, offload=offload, tiled=tiled)
@@ -121,7 +147,7 @@ class FoundModel:
         )
         with models.loading(str(self.folder)):
             if self.weights == "lora":
-                path = self.folder if self.folder.is_file() else self.folder / LORA_WEIGHTS
+                path = self.lora_file
                 pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name="subject")
                 if not pipeline.get_list_adapters():
                     raise InputError(f"{path} holds no LoRA of the base model {self.source}: name another base model")
@@ -182,10 +208,15 @@ def inference_device() -> torch.device:
 
 def _is_lora_file(path: Path) -> bool:
     """Whether a file of weights holds a LoRA."""
+    return any("lora" in key for key in _weight_names(path))
+
+
+def _weight_names(path: Path) -> list[str]:
+    """The names of the weights in a safetensors file; none for other files and folders."""
     if not (path.is_file() and path.suffix == ".safetensors"):
-        return False
+        return []
     with models.loading(str(path)), safe_open(path, "pt") as weights:
-        return any("lora" in key for key in list(weights.keys()))
+        return list(weights.keys())
 
 
 def _run_dir(folder: Path) -> Path:

@@ -53,16 +53,15 @@ OUTLIER = 6.0
 """Inputs of an int8 layer above this stay in half precision, as in bitsandbytes' and diffusers' default."""
 
 
-def check_quantization(options: Any) -> None:
-    """Raises `InputError` if an option needs bitsandbytes, and it is not installed."""
-    for name in QUANTIZED_BY.values():
-        if getattr(options, name) not in (None, "no"):
-            check_installed("bitsandbytes", f"--{name} {getattr(options, name)}", "quantize")
+def check_quantization(quantized: Mapping[Role, str]) -> None:
+    """Raises `InputError` if a role is to be quantized, and bitsandbytes is not installed."""
+    for role, kind in quantized.items():
+        check_installed("bitsandbytes", f"--{QUANTIZED_BY[role]} {kind}", "quantize")
 
 
 def quantized_roles(options: Any, saved: Mapping[str, Any] | None = None) -> dict[Role, str]:
-    """What `place_on` quantizes: by the options, or where they are None by those of a saved run."""
-    given = {role: getattr(options, name) or (saved or {}).get(name, "no") for role, name in QUANTIZED_BY.items()}
+    """What `place_on` quantizes: by the options, or where they are missing or None by those of a saved run."""
+    given = {role: getattr(options, name, None) or (saved or {}).get(name, "no") for role, name in QUANTIZED_BY.items()}
     return {role: kind for role, kind in given.items() if kind != "no"}
 
 
@@ -176,10 +175,22 @@ def quantize_linear(part: torch.nn.Module, kind: str, dtype: torch.dtype) -> Non
             quantized.weight = Params4bit(weight, requires_grad=False, **settings)
         else:
             quantized.weight = Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+            quantized.register_forward_hook(forget_inputs)
         quantized.bias = layer.bias
         quantized.train(layer.training)
         owner, _, last = name.rpartition(".")
         setattr(part.get_submodule(owner), last, quantized)
+
+
+def forget_inputs(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    """A forward hook of int8 layers: frees the inputs that bitsandbytes keeps for the gradient of their weights.
+
+    The weights are frozen, and gradient checkpointing does not see these inputs: without the hook, it saves little.
+    """
+    if hasattr(output.grad_fn, "tensors"):
+        output.grad_fn.tensors = (None, None, None)
+    if hasattr(output.grad_fn, "A"):  # on a CPU
+        output.grad_fn.A = None
 
 
 def move(part: torch.nn.Module, device: torch.device) -> None:

@@ -35,11 +35,13 @@ class PlannedPhase:
         name: of the phase.
         weights: of the parts on the accelerator, with the optimizer's state and the averaged weights.
         peak: the most at any time of the phase, weights included.
+        roomy: the peak where memory allows more at once, for a phase that then does less at once; else None.
     """
 
     name: str
     weights: int
     peak: int
+    roomy: int | None = None
 
 
 def plan_phases(options: TrainingOptions, family: LatentDiffusion, frozen_dtype: torch.dtype) -> list[PlannedPhase]:
@@ -94,7 +96,7 @@ def plan_phases(options: TrainingOptions, family: LatentDiffusion, frozen_dtype:
     weights = family.make_trainable(in_place, META, frozen_dtype)
     parts = [[weight for weight in part.parameters() if weight.requires_grad] for part in family.trained.values()]
     optimizer, _ = make_optimizer(options, parts, [1e-4] * len(parts))
-    is_fused = isinstance(optimizer, torch.optim.AdamW) and options.mixed_precision != "fp16"  # on CUDA
+    is_fused = isinstance(optimizer, torch.optim.AdamW) and frozen_dtype != torch.float16  # on CUDA
     average = AveragedWeights(weights, options.ema_decay) if options.use_ema else None
     state += average.average.shadow_params if average else []
     if is_half:  # as `Accelerator.prepare` does

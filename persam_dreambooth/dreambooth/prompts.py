@@ -64,7 +64,7 @@ def check_unread(what: str, prompt: str, unread: str, identifier: str | None = N
         prompt: the prompt.
         unread: its end that no text encoder reads; see `Family.unread`.
         identifier: a word that must be read if the prompt has it.
-        advice: what else than shortening the prompt helps, for the message.
+        advice: what else than another prompt helps, for the message.
 
     Raises:
         InputError: the model does not read the identifier.
@@ -75,7 +75,12 @@ def check_unread(what: str, prompt: str, unread: str, identifier: str | None = N
     # A word may be cut inside. East Asian scripts have no spaces between words.
     begun = re.search(f"{WORD_SIGN}*$", read) if re.match(r"\w", unread) else None
     words = " ".join(((begun[0] if begun else "") + unread).split())
+
+    def mended(way: str) -> str:
+        """The ways to mend it; no prompt does if none of it is read, which comes after the words of a template."""
+        return ", or ".join(filter(None, [way if read or not advice else "", advice]))
+
     told = f'{what} is too long: the model does not read "{words}"'
     if identifier and identifier in prompt and identifier not in read:
-        raise InputError(f"{told}, and so not the identifier {identifier}: move it to the front{advice}")
-    logger.warning("%s: shorten it%s", told, advice)
+        raise InputError(f"{told}, and so not the identifier {identifier}: {mended('move it to the front')}")
+    logger.warning("%s: %s", told, mended("shorten it"))

@@ -23,11 +23,13 @@ from persam_dreambooth.training.meter import metrics_rows
 logger = logging.getLogger(__name__)
 
 
-def save_weights(options: TrainingOptions, family: Family, accelerator: Accelerator, base: str) -> None:
+def save_weights(options: TrainingOptions, family: Family, base: str) -> None:
     """Saves the trained weights, LoRA or a whole pipeline, to the run's folder; `base` is the base model's place."""
     for part in (getattr(family.pipeline, name) for name in family.trained):
-        # With mixed precision, accelerate's wrapper returns float32, which the other parts do not accept.
-        accelerator.unwrap_model(part, keep_fp32_wrapper=False).eval()
+        # With mixed precision, accelerate's wrapper returns float32, which the other parts do not accept. Its
+        # `unwrap_model` would also remove the decorators of transformers, without which CLIP has no hidden states.
+        part.forward = vars(part).pop("_original_forward", part.forward)
+        part.eval()
     with filled_aside(options.run_dir) as folder:
         if options.method == "lora":
             family.save_weights(folder)

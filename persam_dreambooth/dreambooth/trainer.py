@@ -210,7 +210,7 @@ def train(
             if accelerator.is_main_process:
                 meter.draw(run_dir / "loss.png")
                 with as_saved():
-                    save_weights(options, family, accelerator, base)
+                    save_weights(options, family, base)
     if average:
         average.copy_to_weights()
 

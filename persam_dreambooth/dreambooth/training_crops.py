@@ -13,7 +13,7 @@ from persam_dreambooth.dreambooth.base_pictures import captions_in, class_prompt
 from persam_dreambooth.dreambooth.data import Crops
 from persam_dreambooth.dreambooth.families.family import Family
 from persam_dreambooth.dreambooth.prompts import check_unread, fill_identifier, in_front_of, replace_identifiers
-from persam_dreambooth.dreambooth.training_options import TrainingOptions
+from persam_dreambooth.dreambooth.training_options import LONGEST_SEQUENCE, TrainingOptions
 from persam_dreambooth.errors import InputError, counted
 from persam_dreambooth.photos.captions import read_prompts
 from persam_dreambooth.photos.folder import Photo
@@ -201,7 +201,9 @@ def check_prompts(options: TrainingOptions, albums: list[Album], family: Family)
         scenes = options.scenes if options.class_scenes else []
         told += [("the class prompt", prompt, None, scenes) for prompt in class_prompts(options)]
         told += [("a class image's caption", prompt, None, []) for prompt in captions_in(options.class_dir)]
-    advice = "" if "long_prompts" in family.without else ", or add --long_prompts"
+    advice = "" if "long_prompts" in family.without else "add --long_prompts"
+    if options.max_sequence_length and options.max_sequence_length < LONGEST_SEQUENCE:
+        advice = "give a larger --max_sequence_length"
     for what, prompt, identifier, scenes in told:
         for full in (prompt, *([in_front_of(prompt, max(scenes, key=len))] if scenes else [])):
             unread = family.unread(family.pipeline, full)

@@ -30,6 +30,10 @@ POLYNOMIAL_END = 1e-7
 
 SCHEDULES = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 
+LONGEST_SEQUENCE = 512
+"""The largest number of tokens that T5 or Qwen3 reads."""
+
+NO_INT8_DORA = "int8 does not carry DoRA"
 
 WHEN_MASKED = (without_flag("--unmasked"),)
 WHEN_LORA = (with_flag("--method lora"),)
@@ -318,7 +322,7 @@ class TrainingOptions(SubjectOptions):
             *WHEN_LORA,
             Condition(
                 lambda options: not (options.use_dora and options.quantize == "int8"),
-                "int8 does not carry DoRA, give nf4 or remove --use_dora",
+                f"{NO_INT8_DORA}, give nf4 or remove --use_dora",
             ),
         ),
     )
@@ -420,7 +424,7 @@ class TrainingOptions(SubjectOptions):
             "dataloader_num_workers", "num_validation_images",
         )  # fmt: skip
         within(self, 0, 1, "unmasked_weight", "unmasked_probability", "lora_dropout", "noise_offset", "ema_decay")
-        within(self, 1, 512, "max_sequence_length")
+        within(self, 1, LONGEST_SEQUENCE, "max_sequence_length")
         within(self, -1, 1.75, "mode_scale")  # its density is monotonic only here
         within(self, -10, 10, "logit_mean")
         within(self, -16, 16, "mask_dilation")

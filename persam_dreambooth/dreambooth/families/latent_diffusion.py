@@ -43,7 +43,7 @@ TEXT_LEVEL = "text_model."
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 TEXT_FEEDFORWARD = ["fc1", "fc2"]
 ADAPTABLE = torch.nn.Linear, torch.nn.Conv2d
-TILE = 512
+VAE_TILE = 512
 """Side of the VAE's tiles in pixels with `--vae_tiling`."""
 LORA_KEYWORDS = ("attention", "attention+feedforward", "all")
 DORA_LENGTH = "lora_magnitude_vector"
@@ -182,8 +182,8 @@ class LatentDiffusion(Family):
         """Decodes latents (B, C, h, w) in the dtype of the VAE's weights, also under autocast; in tiles if `tiled`."""
         vae = self.vae
         if self.tiled:
-            vae.tile_sample_min_size = TILE  # the default of some VAEs is 1024
-            vae.tile_latent_min_size = TILE // 2 ** (len(vae.config.block_out_channels) - 1)
+            vae.tile_sample_min_size = VAE_TILE  # the default of some VAEs is 1024
+            vae.tile_latent_min_size = VAE_TILE // 2 ** (len(vae.config.block_out_channels) - 1)
             vae.enable_tiling()
         try:
             with torch.autocast(latents.device.type, enabled=False):
