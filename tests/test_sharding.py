@@ -25,6 +25,9 @@ def test_shards_train_as_one_process_does_and_one_process_resumes_from_them(runs
     held = [float(line.split()[-1]) for line in said.splitlines() if line.startswith("share held")]
     assert len(held) == 2 * (1 + (options.get("method") == "full"))
     assert all(0.45 < share < 0.6 for share in held)
+    # Weights and optimizer of two checkpoints, and the weights at the end.
+    assert [said.count(f"rank {line}") for line in ("0 keeps all", "1 keeps nothing", "")] == [5, 5, 10]
+    assert said.count("still kept: 0") == said.count("still kept") == 6
     # A whole model has more weights, some of whose gradients are tiny.
     rate = 5 * 5e-6 if options.get("method") == "full" else 1e-4
     assert_same_trajectory(runs(train_batch_size=2, **options), tmp_path / "two", rate)

@@ -3,14 +3,16 @@
 accelerate calls the same function, but on GPUs only, and for one model only. Called directly, it shards on CPUs too,
 where tests compare it with one process.
 
-What is saved is whole, so that any number of processes can resume. All processes take part in gathering it.
+What is saved is whole, so that any number of processes can resume. All processes take part in gathering it, and only
+the main one keeps it, until it is saved.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.distributed import get_world_size
+from torch.distributed import get_rank, get_world_size
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -35,17 +37,46 @@ def shard(model: Any, device: torch.device) -> None:
 
 
 def whole(state: Any) -> Any:
-    """A nested state with each sharded tensor as a whole, on the CPU. All processes must call it."""
-    return tree_map(lambda each: each.full_tensor().cpu() if isinstance(each, DTensor) else each, state)
+    """A nested state with each sharded tensor as a whole, on the CPU; None in all processes but the main one.
+
+    All processes must call it.
+    """
+    kept = get_rank() == 0
+
+    def gather(each: Any) -> Any:
+        if not isinstance(each, DTensor):
+            return each
+        tensor = each.full_tensor()
+        return tensor.cpu() if kept else None
+
+    found = tree_map(gather, state)
+    return found if kept else None
 
 
 def whole_model(model: Any) -> Any:
-    """An unsharded copy of a sharded model without LoRA, on the CPU. All processes must call it."""
+    """An unsharded copy of a sharded model without LoRA, on the CPU; None and to be called as `whole`."""
+    state = whole(model.state_dict())
+    if state is None:
+        return None
     kind: Any = type(model).__bases__[1]  # `fully_shard` puts a class of its own before
     with torch.device("meta"):
         copy = kind.from_config(model.config)
-    copy.load_state_dict(whole(model.state_dict()), assign=True)
+    copy.load_state_dict(state, assign=True)
     return copy
+
+
+@contextmanager
+def gathered(*parts: Any) -> Iterator[None]:
+    """Inside the block, the main process has whole weights or states of parts, to save them. All processes must use it.
+
+    Args:
+        parts: with the methods `gather` and `free_gathered`: a `Family`, a `WholeState`.
+    """
+    for part in parts:
+        part.gather()
+    yield
+    for part in parts:
+        part.free_gathered()
 
 
 class WholeState:
@@ -59,14 +90,19 @@ class WholeState:
     def __init__(self, optimizer: Any, weights: Sequence[torch.nn.Parameter]) -> None:
         self.optimizer = optimizer
         self.weights = weights
-        self._gathered: dict[str, Any] = {}
+        self._gathered: dict[str, Any] | None = None
 
     def gather(self) -> None:
         """Gathers the state for `state_dict`. All processes must call it."""
         self._gathered = whole(self.optimizer.state_dict())
 
+    def free_gathered(self) -> None:
+        """Frees what `gather` made."""
+        self._gathered = None
+
     def state_dict(self) -> dict[str, Any]:
-        """The state when it was last gathered, as if nothing were sharded."""
+        """The gathered state, as if nothing were sharded; only in the main process, and until it is freed."""
+        assert self._gathered is not None
         return self._gathered
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from persam_dreambooth.dreambooth.optimizers import OptimizerState, Schedule, ma
 from persam_dreambooth.dreambooth.results import save_weights
 from persam_dreambooth.dreambooth.run_folder import begin_run
 from persam_dreambooth.dreambooth.samples import save_validation_samples
-from persam_dreambooth.dreambooth.sharding import WholeState
+from persam_dreambooth.dreambooth.sharding import WholeState, gathered
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.errors import SaveError
 from persam_dreambooth.files import write_aside
@@ -161,12 +161,6 @@ def train(
             with as_saved():
                 family.save_weights(folder)
 
-    def gather() -> None:
-        """Sharded weights and states are gathered by all processes; the main one saves them."""
-        if isinstance(saved_optimizer, WholeState):
-            saved_optimizer.gather()
-            family.gather()
-
     def rescue(parent: Path, step: int) -> None:
         if options.fsdp:
             raise SaveError("the other processes have parts of the weights")
@@ -199,10 +193,10 @@ def train(
                 row = meter.write(step, rates[0], figures(accelerator, schedule, rates))
                 steps.set_postfix(loss=f"{row['loss']:.4f}")
             if checkpoint_due:
-                gather()
-            if checkpoint_due and accelerator.is_main_process:
-                save_checkpoint(run_dir, step)
-                remove_old_checkpoints(run_dir, options.checkpoints_total_limit)
+                with gathered(*([family, saved_optimizer] if options.fsdp else [])):
+                    if accelerator.is_main_process:
+                        save_checkpoint(run_dir, step)
+                        remove_old_checkpoints(run_dir, options.checkpoints_total_limit)
             if stopping and not last:
                 raise interruption.stopped(step)
             if options.validation_steps and step % options.validation_steps == 0 and not last:
@@ -212,11 +206,11 @@ def train(
                     family.enter("training")
                 accelerator.wait_for_everyone()
         accelerator.wait_for_everyone()
-        gather()
-        if accelerator.is_main_process:
-            meter.draw(run_dir / "loss.png")
-            with as_saved():
-                save_weights(options, family, base)
+        with gathered(*([family] if options.fsdp else [])):
+            if accelerator.is_main_process:
+                meter.draw(run_dir / "loss.png")
+                with as_saved():
+                    save_weights(options, family, base)
     if average:
         average.copy_to_weights()
 

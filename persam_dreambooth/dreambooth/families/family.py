@@ -116,7 +116,10 @@ class Family(Protocol):
         """Shards the parts in training among processes (`--fsdp`); returns the trained parameters, sharded."""
 
     def gather(self) -> None:
-        """Gathers sharded weights for the next `save_weights`. All processes must call it."""
+        """Gathers sharded weights for the main process's next `save_weights`. All processes must call it."""
+
+    def free_gathered(self) -> None:
+        """Frees what `gather` made."""
 
     def enter(self, phase: Phase) -> None:
         """Moves the parts that a phase uses to the accelerator, and the others to main memory; see `placement`.
@@ -211,10 +214,10 @@ class Family(Protocol):
         """Loads the LoRA that `options` name into the trained LoRA; `registry.open_family` checked that it fits."""
 
     def lora_state(self, name: str) -> dict[str, torch.Tensor]:
-        """The LoRA of a part with peft's names; a sharded one is that of the last `gather`."""
+        """The LoRA of a part with peft's names; a sharded one must be gathered."""
 
     def whole_part(self, name: str) -> Any:
-        """A part that is trained whole; a sharded one is that of the last `gather`."""
+        """A part that is trained whole; a sharded one must be gathered."""
 
     def save_weights(self, folder: Path) -> None:
         """Saves the trained weights to an existing folder: LoRA in diffusers' format, or a folder for each part."""

@@ -280,6 +280,10 @@ class LatentDiffusion(Family):
             has_lora = hasattr(part, "peft_config")
             self.gathered[name] = whole(get_peft_model_state_dict(part)) if has_lora else whole_model(part)
 
+    def free_gathered(self) -> None:
+        """See `Family`."""
+        self.gathered.clear()
+
     def lora_state(self, name: str) -> dict[str, torch.Tensor]:
         """See `Family`."""
         return self.gathered.get(name) or get_peft_model_state_dict(getattr(self.pipeline, name))
