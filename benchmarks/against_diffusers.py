@@ -310,10 +310,11 @@ def _version(script: Path) -> dict[str, str]:
 
 
 def main() -> None:
+    everywhere = [name for name in (*DIFFUSERS, *OURS) if "CUDA" not in name or torch.cuda.is_available()]
     parser = argparse.ArgumentParser(description="Measures a training step beside that of diffusers' script.")
     parser.add_argument("--diffusers_repository", type=Path, required=True, help="a checkout of diffusers")
     parser.add_argument("--rounds", type=int, default=15, help="turns of each setup; medians count")
-    parser.add_argument("--setups", nargs="+", default=[*DIFFUSERS, *OURS], choices=[*DIFFUSERS, *OURS])
+    parser.add_argument("--setups", nargs="+", default=everywhere, choices=[*DIFFUSERS, *OURS])
     parser.add_argument("--photo_width", type=int, default=1024, help="width of the photos in pixels")
     parser.add_argument("--model", default="narrow", help="narrow, or a Stable Diffusion 1.x or 2.x of full_size")
     parser.add_argument("--resolution", type=int, default=256, help="side of the crops in pixels")

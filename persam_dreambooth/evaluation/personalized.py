@@ -7,6 +7,7 @@ those of the photos.
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 from dataclasses import asdict, dataclass
@@ -173,13 +174,16 @@ def _generate(
         for kind in ("own", "class", "scenes")
     }
     family.embed(family.picture_prompts([prompt for own in prompts.values() for prompt in own]))
-    return {
+    pictures = {
         kind: [
             next(sample(family, Request(prompt, [options.seed + number], *settings)))
             for number, prompt in enumerate(own)
         ]
         for kind, own in prompts.items()
     }
+    del family
+    gc.collect()  # a family and its VAE refer to each other, and the next model needs the accelerator's memory
+    return pictures
 
 
 def _measure(
