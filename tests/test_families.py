@@ -529,16 +529,6 @@ def test_a_prompt_of_another_length_changes_nothing(model):
     torch.testing.assert_close(both[1], other[1], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", QWEN)
-def test_qwen_is_never_in_float16(model):
-    family = registry.open_family(TrainOptions(), str(model), torch.float16)
-    assert family.pipeline.text_encoder.dtype == torch.bfloat16
-    assert family.pipeline.transformer.dtype == torch.float16
-    (found,) = family.embed(["a duck"])
-    assert found.states.dtype == torch.float16
-    assert found.states.isfinite().all()
-
-
 def test_a_run_reads_its_layers_of_qwen_in_training_and_in_generate(runs, checkpoints, tmp_path):
     """Through `generate` and through diffusers alone, the pictures of a run are the same to the bit."""
     model = save_tiny("klein-one-layer", checkpoints)
