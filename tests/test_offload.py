@@ -96,7 +96,8 @@ def test_offloaded_blocks_give_the_same_gradients_and_no_weight_is_read_while_it
     assert reads.wrong == set()
     assert reads.most == 2
     assert all(map(torch.equal, found, expected))
-    assert all(gradient.any() for gradient in found)
+    # What the text asks in SD 3's last block leads nowhere.
+    assert sum(not gradient.any() for gradient in found) == (2 if name == "sd3" else 0)
     offloaded.to(CPU)
     away = sum(block.on_cpu.nbytes for block in offloaded.blocks)
     assert away > 0.2 * sum(weight.nbytes for weight in denoiser.parameters())
