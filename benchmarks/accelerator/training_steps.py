@@ -52,10 +52,14 @@ RECIPE = "recipe"
 PROFILED = "masked, cached, checkpointed"
 """The setup whose steps are profiled."""
 
+GRAPHS = "masked, cached, CUDA graphs"
+"""The setup that needs CUDA, and is of UNets alone."""
+
 SETUPS: dict[str, dict[str, Any]] = {
     "masked, cached, checkpointed": SPARING,
     "masked, cached, checkpointed, nf4": {**SPARING, "quantize": "nf4"},
     "masked, cached": CACHED,
+    GRAPHS: {**CACHED, "cuda_graphs": True},
     RECIPE: {},
     "masked": {},
     "unmasked": {"unmasked": True},
@@ -71,12 +75,14 @@ LARGE: dict[str, dict[str, Any]] = {
 }
 """Of a model that trains with gradient checkpointing only."""
 
+OF_TRANSFORMERS = {name: setup for name, setup in SETUPS.items() if name != GRAPHS}
+
 MODELS = {
     "sd1.5": Model("sd15-lora", 512, SETUPS),
     "sdxl": Model("sdxl-lora", 1024, SETUPS),
     "flux.1-dev": Model("flux-lora", 512, LARGE),
-    "sd3.5-medium": Model("sd3-lora", 1024, SETUPS),
-    "flux.2-klein-4b": Model("flux2-klein-lora", 1024, SETUPS),
+    "sd3.5-medium": Model("sd3-lora", 1024, OF_TRANSFORMERS),
+    "flux.2-klein-4b": Model("flux2-klein-lora", 1024, OF_TRANSFORMERS),
     "z-image": Model("z-image-lora", 1024, {name: SETUPS[name] for name in list(SETUPS)[:2]}),
 }
 """By name in `full_size`, in the order of their turn."""
@@ -121,6 +127,8 @@ def measure_model(
     """
     embeddings: dict[str, Embeddings] = {}
     for setup, given in model.setups.items():
+        if setup == GRAPHS and device() != "cuda":
+            continue
         if part.left <= deadline:
             part.errors.append(f"{name}, {setup}: no time was left")
             part.write()
