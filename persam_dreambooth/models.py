@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -113,7 +114,7 @@ def quiet() -> Iterator[None]:
                 if variable not in os.environ:
                     _levels_before[name] = level or logging.WARNING  # 0: not imported yet
                     logging.getLogger(name).setLevel(logging.ERROR)
-                    if not level:  # transformers and diffusers set their own level by the variable
+                    if name not in sys.modules:  # transformers and diffusers set their own level by the variable
                         os.environ[variable] = "error"
     try:
         yield
