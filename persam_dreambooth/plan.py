@@ -126,10 +126,9 @@ def plan(options: PlanOptions) -> MemoryPlan:
 
 def planned_dtype(options: TrainOptions) -> torch.dtype:
     """The dtype of the frozen weights in a run: of the option, or else of `accelerate launch`."""
-    import torch
+    from persam_dreambooth.training.accelerators import dtype_of
 
-    precision = options.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
+    return dtype_of(options.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
 
 
 def plan_masks(sam: Sam) -> PlannedPhase:

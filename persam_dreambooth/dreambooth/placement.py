@@ -3,7 +3,6 @@
 A part that a phase does not use waits in main memory.
 """
 
-import logging
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -153,7 +152,6 @@ def quantize_linear(part: torch.nn.Module, kind: str, dtype: torch.dtype) -> Non
         kind: `nf4` or `int8`.
         dtype: of the inputs and outputs.
     """
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at each product
     from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 
     shared = {id(layer.weight) for layer in part.modules() if isinstance(layer, torch.nn.Embedding)}

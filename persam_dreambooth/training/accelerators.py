@@ -111,7 +111,12 @@ def writing(run_dir: Path, accelerator: Accelerator, last_written: str) -> Itera
 
 def frozen_dtype(accelerator: Accelerator) -> torch.dtype:
     """The dtype of the frozen weights."""
-    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    return dtype_of(accelerator.mixed_precision)
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    """The dtype that a mixed precision computes in: of `no`, `fp16` or `bf16`."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
 
 
 def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

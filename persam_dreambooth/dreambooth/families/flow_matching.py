@@ -151,3 +151,15 @@ class FlowMatching(LatentDiffusion):
                 states = encoder(self.tokens(tokenizer, new, length))[0]
                 self._t5_states.update(zip(new, states.to(self.placement.main_memory), strict=True))
             return torch.stack([self._t5_states[prompt] for prompt in prompts]).to(self.device)
+
+
+def conversation(tokenizer: Any, prompt: str, thinks: bool) -> str:
+    """A prompt as the text that Qwen3 reads: a conversation whose answer begins, after an empty thought if it does not.
+
+    Args:
+        tokenizer: with its chat template.
+        prompt: what the user says.
+        thinks: whether the answer begins with a thought.
+    """
+    settings = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": thinks}
+    return tokenizer.apply_chat_template([{"role": "user", "content": prompt}], **settings)

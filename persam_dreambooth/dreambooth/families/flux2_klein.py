@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline, Flux2KleinPipeline
 
 from persam_dreambooth.dreambooth.families.family import Embeddings
-from persam_dreambooth.dreambooth.families.flow_matching import PATCH, FlowMatching
+from persam_dreambooth.dreambooth.families.flow_matching import PATCH, FlowMatching, conversation
 from persam_dreambooth.dreambooth.families.flux import patch_positions
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.errors import InputError
@@ -107,9 +107,7 @@ class Flux2Klein(FlowMatching):
     @classmethod
     def written(cls, pipeline: Any, prompt: str) -> str:
         """See `LatentDiffusion`: a conversation, whose answer begins after an empty thought."""
-        conversation = [{"role": "user", "content": prompt}]
-        settings = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
-        return pipeline.tokenizer.apply_chat_template(conversation, **settings)
+        return conversation(pipeline.tokenizer, prompt, thinks=False)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> Embeddings:

@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline, ZImagePipeline
 
 from persam_dreambooth.dreambooth.families.family import Embeddings
-from persam_dreambooth.dreambooth.families.flow_matching import FlowMatching
+from persam_dreambooth.dreambooth.families.flow_matching import FlowMatching, conversation
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
 
 logger = logging.getLogger(__name__)
@@ -54,9 +54,7 @@ class ZImage(FlowMatching):
     @classmethod
     def written(cls, pipeline: Any, prompt: str) -> str:
         """See `LatentDiffusion`: a conversation, whose answer has not begun."""
-        conversation = [{"role": "user", "content": prompt}]
-        settings = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": True}
-        return pipeline.tokenizer.apply_chat_template(conversation, **settings)
+        return conversation(pipeline.tokenizer, prompt, thinks=True)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> Embeddings:
