@@ -176,7 +176,7 @@ class Collages:
     ) -> Layer:
         """Objects that cover a part between `areas` of what is seen (`extent`, (B, 2)), anywhere, turned, stretched."""
         count = len(photos)
-        area = np.exp(rng.uniform(*np.log(areas), count)) * extent.prod(axis=1)
+        area = np.exp(rng.uniform(math.log(areas[0]), math.log(areas[1]), count)) * extent.prod(axis=1)
         side = np.sqrt(self.areas[photos] / area)[:, None] * np.exp(rng.normal(0, 0.1, (count, 2)))
         boxes = self.boxes[photos]
         turn = rng.uniform(-1, 1, count) * np.where(rng.random(count) < 0.2, math.pi, 0.4)
