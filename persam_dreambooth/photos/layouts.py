@@ -200,7 +200,7 @@ def write_layout(name: str, masks: list[PhotoMask], output: Path) -> None:
         for item, flat, caption in zip(used, names, captions, strict=True):
             _copy_photo(item.photo, aside / "photos", flat, layout.formats)
             if caption:
-                _made(aside / "photos" / f"{flat}.txt").write_text(caption + "\n", encoding="utf-8")
+                _made(aside / "photos" / f"{flat}.txt").write_text(caption, encoding="utf-8")
             Image.fromarray(item.mask).convert("L").save(_made(aside / layout.masks.format(flat)))
         (aside / layout.config).write_text(lines, encoding="utf-8")
         files = {path.relative_to(aside).as_posix(): _sha256(path) for path in _list_files(aside)}
