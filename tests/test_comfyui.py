@@ -111,7 +111,11 @@ def test_comfyui_loads_the_node_and_runs_a_prompt_with_it(duck, tmp_path):
         script = ROOT / "tests" / "run_in_comfyui.py"
         known = {**os.environ, "PYTHONPATH": str(ROOT)}
         ended = subprocess.run(
-            [sys.executable, script, str(REPOSITORY), tmp_path], env=known, check=True, capture_output=True, text=True
+            [sys.executable, script, str(REPOSITORY), tmp_path],
+            env=known,
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         return json.loads(ended.stdout.splitlines()[-1])
 
