@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from persam_dreambooth import InputError, Sam
+from persam_dreambooth import InputError, Sam, open_sam
 from persam_dreambooth.segmentation.segmenters import (
     METHODS,
     USUAL_SAM,
+    USUAL_SAMS,
     SegmentationOptions,
     make_segmenter,
-    open_sam_of,
 )
 
 
@@ -35,14 +35,15 @@ class MasksFromOneMask:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         """The inputs, as ComfyUI asks for them."""
-        sam = "SAM, SAM-HQ, SAM 2 or MobileSAM: a name on the Hugging Face hub, a folder, or a file"
+        usual = ", ".join([USUAL_SAM, *(f"for {method} {name}" for method, name in USUAL_SAMS.items())])
+        sam = f"SAM, SAM-HQ, SAM 2 or MobileSAM: a name on the Hugging Face hub, a folder or a file. Empty: {usual}."
         empty = "Masks with a lower presence are empty; 0 keeps all."
         return {
             "required": {
                 "reference_image": ("IMAGE", {"tooltip": "The image of the mask; a batch for several references."}),
                 "reference_mask": ("MASK", {"tooltip": "The subject in it."}),
                 "images": ("IMAGE", {"tooltip": "The images to find the subject in."}),
-                "sam_model": ("STRING", {"default": USUAL_SAM, "tooltip": sam}),
+                "sam_model": ("STRING", {"default": "", "tooltip": sam}),
                 "segmenter": (list(METHODS), {"default": "persam-f"}),
                 "empty_below": ("FLOAT", {"default": 0.0, "min": 0.0, "max": 1.0, "step": 0.01, "tooltip": empty}),
             }
@@ -63,7 +64,7 @@ class MasksFromOneMask:
             reference_image: (R, H, W, C), one or several references.
             reference_mask: (R, H, W), their masks; above 0.5 is the subject.
             images: (B, H, W, C).
-            sam_model: see `open_sam`.
+            sam_model: see `open_sam`; empty for the usual one of the method.
             segmenter: a key of `METHODS`.
             empty_below: masks with a lower presence are empty, 0 to 1.
 
@@ -81,9 +82,9 @@ class MasksFromOneMask:
                 f"reference_mask is {masks.shape}, reference_image {tuple(reference_image.shape[:3])} (images, height, "
                 "width): give one mask of each image, at its size"
             )
-        with torch.inference_mode(False), torch.enable_grad():  # ComfyUI runs nodes without gradients; PerSAM-F fits
-            sam = _opened_sam(sam_model, segmenter)
-            method = make_segmenter(SegmentationOptions(segmenter=segmenter, sam_model=sam_model), sam)
+        with torch.inference_mode(False), torch.enable_grad():  # ComfyUI turns both off, and PLM trains
+            options = SegmentationOptions(segmenter=segmenter, sam_model=sam_model.strip())
+            method = make_segmenter(options, _opened_sam(options.sam_model))
             method.fit(_pictures(reference_image), list(masks))
             found = []
             for picture in _with_progress(_pictures(images)):
@@ -93,11 +94,9 @@ class MasksFromOneMask:
 
 
 @lru_cache(maxsize=1)
-def _opened_sam(name: str, segmenter: str) -> Sam:
+def _opened_sam(name: str) -> Sam:
     """The SAM, which stays in memory until another one is named."""
-    options = SegmentationOptions(segmenter=segmenter, sam_model=name)
-    options.check()
-    return open_sam_of(options)
+    return open_sam(name)
 
 
 def _pictures(images: torch.Tensor) -> list[np.ndarray]:

@@ -29,6 +29,7 @@ from persam_dreambooth.photos.folder import Photo, is_hidden
 from persam_dreambooth.photos.images import plain_format
 from persam_dreambooth.photos.mask_folder import PhotoMask, mask_hash
 from persam_dreambooth.photos.pairing import listed, name_key
+from persam_dreambooth.progress import steps
 
 logger = logging.getLogger(__name__)
 
@@ -197,7 +198,8 @@ def write_layout(name: str, masks: list[PhotoMask], output: Path) -> None:
             f"what you need, remove {folder}, and run the same command again"
         )
     with write_aside(folder) as aside:
-        for item, flat, caption in zip(used, names, captions, strict=True):
+        described = list(zip(used, names, captions, strict=True))
+        for item, flat, caption in steps(described, f"writing for {name}", "photo"):
             _copy_photo(item.photo, aside / "photos", flat, layout.formats)
             if caption:
                 _made(aside / "photos" / f"{flat}.txt").write_text(caption, encoding="utf-8")
@@ -213,7 +215,7 @@ def _copy_photo(photo: Photo, folder: Path, name: str, formats: tuple[str, ...])
     if stored in SUFFIXES and stored in formats:
         shutil.copyfile(photo.path, _made(folder / f"{name}{SUFFIXES[stored]}"))
     else:
-        photo.read().save(_made(folder / f"{name}.png"))
+        photo.read().save(_made(folder / f"{name}.png"), compress_level=1)  # four times as fast as by default
 
 
 def _log_left_out(name: str, masks: list[PhotoMask], photos: list[Photo], captions: list[str]) -> None:
