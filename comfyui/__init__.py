@@ -5,6 +5,7 @@ ComfyUI's images are (B, H, W, C) float from 0 to 1, its masks (B, H, W) float f
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -105,7 +106,7 @@ def _pictures(images: torch.Tensor) -> list[np.ndarray]:
     return list(pixels)
 
 
-def _with_progress(pictures: list[np.ndarray]) -> Any:
+def _with_progress(pictures: list[np.ndarray]) -> Iterator[np.ndarray]:
     """The pictures in turn; ComfyUI shows how many are done, and its button for cancelling stops here."""
     try:
         from comfy.utils import ProgressBar
