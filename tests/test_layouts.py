@@ -196,10 +196,13 @@ def test_files_of_others_are_never_replaced(album):
     assert {name: (folder / name).read_bytes() for name in files(folder)} == before
 
 
-def test_photos_of_one_name_in_one_folder_are_refused(album):
+def test_photos_of_one_name_in_one_folder_are_refused_before_a_mask_is_made(album, capsys):
     shutil.copy(album / "sub" / "00.webp", album / "SUB__00.webp")
-    with pytest.raises(InputError, match=r"would both be sub__00 in one folder: rename one"):
-        written(album, "kohya")
+    out = album.parent / "out"
+    options = flags(images=album, mask=album / "00.jpg", output=out, sam_model="toy", layout="kohya")
+    assert command("segment", *options) == 2
+    assert "would both be sub__00 in one folder: rename one" in capsys.readouterr().err.lower()
+    assert not out.exists()
 
 
 def test_masks_without_a_subject_make_no_data_set(album, tmp_path):
