@@ -16,6 +16,7 @@ from transformers import (
     SamHQConfig,
     SamHQModel,
 )
+from transformers.models.sam2_video.configuration_sam2_video import Sam2VideoMaskDecoderConfig
 
 GOLDEN = Path(__file__).parent / "golden" / "published_files"
 SMALL_SAM = str(Path(__file__).parent / "golden" / "weights" / "hf")
@@ -102,7 +103,8 @@ def sam2_video_config(side):
             "backbone_feature_sizes": [[count, count] for count in cells],
         },
         prompt_encoder_config={**SAM_2["prompt_encoder_config"], "image_size": side},
-        mask_decoder_config=SAM_2["mask_decoder_config"],
+        # transformers 5.17 reads a dictionary as the prompt encoder's.
+        mask_decoder_config=Sam2VideoMaskDecoderConfig(**SAM_2["mask_decoder_config"]),
         memory_attention_rope_feat_sizes=[cells[-1], cells[-1]],
         **MEMORY,
     )

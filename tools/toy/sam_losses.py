@@ -6,6 +6,7 @@ channels. Points and boxes are xy in pixels of the input.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,10 @@ DICE_WEIGHT = 1.0
 # Of the three masks only the best counts fully; a little of the mean keeps the others alive.
 MEAN_WEIGHT = 0.1
 IOU_WEIGHT = 1.0
+# PerSAM-F starts from a weighted sum of the three masks, so such sums are to be good masks as well.
+WEIGHTED_WEIGHT = 0.5
+# Share of the subjects whose point is the one that the location prior gives, where it is right.
+OWN_POINTS = 0.5
 PRIOR_WEIGHT = 1.0
 PRIOR_TEMPERATURE = 10.0
 ARGMAX_TEMPERATURE = 100.0
@@ -44,11 +49,14 @@ def total_loss(
     """
     sam = model["sam"]
     embeddings = encode(sam, batch.pixels)
+    batch = with_own_points(rng, embeddings.detach(), batch)
     prompts = len(batch.masks) // len(batch.pixels)
     shared = embeddings.repeat_interleave(prompts, dim=0)
-    loss = embeddings.new_zeros(())
-    figures: dict[str, float] = {}
-    for number, (logits, scores) in enumerate(refinement(rng, sam, shared, batch), start=1):
+    passes = refinement(rng, sam, shared, batch)
+    weighted = torch.einsum("nk,nkhw->nhw", _scale_weights(rng, shared), passes[0][0][:, 1:])[:, None]
+    loss = WEIGHTED_WEIGHT * mask_losses(weighted, batch.masks, focal).mean()
+    figures = {"weighted": mask_ious(weighted, batch.masks).mean().item()}
+    for number, (logits, scores) in enumerate(passes, start=1):
         part, iou = decoder_loss(logits, scores, batch.masks, focal)
         loss = loss + part / 3
         figures[f"iou{number}"] = iou
@@ -61,6 +69,26 @@ def encode(sam: SamModel, pixels: torch.Tensor) -> torch.Tensor:
     """Image embeddings (B, C, g, g); in bfloat16 where that pays, which halves the time of a step."""
     with torch.autocast(pixels.device.type, torch.bfloat16, enabled=sam.training):
         return sam.vision_encoder(pixels)[0].float()
+
+
+def with_own_points(rng: np.random.Generator, embeddings: torch.Tensor, batch: Batch) -> Batch:
+    """Some subjects' points are moved to the cell that is most like the pair's other picture, if it is the subject's.
+
+    Args:
+        embeddings: (B, C, g, g).
+    """
+    prompts, cells = len(batch.masks) // len(batch.pixels), embeddings.shape[-1]
+    target = pooled_targets(embeddings, batch.coverage)[int(rng.integers(2))]
+    place = prior_maps(embeddings, target).flatten(1).argmax(dim=1)
+    x, y = place % cells, place // cells
+    scale = batch.masks.shape[-1] // cells
+    rows = torch.arange(len(place), device=place.device)
+    right = batch.masks[::prompts][rows, y * scale + scale // 2, x * scale + scale // 2] > 0
+    right &= torch.from_numpy(rng.random(len(place)) < OWN_POINTS).to(right.device)
+    own = torch.stack([x, y], dim=1).float() * 4 * scale + 2 * scale
+    points = batch.points.clone()
+    points[::prompts, 0, 0] = torch.where(right[:, None], own, points[::prompts, 0, 0])
+    return replace(batch, points=points)
 
 
 def refinement(
@@ -250,12 +278,15 @@ def _fed_mask(rng: np.random.Generator, logits: torch.Tensor, scores: torch.Tens
     if kind < 0.4:
         return logits[:, 0]
     if kind < 0.7:
-        # What PerSAM-F learns sums to 1, and often has a negative weight.
-        weights = rng.uniform(-0.5, 1, (len(logits), 3))
-        weights += (1 - weights.sum(axis=1, keepdims=True)) / 3
-        weights = torch.tensor(weights, dtype=logits.dtype, device=logits.device)
-        return torch.einsum("nk,nkhw->nhw", weights, logits[:, 1:])
+        return torch.einsum("nk,nkhw->nhw", _scale_weights(rng, logits), logits[:, 1:])
     return best_of_three(logits, scores)
+
+
+def _scale_weights(rng: np.random.Generator, like: torch.Tensor) -> torch.Tensor:
+    """Weights (N, 3) as PerSAM-F learns them for the rows of `like`: their sum is 1, and often one is negative."""
+    weights = rng.uniform(-0.5, 1, (len(like), 3))
+    weights += (1 - weights.sum(axis=1, keepdims=True)) / 3
+    return torch.tensor(weights, dtype=like.dtype, device=like.device)
 
 
 def _fed_boxes(rng: np.random.Generator, mask: torch.Tensor, batch: Batch) -> torch.Tensor:

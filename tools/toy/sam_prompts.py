@@ -7,7 +7,7 @@ are xy in pixels of the S x S input.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -40,6 +40,14 @@ class Batch:
     points: torch.Tensor
     labels: torch.Tensor
     boxes: torch.Tensor
+
+    def on(self, device: str) -> Batch:
+        """The batch on a device."""
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in vars(self).items()})
+
+    def joined(self, other: Batch) -> Batch:
+        """The pictures of both batches, which have as many prompts and points."""
+        return Batch(**{name: torch.cat([value, getattr(other, name)]) for name, value in vars(self).items()})
 
 
 def to_batch(rng: np.random.Generator, pictures: Sequence[Picture], prompts: int, device: str) -> Batch:

@@ -1,7 +1,7 @@
 """Trains the toy SAM on pairs of pictures with true masks: at 256 pixels, then 512, then 1024.
 
     python -m tools.toy.train_sam --output FOLDER [--textures FOLDER ...] [--seed 0] [--device cpu]
-        [--steps256 N] [--steps512 N] [--steps1024 N] [--initial SAM]
+        [--workers 0] [--steps256 N] [--steps512 N] [--steps1024 N] [--minutes512 M] [--initial SAM]
 
 writes FOLDER/sam, a `SamModel`, after each stage; FOLDER/stage-256 and so on contain the runs and their `eval.json`.
 The same command resumes an interrupted training. With --initial, a new run starts from trained weights. SAM is trained
@@ -13,8 +13,10 @@ the subject in another picture, and not the objects beside it.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,7 @@ from persam_dreambooth.files import write_aside, write_json
 from persam_dreambooth.toy import scenes
 from tools.toy import pairs
 from tools.toy.build import SAM_GLOBAL_LAYERS, SAM_IMAGE_SIZE, SAM_LAYERS, random_sam, rewrite_config, sam_config
+from tools.toy.collages import Collages
 from tools.toy.fused_attention import fuse_attention
 from tools.toy.pairs import PhotoObject
 from tools.toy.sam_losses import (
@@ -42,8 +45,8 @@ from tools.toy.sam_losses import (
     refinement,
     total_loss,
 )
-from tools.toy.sam_prompts import to_batch
-from tools.toy.training import Run, run_stages, weights_fingerprint
+from tools.toy.sam_prompts import Batch, to_batch
+from tools.toy.training import Run, run_stages, weights_fingerprint, with_batches
 
 # Queries and keys of the decoder's cross-attention start equal and this much larger, so that a point looks at its own
 # place from the first step; otherwise masks collapse to empty ones.
@@ -60,28 +63,28 @@ class Stage:
     Args:
         size: side of the pictures in pixels.
         window: side of the local attention's windows in cells; 16 divides the smaller grids, 14 is SAM's.
-        pairs: pairs of pictures in a batch.
+        pairs: pairs of pictures in a batch that are drawn one by one, see `pairs`.
+        collages: further pairs with objects of photos, where there are any, see `collages`. At 256 pixels there is
+            little to see of them.
         prompts: objects to segment in each picture.
         learning_rate: the peak.
         steps: how many by default.
-        objects: whether objects of photos are shown; at 256 pixels there is little to see of them.
     """
 
     size: int
     window: int
     pairs: int
+    collages: int
     prompts: int
     learning_rate: float
     steps: int
-    objects: bool
 
 
 STAGES = (
-    Stage(256, window=16, pairs=4, prompts=2, learning_rate=8e-4, steps=4000, objects=False),
-    Stage(512, window=16, pairs=2, prompts=2, learning_rate=4e-4, steps=1250, objects=True),
-    Stage(1024, window=14, pairs=1, prompts=2, learning_rate=2e-4, steps=270, objects=True),
+    Stage(256, window=16, pairs=4, collages=0, prompts=2, learning_rate=8e-4, steps=4000),
+    Stage(512, window=16, pairs=6, collages=18, prompts=2, learning_rate=6e-4, steps=1250),
+    Stage(1024, window=14, pairs=1, collages=7, prompts=2, learning_rate=3e-4, steps=270),
 )
-STEPS = [stage.steps for stage in STAGES]
 
 
 def train(
@@ -89,10 +92,12 @@ def train(
     *,
     textures: Sequence[Path] = (),
     masks: Path | None = None,
-    steps: Sequence[int] = STEPS,
+    steps: Sequence[int],
+    minutes: Sequence[float],
     seed: int = 0,
     initial: Path | None = None,
     device: str = "cpu",
+    workers: int = 0,
 ) -> dict[str, float]:
     """Starts or resumes training and writes `output`/sam; returns the scores of the last stage.
 
@@ -100,17 +105,20 @@ def train(
         textures: folders of photos for composites; without any, all pictures are scenes of the world.
         masks: of some of these photos, see `pairs.load_objects`.
         steps: of each of `STAGES`; a stage of 0 steps is left out.
+        minutes: the most that each of `STAGES` may take.
         seed: draws weights, pictures and prompts.
         initial: a toy SAM that a new run starts from.
+        workers: processes that draw the pictures.
     """
     scenes.check_seed(seed)
+    torch.set_float32_matmul_precision("high")  # on a GPU; a CPU computes as before
     photos, objects = pairs.load_textures(textures), pairs.load_objects(textures, masks)
     sam = first_sam(seed, STAGES[0]) if initial is None else read_sam(initial)
     scores: dict[str, float] = {}
-    for stage, count in zip(STAGES, steps, strict=True):
+    for stage, count, limit in zip(STAGES, steps, minutes, strict=True):
         if count:
-            shown = objects if stage.objects else []
-            sam, scores = train_stage(output / f"stage-{stage.size}", stage, count, sam, photos, shown, seed, device)
+            folder = output / f"stage-{stage.size}"
+            sam, scores = train_stage(folder, stage, count, limit, sam, photos, objects, seed, device, workers)
             save(sam, output / "sam")
     return scores
 
@@ -119,13 +127,18 @@ def train_stage(
     folder: Path,
     stage: Stage,
     steps: int,
+    minutes: float,
     sam: SamModel,
     photos: list[Image.Image],
     objects: list[list[PhotoObject]],
     seed: int,
     device: str,
+    workers: int,
 ) -> tuple[SamModel, dict[str, float]]:
-    """Trains one stage from `sam`'s weights; returns the averaged model at the stage's size, and its scores."""
+    """Trains one stage from `sam`'s weights; returns the averaged model at the stage's size, and its scores.
+
+    With each checkpoint, the averaged model is also written beside the folder, as `train` does in the end.
+    """
     model = nn.ModuleDict({"sam": resized(sam, stage.size, stage.window), "prior": PriorScale()}).to(device)
     # As in segment-anything, the frequencies of the positions are drawn once and stay.
     model["sam"].shared_image_embedding.positional_embedding.requires_grad_(False)
@@ -140,23 +153,40 @@ def train_stage(
         "prior_weight": PRIOR_WEIGHT,
         "initial": weights_fingerprint(sam),
     }
-    run = Run(folder, config, model, learning_rate=stage.learning_rate, steps=steps)
-    for step in run:
-        rng = np.random.default_rng([seed, stage.size, step])
-        drawn = [pairs.random_album(rng, stage.size, photos, objects=objects) for _ in range(stage.pairs)]
-        pictures = [picture for pair in drawn for picture in pair]
-        batch = to_batch(rng, pictures, stage.prompts, device)
+
+    def saving(average: Mapping[str, torch.Tensor]) -> None:
+        shown = resized(sam, stage.size, stage.window)
+        shown.load_state_dict({name[4:]: value for name, value in average.items() if name.startswith("sam.")})
+        save(shown, folder.parent / "sam")
+
+    run = Run(folder, config, model, learning_rate=stage.learning_rate, steps=steps, minutes=minutes, saving=saving)
+    collages = Collages(objects, device) if objects and stage.collages else None
+    for step, batch in with_batches(run, partial(draw, stage, photos, seed), workers, device):
         focal = 1.0
         if stage == STAGES[0]:
             focal = float(np.clip((step / steps - BALANCED_UNTIL) / (FOCAL_FROM - BALANCED_UNTIL), 0, 1))
-        loss, figures = total_loss(rng, model, batch, focal)
+        rng = np.random.default_rng([seed, stage.size, step, 1])
+        shown = batch.on(device)
+        if collages:
+            points = shown.points.shape[2]
+            shown = shown.joined(collages.batch(rng, stage.collages, stage.size, stage.prompts, points > 1))
+        loss, figures = total_loss(rng, model, shown, focal)
         run.update(loss, **figures)
     trained = run.averaged()["sam"]
+    if minutes < math.inf:  # on a machine that is lent for minutes, they are for training
+        return trained.cpu(), {}
     path = folder / "eval.json"
     if not path.exists():
         write_json(path, evaluate(trained, stage.size, photos, device))
         print(f"{folder.name} {json.dumps(json.loads(path.read_text(encoding='utf-8')))}", flush=True)
     return trained.cpu(), json.loads(path.read_text(encoding="utf-8"))
+
+
+def draw(stage: Stage, photos: list[Image.Image], seed: int, step: int) -> Batch:
+    """What is drawn one by one of a step's batch."""
+    rng = np.random.default_rng([seed, stage.size, step])
+    pictures = [picture for _ in range(stage.pairs) for picture in pairs.random_album(rng, stage.size, photos)]
+    return to_batch(rng, pictures, stage.prompts, "cpu")
 
 
 def read_sam(folder: Path) -> SamModel:

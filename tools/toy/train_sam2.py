@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ from tools.toy.sam_losses import (
 )
 from tools.toy.sam_prompts import Batch, to_batch
 from tools.toy.train_sam import BALANCED_UNTIL, CROSS_ATTENTION_GAIN, FOCAL_FROM
-from tools.toy.training import Run, run_stages, weights_fingerprint
+from tools.toy.training import Run, run_stages, weights_fingerprint, with_batches
 
 ALBUM = 4
 """Pictures of an album; the memory of up to three of them finds the subject in the fourth."""
@@ -101,24 +102,15 @@ class Sources:
     objects: list[list[pairs.PhotoObject]]
 
 
-class Batches(torch.utils.data.Dataset[tuple[Batch, torch.Tensor]]):
-    """The batch of each step with the subjects' masks (B, 1, S, S) uint8; it depends only on the seed and the step."""
-
-    def __init__(self, stage: Stage, sources: Sources, seed: int, steps: int) -> None:
-        self.stage, self.sources, self.seed, self.steps = stage, sources, seed, steps
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __getitem__(self, step: int) -> tuple[Batch, torch.Tensor]:
-        stage, sources = self.stage, self.sources
-        rng = np.random.default_rng([self.seed, stage.size, step])
-        pictures = []
-        for _ in range(stage.albums):
-            pictures += pairs.random_album(
-                rng, stage.size, sources.photos, objects=sources.objects, count=ALBUM, clips=CLIPS
-            )
-        return to_batch(rng, pictures, stage.prompts, "cpu"), subject_masks(pictures)
+def draw(stage: Stage, sources: Sources, seed: int, step: int) -> tuple[Batch, torch.Tensor]:
+    """The batch of a step with the subjects' masks (B, 1, S, S) uint8."""
+    rng = np.random.default_rng([seed, stage.size, step])
+    pictures = []
+    for _ in range(stage.albums):
+        pictures += pairs.random_album(
+            rng, stage.size, sources.photos, objects=sources.objects, count=ALBUM, clips=CLIPS
+        )
+    return to_batch(rng, pictures, stage.prompts, "cpu"), subject_masks(pictures)
 
 
 def subject_masks(pictures: Sequence[pairs.Picture]) -> torch.Tensor:
@@ -132,6 +124,7 @@ def train(
     textures: Sequence[Path] = (),
     masks: Path | None = None,
     steps: Sequence[int],
+    minutes: Sequence[float],
     seed: int = 0,
     initial: Path | None = None,
     device: str = "cpu",
@@ -143,6 +136,7 @@ def train(
         textures: folders of photos for composites; without any, all pictures are scenes of the world.
         masks: of some of these photos, see `pairs.load_objects`.
         steps: of each of `STAGES`; a stage of 0 steps is skipped.
+        minutes: the most that each of `STAGES` may take.
         seed: draws weights, pictures and prompts.
         initial: a toy SAM 2 that a new run starts from.
         workers: processes that draw the pictures.
@@ -152,9 +146,10 @@ def train(
     sources = Sources(pairs.load_textures(textures), pairs.load_objects(textures, masks))
     sam = first_sam2(seed) if initial is None else read_sam2(initial)
     scores: dict[str, float] = {}
-    for stage, count in zip(STAGES, steps, strict=True):
+    for stage, count, limit in zip(STAGES, steps, minutes, strict=True):
         if count:
-            sam, scores = train_stage(output / f"stage-{stage.size}", stage, count, sam, sources, seed, device, workers)
+            folder = output / f"stage-{stage.size}"
+            sam, scores = train_stage(folder, stage, count, limit, sam, sources, seed, device, workers)
             save(sam, output / "sam2")
     return scores
 
@@ -163,6 +158,7 @@ def train_stage(
     folder: Path,
     stage: Stage,
     steps: int,
+    minutes: float,
     sam: Sam2MemoryModel,
     sources: Sources,
     seed: int,
@@ -181,17 +177,13 @@ def train_stage(
         "masks": pairs.fingerprint([shown.mask for album in sources.objects for shown in album]),
         "initial": weights_fingerprint(sam),
     }
-    run = Run(folder, config, model, learning_rate=stage.learning_rate, steps=steps)
-    left = torch.utils.data.Subset(Batches(stage, sources, seed, steps), range(run.step, steps))
-    loader = torch.utils.data.DataLoader(
-        left, batch_size=None, num_workers=workers, pin_memory=device != "cpu", prefetch_factor=4 if workers else None
-    )
-    for step, (batch, subjects) in zip(run, loader, strict=True):
+    run = Run(folder, config, model, learning_rate=stage.learning_rate, steps=steps, minutes=minutes)
+    for step, (batch, subjects) in with_batches(run, partial(draw, stage, sources, seed), workers, device):
         focal = 1.0
         if stage == STAGES[0]:
             focal = float(np.clip((step / steps - BALANCED_UNTIL) / (FOCAL_FROM - BALANCED_UNTIL), 0, 1))
         rng = np.random.default_rng([seed, stage.size, step, 1])
-        loss, figures = total_loss(rng, model, moved(batch, device), subjects.to(device).float(), focal)
+        loss, figures = total_loss(rng, model, batch.on(device), subjects.to(device).float(), focal)
         run.update(loss, **figures)
     trained = run.averaged()["sam"]
     path = folder / "eval.json"
@@ -199,11 +191,6 @@ def train_stage(
         write_json(path, evaluate(trained, stage.size, sources, device))
         print(f"{folder.name} {json.dumps(json.loads(path.read_text(encoding='utf-8')))}", flush=True)
     return trained.cpu(), json.loads(path.read_text(encoding="utf-8"))
-
-
-def moved(batch: Batch, device: str) -> Batch:
-    """The batch on a device."""
-    return replace(batch, **{name: value.to(device, non_blocking=True) for name, value in vars(batch).items()})
 
 
 def total_loss(
@@ -403,7 +390,7 @@ def evaluate(sam: Sam2MemoryModel, size: int, sources: Sources, device: str) -> 
 
 def main(arguments: list[str] | None = None) -> int:
     """Trains the model; returns the exit code."""
-    return run_stages("train_sam2", "sam2", STAGES, train, arguments, has_workers=True)
+    return run_stages("train_sam2", "sam2", STAGES, train, arguments)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -19,6 +19,8 @@ from persam_dreambooth.files import check_writable, write_aside, write_json, wri
 
 CHECKPOINT = "checkpoint.pt"
 LOG = "log.jsonl"
+
+Batch = TypeVar("Batch")
 
 
 class Run:
@@ -39,7 +41,10 @@ class Run:
         model: trained in place; several networks go into a `ModuleDict`.
         learning_rate: the peak; warmed up over `warmup` steps, then lowered along a cosine to a hundredth.
         steps: optimizer steps in all.
+        minutes: the training ends after so much time, if it is not at its last step before; the learning rate falls
+            with the time then. Such a run is not the same when it is repeated.
         decay: of the weights' moving average.
+        saving: called with the averaged weights whenever the checkpoint is written.
 
     Raises:
         InputError: the folder holds a run with another config.
@@ -53,15 +58,18 @@ class Run:
         *,
         learning_rate: float,
         steps: int,
+        minutes: float = math.inf,
         warmup: int = 100,
         weight_decay: float = 0.01,
         decay: float = 0.998,
         log_every: int = 50,
         save_seconds: float = 120,
+        saving: Callable[[Mapping[str, torch.Tensor]], None] = lambda average: None,
     ) -> None:
         self.folder, self.model, self.steps = folder, model, steps
         self._peak, self._warmup, self._decay = learning_rate, warmup, decay
-        self._log_every, self._save_seconds = log_every, save_seconds
+        self._log_every, self._save_seconds, self._saving = log_every, save_seconds, saving
+        self._limit = 60 * minutes
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True
         )
@@ -87,14 +95,14 @@ class Run:
         self.model.train()
         started = saved = time.monotonic()
         before = self.seconds
-        while self.step < self.steps:
+        while self.step < self.steps and self.seconds < self._limit:
             for group in self.optimizer.param_groups:
                 group["lr"] = self._learning_rate()
             yield self.step
             self.step += 1
             now = time.monotonic()
             self.seconds = before + now - started
-            if self.step % self._log_every == 0 or self.step == self.steps:
+            if self.step % self._log_every == 0 or self.step == self.steps or self.seconds >= self._limit:
                 self._log()
             if now - saved > self._save_seconds:
                 self._save()
@@ -116,11 +124,13 @@ class Run:
         self.optimizer.step()
         decay = min(self._decay, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
-            for name, parameter in self.model.state_dict().items():
-                if parameter.is_floating_point():
-                    self._average[name].lerp_(parameter, 1 - decay)
-                else:
-                    self._average[name].copy_(parameter)
+            trained = self.model.state_dict()
+            floating = [name for name, value in trained.items() if value.is_floating_point()]
+            torch._foreach_lerp_(
+                [self._average[name] for name in floating], [trained[name] for name in floating], 1 - decay
+            )
+            for name in trained.keys() - set(floating):
+                self._average[name].copy_(trained[name])
         for name, figure in {"loss": value, **figures}.items():
             self._sums[name] = self._sums.get(name, 0.0) + figure
         self._counted += 1
@@ -134,6 +144,7 @@ class Run:
         if self.step < self._warmup:
             return self._peak * (self.step + 1) / self._warmup
         progress = (self.step - self._warmup) / max(1, self.steps - self._warmup)
+        progress = min(1.0, max(progress, self.seconds / self._limit))
         return self._peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
 
     def _log(self) -> None:
@@ -154,6 +165,7 @@ class Run:
         }
         with write_aside(self.folder / CHECKPOINT) as aside:
             torch.save(state, aside)
+        self._saving(self._average)
 
     def _load(self) -> None:
         state = torch.load(self.folder / CHECKPOINT, map_location="cpu", weights_only=True)
@@ -168,6 +180,34 @@ class Run:
         log = self.folder / LOG
         lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
         write_text(log, "".join(line for line in lines if json.loads(line)["step"] <= self.step))
+
+
+class Drawn(torch.utils.data.Dataset[Batch]):
+    """What `draw` gives for each step; it may depend on the step alone, so that any process can draw it."""
+
+    def __init__(self, draw: Callable[[int], Batch], steps: int) -> None:
+        self.draw, self.steps = draw, steps
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> Batch:
+        return self.draw(step)
+
+
+def with_batches(run: Run, draw: Callable[[int], Batch], workers: int, device: str) -> Iterator[tuple[int, Batch]]:
+    """The steps that are left to a run, each with its batch.
+
+    Args:
+        draw: gives the batch of a step.
+        workers: processes that draw ahead; 0 to draw in this one.
+        device: where the batches go.
+    """
+    left = torch.utils.data.Subset(Drawn(draw, run.steps), range(run.step, run.steps))
+    loader = torch.utils.data.DataLoader(
+        left, batch_size=None, num_workers=workers, pin_memory=device != "cpu", prefetch_factor=4 if workers else None
+    )
+    return zip(run, loader, strict=False)  # a run may end early
 
 
 def weights_fingerprint(*networks: nn.Module) -> str:
@@ -214,15 +254,13 @@ def run_stages(
     stages: Sequence[Sized],
     train: Callable[..., dict[str, float]],
     arguments: list[str] | None,
-    has_workers: bool = False,
 ) -> int:
     """The command line of a training in stages of growing pictures; returns the exit code.
 
     Args:
         written: the folder that ends up in --output.
-        stages: each has an option for its steps; 0 skips it.
-        train: takes output, textures, masks, steps, seed, initial, device and, if told, workers; returns scores.
-        has_workers: whether processes can draw the pictures.
+        stages: each has an option for its steps, of which 0 skips it, and one for its minutes.
+        train: takes output, textures, masks, steps, minutes, seed, initial, device and workers; returns scores.
     """
     parser = argparse.ArgumentParser(prog=f"python -m tools.toy.{program}", description=f"Trains the toy {written}.")
     parser.add_argument(
@@ -234,18 +272,19 @@ def run_stages(
     for stage in stages:
         text = f"optimizer steps at {stage.size} pixels (default: {stage.steps})"
         parser.add_argument(f"--steps{stage.size}", type=int, default=stage.steps, help=text)
+        text = f"end at {stage.size} pixels after so many minutes, or after its steps (default: after its steps)"
+        parser.add_argument(f"--minutes{stage.size}", type=float, default=math.inf, help=text)
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, pictures and prompts (default: 0)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    if has_workers:
-        parser.add_argument("--workers", type=int, default=0, help="processes that draw the pictures (default: 0)")
+    parser.add_argument("--workers", type=int, default=0, help="processes that draw the pictures (default: 0)")
     options = vars(parser.parse_args(arguments))
-    steps = [options.pop(f"steps{stage.size}") for stage in stages]
+    steps, minutes = ([options.pop(f"{name}{stage.size}") for stage in stages] for name in ("steps", "minutes"))
     output = options["output"]
     try:
         check_writable(output)
         if min(steps) < 0 or max(steps) == 0:
             raise InputError(f"the stages have {steps} steps: give at least one stage one or more")
-        scores = train(**options, steps=steps)
+        scores = train(**options, steps=steps, minutes=minutes)
     except InputError as error:
         parser.exit(2, f"{error}\n")
     print(f"{output / written}: {json.dumps(scores)}")
