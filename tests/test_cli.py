@@ -274,7 +274,8 @@ METHOD_OPTIONS = ("segmenter", "target_coverage", "sam_dtype", "encoding_cache")
 
 ALWAYS: dict[str, tuple[str, ...]] = {
     "segment": (
-        *("images", "mask", "mask_dir", "invert_mask", "output", "instances", "heatmaps", "absent", "absent_threshold"),
+        *("images", "mask", "mask_dir", "invert_mask", "output", "instances", "heatmaps", "layout"),
+        *("absent", "absent_threshold"),
         *("sam_model", *METHOD_OPTIONS),
     ),
     "video": ("frames", "mask", "output", "overlay", "sam_model", *METHOD_OPTIONS),

@@ -3,6 +3,7 @@
     masks/
         00.png          0 or 255, at the size of the upright photo 00.jpg; a photo sub/01.jpg has sub/01.png
         index.json      for each mask that a program made: the photo's hash, method, model, score, presence, coverage
+        layouts/        data sets for other trainers, see `layouts`; no masks of this folder
 
 A drawn mask needs no entry in the index, and can have any name that `pairing` and any format that `masks` accepts.
 White is the subject. The index contains a hash of each mask that a program made; if the user corrected the mask, it

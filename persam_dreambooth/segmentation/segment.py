@@ -14,7 +14,9 @@ import numpy as np
 from persam_dreambooth.errors import SaveError, counted
 from persam_dreambooth.files import check_new, check_settings, check_writable, locked, note_settings
 from persam_dreambooth.options import CONFIG, option, require, takes_options, with_flag, within
+from persam_dreambooth.photos.captions import check_captions
 from persam_dreambooth.photos.folder import MASK_INDEX, Photo, find_photos
+from persam_dreambooth.photos.layouts import LAYOUTS, flat_names, write_layout
 from persam_dreambooth.photos.mask_folder import (
     SKIPPED,
     MaskRecord,
@@ -73,6 +75,11 @@ class SegmentOptions(MaskFolderOptions):
     )
     instances: int = option(1, "maximum number of times to find the subject in a photo; the mask contains all of them")
     heatmaps: bool = option(False, "also save a heat map of the similarity to the subject for each segmented photo")
+    layout: str | None = option(
+        None,
+        "also write photos and masks as another trainer reads them, into layouts in --output",
+        choices=tuple(LAYOUTS),
+    )
 
     def check(self) -> None:
         """Raises `InputError` for options that are missing, out of range or in conflict."""
@@ -99,6 +106,9 @@ def segment(options: SegmentOptions) -> list[PhotoMask]:
     )
     photos = find_photos(folder, leave_out=(mask_path, output))
     check_names(photos)
+    if options.layout:
+        flat_names(photos)
+        check_captions(photos)
     if options.mask:
         references = [find_reference(photos, folder, mask_path, options.reference_image, options.invert_mask)]
     else:
@@ -129,6 +139,8 @@ def segment(options: SegmentOptions) -> list[PhotoMask]:
                 with MaskWriter(output, known.values()):
                     masks = [known[photo.name] for photo in photos]
             save_overview(masks, output / "overview.jpg")  # not a PNG, which would be read as a mask
+            if options.layout:
+                write_layout(options.layout, masks, output)
     except SaveError as error:
         raise SaveError(f"{error}; the same command resumes") from error
     if advice := correction_advice(masks, output, options.images, options, segmenter):
