@@ -48,7 +48,8 @@ class Found:
         mask: (H, W) bool.
         score: predicted IoU of the mask, about 0 to 1.
         presence: cosine similarity of the found region to the target, clipped to 0..1; 0 for an empty mask.
-        points: (n, 2) prompts: the positive point, then for PerSAM the negative point; (0, 2) for the method `memory`.
+        points: (n, 2) prompts: the positive point, then for PerSAM the negative point; (0, 2) for the methods
+            `memory` and `sam3`.
         box: (4,) the box of the last pass (x0, y0, x1, y1, inclusive); None if there was no box, or every earlier mask
             was empty.
         similarity: (64, 64) float32 location prior, padding included.
@@ -57,6 +58,7 @@ class Found:
         steps: the decoder passes, in order.
         flags: `absent` (the mask is empty, or presence is below the segmenter's threshold), `empty intermediate mask`,
             `target smaller than a cell`; empty if nothing is wrong.
+        concept_presence: for a search by text, the probability that the photo shows the class at all, 0 to 1.
     """
 
     mask: np.ndarray
@@ -68,6 +70,7 @@ class Found:
     photo_cells: tuple[float, float]
     steps: tuple[Step, ...]
     flags: tuple[str, ...] = ()
+    concept_presence: float | None = None
 
     def __repr__(self) -> str:
         height, width = self.mask.shape

@@ -46,7 +46,7 @@ class Concepts:
     """The instances of a concept in one photo, the highest score first.
 
     Args:
-        masks: (n, H, W) bool; they can overlap.
+        masks: (n, H, W) bool, or of another size that was asked for; they can overlap.
         boxes: (n, 4) float32, x0, y0, x1, y1 in pixels of the photo.
         scores: (n,) float32, 0 to 1: the instance's own probability times `presence`.
         presence: the probability that the photo shows the concept at all, 0 to 1.
@@ -129,6 +129,7 @@ class ConceptModel:
         boxes: np.ndarray | Sequence[Sequence[float]] | None = None,
         box_labels: np.ndarray | Sequence[int] | None = None,
         threshold: float = SCORE_THRESHOLD,
+        mask_size: tuple[int, int] | None = None,
     ) -> Concepts:
         """Finds all instances of a concept: of a text, of what the boxes show, or of both.
 
@@ -141,6 +142,7 @@ class ConceptModel:
             boxes: (k, 4) instances in the photo, x0, y0, x1, y1 in pixels.
             box_labels: (k,), 1 for a box of an instance, 0 for a box of something else; by default 1.
             threshold: instances with a higher score are returned, 0 to 1.
+            mask_size: (h, w) of the masks, by default that of the photo.
 
         Raises:
             InputError, InputNotFoundError: an image that cannot be read, neither text nor boxes, a long text, or boxes
@@ -159,7 +161,7 @@ class ConceptModel:
                 input_boxes=None if given is None else given.to(self.device),
                 input_boxes_labels=None if labels is None else labels.to(self.device),
             )
-        return read_concepts(output, size, threshold)
+        return read_concepts(output, size, threshold, mask_size or size)
 
     def _read(self, image: ImageLike) -> tuple[np.ndarray, tuple[int, int]]:
         """The photo stretched to (S, S, 3) uint8, and its own size (H, W)."""
@@ -252,18 +254,18 @@ def read_boxes(
     return torch.from_numpy(np.concatenate([center, extent], axis=1))[None], torch.from_numpy(marks)[None]
 
 
-def read_concepts(output: Any, size: tuple[int, int], threshold: float) -> Concepts:
-    """The instances of a model's output above a score, for a photo (H, W); see `ConceptModel.find`."""
+def read_concepts(output: Any, size: tuple[int, int], threshold: float, mask_size: tuple[int, int]) -> Concepts:
+    """The instances of a model's output above a score, for a photo of a size (H, W); see `ConceptModel.find`."""
     presence = output.presence_logits[0, 0].sigmoid()
     scores = output.pred_logits[0].sigmoid() * presence
     order = scores.argsort(descending=True, stable=True)
     kept = order[scores[order] > threshold]
     # One by one: at the size of a photo, many masks of floats take gigabytes.
     probabilities = (output.pred_masks[0, place].sigmoid()[None, None] for place in kept)
-    masks = [F.interpolate(one, size, mode="bilinear")[0, 0] > 0.5 for one in probabilities]
+    masks = [F.interpolate(one, mask_size, mode="bilinear")[0, 0] > 0.5 for one in probabilities]
     boxes = output.pred_boxes[0, kept] * torch.tensor([*size[::-1], *size[::-1]]).to(output.pred_boxes)
     return Concepts(
-        masks=np.stack([mask.cpu().numpy() for mask in masks]) if masks else np.zeros((0, *size), bool),
+        masks=np.stack([mask.cpu().numpy() for mask in masks]) if masks else np.zeros((0, *mask_size), bool),
         boxes=boxes.cpu().numpy(),
         scores=scores[kept].cpu().numpy(),
         presence=float(presence),
