@@ -41,8 +41,8 @@ ConceptPrompt = Literal["text", "exemplar", "both"]
 SAME_IOU = 0.5
 """IoU above which two instances are one that was found twice."""
 
-KEPT_IOU = 0.5
-"""IoU with the instance below which the tracker's mask is of something else, and the instance's own mask is kept."""
+KEPT_IOU = 0.7
+"""IoU of an instance and the tracker's mask below which not only the edges differ, so the instance's mask is kept."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,13 +151,12 @@ class ConceptSegmenter(Segmenter):
             taken = resized_mask(sized_mask(without, encoding), encoding.resized)
         chosen = next((place for place, mask in enumerate(found.masks) if not mostly_inside(mask, taken)), None)
         if chosen is None:
-            logits, score = torch.full((1, *(4 * encoding.grid,) * 2), MASK_BIAS), 0.0
-            step = decoder_step(logits, torch.zeros(1))
+            logits, points = torch.full((1, *(4 * encoding.grid,) * 2), MASK_BIAS), np.empty((0, 2), int)
+            step, score = decoder_step(logits, torch.zeros(1)), 0.0
         else:
-            step, logits, score = self._refine_edges(encoding, found.masks[chosen], float(found.scores[chosen]))
-        return self._found(
-            encoding, prior, np.empty((0, 2), int), (step,), logits[0], score, [], without, found.presence
-        )
+            points = most_similar_point(prior, found.masks[chosen], encoding)
+            step, logits, score = self._refine_edges(encoding, points, found.masks[chosen], float(found.scores[chosen]))
+        return self._found(encoding, prior, points, (step,), logits[0], score, [], without, found.presence)
 
     def _find_all(self, encoding: Encoding) -> Instances:
         """All instances in a photo, the most similar to the references first."""
@@ -187,21 +186,31 @@ class ConceptSegmenter(Segmenter):
         order = distinct(masks, scores)
         return Instances(masks[order], scores[order], shown)
 
-    def _refine_edges(self, encoding: Encoding, mask: np.ndarray, score: float) -> tuple[Step, torch.Tensor, float]:
+    def _refine_edges(
+        self, encoding: Encoding, points: np.ndarray, mask: np.ndarray, score: float
+    ) -> tuple[Step, torch.Tensor, float]:
         """The tracker's pass for an instance (S, S) with its score: the step, the logits (1, 288, 288), their score.
 
-        SAM's single mask is made for prompts that leave no doubt about the object.
+        The prompts are those of PerSAM's last pass: the point, the box and the mask. The output is SAM's single mask,
+        which is made for prompts that leave no doubt about the object.
         """
         side = 4 * encoding.grid
         given = torch.from_numpy(mask).to(self.sam.device, torch.float32)[None, None]
         given = F.interpolate(given, (side, side), mode="bilinear", antialias=True)[0] * MASK_SCALE + MASK_BIAS
         box = mask_bounds(mask) / np.tile(encoding.scale, 2) - [0, 0, 1, 1]
-        points, labels = np.empty((0, 2)), np.empty(0)
+        labels = np.ones(len(points), int)
         logits, scores = self.sam.decode(encoding, points, labels, box=box, mask_logits=given[0], multimask=False)
         step = decoder_step(logits, scores, box)
         if overlap_share(logits[0] > 0, given[0] > 0) < KEPT_IOU:
             return step, given, score
         return step, logits, float(scores[0])
+
+
+def most_similar_point(prior: torch.Tensor, mask: np.ndarray, encoding: Encoding) -> np.ndarray:
+    """The pixel of the photo (1, 2) xy inside a mask (S, S) at which the location prior (72, 72) is highest."""
+    values = F.interpolate(prior[None, None], mask.shape, mode="bilinear")[0, 0].cpu().numpy()
+    place = np.unravel_index(np.where(mask, values, -np.inf).argmax(), mask.shape)
+    return np.maximum(0, np.rint((np.array([place[::-1]]) + 0.5) / encoding.scale - 0.5)).astype(int)
 
 
 def distinct(masks: np.ndarray, scores: np.ndarray) -> np.ndarray:

@@ -48,8 +48,7 @@ class Found:
         mask: (H, W) bool.
         score: predicted IoU of the mask, about 0 to 1.
         presence: cosine similarity of the found region to the target, clipped to 0..1; 0 for an empty mask.
-        points: (n, 2) prompts: the positive point, then for PerSAM the negative point; (0, 2) for the methods
-            `memory` and `sam3`.
+        points: (n, 2) prompts: the positive point, then for PerSAM the negative point; (0, 2) for the method `memory`.
         box: (4,) the box of the last pass (x0, y0, x1, y1, inclusive); None if there was no box, or every earlier mask
             was empty.
         similarity: (64, 64) float32 location prior, padding included.
