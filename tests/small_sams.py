@@ -14,6 +14,7 @@ from transformers import (
     Sam2Model,
     Sam2VideoConfig,
     Sam2VideoModel,
+    Sam3Model,
     Sam3VideoConfig,
     Sam3VideoModel,
     SamHQConfig,
@@ -200,6 +201,13 @@ def save_sam3(folder, side=112):
     # Not by save_pretrained, which writes the tracker's names with its prefix twice.
     save_file(model.state_dict(), folder / "model.safetensors", {"format": "pt"})
     return folder, model
+
+
+def save_sam3_detector(folder, side=112):
+    """The detector of a SAM 3 alone, as transformers saves it: the folder."""
+    fill(Sam3Model(sam3_config(side).detector_config)).save_pretrained(folder)
+    sam3_tokenizer().save_pretrained(folder)
+    return folder
 
 
 def save_sam_hq(folder):

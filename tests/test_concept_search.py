@@ -5,13 +5,13 @@ import pytest
 import torch
 from PIL import Image
 from scipy.ndimage import binary_dilation
-from small_sams import fill, save_sam3, sam2_video_config
+from small_sams import fill, sam2_video_config, save_sam3
 
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.segmentation import ConceptSegmenter, find_instances, open_sam
 from persam_dreambooth.segmentation.concept_search import distinct
-from persam_dreambooth.segmentation.exemplar_canvas import cut_exemplar, draw_canvas, lay_out, off_canvas
 from persam_dreambooth.segmentation.evaluation.metrics import jaccard
+from persam_dreambooth.segmentation.exemplar_canvas import cut_exemplar, draw_canvas, lay_out, off_canvas
 from persam_dreambooth.segmentation.sams.sam3_concepts import Concepts
 from persam_dreambooth.toy import rendered_davis, world
 
@@ -24,7 +24,6 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sam(folder):
-    from transformers import Sam2VideoModel
     from persam_dreambooth.segmentation.sams.sam2 import Sam2
     from persam_dreambooth.segmentation.sams.sam3_concepts import open_concepts
 

@@ -1,10 +1,12 @@
 """SAM 3's concept search: all instances of a text or of boxes, as transformers finds them."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_sams import save_sam3
+from small_sams import save_sam3, save_sam3_detector
 
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.segmentation import open_sam
@@ -20,6 +22,12 @@ def saved(tmp_path_factory):
 @pytest.fixture(scope="module")
 def concepts(saved):
     return open_concepts(saved[0], device="cpu")
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory):
+    """One that was saved without a tracker."""
+    return open_concepts(save_sam3_detector(tmp_path_factory.mktemp("detector")), device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +59,34 @@ def test_a_text_finds_what_the_model_of_transformers_finds(saved, concepts, phot
     assert (found.masks == (shown > 0.5).numpy()).mean() > 0.9999
     some = concepts.find(photo, "cat", threshold=float(scores[3]))
     assert np.array_equal(some.scores, found.scores[:3]) and np.array_equal(some.masks, found.masks[:3])
+
+
+GOLDEN = Path(__file__).parent / "golden" / "sam3" / "concepts.npz"
+PROMPTS = {
+    "text": {"text": "cat"},
+    "box": {"boxes": [[5.0, 5.0, 30.0, 50.0]]},
+    "boxes": {"boxes": [[5.0, 5.0, 30.0, 50.0], [2.0, 3.0, 9.0, 10.0]], "box_labels": [1, 0]},
+    "both": {"text": "dog", "boxes": [[5.0, 5.0, 30.0, 50.0], [2.0, 3.0, 9.0, 10.0]], "box_labels": [1, 0]},
+}
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("photo", ["wide", "tall", "square"])
+def test_against_the_processor_and_the_model_of_transformers(detector, photo, prompt):
+    """Recorded with torchvision, which rounds resized pixels in its own way; the square photo is not resized."""
+    with np.load(GOLDEN) as golden:
+        pixels = golden[f"{photo}.photo"]
+        names = ("scores", "boxes", "masks", "presence")
+        scores, boxes, packed, shown = (golden[f"{photo}.{prompt}.{name}"] for name in names)
+    masks = np.unpackbits(packed, count=len(scores) * pixels[..., 0].size).reshape(-1, *pixels.shape[:2])
+    order = np.argsort(-scores, kind="stable")
+    found = detector.find(pixels, threshold=0.28, **PROMPTS[prompt])
+    exact = photo == "square"
+    assert len(found.scores) == len(scores) >= 3
+    assert np.allclose(found.scores, scores[order], atol=1e-5 if exact else 1e-3)
+    assert np.allclose(found.boxes, boxes[order], atol=1e-3 if exact else 0.1)
+    assert (found.masks == masks[order]).mean() > (0.9999 if exact else 0.99)
+    assert found.presence == pytest.approx(float(shown[0, 0]), abs=1e-5 if exact else 1e-3)
 
 
 def test_text_and_boxes_each_have_an_effect(concepts, photo):
