@@ -1,41 +1,35 @@
 """Concept segmentation: SAM 3 finds instances by text and on a canvas, the most similar to the references is chosen."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from scipy.ndimage import binary_dilation
-from small_sams import fill, sam2_video_config, save_sam3
+from small_sams import save_sam3
+from training_runs import SHORT, command, draw_photos, flags
 
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.segmentation import ConceptSegmenter, find_instances, open_sam
 from persam_dreambooth.segmentation.concept_search import distinct
 from persam_dreambooth.segmentation.evaluation.metrics import jaccard
+from persam_dreambooth.segmentation.evaluation.perseg import read_perseg
 from persam_dreambooth.segmentation.exemplar_canvas import cut_exemplar, draw_canvas, lay_out, off_canvas
-from persam_dreambooth.segmentation.sams.sam3_concepts import Concepts
+from persam_dreambooth.segmentation.sams.sam3_concepts import Concepts, open_concepts
 from persam_dreambooth.toy import rendered_davis, world
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """The folder of a small SAM 3 with random weights."""
-    return str(save_sam3(tmp_path_factory.mktemp("sam3"), 224)[0])
+    return str(save_sam3(tmp_path_factory.mktemp("sam3"))[0])
 
 
 @pytest.fixture(scope="module")
 def sam(folder):
-    from persam_dreambooth.segmentation.sams.sam2 import Sam2
-    from persam_dreambooth.segmentation.sams.sam3_concepts import open_concepts
-
-    class Standin(Sam2):
-        def _encoding(self, size, pixels, embedding, extra):
-            return super()._encoding(size, pixels, embedding, {**extra, "pixels": [torch.from_numpy(pixels.copy())]})
-
-    from persam_dreambooth.segmentation.sams.sam2_memory import Sam2MemoryModel
-
-    sam = Standin(fill(Sam2MemoryModel(sam2_video_config(224))), "x")
-    sam.concepts = open_concepts(folder, device="cpu")
-    return sam
+    return open_sam(folder, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +43,12 @@ def mask():
     shown = np.zeros((60, 90), bool)
     shown[10:40, 20:60] = True
     return shown
+
+
+@pytest.fixture(scope="module")
+def photo_folder(tmp_path_factory):
+    """The folder of four photos; their masks lie beside it."""
+    return draw_photos(tmp_path_factory.mktemp("subject"))
 
 
 def fit(sam, photos, mask, **options):
@@ -218,6 +218,22 @@ def test_without_an_instance_the_subject_is_absent(sam, photos, mask):
     assert fit(sam, photos, mask).predict(photos[2]).flags == ()
 
 
+def test_the_tracker_and_the_search_share_one_backbone(folder, photos, mask):
+    """It runs once for a photo and once for its canvas; on a search by text alone, the tracker's run is enough."""
+    for dtype in ("float32", "bfloat16"):
+        sam, runs = open_sam(folder, device="cpu", dtype=dtype), []
+        text, both = fit(sam, photos, mask, concept_prompt="text"), fit(sam, photos, mask)
+        assert sam.concepts.model.vision_encoder.backbone is sam.encoder
+        watch = sam.encoder.register_forward_hook(lambda *_, runs=runs: runs.append(1))
+        text.predict(photos[2])
+        assert len(runs) == 1
+        both.predict(photos[2])
+        assert len(runs) == 1 + 2
+        watch.remove()
+        alone = open_concepts(folder, device="cpu", dtype=dtype).find(photos[2], "cat", threshold=0.0)
+        assert np.allclose(sam.concepts.find(sam.encode(photos[2]), "cat", threshold=0.0).scores, alone.scores)
+
+
 def test_bad_input_is_one_line(sam):
     for options, said in (
         ({"concept_prompt": "canvas"}, "concept_prompt is 'canvas': use text, exemplar or both"),
@@ -227,3 +243,63 @@ def test_bad_input_is_one_line(sam):
             ConceptSegmenter(sam, **options)
     with pytest.raises(InputError, match="toy is a SAM without concept search: name a SAM 3, such as facebook/sam3"):
         ConceptSegmenter(open_sam("toy", device="cpu"))
+
+
+# --- the commands
+
+
+def segment(photos, sam_model, output, *others):
+    words = ["segment", "--images", photos, "--mask", photos.parent / "masks" / "00.png", "--output", output]
+    return command(*words, "--segmenter", "sam3", "--sam_model", sam_model, *others)
+
+
+def test_segment_searches_for_the_class_name(photo_folder, folder, tmp_path, capsys):
+    options = ["--class_name", "cat", "--instances", 2, "--encoding_cache", tmp_path / "encodings"]
+    assert segment(photo_folder, folder, tmp_path / "masks", *options) == 0
+    records = json.loads((tmp_path / "masks" / "index.json").read_text())["masks"]
+    given, *found = records.values()
+    assert given["method"] == "given" and given["concept_presence"] is None
+    assert [record["method"] for record in found] == ["sam3"] * 3
+    assert all(0 < record["concept_presence"] < 1 for record in found)
+    assert segment(photo_folder, folder, tmp_path / "again", *options) == 0  # with the encodings that are kept
+    for name in ("01.png", "02.png", "03.png"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "masks" / name).read_bytes()
+    capsys.readouterr()
+    assert segment(photo_folder, folder, tmp_path / "masks", "--class_name", "dog", "--instances", 2) == 2
+    assert (
+        "holds masks with other settings (class_name cat, now dog): choose another --output" in capsys.readouterr().err
+    )
+
+
+def test_train_searches_for_the_class_of_its_prompts(photo_folder, folder, tmp_path):
+    mask = photo_folder.parent / "masks" / "00.png"
+    masks = {"mask": mask, "segmenter": "sam3", "sam_model": folder, "absent": "keep"}
+    options = {**SHORT, **masks, "max_train_steps": 1, "class_name": "cat"}
+    assert command("train", *flags(instance_dir=photo_folder, output_dir=tmp_path / "run", **options)) == 0
+    records = json.loads((tmp_path / "run" / "masks" / "index.json").read_text())["masks"]
+    by_text = open_sam(folder, device="cpu").concepts.find(photo_folder / "01.png", "cat").presence
+    assert records["01.png"]["concept_presence"] == pytest.approx(by_text, abs=1e-5)
+
+
+def test_perseg_is_searched_by_the_names_of_its_objects(folder, tmp_path):
+    golden = Path(__file__).parent / "golden" / "perseg"
+    options = {"data": golden, "output": tmp_path / "out", "sam_model": folder, "segmenter": "sam3"}
+    assert command("evaluate", "perseg", *flags(**options)) == 0
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["rows"].keys() == {"sam3"}
+    assert read_perseg(golden)[1].class_name == "colorful sneaker"
+
+
+def test_what_cannot_be_searched_is_refused_in_one_line(photo_folder, folder, tmp_path, capsys):
+    for others, said in (
+        (["--sam_model", "toy"], "toy is a SAM without concept search: name a SAM 3, such as facebook/sam3"),
+        (
+            ["--concept_prompt", "text"],
+            "--concept_prompt text needs the subject's class: add --class_name, such as cat",
+        ),
+        (["--segmenter", "persam", "--class_name", "cat"], "--class_name has no effect: add --segmenter sam3"),
+    ):
+        assert segment(photo_folder, folder, tmp_path / "no", *others) == 2
+        assert said in capsys.readouterr().err and not (tmp_path / "no").exists()
+    words = ["video", "--frames", photo_folder, "--mask", photo_folder.parent / "masks", "--output", tmp_path / "no"]
+    assert command(*words, "--segmenter", "sam3") == 2
+    assert "--segmenter is sam3: give one of 'persam', 'persam-f', 'memory'" in capsys.readouterr().err

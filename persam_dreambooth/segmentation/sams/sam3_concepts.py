@@ -25,11 +25,13 @@ from transformers.models.sam3.modeling_sam3 import Sam3GeometryEncoder, Sam3Visi
 from persam_dreambooth import models
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.photos.images import read_image
-from persam_dreambooth.segmentation.sams.checkpoints import precision
 from persam_dreambooth.segmentation.sams.sam import Encoding, ImageLike, find_device, without_autocast
 
 INPUT_PIXELS = "pixels"
 """The name in `Encoding.extra` of the photo at the size of the input, (S, S, 3) uint8."""
+
+BACKBONE = "backbone"
+"""The name in `Encoding.extra` of the backbone's output for the photo, (1, 5184, 1024); both parts of SAM 3 read it."""
 
 NO_TEXT = "visual"
 """The text that SAM 3 reads if it is given boxes alone."""
@@ -122,6 +124,10 @@ class ConceptModel:
         """S, the pixels of one side of the input."""
         return int(self.model.config.image_size)
 
+    def share_backbone(self, backbone: torch.nn.Module) -> None:
+        """Uses the backbone of the checkpoint's tracker, which has the same weights, in place of an own one."""
+        self.model.vision_encoder.backbone = backbone
+
     def find(
         self,
         image: ImageLike,
@@ -148,14 +154,14 @@ class ConceptModel:
             InputError, InputNotFoundError: an image that cannot be read, neither text nor boxes, a long text, or boxes
                 of another shape.
         """
-        pixels, size = self._read(image)
+        pixels, hidden, size = self._read(image)
         given, labels = read_boxes(boxes, box_labels, size)
         if not text and given is None:
             raise InputError("neither a text nor boxes: name what to find, such as text='cat'")
         with torch.no_grad(), without_autocast(self.device):
             words, word_mask = self._embed_text(text or NO_TEXT)
             output = self.model(
-                vision_embeds=self._encode(pixels),
+                vision_embeds=self._encode(pixels, hidden),
                 text_embeds=BaseModelOutputWithPooling(pooler_output=words),
                 attention_mask=word_mask,
                 input_boxes=None if given is None else given.to(self.device),
@@ -163,19 +169,25 @@ class ConceptModel:
             )
         return read_concepts(output, size, threshold, mask_size or size)
 
-    def _read(self, image: ImageLike) -> tuple[np.ndarray, tuple[int, int]]:
-        """The photo stretched to (S, S, 3) uint8, and its own size (H, W)."""
+    def _read(self, image: ImageLike) -> tuple[np.ndarray, torch.Tensor | None, tuple[int, int]]:
+        """The photo stretched to (S, S, 3) uint8, the backbone's output if it is known, and the photo's size (H, W)."""
         if isinstance(image, Encoding):
             if INPUT_PIXELS not in image.extra:
                 raise InputError("this encoding was not made by a SAM 3: give the photo")
-            return image.extra[INPUT_PIXELS][0].cpu().numpy(), image.size
+            [hidden] = image.extra.get(BACKBONE, [None])
+            return image.extra[INPUT_PIXELS][0].cpu().numpy(), hidden, image.size
         photo = read_image(image)
-        return np.asarray(photo.resize((self.side, self.side), Image.Resampling.BILINEAR)), photo.size[::-1]
+        return np.asarray(photo.resize((self.side, self.side), Image.Resampling.BILINEAR)), None, photo.size[::-1]
 
-    def _encode(self, pixels: np.ndarray) -> Sam3VisionEncoderOutput:
-        """The features of a photo (S, S, 3) uint8."""
-        inputs = torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
-        return self.model.vision_encoder(inputs.to(self.device, self.dtype))
+    def _encode(self, pixels: np.ndarray, hidden: torch.Tensor | None = None) -> Sam3VisionEncoderOutput:
+        """The features of a photo (S, S, 3) uint8, or of the backbone's output for it."""
+        encoder = self.model.vision_encoder
+        if hidden is None:
+            inputs = torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
+            hidden = encoder.backbone(inputs.to(self.device, self.dtype)).last_hidden_state
+        cells = self.side // encoder.config.backbone_config.patch_size
+        states, positions = encoder.neck(hidden.to(self.device).transpose(1, 2).unflatten(2, (cells, cells)))
+        return Sam3VisionEncoderOutput(fpn_hidden_states=states, fpn_position_encoding=positions)
 
     def _embed_text(self, text: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The features (1, 32, C) of a text and which of them are words (1, 32); kept for the next photo."""
@@ -208,6 +220,8 @@ def open_concepts(
         UnavailableError: the hub cannot be reached.
     """
     from transformers import AutoConfig
+
+    from persam_dreambooth.segmentation.sams.checkpoints import precision
 
     name, place = str(name), find_device(device)
     source = models.resolve(name, "sam", revision)
