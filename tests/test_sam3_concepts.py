@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_sams import save_sam3, save_sam3_detector
+from small_sams import sam3_tokenizer, save_sam3, save_sam3_detector
+from transformers import Sam3Config
 
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.segmentation import open_sam
-from persam_dreambooth.segmentation.sams.sam3_concepts import open_concepts, pool_box
+from persam_dreambooth.segmentation.sams.sam3_concepts import ConceptDetector, ConceptModel, open_concepts, pool_box
 
 
 @pytest.fixture(scope="module")
@@ -127,3 +128,16 @@ def test_bad_input_is_one_line(concepts, photo, saved):
         open_concepts("toy")
     with pytest.raises(InputError, match="this encoding was not made by a SAM 3: give the photo"):
         concepts.find(open_sam("toy", device="cpu").encode(photo), "cat")
+
+
+@pytest.mark.slow  # 840 million parameters on one core: minutes
+def test_the_real_size_finds_instances_in_a_photo():
+    """transformers' own configuration with random weights: 1008 pixels, 200 queries, masks of 288 x 288."""
+    torch.manual_seed(0)
+    model = ConceptDetector(Sam3Config())
+    concepts = ConceptModel(model, sam3_tokenizer(), "random")
+    watched = []
+    model.mask_decoder.register_forward_hook(lambda _, __, output: watched.append(output.pred_masks.shape))
+    found = concepts.find(Image.new("RGB", (40, 30), "red"), "cat", [[5, 5, 20, 20]], threshold=0.0)
+    assert watched == [(1, 200, 288, 288)] and found.masks.shape == (200, 30, 40)
+    assert np.isfinite(found.scores).all() and 0 < found.presence < 1
