@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from persam_dreambooth.errors import SaveError, counted
+from persam_dreambooth.errors import InputError, SaveError, counted
 from persam_dreambooth.files import check_new, check_settings, check_writable, locked, note_settings
 from persam_dreambooth.options import CONFIG, option, require, takes_options, with_flag, within
 from persam_dreambooth.photos.captions import check_captions
@@ -73,6 +73,11 @@ class SegmentOptions(MaskFolderOptions):
         path=True,
         elsewhere=("output_dir",),
     )
+    class_name: str | None = option(
+        None,
+        "the subject's class in words, such as cat, which SAM 3 searches for",
+        when=(with_flag("--segmenter sam3"),),
+    )
     instances: int = option(1, "maximum number of times to find the subject in a photo; the mask contains all of them")
     heatmaps: bool = option(False, "also save a heat map of the similarity to the subject for each segmented photo")
     layout: str | None = option(
@@ -88,6 +93,8 @@ class SegmentOptions(MaskFolderOptions):
             require(self, "mask")
         within(self, 1, 100, "instances")
         super().check()
+        if self.segmenter == "sam3" and self.concept_prompt == "text" and not self.class_name:
+            raise InputError("--concept_prompt text needs the subject's class: add --class_name, such as cat")
 
 
 @takes_options(SegmentOptions)
@@ -113,7 +120,7 @@ def segment(options: SegmentOptions) -> list[PhotoMask]:
         references = [find_reference(photos, folder, mask_path, options.reference_image, options.invert_mask)]
     else:
         references = find_references(photos, mask_path, options.invert_mask)
-    settings = {name: getattr(options, name) for name in SAME_TO_RESUME}
+    settings = {name: getattr(options, name) for name in SAME_TO_RESUME} | options.concept_settings
     settings["references"] = sorted([photo.sha256, mask_hash(mask)] for photo, mask in references)
     if not check_settings(output, settings, "masks", "--output"):
         check_new(output, {CONFIG: "a training run", MASK_INDEX: "masks"})
@@ -131,6 +138,7 @@ def segment(options: SegmentOptions) -> list[PhotoMask]:
                                "--output", ", ".join(without[:5]) + ", ..." * (len(without) > 5))  # fmt: skip
             if len(known) < len(photos):
                 segmenter = open_segmenter(options)
+                segmenter.class_name = options.class_name
                 note_settings(output, settings, "masks", "--output")
                 masks = segment_folder(
                     photos, references, segmenter, output, options.instances, options.absent, heatmaps, known
@@ -302,5 +310,6 @@ def _predict(
         presence=found.presence,
         absent_threshold=segmenter.absent_threshold,
         flags=flags,
+        concept_presence=found.concept_presence,
     )
     return mask, record
