@@ -1,13 +1,16 @@
 """Pictures for the user: photos with masks, heat maps and errors, the overview, grids of samples, the loss curve."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
 from persam_dreambooth.files import write_aside
+from persam_dreambooth.photos.images import PICTURE_NOTE
 from persam_dreambooth.photos.labels import davis_palette
 from persam_dreambooth.photos.mask_folder import PhotoMask
+from persam_dreambooth.photos.mask_prompts import COLUMNS, cell_box, grid_shape
 
 TILE = 320
 """Width and height, in pixels, of the box into which a picture is scaled."""
@@ -25,6 +28,10 @@ MISSED, EXTRA = (220, 30, 30), (0, 110, 255)
 """Colors of the pixels of a true mask that were not found, and of found pixels outside of it."""
 MARK = 7
 """Radius of a point, in pixels."""
+GRID_SIDE = 1280
+"""Longer side of a photo below its grid, in pixels; small photos are enlarged, so that all labels can be read."""
+EDGE = 40
+"""Width of the margins with the names of columns and rows, in pixels."""
 SCALE = 18
 """Height of a heat map's scale, in pixels."""
 
@@ -75,7 +82,12 @@ def overview(photo_masks: list[PhotoMask], subjects: list[str] | None = None, ti
 
 
 def outlined(
-    photo: Image.Image, mask: np.ndarray, points: np.ndarray | None = None, box: np.ndarray | None = None
+    photo: Image.Image,
+    mask: np.ndarray,
+    points: np.ndarray | None = None,
+    box: np.ndarray | Sequence[int] | None = None,
+    positive: int = 1,
+    side: int = TILE,
 ) -> Image.Image:
     """The photo scaled into a tile, with the outline of its mask and the background dimmed.
 
@@ -85,10 +97,12 @@ def outlined(
     Args:
         photo: RGB.
         mask: (H, W) bool.
-        points: (n, 2) prompts to mark, xy in pixels of the photo: the first with a plus, the others with a minus.
+        points: (n, 2) prompts to mark, xy in pixels of the photo.
         box: (4,) prompt to mark: x0, y0, x1, y1.
+        positive: the number of points, the first ones, that are marked with a plus, the others with a minus.
+        side: width and height of the tile, in pixels.
     """
-    tile = _tile(photo)
+    tile = _tile(photo, side)
     covered = Image.fromarray(mask.astype(np.uint8) * 255).resize(tile.size, Image.Resampling.BOX)
     inside = _with_specks(covered)
     dimmed = Image.blend(tile, Image.new("RGB", tile.size, PAPER), 0.55)
@@ -101,9 +115,9 @@ def outlined(
         x0, y0, x1, y1 = np.asarray(box) * np.tile(scale, 2)
         draw.rectangle((x0, y0, x1, y1), outline=BOX, width=2)
     for number, (x, y) in enumerate([] if points is None else ((points + 0.5) * scale).tolist()):
-        draw.circle((x, y), MARK, EXCLUDED if number else INCLUDED, PAPER, 2)
+        draw.circle((x, y), MARK, INCLUDED if number < positive else EXCLUDED, PAPER, 2)
         draw.line((x - 3, y, x + 3, y), PAPER, 2)
-        if not number:
+        if number < positive:
             draw.line((x, y - 3, x, y + 3), PAPER, 2)
     return tile
 
@@ -231,16 +245,51 @@ def loss_curve(steps: list[int], losses: list[float], path: Path) -> None:
         figure.savefig(aside, dpi=100)
 
 
-def save_picture(image: Image.Image, path: Path) -> None:
-    """Writes a picture atomically, in the format of the suffix."""
+def cell_grid(photo: Image.Image) -> Image.Image:
+    """The photo with the grid of `photos.mask_prompts`: names of columns and rows, and pixels along its edges."""
+    factor = GRID_SIDE / max(photo.size)
+    scaled = photo.resize((max(1, round(photo.width * factor)), max(1, round(photo.height * factor))))
+    page = Image.new("RGB", (scaled.width + 2 * EDGE, scaled.height + 2 * EDGE), PAPER)
+    page.paste(scaled, (EDGE, EDGE))
+    columns, rows = grid_shape(photo.size)
+    names, cells = ImageFont.load_default(24), ImageFont.load_default(13)
+    draw = ImageDraw.Draw(page)
+
+    def place(column: int, row: int) -> tuple[float, float]:
+        left, top, _, _ = cell_box(column, row, photo.size)
+        return EDGE + left * factor, EDGE + top * factor
+
+    lines = [((*place(column, 0), place(column, 0)[0], EDGE + scaled.height)) for column in range(columns + 1)]
+    lines += [((*place(0, row), EDGE + scaled.width, place(0, row)[1])) for row in range(rows + 1)]
+    for line in lines:
+        draw.line(line, INK, 3)
+    for line in lines:
+        draw.line(line, PAPER, 1)
+    for column in range(columns):
+        (left, _), (right, _) = place(column, 0), place(column + 1, 0)
+        for y in (EDGE / 2, scaled.height + EDGE * 1.5):
+            draw.text(((left + right) / 2, y), COLUMNS[column], INK, names, anchor="mm")
+    for row in range(rows):
+        (_, top), (_, bottom) = place(0, row), place(0, row + 1)
+        for x in (EDGE / 2, scaled.width + EDGE * 1.5):
+            draw.text((x, (top + bottom) / 2), str(row + 1), INK, names, anchor="mm")
+    for column in range(columns):
+        for row in range(rows):
+            x, y = place(column, row)
+            draw.text((x + 4, y + 3), f"{COLUMNS[column]}{row + 1}", PAPER, cells, stroke_width=2, stroke_fill=INK)
+    return page
+
+
+def save_picture(image: Image.Image, path: Path, is_photo: bool = True) -> None:
+    """Writes a picture atomically, in the format of the suffix; a JPEG that is no photo gets `PICTURE_NOTE`."""
     with write_aside(path) as aside:
-        image.save(aside, quality=92)
+        image.save(aside, quality=92, **({} if is_photo else {"comment": PICTURE_NOTE}))
 
 
-def _tile(photo: Image.Image) -> Image.Image:
-    """A copy of the photo scaled into a tile."""
+def _tile(photo: Image.Image, side: int = TILE) -> Image.Image:
+    """A copy of the photo scaled into a tile of this width and height in pixels."""
     tile = photo.copy()
-    tile.thumbnail((TILE, TILE), Image.Resampling.LANCZOS)
+    tile.thumbnail((side, side), Image.Resampling.LANCZOS)
     return tile
 
 

@@ -215,7 +215,7 @@ def correction_advice(
     listed = ", ".join(names[:5]) + ", ..." * (len(names) > 5)
     advice = f"{len(names)} of {counted(len(masks), 'mask')} {look} doubtful ({listed}): correct {them} in {folder}"
     better = folder
-    own = any(item.record.model is None and item.record.coverage for item in masks)
+    own = any(item.record.is_users and item.record.coverage for item in masks)
     if images and own and options.segmenter != "memory":
         better = next(path for number in count(2) if not (path := Path(f"{folder}-{number}")).exists())
         advice += ", or run " + _command(
