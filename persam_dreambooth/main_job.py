@@ -19,6 +19,7 @@ from persam_dreambooth.dreambooth.run_folder import (
     beside_own_masks,
     check_run_folder,
     check_same_model,
+    check_same_prompts,
     nothing_left,
 )
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
@@ -26,6 +27,7 @@ from persam_dreambooth.extras import check_installed
 from persam_dreambooth.options import takes_options
 from persam_dreambooth.photos.mask_folder import MaskWriter, load_known, load_masks
 from persam_dreambooth.report.pictures import save_overview
+from persam_dreambooth.segmentation.first_mask import PromptModels, prompted_reference, save_reference
 from persam_dreambooth.segmentation.segment import correction_advice, segment_folder
 from persam_dreambooth.segmentation.segmenters import MaskFolderOptions, open_segmenter
 from persam_dreambooth.training.only_training import only_training
@@ -39,8 +41,13 @@ class TrainOptions(MaskFolderOptions, TrainingOptions):
 
     @property
     def makes_masks(self) -> bool:
-        """Whether masks are made from a given mask."""
-        return any(subject.mask for subject in self.each_subject)
+        """Whether masks are made from a given mask or from prompts."""
+        return any(subject.mask or subject.is_prompted for subject in self.each_subject)
+
+    @property
+    def reads_text(self) -> bool:
+        """See `SamOptions.reads_text`; entries of `subjects` may be wrong here still."""
+        return bool(self.text or any(isinstance(entry, dict) and entry.get("text") for entry in self.subjects or []))
 
 
 @takes_options(TrainOptions)
@@ -89,6 +96,8 @@ def personalize(options: TrainOptions) -> Path:
     resume_from = find_checkpoint(run_dir, options.resume_from_checkpoint) if options.resume_from_checkpoint else None
     if resume_from:
         check_same_model(options)
+    if options.resume_from_checkpoint:
+        check_same_prompts(options)
     if options.resume_from_checkpoint and nothing_left(options, resume_from):
         logger.info("nothing is left to do: %s has all of its %d steps", run_dir, options.max_train_steps)
         return run_dir
@@ -110,7 +119,7 @@ def personalize(options: TrainOptions) -> Path:
     options = options.resolved(resolution, accelerator.mixed_precision, *rates)
 
     cut = Cut(resolution, buckets)
-    known = [None if album.reference else make_crops(options, album, album.drawn, cut) for album in albums]
+    known = [None if album.makes_masks else make_crops(options, album, album.drawn, cut) for album in albums]
     accelerator.wait_for_everyone()  # all processes check the folders before one writes
     with writing(run_dir, accelerator, last_written=MODEL_CARD):
         if accelerator.is_main_process:
@@ -152,18 +161,37 @@ def write_masks(options: TrainOptions, albums: list[Album], begins: bool) -> Non
     """
     known = [load_known(album.mask_dir, album.photos) for album in albums]
     missing = [
-        (album, album.reference, masks)
+        (album, masks)
         for album, masks in zip(albums, known, strict=True)
-        if album.reference and len(masks) < len(album.photos)
+        if album.makes_masks and len(masks) < len(album.photos)
     ]
     segmenter = open_segmenter(options) if missing else None
+    prompt_models = PromptModels(options, segmenter.sam if segmenter else None)
+    firsts = {  # before anything is written, since there may be no mask at the prompts
+        album.mask_dir: prompted_reference(*album.prompted, prompt_models, masks)
+        for album, masks in missing
+        if album.prompted
+    }
+    del prompt_models
     if begins:
         begin_run(options)
     if segmenter:
-        for album, reference, masks in missing:
+        for album, masks in missing:
+            reference, encoded = album.reference, None
+            if album.prompted:
+                first, encoded = firsts.pop(album.mask_dir)
+                save_reference(first, album.photos, album.mask_dir, masks)
+                reference = first.photo, first.mask
+            assert reference
             logger.info("%smasks are made from the mask of %s", album.label, reference[0].name)
             made = segment_folder(
-                album.photos, [reference], segmenter, album.mask_dir, absent=options.absent, known=masks
+                album.photos,
+                [reference],
+                segmenter,
+                album.mask_dir,
+                absent=options.absent,
+                known=masks,
+                encoded=encoded,
             )
             run_dir = options.run_dir if len(albums) == 1 else None
             images = album.subject.instance_dir

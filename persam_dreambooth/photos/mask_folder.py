@@ -182,8 +182,8 @@ class MaskWriter:
     def __exit__(self, *_: object) -> None:
         self._write_index()
 
-    def save(self, record: MaskRecord, mask: np.ndarray, weights: np.ndarray | None = None) -> None:
-        """Writes one mask; for a skipped photo, only its entry in the index.
+    def save(self, record: MaskRecord, mask: np.ndarray, weights: np.ndarray | None = None) -> MaskRecord:
+        """Writes one mask; for a skipped photo, only its entry in the index. Returns the record with the mask's hash.
 
         Args:
             record: metadata of the mask; its `photo` determines the file name.
@@ -196,6 +196,7 @@ class MaskWriter:
         self._unwritten = True
         if time.monotonic() >= self._due:
             self._write_index()
+        return record
 
     def _write_index(self) -> None:
         if self._unwritten:

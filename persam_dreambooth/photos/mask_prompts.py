@@ -17,7 +17,7 @@ from persam_dreambooth.photos.folder import Photo
 GRID_CELLS = 16
 """Cells of the grid along the longer side of a photo; those along its shorter side are about as large."""
 
-COLUMNS = "ABCDEFGHIJKLMNOP"
+GRID_COLUMNS = "ABCDEFGHIJKLMNOP"
 """The names of the columns of the grid."""
 
 SCALES = ("subpart", "part", "whole")
@@ -31,7 +31,7 @@ PROMPTED = ("point", "box", "text")
 
 WAYS = (
     "--mask (one photo's mask), --point x,y or --box x0,y0,x1,y1 (where the subject is in one photo; "
-    "persam-dreambooth mask PHOTO --grid shows where), --text (its name, for SAM 3)"
+    "see persam-dreambooth mask PHOTO --grid), --text (its name, for SAM 3)"
 )
 """The ways to give the first mask, for messages."""
 
@@ -43,7 +43,7 @@ BOX_EXAMPLE = "give x0,y0,x1,y1 in whole pixels, such as 80,60,400,300, or two c
 
 PIXEL_POINT = r"\s*-?\d+\s*,\s*-?\d+\s*"
 PIXEL_BOX = f"{PIXEL_POINT},{PIXEL_POINT}"
-CELL = r"\s*[A-Za-z]\d{1,4}\s*"
+CELL_NAME = r"\s*[A-Za-z]\d{1,4}\s*"
 
 
 @dataclass(frozen=True)
@@ -121,9 +121,9 @@ class PromptOptions(Options):
         super().check()
         for name in ("point", "negative_point"):
             for text in getattr(self, name) or ():
-                if not re.fullmatch(f"{PIXEL_POINT}|{CELL}", text):
+                if not re.fullmatch(f"{PIXEL_POINT}|{CELL_NAME}", text):
                     raise InputError(f"--{name} is {text}: {POINT_EXAMPLE}")
-        if self.box and not re.fullmatch(f"{PIXEL_BOX}|{CELL},{CELL}", self.box):
+        if self.box and not re.fullmatch(f"{PIXEL_BOX}|{CELL_NAME},{CELL_NAME}", self.box):
             raise InputError(f"--box is {self.box}: {BOX_EXAMPLE}")
 
     @property
@@ -159,7 +159,7 @@ def cell_box(column: int, row: int, size: tuple[int, int]) -> tuple[int, int, in
 
 def _read_point(text: str, flag: str, photo: Photo) -> tuple[int, int]:
     """A point in pixels of a photo, of a cell its center."""
-    if re.fullmatch(CELL, text):
+    if re.fullmatch(CELL_NAME, text):
         x0, y0, x1, y1 = _named_cell(text, flag, photo)
         return (x0 + x1 + 1) // 2, (y0 + y1 + 1) // 2
     x, y = map(int, text.split(","))
@@ -187,9 +187,9 @@ def _read_box(text: str, photo: Photo) -> tuple[int, int, int, int]:
 def _named_cell(text: str, flag: str, photo: Photo) -> tuple[int, int, int, int]:
     """The box of a cell by its name."""
     name = text.strip().upper()
-    (columns, rows), column, row = grid_shape(photo.size), COLUMNS.find(name[0]), int(name[1:]) - 1
+    (columns, rows), column, row = grid_shape(photo.size), GRID_COLUMNS.find(name[0]), int(name[1:]) - 1
     if not (0 <= column < columns and 0 <= row < rows):
-        last = f"{COLUMNS[columns - 1]}{rows}"
+        last = f"{GRID_COLUMNS[columns - 1]}{rows}"
         raise InputError(f"{flag} is {name}, outside of the grid of {photo.path}: its cells are A1 to {last}")
     return cell_box(column, row, photo.size)
 

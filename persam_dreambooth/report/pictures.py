@@ -1,6 +1,7 @@
 """Pictures for the user: photos with masks, heat maps and errors, the overview, grids of samples, the loss curve."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from persam_dreambooth.files import write_aside
 from persam_dreambooth.photos.images import PICTURE_NOTE
 from persam_dreambooth.photos.labels import davis_palette
 from persam_dreambooth.photos.mask_folder import PhotoMask
-from persam_dreambooth.photos.mask_prompts import COLUMNS, cell_box, grid_shape
+from persam_dreambooth.photos.mask_prompts import GRID_COLUMNS, PROMPTED, cell_box, grid_shape
 
 TILE = 320
 """Width and height, in pixels, of the box into which a picture is scaled."""
@@ -39,10 +40,14 @@ SCALE = 18
 def save_overview(photo_masks: list[PhotoMask], path: Path, subjects: list[str] | None = None) -> None:
     """Writes the overview of all photos, in pages of at most `PHOTOS_PER_PAGE`: `overview.jpg`, `overview-2.jpg`, ...
 
+    The masks of the user's prompts, which the others were made from, are first.
+
     Args:
         photo_masks, subjects: as for `overview`.
         path: the first page; pages that an earlier, longer overview left are removed.
     """
+    order = sorted(range(len(photo_masks)), key=lambda place: photo_masks[place].record.method not in PROMPTED)
+    photo_masks, subjects = [photo_masks[place] for place in order], subjects and [subjects[place] for place in order]
     starts = range(0, len(photo_masks), PHOTOS_PER_PAGE)
     for number, first in enumerate(starts, 1):
         shown = slice(first, first + PHOTOS_PER_PAGE)
@@ -246,44 +251,38 @@ def loss_curve(steps: list[int], losses: list[float], path: Path) -> None:
 
 
 def cell_grid(photo: Image.Image) -> Image.Image:
-    """The photo with the grid of `photos.mask_prompts`: names of columns and rows, and pixels along its edges."""
+    """The photo with the grid of `photos.mask_prompts`: the names of columns, rows and cells."""
     factor = GRID_SIDE / max(photo.size)
-    scaled = photo.resize((max(1, round(photo.width * factor)), max(1, round(photo.height * factor))))
-    page = Image.new("RGB", (scaled.width + 2 * EDGE, scaled.height + 2 * EDGE), PAPER)
-    page.paste(scaled, (EDGE, EDGE))
+    width, height = (max(1, round(side * factor)) for side in photo.size)
+    page = Image.new("RGB", (width + 2 * EDGE, height + 2 * EDGE), PAPER)
+    page.paste(photo.resize((width, height), Image.Resampling.LANCZOS), (EDGE, EDGE))
     columns, rows = grid_shape(photo.size)
-    names, cells = ImageFont.load_default(24), ImageFont.load_default(13)
+    xs = [EDGE + factor * cell_box(column, 0, photo.size)[0] for column in range(columns)] + [EDGE + width]
+    ys = [EDGE + factor * cell_box(0, row, photo.size)[1] for row in range(rows)] + [EDGE + height]
     draw = ImageDraw.Draw(page)
-
-    def place(column: int, row: int) -> tuple[float, float]:
-        left, top, _, _ = cell_box(column, row, photo.size)
-        return EDGE + left * factor, EDGE + top * factor
-
-    lines = [((*place(column, 0), place(column, 0)[0], EDGE + scaled.height)) for column in range(columns + 1)]
-    lines += [((*place(0, row), EDGE + scaled.width, place(0, row)[1])) for row in range(rows + 1)]
-    for line in lines:
-        draw.line(line, INK, 3)
-    for line in lines:
-        draw.line(line, PAPER, 1)
-    for column in range(columns):
-        (left, _), (right, _) = place(column, 0), place(column + 1, 0)
-        for y in (EDGE / 2, scaled.height + EDGE * 1.5):
-            draw.text(((left + right) / 2, y), COLUMNS[column], INK, names, anchor="mm")
-    for row in range(rows):
-        (_, top), (_, bottom) = place(0, row), place(0, row + 1)
-        for x in (EDGE / 2, scaled.width + EDGE * 1.5):
-            draw.text((x, (top + bottom) / 2), str(row + 1), INK, names, anchor="mm")
-    for column in range(columns):
-        for row in range(rows):
-            x, y = place(column, row)
-            draw.text((x + 4, y + 3), f"{COLUMNS[column]}{row + 1}", PAPER, cells, stroke_width=2, stroke_fill=INK)
+    for ink, thick in ((INK, 3), (PAPER, 1)):  # lines that are visible on any photo
+        for x in xs:
+            draw.line((x, ys[0], x, ys[-1]), ink, thick)
+        for y in ys:
+            draw.line((xs[0], y, xs[-1], y), ink, thick)
+    large, small = ImageFont.load_default(24), ImageFont.load_default(13)
+    across = [((left + right) / 2, name) for left, right, name in zip(xs, xs[1:], GRID_COLUMNS, strict=False)]
+    down = [((top + bottom) / 2, str(number)) for number, (top, bottom) in enumerate(pairwise(ys), 1)]
+    for edge in (EDGE / 2, 1.5 * EDGE):
+        for x, name in across:
+            draw.text((x, edge if edge < EDGE else height + edge), name, INK, large, anchor="mm")
+        for y, name in down:
+            draw.text((edge if edge < EDGE else width + edge, y), name, INK, large, anchor="mm")
+    for x, (_, column) in zip(xs, across, strict=False):
+        for y, (_, row) in zip(ys, down, strict=False):
+            draw.text((x + 4, y + 3), column + row, PAPER, small, stroke_width=2, stroke_fill=INK)
     return page
 
 
 def save_picture(image: Image.Image, path: Path, is_photo: bool = True) -> None:
     """Writes a picture atomically, in the format of the suffix; a JPEG that is no photo gets `PICTURE_NOTE`."""
     with write_aside(path) as aside:
-        image.save(aside, quality=92, **({} if is_photo else {"comment": PICTURE_NOTE}))
+        image.save(aside, quality=92, comment=b"" if is_photo else PICTURE_NOTE)
 
 
 def _tile(photo: Image.Image, side: int = TILE) -> Image.Image:

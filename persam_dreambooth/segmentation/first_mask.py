@@ -6,28 +6,32 @@ mask with the highest predicted IoU is taken, and of a box or several points, wh
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL import Image
 
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.files import check_writable
-from persam_dreambooth.models import log_device
 from persam_dreambooth.options import option, require, takes_options
 from persam_dreambooth.photos.folder import Photo
 from persam_dreambooth.photos.images import is_own_picture
-from persam_dreambooth.photos.mask_folder import MaskRecord, PhotoMask, noted_record, write_mask
+from persam_dreambooth.photos.mask_folder import MaskRecord, MaskWriter, PhotoMask, noted_record, write_mask
 from persam_dreambooth.photos.mask_prompts import PROMPTED, SCALES, MaskPrompts, PromptOptions
-from persam_dreambooth.report.pictures import cell_grid, grid, outlined, save_picture
+from persam_dreambooth.report.pictures import TILE, cell_grid, grid, outlined, save_picture
 from persam_dreambooth.segmentation.segmenters import SamOptions
 
 if TYPE_CHECKING:
-    from persam_dreambooth.segmentation.sams.sam import ImageLike, Sam
+    from persam_dreambooth.segmentation.sams.sam import Encoding, ImageLike, Sam
     from persam_dreambooth.segmentation.sams.sam3_concepts import ConceptModel
 
-SINGLE = "single"
+logger = logging.getLogger(__name__)
+
+SINGLE_MASK = "single"
 """The name of SAM's single mask, beside `SCALES`."""
 
 OVERLAY_SIDE = 1024
@@ -86,6 +90,11 @@ class FirstMask:
         """Predicted IoU of the chosen mask, or the score of an instance, 0 to 1."""
         return self.chosen.score
 
+    def drawn_on(self, image: Image.Image, choice: MaskChoice, side: int = TILE) -> Image.Image:
+        """The photo (RGB) with one of the masks and the prompts, as a tile of this width and height in pixels."""
+        points = np.array([*self.prompts.points, *self.prompts.negative_points], np.float64).reshape(-1, 2)
+        return outlined(image, choice.mask, points, self.prompts.box, len(self.prompts.points), side)
+
     def of(self, photo: Photo) -> PhotoMask:
         """The mask with its record, for a mask folder."""
         record = MaskRecord(
@@ -139,16 +148,77 @@ def first_mask(model: Sam | ConceptModel, photo: ImageLike, prompts: MaskPrompts
             raise InputError(f"{model.name} finds no {prompts.scale} at {prompts}: give --scale {names}")
     else:
         chosen = max(shown, key=lambda scale: scale.score)
-        single = MaskChoice(SINGLE, *decoded(multimask=False)[0]) if len(points) != 1 or box is not None else chosen
+        single = (
+            MaskChoice(SINGLE_MASK, *decoded(multimask=False)[0]) if len(points) != 1 or box is not None else chosen
+        )
         chosen = single if single.mask.any() else chosen
-    return FirstMask(chosen, tuple(scale for scale in scales if scale is not chosen), prompts, model.name)
+    return FirstMask(chosen, tuple(scale for scale in shown if scale is not chosen), prompts, model.name)
 
 
-def open_prompted(options: SamOptions) -> ConceptModel:
-    """The concept search of SAM 3 for a text; see `open_concepts` for the errors."""
-    from persam_dreambooth.segmentation.sams.sam3_concepts import open_concepts
+class PromptModels:
+    """The models of prompts by options, each opened when it is first needed.
 
-    return open_concepts(options.sam_model, dtype=options.sam_dtype)
+    Args:
+        options: they name the SAM.
+        sam: this SAM, if it is open already.
+    """
+
+    def __init__(self, options: SamOptions, sam: Sam | None = None) -> None:
+        self.options = options
+        self._sam = sam
+
+    @cached_property
+    def sam(self) -> Sam:
+        """The SAM; see `open_sam` for the errors."""
+        from persam_dreambooth.segmentation.sams.checkpoints import open_sam
+
+        name, cache = self.options.sam_model, self.options.encoding_cache
+        return self._sam or open_sam(name, dtype=self.options.sam_dtype, encoding_cache=cache)
+
+    @cached_property
+    def concepts(self) -> ConceptModel:
+        """The concept search of SAM 3; see `open_concepts` for the errors."""
+        from persam_dreambooth.segmentation.sams.sam3_concepts import open_concepts
+
+        return open_concepts(self.options.sam_model, dtype=self.options.sam_dtype)
+
+    def of(self, prompts: MaskPrompts) -> Sam | ConceptModel:
+        """The model that reads the prompts."""
+        return self.concepts if prompts.text else self.sam
+
+
+def prompted_reference(
+    photo: Photo, prompts: MaskPrompts, prompt_models: PromptModels, known: dict[str, PhotoMask]
+) -> tuple[PhotoMask, dict[Path, Encoding]]:
+    """The mask of prompts as a reference, and the encoding of its photo by its path, if the SAM made it.
+
+    A mask that is known, of an interrupted run or corrected by the user since, is kept.
+
+    Args:
+        photo: the photo of the prompts.
+        prompts: where the subject is.
+        prompt_models: the models.
+        known: masks of the mask folder, by their photos' names.
+
+    Raises:
+        InputError: see `first_mask`.
+    """
+    kept = known.get(photo.name)
+    if kept and kept.photo.path == photo.path and kept.mask.any():
+        return kept, {}
+    model = prompt_models.of(prompts)
+    encodings = {} if prompts.text else {photo.path: prompt_models.sam.encode(photo.read())}
+    made = first_mask(model, encodings.get(photo.path) or photo.read(), prompts)
+    logger.info("the first mask, of %s: %s", photo.path, made)
+    return made.of(photo), encodings
+
+
+def save_reference(item: PhotoMask, photos: list[Photo], folder: Path, known: dict[str, PhotoMask]) -> None:
+    """Writes the mask of prompts to a mask folder and adds it to `known`, if its photo is among the folder's photos."""
+    if known.get(item.photo.name) is not item and any(photo.path == item.photo.path for photo in photos):
+        with MaskWriter(folder, known.values()) as writer:
+            record = writer.save(item.record, item.mask)
+        known[item.photo.name] = PhotoMask(item.photo, item.mask, record)
 
 
 def _named_mask(model: ConceptModel, photo: ImageLike, prompts: MaskPrompts) -> FirstMask:
@@ -273,31 +343,19 @@ def mask_photo(options: MaskOptions) -> FirstMask | None:
             raise InputError(
                 f"{path} exists and is not a picture of this command: remove it, or choose another --output"
             )
-    made = first_mask(_open_model(options), photo.read(), prompts) if prompts else None
+    made = first_mask(PromptModels(options).of(prompts), photo.read(), prompts) if prompts else None
     image = photo.read()
     if options.grid:
         save_picture(cell_grid(image), options.grid_file, is_photo=False)
     if made:
         item = made.of(photo)
         write_mask(options.mask_file, item.record, made.mask)
-        points = np.array([*made.prompts.points, *made.prompts.negative_points], np.float64).reshape(-1, 2)
-        marks = {"points": points, "positive": len(made.prompts.points), "box": made.prompts.box}
-        save_picture(outlined(image, made.mask, **marks, side=OVERLAY_SIDE), options.overlay_file, is_photo=False)
-        choices = sorted((made.chosen, *made.others), key=lambda choice: choice is not made.chosen)
-        tiles = [outlined(image, choice.mask, **marks) for choice in choices]
+        save_picture(made.drawn_on(image, made.chosen, OVERLAY_SIDE), options.overlay_file, is_photo=False)
+        choices = [made.chosen, *made.others]
+        tiles = [made.drawn_on(image, choice) for choice in choices]
         captions = [_caption(choice, made) for choice in choices]
         save_picture(grid(tiles, captions), options.others_file, is_photo=False)
     return made
-
-
-def _open_model(options: MaskOptions) -> Sam | ConceptModel:
-    if options.text:
-        return open_prompted(options)
-    from persam_dreambooth.segmentation.sams.checkpoints import open_sam
-
-    sam = open_sam(options.sam_model, dtype=options.sam_dtype, encoding_cache=options.encoding_cache)
-    log_device(str(sam.device), str(sam.dtype))
-    return sam
 
 
 def _check_replaceable(path: Path, photo: Photo) -> None:
@@ -308,7 +366,10 @@ def _check_replaceable(path: Path, photo: Photo) -> None:
         raise InputError(f"{path} is the photo itself: choose another --output")
     record = noted_record(path, photo)
     if record is None or record.method not in PROMPTED:
-        raise InputError(f"{path} exists and is not a mask of this command: remove it, or choose another --output")
+        raise InputError(
+            f"{path} exists and is not a mask that this command made of {photo.path}: remove it, or choose another "
+            f"--output, such as {photo.path.resolve().parent.name}_mask/"
+        )
 
 
 def _caption(choice: MaskChoice, made: FirstMask) -> list[str]:
