@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from persam_dreambooth.photos.masks import read_mask as read_mask
     from persam_dreambooth.progress import Progress as Progress
     from persam_dreambooth.progress import reporting as reporting
+    from persam_dreambooth.segmentation.concept_search import ConceptSegmenter as ConceptSegmenter
     from persam_dreambooth.segmentation.first_mask import FirstMask as FirstMask
     from persam_dreambooth.segmentation.first_mask import first_mask as first_mask
     from persam_dreambooth.segmentation.first_mask import mask_photo as mask_photo
@@ -40,6 +41,7 @@ __version__ = "0.1.0"
 
 _PLACES = {
     "Cancelled": "errors",
+    "ConceptSegmenter": "segmentation.concept_search",
     "Encoding": "segmentation.sams.sam",
     "FirstMask": "segmentation.first_mask",
     "Found": "segmentation.found",

@@ -177,6 +177,7 @@ def write_masks(options: TrainOptions, albums: list[Album], begins: bool) -> Non
         begin_run(options)
     if segmenter:
         for album, masks in missing:
+            segmenter.class_name = album.subject.subject
             reference, encoded = album.reference, None
             if album.prompted:
                 first, encoded = firsts.pop(album.mask_dir)

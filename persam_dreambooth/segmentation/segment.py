@@ -81,6 +81,11 @@ class SegmentOptions(MaskFolderOptions, PromptOptions):
         path=True,
         elsewhere=("output_dir",),
     )
+    class_name: str | None = option(
+        None,
+        "the subject's class in words, such as cat, which SAM 3 searches for",
+        when=(with_flag("--segmenter sam3"),),
+    )
     instances: int = option(1, "maximum number of times to find the subject in a photo; the mask contains all of them")
     heatmaps: bool = option(False, "also save a heat map of the similarity to the subject for each segmented photo")
 
@@ -91,6 +96,8 @@ class SegmentOptions(MaskFolderOptions, PromptOptions):
             raise InputError(f"no mask: give {WAYS}, or --mask_dir (masks of some of the photos)")
         within(self, 1, 100, "instances")
         super().check()
+        if self.segmenter == "sam3" and self.concept_prompt == "text" and not self.class_name:
+            raise InputError("--concept_prompt text needs the subject's class: add --class_name, such as cat")
 
 
 @takes_options(SegmentOptions)
@@ -116,7 +123,7 @@ def segment(options: SegmentOptions) -> list[PhotoMask]:
         references = find_references(photos, given[0], options.invert_mask)
     else:
         prompted = find_prompted(photos, folder, options, options.reference_image)
-    settings = {name: getattr(options, name) for name in SAME_TO_RESUME}
+    settings = {name: getattr(options, name) for name in SAME_TO_RESUME} | options.concept_settings
     settings["references"] = sorted([photo.sha256, mask_hash(mask)] for photo, mask in references)
     if prompted:
         settings["references"] = [[prompted[0].sha256, prompted[1].settings]]
@@ -136,6 +143,7 @@ def segment(options: SegmentOptions) -> list[PhotoMask]:
                                "--output", ", ".join(without[:5]) + ", ..." * (len(without) > 5))  # fmt: skip
             if len(known) < len(photos):
                 segmenter = open_segmenter(options)
+                segmenter.class_name = options.class_name
                 encoded: dict[Path, Encoding] = {}
                 if prompted:
                     first, encoded = prompted_reference(*prompted, PromptModels(options, segmenter.sam), known)
@@ -314,5 +322,6 @@ def _predict(
         presence=found.presence,
         absent_threshold=segmenter.absent_threshold,
         flags=flags,
+        concept_presence=found.concept_presence,
     )
     return mask, record
