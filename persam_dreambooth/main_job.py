@@ -7,8 +7,9 @@ and a model card. Heavy imports are inside the functions, after the input checks
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from persam_dreambooth import models
 from persam_dreambooth.dreambooth.albums import Album, read_albums
@@ -25,12 +26,15 @@ from persam_dreambooth.dreambooth.run_folder import (
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.extras import check_installed
 from persam_dreambooth.options import takes_options
-from persam_dreambooth.photos.mask_folder import MaskWriter, load_known, load_masks
+from persam_dreambooth.photos.mask_folder import MaskWriter, PhotoMask, load_known, load_masks
 from persam_dreambooth.report.pictures import save_overview
-from persam_dreambooth.segmentation.first_mask import PromptModels, prompted_reference, save_reference
+from persam_dreambooth.segmentation.first_mask import prompted_reference, save_reference
 from persam_dreambooth.segmentation.segment import correction_advice, segment_folder
 from persam_dreambooth.segmentation.segmenters import MaskFolderOptions, open_segmenter
 from persam_dreambooth.training.only_training import only_training
+
+if TYPE_CHECKING:
+    from persam_dreambooth.segmentation.sams.sam import Encoding
 
 logger = logging.getLogger(__name__)
 
@@ -160,30 +164,29 @@ def write_masks(options: TrainOptions, albums: list[Album], begins: bool) -> Non
         begins: whether the run begins; the options of a resumed one are written once its checkpoint is loaded.
     """
     known = [load_known(album.mask_dir, album.photos) for album in albums]
+    makes = [album.makes_masks and len(masks) < len(album.photos) for album, masks in zip(albums, known, strict=True)]
+    segmenter = open_segmenter(options) if any(makes) else None
+    firsts: dict[int, PhotoMask] = {}
+    encoded: dict[Path, Encoding] = {}
+    if segmenter:  # before anything is written, since there may be no mask at the prompts
+        albums = list(albums)
+        for place, album in enumerate(albums):
+            if album.prompted and makes[place]:
+                first, encodings = prompted_reference(*album.prompted, segmenter.sam, known[place])
+                firsts[place], encoded = first, encoded | encodings
+                albums[place] = replace(album, reference=(first.photo, first.mask))
     missing = [
-        (album, masks)
+        (album, album.reference, masks)
         for album, masks in zip(albums, known, strict=True)
-        if album.makes_masks and len(masks) < len(album.photos)
+        if album.reference and len(masks) < len(album.photos)
     ]
-    segmenter = open_segmenter(options) if missing else None
-    prompt_models = PromptModels(options, segmenter.sam if segmenter else None)
-    firsts = {  # before anything is written, since there may be no mask at the prompts
-        album.mask_dir: prompted_reference(*album.prompted, prompt_models, masks)
-        for album, masks in missing
-        if album.prompted
-    }
-    del prompt_models
     if begins:
         begin_run(options)
+    for place, first in firsts.items():
+        save_reference(first, albums[place].photos, albums[place].mask_dir, known[place])
     if segmenter:
-        for album, masks in missing:
+        for album, reference, masks in missing:
             segmenter.class_name = album.subject.subject
-            reference, encoded = album.reference, None
-            if album.prompted:
-                first, encoded = firsts.pop(album.mask_dir)
-                save_reference(first, album.photos, album.mask_dir, masks)
-                reference = first.photo, first.mask
-            assert reference
             logger.info("%smasks are made from the mask of %s", album.label, reference[0].name)
             made = segment_folder(
                 album.photos,

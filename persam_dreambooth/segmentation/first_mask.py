@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,7 @@ from PIL import Image
 
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.files import check_writable
+from persam_dreambooth.models import log_device
 from persam_dreambooth.options import option, require, takes_options
 from persam_dreambooth.photos.folder import Photo
 from persam_dreambooth.photos.images import is_own_picture
@@ -27,7 +27,6 @@ from persam_dreambooth.segmentation.segmenters import SamOptions
 
 if TYPE_CHECKING:
     from persam_dreambooth.segmentation.sams.sam import Encoding, ImageLike, Sam
-    from persam_dreambooth.segmentation.sams.sam3_concepts import ConceptModel
 
 logger = logging.getLogger(__name__)
 
@@ -108,11 +107,11 @@ class FirstMask:
         return PhotoMask(photo, self.mask, record)
 
 
-def first_mask(model: Sam | ConceptModel, photo: ImageLike, prompts: MaskPrompts) -> FirstMask:
+def first_mask(sam: Sam, photo: ImageLike, prompts: MaskPrompts) -> FirstMask:
     """Makes a mask of one photo from prompts.
 
     Args:
-        model: a SAM; for a text, the concept search of SAM 3.
+        sam: see `open_sam`; a text needs a SAM 3.
         photo: as for `Sam.encode`, or its encoding by the same SAM.
         prompts: where the subject is.
 
@@ -120,84 +119,48 @@ def first_mask(model: Sam | ConceptModel, photo: ImageLike, prompts: MaskPrompts
         InputError, InputNotFoundError: a photo that cannot be read, a text without SAM 3, or no mask at the prompts;
             the message says what to do.
     """
-    from persam_dreambooth.segmentation.sams.sam import Sam
-
-    if not isinstance(model, Sam):
-        return _named_mask(model, photo, prompts)
     if prompts.text:
-        raise InputError(f"--text needs SAM 3, and {model.name} is another SAM: give --point or --box")
-    encoding = model.encode(photo)
+        return _named_mask(sam, photo, prompts)
+    encoding = sam.encode(photo)
     points = np.array([*prompts.points, *prompts.negative_points], np.float64).reshape(-1, 2)
     labels = np.array([1] * len(prompts.points) + [0] * len(prompts.negative_points), np.int64)
     box = None if prompts.box is None else np.array(prompts.box, np.float64)
 
     def decoded(multimask: bool) -> list[tuple[np.ndarray, float]]:
-        logits, scores = model.decode(encoding, points, labels, box=box, multimask=multimask)
-        masks = (model.upscale(logits, encoding) > 0).cpu().numpy()
+        logits, scores = sam.decode(encoding, points, labels, box=box, multimask=multimask)
+        masks = (sam.upscale(logits, encoding) > 0).cpu().numpy()
         return list(zip(masks, scores.cpu().tolist(), strict=True))
 
     by_size = sorted(decoded(multimask=True), key=lambda made: int(made[0].sum()))
     scales = [MaskChoice(name, *made) for name, made in zip(SCALES, by_size, strict=True)]
     shown = [scale for scale in scales if scale.mask.any()]
     if not shown:
-        raise InputError(f"{model.name} finds nothing at {prompts}: {_empty_advice(prompts)}")
+        raise InputError(f"{sam.name} finds nothing at {prompts}: {_empty_advice(prompts)}")
     if prompts.scale:
         chosen = next(scale for scale in scales if scale.name == prompts.scale)
         if not chosen.mask.any():
             names = " or ".join(scale.name for scale in shown)
-            raise InputError(f"{model.name} finds no {prompts.scale} at {prompts}: give --scale {names}")
+            raise InputError(f"{sam.name} finds no {prompts.scale} at {prompts}: give --scale {names}")
     else:
         chosen = max(shown, key=lambda scale: scale.score)
         single = (
             MaskChoice(SINGLE_MASK, *decoded(multimask=False)[0]) if len(points) != 1 or box is not None else chosen
         )
         chosen = single if single.mask.any() else chosen
-    return FirstMask(chosen, tuple(scale for scale in shown if scale is not chosen), prompts, model.name)
-
-
-class PromptModels:
-    """The models of prompts by options, each opened when it is first needed.
-
-    Args:
-        options: they name the SAM.
-        sam: this SAM, if it is open already.
-    """
-
-    def __init__(self, options: SamOptions, sam: Sam | None = None) -> None:
-        self.options = options
-        self._sam = sam
-
-    @cached_property
-    def sam(self) -> Sam:
-        """The SAM; see `open_sam` for the errors."""
-        from persam_dreambooth.segmentation.sams.checkpoints import open_sam
-
-        name, cache = self.options.sam_model, self.options.encoding_cache
-        return self._sam or open_sam(name, dtype=self.options.sam_dtype, encoding_cache=cache)
-
-    @cached_property
-    def concepts(self) -> ConceptModel:
-        """The concept search of SAM 3; see `open_concepts` for the errors."""
-        from persam_dreambooth.segmentation.sams.sam3_concepts import open_concepts
-
-        return open_concepts(self.options.sam_model, dtype=self.options.sam_dtype)
-
-    def of(self, prompts: MaskPrompts) -> Sam | ConceptModel:
-        """The model that reads the prompts."""
-        return self.concepts if prompts.text else self.sam
+    return FirstMask(chosen, tuple(scale for scale in shown if scale is not chosen), prompts, sam.name)
 
 
 def prompted_reference(
-    photo: Photo, prompts: MaskPrompts, prompt_models: PromptModels, known: dict[str, PhotoMask]
+    photo: Photo, prompts: MaskPrompts, sam: Sam, known: dict[str, PhotoMask]
 ) -> tuple[PhotoMask, dict[Path, Encoding]]:
-    """The mask of prompts as a reference, and the encoding of its photo by its path, if the SAM made it.
+    """The mask of prompts as a reference, and the encoding of its photo by its path, unless the mask was known.
 
     A mask that is known, of an interrupted run or corrected by the user since, is kept.
 
     Args:
         photo: the photo of the prompts.
         prompts: where the subject is.
-        prompt_models: the models.
+        sam: see `first_mask`.
         known: masks of the mask folder, by their photos' names.
 
     Raises:
@@ -206,11 +169,10 @@ def prompted_reference(
     kept = known.get(photo.name)
     if kept and kept.photo.path == photo.path and kept.mask.any():
         return kept, {}
-    model = prompt_models.of(prompts)
-    encodings = {} if prompts.text else {photo.path: prompt_models.sam.encode(photo.read())}
-    made = first_mask(model, encodings.get(photo.path) or photo.read(), prompts)
+    encoding = sam.encode(photo.read())
+    made = first_mask(sam, encoding, prompts)
     logger.info("the first mask, of %s: %s", photo.path, made)
-    return made.of(photo), encodings
+    return made.of(photo), {photo.path: encoding}
 
 
 def save_reference(item: PhotoMask, photos: list[Photo], folder: Path, known: dict[str, PhotoMask]) -> None:
@@ -221,9 +183,14 @@ def save_reference(item: PhotoMask, photos: list[Photo], folder: Path, known: di
         known[item.photo.name] = PhotoMask(item.photo, item.mask, record)
 
 
-def _named_mask(model: ConceptModel, photo: ImageLike, prompts: MaskPrompts) -> FirstMask:
+def _named_mask(sam: Sam, photo: ImageLike, prompts: MaskPrompts) -> FirstMask:
     """The instance of the text with the highest score among those that fit the points."""
-    found = model.find(photo, prompts.text)
+    concepts = getattr(sam, "concepts", None)
+    if concepts is None:
+        raise InputError(
+            f"--text needs SAM 3, and {sam.name} cannot read text: use --sam_model facebook/sam3, or --point"
+        )
+    found = concepts.find(photo, prompts.text)
     instances = [
         MaskChoice(str(number), mask, float(score))
         for number, (mask, score) in enumerate(zip(found.masks, found.scores, strict=True), 1)
@@ -231,7 +198,7 @@ def _named_mask(model: ConceptModel, photo: ImageLike, prompts: MaskPrompts) -> 
     ]
     if not instances:
         raise InputError(
-            f'{model.name} finds no "{prompts.text}" (presence {found.presence:.2f}): give another --text, or --point'
+            f'{sam.name} finds no "{prompts.text}" (presence {found.presence:.2f}): give another --text, or --point'
         )
     fitting = [
         instance
@@ -241,11 +208,11 @@ def _named_mask(model: ConceptModel, photo: ImageLike, prompts: MaskPrompts) -> 
     ]
     if not fitting:
         raise InputError(
-            f'none of {len(instances)} "{prompts.text}" that {model.name} finds fits the points: move them, or leave '
+            f'none of {len(instances)} "{prompts.text}" that {sam.name} finds fits the points: move them, or leave '
             "--text out"
         )
     others = tuple(instance for instance in instances if instance is not fitting[0])
-    return FirstMask(fitting[0], others, prompts, model.name)
+    return FirstMask(fitting[0], others, prompts, sam.name)
 
 
 def _empty_advice(prompts: MaskPrompts) -> str:
@@ -343,8 +310,8 @@ def mask_photo(options: MaskOptions) -> FirstMask | None:
             raise InputError(
                 f"{path} exists and is not a picture of this command: remove it, or choose another --output"
             )
-    made = first_mask(PromptModels(options).of(prompts), photo.read(), prompts) if prompts else None
     image = photo.read()
+    made = first_mask(_open_sam(options), image, prompts) if prompts else None
     if options.grid:
         save_picture(cell_grid(image), options.grid_file, is_photo=False)
     if made:
@@ -356,6 +323,14 @@ def mask_photo(options: MaskOptions) -> FirstMask | None:
         captions = [_caption(choice, made) for choice in choices]
         save_picture(grid(tiles, captions), options.others_file, is_photo=False)
     return made
+
+
+def _open_sam(options: MaskOptions) -> Sam:
+    from persam_dreambooth.segmentation.sams.checkpoints import open_sam
+
+    sam = open_sam(options.sam_model, dtype=options.sam_dtype, encoding_cache=options.encoding_cache)
+    log_device(str(sam.device), str(sam.dtype))
+    return sam
 
 
 def _check_replaceable(path: Path, photo: Photo) -> None:

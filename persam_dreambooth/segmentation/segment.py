@@ -28,7 +28,7 @@ from persam_dreambooth.photos.mask_prompts import WAYS, PromptOptions
 from persam_dreambooth.photos.references import Reference, find_prompted, find_reference, find_references
 from persam_dreambooth.progress import steps
 from persam_dreambooth.report.pictures import heat_map, save_overview, save_picture
-from persam_dreambooth.segmentation.first_mask import PromptModels, prompted_reference, save_reference
+from persam_dreambooth.segmentation.first_mask import prompted_reference, save_reference
 from persam_dreambooth.segmentation.found import ABSENT
 from persam_dreambooth.segmentation.segmenters import METHODS, MaskFolderOptions, open_segmenter
 
@@ -146,7 +146,7 @@ def segment(options: SegmentOptions) -> list[PhotoMask]:
                 segmenter.class_name = options.class_name
                 encoded: dict[Path, Encoding] = {}
                 if prompted:
-                    first, encoded = prompted_reference(*prompted, PromptModels(options, segmenter.sam), known)
+                    first, encoded = prompted_reference(*prompted, segmenter.sam, known)
                     references = [(first.photo, first.mask)]
                 note_settings(output, settings, "masks", "--output")
                 if prompted:
