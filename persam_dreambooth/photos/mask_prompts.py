@@ -72,6 +72,17 @@ class MaskPrompts:
         told += ["box " + ",".join(map(str, self.box))] if self.box else []
         return ", ".join(told)
 
+    def check_inside(self, size: tuple[int, ...]) -> None:
+        """Raises `InputError` for a place outside of a photo with this width and height."""
+        named = [(f"point {x},{y}", (x, y)) for x, y in (*self.points, *self.negative_points)]
+        if self.box:
+            named += [("the box", self.box[:2]), ("the box", self.box[2:])]
+        for name, (x, y) in named:
+            if not (0 <= x < size[0] and 0 <= y < size[1]):
+                raise InputError(
+                    f"{name} is outside of the photo, which is {size[0]} x {size[1]}: give pixels inside it"
+                )
+
     @property
     def method(self) -> str:
         """One of `PROMPTED`, for records: the text, else the box, else the points."""

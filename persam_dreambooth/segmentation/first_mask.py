@@ -116,12 +116,13 @@ def first_mask(sam: Sam, photo: ImageLike, prompts: MaskPrompts) -> FirstMask:
         prompts: where the subject is.
 
     Raises:
-        InputError, InputNotFoundError: a photo that cannot be read, a text without SAM 3, or no mask at the prompts;
-            the message says what to do.
+        InputError, InputNotFoundError: a photo that cannot be read, a place outside of it, a text without SAM 3, or no
+            mask at the prompts; the message says what to do.
     """
     if prompts.text:
         return _named_mask(sam, photo, prompts)
     encoding = sam.encode(photo)
+    prompts.check_inside(encoding.size[::-1])
     points = np.array([*prompts.points, *prompts.negative_points], np.float64).reshape(-1, 2)
     labels = np.array([1] * len(prompts.points) + [0] * len(prompts.negative_points), np.int64)
     box = None if prompts.box is None else np.array(prompts.box, np.float64)
@@ -133,7 +134,9 @@ def first_mask(sam: Sam, photo: ImageLike, prompts: MaskPrompts) -> FirstMask:
 
     by_size = sorted(decoded(multimask=True), key=lambda made: int(made[0].sum()))
     scales = [MaskChoice(name, *made) for name, made in zip(SCALES, by_size, strict=True)]
-    shown = [scale for scale in scales if scale.mask.any()]
+    rows, columns = encoding.photo_cells
+    least = scales[0].mask.size / (rows * columns)  # a cell of the SAM; a smaller subject could not be found again
+    shown = [scale for scale in scales if scale.mask.sum() >= least]
     if not shown:
         raise InputError(f"{sam.name} finds nothing at {prompts}: {_empty_advice(prompts)}")
     if prompts.scale:
@@ -146,7 +149,7 @@ def first_mask(sam: Sam, photo: ImageLike, prompts: MaskPrompts) -> FirstMask:
         single = (
             MaskChoice(SINGLE_MASK, *decoded(multimask=False)[0]) if len(points) != 1 or box is not None else chosen
         )
-        chosen = single if single.mask.any() else chosen
+        chosen = single if single.mask.sum() >= least else chosen
     return FirstMask(chosen, tuple(scale for scale in shown if scale is not chosen), prompts, sam.name)
 
 
@@ -191,6 +194,7 @@ def _named_mask(sam: Sam, photo: ImageLike, prompts: MaskPrompts) -> FirstMask:
             f"--text needs SAM 3, and {sam.name} cannot read text: use --sam_model facebook/sam3, or --point"
         )
     found = concepts.find(photo, prompts.text)
+    prompts.check_inside(found.masks.shape[:0:-1])
     instances = [
         MaskChoice(str(number), mask, float(score))
         for number, (mask, score) in enumerate(zip(found.masks, found.scores, strict=True), 1)
