@@ -23,6 +23,8 @@ class Sam3(Sam2):
     Pixels are normalized with mean and standard deviation 0.5. Encodings also hold the photo at the size of the input.
     """
 
+    other_extra = frozenset({BACKBONE, INPUT_PIXELS})
+
     @cached_property
     def concepts(self) -> ConceptModel:
         """The concept search of the same checkpoint, with the same image encoder; loaded when it is first used."""
