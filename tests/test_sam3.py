@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_sams import fill, save_sam3, save_sam3_detector, sam3_config
+from small_sams import fill, sam3_config, save_sam3, save_sam3_detector
 from transformers import Sam3TrackerModel, Sam3TrackerVideoModel
 
 from persam_dreambooth.errors import InputError
