@@ -309,6 +309,9 @@ def test_what_cannot_be_searched_is_refused_in_one_line(photo_folder, folder, tm
     ):
         assert segment(photo_folder, folder, tmp_path / "no", *others) == 2
         assert said in capsys.readouterr().err and not (tmp_path / "no").exists()
+    given = flags(instance_dir=photo_folder, mask=photo_folder.parent / "masks" / "00.png", sam_model=folder)
+    assert command("plan", "--pretrained_model_name_or_path", "toy", "--segmenter", "sam3", *given) == 2
+    assert "a plan does not count --segmenter sam3 yet: plan with --mask_dir" in capsys.readouterr().err
     words = ["video", "--frames", photo_folder, "--mask", photo_folder.parent / "masks", "--output", tmp_path / "no"]
     assert command(*words, "--segmenter", "sam3") == 2
     assert "--segmenter is sam3: give one of 'persam', 'persam-f', 'memory'" in capsys.readouterr().err
