@@ -128,7 +128,7 @@ def decode_prompts(
         tokens, dense = _embed(sam, encodings, prompts)
         image = torch.cat([encoding.embedding for encoding in encodings])
         position = sam.model.get_image_wide_positional_embeddings()
-        names = encodings[0].extra
+        names = encodings[0].extra.keys() - sam.other_extra
         extra: dict[str, Any] = {
             name: [torch.cat(level) for level in zip(*(encoding.extra[name] for encoding in encodings), strict=True)]
             for name in names

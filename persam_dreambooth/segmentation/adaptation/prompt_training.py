@@ -275,4 +275,6 @@ def low_res(mask: np.ndarray, encoding: Encoding) -> np.ndarray:
     padded = np.zeros((encoding.padded, encoding.padded), np.float32)
     padded[:height, :width] = np.asarray(resized, np.float32) / 255
     side = 4 * encoding.grid
-    return padded.reshape(side, encoding.padded // side, side, -1).mean((1, 3))
+    parts = side // math.gcd(side, encoding.padded)  # a cell of SAM 3 has 3.5 pixels a side
+    pixels = padded.repeat(parts, 0).repeat(parts, 1)
+    return pixels.reshape(side, len(pixels) // side, side, -1).mean((1, 3))

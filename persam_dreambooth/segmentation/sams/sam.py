@@ -47,7 +47,7 @@ class Encoding:
         size: (H, W) of the photo.
         resized: (h, w) of the photo inside the padded input; the longer side is `padded`.
         padded: side of the padded input, 1024.
-        extra: other inputs of this SAM's decoder.
+        extra: other inputs of this SAM's decoder, and `Sam.other_extra`.
         sam: the fingerprint of the SAM that made it; None if unknown.
     """
 
@@ -103,6 +103,9 @@ class Sam:
 
     decoder_options: ClassVar[dict[str, Any]] = {}
     """Other arguments of this SAM's mask decoder."""
+
+    other_extra: ClassVar[frozenset[str]] = frozenset()
+    """Names in `Encoding.extra` that are not inputs of the mask decoder."""
 
     def __init__(self, model: Any, name: str, dtype: torch.dtype = torch.float32, cache: Path | None = None) -> None:
         self.model = model.eval().requires_grad_(False)
