@@ -180,7 +180,7 @@ def test_a_text_takes_the_best_instance_and_points_choose(sam):
     assert np.array_equal(first_mask(sam3, photo, MaskPrompts(text="duck")).mask, left)
     assert np.array_equal(first_mask(sam3, photo, MaskPrompts(text="duck", points=((450, 9),))).mask, right)
     assert np.array_equal(first_mask(sam3, photo, MaskPrompts(text="duck", negative_points=((50, 9),))).mask, right)
-    with pytest.raises(InputError, match="^point 512,9 is outside of the photo, which is 512 x 512: give"):
+    with pytest.raises(InputError, match=r"^point 512,9 is outside of the photo, which is 512 x 512: give"):
         first_mask(sam3, photo, MaskPrompts(text="duck", points=((512, 9),)))
     with pytest.raises(InputError, match='none of 2 "duck" that sam3 finds fits the points'):
         first_mask(sam3, photo, MaskPrompts(text="duck", points=((250, 9),)))
