@@ -350,7 +350,7 @@ ALWAYS: dict[str, tuple[str, ...]] = {
     "toy davis": ("output_dir", "sequences", "frames"),
     "toy parts": ("output_dir", "images"),
     "toy episodes": ("output_dir", "images", "size"),
-    "demo": ("output_dir",),
+    "demo": ("output_dir", "photos"),
 }
 """The options of each command that have an effect beside any other option.
 
@@ -834,8 +834,8 @@ def test_an_option_without_its_dashes_is_named(capsys):
     assert refused(capsys, "train", "rank=4") == "error: unknown option rank: did you mean --rank?"
 
 
-@pytest.mark.parametrize("arguments", [["x"], ["--output_dir"], ["--steps", "3"]])
-def test_demo_takes_an_output_folder_and_nothing_else(capsys, arguments):
+@pytest.mark.parametrize("arguments", [["x"], ["--output_dir"], ["--steps", "3"], ["--photos", "painted"]])
+def test_demo_takes_an_output_folder_and_a_kind_of_photos_and_nothing_else(capsys, arguments):
     refused(capsys, "demo", *arguments)
 
 
