@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder in PerSeg's layout")
     parser.add_argument("--objects", nargs="+", help="names of some of its objects; default: all")
     parser.add_argument("--sam_model", default="toy-sam2", help="see open_sam")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=[name for name in METHODS if name != "sam3"], choices=METHODS)
     parser.add_argument("--shots", type=int, default=4, help="most masks")
     parser.add_argument("--masks", type=int, nargs="+", help="numbers of masks; default: all up to --shots")
     parser.add_argument("--turns", type=int, default=1, help="orders of the images")

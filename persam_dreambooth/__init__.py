@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from persam_dreambooth.photos.masks import read_mask as read_mask
     from persam_dreambooth.progress import Progress as Progress
     from persam_dreambooth.progress import reporting as reporting
+    from persam_dreambooth.segmentation.concept_search import ConceptSegmenter as ConceptSegmenter
     from persam_dreambooth.segmentation.found import Found as Found
     from persam_dreambooth.segmentation.memory import MemorySegmenter as MemorySegmenter
     from persam_dreambooth.segmentation.persam import PerSAM as PerSAM
@@ -36,6 +37,7 @@ __version__ = "0.1.0"
 
 _PLACES = {
     "Cancelled": "errors",
+    "ConceptSegmenter": "segmentation.concept_search",
     "Encoding": "segmentation.sams.sam",
     "Found": "segmentation.found",
     "InputError": "errors",

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from persam_dreambooth import __version__
@@ -48,11 +49,16 @@ class Command:
 
 
 def _segmented(options: Any, masks: Any) -> str:
+    from persam_dreambooth.photos.layouts import LAYOUTS, layout_folder
     from persam_dreambooth.photos.mask_folder import SKIPPED
 
     skipped = sum(SKIPPED in item.record.flags for item in masks)
     left_out = f", {skipped} of {counted(len(masks), 'photo')} skipped" if skipped else ""
-    return f"{counted(len(masks) - skipped, 'mask')} in {options.output}{left_out}; see {options.output}/overview.jpg"
+    said = f"{counted(len(masks) - skipped, 'mask')} in {options.output}{left_out}; see {options.output}/overview.jpg"
+    if options.layout:
+        folder = layout_folder(options.layout, Path(options.output))
+        said += f"\nfor {options.layout}: {folder}; paste the lines in {LAYOUTS[options.layout].config}"
+    return said
 
 
 def _trained(options: Any, run_dir: Any) -> str:

@@ -161,6 +161,7 @@ def write_masks(options: TrainOptions, albums: list[Album], begins: bool) -> Non
         begin_run(options)
     if segmenter:
         for album, reference, masks in missing:
+            segmenter.class_name = album.subject.subject
             logger.info("%smasks are made from the mask of %s", album.label, reference[0].name)
             made = segment_folder(
                 album.photos, [reference], segmenter, album.mask_dir, absent=options.absent, known=masks

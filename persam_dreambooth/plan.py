@@ -109,6 +109,8 @@ def plan(options: PlanOptions) -> MemoryPlan:
     options.check()
     if options.fsdp:
         raise InputError("a plan does not count --fsdp yet: leave it out, and see docs/training.md for its memory")
+    if options.makes_masks and options.segmenter == "sam3":
+        raise InputError("a plan does not count --segmenter sam3 yet: plan with --mask_dir, as if the masks were there")
 
     from persam_dreambooth.dreambooth.optimizers import check_optimizer
     from persam_dreambooth.dreambooth.placement import check_quantization, quantized_roles

@@ -7,15 +7,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from seeded_weights import seeded_weights
 from transformers import (
     Sam2Config,
     Sam2Model,
     Sam2VideoConfig,
     Sam2VideoModel,
+    Sam3Model,
+    Sam3VideoConfig,
+    Sam3VideoModel,
     SamHQConfig,
     SamHQModel,
 )
+from transformers.models.sam2_video.configuration_sam2_video import Sam2VideoMaskDecoderConfig
+
+from tools.toy.build import build_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden" / "published_files"
 SMALL_SAM = str(Path(__file__).parent / "golden" / "weights" / "hf")
@@ -75,6 +82,7 @@ SAM_HQ = {
     "prompt_encoder_config": {"hidden_size": 64},
     "mask_decoder_config": {"hidden_size": 64, "mlp_dim": 128, "iou_head_hidden_dim": 64, "vit_dim": 48},
 }
+SAM_3_WIDTH = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
 
 
 def fill(model):
@@ -102,7 +110,8 @@ def sam2_video_config(side):
             "backbone_feature_sizes": [[count, count] for count in cells],
         },
         prompt_encoder_config={**SAM_2["prompt_encoder_config"], "image_size": side},
-        mask_decoder_config=SAM_2["mask_decoder_config"],
+        # transformers 5.17 reads a dictionary as the prompt encoder's.
+        mask_decoder_config=Sam2VideoMaskDecoderConfig(**SAM_2["mask_decoder_config"]),
         memory_attention_rope_feat_sizes=[cells[-1], cells[-1]],
         **MEMORY,
     )
@@ -122,6 +131,85 @@ def save_smallest_sam2(folder):
     """A SAM 2 of 128 pixels and 8 x 8 cells with the memory of videos: its folder, as `--sam_model` takes it."""
     fill(Sam2VideoModel(Sam2VideoConfig(**SMALLEST_SAM_2))).save_pretrained(folder)
     return str(folder)
+
+
+def sam3_config(side):
+    """A small SAM 3 for an input of `side` pixels, a multiple of 56: a detector and a tracker, one image encoder."""
+    cells = side // 14
+    vision = {
+        "backbone_config": {
+            "model_type": "sam3_vit_model",
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": side,
+            "pretrain_image_size": 56,
+            "window_size": 4,
+            "global_attn_indexes": [1],
+        },
+        "fpn_hidden_size": 32,
+        "backbone_feature_sizes": [[4 * cells] * 2, [2 * cells] * 2, [cells] * 2],
+    }
+    detector = {
+        "model_type": "sam3",
+        "vision_config": vision,
+        "text_config": {
+            "model_type": "clip_text_model",
+            "vocab_size": len(sam3_tokenizer()),
+            "bos_token_id": sam3_tokenizer().bos_token_id,
+            "eos_token_id": sam3_tokenizer().eos_token_id,
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "projection_dim": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 32,
+        },
+        "geometry_encoder_config": {**SAM_3_WIDTH, "num_layers": 1},
+        "detr_encoder_config": {**SAM_3_WIDTH, "num_layers": 1},
+        "detr_decoder_config": {**SAM_3_WIDTH, "num_layers": 1, "num_queries": 12},
+        "mask_decoder_config": {"hidden_size": 32, "num_attention_heads": 2},
+    }
+    tracker = {
+        "model_type": "sam3_tracker_video",
+        "vision_config": vision,
+        "image_size": side,
+        "prompt_encoder_config": {"hidden_size": 32, "image_size": side},
+        "mask_decoder_config": {"hidden_size": 32, "mlp_dim": 64, "iou_head_hidden_dim": 32, "num_attention_heads": 2},
+        "memory_attention_hidden_size": 32,
+        "memory_attention_num_layers": 1,
+        "memory_attention_feed_forward_hidden_size": 64,
+        "memory_attention_rope_feat_sizes": [cells, cells],
+        "memory_encoder_hidden_size": 32,
+        "memory_encoder_output_channels": 16,
+        "mask_downsampler_embed_dim": 32,
+        "memory_fuser_embed_dim": 32,
+        "memory_fuser_intermediate_dim": 64,
+    }
+    return Sam3VideoConfig(detector_config=detector, tracker_config=tracker)
+
+
+def sam3_tokenizer():
+    """A tokenizer of few words, with the marks of CLIP's."""
+    return build_tokenizer(["cat", "dog", "visual"])
+
+
+def save_sam3(folder, side=112):
+    """A SAM 3 as the hub's is saved, a detector and a tracker in one file: the folder, and the model."""
+    model = fill(Sam3VideoModel(sam3_config(side)))
+    model.config.save_pretrained(folder)
+    sam3_tokenizer().save_pretrained(folder)
+    # Not by save_pretrained, which writes the tracker's names with its prefix twice.
+    save_file(model.state_dict(), folder / "model.safetensors", {"format": "pt"})
+    return folder, model
+
+
+def save_sam3_detector(folder, side=112):
+    """The detector of a SAM 3 alone, as transformers saves it: the folder."""
+    fill(Sam3Model(sam3_config(side).detector_config)).save_pretrained(folder)
+    sam3_tokenizer().save_pretrained(folder)
+    return folder
 
 
 def save_sam_hq(folder):

@@ -256,6 +256,7 @@ def test_the_options_of_train_are_these():
             "encoding_cache",
             "target_coverage",
             "guidance",
+            "concept_prompt",
             "absent",
             "absent_threshold",
         ),
@@ -274,7 +275,8 @@ METHOD_OPTIONS = ("segmenter", "target_coverage", "sam_dtype", "encoding_cache")
 
 ALWAYS: dict[str, tuple[str, ...]] = {
     "segment": (
-        *("images", "mask", "mask_dir", "invert_mask", "output", "instances", "heatmaps", "absent", "absent_threshold"),
+        *("images", "mask", "mask_dir", "invert_mask", "output", "instances", "heatmaps", "layout"),
+        *("absent", "absent_threshold"),
         *("sam_model", *METHOD_OPTIONS),
     ),
     "video": ("frames", "mask", "output", "overlay", "sam_model", *METHOD_OPTIONS),
@@ -364,7 +366,9 @@ IDLE: dict[str, dict[tuple[str, ...], tuple[str, ...]]] = {
     },
     "segment": {
         ("--images", "cat", "--mask_dir", "m", "--output", "o"): ("reference_image",),
-        ("--images", "cat", "--mask", "m.png", "--output", "o"): ("guidance", "adapter"),
+        ("--images", "cat", "--mask", "m.png", "--output", "o"): (
+            *("guidance", "concept_prompt", "class_name", "adapter"),
+        ),
     },
     "train": {
         MASKS_GIVEN: (
@@ -372,7 +376,8 @@ IDLE: dict[str, dict[tuple[str, ...], tuple[str, ...]]] = {
             *("background_scenes", "background_in_prompt", "prior_loss_weight", "class_data_dir", "class_scenes"),
             *("num_class_images", "sample_batch_size", "class_prompt", "lr_warmup_steps", "lr_num_cycles", "lr_power"),
             *("text_encoder_lr", "offload"),
-            *("ema_decay", "hub_model_id", "guidance", "adapter", "absent", "absent_threshold", *METHOD_OPTIONS),
+            *("ema_decay", "hub_model_id", "guidance", "concept_prompt", "adapter"),
+            *("absent", "absent_threshold", *METHOD_OPTIONS),
         ),
         CUT_OUTS: ("invert_mask",),
         WHOLE_PHOTOS: (
@@ -403,12 +408,12 @@ IDLE: dict[str, dict[tuple[str, ...], tuple[str, ...]]] = {
         ("a cat", "--model", "toy", "--guidance_scale", "1"): ("negative_prompt",),
     },
     "evaluate perseg": {
-        SCORED: (*METHOD_OPTIONS, "adapter", "guidance", "ablation", "robustness"),
+        SCORED: (*METHOD_OPTIONS, "adapter", "guidance", "concept_prompt", "ablation", "robustness"),
         (*PERSEG, "--reference_index", "1"): ("shots",),
     },
-    "evaluate pascal5i": {SCORED: (*METHOD_OPTIONS, "adapter", "guidance")},
-    "evaluate coco20i": {SCORED: (*METHOD_OPTIONS, "adapter", "guidance")},
-    "evaluate fss1000": {SCORED: (*METHOD_OPTIONS, "adapter", "guidance")},
+    "evaluate pascal5i": {SCORED: (*METHOD_OPTIONS, "adapter", "guidance", "concept_prompt")},
+    "evaluate coco20i": {SCORED: (*METHOD_OPTIONS, "adapter", "guidance", "concept_prompt")},
+    "evaluate fss1000": {SCORED: (*METHOD_OPTIONS, "adapter", "guidance", "concept_prompt")},
     "adapt plm": {
         (*TASK, "--max_train_steps", "7"): ("num_train_epochs",),
         (*TASK, "--no_pmm"): ("outline_points",),
@@ -417,7 +422,7 @@ IDLE: dict[str, dict[tuple[str, ...], tuple[str, ...]]] = {
         (*PERSEG, "--methods", "sam,sam-oracle"): ("train_masks", "max_train_steps", "train_batch_size"),
         (*PERSEG, "--test_share", "0.5"): ("test_images",),
     },
-    "evaluate absence": {PERSEG: ("adapter", "guidance")},
+    "evaluate absence": {PERSEG: ("adapter", "guidance", "concept_prompt")},
     "evaluate davis": {SCORED: (*METHOD_OPTIONS, "adapter", "variant", "recent_frames")},
 }
 """Arguments of each command, and the options that have no effect beside them."""

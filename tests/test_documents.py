@@ -1,10 +1,12 @@
 """The commands in the documents run as written, on photos of the duck and the checkpoints that ship."""
 
+import importlib
 import json
 import logging
 import re
 import shlex
 import shutil
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from persam_dreambooth import cli, toy
 from persam_dreambooth.dreambooth.generate import GenerateOptions
 from persam_dreambooth.main_job import TrainOptions
 from persam_dreambooth.options import find_config
+from persam_dreambooth.photos.layouts import LAYOUTS
 from persam_dreambooth.segmentation.evaluation.coco20i import COCO_20I_PUBLISHED
 from persam_dreambooth.segmentation.evaluation.few_shot_report import PUBLISHED_FS_SAM2
 from persam_dreambooth.segmentation.evaluation.fss1000 import FSS_1000_PUBLISHED
@@ -27,8 +30,10 @@ from persam_dreambooth.segmentation.evaluation.perseg_tables import PAPER_TABLE_
 from persam_dreambooth.segmentation.segment import SegmentOptions
 from persam_dreambooth.toy import rendered_davis as davis
 
+tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")  # pytest brings tomli
+
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("comfyui/*.md")])
 NOT_RUN = ("pip install", "make ")
 """Installing, and the make targets, which call the tests themselves."""
 
@@ -218,6 +223,22 @@ def test_the_command_of_videos_runs(home, toy_sam):
     assert len(list((home / "masks").glob("*.png"))) == len(list((home / "masks" / "overlay").iterdir())) == 3
 
 
+def test_the_commands_and_lines_for_other_trainers_are_those_of_their_layouts(home, toy_sam):
+    text = (ROOT / "docs" / "masks-for-others.md").read_text(encoding="utf-8")
+    listed = commands(ROOT / "docs" / "masks-for-others.md")
+    for path in (home / "cat").glob("0[2-9].jpg"):  # two photos do
+        path.unlink()
+    for command in listed:
+        run(command, home, toy_sam)
+    assert {words.split(" --layout ")[1] for words in listed} == LAYOUTS.keys()
+    made = {name: (home / "masks/layouts" / name / layout.config) for name, layout in LAYOUTS.items()}
+    for name, path in made.items():
+        kind = path.suffix.removeprefix(".")
+        read = {"json": json.loads, "yaml": yaml.safe_load, "toml": tomllib.loads}[kind]
+        shown = [read(block) for block in re.findall(rf"```{kind}\n(.*?)```", text, flags=re.DOTALL)]
+        assert read(path.read_text().replace(str(home.resolve()), "/home/me")) in shown, name
+
+
 def test_the_python_of_the_readme_runs(home, capsys):
     [snippet] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
     assert '"facebook/sam-vit-huge"' in snippet
@@ -253,7 +274,7 @@ def test_every_make_target_in_the_documents_exists():
     assert {"demo", "test", "check"} <= named <= targets
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_every_link_and_file_named_in_the_documents_exists(document):
     text = document.read_text(encoding="utf-8")
     links = [link for link in re.findall(r"\]\(([^)#\s]+)\)", text) if "://" not in link]

@@ -123,6 +123,23 @@ def header_size(path: str | Path) -> tuple[int, int]:
     return _from_file(Path(path), _size)
 
 
+def plain_format(path: Path) -> str | None:
+    """The format of an image file, such as JPEG, if programs that ignore EXIF, alpha and color profiles read it alike.
+
+    None if such a program sees other pixels than `read_image` returns; see `open_image` for the errors.
+    """
+
+    def read(stream: BinaryIO, name: str) -> str | None:
+        with _pillow_settings():
+            stored = _opened(stream, name)
+            if stored.mode not in ("RGB", "L") or stored.has_transparency_data:
+                return None
+            alike = np.array_equal(np.asarray(stored.convert("RGB")), np.asarray(read_image(path)))
+            return stored.format if alike else None
+
+    return _from_file(path, read)
+
+
 def _from_file(path: Path, read: Callable[[BinaryIO, str], Read]) -> Read:
     """What `read` makes of a file's content and its name."""
     if not os.path.isfile(path):  # `Path.is_file` raises for a name that is too long

@@ -3,6 +3,7 @@
     masks/
         00.png          0 or 255, at the size of the upright photo 00.jpg; a photo sub/01.jpg has sub/01.png
         index.json      for each mask that a program made: the photo's hash, method, model, score, presence, coverage
+        layouts/        data sets for other trainers, see `layouts`; no masks of this folder
 
 A drawn mask needs no entry in the index, and can have any name that `pairing` and any format that `masks` accepts.
 White is the subject. The index contains a hash of each mask that a program made; if the user corrected the mask, it
@@ -63,6 +64,7 @@ class MaskRecord:
         absent_threshold: presence below which the subject counted as absent, 0 to 1.
         coverage: fraction of the photo inside the mask, 0 to 1.
         flags: warnings such as `absent`; `skipped` for a photo that is left out.
+        concept_presence: probability that the photo shows the subject's class at all, 0 to 1; of SAM 3 with text.
         mask_sha256: hash of the mask that the program made; None before it is saved, and in indices of version 0.1.
     """
 
@@ -75,6 +77,7 @@ class MaskRecord:
     presence: float | None = None
     absent_threshold: float | None = None
     flags: tuple[str, ...] = ()
+    concept_presence: float | None = None
     mask_sha256: str | None = field(default=None, compare=False)
 
 

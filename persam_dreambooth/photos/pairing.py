@@ -37,8 +37,8 @@ BEFORE = re.compile(rf"^(?:{'|'.join(FIRST)})(?:[ _.-]+|(?=\d))")
 COPY = re.compile(r"(?: - copy| copy|[ _-]painted)$")
 """Endings of the name of a painted copy of a photo. Such a copy beside its photo is not yet one of its masks."""
 
-NO_MASKS = ("@eadir", "__macosx", "heatmaps")
-"""Subfolders of a mask folder that contain no masks."""
+NO_MASKS = ("@eadir", "__macosx", "heatmaps", "layouts")
+"""Subfolders of a mask folder that contain no masks of it."""
 
 OVERVIEW = re.compile(r"overview(-\d+)?")
 """The names, without suffix, of the pictures of all masks that `segment` writes into its mask folder."""

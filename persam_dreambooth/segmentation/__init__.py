@@ -1,9 +1,11 @@
-"""One-shot personalized segmentation: PerSAM, PerSAM-F (Zhang et al. 2023), SAM 2's memory, PLM (Kim et al. 2024)."""
+"""One-shot personalized segmentation: PerSAM, PerSAM-F (Zhang et al. 2023), SAM 2's memory, PLM (Kim et al. 2024),
+concept search (SAM 3, Carion et al. 2025)."""
 
 from importlib import import_module
 from typing import Any
 
 PUBLIC = {
+    "ConceptSegmenter": "concept_search",
     "Encoding": "sams.sam",
     "Found": "found",
     "MemorySegmenter": "memory",

@@ -57,6 +57,7 @@ class Found:
         steps: the decoder passes, in order.
         flags: `absent` (the mask is empty, or presence is below the segmenter's threshold), `empty intermediate mask`,
             `target smaller than a cell`; empty if nothing is wrong.
+        concept_presence: for a search by text, the probability that the photo shows the class at all, 0 to 1.
     """
 
     mask: np.ndarray
@@ -68,6 +69,7 @@ class Found:
     photo_cells: tuple[float, float]
     steps: tuple[Step, ...]
     flags: tuple[str, ...] = ()
+    concept_presence: float | None = None
 
     def __repr__(self) -> str:
         height, width = self.mask.shape

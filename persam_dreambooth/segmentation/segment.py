@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from persam_dreambooth.errors import SaveError, counted
+from persam_dreambooth.errors import InputError, SaveError, counted
 from persam_dreambooth.files import check_new, check_settings, check_writable, locked, note_settings
 from persam_dreambooth.options import CONFIG, option, require, takes_options, with_flag, within
+from persam_dreambooth.photos.captions import check_captions
 from persam_dreambooth.photos.folder import MASK_INDEX, Photo, find_photos
+from persam_dreambooth.photos.layouts import LAYOUTS, flat_names, write_layout
 from persam_dreambooth.photos.mask_folder import (
     SKIPPED,
     MaskRecord,
@@ -71,8 +73,18 @@ class SegmentOptions(MaskFolderOptions):
         path=True,
         elsewhere=("output_dir",),
     )
+    class_name: str | None = option(
+        None,
+        "the subject's class in words, such as cat, which SAM 3 searches for",
+        when=(with_flag("--segmenter sam3"),),
+    )
     instances: int = option(1, "maximum number of times to find the subject in a photo; the mask contains all of them")
     heatmaps: bool = option(False, "also save a heat map of the similarity to the subject for each segmented photo")
+    layout: str | None = option(
+        None,
+        "also write photos and masks as another trainer reads them, into layouts in --output",
+        choices=tuple(LAYOUTS),
+    )
 
     def check(self) -> None:
         """Raises `InputError` for options that are missing, out of range or in conflict."""
@@ -81,6 +93,8 @@ class SegmentOptions(MaskFolderOptions):
             require(self, "mask")
         within(self, 1, 100, "instances")
         super().check()
+        if self.segmenter == "sam3" and self.concept_prompt == "text" and not self.class_name:
+            raise InputError("--concept_prompt text needs the subject's class: add --class_name, such as cat")
 
 
 @takes_options(SegmentOptions)
@@ -99,11 +113,14 @@ def segment(options: SegmentOptions) -> list[PhotoMask]:
     )
     photos = find_photos(folder, leave_out=(mask_path, output))
     check_names(photos)
+    if options.layout:
+        flat_names(photos)
+        check_captions(photos)
     if options.mask:
         references = [find_reference(photos, folder, mask_path, options.reference_image, options.invert_mask)]
     else:
         references = find_references(photos, mask_path, options.invert_mask)
-    settings = {name: getattr(options, name) for name in SAME_TO_RESUME}
+    settings = {name: getattr(options, name) for name in SAME_TO_RESUME} | options.concept_settings
     settings["references"] = sorted([photo.sha256, mask_hash(mask)] for photo, mask in references)
     if not check_settings(output, settings, "masks", "--output"):
         check_new(output, {CONFIG: "a training run", MASK_INDEX: "masks"})
@@ -121,6 +138,7 @@ def segment(options: SegmentOptions) -> list[PhotoMask]:
                                "--output", ", ".join(without[:5]) + ", ..." * (len(without) > 5))  # fmt: skip
             if len(known) < len(photos):
                 segmenter = open_segmenter(options)
+                segmenter.class_name = options.class_name
                 note_settings(output, settings, "masks", "--output")
                 masks = segment_folder(
                     photos, references, segmenter, output, options.instances, options.absent, heatmaps, known
@@ -129,6 +147,8 @@ def segment(options: SegmentOptions) -> list[PhotoMask]:
                 with MaskWriter(output, known.values()):
                     masks = [known[photo.name] for photo in photos]
             save_overview(masks, output / "overview.jpg")  # not a PNG, which would be read as a mask
+            if options.layout:
+                write_layout(options.layout, masks, output)
     except SaveError as error:
         raise SaveError(f"{error}; the same command resumes") from error
     if advice := correction_advice(masks, output, options.images, options, segmenter):
@@ -290,5 +310,6 @@ def _predict(
         presence=found.presence,
         absent_threshold=segmenter.absent_threshold,
         flags=flags,
+        concept_presence=found.concept_presence,
     )
     return mask, record

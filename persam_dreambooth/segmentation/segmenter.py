@@ -55,6 +55,9 @@ class Segmenter:
     method: ClassVar[str]
     """Its name in options and records."""
 
+    class_name: str | None = None
+    """The subject's class in words, for a method that searches by text."""
+
     def __init__(self, sam: Sam, target_coverage: float = 0.5, absent_threshold: float = ABSENT_THRESHOLD) -> None:
         if not 0 <= target_coverage < 1:
             raise InputError(f"target_coverage is {target_coverage}: give a fraction from 0 to below 1")
@@ -243,6 +246,7 @@ class Segmenter:
         score: float,
         flags: list[str],
         without: np.ndarray | None = None,
+        concept_presence: float | None = None,
     ) -> Found:
         """The result of the steps, whose mask is that of the logits `chosen` (256, 256), less the pixels `without`."""
         mask = (self.sam.upscale(chosen[None], encoding)[0] > 0).cpu().numpy()
@@ -263,6 +267,7 @@ class Segmenter:
             photo_cells=encoding.photo_cells,
             steps=steps,
             flags=tuple(flags),
+            concept_presence=concept_presence,
         )
 
 

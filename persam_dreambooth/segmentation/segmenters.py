@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.models import log_device
@@ -27,6 +27,7 @@ METHODS = {
     "persam-f": "persam_f:PerSAMF",
     "memory": "memory:MemorySegmenter",
     "plm": "plm:PLMSegmenter",
+    "sam3": "concept_search:ConceptSegmenter",
 }
 """The methods by name: their module in this package, and their class."""
 
@@ -39,7 +40,7 @@ RECENT = 6
 USUAL_SAM = "facebook/sam-vit-huge"
 """The SAM of the PerSAM paper, the default of `--sam_model`."""
 
-USUAL_SAMS = {"memory": "facebook/sam2.1-hiera-large"}
+USUAL_SAMS = {"memory": "facebook/sam2.1-hiera-large", "sam3": "facebook/sam3"}
 """The defaults of methods that need another SAM."""
 
 MAKES_MASKS = Condition(lambda options: options.makes_masks, "no masks are made without --mask")
@@ -52,15 +53,15 @@ class SegmenterOptions(Options):
 
     segmenter: str = option(
         "persam-f",
-        "PerSAM (training-free), PerSAM-F (fits two scale weights first), SAM 2's memory (training-free), or PLM (fits "
-        "prompts to the masks first)",
+        "PerSAM (training-free), PerSAM-F (fits two scale weights first), SAM 2's memory (training-free), PLM (fits "
+        "prompts to the masks first), or SAM 3's concept search (training-free)",
         choices=tuple(METHODS),
         when=(MAKES_MASKS,),
     )
     sam_model: str = option(
         None,
         "SAM, SAM-HQ, SAM 2 or MobileSAM: hub id, local folder, published file, toy or toy-sam2 (default: "
-        f"that of --adapter, or {USUAL_SAM}; for memory {USUAL_SAMS['memory']})",
+        f"that of --adapter, or {USUAL_SAM}; for memory {USUAL_SAMS['memory']}, for sam3 {USUAL_SAMS['sam3']})",
         path=True,
     )
     sam_dtype: Literal["float32", "float16", "bfloat16", "auto"] = option(
@@ -130,6 +131,17 @@ class SegmentationOptions(SegmenterOptions):
         "PerSAM's guided attention: aligned, as published, as in the paper, or none",
         when=(MAKES_MASKS, with_flag("--segmenter persam")),
     )
+    concept_prompt: Literal["text", "exemplar", "both"] = option(
+        "both",
+        "SAM 3 searches for the class name, for what the references show, or for both (without a class name: exemplar)",
+        when=(MAKES_MASKS, with_flag("--segmenter sam3")),
+    )
+
+    @property
+    def concept_settings(self) -> dict[str, Any]:
+        """The options of SAM 3's concept search that differ from their defaults, for the settings of a folder."""
+        names = [name for name in ("concept_prompt", "class_name") if hasattr(self, name) and self.given(name)]
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)

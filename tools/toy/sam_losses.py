@@ -23,7 +23,7 @@ DICE_WEIGHT = 1.0
 MEAN_WEIGHT = 0.1
 IOU_WEIGHT = 1.0
 # PerSAM-F starts from a weighted sum of the three masks, so such sums are to be good masks as well.
-WEIGHTED_WEIGHT = 0.5
+WEIGHTED_WEIGHT = 1.0
 # Share of the subjects whose point is the one that the location prior gives, where it is right.
 OWN_POINTS = 0.5
 PRIOR_WEIGHT = 1.0

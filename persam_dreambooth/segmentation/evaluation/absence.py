@@ -41,7 +41,8 @@ class EvaluateAbsenceOptions(SegmentationOptions):
     def settings(self) -> dict[str, Any]:
         """What all pairs of an output folder share."""
         names = ("segmenter", "sam_model", "sam_dtype", "adapter_sha256", "guidance", "target_coverage", "others")
-        return {"data": str(Path(str(self.data))), **{name: getattr(self, name) for name in names}}
+        own = {name: getattr(self, name) for name in names} | self.concept_settings
+        return {"data": str(Path(str(self.data))), **own}
 
     def check(self) -> None:
         """Raises `InputError` for options that are missing, out of range or in conflict."""
@@ -91,7 +92,9 @@ def look_for(data: DataSet, options: EvaluateAbsenceOptions, output: Path) -> No
         item = data.items[number]
         [stem] = item.references((0,))
         encoding = sam.encode(read_image(item.images[stem]))
-        fitted[number] = make_segmenter(options, sam).fit(encoding, data.truth(item, stem))
+        segmenter = make_segmenter(options, sam)
+        segmenter.class_name = item.class_name
+        fitted[number] = segmenter.fit(encoding, data.truth(item, stem))
         own[number] = fitted[number].predict(encoding).presence
     for number, search in steps(searches.items(), "searching", "object"):
         pairs = []

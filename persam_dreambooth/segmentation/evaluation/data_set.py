@@ -1,5 +1,6 @@
 """Data sets for one-shot segmentation: objects, each with images and their true masks."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,11 @@ class Item:
     name: str
     images: dict[str, Path]
     annotations: dict[str, Path]
+
+    @property
+    def class_name(self) -> str:
+        """Its class in words: the name of its folder without numbers, such as "robot toy" for `robot_toy_2`."""
+        return " ".join(re.findall(r"[^\W\d_]+", self.name))
 
     def references(self, indices: tuple[int, ...]) -> list[str]:
         """The stems of the reference images; raises `InputError` if one is missing or no other image is left."""

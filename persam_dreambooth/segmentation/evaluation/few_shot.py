@@ -91,7 +91,8 @@ class FewShotOptions(SegmentationOptions):
     def settings(self) -> dict[str, Any]:
         """What all rows of an output folder share, since their figures are compared."""
         names = ("predictions",) if self.predictions else ("sam_model", "sam_dtype", "guidance", "target_coverage")
-        return {"data": str(Path(str(self.data))), **{name: getattr(self, name) for name in ("episodes", *names)}}
+        own = {name: getattr(self, name) for name in ("episodes", *names)} | self.concept_settings
+        return {"data": str(Path(str(self.data))), **own}
 
     def check(self) -> None:
         """Raises `InputError` for options that are missing, out of range or in conflict."""
@@ -265,6 +266,7 @@ def segment_episode(
     if usable:
         supports = [encoder(data.photo(episode.supports[place])) for place in usable]
         segmenter, watch = make_segmenter(options, encoder.sam), Stopwatch()
+        segmenter.class_name = common_name(episode.category)
         segmenter.fit(supports, [masks[place] for place in usable])
         fit = watch.lap()
         found = segmenter.predict(query)

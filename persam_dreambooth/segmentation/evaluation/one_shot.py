@@ -83,7 +83,8 @@ class OneShotOptions(SegmentationOptions):
     def settings(self) -> dict[str, Any]:
         """What all rows of an output folder share, since their figures are compared."""
         names = ("sam_model", "sam_dtype", "adapter_sha256", "guidance", "target_coverage")
-        return {"data": str(Path(str(self.data))), **{name: getattr(self, name) for name in names}}
+        own = {name: getattr(self, name) for name in names} | self.concept_settings
+        return {"data": str(Path(str(self.data))), **own}
 
     def check(self) -> None:
         """Raises `InputError` for options that are missing, out of range or in conflict."""
@@ -239,6 +240,7 @@ def segment_item(item: Item, rows: list[Row], data: DataSet, sam: Sam, output: P
         with write_aside(output / "predictions" / row.name / item.name) as aside:
             aside.mkdir()
             segmenter = row.segmenter(sam)
+            segmenter.class_name = item.class_name
             if usable:
                 watch.lap()
                 segmenter.fit([encodings[stem] for stem in usable], [masks[stem] for stem in usable])

@@ -13,13 +13,19 @@ from persam_dreambooth.segmentation.evaluation.data_set import Item
 from persam_dreambooth.segmentation.evaluation.one_shot_scores import OneShotScores, RowScores
 from persam_dreambooth.segmentation.segmenters import METHODS
 
-NAMES = {"persam": "PerSAM", "persam-f": "PerSAM-F", "memory": "SAM 2's memory", "plm": "PLM"}
+NAMES = {
+    "persam": "PerSAM",
+    "persam-f": "PerSAM-F",
+    "memory": "SAM 2's memory",
+    "plm": "PLM",
+    "sam3": "SAM 3's concepts",
+}
 """The names of the methods in tables; the paper has the first two."""
 
 PAPER_METHODS = ("persam", "persam-f")
 """The methods of the paper's Table 4."""
 
-LEARNED = {"persam": "0", "persam-f": "2", "memory": "0", "plm": "1.6M"}
+LEARNED = {"persam": "0", "persam-f": "2", "memory": "0", "plm": "1.6M", "sam3": "0"}
 """The number of parameters that a method learns from the reference; of a PLM, at SAM's width of 256."""
 
 TABLE_1_OBJECTS = {

@@ -10,12 +10,19 @@ from persam_dreambooth.errors import InputError
 from persam_dreambooth.segmentation.sams.original import read_original
 from persam_dreambooth.segmentation.sams.sam import Sam, find_device
 from persam_dreambooth.segmentation.sams.sam2 import Sam2
+from persam_dreambooth.segmentation.sams.sam3 import Sam3
 from persam_dreambooth.segmentation.sams.sam_hq import SamHQ
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-WRAPPERS: dict[str, type[Sam]] = {"sam": Sam, "sam_hq": SamHQ, "sam2": Sam2}
+WRAPPERS: dict[str, type[Sam]] = {
+    "sam": Sam,
+    "sam_hq": SamHQ,
+    "sam2": Sam2,
+    "sam3_tracker": Sam3,
+    "sam3_tracker_video": Sam3,
+}
 """The classes for models by their `model_type` in transformers."""
 
 
@@ -94,14 +101,17 @@ def _read_folder(source: str, revision: str | None) -> "PreTrainedModel":
 
 def _find_loader(source: str, revision: str | None = None) -> tuple[Any, Any]:
     """The model class of a checkpoint in transformers' format, and its configuration."""
-    from transformers import AutoConfig, Sam2Model, SamHQModel, SamModel
+    from transformers import AutoConfig, Sam2Model, Sam3TrackerModel, SamHQModel, SamModel
 
     from persam_dreambooth.segmentation.sams.sam2_memory import Sam2MemoryModel
 
     config = AutoConfig.from_pretrained(source, revision=revision)
+    # The hub's SAM 3 checkpoint is of type sam3_video, a detector and a tracker.
+    config = getattr(config, "tracker_config", config)
     # The hub's SAM 2 checkpoints are of type sam2_video.
     loaders = {"sam": SamModel, "sam_hq": SamHQModel, "sam2": Sam2Model, "sam2_video": Sam2MemoryModel}
+    loaders |= {"sam3_tracker": Sam3TrackerModel, "sam3_tracker_video": Sam3TrackerModel}
     if config.model_type not in loaders:
         kind = config.model_type
-        raise InputError(f"{source} is a model of type {kind}: name a SAM, SAM-HQ or SAM 2 checkpoint, or toy")
+        raise InputError(f"{source} is a model of type {kind}: name a SAM, SAM-HQ, SAM 2 or SAM 3 checkpoint, or toy")
     return loaders[config.model_type], config
