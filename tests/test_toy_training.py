@@ -500,7 +500,7 @@ def drawn_collages(squares, monkeypatch, in_place, seed):
     """Four pairs without recoloring or changes of light, their pixels 0 to 255, (B, S, S, 3)."""
     from persam_dreambooth.segmentation.sams.sam import PIXEL_MEAN, PIXEL_STD
 
-    for name, share in {"IN_PLACE": in_place, "RECOLORED": 0, "TEXTURED": 0}.items():
+    for name, share in {"IN_PLACE": in_place, "RECOLORED": 0}.items():
         monkeypatch.setattr(collages, name, share)
     monkeypatch.setattr(collages, "_random_hues", lambda rng, count, share: np.zeros(count))
     monkeypatch.setattr(collages, "_photographed", lambda rng, generator, image: image)
