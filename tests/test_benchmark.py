@@ -174,6 +174,19 @@ def test_the_demo_ends_with_a_page_that_holds_its_pictures_and_figures(tmp_path,
     assert "already holds other files: remove it" in capsys.readouterr().err
 
 
+def test_the_demo_of_real_photos_segments_them_and_trains_nothing(tmp_path, capsys):
+    assert main(["demo", "--photos", "real", "--output_dir", str(tmp_path / "demo")]) == 0
+    page = (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")
+    assert page.count("<img") == 4 + 3  # masks, and heat maps of the three that were made
+    assert page.count("<tr>") == 4 + 1
+    said = capsys.readouterr().out
+    assert "3 masks of real photos" in said and "mean IoU with the 2 that were drawn by hand" in said
+    assert float(re.search(r"by hand ([\d.]+)\.", said)[1]) > 0.7
+    masks = {path.name for path in (tmp_path / "demo" / "masks").glob("*.png")}
+    assert masks == {"00.png", "01.png", "02.png", "03.png"}
+    assert not list((tmp_path / "demo").rglob("*.safetensors"))
+
+
 def measured(folder, part, *arguments):
     """The exit code of a part of the accelerator's benchmark on the small checkpoints, and what it wrote."""
     code = accelerator.main(["--tiny", "--parts", part, "--output_dir", str(folder), *arguments])

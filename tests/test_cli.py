@@ -845,8 +845,8 @@ def test_an_option_without_its_dashes_is_named(capsys):
     assert refused(capsys, "train", "rank=4") == "error: unknown option rank: did you mean --rank?"
 
 
-@pytest.mark.parametrize("arguments", [["x"], ["--output_dir"], ["--steps", "3"]])
-def test_demo_takes_an_output_folder_and_nothing_else(capsys, arguments):
+@pytest.mark.parametrize("arguments", [["x"], ["--output_dir"], ["--steps", "3"], ["--photos", "painted"]])
+def test_demo_takes_an_output_folder_and_a_kind_of_photos_and_nothing_else(capsys, arguments):
     refused(capsys, "demo", *arguments)
 
 

@@ -1,6 +1,7 @@
 """The programs that train the checkpoints that ship: resumable, deterministic, each writing what the next one reads."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from persam_dreambooth.errors import InputError
 from persam_dreambooth.toy import scenes, world
 from tools.toy import (
     build,
+    collages,
     pairs,
     sam_losses,
     sam_prompts,
@@ -23,7 +25,7 @@ from tools.toy import (
     train_vae,
 )
 from tools.toy.fused_attention import FusedAttention, fuse_attention
-from tools.toy.training import Run
+from tools.toy.training import Run, with_batches
 
 
 def small_run(folder, steps=12, **config):
@@ -87,6 +89,41 @@ def test_the_learning_rate_warms_up_and_falls(tmp_path):
         rates.append(run._learning_rate())
     assert rates[0] == pytest.approx(1e-2 / 3) and max(rates) == pytest.approx(1e-2)
     assert rates[3:] == sorted(rates[3:], reverse=True) and rates[-1] < 2e-4
+
+
+def test_a_run_ends_when_its_minutes_are_over_and_its_learning_rate_with_them(tmp_path):
+    model, rates, saved = nn.Linear(4, 1), [], []
+    run = Run(
+        tmp_path,
+        {},
+        model,
+        learning_rate=1e-2,
+        steps=10**9,
+        minutes=0.01,
+        warmup=1,
+        log_every=10**9,
+        saving=saved.append,
+    )
+    for _ in run:
+        rates.append(run.optimizer.param_groups[0]["lr"])
+        run.update(model(torch.ones(1, 4)).square().sum())
+        time.sleep(0.02)
+    assert 0.6 <= run.seconds < 5 and len(rates) == run.step > 2
+    assert rates == sorted(rates, reverse=True) and rates[-1] < 0.2e-2
+    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [run.step]
+    assert torch.equal(saved[-1]["weight"], run.averaged().weight)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_are_those_of_the_steps_that_are_left(tmp_path, workers):
+    run, model = small_run(tmp_path)
+    train(run, model, until=9)
+    resumed, _ = small_run(tmp_path)
+    assert [(step, batch) for step, batch in with_batches(resumed, str, workers, "cpu")] == [
+        (9, "9"),
+        (10, "10"),
+        (11, "11"),
+    ]
 
 
 # --- the VAE
@@ -440,3 +477,84 @@ def test_a_mask_without_its_photo_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="holds no masks"):
         pairs.load_objects([tmp_path], tmp_path / "empty")
+
+
+@pytest.fixture
+def squares():
+    """Red and green squares on blue, two photos of each."""
+    from PIL import Image
+
+    albums = []
+    for color in ((230, 20, 20), (20, 200, 20)):
+        album = []
+        for number in range(2):
+            photo, mask = Image.new("RGB", (200, 160), (20, 20, 160)), Image.new("L", (200, 160))
+            for image, filling in ((photo, color), (mask, 255)):
+                image.paste(filling, (40 + 30 * number, 50, 110 + 30 * number, 120))
+            album.append(pairs.PhotoObject(photo, mask))
+        albums.append(album)
+    return albums
+
+
+def drawn_collages(squares, monkeypatch, in_place, seed):
+    """Four pairs without recoloring or changes of light, their pixels 0 to 255, (B, S, S, 3)."""
+    from persam_dreambooth.segmentation.sams.sam import PIXEL_MEAN, PIXEL_STD
+
+    for name, share in {"IN_PLACE": in_place, "RECOLORED": 0}.items():
+        monkeypatch.setattr(collages, name, share)
+    monkeypatch.setattr(collages, "_random_hues", lambda rng, count, share: np.zeros(count))
+    monkeypatch.setattr(collages, "_photographed", lambda rng, generator, image: image)
+    batch = collages.Collages(squares, "cpu").batch(np.random.default_rng(seed), 4, 128, 2, with_negative=True)
+    return batch, batch.pixels.permute(0, 2, 3, 1) * torch.tensor(PIXEL_STD) + torch.tensor(PIXEL_MEAN)
+
+
+@pytest.mark.parametrize("in_place", [0.0, 1.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_collages_show_one_subject_twice_and_mark_it(squares, monkeypatch, in_place, seed):
+    batch, pixels = drawn_collages(squares, monkeypatch, in_place, seed)
+    assert batch.pixels.shape == (8, 3, 128, 128) and batch.masks.shape == (16, 32, 32)
+    colors = pixels[:, 2::4, 2::4].argmax(dim=3)  # red, green or blue where a pixel of a mask has its middle
+    subjects = []
+    for shown, mask in zip(colors, batch.masks[::2], strict=True):
+        assert mask.any()
+        subjects.append(int(shown[mask > 0].mode().values))
+        assert (shown[mask > 0] == subjects[-1]).float().mean() > 0.9
+        assert subjects[-1] in (0, 1)
+    assert subjects[::2] == subjects[1::2] and set(subjects) == {0, 1}
+    prompted = colors.repeat_interleave(2, dim=0)
+    for mask, points, box, shown in zip(batch.masks, batch.points[:, 0], batch.boxes[:, 0], prompted, strict=True):
+        (x, y), (x_out, y_out) = (points // 4).int().tolist()
+        assert mask[y, x] == 1 and mask[y_out, x_out] == 0
+        assert shown[mask > 0].mode().values in (0, 1)
+        rows, columns = np.nonzero(mask.numpy())
+        found = [columns.min(), rows.min(), columns.max(), rows.max()]
+        assert np.abs(box.numpy() / 4 - found).max() < 0.15 * 32
+
+
+def test_objects_of_other_subjects_are_told_from_the_subject(squares, monkeypatch):
+    """Where a cell is another object's, its color is that of the other square."""
+    for name in ("BELOW", "ABOVE"):
+        monkeypatch.setattr(collages, name, 1.0)
+    batch, pixels = drawn_collages(squares, monkeypatch, 0.0, seed=1)
+    colors = pixels.unflatten(1, (8, 16)).unflatten(3, (8, 16)).mean(dim=(2, 4)).argmax(dim=3)
+    assert (batch.others > 0.9).any() and (batch.coverage > 0.9).any()
+    for shown, own, other in zip(colors, batch.coverage > 0.9, batch.others > 0.9, strict=True):
+        assert not (own & other).any()
+        if own.any() and other.any():
+            assert set(shown[other].tolist()) == {1 - int(shown[own].mode().values)}
+
+
+def test_the_point_of_the_prior_replaces_a_drawn_one_only_where_it_is_right(squares, monkeypatch):
+    """In the first picture of each pair, the cell like the second's subject is inside; in the second, it is outside."""
+    batch, _ = drawn_collages(squares, monkeypatch, 1.0, seed=0)
+    monkeypatch.setattr(sam_losses, "OWN_POINTS", 1.0)
+    inside = batch.coverage[::2].flatten(1).argmax(dim=1)
+    alike = sam_losses.subject_cells(batch.coverage)
+    alike[::2] = torch.nn.functional.one_hot(inside, 64).view(4, 8, 8) > 0
+    embeddings = torch.zeros(8, 96, 8, 8)
+    embeddings[:, 0], embeddings[:, 1] = ~alike, alike
+    moved = sam_losses.with_own_points(np.random.default_rng(0), embeddings, batch)
+    own = moved.points[::4, 0, 0]
+    assert torch.equal(own, torch.stack([inside % 8, inside // 8], dim=1) * 16.0 + 8)
+    assert torch.equal(moved.points[2::4], batch.points[2::4])
+    assert torch.equal(moved.points[1::2], batch.points[1::2])

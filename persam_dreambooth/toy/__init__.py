@@ -7,8 +7,8 @@ checkpoint can do, and is logged when one is loaded; `README.md` beside this fil
 from pathlib import Path
 
 NOTICES = {
-    "sam": "toy SAM: 2.3M parameters, trained on a rendered world and textures; expect rough masks of real photos",
-    "sam2": "toy SAM 2: 3.9M parameters, trained on the same pictures at 512 pixels; expect rough masks of real photos",
+    "sam": "toy SAM: 3.1M parameters, trained on a rendered world and 46 photos; expect rough masks of real photos",
+    "sam2": "toy SAM 2: 3.9M parameters, trained on such pictures at 512 pixels; expect rough masks of real photos",
     "stable-diffusion": "toy Stable Diffusion: trained on a rendered world of 6 kinds in 8 places; knows nothing else",
 }
 

@@ -50,7 +50,7 @@ color colors colored striped spotted plain small large close bright dark backgro
 hat scarf rug flowers leaves front empty zwx ohwx vqj
 """
 
-# SAM: the 2.3M-parameter architecture of the checkpoint that ships.
+# SAM: the 3.1M-parameter architecture of the checkpoint that ships.
 SAM_IMAGE_SIZE = 1024
 SAM_PATCH_SIZE = 16
 SAM_WIDTH = 128

@@ -28,12 +28,8 @@ PHOTO_SIDE = 640
 """Photos are stretched to this side; their own width and height in pixels are kept beside them."""
 IN_PLACE = 0.55
 """Share of the pictures that show the object in its own photo."""
-RECOLORED = 0.5
+RECOLORED = 0.35
 """Share of the pairs in which the subject's photos get another hue, the same in both: one more subject."""
-TEXTURED = 0.2
-"""Share of the pairs whose subject, pasted in both pictures, has the surface of another photo: one more subject."""
-TILED = 0.3
-"""Share of the photos behind pasted objects of which a crop is repeated: what is there many times is no subject."""
 BELOW, ABOVE = 0.6, 0.35
 """Shares of the pictures with an object of another subject below a pasted subject, and above any."""
 HIDDEN = 0.4
@@ -92,13 +88,10 @@ class Collages:
         count = 2 * pairs
         own = np.concatenate([self._two_photos(rng) for _ in range(pairs)])
         hue = np.repeat(_random_hues(rng, pairs, RECOLORED), 2)
-        textured = np.repeat(rng.random(pairs) < TEXTURED, 2)
-        in_place = (rng.random(count) < IN_PLACE) & ~textured
+        in_place = rng.random(count) < IN_PLACE
         behind = np.where(in_place, own, self._of_others(rng, own))
         extent, framed = self._framed(rng, behind)
-        tiled = (rng.random(count) < TILED) & ~in_place
-        canvas = self._seen(framed, size, np.where(tiled, rng.uniform(0.15, 0.5, count), np.inf))
-        canvas[:, 3:] *= ~self._flags(tiled)
+        canvas = self._seen(framed, size)
         image = _recolored(canvas[:, :3], np.where(in_place, hue, _random_hues(rng, count, 0.5)))
         kept = self._flags(in_place)
         masks = torch.cat([canvas[:, 3:] * kept, canvas[:, 3:] * ~kept], dim=1)  # the subject, then other objects
@@ -110,8 +103,7 @@ class Collages:
             image, masks, below, _random_hues(rng, count, 0.5), ~in_place & (rng.random(count) < BELOW)
         )
         masks = torch.cat([masks, alpha], dim=1)
-        surface = self._surface(rng, pasted, textured)
-        image, masks, alpha = self._pasted(image, masks, pasted, hue, ~in_place, surface=surface)
+        image, masks, alpha = self._pasted(image, masks, pasted, hue, ~in_place)
         masks[:, :1] += alpha
         image, masks, alpha = self._pasted(
             image, masks, above, _random_hues(rng, count, 0.5), rng.random(count) < ABOVE, HIDDEN
@@ -137,13 +129,11 @@ class Collages:
         hue: np.ndarray,
         shown: np.ndarray,
         hidden: float = 1.0,
-        surface: Layer | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Pastes an object into pictures (B, 3, S, S) where `shown`, and cuts what it covers out of masks (B, k, S, S).
 
         Args:
             hidden: the part of the first mask that it may cover; where it would cover more, it is left out.
-            surface: what gives the object its colors, most of them; by default its own photo.
 
         Returns:
             The pictures, the masks, and the object's own mask (B, 1, S, S).
@@ -153,12 +143,7 @@ class Collages:
         alpha = (2 * seen[:, 3:] - 1).clamp(min=0) * self._flags(shown)
         covered, whole = (masks[:, :1] * alpha).sum(dim=(1, 2, 3)), masks[:, 0].sum(dim=(1, 2))
         alpha = alpha * (covered <= hidden * whole)[:, None, None, None]
-        colors = seen[:, :3]
-        if surface is not None:
-            other = self._flags(surface.photo != layer.photo)
-            light = colors.mean(dim=1, keepdim=True) + 0.3
-            colors = torch.where(other, self._seen(surface, image.shape[-1])[:, :3] * light, colors)
-        image = image + (_recolored(colors, hue) - image) * alpha
+        image = image + (_recolored(seen[:, :3], hue) - image) * alpha
         return image, masks * (1 - alpha), alpha
 
     def _two_photos(self, rng: np.random.Generator) -> np.ndarray:
@@ -201,36 +186,15 @@ class Collages:
         at = low + rng.random((count, 2)) * (high - low)
         return Layer(photos, (boxes[:, :2] + boxes[:, 2:]) / 2, at, side, turn, flip)
 
-    def _surface(self, rng: np.random.Generator, pasted: Layer, textured: np.ndarray) -> Layer:
-        """For some pairs, the same crop of another photo in the place of both objects."""
-        first = np.arange(len(textured)) // 2 * 2
-        photo = np.where(textured, self._of_others(rng, pasted.photo)[first], pasted.photo)
-        center = np.where(textured[:, None], rng.uniform(0.25, 0.75, (len(first), 2))[first], pasted.center)
-        # As much of the photo for an object, however large it is in the picture.
-        scale = np.sqrt(self.areas[pasted.photo] / self.areas[pasted.photo][first])
-        zoom = np.where(textured, (np.exp(rng.uniform(-1.2, 0, len(first))))[first] / scale, 1)
-        return Layer(photo, center, pasted.at, pasted.side * zoom[:, None], pasted.turn, pasted.flip)
-
-    def _seen(self, layer: Layer, size: int, tile: np.ndarray | None = None) -> torch.Tensor:
-        """The photos as pictures: (B, 4, S, S), color and mask, 0 to 1; beyond a photo's border colors are mirrored.
-
-        Args:
-            tile: (B,) the side of the crop that is repeated, in the width of the picture; infinite for none.
-        """
+    def _seen(self, layer: Layer, size: int) -> torch.Tensor:
+        """The photos as pictures: (B, 4, S, S), color and mask, 0 to 1; beyond a photo's border colors are mirrored."""
         cosine, sine = np.cos(layer.turn), np.sin(layer.turn)
         turned = np.stack([np.stack([cosine * layer.flip, -sine], 1), np.stack([sine * layer.flip, cosine], 1)], 1)
         # Picture (-1 to 1) -> photo (-1 to 1): half a side of the picture is half of `side` in the photo's pixels.
         linear = turned * layer.side[:, None, :] / self.sizes[layer.photo][:, :, None]
         shift = 2 * layer.center - 1 - np.einsum("bij,bj->bi", linear, 2 * layer.at - 1)
         theta = torch.from_numpy(np.concatenate([linear, shift[:, :, None]], 2)).float().to(self.device)
-        if tile is None:
-            grid = F.affine_grid(theta, [len(theta), 4, size, size], align_corners=False)
-        else:
-            side = torch.from_numpy(2 * tile).float().to(self.device)[:, None, None, None]
-            still = torch.eye(2, 3, device=self.device).expand(len(theta), 2, 3)
-            places = F.affine_grid(still, [len(theta), 4, size, size], align_corners=False)
-            places = torch.where(side < torch.inf, places.remainder(side), places)
-            grid = places @ theta[:, None, :, :2].transpose(-1, -2) + theta[:, None, None, :, 2]
+        grid = F.affine_grid(theta, [len(theta), 4, size, size], align_corners=False)
         chosen = self.photos[torch.from_numpy(layer.photo).to(self.device)]
         seen = F.grid_sample(chosen, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
         outside = (grid.abs() > 1).any(dim=-1)[:, None]

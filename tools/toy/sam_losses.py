@@ -26,9 +26,7 @@ IOU_WEIGHT = 1.0
 WEIGHTED_WEIGHT = 1.0
 # Share of the subjects whose point is the one that the location prior gives, where it is right.
 OWN_POINTS = 0.5
-PRIOR_WEIGHT = 1.5
-# How much the pooling of PerSAM and that of PerSAM-F, which is harder to find by, count in it.
-POOLING_WEIGHTS = (0.35, 0.65)
+PRIOR_WEIGHT = 1.0
 PRIOR_TEMPERATURE = 10.0
 ARGMAX_TEMPERATURE = 100.0
 
@@ -245,7 +243,7 @@ def prior_losses(
         mass = torch.log_softmax(ARGMAX_TEMPERATURE * similarity, dim=1).masked_fill(~inside, -torch.inf)
         found = (coverage.flatten(1) > 0).gather(1, similarity.argmax(dim=1, keepdim=True)).float()
         losses.append(torch.stack([(subject + rest).mean() / 2, -mass.logsumexp(dim=1).mean(), found.mean()]))
-    cells, argmax, hits = torch.stack(losses).T @ torch.tensor(POOLING_WEIGHTS, device=embeddings.device)
+    cells, argmax, hits = torch.stack(losses).mean(dim=0)
     return cells, argmax, hits.item()
 
 

@@ -82,8 +82,8 @@ class Stage:
 
 STAGES = (
     Stage(256, window=16, pairs=4, collages=0, prompts=2, learning_rate=8e-4, steps=4000),
-    Stage(512, window=16, pairs=6, collages=24, prompts=2, learning_rate=6e-4, steps=1250),
-    Stage(1024, window=14, pairs=2, collages=9, prompts=2, learning_rate=3e-4, steps=270),
+    Stage(512, window=16, pairs=6, collages=18, prompts=2, learning_rate=6e-4, steps=1250),
+    Stage(1024, window=14, pairs=1, collages=7, prompts=2, learning_rate=3e-4, steps=270),
 )
 
 
