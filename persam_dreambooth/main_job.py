@@ -163,7 +163,13 @@ def write_masks(options: TrainOptions, albums: list[Album], begins: bool) -> Non
         for album, reference, masks in missing:
             logger.info("%smasks are made from the mask of %s", album.label, reference[0].name)
             made = segment_folder(
-                album.photos, [reference], segmenter, album.mask_dir, absent=options.absent, known=masks
+                album.photos,
+                [reference],
+                segmenter,
+                album.mask_dir,
+                absent=options.absent,
+                known=masks,
+                smallest_region=options.smallest_region,
             )
             run_dir = options.run_dir if len(albums) == 1 else None
             images = album.subject.instance_dir

@@ -258,6 +258,7 @@ def test_the_options_of_train_are_these():
             "guidance",
             "absent",
             "absent_threshold",
+            "smallest_region",
         ),
     ]
 
@@ -275,7 +276,7 @@ METHOD_OPTIONS = ("segmenter", "target_coverage", "sam_dtype", "encoding_cache")
 ALWAYS: dict[str, tuple[str, ...]] = {
     "segment": (
         *("images", "mask", "mask_dir", "invert_mask", "output", "instances", "heatmaps", "absent", "absent_threshold"),
-        *("sam_model", *METHOD_OPTIONS),
+        *("smallest_region", "sam_model", *METHOD_OPTIONS),
     ),
     "video": ("frames", "mask", "output", "overlay", "sam_model", *METHOD_OPTIONS),
     "train": (
@@ -372,7 +373,8 @@ IDLE: dict[str, dict[tuple[str, ...], tuple[str, ...]]] = {
             *("background_scenes", "background_in_prompt", "prior_loss_weight", "class_data_dir", "class_scenes"),
             *("num_class_images", "sample_batch_size", "class_prompt", "lr_warmup_steps", "lr_num_cycles", "lr_power"),
             *("text_encoder_lr", "offload"),
-            *("ema_decay", "hub_model_id", "guidance", "adapter", "absent", "absent_threshold", *METHOD_OPTIONS),
+            *("ema_decay", "hub_model_id", "guidance", "adapter", "absent", "absent_threshold"),
+            *("smallest_region", *METHOD_OPTIONS),
         ),
         CUT_OUTS: ("invert_mask",),
         WHOLE_PHOTOS: (
