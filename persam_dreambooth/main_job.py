@@ -195,6 +195,7 @@ def write_masks(options: TrainOptions, albums: list[Album], begins: bool) -> Non
                 album.mask_dir,
                 absent=options.absent,
                 known=masks,
+                smallest_region=options.smallest_region,
                 encoded=encoded,
             )
             run_dir = options.run_dir if len(albums) == 1 else None

@@ -260,6 +260,7 @@ def test_the_options_of_train_are_these():
             "concept_prompt",
             "absent",
             "absent_threshold",
+            "smallest_region",
         ),
     ]
 
@@ -278,8 +279,7 @@ ALWAYS: dict[str, tuple[str, ...]] = {
     "mask": ("photo", "point", "box", "text", "output", "grid", "sam_model"),
     "segment": (
         *("images", "mask", "mask_dir", "point", "box", "text", "output", "instances", "heatmaps", "layout"),
-        *("absent", "absent_threshold"),
-        *("sam_model", *METHOD_OPTIONS),
+        *("absent", "absent_threshold", "smallest_region", "sam_model", *METHOD_OPTIONS),
     ),
     "video": ("frames", "mask", "output", "overlay", "sam_model", *METHOD_OPTIONS),
     "train": (
@@ -383,7 +383,7 @@ IDLE: dict[str, dict[tuple[str, ...], tuple[str, ...]]] = {
             *("num_class_images", "sample_batch_size", "class_prompt", "lr_warmup_steps", "lr_num_cycles", "lr_power"),
             *("text_encoder_lr", "offload"),
             *("ema_decay", "hub_model_id", "guidance", "concept_prompt", "adapter"),
-            *("absent", "absent_threshold", *METHOD_OPTIONS),
+            *("absent", "absent_threshold", "smallest_region", *METHOD_OPTIONS),
         ),
         CUT_OUTS: ("invert_mask",),
         WHOLE_PHOTOS: (

@@ -63,6 +63,8 @@ class MaskRecord:
         score: predicted IoU, 0 to 1.
         presence: similarity of the found region to the target, 0 to 1.
         absent_threshold: presence below which the subject counted as absent, 0 to 1.
+        smallest_region: fraction of the mask below which its islands and holes were removed and filled, 0 to below 1;
+            0 if it is as the segmenter made it.
         coverage: fraction of the photo inside the mask, 0 to 1.
         flags: warnings such as `absent`; `skipped` for a photo that is left out.
         concept_presence: probability that the photo shows the subject's class at all, 0 to 1; of SAM 3 with text.
@@ -77,6 +79,7 @@ class MaskRecord:
     score: float | None = None
     presence: float | None = None
     absent_threshold: float | None = None
+    smallest_region: float | None = None
     flags: tuple[str, ...] = ()
     concept_presence: float | None = None
     mask_sha256: str | None = field(default=None, compare=False)

@@ -30,6 +30,7 @@ from persam_dreambooth.photos.mask_prompts import WAYS, PromptOptions
 from persam_dreambooth.photos.references import Reference, find_prompted, find_reference, find_references
 from persam_dreambooth.progress import steps
 from persam_dreambooth.report.pictures import heat_map, save_overview, save_picture
+from persam_dreambooth.segmentation.clean import clean_mask
 from persam_dreambooth.segmentation.first_mask import prompted_reference, save_reference
 from persam_dreambooth.segmentation.found import ABSENT
 from persam_dreambooth.segmentation.segmenters import METHODS, MaskFolderOptions, open_segmenter
@@ -44,7 +45,7 @@ GIVEN = "given"
 
 SAME_TO_RESUME = (
     *("segmenter", "sam_model", "sam_dtype", "adapter_sha256", "target_coverage", "guidance"),
-    *("absent", "absent_threshold", "instances"),
+    *("absent", "absent_threshold", "smallest_region", "instances"),
 )
 """The options that must be equal to resume a mask folder."""
 
@@ -162,7 +163,16 @@ def segment(options: SegmentOptions) -> list[PhotoMask]:
                 if prompted:
                     save_reference(first, photos, output, known)
                 masks = segment_folder(
-                    photos, references, segmenter, output, options.instances, options.absent, heatmaps, known, encoded
+                    photos,
+                    references,
+                    segmenter,
+                    output,
+                    options.instances,
+                    options.absent,
+                    heatmaps,
+                    known,
+                    options.smallest_region,
+                    encoded,
                 )
             else:
                 with MaskWriter(output, known.values()):
@@ -186,6 +196,7 @@ def segment_folder(
     absent: Literal["skip", "warn", "keep"] = "warn",
     heatmaps: Path | None = None,
     known: dict[str, PhotoMask] | None = None,
+    smallest_region: float = 0.0,
     encoded: dict[Path, Encoding] | None = None,
 ) -> list[PhotoMask]:
     """Finds the subject in every photo and writes the mask folder.
@@ -203,6 +214,8 @@ def segment_folder(
             warning.
         heatmaps: folder for the location prior of every segmented photo, as <name>.jpg.
         known: the masks that are already in the folder, by their photos' names; by default, they are read.
+        smallest_region: fraction of an instance's mask below which its islands and holes are removed and filled, 0 to
+            below 1; 0 changes no mask.
         encoded: encodings of references, by their paths, so that they are not encoded again.
 
     Returns:
@@ -226,7 +239,7 @@ def segment_folder(
                     shown = [(encoded or {}).get(reference.path) or reference.read() for reference, _ in references]
                     segmenter.fit(shown, list(given.values()))
                     fitted = True
-                mask, record = _predict(segmenter, photo, next(encodings), instances, absent, heatmaps)
+                mask, record = _predict(segmenter, photo, next(encodings), instances, absent, heatmaps, smallest_region)
             writer.save(record, mask)
             found[photo.name] = PhotoMask(photo, mask, record)
     return [found[photo.name] for photo in photos]
@@ -307,6 +320,7 @@ def _predict(
     instances: int,
     absent: Literal["skip", "warn", "keep"],
     heatmaps: Path | None,
+    smallest_region: float,
 ) -> tuple[np.ndarray, MaskRecord]:
     from persam_dreambooth.segmentation.segmenter import find_instances
 
@@ -314,7 +328,7 @@ def _predict(
     if finds:
         logger.info("%s: found %s", photo.name, counted(len(finds), "time"))
     found = finds[0] if finds else segmenter.predict(encoding)
-    mask = np.any([found.mask, *(each.mask for each in finds)], axis=0)
+    mask = np.any([clean_mask(each.mask, smallest_region) for each in finds or [found]], axis=0)
     if heatmaps:
         heat = heat_map(photo.read(), found.similarity, found.photo_cells)
         save_picture(heat, _heat_map_file(heatmaps, photo.name))
@@ -333,6 +347,7 @@ def _predict(
         score=found.score,
         presence=found.presence,
         absent_threshold=segmenter.absent_threshold,
+        smallest_region=smallest_region,
         flags=flags,
         concept_presence=found.concept_presence,
     )

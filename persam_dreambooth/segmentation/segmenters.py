@@ -15,6 +15,7 @@ from persam_dreambooth.errors import InputError
 from persam_dreambooth.models import log_device
 from persam_dreambooth.options import Condition, Options, below_one, option, with_flag, within
 from persam_dreambooth.segmentation.adapters import adapted_sam, weights_sha256
+from persam_dreambooth.segmentation.clean import SMALLEST_REGION
 from persam_dreambooth.segmentation.found import ABSENT_THRESHOLD
 
 if TYPE_CHECKING:
@@ -187,7 +188,7 @@ class TrackingOptions(SegmenterOptions):
 
 @dataclass(frozen=True)
 class MaskFolderOptions(SegmentationOptions):
-    """How photos without the subject are handled; shared by `segment` and `train`."""
+    """How masks are cleaned, and how photos without the subject are handled; shared by `segment` and `train`."""
 
     absent: Literal["skip", "warn", "keep"] = option(
         "warn",
@@ -199,11 +200,17 @@ class MaskFolderOptions(SegmentationOptions):
         "presence (similarity of the found region to the subject, 0 to 1) below which it is absent",
         when=(MAKES_MASKS,),
     )
+    smallest_region: float = option(
+        SMALLEST_REGION,
+        "islands and holes below this fraction of a mask that is made are removed and filled; 0: none",
+        when=(MAKES_MASKS,),
+    )
 
     def check(self) -> None:
         """Raises `InputError` for options that are out of range or in conflict."""
         super().check()
         within(self, 0, 1, "absent_threshold")
+        below_one(self, "smallest_region")
 
 
 def method_class(name: str) -> type[Segmenter]:
