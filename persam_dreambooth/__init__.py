@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from persam_dreambooth.photos.masks import read_mask as read_mask
     from persam_dreambooth.progress import Progress as Progress
     from persam_dreambooth.progress import reporting as reporting
+    from persam_dreambooth.segmentation.assignment import find_subjects as find_subjects
     from persam_dreambooth.segmentation.found import Found as Found
     from persam_dreambooth.segmentation.memory import MemorySegmenter as MemorySegmenter
     from persam_dreambooth.segmentation.persam import PerSAM as PerSAM
@@ -50,6 +51,7 @@ _PLACES = {
     "UnavailableError": "errors",
     "VideoSegmenter": "segmentation.video_segmenter",
     "find_instances": "segmentation.segmenter",
+    "find_subjects": "segmentation.assignment",
     "generate": "dreambooth.generate",
     "open_sam": "segmentation.sams.checkpoints",
     "personalize": "main_job",
