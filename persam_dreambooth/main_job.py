@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from persam_dreambooth import models
 from persam_dreambooth.dreambooth.albums import Album, read_albums
@@ -24,11 +25,15 @@ from persam_dreambooth.dreambooth.run_folder import (
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.extras import check_installed
 from persam_dreambooth.options import takes_options
-from persam_dreambooth.photos.mask_folder import MaskWriter, load_known, load_masks
+from persam_dreambooth.photos.mask_folder import MaskWriter, PackedMask, PhotoMask, load_known, load_masks
 from persam_dreambooth.report.pictures import save_overview
 from persam_dreambooth.segmentation.segment import correction_advice, segment_folder
-from persam_dreambooth.segmentation.segmenters import MaskFolderOptions, open_segmenter
+from persam_dreambooth.segmentation.segmenters import MaskFolderOptions, fitted_segmenter, open_segmenter
 from persam_dreambooth.training.only_training import only_training
+
+if TYPE_CHECKING:
+    from persam_dreambooth.segmentation.assignment import Companion
+    from persam_dreambooth.segmentation.segmenter import Segmenter
 
 logger = logging.getLogger(__name__)
 
@@ -152,18 +157,25 @@ def write_masks(options: TrainOptions, albums: list[Album], begins: bool) -> Non
     """
     known = [load_known(album.mask_dir, album.photos) for album in albums]
     missing = [
-        (album, album.reference, masks)
-        for album, masks in zip(albums, known, strict=True)
+        (number, album, album.reference, masks)
+        for number, (album, masks) in enumerate(zip(albums, known, strict=True))
         if album.reference and len(masks) < len(album.photos)
     ]
     segmenter = open_segmenter(options) if missing else None
+    companions = album_companions(options, albums, known, segmenter) if segmenter else []
     if begins:
         begin_run(options)
     if segmenter:
-        for album, reference, masks in missing:
+        for number, album, reference, masks in missing:
             logger.info("%smasks are made from the mask of %s", album.label, reference[0].name)
             made = segment_folder(
-                album.photos, [reference], segmenter, album.mask_dir, absent=options.absent, known=masks
+                album.photos,
+                [reference],
+                segmenter,
+                album.mask_dir,
+                absent=options.absent,
+                known=masks,
+                companions=companions[number],
             )
             run_dir = options.run_dir if len(albums) == 1 else None
             images = album.subject.instance_dir
@@ -173,3 +185,35 @@ def write_masks(options: TrainOptions, albums: list[Album], begins: bool) -> Non
         with MaskWriter(album.mask_dir) as writer:
             for item in album.drawn:
                 writer.save(item.record, item.mask, item.weights)
+
+
+def album_companions(
+    options: TrainOptions, albums: list[Album], known: list[dict[str, PhotoMask]], like: Segmenter
+) -> list[list[Companion]]:
+    """The other subjects that each album's masks must leave out: those of `other_mask`, and those that share photos.
+
+    Args:
+        options: of the run.
+        albums: its subjects.
+        known: the masks that each album's folder already has. Those that the user gave or corrected are fixed.
+        like: a segmenter with the SAM of the run.
+    """
+    from persam_dreambooth.segmentation.assignment import Companion
+
+    hashes = [frozenset(photo.sha256 for photo in album.photos) for album in albums]
+    found: list[list[Companion]] = [[] for _ in albums]
+    for album, own, known_masks, others in zip(albums, hashes, known, found, strict=True):
+        for photo, mask in album.others:
+            other = fitted_segmenter(options, like, [(photo, mask)])
+            others.append(Companion(other, {photo.sha256: PackedMask(mask)}))
+        sharing = [place for place, hashed in enumerate(hashes) if own & hashed and albums[place] is not album]
+        if not sharing:
+            continue
+        masks = [*album.drawn, *(item for item in known_masks.values() if item.record.model is None)]
+        fixed = {item.photo.sha256: item.packed for item in masks}
+        fitted = fitted_segmenter(options, like, [album.reference]) if album.reference else None
+        if album.reference:
+            fixed[album.reference[0].sha256] = PackedMask(album.reference[1])
+        for place in sharing:
+            found[place].append(Companion(fitted, fixed, own))
+    return found

@@ -64,6 +64,14 @@ class SubjectOptions(Options):
         path=True,
         when=(with_flag("--mask"),),
     )
+    other_mask: list[str] | None = option(
+        None,
+        "mask, of one of the photos, of an alike subject that is not trained: what shows it is left out of the masks; "
+        "several by repeating",
+        path=True,
+        many=True,
+        when=(with_flag("--mask"),),
+    )
     mask_dir: str | None = option(
         None,
         "folder with a mask for every photo (same names); then no SAM is loaded",

@@ -8,7 +8,7 @@ Shapes: H W photo; n subjects. Points and boxes are xy in pixels of the photo.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,6 +17,7 @@ from scipy import ndimage
 from scipy.optimize import linear_sum_assignment
 
 from persam_dreambooth.errors import InputError
+from persam_dreambooth.photos.mask_folder import PackedMask
 from persam_dreambooth.segmentation.found import ABSENT, Found
 from persam_dreambooth.segmentation.location_prior import at_photo_size, likeness, presence
 from persam_dreambooth.segmentation.sams.sam import Encoding, ImageLike, Sam
@@ -30,6 +31,21 @@ SMALLEST_PART = 0.25
 
 SAME = 0.5
 """Two regions that share more than this fraction of the smaller one are one instance."""
+
+
+@dataclass(frozen=True, eq=False)
+class Companion:
+    """Another subject of the same photos, which must not be taken for the one that is searched.
+
+    Args:
+        segmenter: fitted to it; None if it is only in photos with known masks.
+        known: its known masks, (H, W) bool, by the hashes of their photos.
+        photos: the hashes of the photos that may show it; None for all photos.
+    """
+
+    segmenter: Segmenter | None
+    known: Mapping[str, PackedMask]
+    photos: frozenset[str] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +110,16 @@ def find_subjects(segmenters: Sequence[Segmenter], photo: ImageLike, taken: Sequ
         _described(replace(found, mask=found.mask & (nearest == number)), segmenter, encoding)
         for number, (found, segmenter) in enumerate(zip(results, segmenters, strict=True))
     ]
+
+
+def find_beside(
+    segmenter: Segmenter, photo: ImageLike, photo_sha256: str, companions: Sequence[Companion]
+) -> Found | None:
+    """Finds a subject in a photo beside its companions, see `find_subjects`; None if it has none there."""
+    there = [one for one in companions if one.photos is None or photo_sha256 in one.photos]
+    taken = [np.asarray(one.known[photo_sha256]) for one in there if photo_sha256 in one.known]
+    others = [one.segmenter for one in there if one.segmenter and photo_sha256 not in one.known]
+    return find_subjects([segmenter, *others], photo, taken)[0] if taken or others else None
 
 
 def _pool(masks: list[np.ndarray], free: np.ndarray, smooth: np.ndarray) -> list[Region]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -19,18 +20,20 @@ from persam_dreambooth.photos.mask_folder import (
     SKIPPED,
     MaskRecord,
     MaskWriter,
+    PackedMask,
     PhotoMask,
     check_names,
     load_known,
     mask_hash,
 )
-from persam_dreambooth.photos.references import Reference, find_reference, find_references
+from persam_dreambooth.photos.references import Reference, find_others, find_reference, find_references
 from persam_dreambooth.progress import steps
 from persam_dreambooth.report.pictures import heat_map, save_overview, save_picture
 from persam_dreambooth.segmentation.found import ABSENT
-from persam_dreambooth.segmentation.segmenters import METHODS, MaskFolderOptions, open_segmenter
+from persam_dreambooth.segmentation.segmenters import METHODS, MaskFolderOptions, fitted_segmenter, open_segmenter
 
 if TYPE_CHECKING:
+    from persam_dreambooth.segmentation.assignment import Companion
     from persam_dreambooth.segmentation.sams.sam import Encoding
     from persam_dreambooth.segmentation.segmenter import Segmenter
 
@@ -63,6 +66,14 @@ class SegmentOptions(MaskFolderOptions):
         "gave or corrected",
         path=True,
         rivals=("mask",),
+    )
+    other_mask: list[str] | None = option(
+        None,
+        "mask, of any of the photos, of an alike subject that is not yours: what shows it is left out; several by "
+        "repeating",
+        path=True,
+        many=True,
+        rivals=("instances",),
     )
     invert_mask: bool = option(False, "the subject is black, or transparent, in the given masks")
     output: str | None = option(
@@ -97,14 +108,18 @@ def segment(options: SegmentOptions) -> list[PhotoMask]:
     folder, output, mask_path = (
         Path(str(path)) for path in (options.images, options.output, options.mask or options.mask_dir)
     )
-    photos = find_photos(folder, leave_out=(mask_path, output))
+    other_masks = options.other_mask or ()
+    photos = find_photos(folder, leave_out=(mask_path, output, *map(Path, other_masks)))
     check_names(photos)
     if options.mask:
         references = [find_reference(photos, folder, mask_path, options.reference_image, options.invert_mask)]
     else:
         references = find_references(photos, mask_path, options.invert_mask)
+    others = find_others(photos, folder, other_masks, options.reference_image, options.invert_mask)
     settings = {name: getattr(options, name) for name in SAME_TO_RESUME}
-    settings["references"] = sorted([photo.sha256, mask_hash(mask)] for photo, mask in references)
+    for what, given in (("references", references), ("other_masks", others)):
+        if given:  # an older folder has no other masks
+            settings[what] = sorted([photo.sha256, mask_hash(mask)] for photo, mask in given)
     if not check_settings(output, settings, "masks", "--output"):
         check_new(output, {CONFIG: "a training run", MASK_INDEX: "masks"})
     check_writable(output)
@@ -121,9 +136,23 @@ def segment(options: SegmentOptions) -> list[PhotoMask]:
                                "--output", ", ".join(without[:5]) + ", ..." * (len(without) > 5))  # fmt: skip
             if len(known) < len(photos):
                 segmenter = open_segmenter(options)
+                from persam_dreambooth.segmentation.assignment import Companion
+
+                companions = [
+                    Companion(fitted_segmenter(options, segmenter, [other]), {other[0].sha256: PackedMask(other[1])})
+                    for other in others
+                ]
                 note_settings(output, settings, "masks", "--output")
                 masks = segment_folder(
-                    photos, references, segmenter, output, options.instances, options.absent, heatmaps, known
+                    photos,
+                    references,
+                    segmenter,
+                    output,
+                    options.instances,
+                    options.absent,
+                    heatmaps,
+                    known,
+                    companions,
                 )
             else:
                 with MaskWriter(output, known.values()):
@@ -145,6 +174,7 @@ def segment_folder(
     absent: Literal["skip", "warn", "keep"] = "warn",
     heatmaps: Path | None = None,
     known: dict[str, PhotoMask] | None = None,
+    companions: Sequence[Companion] = (),
 ) -> list[PhotoMask]:
     """Finds the subject in every photo and writes the mask folder.
 
@@ -161,6 +191,7 @@ def segment_folder(
             warning.
         heatmaps: folder for the location prior of every segmented photo, as <name>.jpg.
         known: the masks that are already in the folder, by their photos' names; by default, they are read.
+        companions: other subjects of the photos; with them, the subject is found once in a photo.
 
     Returns:
         Each photo with its mask, in the order of `photos`. The record of a photo in which the subject was not found has
@@ -182,7 +213,7 @@ def segment_folder(
                 if not fitted:
                     segmenter.fit([reference.read() for reference, _ in references], list(given.values()))
                     fitted = True
-                mask, record = _predict(segmenter, photo, next(encodings), instances, absent, heatmaps)
+                mask, record = _predict(segmenter, photo, next(encodings), instances, absent, heatmaps, companions)
             writer.save(record, mask)
             found[photo.name] = PhotoMask(photo, mask, record)
     return [found[photo.name] for photo in photos]
@@ -263,13 +294,16 @@ def _predict(
     instances: int,
     absent: Literal["skip", "warn", "keep"],
     heatmaps: Path | None,
+    companions: Sequence[Companion],
 ) -> tuple[np.ndarray, MaskRecord]:
+    from persam_dreambooth.segmentation.assignment import find_beside
     from persam_dreambooth.segmentation.segmenter import find_instances
 
+    beside = find_beside(segmenter, encoding, photo.sha256, companions)
     finds = find_instances(segmenter, encoding, instances) if instances > 1 else []
     if finds:
         logger.info("%s: found %s", photo.name, counted(len(finds), "time"))
-    found = finds[0] if finds else segmenter.predict(encoding)
+    found = beside or (finds[0] if finds else segmenter.predict(encoding))
     mask = np.any([found.mask, *(each.mask for each in finds)], axis=0)
     if heatmaps:
         heat = heat_map(photo.read(), found.similarity, found.photo_cells)
