@@ -89,7 +89,7 @@ def find_subjects(segmenters: Sequence[Segmenter], photo: ImageLike, taken: Sequ
     smooth = ndimage.gaussian_filter(alike, (0, *[SMOOTHING * encoding.grid] * 2))
     alike, smooth = (_at_photo_size(maps, segmenters[0].sam, encoding) for maps in (alike, smooth))
     finds = [segmenter.instances(encoding, len(segmenters) + len(known)) for segmenter in segmenters]
-    regions = _pool([found.mask for own in finds for found in own], free, smooth)
+    regions = _pool([[found.mask for found in own] for own in finds], free, smooth)
     chosen = _assign(regions, segmenters, encoding, alike)
     places = [region.mask for region in chosen if region] + known
     results = []
@@ -122,11 +122,25 @@ def find_beside(
     return find_subjects([segmenter, *others], photo, taken)[0] if taken or others else None
 
 
-def _pool(masks: list[np.ndarray], free: np.ndarray, smooth: np.ndarray) -> list[Region]:
-    """The different regions in masks, (H, W) bool, cut where the smoothed likeness (n, H, W) of another subject is."""
+def _pool(finds: list[list[np.ndarray]], free: np.ndarray, smooth: np.ndarray) -> list[Region]:
+    """The different regions in what is found of each subject.
+
+    A mask is cut if it shares much with the first mask of another subject, since it may show both: each pixel goes to
+    the subject with the highest smoothed likeness.
+
+    Args:
+        finds: the masks, (H, W) bool, of each subject, the most similar first.
+        free: (H, W) bool, pixels outside of known masks.
+        smooth: (n, H, W) the smoothed likeness to each subject.
+    """
     nearest = smooth.argmax(axis=0)
     regions: list[Region] = []
-    for mask in masks:
+    for subject, mask in [(subject, mask) for subject, own in enumerate(finds) for mask in own]:
+        others = [own[0] for number, own in enumerate(finds) if own and number != subject]
+        if not any((mask & other).sum() > SMALLEST_PART * mask.sum() for other in others):
+            if (mask & free).any():
+                regions.append(Region(mask & free, not free[mask].all()))
+            continue
         labels, count = ndimage.label(mask & free)
         owner = nearest.copy()
         mixed = False
