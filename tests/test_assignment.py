@@ -74,7 +74,9 @@ def test_the_one_that_a_photo_lacks_is_absent(segmenters, twins):
 
 def test_two_regions_serve_two_of_three_subjects(segmenters, twins, sam):
     photo, truths = twins[1]
-    cat = world.random_scene(np.random.default_rng(5), world.Subject(*"cat white black plain red none red".split()))
+    cat = world.random_scene(
+        np.random.default_rng(5), world.Subject("cat", "white", "black", "plain", "red", "none", "red")
+    )
     image, (mask,) = rendered(cat, cat.subject)
     third = PerSAMF(sam, fit_steps=100).fit(image, mask)
     found = find_subjects([segmenters[0], third, segmenters[1]], photo)

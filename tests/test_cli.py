@@ -216,7 +216,7 @@ def test_the_options_of_train_are_these():
     """Adding, renaming or removing an option is a conscious act: the documents and old YAML files know these."""
     assert [entry.name for entry in fields(TrainOptions)] == [
         *("instance_dir", "dataset_name", "image_column", "caption_column"),
-        *("mask", "reference_image", "mask_dir", "mask_from", "invert_mask"),
+        *("mask", "reference_image", "other_mask", "mask_dir", "mask_from", "invert_mask"),
         *("caption_from", "class_name", "identifier", "instance_prompt", "class_prompt", "validation_prompt"),
         *("subjects", "unmasked"),
         *("pretrained_model_name_or_path", "revision", "variant", "base_config"),
@@ -274,7 +274,8 @@ METHOD_OPTIONS = ("segmenter", "target_coverage", "sam_dtype", "encoding_cache")
 
 ALWAYS: dict[str, tuple[str, ...]] = {
     "segment": (
-        *("images", "mask", "mask_dir", "invert_mask", "output", "instances", "heatmaps", "absent", "absent_threshold"),
+        *("images", "mask", "mask_dir", "other_mask", "invert_mask", "output", "instances", "heatmaps"),
+        *("absent", "absent_threshold"),
         *("sam_model", *METHOD_OPTIONS),
     ),
     "video": ("frames", "mask", "output", "overlay", "sam_model", *METHOD_OPTIONS),
@@ -368,7 +369,14 @@ IDLE: dict[str, dict[tuple[str, ...], tuple[str, ...]]] = {
     },
     "train": {
         MASKS_GIVEN: (
-            *("image_column", "caption_column", "reference_image", "background_dir", "num_background_images"),
+            *(
+                "image_column",
+                "caption_column",
+                "reference_image",
+                "other_mask",
+                "background_dir",
+                "num_background_images",
+            ),
             *("background_scenes", "background_in_prompt", "prior_loss_weight", "class_data_dir", "class_scenes"),
             *("num_class_images", "sample_batch_size", "class_prompt", "lr_warmup_steps", "lr_num_cycles", "lr_power"),
             *("text_encoder_lr", "offload"),

@@ -27,7 +27,7 @@ SMOOTHING = 1 / 32
 """Standard deviation of the smoothing of likeness, as a fraction of the SAM's input."""
 
 SMALLEST_PART = 0.25
-"""Minimum fraction of a connected region that another subject has; less is taken as noise."""
+"""Minimum fraction of a connected region that another subject has, and of the smaller of two masks that they share."""
 
 SAME = 0.5
 """Two regions that share more than this fraction of the smaller one are one instance."""
@@ -137,7 +137,7 @@ def _pool(finds: list[list[np.ndarray]], free: np.ndarray, smooth: np.ndarray) -
     regions: list[Region] = []
     for subject, mask in [(subject, mask) for subject, own in enumerate(finds) for mask in own]:
         others = [own[0] for number, own in enumerate(finds) if own and number != subject]
-        if not any((mask & other).sum() > SMALLEST_PART * mask.sum() for other in others):
+        if not any(other.any() and _shared(mask, other) > SMALLEST_PART for other in others if mask.any()):
             if (mask & free).any():
                 regions.append(Region(mask & free, not free[mask].all()))
             continue
