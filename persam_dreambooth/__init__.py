@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from persam_dreambooth.photos.masks import read_mask as read_mask
     from persam_dreambooth.progress import Progress as Progress
     from persam_dreambooth.progress import reporting as reporting
+    from persam_dreambooth.segmentation.assignment import find_subjects as find_subjects
     from persam_dreambooth.segmentation.concept_search import ConceptSegmenter as ConceptSegmenter
     from persam_dreambooth.segmentation.first_mask import FirstMask as FirstMask
     from persam_dreambooth.segmentation.first_mask import first_mask as first_mask
@@ -59,6 +60,7 @@ _PLACES = {
     "VideoSegmenter": "segmentation.video_segmenter",
     "find_instances": "segmentation.segmenter",
     "first_mask": "segmentation.first_mask",
+    "find_subjects": "segmentation.assignment",
     "generate": "dreambooth.generate",
     "mask_photo": "segmentation.first_mask",
     "open_sam": "segmentation.sams.checkpoints",

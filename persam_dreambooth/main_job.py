@@ -26,15 +26,17 @@ from persam_dreambooth.dreambooth.run_folder import (
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.extras import check_installed
 from persam_dreambooth.options import takes_options
-from persam_dreambooth.photos.mask_folder import MaskWriter, PhotoMask, load_known, load_masks
+from persam_dreambooth.photos.mask_folder import MaskWriter, PackedMask, PhotoMask, load_known, load_masks
 from persam_dreambooth.report.pictures import save_overview
 from persam_dreambooth.segmentation.first_mask import prompted_reference, save_reference
 from persam_dreambooth.segmentation.segment import correction_advice, segment_folder
-from persam_dreambooth.segmentation.segmenters import MaskFolderOptions, open_segmenter
+from persam_dreambooth.segmentation.segmenters import MaskFolderOptions, fitted_segmenter, open_segmenter
 from persam_dreambooth.training.only_training import only_training
 
 if TYPE_CHECKING:
+    from persam_dreambooth.segmentation.assignment import Companion
     from persam_dreambooth.segmentation.sams.sam import Encoding
+    from persam_dreambooth.segmentation.segmenter import Segmenter
 
 logger = logging.getLogger(__name__)
 
@@ -172,20 +174,23 @@ def write_masks(options: TrainOptions, albums: list[Album], begins: bool) -> Non
         albums = list(albums)
         for place, album in enumerate(albums):
             if album.prompted and makes[place]:
-                first, encodings = prompted_reference(*album.prompted, segmenter.sam, known[place])
+                first, encodings = prompted_reference(
+                    *album.prompted, segmenter.sam, known[place], options.smallest_region
+                )
                 firsts[place], encoded = first, encoded | encodings
                 albums[place] = replace(album, reference=(first.photo, first.mask))
     missing = [
-        (album, album.reference, masks)
-        for album, masks in zip(albums, known, strict=True)
+        (number, album, album.reference, masks)
+        for number, (album, masks) in enumerate(zip(albums, known, strict=True))
         if album.reference and len(masks) < len(album.photos)
     ]
+    companions = album_companions(options, albums, known, segmenter) if segmenter else []
     if begins:
         begin_run(options)
     for place, first in firsts.items():
         save_reference(first, albums[place].photos, albums[place].mask_dir, known[place])
     if segmenter:
-        for album, reference, masks in missing:
+        for number, album, reference, masks in missing:
             segmenter.class_name = album.subject.subject
             logger.info("%smasks are made from the mask of %s", album.label, reference[0].name)
             made = segment_folder(
@@ -197,6 +202,7 @@ def write_masks(options: TrainOptions, albums: list[Album], begins: bool) -> Non
                 known=masks,
                 smallest_region=options.smallest_region,
                 encoded=encoded,
+                companions=companions[number],
             )
             run_dir = options.run_dir if len(albums) == 1 else None
             images = album.subject.instance_dir
@@ -206,3 +212,36 @@ def write_masks(options: TrainOptions, albums: list[Album], begins: bool) -> Non
         with MaskWriter(album.mask_dir) as writer:
             for item in album.drawn:
                 writer.save(item.record, item.mask, item.weights)
+
+
+def album_companions(
+    options: TrainOptions, albums: list[Album], known: list[dict[str, PhotoMask]], like: Segmenter
+) -> list[list[Companion]]:
+    """The other subjects that each album's masks must leave out: those of `other_mask`, and those that share photos.
+
+    Args:
+        options: of the run.
+        albums: its subjects.
+        known: the masks that each album's folder already has. Those that the user gave or corrected are fixed.
+        like: a segmenter with the SAM of the run.
+    """
+    from persam_dreambooth.segmentation.assignment import Companion
+
+    hashes = [frozenset(photo.sha256 for photo in album.photos) for album in albums]
+    found: list[list[Companion]] = [[] for _ in albums]
+    for album, own, known_masks, others in zip(albums, hashes, known, found, strict=True):
+        like.class_name = album.subject.subject
+        for photo, mask in album.others:
+            other = fitted_segmenter(options, like, [(photo, mask)])
+            others.append(Companion(other, {photo.sha256: PackedMask(mask)}))
+        sharing = [place for place, hashed in enumerate(hashes) if own & hashed and albums[place] is not album]
+        if not sharing:
+            continue
+        masks = [*album.drawn, *(item for item in known_masks.values() if item.record.is_users)]
+        fixed = {item.photo.sha256: item.packed for item in masks}
+        fitted = fitted_segmenter(options, like, [album.reference]) if album.reference else None
+        if album.reference:
+            fixed[album.reference[0].sha256] = PackedMask(album.reference[1])
+        for place in sharing:
+            found[place].append(Companion(fitted, fixed, own))
+    return found

@@ -217,7 +217,7 @@ def test_the_options_of_train_are_these():
     assert [entry.name for entry in fields(TrainOptions)] == [
         *("point", "negative_point", "box", "text", "scale"),
         *("instance_dir", "dataset_name", "image_column", "caption_column"),
-        *("mask", "reference_image", "mask_dir", "mask_from", "invert_mask"),
+        *("mask", "reference_image", "other_mask", "mask_dir", "mask_from", "invert_mask"),
         *("caption_from", "class_name", "identifier", "instance_prompt", "class_prompt", "validation_prompt"),
         *("subjects", "unmasked"),
         *("pretrained_model_name_or_path", "revision", "variant", "base_config"),
@@ -278,8 +278,8 @@ METHOD_OPTIONS = ("segmenter", "target_coverage", "sam_dtype", "encoding_cache")
 ALWAYS: dict[str, tuple[str, ...]] = {
     "mask": ("photo", "point", "box", "text", "output", "grid", "sam_model"),
     "segment": (
-        *("images", "mask", "mask_dir", "point", "box", "text", "output", "instances", "heatmaps", "layout"),
-        *("absent", "absent_threshold", "smallest_region", "sam_model", *METHOD_OPTIONS),
+        *("images", "mask", "mask_dir", "other_mask", "point", "box", "text", "output", "instances", "heatmaps"),
+        *("layout", "absent", "absent_threshold", "smallest_region", "sam_model", *METHOD_OPTIONS),
     ),
     "video": ("frames", "mask", "output", "overlay", "sam_model", *METHOD_OPTIONS),
     "train": (
@@ -377,8 +377,8 @@ IDLE: dict[str, dict[tuple[str, ...], tuple[str, ...]]] = {
     "mask": {("cat.jpg", "--grid"): ("negative_point", "scale", "sam_dtype", "encoding_cache")},
     "train": {
         MASKS_GIVEN: (
-            *("negative_point", "scale"),
-            *("image_column", "caption_column", "reference_image", "background_dir", "num_background_images"),
+            *("negative_point", "scale", "image_column", "caption_column", "reference_image", "other_mask"),
+            *("background_dir", "num_background_images"),
             *("background_scenes", "background_in_prompt", "prior_loss_weight", "class_data_dir", "class_scenes"),
             *("num_class_images", "sample_batch_size", "class_prompt", "lr_warmup_steps", "lr_num_cycles", "lr_power"),
             *("text_encoder_lr", "offload"),

@@ -147,6 +147,7 @@ def test_the_index_says_what_is_known_about_each_mask(tmp_path, photos, mask):
                 "absent_threshold": 0.95,
                 "smallest_region": 0.02,
                 "flags": ["absent"],
+                "concept_presence": None,
             },
             last.name: {
                 "photo_sha256": last.sha256,
@@ -158,6 +159,7 @@ def test_the_index_says_what_is_known_about_each_mask(tmp_path, photos, mask):
                 "absent_threshold": None,
                 "smallest_region": None,
                 "flags": [],
+                "concept_presence": None,
             },
         }
     }

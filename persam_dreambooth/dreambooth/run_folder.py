@@ -153,6 +153,9 @@ def with_absolute_paths(values: dict[str, Any], kind: type[Options]) -> dict[str
     found = dict(values)
     for name in (entry.name for entry in fields(kind) if entry.metadata["path"] and found.get(entry.name)):
         value, folder = found[name], values.get("instance_dir")
+        if isinstance(value, list):
+            found[name] = [os.path.abspath(one) for one in value]
+            continue
         in_folder = name == "reference_image" and folder and (Path(folder) / value).exists()
         is_name = name in PATHS_OR_NAMES and (value == "toy" or in_folder or not os.path.exists(value))
         found[name] = value if is_name else os.path.abspath(value)

@@ -65,6 +65,14 @@ class SubjectOptions(PromptOptions):
         path=True,
         when=(with_flag("--mask", "--point", "--box", "--text"),),
     )
+    other_mask: list[str] | None = option(
+        None,
+        "mask, of one of the photos, of an alike subject that is not trained: what shows it is left out of the masks; "
+        "several by repeating",
+        path=True,
+        many=True,
+        when=(with_flag("--mask", "--point", "--box", "--text"),),
+    )
     mask_dir: str | None = option(
         None,
         "folder with a mask for every photo (same names); then no SAM is loaded",

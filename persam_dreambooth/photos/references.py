@@ -1,10 +1,12 @@
 """References: photos with masks from the user."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from persam_dreambooth.errors import InputError
 from persam_dreambooth.photos.folder import Photo
 from persam_dreambooth.photos.mask_folder import load_references
 from persam_dreambooth.photos.mask_prompts import MaskPrompts, PromptOptions
@@ -55,6 +57,32 @@ def find_prompted(
     why = "" if image or len(photos) == 1 else " (the first photo; --reference_image names another)"
     logger.info("the first mask is that of %s%s: %s", photo.path, why, prompts)
     return photo, prompts
+
+
+def find_others(
+    photos: list[Photo], folder: Path, mask_paths: Sequence[str], image: str | None, invert: bool = False
+) -> list[Reference]:
+    """The photos and the masks of other subjects, whose pixels are not the subject's.
+
+    Args:
+        photos, folder, invert: as for `find_reference`.
+        mask_paths: a mask of each other subject.
+        image: the photo of masks whose names do not tell their photo, as in `find_reference`.
+
+    Raises:
+        InputError, InputNotFoundError: as for `find_reference`.
+    """
+    others = []
+    for path in map(Path, mask_paths):
+        try:
+            photo_of_mask(path, photos)
+        except InputError:
+            if not image:
+                raise
+            others.append(find_reference(photos, folder, path, image, invert))
+        else:
+            others.append(find_reference(photos, folder, path, None, invert))
+    return others
 
 
 def find_references(photos: list[Photo], folder: Path, invert: bool = False) -> list[Reference]:

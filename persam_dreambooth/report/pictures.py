@@ -20,6 +20,8 @@ GAP = 12
 PHOTOS_PER_PAGE = 100
 """Maximum number of photos in a page of the overview; a JPEG is at most 65,535 pixels high."""
 OUTLINE_COLOR, HALO = (255, 0, 200), (255, 255, 255)
+SUBJECT_COLORS = (OUTLINE_COLOR, (0, 110, 255), (255, 120, 0), (0, 150, 60))
+"""The colors of the outlines of several subjects in one photo, in turn."""
 INK = (30, 30, 30)
 ALARM = (200, 0, 0)
 PAPER = (255, 255, 255)
@@ -65,7 +67,7 @@ def overview(photo_masks: list[PhotoMask], subjects: list[str] | None = None, ti
     """Draws every photo with its mask's outline and the background dimmed.
 
     Coverage, predicted IoU, presence and the method are below each photo. Presence alone says little about a mask: it
-    can be high for a mask of only a part of the subject.
+    can be high for a mask of only a part of the subject. Of several subjects in one photo, each has a color.
 
     Args:
         photo_masks: photos with masks.
@@ -73,6 +75,11 @@ def overview(photo_masks: list[PhotoMask], subjects: list[str] | None = None, ti
         title: as for `grid`.
     """
     tiles, captions, alarms = [], [], []
+    words = list(dict.fromkeys(subjects or ()))
+    colors = [SUBJECT_COLORS[words.index(word) % len(SUBJECT_COLORS)] for word in subjects or ()]
+    places: dict[str, list[int]] = {}
+    for number, item in enumerate(photo_masks):
+        places.setdefault(item.photo.sha256, []).append(number)
     for number, item in enumerate(photo_masks):
         record = item.record
         facts = [f"{record.coverage:.0%} covered"]
@@ -80,7 +87,15 @@ def overview(photo_masks: list[PhotoMask], subjects: list[str] | None = None, ti
         facts += [] if record.presence is None else [f"presence {record.presence:.2f}"]
         name = f"{subjects[number]}: {record.photo}" if subjects else record.photo
         maker = f"{record.method}, SAM: {record.model}" if record.model else record.method
-        tiles.append(outlined(item.photo.read(), item.mask))
+        others = [place for place in places[item.photo.sha256] if colors and colors[place] != colors[number]]
+        tiles.append(
+            outlined(
+                item.photo.read(),
+                item.mask,
+                color=colors[number] if colors else OUTLINE_COLOR,
+                others=[(photo_masks[place].mask, colors[place]) for place in others],
+            )
+        )
         captions.append([name, ", ".join(facts), maker])
         alarms.append(", ".join(record.flags))
     return grid(tiles, captions, alarms, title=title)
@@ -93,6 +108,8 @@ def outlined(
     box: np.ndarray | Sequence[int] | None = None,
     positive: int = 1,
     side: int = TILE,
+    color: tuple[int, int, int] = OUTLINE_COLOR,
+    others: Sequence[tuple[np.ndarray, tuple[int, int, int]]] = (),
 ) -> Image.Image:
     """The photo scaled into a tile, with the outline of its mask and the background dimmed.
 
@@ -106,15 +123,20 @@ def outlined(
         box: (4,) prompt to mark: x0, y0, x1, y1.
         positive: the number of points, the first ones, that are marked with a plus, the others with a minus.
         side: width and height of the tile, in pixels.
+        color: of the outline, RGB.
+        others: masks of other subjects with the colors of their outlines.
     """
     tile = _tile(photo, side)
-    covered = Image.fromarray(mask.astype(np.uint8) * 255).resize(tile.size, Image.Resampling.BOX)
-    inside = _with_specks(covered)
+    insides = [
+        _with_specks(Image.fromarray(one.astype(np.uint8) * 255).resize(tile.size, Image.Resampling.BOX))
+        for one in (mask, *(other for other, _ in others))
+    ]
     dimmed = Image.blend(tile, Image.new("RGB", tile.size, PAPER), 0.55)
-    tile = Image.composite(tile, dimmed, inside)
-    near, nearer = inside.filter(ImageFilter.MaxFilter(5)), inside.filter(ImageFilter.MaxFilter(3))
-    tile.paste(HALO, mask=ImageChops.subtract(near, nearer))
-    tile.paste(OUTLINE_COLOR, mask=ImageChops.subtract(nearer, inside))
+    tile = Image.composite(tile, dimmed, insides[0])
+    for inside, ink in reversed(list(zip(insides, (color, *(other for _, other in others)), strict=True))):
+        near, nearer = inside.filter(ImageFilter.MaxFilter(5)), inside.filter(ImageFilter.MaxFilter(3))
+        tile.paste(HALO, mask=ImageChops.subtract(near, nearer))
+        tile.paste(ink, mask=ImageChops.subtract(nearer, inside))
     draw, scale = ImageDraw.Draw(tile), np.array(tile.size) / photo.size
     if box is not None:
         x0, y0, x1, y1 = np.asarray(box) * np.tile(scale, 2)

@@ -23,6 +23,7 @@ from persam_dreambooth.photos.images import is_own_picture
 from persam_dreambooth.photos.mask_folder import MaskRecord, MaskWriter, PhotoMask, noted_record, write_mask
 from persam_dreambooth.photos.mask_prompts import PROMPTED, SCALES, MaskPrompts, PromptOptions
 from persam_dreambooth.report.pictures import TILE, cell_grid, grid, outlined, save_picture
+from persam_dreambooth.segmentation.clean import SMALLEST_REGION, clean_mask
 from persam_dreambooth.segmentation.segmenters import SamOptions
 
 if TYPE_CHECKING:
@@ -64,12 +65,14 @@ class FirstMask:
         others: in the order of `SCALES`, or of their scores for a text.
         prompts: where the subject is.
         model: name of the SAM.
+        smallest_region: as for `first_mask`.
     """
 
     chosen: MaskChoice
     others: tuple[MaskChoice, ...]
     prompts: MaskPrompts
     model: str
+    smallest_region: float
 
     def __str__(self) -> str:
         """One line: coverage and score, and the coverages of the other masks."""
@@ -103,24 +106,26 @@ class FirstMask:
             coverage=float(self.mask.mean()),
             model=self.model,
             score=self.score,
+            smallest_region=self.smallest_region,
         )
         return PhotoMask(photo, self.mask, record)
 
 
-def first_mask(sam: Sam, photo: ImageLike, prompts: MaskPrompts) -> FirstMask:
+def first_mask(sam: Sam, photo: ImageLike, prompts: MaskPrompts, smallest_region: float = SMALLEST_REGION) -> FirstMask:
     """Makes a mask of one photo from prompts.
 
     Args:
         sam: see `open_sam`; a text needs a SAM 3.
         photo: as for `Sam.encode`, or its encoding by the same SAM.
         prompts: where the subject is.
+        smallest_region: fraction of a mask below which its islands and holes are removed and filled, 0 to below 1.
 
     Raises:
         InputError, InputNotFoundError: a photo that cannot be read, a place outside of it, a text without SAM 3, or no
             mask at the prompts; the message says what to do.
     """
     if prompts.text:
-        return _named_mask(sam, photo, prompts)
+        return _named_mask(sam, photo, prompts, smallest_region)
     encoding = sam.encode(photo)
     prompts.check_inside(encoding.size[::-1])
     points = np.array([*prompts.points, *prompts.negative_points], np.float64).reshape(-1, 2)
@@ -130,7 +135,7 @@ def first_mask(sam: Sam, photo: ImageLike, prompts: MaskPrompts) -> FirstMask:
     def decoded(multimask: bool) -> list[tuple[np.ndarray, float]]:
         logits, scores = sam.decode(encoding, points, labels, box=box, multimask=multimask)
         masks = (sam.upscale(logits, encoding) > 0).cpu().numpy()
-        return list(zip(masks, scores.cpu().tolist(), strict=True))
+        return [(clean_mask(mask, smallest_region), score) for mask, score in zip(masks, scores.tolist(), strict=True)]
 
     by_size = sorted(decoded(multimask=True), key=lambda made: int(made[0].sum()))
     scales = [MaskChoice(name, *made) for name, made in zip(SCALES, by_size, strict=True)]
@@ -150,11 +155,11 @@ def first_mask(sam: Sam, photo: ImageLike, prompts: MaskPrompts) -> FirstMask:
             MaskChoice(SINGLE_MASK, *decoded(multimask=False)[0]) if len(points) != 1 or box is not None else chosen
         )
         chosen = single if single.mask.sum() >= least else chosen
-    return FirstMask(chosen, tuple(scale for scale in shown if scale is not chosen), prompts, sam.name)
+    return FirstMask(chosen, tuple(scale for scale in shown if scale is not chosen), prompts, sam.name, smallest_region)
 
 
 def prompted_reference(
-    photo: Photo, prompts: MaskPrompts, sam: Sam, known: dict[str, PhotoMask]
+    photo: Photo, prompts: MaskPrompts, sam: Sam, known: dict[str, PhotoMask], smallest_region: float
 ) -> tuple[PhotoMask, dict[Path, Encoding]]:
     """The mask of prompts as a reference, and the encoding of its photo by its path, unless the mask was known.
 
@@ -165,6 +170,7 @@ def prompted_reference(
         prompts: where the subject is.
         sam: see `first_mask`.
         known: masks of the mask folder, by their photos' names.
+        smallest_region: see `first_mask`.
 
     Raises:
         InputError: see `first_mask`.
@@ -173,7 +179,7 @@ def prompted_reference(
     if kept and kept.photo.path == photo.path and kept.mask.any():
         return kept, {}
     encoding = sam.encode(photo.read())
-    made = first_mask(sam, encoding, prompts)
+    made = first_mask(sam, encoding, prompts, smallest_region)
     logger.info("the first mask, of %s: %s", photo.path, made)
     return made.of(photo), {photo.path: encoding}
 
@@ -186,7 +192,7 @@ def save_reference(item: PhotoMask, photos: list[Photo], folder: Path, known: di
         known[item.photo.name] = PhotoMask(item.photo, item.mask, record)
 
 
-def _named_mask(sam: Sam, photo: ImageLike, prompts: MaskPrompts) -> FirstMask:
+def _named_mask(sam: Sam, photo: ImageLike, prompts: MaskPrompts, smallest_region: float) -> FirstMask:
     """The instance of the text with the highest score among those that fit the points."""
     concepts = getattr(sam, "concepts", None)
     if concepts is None:
@@ -196,7 +202,7 @@ def _named_mask(sam: Sam, photo: ImageLike, prompts: MaskPrompts) -> FirstMask:
     found = concepts.find(photo, prompts.text)
     prompts.check_inside(found.masks.shape[:0:-1])
     instances = [
-        MaskChoice(str(number), mask, float(score))
+        MaskChoice(str(number), clean_mask(mask, smallest_region), float(score))
         for number, (mask, score) in enumerate(zip(found.masks, found.scores, strict=True), 1)
         if mask.any()
     ]
@@ -216,7 +222,7 @@ def _named_mask(sam: Sam, photo: ImageLike, prompts: MaskPrompts) -> FirstMask:
             "--text out"
         )
     others = tuple(instance for instance in instances if instance is not fitting[0])
-    return FirstMask(fitting[0], others, prompts, sam.name)
+    return FirstMask(fitting[0], others, prompts, sam.name, smallest_region)
 
 
 def _empty_advice(prompts: MaskPrompts) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -21,21 +22,29 @@ from persam_dreambooth.photos.mask_folder import (
     SKIPPED,
     MaskRecord,
     MaskWriter,
+    PackedMask,
     PhotoMask,
     check_names,
     load_known,
     mask_hash,
 )
 from persam_dreambooth.photos.mask_prompts import WAYS, PromptOptions
-from persam_dreambooth.photos.references import Reference, find_prompted, find_reference, find_references
+from persam_dreambooth.photos.references import (
+    Reference,
+    find_others,
+    find_prompted,
+    find_reference,
+    find_references,
+)
 from persam_dreambooth.progress import steps
 from persam_dreambooth.report.pictures import heat_map, save_overview, save_picture
 from persam_dreambooth.segmentation.clean import clean_mask
 from persam_dreambooth.segmentation.first_mask import prompted_reference, save_reference
 from persam_dreambooth.segmentation.found import ABSENT
-from persam_dreambooth.segmentation.segmenters import METHODS, MaskFolderOptions, open_segmenter
+from persam_dreambooth.segmentation.segmenters import METHODS, MaskFolderOptions, fitted_segmenter, open_segmenter
 
 if TYPE_CHECKING:
+    from persam_dreambooth.segmentation.assignment import Companion
     from persam_dreambooth.segmentation.sams.sam import Encoding
     from persam_dreambooth.segmentation.segmenter import Segmenter
 
@@ -78,6 +87,14 @@ class SegmentOptions(MaskFolderOptions, PromptOptions):
     invert_mask: bool = option(
         False, "the subject is black, or transparent, in the given masks", when=(with_flag("--mask", "--mask_dir"),)
     )
+    other_mask: list[str] | None = option(
+        None,
+        "mask, of any of the photos, of an alike subject that is not yours: what shows it is left out; several by "
+        "repeating",
+        path=True,
+        many=True,
+        rivals=("instances",),
+    )
     output: str | None = option(
         None,
         "folder for the masks, new or empty; an interrupted command resumes there",
@@ -119,8 +136,8 @@ def segment(options: SegmentOptions) -> list[PhotoMask]:
         SaveError: a file cannot be written, for example on a full disk; the masks so far are kept.
     """
     options.check()
-    folder, output = Path(str(options.images)), Path(str(options.output))
-    given = [Path(path) for path in (options.mask, options.mask_dir) if path]
+    folder, output, other_masks = Path(str(options.images)), Path(str(options.output)), options.other_mask or ()
+    given = [Path(path) for path in (options.mask, options.mask_dir, *other_masks) if path]
     photos = find_photos(folder, leave_out=(*given, output))
     check_names(photos)
     if options.layout:
@@ -134,8 +151,11 @@ def segment(options: SegmentOptions) -> list[PhotoMask]:
         references = find_references(photos, given[0], options.invert_mask)
     else:
         prompted = find_prompted(photos, folder, options, options.reference_image)
+    others = find_others(photos, folder, other_masks, options.reference_image, options.invert_mask)
     settings = {name: getattr(options, name) for name in SAME_TO_RESUME} | options.concept_settings
-    settings["references"] = sorted([photo.sha256, mask_hash(mask)] for photo, mask in references)
+    for what, known_masks in (("references", references), ("other_masks", others)):
+        if known_masks:  # an older folder has no other masks
+            settings[what] = sorted([photo.sha256, mask_hash(mask)] for photo, mask in known_masks)
     if prompted:
         settings["references"] = [[prompted[0].sha256, prompted[1].settings]]
     if not check_settings(output, settings, "masks", "--output"):
@@ -154,11 +174,17 @@ def segment(options: SegmentOptions) -> list[PhotoMask]:
                                "--output", ", ".join(without[:5]) + ", ..." * (len(without) > 5))  # fmt: skip
             if len(known) < len(photos):
                 segmenter = open_segmenter(options)
+                from persam_dreambooth.segmentation.assignment import Companion
+
                 segmenter.class_name = options.class_name
                 encoded: dict[Path, Encoding] = {}
                 if prompted:
-                    first, encoded = prompted_reference(*prompted, segmenter.sam, known)
+                    first, encoded = prompted_reference(*prompted, segmenter.sam, known, options.smallest_region)
                     references = [(first.photo, first.mask)]
+                companions = [
+                    Companion(fitted_segmenter(options, segmenter, [other]), {other[0].sha256: PackedMask(other[1])})
+                    for other in others
+                ]
                 note_settings(output, settings, "masks", "--output")
                 if prompted:
                     save_reference(first, photos, output, known)
@@ -173,6 +199,7 @@ def segment(options: SegmentOptions) -> list[PhotoMask]:
                     known,
                     options.smallest_region,
                     encoded,
+                    companions,
                 )
             else:
                 with MaskWriter(output, known.values()):
@@ -198,6 +225,7 @@ def segment_folder(
     known: dict[str, PhotoMask] | None = None,
     smallest_region: float = 0.0,
     encoded: dict[Path, Encoding] | None = None,
+    companions: Sequence[Companion] = (),
 ) -> list[PhotoMask]:
     """Finds the subject in every photo and writes the mask folder.
 
@@ -217,6 +245,7 @@ def segment_folder(
         smallest_region: fraction of an instance's mask below which its islands and holes are removed and filled, 0 to
             below 1; 0 changes no mask.
         encoded: encodings of references, by their paths, so that they are not encoded again.
+        companions: other subjects of the photos; with them, the subject is found once in a photo.
 
     Returns:
         Each photo with its mask, in the order of `photos`. The record of a photo in which the subject was not found has
@@ -239,7 +268,9 @@ def segment_folder(
                     shown = [(encoded or {}).get(reference.path) or reference.read() for reference, _ in references]
                     segmenter.fit(shown, list(given.values()))
                     fitted = True
-                mask, record = _predict(segmenter, photo, next(encodings), instances, absent, heatmaps, smallest_region)
+                mask, record = _predict(
+                    segmenter, photo, next(encodings), instances, absent, heatmaps, smallest_region, companions
+                )
             writer.save(record, mask)
             found[photo.name] = PhotoMask(photo, mask, record)
     return [found[photo.name] for photo in photos]
@@ -321,14 +352,19 @@ def _predict(
     absent: Literal["skip", "warn", "keep"],
     heatmaps: Path | None,
     smallest_region: float,
+    companions: Sequence[Companion],
 ) -> tuple[np.ndarray, MaskRecord]:
+    from persam_dreambooth.segmentation.assignment import find_beside
     from persam_dreambooth.segmentation.segmenter import find_instances
 
+    beside = find_beside(segmenter, encoding, photo.sha256, companions)
     finds = find_instances(segmenter, encoding, instances) if instances > 1 else []
     if finds:
         logger.info("%s: found %s", photo.name, counted(len(finds), "time"))
-    found = finds[0] if finds else segmenter.predict(encoding)
+    found = beside or (finds[0] if finds else segmenter.predict(encoding))
     mask = np.any([clean_mask(each.mask, smallest_region) for each in finds or [found]], axis=0)
+    if beside:
+        mask &= beside.mask  # a hole may be another subject
     if heatmaps:
         heat = heat_map(photo.read(), found.similarity, found.photo_cells)
         save_picture(heat, _heat_map_file(heatmaps, photo.name))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -127,6 +128,18 @@ class Segmenter:
         """
         raise NotImplementedError
 
+    def instances(self, encoding: Encoding, most: int) -> list[Found]:
+        """See `find_instances`; a method that finds all instances at once does it here."""
+        seen = np.zeros(encoding.size, bool)
+        found: list[Found] = []
+        while len(found) < most:
+            next_one = self.predict(encoding, seen)
+            if ABSENT in next_one.flags or (next_one.mask & seen).sum() > 0.5 * next_one.mask.sum():
+                break
+            found.append(next_one)
+            seen |= next_one.mask
+        return found
+
     def save(self, folder: str | Path) -> Path:
         """Saves the fitted segmenter to `SEGMENTER` in a folder, without the SAM; returns the file.
 
@@ -145,7 +158,7 @@ class Segmenter:
             "background_similarity": target.background_similarity,
             "small": target.small,
         }
-        tensors = {"mean": target.mean, "peak": target.peak, **self._learned}
+        tensors = {"mean": target.mean, "peak": target.peak, "cells": target.cells, **self._learned}
         with write_aside(path) as aside:
             cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
             save_file(cpu, aside, {"segmenter": json.dumps(described)})
@@ -186,7 +199,9 @@ class Segmenter:
             )
         loaded = cls(sam, **described["settings"])
         similar, small = described["background_similarity"], described["small"]
-        loaded._target = Target(tensors.pop("mean"), tensors.pop("peak"), similar, small)
+        mean = tensors.pop("mean")
+        cells = tensors.pop("cells", F.normalize(mean, dim=0)[None])  # files of version 0.1 have none
+        loaded._target = Target(mean, tensors.pop("peak"), similar, small, cells)
         loaded._restore(tensors)
         return loaded
 
@@ -282,16 +297,7 @@ def find_instances(segmenter: Segmenter, photo: ImageLike, most: int = 10) -> li
         photo: as for `Segmenter.fit`.
         most: maximum number of instances.
     """
-    encoding = segmenter.sam.encode(photo)
-    seen = np.zeros(encoding.size, bool)
-    instances: list[Found] = []
-    while len(instances) < most:
-        found = segmenter.predict(encoding, seen)
-        if ABSENT in found.flags or (found.mask & seen).sum() > 0.5 * found.mask.sum():
-            break
-        instances.append(found)
-        seen |= found.mask
-    return instances
+    return segmenter.instances(segmenter.sam.encode(photo), most)
 
 
 def decoder_step(logits: torch.Tensor, scores: torch.Tensor, box: np.ndarray | None = None) -> Step:

@@ -6,6 +6,7 @@ It imports torch only when it makes a segmenter, so that options are checked wit
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -19,6 +20,7 @@ from persam_dreambooth.segmentation.clean import SMALLEST_REGION
 from persam_dreambooth.segmentation.found import ABSENT_THRESHOLD
 
 if TYPE_CHECKING:
+    from persam_dreambooth.photos.references import Reference
     from persam_dreambooth.segmentation.sams.sam import Sam
     from persam_dreambooth.segmentation.segmenter import Segmenter
     from persam_dreambooth.segmentation.video_segmenter import VideoSegmenter
@@ -235,6 +237,13 @@ def open_segmenter(options: MaskFolderOptions) -> Segmenter:
     segmenter = make_segmenter(options, open_sam_of(options))
     segmenter.absent_threshold = options.absent_threshold
     return segmenter
+
+
+def fitted_segmenter(options: MaskFolderOptions, like: Segmenter, references: Sequence[Reference]) -> Segmenter:
+    """A segmenter of the method that options name, fitted to references, with the SAM, threshold and class of `like`."""
+    segmenter = make_segmenter(options, like.sam)
+    segmenter.absent_threshold, segmenter.class_name = like.absent_threshold, like.class_name
+    return segmenter.fit([photo.read() for photo, _ in references], [mask for _, mask in references])
 
 
 def make_video_segmenter(options: TrackingOptions, sam: Sam) -> VideoSegmenter:
