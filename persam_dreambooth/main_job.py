@@ -7,8 +7,9 @@ and a model card. Heavy imports are inside the functions, after the input checks
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from persam_dreambooth import models
 from persam_dreambooth.dreambooth.albums import Album, read_albums
@@ -19,16 +20,21 @@ from persam_dreambooth.dreambooth.run_folder import (
     beside_own_masks,
     check_run_folder,
     check_same_model,
+    check_same_prompts,
     nothing_left,
 )
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.extras import check_installed
 from persam_dreambooth.options import takes_options
-from persam_dreambooth.photos.mask_folder import MaskWriter, load_known, load_masks
+from persam_dreambooth.photos.mask_folder import MaskWriter, PhotoMask, load_known, load_masks
 from persam_dreambooth.report.pictures import save_overview
+from persam_dreambooth.segmentation.first_mask import prompted_reference, save_reference
 from persam_dreambooth.segmentation.segment import correction_advice, segment_folder
 from persam_dreambooth.segmentation.segmenters import MaskFolderOptions, open_segmenter
 from persam_dreambooth.training.only_training import only_training
+
+if TYPE_CHECKING:
+    from persam_dreambooth.segmentation.sams.sam import Encoding
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +45,13 @@ class TrainOptions(MaskFolderOptions, TrainingOptions):
 
     @property
     def makes_masks(self) -> bool:
-        """Whether masks are made from a given mask."""
-        return any(subject.mask for subject in self.each_subject)
+        """Whether masks are made from a given mask or from prompts."""
+        return any(subject.mask or subject.is_prompted for subject in self.each_subject)
+
+    @property
+    def reads_text(self) -> bool:
+        """See `SamOptions.reads_text`; entries of `subjects` may be wrong here still."""
+        return bool(self.text or any(isinstance(entry, dict) and entry.get("text") for entry in self.subjects or []))
 
 
 @takes_options(TrainOptions)
@@ -89,6 +100,8 @@ def personalize(options: TrainOptions) -> Path:
     resume_from = find_checkpoint(run_dir, options.resume_from_checkpoint) if options.resume_from_checkpoint else None
     if resume_from:
         check_same_model(options)
+    if options.resume_from_checkpoint:
+        check_same_prompts(options)
     if options.resume_from_checkpoint and nothing_left(options, resume_from):
         logger.info("nothing is left to do: %s has all of its %d steps", run_dir, options.max_train_steps)
         return run_dir
@@ -110,7 +123,7 @@ def personalize(options: TrainOptions) -> Path:
     options = options.resolved(resolution, accelerator.mixed_precision, *rates)
 
     cut = Cut(resolution, buckets)
-    known = [None if album.reference else make_crops(options, album, album.drawn, cut) for album in albums]
+    known = [None if album.makes_masks else make_crops(options, album, album.drawn, cut) for album in albums]
     accelerator.wait_for_everyone()  # all processes check the folders before one writes
     with writing(run_dir, accelerator, last_written=MODEL_CARD):
         if accelerator.is_main_process:
@@ -151,20 +164,38 @@ def write_masks(options: TrainOptions, albums: list[Album], begins: bool) -> Non
         begins: whether the run begins; the options of a resumed one are written once its checkpoint is loaded.
     """
     known = [load_known(album.mask_dir, album.photos) for album in albums]
+    makes = [album.makes_masks and len(masks) < len(album.photos) for album, masks in zip(albums, known, strict=True)]
+    segmenter = open_segmenter(options) if any(makes) else None
+    firsts: dict[int, PhotoMask] = {}
+    encoded: dict[Path, Encoding] = {}
+    if segmenter:  # before anything is written, since there may be no mask at the prompts
+        albums = list(albums)
+        for place, album in enumerate(albums):
+            if album.prompted and makes[place]:
+                first, encodings = prompted_reference(*album.prompted, segmenter.sam, known[place])
+                firsts[place], encoded = first, encoded | encodings
+                albums[place] = replace(album, reference=(first.photo, first.mask))
     missing = [
         (album, album.reference, masks)
         for album, masks in zip(albums, known, strict=True)
         if album.reference and len(masks) < len(album.photos)
     ]
-    segmenter = open_segmenter(options) if missing else None
     if begins:
         begin_run(options)
+    for place, first in firsts.items():
+        save_reference(first, albums[place].photos, albums[place].mask_dir, known[place])
     if segmenter:
         for album, reference, masks in missing:
             segmenter.class_name = album.subject.subject
             logger.info("%smasks are made from the mask of %s", album.label, reference[0].name)
             made = segment_folder(
-                album.photos, [reference], segmenter, album.mask_dir, absent=options.absent, known=masks
+                album.photos,
+                [reference],
+                segmenter,
+                album.mask_dir,
+                absent=options.absent,
+                known=masks,
+                encoded=encoded,
             )
             run_dir = options.run_dir if len(albums) == 1 else None
             images = album.subject.instance_dir

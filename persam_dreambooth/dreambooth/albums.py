@@ -11,7 +11,8 @@ from persam_dreambooth.photos.captions import check_captions, read_prompts
 from persam_dreambooth.photos.datasets import photo_folder
 from persam_dreambooth.photos.folder import Photo, check_shapes, find_photos
 from persam_dreambooth.photos.mask_folder import PhotoMask, check_names, cut_out, load_masks
-from persam_dreambooth.photos.references import Reference, find_reference
+from persam_dreambooth.photos.mask_prompts import MaskPrompts
+from persam_dreambooth.photos.references import Reference, find_prompted, find_reference
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +25,7 @@ class Album:
         subject: its options.
         photos: all photos.
         reference: the photo with the given mask, if the other masks will be made from it.
+        prompted: the photo of the user's prompts, if all masks will be made from them.
         drawn: the masks of all photos, if a mask folder was given.
         mask_dir: the folder of its masks in the run's folder.
         label: prefix of messages about this subject; empty if it is the only one.
@@ -32,9 +34,15 @@ class Album:
     subject: SubjectOptions
     photos: list[Photo]
     reference: Reference | None
+    prompted: tuple[Photo, MaskPrompts] | None
     drawn: list[PhotoMask]
     mask_dir: Path
     label: str
+
+    @property
+    def makes_masks(self) -> bool:
+        """Whether masks will be made from a given mask or from prompts."""
+        return bool(self.reference or self.prompted)
 
 
 def read_albums(options: TrainingOptions) -> list[Album]:
@@ -91,15 +99,17 @@ def read_album(
     check_names(photos)
     check_shapes(photos)
     check_captions(photos)
-    reference, drawn = None, list[PhotoMask]()
+    reference, prompted, drawn = None, None, list[PhotoMask]()
     if subject.mask:
         mask_path = Path(subject.mask)
         reference = find_reference(photos, folder, mask_path, subject.reference_image, subject.invert_mask)
+    elif subject.is_prompted:
+        prompted = find_prompted(photos, folder, subject, subject.reference_image)
     elif subject.mask_dir:
         drawn = load_masks(Path(subject.mask_dir), photos, subject.invert_mask, soft)
     elif subject.mask_from == "alpha":
         drawn = [cut_out(photo, soft) for photo in photos]
-    return Album(subject, photos, reference, drawn, mask_dir, label)
+    return Album(subject, photos, reference, prompted, drawn, mask_dir, label)
 
 
 def own_captions(subject: SubjectOptions, photos: list[Photo]) -> list[str]:

@@ -1,13 +1,17 @@
 """Pictures for the user: photos with masks, heat maps and errors, the overview, grids of samples, the loss curve."""
 
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
 from persam_dreambooth.files import write_aside
+from persam_dreambooth.photos.images import PICTURE_NOTE
 from persam_dreambooth.photos.labels import davis_palette
 from persam_dreambooth.photos.mask_folder import PhotoMask
+from persam_dreambooth.photos.mask_prompts import CELL_COLUMNS, PROMPTED, cell_box, grid_shape
 
 TILE = 320
 """Width and height, in pixels, of the box into which a picture is scaled."""
@@ -25,6 +29,10 @@ MISSED, EXTRA = (220, 30, 30), (0, 110, 255)
 """Colors of the pixels of a true mask that were not found, and of found pixels outside of it."""
 MARK = 7
 """Radius of a point, in pixels."""
+GRID_SIDE = 1280
+"""Longer side of a photo below its grid, in pixels; small photos are enlarged, so that all labels can be read."""
+EDGE = 40
+"""Width of the margins with the names of columns and rows, in pixels."""
 SCALE = 18
 """Height of a heat map's scale, in pixels."""
 
@@ -32,10 +40,14 @@ SCALE = 18
 def save_overview(photo_masks: list[PhotoMask], path: Path, subjects: list[str] | None = None) -> None:
     """Writes the overview of all photos, in pages of at most `PHOTOS_PER_PAGE`: `overview.jpg`, `overview-2.jpg`, ...
 
+    The masks of the user's prompts, which the others were made from, are first.
+
     Args:
         photo_masks, subjects: as for `overview`.
         path: the first page; pages that an earlier, longer overview left are removed.
     """
+    order = sorted(range(len(photo_masks)), key=lambda place: photo_masks[place].record.method not in PROMPTED)
+    photo_masks, subjects = [photo_masks[place] for place in order], subjects and [subjects[place] for place in order]
     starts = range(0, len(photo_masks), PHOTOS_PER_PAGE)
     for number, first in enumerate(starts, 1):
         shown = slice(first, first + PHOTOS_PER_PAGE)
@@ -75,7 +87,12 @@ def overview(photo_masks: list[PhotoMask], subjects: list[str] | None = None, ti
 
 
 def outlined(
-    photo: Image.Image, mask: np.ndarray, points: np.ndarray | None = None, box: np.ndarray | None = None
+    photo: Image.Image,
+    mask: np.ndarray,
+    points: np.ndarray | None = None,
+    box: np.ndarray | Sequence[int] | None = None,
+    positive: int = 1,
+    side: int = TILE,
 ) -> Image.Image:
     """The photo scaled into a tile, with the outline of its mask and the background dimmed.
 
@@ -85,10 +102,12 @@ def outlined(
     Args:
         photo: RGB.
         mask: (H, W) bool.
-        points: (n, 2) prompts to mark, xy in pixels of the photo: the first with a plus, the others with a minus.
+        points: (n, 2) prompts to mark, xy in pixels of the photo.
         box: (4,) prompt to mark: x0, y0, x1, y1.
+        positive: the number of points, the first ones, that are marked with a plus, the others with a minus.
+        side: width and height of the tile, in pixels.
     """
-    tile = _tile(photo)
+    tile = _tile(photo, side)
     covered = Image.fromarray(mask.astype(np.uint8) * 255).resize(tile.size, Image.Resampling.BOX)
     inside = _with_specks(covered)
     dimmed = Image.blend(tile, Image.new("RGB", tile.size, PAPER), 0.55)
@@ -101,9 +120,9 @@ def outlined(
         x0, y0, x1, y1 = np.asarray(box) * np.tile(scale, 2)
         draw.rectangle((x0, y0, x1, y1), outline=BOX, width=2)
     for number, (x, y) in enumerate([] if points is None else ((points + 0.5) * scale).tolist()):
-        draw.circle((x, y), MARK, EXCLUDED if number else INCLUDED, PAPER, 2)
+        draw.circle((x, y), MARK, INCLUDED if number < positive else EXCLUDED, PAPER, 2)
         draw.line((x - 3, y, x + 3, y), PAPER, 2)
-        if not number:
+        if number < positive:
             draw.line((x, y - 3, x, y + 3), PAPER, 2)
     return tile
 
@@ -231,16 +250,45 @@ def loss_curve(steps: list[int], losses: list[float], path: Path) -> None:
         figure.savefig(aside, dpi=100)
 
 
-def save_picture(image: Image.Image, path: Path) -> None:
-    """Writes a picture atomically, in the format of the suffix."""
+def cell_grid(photo: Image.Image) -> Image.Image:
+    """The photo with the grid of `photos.mask_prompts`: the names of columns, rows and cells."""
+    factor = GRID_SIDE / max(photo.size)
+    width, height = (max(1, round(side * factor)) for side in photo.size)
+    page = Image.new("RGB", (width + 2 * EDGE, height + 2 * EDGE), PAPER)
+    page.paste(photo.resize((width, height), Image.Resampling.LANCZOS), (EDGE, EDGE))
+    columns, rows = grid_shape(photo.size)
+    xs = [EDGE + factor * cell_box(column, 0, photo.size)[0] for column in range(columns)] + [EDGE + width]
+    ys = [EDGE + factor * cell_box(0, row, photo.size)[1] for row in range(rows)] + [EDGE + height]
+    draw = ImageDraw.Draw(page)
+    for ink, thick in ((INK, 3), (PAPER, 1)):  # lines that are visible on any photo
+        for x in xs:
+            draw.line((x, ys[0], x, ys[-1]), ink, thick)
+        for y in ys:
+            draw.line((xs[0], y, xs[-1], y), ink, thick)
+    large, small = ImageFont.load_default(24), ImageFont.load_default(13)
+    across = [((left + right) / 2, name) for left, right, name in zip(xs, xs[1:], CELL_COLUMNS, strict=False)]
+    down = [((top + bottom) / 2, str(number)) for number, (top, bottom) in enumerate(pairwise(ys), 1)]
+    for edge in (EDGE / 2, 1.5 * EDGE):
+        for x, name in across:
+            draw.text((x, edge if edge < EDGE else height + edge), name, INK, large, anchor="mm")
+        for y, name in down:
+            draw.text((edge if edge < EDGE else width + edge, y), name, INK, large, anchor="mm")
+    for x, (_, column) in zip(xs, across, strict=False):
+        for y, (_, row) in zip(ys, down, strict=False):
+            draw.text((x + 4, y + 3), column + row, PAPER, small, stroke_width=2, stroke_fill=INK)
+    return page
+
+
+def save_picture(image: Image.Image, path: Path, is_photo: bool = True) -> None:
+    """Writes a picture atomically, in the format of the suffix; a JPEG that is no photo gets `PICTURE_NOTE`."""
     with write_aside(path) as aside:
-        image.save(aside, quality=92)
+        image.save(aside, quality=92, comment=b"" if is_photo else PICTURE_NOTE)
 
 
-def _tile(photo: Image.Image) -> Image.Image:
-    """A copy of the photo scaled into a tile."""
+def _tile(photo: Image.Image, side: int = TILE) -> Image.Image:
+    """A copy of the photo scaled into a tile of this width and height in pixels."""
     tile = photo.copy()
-    tile.thumbnail((TILE, TILE), Image.Resampling.LANCZOS)
+    tile.thumbnail((side, side), Image.Resampling.LANCZOS)
     return tile
 
 

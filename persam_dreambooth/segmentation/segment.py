@@ -26,9 +26,11 @@ from persam_dreambooth.photos.mask_folder import (
     load_known,
     mask_hash,
 )
-from persam_dreambooth.photos.references import Reference, find_reference, find_references
+from persam_dreambooth.photos.mask_prompts import WAYS, PromptOptions
+from persam_dreambooth.photos.references import Reference, find_prompted, find_reference, find_references
 from persam_dreambooth.progress import steps
 from persam_dreambooth.report.pictures import heat_map, save_overview, save_picture
+from persam_dreambooth.segmentation.first_mask import prompted_reference, save_reference
 from persam_dreambooth.segmentation.found import ABSENT
 from persam_dreambooth.segmentation.segmenters import METHODS, MaskFolderOptions, open_segmenter
 
@@ -48,25 +50,33 @@ SAME_TO_RESUME = (
 
 
 @dataclass(frozen=True)
-class SegmentOptions(MaskFolderOptions):
+class SegmentOptions(MaskFolderOptions, PromptOptions):
     """A mask for every photo of a folder, from one or a few photos with masks."""
 
     images: str | None = option(None, "folder of photos", path=True, elsewhere=("instance_dir", "input"))
     reference_image: str | None = option(
         None,
-        "the photo of --mask: a path, or a name inside --images; default: the photo with the mask's name",
+        "the photo of the mask or of --point: a path, or a name inside --images; default: the photo with the mask's "
+        "name, or the first one",
         path=True,
-        when=(with_flag("--mask"),),
+        when=(with_flag("--mask", "--point", "--box", "--text"),),
     )
-    mask: str | None = option(None, "its mask: any color but black is the subject", path=True, rivals=("mask_dir",))
+    mask: str | None = option(
+        None,
+        "its mask: any color but black is the subject",
+        path=True,
+        rivals=("mask_dir", "point", "box", "text"),
+    )
     mask_dir: str | None = option(
         None,
         "folder with masks of some of the photos: several references; of an earlier --output, those masks that you "
         "gave or corrected",
         path=True,
-        rivals=("mask",),
+        rivals=("mask", "point", "box", "text"),
     )
-    invert_mask: bool = option(False, "the subject is black, or transparent, in the given masks")
+    invert_mask: bool = option(
+        False, "the subject is black, or transparent, in the given masks", when=(with_flag("--mask", "--mask_dir"),)
+    )
     output: str | None = option(
         None,
         "folder for the masks, new or empty; an interrupted command resumes there",
@@ -89,8 +99,8 @@ class SegmentOptions(MaskFolderOptions):
     def check(self) -> None:
         """Raises `InputError` for options that are missing, out of range or in conflict."""
         require(self, "images", "output")
-        if not self.mask_dir:
-            require(self, "mask")
+        if not (self.mask or self.mask_dir or self.is_prompted):
+            raise InputError(f"no mask: give {WAYS}, or --mask_dir (masks of some of the photos)")
         within(self, 1, 100, "instances")
         super().check()
         if self.segmenter == "sam3" and self.concept_prompt == "text" and not self.class_name:
@@ -108,20 +118,25 @@ def segment(options: SegmentOptions) -> list[PhotoMask]:
         SaveError: a file cannot be written, for example on a full disk; the masks so far are kept.
     """
     options.check()
-    folder, output, mask_path = (
-        Path(str(path)) for path in (options.images, options.output, options.mask or options.mask_dir)
-    )
-    photos = find_photos(folder, leave_out=(mask_path, output))
+    folder, output = Path(str(options.images)), Path(str(options.output))
+    given = [Path(path) for path in (options.mask, options.mask_dir) if path]
+    photos = find_photos(folder, leave_out=(*given, output))
     check_names(photos)
     if options.layout:
         flat_names(photos)
         check_captions(photos)
+    references: list[Reference] = []
+    prompted = None
     if options.mask:
-        references = [find_reference(photos, folder, mask_path, options.reference_image, options.invert_mask)]
+        references = [find_reference(photos, folder, given[0], options.reference_image, options.invert_mask)]
+    elif options.mask_dir:
+        references = find_references(photos, given[0], options.invert_mask)
     else:
-        references = find_references(photos, mask_path, options.invert_mask)
+        prompted = find_prompted(photos, folder, options, options.reference_image)
     settings = {name: getattr(options, name) for name in SAME_TO_RESUME} | options.concept_settings
     settings["references"] = sorted([photo.sha256, mask_hash(mask)] for photo, mask in references)
+    if prompted:
+        settings["references"] = [[prompted[0].sha256, prompted[1].settings]]
     if not check_settings(output, settings, "masks", "--output"):
         check_new(output, {CONFIG: "a training run", MASK_INDEX: "masks"})
     check_writable(output)
@@ -139,9 +154,15 @@ def segment(options: SegmentOptions) -> list[PhotoMask]:
             if len(known) < len(photos):
                 segmenter = open_segmenter(options)
                 segmenter.class_name = options.class_name
+                encoded: dict[Path, Encoding] = {}
+                if prompted:
+                    first, encoded = prompted_reference(*prompted, segmenter.sam, known)
+                    references = [(first.photo, first.mask)]
                 note_settings(output, settings, "masks", "--output")
+                if prompted:
+                    save_reference(first, photos, output, known)
                 masks = segment_folder(
-                    photos, references, segmenter, output, options.instances, options.absent, heatmaps, known
+                    photos, references, segmenter, output, options.instances, options.absent, heatmaps, known, encoded
                 )
             else:
                 with MaskWriter(output, known.values()):
@@ -165,6 +186,7 @@ def segment_folder(
     absent: Literal["skip", "warn", "keep"] = "warn",
     heatmaps: Path | None = None,
     known: dict[str, PhotoMask] | None = None,
+    encoded: dict[Path, Encoding] | None = None,
 ) -> list[PhotoMask]:
     """Finds the subject in every photo and writes the mask folder.
 
@@ -181,6 +203,7 @@ def segment_folder(
             warning.
         heatmaps: folder for the location prior of every segmented photo, as <name>.jpg.
         known: the masks that are already in the folder, by their photos' names; by default, they are read.
+        encoded: encodings of references, by their paths, so that they are not encoded again.
 
     Returns:
         Each photo with its mask, in the order of `photos`. The record of a photo in which the subject was not found has
@@ -200,7 +223,8 @@ def segment_folder(
                 record = MaskRecord(photo.name, photo.sha256, GIVEN, float(mask.mean()))
             else:
                 if not fitted:
-                    segmenter.fit([reference.read() for reference, _ in references], list(given.values()))
+                    shown = [(encoded or {}).get(reference.path) or reference.read() for reference, _ in references]
+                    segmenter.fit(shown, list(given.values()))
                     fitted = True
                 mask, record = _predict(segmenter, photo, next(encodings), instances, absent, heatmaps)
             writer.save(record, mask)
@@ -235,7 +259,7 @@ def correction_advice(
     listed = ", ".join(names[:5]) + ", ..." * (len(names) > 5)
     advice = f"{len(names)} of {counted(len(masks), 'mask')} {look} doubtful ({listed}): correct {them} in {folder}"
     better = folder
-    own = any(item.record.model is None and item.record.coverage for item in masks)
+    own = any(item.record.is_users and item.record.coverage for item in masks)
     if images and own and options.segmenter != "memory":
         better = next(path for number in count(2) if not (path := Path(f"{folder}-{number}")).exists())
         advice += ", or run " + _command(

@@ -32,6 +32,13 @@ class Sam3(Sam2):
         concepts.share_backbone(self.encoder)
         return concepts
 
+    def to(self, device: torch.device | str) -> Sam3:
+        """See `Sam.to`; the concept search moves too."""
+        super().to(device)
+        if "concepts" in vars(self):
+            self.concepts.model.to(self.device)
+        return self
+
     def padded_input(self, photo: np.ndarray) -> torch.Tensor:
         """See `Sam.padded_input`."""
         pixels = torch.from_numpy(photo.astype(np.float32)).permute(2, 0, 1) / 127.5 - 1
