@@ -7,8 +7,10 @@ from PIL import Image
 from small_sams import fill, sam3_config, save_sam3, save_sam3_detector
 from transformers import Sam3TrackerModel, Sam3TrackerVideoModel
 
+from persam_dreambooth import cli
 from persam_dreambooth.errors import InputError
-from persam_dreambooth.segmentation import PerSAM, PerSAMF, PLMSegmenter, find_instances, open_sam
+from persam_dreambooth.photos.labels import read_labels, save_labels
+from persam_dreambooth.segmentation import MemorySegmenter, PerSAM, PerSAMF, PLMSegmenter, find_instances, open_sam
 from persam_dreambooth.segmentation.adaptation.prompt_training import low_res
 from persam_dreambooth.segmentation.location_prior import location_prior
 from persam_dreambooth.segmentation.sams.sam3 import Sam3
@@ -201,3 +203,29 @@ def test_the_tracker_alone_loads_as_transformers_saves_it(theirs, photo, encodin
     assert torch.equal(weights, video.mask_decoder.iou_token.weight)
     with pytest.raises(InputError, match="is a model of type sam3: name a SAM, SAM-HQ, SAM 2 or SAM 3 checkpoint"):
         open_sam(str(save_sam3_detector(tmp_path, SIDE)), device="cpu")
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_the_file_of_meta_is_refused_with_the_hub_id(tmp_path, inside):
+    weights = {"detector.backbone.vision_backbone.trunk.pos_embed": torch.zeros(1)}
+    torch.save({"model": weights} if inside else weights, tmp_path / "sam3.pt")
+    with pytest.raises(InputError, match=r"sam3.pt is a SAM 3: name its folder .* or its hub id, facebook/sam3"):
+        open_sam(str(tmp_path / "sam3.pt"), device="cpu")
+
+
+def test_it_has_no_memory_here(sam):
+    with pytest.raises(InputError, match=r"is a SAM without a memory of frames: name a SAM 2 or 2\.1 with one"):
+        MemorySegmenter(sam)
+
+
+def test_objects_are_tracked_through_a_video(saved, photo, mask, tmp_path):
+    """Through the command line, with the option of a precision."""
+    frames, masks, output = tmp_path / "frames", tmp_path / "masks", tmp_path / "out"
+    for place in (frames, masks):
+        place.mkdir()
+    for number in range(3):
+        photo.save(frames / f"{number:05}.png")
+    save_labels(masks / "00000.png", mask.astype(np.uint8))
+    words = ["--frames", frames, "--mask", masks / "00000.png", "--output", output, "--sam_model", saved[0]]
+    assert cli.main(["video", *map(str, words), "--segmenter", "persam", "--sam_dtype", "bfloat16"]) == 0
+    assert read_labels(output / "00002.png").shape == (60, 90)

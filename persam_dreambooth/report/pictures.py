@@ -174,7 +174,7 @@ def heat_map(
 
     Args:
         photo: RGB.
-        similarity: (64, 64) cells of SAM's input.
+        similarity: (g, g) cells of SAM's input.
         photo_cells: rows and columns of cells that the photo covers, from the upper left corner. SAM pads the rest; SAM
             2 stretches the photo over all cells.
         span: the lowest and the highest value of the color scale, drawn below; by default those of this photo.
