@@ -10,8 +10,8 @@ again with the images in another order, in which the second one is the first. PL
 `--cleaned`, a second row of each method has the same masks without their small islands and holes:
 
     persam-dreambooth toy perseg --output_dir toy-perseg
-    python -m benchmarks.own_subject cleaned-toy --data toy-perseg --sam_model toy --methods persam-f \\
-        --shots 1 --cleaned
+    python -m benchmarks.own_subject cleaned-toy --data toy-perseg --sam_model toy --methods persam-f --shots 1 \\
+        --cleaned
     python -m benchmarks.own_subject cleaned-toy --tables
 
 The figures of an object are added to `benchmarks/results/own-subject/NAME/SAM.jsonl` as soon as they are there, and a

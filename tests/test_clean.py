@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from persam_dreambooth.segmentation.clean import clean_labels, clean_mask
+from persam_dreambooth.segmentation.clean import clean_mask
 
 
 def body(side: int = 100) -> np.ndarray:
@@ -88,18 +88,3 @@ def test_the_mask_that_is_given_is_not_changed():
     mask = with_island(3, 3)
     clean_mask(mask)
     assert mask[150, 150]
-
-
-def test_objects_of_a_label_map_are_cleaned_alone():
-    labels = np.where(body(), 3, 0).astype(np.uint8)
-    labels[150:170, 150:170] = 7
-    labels[155:165, 155:165] = 0  # a hole of a quarter of object 7
-    labels[60, 60:62] = 7  # a speck of 7 on 3
-    labels[80, 80] = 0  # a hole in 3
-    labels[1, 1] = 3  # a speck of 3 on the background
-    cleaned = clean_labels(labels)
-    assert cleaned.dtype == np.uint8
-    assert np.array_equal(cleaned == 3, body())
-    assert (cleaned == 7).sum() == 300
-    labels[100:109, 100:110] = 5  # a whole object, before object 3
-    assert np.array_equal(clean_labels(labels) == 5, labels == 5)

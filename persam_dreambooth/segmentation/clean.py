@@ -32,22 +32,6 @@ def clean_mask(mask: np.ndarray, smallest: float = SMALLEST_REGION) -> np.ndarra
     return kept[regions][1:-1, 1:-1]
 
 
-def clean_labels(labels: np.ndarray, smallest: float = SMALLEST_REGION) -> np.ndarray:
-    """`clean_mask` for each object of a label map, (H, W) uint8; a hole is filled only where there is no other object.
-
-    Args:
-        labels: 0 for background, else the object's number.
-        smallest: as for `clean_mask`, a fraction of the object.
-    """
-    objects = {number: clean_mask(labels == number, smallest) for number in np.setdiff1d(labels, 0).tolist()}
-    cleaned = labels.copy()
-    for number, mask in objects.items():
-        cleaned[(labels == number) & ~mask] = 0
-    for number, mask in objects.items():
-        cleaned[(cleaned == 0) & mask] = number
-    return cleaned
-
-
 def _regions(marked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The region of each pixel, (H, W) from 1, and the regions' sizes in pixels; 0 is what is not marked, of size 0."""
     from scipy import ndimage
