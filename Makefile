@@ -36,6 +36,7 @@ bench: .venv/ready
 	$(BIN)/python -m benchmarks.training
 	$(BIN)/python -m benchmarks.binding
 	$(BIN)/python -m benchmarks.task
+	$(BIN)/python -m benchmarks.twins
 
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

@@ -6,7 +6,13 @@
 
 The references are the first K images of an object, K from 1 to `--shots`. The images after these are scored, so that
 all rows (a method and a K) are scored on the same images. Objects without such images are left out. `--turns 2` does it
-again with the images in another order, in which the second one is the first. PLM is fitted to 2 or more masks.
+again with the images in another order, in which the second one is the first. PLM is fitted to 2 or more masks. With
+`--cleaned`, a second row of each method has the same masks without their small islands and holes:
+
+    persam-dreambooth toy perseg --output_dir toy-perseg
+    python -m benchmarks.own_subject cleaned-toy --data toy-perseg --sam_model toy --methods persam-f \\
+        --shots 1 --cleaned
+    python -m benchmarks.own_subject cleaned-toy --tables
 
 The figures of an object are added to `benchmarks/results/own-subject/NAME/SAM.jsonl` as soon as they are there, and a
 repeated command resumes. `--tables` writes `results.json` and `tables.md` beside them.
@@ -28,6 +34,7 @@ from persam_dreambooth.files import write_json
 from persam_dreambooth.machine import provenance
 from persam_dreambooth.photos.images import read_image
 from persam_dreambooth.segmentation import open_sam
+from persam_dreambooth.segmentation.clean import clean_mask
 from persam_dreambooth.segmentation.evaluation.data_set import DataSet
 from persam_dreambooth.segmentation.evaluation.metrics import BOOTSTRAP, bootstrap_intervals
 from persam_dreambooth.segmentation.evaluation.one_shot_scores import Counts
@@ -68,11 +75,13 @@ def measure(arguments: argparse.Namespace) -> None:
         given = stems[:masks]
         segmenter = method_class(method)(sam).fit([encodings[stem] for stem in given], [truths[stem] for stem in given])
         fitted = time.perf_counter()
-        counts, images = Counts(), {}
+        counts, cleaned, images = Counts(), Counts(), {}
         for stem in stems[arguments.shots :]:
             found = segmenter.predict(encodings[stem])
             own = Counts.of(found.mask, truths[stem])
             counts += own
+            if arguments.cleaned:
+                cleaned += Counts.of(clean_mask(found.mask), truths[stem])
             images[stem] = {"IoU": own.figures["IoU"], "presence": found.presence, "flags": list(found.flags)}
             if arguments.pictures:
                 target = arguments.pictures / item.name / f"{stem}-{path.stem}-{method}-{masks}.png"
@@ -80,8 +89,11 @@ def measure(arguments: argparse.Namespace) -> None:
                 Image.fromarray(found.mask.astype(np.uint8) * 255).save(target)
         row = {"turn": turn, "method": method, "masks": masks, "object": item.name, "counts": asdict(counts),
                "fit_seconds": fitted - started, "images": images}  # fmt: skip
+        rows = [row]
+        if arguments.cleaned:
+            rows.append({**row, "method": f"{method}, cleaned", "counts": asdict(cleaned), "images": images})
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.writelines(json.dumps(one) + "\n" for one in rows)
         print(turn, method, masks, item.name, round(counts.figures["IoU"], 1), flush=True)
 
 
@@ -149,6 +161,7 @@ def row_of(sam: str, method: str, masks: int, records: list[dict[str, Any]]) -> 
         "method": method,
         "masks": masks,
         "mIoU": float(values.mean()),
+        "mBIoU": float(np.mean([count.figures["BIoU"] for count in counts.values()])),
         "interval": interval,
         "objects": ious,
         "fit_seconds": float(np.median([one["fit_seconds"] for one in records])),
@@ -169,6 +182,7 @@ def main() -> None:
     parser.add_argument("--shots", type=int, default=4, help="most masks")
     parser.add_argument("--masks", type=int, nargs="+", help="numbers of masks; default: all up to --shots")
     parser.add_argument("--turns", type=int, default=1, help="orders of the images")
+    parser.add_argument("--cleaned", action="store_true", help="also score the masks without small islands and holes")
     parser.add_argument("--encoding_cache", type=Path, help="see open_sam")
     parser.add_argument("--pictures", type=Path, help="folder for the masks found")
     parser.add_argument("--tables", action="store_true", help="only write the tables of what is measured")

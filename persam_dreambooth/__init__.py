@@ -16,10 +16,15 @@ if TYPE_CHECKING:
     from persam_dreambooth.errors import UnavailableError as UnavailableError
     from persam_dreambooth.main_job import personalize as personalize
     from persam_dreambooth.photos.images import read_image as read_image
+    from persam_dreambooth.photos.mask_prompts import MaskPrompts as MaskPrompts
     from persam_dreambooth.photos.masks import read_mask as read_mask
     from persam_dreambooth.progress import Progress as Progress
     from persam_dreambooth.progress import reporting as reporting
+    from persam_dreambooth.segmentation.assignment import find_subjects as find_subjects
     from persam_dreambooth.segmentation.concept_search import ConceptSegmenter as ConceptSegmenter
+    from persam_dreambooth.segmentation.first_mask import FirstMask as FirstMask
+    from persam_dreambooth.segmentation.first_mask import first_mask as first_mask
+    from persam_dreambooth.segmentation.first_mask import mask_photo as mask_photo
     from persam_dreambooth.segmentation.found import Found as Found
     from persam_dreambooth.segmentation.memory import MemorySegmenter as MemorySegmenter
     from persam_dreambooth.segmentation.persam import PerSAM as PerSAM
@@ -39,9 +44,11 @@ _PLACES = {
     "Cancelled": "errors",
     "ConceptSegmenter": "segmentation.concept_search",
     "Encoding": "segmentation.sams.sam",
+    "FirstMask": "segmentation.first_mask",
     "Found": "segmentation.found",
     "InputError": "errors",
     "InputNotFoundError": "errors",
+    "MaskPrompts": "photos.mask_prompts",
     "MemorySegmenter": "segmentation.memory",
     "PLMSegmenter": "segmentation.plm",
     "PerSAM": "segmentation.persam",
@@ -52,7 +59,10 @@ _PLACES = {
     "UnavailableError": "errors",
     "VideoSegmenter": "segmentation.video_segmenter",
     "find_instances": "segmentation.segmenter",
+    "first_mask": "segmentation.first_mask",
+    "find_subjects": "segmentation.assignment",
     "generate": "dreambooth.generate",
+    "mask_photo": "segmentation.first_mask",
     "open_sam": "segmentation.sams.checkpoints",
     "personalize": "main_job",
     "read_image": "photos.images",

@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -61,6 +61,27 @@ def _segmented(options: Any, masks: Any) -> str:
     return said
 
 
+def _masked(options: Any, made: Any) -> str:
+    lines = (
+        [f"the grid: {options.grid_file}; name a cell with --point C4, two with --box B2,E7"] if options.grid else []
+    )
+    if made:
+        change = f"--scale {made.others[-1].name}" if made.others else ""
+        if options.text:
+            change = "--point x,y"
+        given = [(entry.name, getattr(options, entry.name)) for entry in fields(options) if options.given(entry.name)]
+        words = [str(options.photo)]
+        for name, value in given:
+            if name not in ("photo", "scale", "grid"):
+                words += [
+                    word for one in (value if isinstance(value, list) else [value]) for word in (f"--{name}", one)
+                ]
+        more = f"persam-dreambooth mask {shlex.join(words)} {change}"
+        seen = f"{options.overlay_file} and {options.others_file}"
+        lines.append(f"{options.mask_file}: {made}; see {seen}" + (f"; another: {more}" if made.others else ""))
+    return "\n".join(lines)
+
+
 def _trained(options: Any, run_dir: Any) -> str:
     pictures = [path for path in (run_dir / "overview.png", run_dir / "samples") if path.exists()]
     return f"done: {run_dir}; see {', '.join(map(str, [*pictures, run_dir / 'README.md']))}"
@@ -102,6 +123,13 @@ MEMORY_REMEDIES = (
 )
 
 COMMANDS = {
+    "mask": Command(
+        "a mask of one photo, from a point, a box or a text: the first mask for the commands below",
+        "segmentation.first_mask:MaskOptions",
+        "segmentation.first_mask:mask_photo",
+        _masked,
+        positional="photo",
+    ),
     "segment": Command(
         "a mask for every photo, from one photo and its mask",
         "segmentation.segment:SegmentOptions",

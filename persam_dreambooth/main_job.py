@@ -7,8 +7,9 @@ and a model card. Heavy imports are inside the functions, after the input checks
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from persam_dreambooth import models
 from persam_dreambooth.dreambooth.albums import Album, read_albums
@@ -19,16 +20,23 @@ from persam_dreambooth.dreambooth.run_folder import (
     beside_own_masks,
     check_run_folder,
     check_same_model,
+    check_same_prompts,
     nothing_left,
 )
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.extras import check_installed
 from persam_dreambooth.options import takes_options
-from persam_dreambooth.photos.mask_folder import MaskWriter, load_known, load_masks
+from persam_dreambooth.photos.mask_folder import MaskWriter, PackedMask, PhotoMask, load_known, load_masks
 from persam_dreambooth.report.pictures import save_overview
+from persam_dreambooth.segmentation.first_mask import prompted_reference, save_reference
 from persam_dreambooth.segmentation.segment import correction_advice, segment_folder
-from persam_dreambooth.segmentation.segmenters import MaskFolderOptions, open_segmenter
+from persam_dreambooth.segmentation.segmenters import MaskFolderOptions, fitted_segmenter, open_segmenter
 from persam_dreambooth.training.only_training import only_training
+
+if TYPE_CHECKING:
+    from persam_dreambooth.segmentation.assignment import Companion
+    from persam_dreambooth.segmentation.sams.sam import Encoding
+    from persam_dreambooth.segmentation.segmenter import Segmenter
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +47,13 @@ class TrainOptions(MaskFolderOptions, TrainingOptions):
 
     @property
     def makes_masks(self) -> bool:
-        """Whether masks are made from a given mask."""
-        return any(subject.mask for subject in self.each_subject)
+        """Whether masks are made from a given mask or from prompts."""
+        return any(subject.mask or subject.is_prompted for subject in self.each_subject)
+
+    @property
+    def reads_text(self) -> bool:
+        """See `SamOptions.reads_text`; entries of `subjects` may be wrong here still."""
+        return bool(self.text or any(isinstance(entry, dict) and entry.get("text") for entry in self.subjects or []))
 
 
 @takes_options(TrainOptions)
@@ -89,6 +102,8 @@ def personalize(options: TrainOptions) -> Path:
     resume_from = find_checkpoint(run_dir, options.resume_from_checkpoint) if options.resume_from_checkpoint else None
     if resume_from:
         check_same_model(options)
+    if options.resume_from_checkpoint:
+        check_same_prompts(options)
     if options.resume_from_checkpoint and nothing_left(options, resume_from):
         logger.info("nothing is left to do: %s has all of its %d steps", run_dir, options.max_train_steps)
         return run_dir
@@ -110,7 +125,7 @@ def personalize(options: TrainOptions) -> Path:
     options = options.resolved(resolution, accelerator.mixed_precision, *rates)
 
     cut = Cut(resolution, buckets)
-    known = [None if album.reference else make_crops(options, album, album.drawn, cut) for album in albums]
+    known = [None if album.makes_masks else make_crops(options, album, album.drawn, cut) for album in albums]
     accelerator.wait_for_everyone()  # all processes check the folders before one writes
     with writing(run_dir, accelerator, last_written=MODEL_CARD):
         if accelerator.is_main_process:
@@ -151,20 +166,43 @@ def write_masks(options: TrainOptions, albums: list[Album], begins: bool) -> Non
         begins: whether the run begins; the options of a resumed one are written once its checkpoint is loaded.
     """
     known = [load_known(album.mask_dir, album.photos) for album in albums]
+    makes = [album.makes_masks and len(masks) < len(album.photos) for album, masks in zip(albums, known, strict=True)]
+    segmenter = open_segmenter(options) if any(makes) else None
+    firsts: dict[int, PhotoMask] = {}
+    encoded: dict[Path, Encoding] = {}
+    if segmenter:  # before anything is written, since there may be no mask at the prompts
+        albums = list(albums)
+        for place, album in enumerate(albums):
+            if album.prompted and makes[place]:
+                first, encodings = prompted_reference(
+                    *album.prompted, segmenter.sam, known[place], options.smallest_region
+                )
+                firsts[place], encoded = first, encoded | encodings
+                albums[place] = replace(album, reference=(first.photo, first.mask))
     missing = [
-        (album, album.reference, masks)
-        for album, masks in zip(albums, known, strict=True)
+        (number, album, album.reference, masks)
+        for number, (album, masks) in enumerate(zip(albums, known, strict=True))
         if album.reference and len(masks) < len(album.photos)
     ]
-    segmenter = open_segmenter(options) if missing else None
+    companions = album_companions(options, albums, known, segmenter) if segmenter else []
     if begins:
         begin_run(options)
+    for place, first in firsts.items():
+        save_reference(first, albums[place].photos, albums[place].mask_dir, known[place])
     if segmenter:
-        for album, reference, masks in missing:
+        for number, album, reference, masks in missing:
             segmenter.class_name = album.subject.subject
             logger.info("%smasks are made from the mask of %s", album.label, reference[0].name)
             made = segment_folder(
-                album.photos, [reference], segmenter, album.mask_dir, absent=options.absent, known=masks
+                album.photos,
+                [reference],
+                segmenter,
+                album.mask_dir,
+                absent=options.absent,
+                known=masks,
+                smallest_region=options.smallest_region,
+                encoded=encoded,
+                companions=companions[number],
             )
             run_dir = options.run_dir if len(albums) == 1 else None
             images = album.subject.instance_dir
@@ -174,3 +212,36 @@ def write_masks(options: TrainOptions, albums: list[Album], begins: bool) -> Non
         with MaskWriter(album.mask_dir) as writer:
             for item in album.drawn:
                 writer.save(item.record, item.mask, item.weights)
+
+
+def album_companions(
+    options: TrainOptions, albums: list[Album], known: list[dict[str, PhotoMask]], like: Segmenter
+) -> list[list[Companion]]:
+    """The other subjects that each album's masks must leave out: those of `other_mask`, and those that share photos.
+
+    Args:
+        options: of the run.
+        albums: its subjects.
+        known: the masks that each album's folder already has. Those that the user gave or corrected are fixed.
+        like: a segmenter with the SAM of the run.
+    """
+    from persam_dreambooth.segmentation.assignment import Companion
+
+    hashes = [frozenset(photo.sha256 for photo in album.photos) for album in albums]
+    found: list[list[Companion]] = [[] for _ in albums]
+    for album, own, known_masks, others in zip(albums, hashes, known, found, strict=True):
+        like.class_name = album.subject.subject
+        for photo, mask in album.others:
+            other = fitted_segmenter(options, like, [(photo, mask)])
+            others.append(Companion(other, {photo.sha256: PackedMask(mask)}))
+        sharing = [place for place, hashed in enumerate(hashes) if own & hashed and albums[place] is not album]
+        if not sharing:
+            continue
+        masks = [*album.drawn, *(item for item in known_masks.values() if item.record.is_users)]
+        fixed = {item.photo.sha256: item.packed for item in masks}
+        fitted = fitted_segmenter(options, like, [album.reference]) if album.reference else None
+        if album.reference:
+            fixed[album.reference[0].sha256] = PackedMask(album.reference[1])
+        for place in sharing:
+            found[place].append(Companion(fitted, fixed, own))
+    return found

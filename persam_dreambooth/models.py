@@ -239,7 +239,8 @@ def _check_hub(name: str, marker: str, revision: str | None) -> None:
     except HFValidationError:
         raise InputError(f"{name} is not a hub id: write owner/model, {ways_out}") from None
     except GatedRepoError:
-        raise InputError(f"{name} is gated: accept its terms on the hub and log in, {ways_out}") from None
+        terms = f"accept its license at https://huggingface.co/{name} and log in (hf auth login)"
+        raise InputError(f"{name} is gated: {terms}, {ways_out}") from None
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         what = "revision" if isinstance(error, RevisionNotFoundError) else "model"
         raise InputNotFoundError(f"the hub has no such {what} for {name}: check the name, {ways_out}") from None

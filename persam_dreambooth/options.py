@@ -131,6 +131,8 @@ class Options:
                 object.__setattr__(self, entry.name, os.path.expanduser(value))
             if entry.metadata["many"] and isinstance(value, str):
                 object.__setattr__(self, entry.name, [value])
+            if entry.metadata["many"] and entry.metadata["path"] and value:
+                object.__setattr__(self, entry.name, [os.path.expanduser(one) for one in getattr(self, entry.name)])
 
     def given(self, name: str) -> bool:
         """Whether an option differs from its default."""

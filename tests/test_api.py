@@ -221,7 +221,7 @@ def test_a_job_takes_options_by_name_or_as_one_object(tmp_path, encodings):
         ({"output_dir": "masks/"}, "unknown option output_dir: it is output here"),
         ({"images": 3}, "--images is 3: give text, in quotes"),
         ({"images": np.zeros((2, 2))}, "--images is of type ndarray: give text, in quotes"),
-        ({"images": "cat/", "output": "masks"}, "--mask is missing"),
+        ({"images": "cat/", "output": "masks"}, "no mask: give --mask .*--point .*--mask_dir"),
         ({"absent": "drop"}, "--absent is drop: give one of 'skip', 'warn', 'keep'"),
     ],
 )

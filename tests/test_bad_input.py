@@ -217,7 +217,7 @@ def test_a_reference_photo_that_is_not_there(home, capsys, command):
 def test_no_mask_at_all(home, capsys, arguments):
     line = refused(capsys, *train(*arguments))
     assert line.startswith(
-        "no mask: give --mask (one photo's mask), --mask_dir (a mask for every photo), --mask_from alpha (cut-outs), or"
+        "no mask: give --mask (one photo's mask), --point x,y or --box x0,y0,x1,y1 (where the subject is in one photo; "
     )
 
 

@@ -215,8 +215,9 @@ def test_a_saved_configuration_gives_the_same_options_again(config, text):
 def test_the_options_of_train_are_these():
     """Adding, renaming or removing an option is a conscious act: the documents and old YAML files know these."""
     assert [entry.name for entry in fields(TrainOptions)] == [
+        *("point", "negative_point", "box", "text", "scale"),
         *("instance_dir", "dataset_name", "image_column", "caption_column"),
-        *("mask", "reference_image", "mask_dir", "mask_from", "invert_mask"),
+        *("mask", "reference_image", "other_mask", "mask_dir", "mask_from", "invert_mask"),
         *("caption_from", "class_name", "identifier", "instance_prompt", "class_prompt", "validation_prompt"),
         *("subjects", "unmasked"),
         *("pretrained_model_name_or_path", "revision", "variant", "base_config"),
@@ -249,16 +250,17 @@ def test_the_options_of_train_are_these():
         *("num_validation_images", "validation_steps"),
         *("report_to", "push_to_hub", "hub_model_id"),
         *(
-            "segmenter",
             "sam_model",
             "sam_dtype",
-            "adapter",
             "encoding_cache",
+            "segmenter",
+            "adapter",
             "target_coverage",
             "guidance",
             "concept_prompt",
             "absent",
             "absent_threshold",
+            "smallest_region",
         ),
     ]
 
@@ -274,14 +276,15 @@ EPISODES = ("data", "output", "predictions", "shots", "episodes", "seed", "seeds
 METHOD_OPTIONS = ("segmenter", "target_coverage", "sam_dtype", "encoding_cache")
 
 ALWAYS: dict[str, tuple[str, ...]] = {
+    "mask": ("photo", "point", "box", "text", "output", "grid", "sam_model"),
     "segment": (
-        *("images", "mask", "mask_dir", "invert_mask", "output", "instances", "heatmaps", "layout"),
-        *("absent", "absent_threshold"),
-        *("sam_model", *METHOD_OPTIONS),
+        *("images", "mask", "mask_dir", "other_mask", "point", "box", "text", "output", "instances", "heatmaps"),
+        *("layout", "absent", "absent_threshold", "smallest_region", "sam_model", *METHOD_OPTIONS),
     ),
     "video": ("frames", "mask", "output", "overlay", "sam_model", *METHOD_OPTIONS),
     "train": (
         *("instance_dir", "dataset_name", "mask", "mask_dir", "mask_from", "class_name", "identifier"),
+        *("point", "box", "text"),
         *("instance_prompt", "subjects", "unmasked"),
         *("pretrained_model_name_or_path", "method", "train_text_encoder", "long_prompts"),
         *("max_sequence_length", "text_encoder_out_layers"),
@@ -365,19 +368,22 @@ IDLE: dict[str, dict[tuple[str, ...], tuple[str, ...]]] = {
         FRAMES: ("adapter", "recent_frames"),
     },
     "segment": {
-        ("--images", "cat", "--mask_dir", "m", "--output", "o"): ("reference_image",),
+        ("--images", "cat", "--mask_dir", "m", "--output", "o"): ("reference_image", "negative_point", "scale"),
+        ("--images", "cat", "--point", "C4", "--output", "o"): ("invert_mask",),
         ("--images", "cat", "--mask", "m.png", "--output", "o"): (
             *("guidance", "concept_prompt", "class_name", "adapter"),
         ),
     },
+    "mask": {("cat.jpg", "--grid"): ("negative_point", "scale", "sam_dtype", "encoding_cache")},
     "train": {
         MASKS_GIVEN: (
-            *("image_column", "caption_column", "reference_image", "background_dir", "num_background_images"),
+            *("negative_point", "scale", "image_column", "caption_column", "reference_image", "other_mask"),
+            *("background_dir", "num_background_images"),
             *("background_scenes", "background_in_prompt", "prior_loss_weight", "class_data_dir", "class_scenes"),
             *("num_class_images", "sample_batch_size", "class_prompt", "lr_warmup_steps", "lr_num_cycles", "lr_power"),
             *("text_encoder_lr", "offload"),
             *("ema_decay", "hub_model_id", "guidance", "concept_prompt", "adapter"),
-            *("absent", "absent_threshold", *METHOD_OPTIONS),
+            *("absent", "absent_threshold", "smallest_region", *METHOD_OPTIONS),
         ),
         CUT_OUTS: ("invert_mask",),
         WHOLE_PHOTOS: (
@@ -598,7 +604,7 @@ def test_infinity_is_no_amount():
     "options, said",
     [
         ({}, "--instance_dir is missing"),
-        ({"instance_dir": "cat"}, "no mask: give --mask .*--mask_dir .*--unmasked"),
+        ({"instance_dir": "cat"}, "no mask: give --mask .*--point .*--box .*--text .*--mask_dir .*--unmasked"),
         ({"instance_dir": "cat", "mask": "m.png", "unmasked": True}, "--mask and --unmasked exclude one another"),
         ({"instance_dir": "cat", "mask": "m.png", "mask_dir": "m"}, "--mask and --mask_dir exclude one another"),
         (
@@ -676,7 +682,7 @@ def test_segment_checks_what_train_checks():
         if name == "reference_image":
             options.check()
             continue
-        with pytest.raises(InputError, match=f"--{name} is missing"):
+        with pytest.raises(InputError, match=f"--{name} is missing|no mask: give --{name} "):
             options.check()
     with pytest.raises(InputError, match=r"--guidance has no effect: add --segmenter persam"):
         SegmentOptions(**given, guidance="none").check()

@@ -1,7 +1,6 @@
 """Concept segmentation: SAM 3 finds instances by text and on a canvas, the most similar to the references is chosen."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -234,6 +233,12 @@ def test_the_tracker_and_the_search_share_one_backbone(folder, photos, mask):
         assert np.allclose(sam.concepts.find(sam.encode(photos[2]), "cat", threshold=0.0).scores, alone.scores)
 
 
+def test_the_search_moves_with_the_tracker(folder):
+    sam = open_sam(folder, device="cpu")
+    assert {value.device.type for value in sam.concepts.model.parameters()} == {"cpu"}
+    assert {value.device.type for value in sam.to("meta").concepts.model.parameters()} == {"meta"}
+
+
 def test_bad_input_is_one_line(sam):
     for options, said in (
         ({"concept_prompt": "canvas"}, "concept_prompt is 'canvas': use text, exemplar or both"),
@@ -281,12 +286,16 @@ def test_train_searches_for_the_class_of_its_prompts(photo_folder, folder, tmp_p
     assert records["01.png"]["concept_presence"] == pytest.approx(by_text, abs=1e-5)
 
 
-def test_perseg_is_searched_by_the_names_of_its_objects(folder, tmp_path):
-    golden = Path(__file__).parent / "golden" / "perseg"
-    options = {"data": golden, "output": tmp_path / "out", "sam_model": folder, "segmenter": "sam3"}
-    assert command("evaluate", "perseg", *flags(**options)) == 0
+def test_perseg_is_searched_by_the_names_of_its_objects(photo_folder, folder, tmp_path):
+    for number in (2, 3):
+        for name, source in (("Images", photo_folder), ("Annotations", photo_folder.parent / "masks")):
+            place = tmp_path / "data" / name / "yellow_ball_2"
+            place.mkdir(parents=True, exist_ok=True)
+            Image.open(source / f"0{number}.png").save(place / f"0{number}.png")
+    options = {"data": tmp_path / "data", "output": tmp_path / "out", "sam_model": folder, "segmenter": "sam3"}
+    assert command("evaluate", "perseg", *flags(**options, concept_prompt="text")) == 0
     assert json.loads((tmp_path / "out" / "results.json").read_text())["rows"].keys() == {"sam3"}
-    assert read_perseg(golden)[1].class_name == "colorful sneaker"
+    assert [item.class_name for item in read_perseg(tmp_path / "data")] == ["yellow ball"]
 
 
 def test_what_cannot_be_searched_is_refused_in_one_line(photo_folder, folder, tmp_path, capsys):
@@ -300,6 +309,9 @@ def test_what_cannot_be_searched_is_refused_in_one_line(photo_folder, folder, tm
     ):
         assert segment(photo_folder, folder, tmp_path / "no", *others) == 2
         assert said in capsys.readouterr().err and not (tmp_path / "no").exists()
+    given = flags(instance_dir=photo_folder, mask=photo_folder.parent / "masks" / "00.png", sam_model=folder)
+    assert command("plan", "--pretrained_model_name_or_path", "toy", "--segmenter", "sam3", *given) == 2
+    assert "a plan does not count --segmenter sam3 yet: plan with --mask_dir" in capsys.readouterr().err
     words = ["video", "--frames", photo_folder, "--mask", photo_folder.parent / "masks", "--output", tmp_path / "no"]
     assert command(*words, "--segmenter", "sam3") == 2
     assert "--segmenter is sam3: give one of 'persam', 'persam-f', 'memory'" in capsys.readouterr().err

@@ -80,7 +80,7 @@ def run(command: str, folder: Path, sam: list[str]) -> None:
         words += ["--num_inference_steps", "2"]
     elif words[0] in ("segment", "video"):
         words += ["--config", "short.yaml", "--segmenter", "persam"]
-    elif words[0] == "evaluate":
+    elif words[0] in ("evaluate", "mask"):
         words += ["--config", "short.yaml"]
     AcceleratorState._reset_state(reset_partial_state=True)  # as in a new process
     assert cli.main(words) == 0, command
@@ -110,6 +110,17 @@ def test_the_command_of_the_memory_page_runs(home, toy_sam, capsys):
     [command] = commands(ROOT / "docs" / "memory.md")
     run(command, home, toy_sam)
     assert "The largest phase is " in capsys.readouterr().out
+
+
+def test_the_commands_of_the_first_mask_run_in_their_order(home, toy_sam):
+    listed = commands(ROOT / "docs" / "first-mask.md")
+    assert len(listed) == 4
+    for command in listed:
+        run(command, home, toy_sam)
+    assert {path.name for path in (home / "cat_mask").iterdir()} == {
+        *("00_grid.jpg", "00_mask.png", "00_mask_overlay.jpg", "00_mask_scales.jpg")
+    }
+    assert (home / "masks" / "03.png").is_file()
 
 
 @pytest.mark.slow

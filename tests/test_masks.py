@@ -129,6 +129,7 @@ def test_a_saved_png_is_0_or_255_in_gray_at_the_size_of_the_photo(tmp_path, phot
 def test_the_index_says_what_is_known_about_each_mask(tmp_path, photos, mask):
     first, *_, last = photos
     facts = {"model": "toy", "score": 0.9, "presence": 0.7, "absent_threshold": 0.95, "flags": ("absent",)}
+    facts["smallest_region"] = 0.02
     save_mask(tmp_path, record(first, mask, **facts), mask)
     save_mask(tmp_path, MaskRecord(last.name, last.sha256, "given", 0.25), mask)
     written = json.loads((tmp_path / MASK_INDEX).read_text(encoding="utf-8"))
@@ -144,7 +145,9 @@ def test_the_index_says_what_is_known_about_each_mask(tmp_path, photos, mask):
                 "score": 0.9,
                 "presence": 0.7,
                 "absent_threshold": 0.95,
+                "smallest_region": 0.02,
                 "flags": ["absent"],
+                "concept_presence": None,
             },
             last.name: {
                 "photo_sha256": last.sha256,
@@ -154,7 +157,9 @@ def test_the_index_says_what_is_known_about_each_mask(tmp_path, photos, mask):
                 "score": None,
                 "presence": None,
                 "absent_threshold": None,
+                "smallest_region": None,
                 "flags": [],
+                "concept_presence": None,
             },
         }
     }

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import ndimage
 from training_runs import ROOT, command, flags
 
 from persam_dreambooth import toy
@@ -124,6 +125,7 @@ def test_other_settings_are_refused_with_what_differs(options, made, tmp_path, c
         ({"segmenter": "persam-f"}, "segmenter persam, now persam-f"),
         ({"sam_model": "facebook/sam-vit-huge"}, "sam_model toy, now facebook/sam-vit-huge"),
         ({"absent": "skip", "instances": 3}, "absent warn, now skip; instances 1, now 3"),
+        ({"smallest_region": 0.05}, "smallest_region 0.01, now 0.05"),
         ({"mask": tmp_path / "half.png", "reference_image": "00.jpg"}, "other references"),
         ({"reference_image": "01.jpg"}, "other references"),
     ):
@@ -131,6 +133,28 @@ def test_other_settings_are_refused_with_what_differs(options, made, tmp_path, c
         said = capsys.readouterr().err.splitlines()[-1]
         assert said == f"error: {made} holds masks with other settings ({told}): choose another --output"
     assert content(made) == before
+
+
+def regions(mask: np.ndarray) -> list[int]:
+    """The sizes of a mask's islands, in pixels."""
+    return np.bincount(ndimage.label(mask, np.ones((3, 3)))[0].ravel())[1:].tolist()
+
+
+def test_masks_that_are_made_are_cleaned_and_given_ones_are_not(options, album, tmp_path):
+    shutil.copy(DUCK / "03.jpg", album)
+    given = np.array(Image.open(MASK)) > 0
+    given[5, 5] = True
+    Image.fromarray(given).save(tmp_path / "00.png")
+    folders = {fraction: tmp_path / str(fraction) for fraction in (0, 0.01, 0.5)}
+    for fraction, folder in folders.items():
+        assert segment(options, mask=tmp_path / "00.png", smallest_region=fraction, output=folder) == 0
+    found = {fraction: load_masks(folder, find_photos(album)) for fraction, folder in folders.items()}
+    for fraction, masks in found.items():
+        assert np.array_equal(masks[0].mask, given)
+        assert [item.record.smallest_region for item in masks] == [None, fraction, fraction, fraction]
+    smallest = [[min(regions(item.mask)) / item.mask.sum() for item in found[fraction][1:]] for fraction in folders]
+    assert min(smallest[0]) < 0.01 <= min(smallest[1]) and min(smallest[2]) == 1
+    assert all(item.record.coverage == item.mask.mean() for item in found[0.01])
 
 
 def test_other_photos_are_refused_before_the_work(options, made, album, capsys):

@@ -1,6 +1,7 @@
 """The input of a run for each subject, photos and their masks, read before anything is written."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from persam_dreambooth.photos.captions import check_captions, read_prompts
 from persam_dreambooth.photos.datasets import photo_folder
 from persam_dreambooth.photos.folder import Photo, check_shapes, find_photos
 from persam_dreambooth.photos.mask_folder import PhotoMask, check_names, cut_out, load_masks
-from persam_dreambooth.photos.references import Reference, find_reference
+from persam_dreambooth.photos.mask_prompts import MaskPrompts
+from persam_dreambooth.photos.references import Reference, find_others, find_prompted, find_reference
 
 logger = logging.getLogger(__name__)
 
@@ -24,17 +26,26 @@ class Album:
         subject: its options.
         photos: all photos.
         reference: the photo with the given mask, if the other masks will be made from it.
+        prompted: the photo of the user's prompts, if all masks will be made from them.
         drawn: the masks of all photos, if a mask folder was given.
         mask_dir: the folder of its masks in the run's folder.
         label: prefix of messages about this subject; empty if it is the only one.
+        others: photos with masks of alike subjects that are not trained.
     """
 
     subject: SubjectOptions
     photos: list[Photo]
     reference: Reference | None
+    prompted: tuple[Photo, MaskPrompts] | None
     drawn: list[PhotoMask]
     mask_dir: Path
     label: str
+    others: Sequence[Reference] = ()
+
+    @property
+    def makes_masks(self) -> bool:
+        """Whether masks will be made from a given mask or from prompts."""
+        return bool(self.reference or self.prompted)
 
 
 def read_albums(options: TrainingOptions) -> list[Album]:
@@ -46,7 +57,8 @@ def read_albums(options: TrainingOptions) -> list[Album]:
     run_dir, subjects = options.run_dir, options.each_subject
     apart = [("masks", Path(subject.mask_dir)) for subject in subjects if subject.mask_dir]
     apart += [("class pictures", options.class_dir), ("backgrounds", options.background_folder)]
-    no_photos = (*(Path(subject.mask) for subject in subjects if subject.mask), run_dir)
+    given = [path for subject in subjects for path in (subject.mask, *(subject.other_mask or ())) if path]
+    no_photos = (*map(Path, given), run_dir)
     albums = [
         read_album(
             subject,
@@ -91,15 +103,18 @@ def read_album(
     check_names(photos)
     check_shapes(photos)
     check_captions(photos)
-    reference, drawn = None, list[PhotoMask]()
+    reference, prompted, drawn = None, None, list[PhotoMask]()
     if subject.mask:
         mask_path = Path(subject.mask)
         reference = find_reference(photos, folder, mask_path, subject.reference_image, subject.invert_mask)
+    elif subject.is_prompted:
+        prompted = find_prompted(photos, folder, subject, subject.reference_image)
     elif subject.mask_dir:
         drawn = load_masks(Path(subject.mask_dir), photos, subject.invert_mask, soft)
     elif subject.mask_from == "alpha":
         drawn = [cut_out(photo, soft) for photo in photos]
-    return Album(subject, photos, reference, drawn, mask_dir, label)
+    others = find_others(photos, folder, subject.other_mask or (), subject.reference_image, subject.invert_mask)
+    return Album(subject, photos, reference, prompted, drawn, mask_dir, label, others)
 
 
 def own_captions(subject: SubjectOptions, photos: list[Photo]) -> list[str]:

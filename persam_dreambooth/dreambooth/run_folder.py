@@ -81,6 +81,21 @@ def check_same_model(options: TrainingOptions) -> None:
             )
 
 
+def check_same_prompts(options: TrainingOptions) -> None:
+    """Raises `InputError` for other prompts of the first mask than those of the run, whose masks would be kept."""
+    run_dir, kind = options.run_dir, type(options)
+    if not (run_dir / CONFIG).is_file():
+        return
+    before = saved_subjects(with_absolute_paths(read_config(run_dir / CONFIG), kind))
+    now = saved_subjects(with_absolute_paths(asdict(options), kind))
+    for old, new in zip(before, now, strict=False):
+        if new.is_prompted and new.masks != old.masks:
+            raise InputError(
+                f"{run_dir} has masks of other prompts or of another photo: use those of its {CONFIG}, or choose "
+                "another folder with --output_dir"
+            )
+
+
 def nothing_left(options: TrainingOptions, resume_from: Path | None) -> bool:
     """Whether the run's folder holds a finished run with all steps of the options.
 
@@ -138,6 +153,9 @@ def with_absolute_paths(values: dict[str, Any], kind: type[Options]) -> dict[str
     found = dict(values)
     for name in (entry.name for entry in fields(kind) if entry.metadata["path"] and found.get(entry.name)):
         value, folder = found[name], values.get("instance_dir")
+        if isinstance(value, list):
+            found[name] = [os.path.abspath(one) for one in value]
+            continue
         in_folder = name == "reference_image" and folder and (Path(folder) / value).exists()
         is_name = name in PATHS_OR_NAMES and (value == "toy" or in_folder or not os.path.exists(value))
         found[name] = value if is_name else os.path.abspath(value)

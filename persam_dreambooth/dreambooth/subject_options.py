@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from persam_dreambooth.dreambooth.prompts import fill_identifier
 from persam_dreambooth.errors import InputError
-from persam_dreambooth.options import Condition, Options, option, require, typed_options, with_flag, without_flag
+from persam_dreambooth.options import Condition, option, require, typed_options, with_flag, without_flag
+from persam_dreambooth.photos.mask_prompts import PROMPT_OPTIONS, WAYS, PromptOptions
 
 MASKS = "masks"
 """The mask folder in a run's folder; see `mask_folders`."""
@@ -27,7 +28,7 @@ def with_run_flag(*flags: str) -> Condition:
 
 
 @dataclass(frozen=True)
-class SubjectOptions(Options):
+class SubjectOptions(PromptOptions):
     """One subject: its photos, masks and prompts; also an entry of `subjects`."""
 
     instance_dir: str | None = option(
@@ -56,25 +57,33 @@ class SubjectOptions(Options):
         None,
         "mask of one of the photos; masks for the others are made from it",
         path=True,
-        rivals=("mask_dir", "mask_from", "unmasked"),
+        rivals=("mask_dir", "mask_from", "unmasked", "point", "box", "text"),
     )
     reference_image: str | None = option(
         None,
-        "the photo that --mask belongs to; default: the photo with the mask's name",
+        "the photo of the mask or of --point; default: the photo with the mask's name, or the first one",
         path=True,
-        when=(with_flag("--mask"),),
+        when=(with_flag("--mask", "--point", "--box", "--text"),),
+    )
+    other_mask: list[str] | None = option(
+        None,
+        "mask, of one of the photos, of an alike subject that is not trained: what shows it is left out of the masks; "
+        "several by repeating",
+        path=True,
+        many=True,
+        when=(with_flag("--mask", "--point", "--box", "--text"),),
     )
     mask_dir: str | None = option(
         None,
         "folder with a mask for every photo (same names); then no SAM is loaded",
         path=True,
-        rivals=("mask", "mask_from", "unmasked"),
+        rivals=("mask", "mask_from", "unmasked", "point", "box", "text"),
         elsewhere=("conditioning_data_dir",),
     )
     mask_from: Literal["alpha"] | None = option(
         None,
         "the alpha channel of each photo is its mask, as in cut-outs",
-        rivals=("mask", "mask_dir", "unmasked"),
+        rivals=("mask", "mask_dir", "unmasked", "point", "box", "text"),
         elsewhere=("alpha_mask",),
     )
     invert_mask: bool = option(
@@ -114,14 +123,19 @@ class SubjectOptions(Options):
             require(self, "instance_dir")
         if self.identifier is not None and not self.identifier.strip():
             raise InputError("--identifier is empty: give a rare word, such as sks")
-        given = [name for name in ("mask", "mask_dir", "mask_from") if getattr(self, name)]
+        given = [name for name in ("mask", "mask_dir", "mask_from", "point", "box", "text") if getattr(self, name)]
         if not (given or unmasked):
             raise InputError(
-                "no mask: give --mask (one photo's mask), --mask_dir (a mask for every photo), --mask_from alpha "
-                "(cut-outs), or --unmasked to train on whole photos"
+                f"no mask: give {WAYS}, --mask_dir (a mask for every photo), --mask_from alpha (cut-outs), or "
+                "--unmasked to train on whole photos"
             )
         if given and unmasked:
             raise InputError(f"--{given[0]} and --unmasked exclude one another: give one of them")
+
+    @property
+    def masks(self) -> tuple[Any, ...]:
+        """All that says what the subject's masks are."""
+        return tuple(getattr(self, name) for name in ("mask", "mask_dir", "reference_image", *PROMPT_OPTIONS))
 
     @property
     def word(self) -> str:

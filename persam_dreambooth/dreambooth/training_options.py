@@ -14,7 +14,6 @@ from persam_dreambooth.errors import InputError
 from persam_dreambooth.options import (
     LAST_SEED,
     Condition,
-    Options,
     above_zero,
     below_one,
     option,
@@ -56,7 +55,9 @@ class TrainingOptions(SubjectOptions):
         rivals=("instance_dir", "dataset_name"),
     )
     unmasked: bool = option(
-        False, "train on whole photos, including their backgrounds", rivals=("mask", "mask_dir", "mask_from")
+        False,
+        "train on whole photos, including their backgrounds",
+        rivals=("mask", "mask_dir", "mask_from", "point", "box", "text"),
     )
 
     # The model
@@ -462,7 +463,7 @@ class TrainingOptions(SubjectOptions):
             raise InputError("the list of subjects is empty: leave it out, or write an entry for each")
         for number, subject in enumerate(subjects, start=1):
             try:
-                Options.check(subject)
+                subject.check()
                 subject.check_subject(self.unmasked)
             except InputError as error:
                 raise InputError(f"subject {number} ({subject.word}): {error}") from None
@@ -474,7 +475,7 @@ class TrainingOptions(SubjectOptions):
                 if folder_name(subject.word) == folder_name(other.word):
                     words = " and ".join(dict.fromkeys((other.word, subject.word)))
                     raise InputError(f"{numbers} share the identifier {words}: give each a rare word of its own")
-                if (subject.folder, subject.mask, subject.mask_dir) == (other.folder, other.mask, other.mask_dir):
+                if (subject.folder, subject.masks) == (other.folder, other.masks):
                     raise InputError(f"{numbers} have the same photos and masks: give each masks of its own")
                 for outer, inner in ((other.folder, subject.folder), (subject.folder, other.folder)):
                     if outer in inner.parents:

@@ -13,9 +13,10 @@ from PIL import Image
 from persam_dreambooth import toy
 from persam_dreambooth.dreambooth.prompts import in_front_of
 from persam_dreambooth.evaluation.benchmark_subjects import Personal
-from persam_dreambooth.evaluation.recipes import BASE, CLASS_IMAGES, EXACT, NONE, PERSAM_F, Recipe
+from persam_dreambooth.evaluation.recipes import BASE, CLASS_IMAGES, CLEANED, EXACT, NONE, PERSAM_F, Recipe
 from persam_dreambooth.files import write_aside
 from persam_dreambooth.main_job import TrainOptions
+from persam_dreambooth.segmentation.clean import SMALLEST_REGION
 from persam_dreambooth.segmentation.segment import SegmentOptions, segment
 from persam_dreambooth.toy import world
 
@@ -56,9 +57,17 @@ def make_masks(folder: Path, owner: Personal, recipe: Recipe) -> None:
     exact, masks = exact_folder(folder, owner), mask_folder_of(folder, owner, recipe)
     if recipe.masks == NONE or masks.is_dir():
         return
-    if recipe.masks == PERSAM_F:
-        photos = photo_folder_of(folder, owner)
-        segment(SegmentOptions(images=str(photos), mask=str(exact / "00.png"), output=str(masks), sam_model="toy"))
+    if recipe.masks in (PERSAM_F, CLEANED):
+        smallest = SMALLEST_REGION if recipe.masks == CLEANED else 0.0
+        segment(
+            SegmentOptions(
+                images=str(photo_folder_of(folder, owner)),
+                mask=str(exact / "00.png"),
+                output=str(masks),
+                sam_model="toy",
+                smallest_region=smallest,
+            )
+        )
         return
     with write_aside(masks) as aside:
         aside.mkdir()

@@ -17,7 +17,7 @@ BASE: dict[str, Any] = {
 }
 """The options that all recipes share."""
 
-EXACT, PERSAM_F, NONE = "exact", "persam-f", "none"
+EXACT, PERSAM_F, CLEANED, NONE = "exact", "persam-f", "persam-f-cleaned", "none"
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Recipe:
 
     Args:
         name: the recipe in words.
-        masks: `exact`, `persam-f` (made by the toy SAM from the first photo's mask), or `none`.
+        masks: `exact`, `persam-f` (made by the toy SAM from the first photo's mask), `persam-f-cleaned` (the same
+            without small islands and holes), or `none`.
         grown: dilation of the exact masks in latent cells (4 pixels at 64); negative erodes.
         options: training options that differ from `BASE`; None for the base model, untrained.
         twin: whether a second subject of the same kind is trained in the same run.
@@ -79,6 +80,7 @@ RECIPES: dict[str, Recipe] = {
     "noise-preserve": Recipe("on smooth noise, masked, base preserved outside", options={**ON_NOISE, **PRESERVE}),
     "said-preserve": Recipe("on generated scenes, said, masked, base preserved", options={**SAID, **PRESERVE}),
     "masked-persam-f": Recipe("masked, masks by PerSAM-F", PERSAM_F),
+    "masked-persam-f-cleaned": Recipe("masked, masks by PerSAM-F, cleaned", CLEANED),
     "masked-preserve-persam-f": Recipe("masked, base preserved outside, PerSAM-F", PERSAM_F, options=PRESERVE),
     "said-persam-f": Recipe("on generated scenes, said, PerSAM-F", PERSAM_F, options={**SAID, **WHOLE}),
     "said-grown": Recipe("on generated scenes, said, masks grown 1 cell", grown=1, options={**SAID, **WHOLE}),
@@ -90,6 +92,7 @@ RECIPES: dict[str, Recipe] = {
     "preserve-class": Recipe("masked, base preserved outside, prior preservation", options={**PRESERVE, **CLASS}),
     "bound": Recipe("masked, outside and class preserved (weight 5)", options=BOUND),
     "bound-persam-f": Recipe("class preserved, masks by PerSAM-F", PERSAM_F, options=BOUND),
+    "bound-persam-f-cleaned": Recipe("class preserved, masks by PerSAM-F, cleaned", CLEANED, options=BOUND),
     "bound-1": Recipe(
         "masked, outside and class preserved (weight 1)", options={**BOUND, "class_preservation_weight": 1.0}
     ),

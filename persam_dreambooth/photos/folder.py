@@ -16,7 +16,7 @@ from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.files import check_name, readable_name
 from persam_dreambooth.options import CONFIG, CONFIG_HEAD
 from persam_dreambooth.photos.captions import METADATA, captions_of, list_texts
-from persam_dreambooth.photos.images import PHOTO_SUFFIXES, RAW_SUFFIXES, read_image
+from persam_dreambooth.photos.images import PHOTO_SUFFIXES, RAW_SUFFIXES, is_own_picture, read_image
 from persam_dreambooth.photos.pairing import masks_beside
 
 logger = logging.getLogger(__name__)
@@ -165,7 +165,13 @@ def _look_through(folder: Path, leave_out: tuple[Path, ...]) -> tuple[list[Path]
         for path in entries:
             if path in used or excluded & {_real(path), *_real(path).parents}:
                 continue
-            reason = OUTPUT if path in outputs else "mask of a photo" if path.name in masks else _why_not(path)
+            reason = (
+                OUTPUT
+                if path in outputs or is_own_picture(path)
+                else "mask of a photo"
+                if path.name in masks
+                else _why_not(path)
+            )
             if reason:
                 left_out.append((path, reason))
             elif is_hidden(path):

@@ -37,6 +37,9 @@ MOST_PIXELS = 250_000_000
 NOTE = "persam-dreambooth"
 """The keyword of the text in a PNG in which `mask_folder` describes a mask."""
 
+PICTURE_NOTE = b"persam-dreambooth picture"
+"""The comment in a JPEG that shows a mask or a grid: such a picture is neither a photo nor a mask."""
+
 SRGB_TOLERANCE = 2
 """A color profile that changes no 8-bit value by more than this is treated as sRGB: pixels are unchanged."""
 
@@ -68,6 +71,15 @@ PILLOW_SETTINGS: tuple[tuple[Any, str, Any], ...] = (
 """Pillow's global settings while a picture is decoded."""
 
 _settings_lock = threading.RLock()
+
+
+def is_own_picture(path: Path) -> bool:
+    """Whether a file is a JPEG with `PICTURE_NOTE`, which is in the first bytes after the header."""
+    if path.suffix.lower() != ".jpg":
+        return False
+    with suppress(OSError), path.open("rb") as stream:
+        return PICTURE_NOTE in stream.read(256)
+    return False
 
 
 def read_image(source: str | Path | Image.Image | np.ndarray, name: str | None = None) -> Image.Image:

@@ -32,6 +32,7 @@ from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.files import write_aside, write_json
 from persam_dreambooth.photos.folder import MASK_INDEX, Photo
 from persam_dreambooth.photos.images import NOTE
+from persam_dreambooth.photos.mask_prompts import PROMPTED
 from persam_dreambooth.photos.masks import MaskReading, own_mask, read_told, warn_of_coverage
 from persam_dreambooth.photos.pairing import find_masks, name_key
 
@@ -56,12 +57,14 @@ class MaskRecord:
     Args:
         photo: the photo's path relative to its folder.
         photo_sha256: hash of the photo the mask was made for.
-        method: a segmenter such as `persam-f`, `given` (the user's reference mask), `drawn`, or `alpha` (the photo's
-            own).
+        method: a segmenter such as `persam-f`, `given` (the user's reference mask), `drawn`, `alpha` (the photo's own),
+            or `point`, `box` or `text` (a model made it from the user's prompt).
         model: the SAM that made it.
         score: predicted IoU, 0 to 1.
         presence: similarity of the found region to the target, 0 to 1.
         absent_threshold: presence below which the subject counted as absent, 0 to 1.
+        smallest_region: fraction of the mask below which its islands and holes were removed and filled, 0 to below 1;
+            0 if it is as the segmenter made it.
         coverage: fraction of the photo inside the mask, 0 to 1.
         flags: warnings such as `absent`; `skipped` for a photo that is left out.
         concept_presence: probability that the photo shows the subject's class at all, 0 to 1; of SAM 3 with text.
@@ -76,9 +79,15 @@ class MaskRecord:
     score: float | None = None
     presence: float | None = None
     absent_threshold: float | None = None
+    smallest_region: float | None = None
     flags: tuple[str, ...] = ()
     concept_presence: float | None = None
     mask_sha256: str | None = field(default=None, compare=False)
+
+    @property
+    def is_users(self) -> bool:
+        """Whether the user gave, drew, corrected or prompted the mask, so that it can be a reference."""
+        return self.model is None or self.method in PROMPTED
 
 
 class PackedMask:
@@ -179,8 +188,8 @@ class MaskWriter:
     def __exit__(self, *_: object) -> None:
         self._write_index()
 
-    def save(self, record: MaskRecord, mask: np.ndarray, weights: np.ndarray | None = None) -> None:
-        """Writes one mask; for a skipped photo, only its entry in the index.
+    def save(self, record: MaskRecord, mask: np.ndarray, weights: np.ndarray | None = None) -> MaskRecord:
+        """Writes one mask; for a skipped photo, only its entry in the index. Returns the record with the mask's hash.
 
         Args:
             record: metadata of the mask; its `photo` determines the file name.
@@ -188,16 +197,12 @@ class MaskWriter:
             weights: (H, W) from 0 to 1, which are written instead of the mask.
         """
         if SKIPPED not in record.flags:
-            record = replace(record, mask_sha256=mask_hash(mask))
-            text = PngInfo()
-            text.add_text(NOTE, json.dumps(asdict(record)))
-            with write_aside(self.folder / _mask_name(record.photo)) as aside:
-                gray = mask * np.uint8(255) if weights is None else np.round(weights * 255.0).astype(np.uint8)
-                Image.fromarray(gray).save(aside, pnginfo=text)
+            record = write_mask(self.folder / _mask_name(record.photo), record, mask, weights)
         self._index[record.photo] = record
         self._unwritten = True
         if time.monotonic() >= self._due:
             self._write_index()
+        return record
 
     def _write_index(self) -> None:
         if self._unwritten:
@@ -206,6 +211,30 @@ class MaskWriter:
                 del entry["photo"]
             write_json(self.folder / MASK_INDEX, {"masks": entries})
             self._unwritten, self._due = False, time.monotonic() + INTERVAL
+
+
+def write_mask(path: Path, record: MaskRecord, mask: np.ndarray, weights: np.ndarray | None = None) -> MaskRecord:
+    """Writes a mask as a PNG that contains its record; returns the record with the mask's hash.
+
+    Args:
+        path: the file.
+        record, mask, weights: as for `MaskWriter.save`.
+    """
+    record = replace(record, mask_sha256=mask_hash(mask))
+    text = PngInfo()
+    text.add_text(NOTE, json.dumps(asdict(record)))
+    with write_aside(path) as aside:
+        gray = mask * np.uint8(255) if weights is None else np.round(weights * 255.0).astype(np.uint8)
+        Image.fromarray(gray).save(aside, pnginfo=text)
+    return record
+
+
+def noted_record(path: Path, photo: Photo) -> MaskRecord | None:
+    """The record in a mask's PNG; None unless this program made the file for the photo, and nothing changed since."""
+    try:
+        return _noted_record(read_told(path, photo), photo)
+    except InputError:
+        return None
 
 
 def load_known(folder: Path, photos: list[Photo]) -> dict[str, PhotoMask]:
@@ -253,8 +282,8 @@ def load_masks(folder: Path, photos: list[Photo], invert: bool = False, soft: bo
 def load_references(folder: Path, photos: list[Photo], invert: bool = False) -> list[PhotoMask]:
     """Reads the masks of those photos that have one, in their order; empty masks are left out.
 
-    In a folder that a program made, the references are the masks that the user gave or corrected. Masks that a SAM made
-    are references only if the folder has no others.
+    In a folder that a program made, the references are the masks that the user gave, prompted or corrected. Masks that
+    a SAM made are references only if the folder has no others.
 
     Args:
         folder: the mask folder, which may also contain masks of other photos.
@@ -269,7 +298,7 @@ def load_references(folder: Path, photos: list[Photo], invert: bool = False) -> 
     known = [item for item in _load_all(folder, photos, found, invert).values() if item.mask.any()]
     if not known:
         raise InputError(f"{folder} holds no mask of these photos: a mask has its photo's name, such as 00_mask.png")
-    return [item for item in known if item.record.model is None] or known
+    return [item for item in known if item.record.is_users] or known
 
 
 def _checked(folder: Path) -> Path:

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from persam_dreambooth.errors import InputError
-from persam_dreambooth.photos.images import open_image
+from persam_dreambooth.photos.images import is_own_picture, open_image
 
 if TYPE_CHECKING:
     from persam_dreambooth.photos.folder import Photo
@@ -122,6 +122,8 @@ def find_masks(folder: Path, photos: "list[Photo]", others_may_be: bool = False)
         name = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in name.parts)
         if hidden or path.suffix.lower() not in MASK_SUFFIXES or not path.is_file() or path.resolve() in themselves:
+            continue
+        if is_own_picture(path):
             continue
         parent = "" if name.parent == Path() else name.parent.as_posix() + "/"
         matching = (by_name.get(name_key(parent + stem)) for stem in _stems(path.stem))

@@ -1,13 +1,17 @@
 """Pictures for the user: photos with masks, heat maps and errors, the overview, grids of samples, the loss curve."""
 
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
 from persam_dreambooth.files import write_aside
+from persam_dreambooth.photos.images import PICTURE_NOTE
 from persam_dreambooth.photos.labels import davis_palette
 from persam_dreambooth.photos.mask_folder import PhotoMask
+from persam_dreambooth.photos.mask_prompts import CELL_COLUMNS, PROMPTED, cell_box, grid_shape
 
 TILE = 320
 """Width and height, in pixels, of the box into which a picture is scaled."""
@@ -16,6 +20,8 @@ GAP = 12
 PHOTOS_PER_PAGE = 100
 """Maximum number of photos in a page of the overview; a JPEG is at most 65,535 pixels high."""
 OUTLINE_COLOR, HALO = (255, 0, 200), (255, 255, 255)
+SUBJECT_COLORS = (OUTLINE_COLOR, (0, 110, 255), (255, 120, 0), (0, 150, 60))
+"""The colors of the outlines of several subjects in one photo, in turn."""
 INK = (30, 30, 30)
 ALARM = (200, 0, 0)
 PAPER = (255, 255, 255)
@@ -25,6 +31,10 @@ MISSED, EXTRA = (220, 30, 30), (0, 110, 255)
 """Colors of the pixels of a true mask that were not found, and of found pixels outside of it."""
 MARK = 7
 """Radius of a point, in pixels."""
+GRID_SIDE = 1280
+"""Longer side of a photo below its grid, in pixels; small photos are enlarged, so that all labels can be read."""
+EDGE = 40
+"""Width of the margins with the names of columns and rows, in pixels."""
 SCALE = 18
 """Height of a heat map's scale, in pixels."""
 
@@ -32,10 +42,14 @@ SCALE = 18
 def save_overview(photo_masks: list[PhotoMask], path: Path, subjects: list[str] | None = None) -> None:
     """Writes the overview of all photos, in pages of at most `PHOTOS_PER_PAGE`: `overview.jpg`, `overview-2.jpg`, ...
 
+    The masks of the user's prompts, which the others were made from, are first.
+
     Args:
         photo_masks, subjects: as for `overview`.
         path: the first page; pages that an earlier, longer overview left are removed.
     """
+    order = sorted(range(len(photo_masks)), key=lambda place: photo_masks[place].record.method not in PROMPTED)
+    photo_masks, subjects = [photo_masks[place] for place in order], subjects and [subjects[place] for place in order]
     starts = range(0, len(photo_masks), PHOTOS_PER_PAGE)
     for number, first in enumerate(starts, 1):
         shown = slice(first, first + PHOTOS_PER_PAGE)
@@ -53,7 +67,7 @@ def overview(photo_masks: list[PhotoMask], subjects: list[str] | None = None, ti
     """Draws every photo with its mask's outline and the background dimmed.
 
     Coverage, predicted IoU, presence and the method are below each photo. Presence alone says little about a mask: it
-    can be high for a mask of only a part of the subject.
+    can be high for a mask of only a part of the subject. Of several subjects in one photo, each has a color.
 
     Args:
         photo_masks: photos with masks.
@@ -61,6 +75,11 @@ def overview(photo_masks: list[PhotoMask], subjects: list[str] | None = None, ti
         title: as for `grid`.
     """
     tiles, captions, alarms = [], [], []
+    words = list(dict.fromkeys(subjects or ()))
+    colors = [SUBJECT_COLORS[words.index(word) % len(SUBJECT_COLORS)] for word in subjects or ()]
+    places: dict[str, list[int]] = {}
+    for number, item in enumerate(photo_masks):
+        places.setdefault(item.photo.sha256, []).append(number)
     for number, item in enumerate(photo_masks):
         record = item.record
         facts = [f"{record.coverage:.0%} covered"]
@@ -68,14 +87,29 @@ def overview(photo_masks: list[PhotoMask], subjects: list[str] | None = None, ti
         facts += [] if record.presence is None else [f"presence {record.presence:.2f}"]
         name = f"{subjects[number]}: {record.photo}" if subjects else record.photo
         maker = f"{record.method}, SAM: {record.model}" if record.model else record.method
-        tiles.append(outlined(item.photo.read(), item.mask))
+        others = [place for place in places[item.photo.sha256] if colors and colors[place] != colors[number]]
+        tiles.append(
+            outlined(
+                item.photo.read(),
+                item.mask,
+                color=colors[number] if colors else OUTLINE_COLOR,
+                others=[(photo_masks[place].mask, colors[place]) for place in others],
+            )
+        )
         captions.append([name, ", ".join(facts), maker])
         alarms.append(", ".join(record.flags))
     return grid(tiles, captions, alarms, title=title)
 
 
 def outlined(
-    photo: Image.Image, mask: np.ndarray, points: np.ndarray | None = None, box: np.ndarray | None = None
+    photo: Image.Image,
+    mask: np.ndarray,
+    points: np.ndarray | None = None,
+    box: np.ndarray | Sequence[int] | None = None,
+    positive: int = 1,
+    side: int = TILE,
+    color: tuple[int, int, int] = OUTLINE_COLOR,
+    others: Sequence[tuple[np.ndarray, tuple[int, int, int]]] = (),
 ) -> Image.Image:
     """The photo scaled into a tile, with the outline of its mask and the background dimmed.
 
@@ -85,25 +119,32 @@ def outlined(
     Args:
         photo: RGB.
         mask: (H, W) bool.
-        points: (n, 2) prompts to mark, xy in pixels of the photo: the first with a plus, the others with a minus.
+        points: (n, 2) prompts to mark, xy in pixels of the photo.
         box: (4,) prompt to mark: x0, y0, x1, y1.
+        positive: the number of points, the first ones, that are marked with a plus, the others with a minus.
+        side: width and height of the tile, in pixels.
+        color: of the outline, RGB.
+        others: masks of other subjects with the colors of their outlines.
     """
-    tile = _tile(photo)
-    covered = Image.fromarray(mask.astype(np.uint8) * 255).resize(tile.size, Image.Resampling.BOX)
-    inside = _with_specks(covered)
+    tile = _tile(photo, side)
+    insides = [
+        _with_specks(Image.fromarray(one.astype(np.uint8) * 255).resize(tile.size, Image.Resampling.BOX))
+        for one in (mask, *(other for other, _ in others))
+    ]
     dimmed = Image.blend(tile, Image.new("RGB", tile.size, PAPER), 0.55)
-    tile = Image.composite(tile, dimmed, inside)
-    near, nearer = inside.filter(ImageFilter.MaxFilter(5)), inside.filter(ImageFilter.MaxFilter(3))
-    tile.paste(HALO, mask=ImageChops.subtract(near, nearer))
-    tile.paste(OUTLINE_COLOR, mask=ImageChops.subtract(nearer, inside))
+    tile = Image.composite(tile, dimmed, insides[0])
+    for inside, ink in reversed(list(zip(insides, (color, *(other for _, other in others)), strict=True))):
+        near, nearer = inside.filter(ImageFilter.MaxFilter(5)), inside.filter(ImageFilter.MaxFilter(3))
+        tile.paste(HALO, mask=ImageChops.subtract(near, nearer))
+        tile.paste(ink, mask=ImageChops.subtract(nearer, inside))
     draw, scale = ImageDraw.Draw(tile), np.array(tile.size) / photo.size
     if box is not None:
         x0, y0, x1, y1 = np.asarray(box) * np.tile(scale, 2)
         draw.rectangle((x0, y0, x1, y1), outline=BOX, width=2)
     for number, (x, y) in enumerate([] if points is None else ((points + 0.5) * scale).tolist()):
-        draw.circle((x, y), MARK, EXCLUDED if number else INCLUDED, PAPER, 2)
+        draw.circle((x, y), MARK, INCLUDED if number < positive else EXCLUDED, PAPER, 2)
         draw.line((x - 3, y, x + 3, y), PAPER, 2)
-        if not number:
+        if number < positive:
             draw.line((x, y - 3, x, y + 3), PAPER, 2)
     return tile
 
@@ -133,7 +174,7 @@ def heat_map(
 
     Args:
         photo: RGB.
-        similarity: (64, 64) cells of SAM's input.
+        similarity: (g, g) cells of SAM's input.
         photo_cells: rows and columns of cells that the photo covers, from the upper left corner. SAM pads the rest; SAM
             2 stretches the photo over all cells.
         span: the lowest and the highest value of the color scale, drawn below; by default those of this photo.
@@ -231,16 +272,45 @@ def loss_curve(steps: list[int], losses: list[float], path: Path) -> None:
         figure.savefig(aside, dpi=100)
 
 
-def save_picture(image: Image.Image, path: Path) -> None:
-    """Writes a picture atomically, in the format of the suffix."""
+def cell_grid(photo: Image.Image) -> Image.Image:
+    """The photo with the grid of `photos.mask_prompts`: the names of columns, rows and cells."""
+    factor = GRID_SIDE / max(photo.size)
+    width, height = (max(1, round(side * factor)) for side in photo.size)
+    page = Image.new("RGB", (width + 2 * EDGE, height + 2 * EDGE), PAPER)
+    page.paste(photo.resize((width, height), Image.Resampling.LANCZOS), (EDGE, EDGE))
+    columns, rows = grid_shape(photo.size)
+    xs = [EDGE + factor * cell_box(column, 0, photo.size)[0] for column in range(columns)] + [EDGE + width]
+    ys = [EDGE + factor * cell_box(0, row, photo.size)[1] for row in range(rows)] + [EDGE + height]
+    draw = ImageDraw.Draw(page)
+    for ink, thick in ((INK, 3), (PAPER, 1)):  # lines that are visible on any photo
+        for x in xs:
+            draw.line((x, ys[0], x, ys[-1]), ink, thick)
+        for y in ys:
+            draw.line((xs[0], y, xs[-1], y), ink, thick)
+    large, small = ImageFont.load_default(24), ImageFont.load_default(13)
+    across = [((left + right) / 2, name) for left, right, name in zip(xs, xs[1:], CELL_COLUMNS, strict=False)]
+    down = [((top + bottom) / 2, str(number)) for number, (top, bottom) in enumerate(pairwise(ys), 1)]
+    for edge in (EDGE / 2, 1.5 * EDGE):
+        for x, name in across:
+            draw.text((x, edge if edge < EDGE else height + edge), name, INK, large, anchor="mm")
+        for y, name in down:
+            draw.text((edge if edge < EDGE else width + edge, y), name, INK, large, anchor="mm")
+    for x, (_, column) in zip(xs, across, strict=False):
+        for y, (_, row) in zip(ys, down, strict=False):
+            draw.text((x + 4, y + 3), column + row, PAPER, small, stroke_width=2, stroke_fill=INK)
+    return page
+
+
+def save_picture(image: Image.Image, path: Path, is_photo: bool = True) -> None:
+    """Writes a picture atomically, in the format of the suffix; a JPEG that is no photo gets `PICTURE_NOTE`."""
     with write_aside(path) as aside:
-        image.save(aside, quality=92)
+        image.save(aside, quality=92, comment=b"" if is_photo else PICTURE_NOTE)
 
 
-def _tile(photo: Image.Image) -> Image.Image:
-    """A copy of the photo scaled into a tile."""
+def _tile(photo: Image.Image, side: int = TILE) -> Image.Image:
+    """A copy of the photo scaled into a tile of this width and height in pixels."""
     tile = photo.copy()
-    tile.thumbnail((TILE, TILE), Image.Resampling.LANCZOS)
+    tile.thumbnail((side, side), Image.Resampling.LANCZOS)
     return tile
 
 

@@ -16,6 +16,7 @@ PUBLIC = {
     "Step": "found",
     "VideoSegmenter": "video_segmenter",
     "find_instances": "segmenter",
+    "find_subjects": "assignment",
     "open_sam": "sams.checkpoints",
 }
 """Public names and their modules; a module is imported when one of its names is first used."""

@@ -2,9 +2,9 @@
 
 The references with their masks are earlier frames of a video, and the photo is the next frame. The forward pass is that
 of FS-SAM2 (Forni et al. 2025), without its adapters: spatial memory only, so the order of the references does not
-matter. The authors resize the mask twice, to 1024 x 1024 and to the photo. Here it is resized once, as SAM 2 does.
+matter. The authors resize the mask twice, to S x S and to the photo. Here it is resized once, as SAM 2 does.
 
-Shapes: H W photo; 256 x 256 low-resolution logits; `sams.sam2_memory` has those of a memory.
+Shapes: H W photo; 4g x 4g low-resolution logits; `sams.sam2_memory` has those of a memory.
 """
 
 from __future__ import annotations
@@ -95,12 +95,12 @@ def remember(sam: Sam, encoding: Encoding, mask: np.ndarray) -> Memory:
 
 @torch.no_grad()
 def segment_from(sam: Sam, encoding: Encoding, memory: Memory) -> tuple[torch.Tensor, torch.Tensor]:
-    """The mask that a memory gives for a photo: logits (1, 256, 256) and its predicted IoU (1,)."""
+    """The mask that a memory gives for a photo: logits (1, 4g, 4g) and its predicted IoU (1,)."""
     cells = recall(sam.model, _cells(sam, encoding), memory)
     logits, scores, _ = decode_cells(sam.model, cells, encoding.extra["high_resolution_features"], replaced=True)
     return logits[0], scores[0]
 
 
 def _cells(sam: Sam, encoding: Encoding) -> torch.Tensor:
-    """The embedding (1, C, 64, 64) without the no-memory vector, which `Encoding.embedding` includes."""
+    """The embedding (1, C, g, g) without the no-memory vector, which `Encoding.embedding` includes."""
     return encoding.embedding - sam.model.no_memory_embedding.view(1, -1, 1, 1)

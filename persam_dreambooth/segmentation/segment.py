@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -21,18 +22,29 @@ from persam_dreambooth.photos.mask_folder import (
     SKIPPED,
     MaskRecord,
     MaskWriter,
+    PackedMask,
     PhotoMask,
     check_names,
     load_known,
     mask_hash,
 )
-from persam_dreambooth.photos.references import Reference, find_reference, find_references
+from persam_dreambooth.photos.mask_prompts import WAYS, PromptOptions
+from persam_dreambooth.photos.references import (
+    Reference,
+    find_others,
+    find_prompted,
+    find_reference,
+    find_references,
+)
 from persam_dreambooth.progress import steps
 from persam_dreambooth.report.pictures import heat_map, save_overview, save_picture
+from persam_dreambooth.segmentation.clean import clean_mask
+from persam_dreambooth.segmentation.first_mask import prompted_reference, save_reference
 from persam_dreambooth.segmentation.found import ABSENT
-from persam_dreambooth.segmentation.segmenters import METHODS, MaskFolderOptions, open_segmenter
+from persam_dreambooth.segmentation.segmenters import METHODS, MaskFolderOptions, fitted_segmenter, open_segmenter
 
 if TYPE_CHECKING:
+    from persam_dreambooth.segmentation.assignment import Companion
     from persam_dreambooth.segmentation.sams.sam import Encoding
     from persam_dreambooth.segmentation.segmenter import Segmenter
 
@@ -42,31 +54,47 @@ GIVEN = "given"
 
 SAME_TO_RESUME = (
     *("segmenter", "sam_model", "sam_dtype", "adapter_sha256", "target_coverage", "guidance"),
-    *("absent", "absent_threshold", "instances"),
+    *("absent", "absent_threshold", "smallest_region", "instances"),
 )
 """The options that must be equal to resume a mask folder."""
 
 
 @dataclass(frozen=True)
-class SegmentOptions(MaskFolderOptions):
+class SegmentOptions(MaskFolderOptions, PromptOptions):
     """A mask for every photo of a folder, from one or a few photos with masks."""
 
     images: str | None = option(None, "folder of photos", path=True, elsewhere=("instance_dir", "input"))
     reference_image: str | None = option(
         None,
-        "the photo of --mask: a path, or a name inside --images; default: the photo with the mask's name",
+        "the photo of the mask or of --point: a path, or a name inside --images; default: the photo with the mask's "
+        "name, or the first one",
         path=True,
-        when=(with_flag("--mask"),),
+        when=(with_flag("--mask", "--point", "--box", "--text"),),
     )
-    mask: str | None = option(None, "its mask: any color but black is the subject", path=True, rivals=("mask_dir",))
+    mask: str | None = option(
+        None,
+        "its mask: any color but black is the subject",
+        path=True,
+        rivals=("mask_dir", "point", "box", "text"),
+    )
     mask_dir: str | None = option(
         None,
         "folder with masks of some of the photos: several references; of an earlier --output, those masks that you "
         "gave or corrected",
         path=True,
-        rivals=("mask",),
+        rivals=("mask", "point", "box", "text"),
     )
-    invert_mask: bool = option(False, "the subject is black, or transparent, in the given masks")
+    invert_mask: bool = option(
+        False, "the subject is black, or transparent, in the given masks", when=(with_flag("--mask", "--mask_dir"),)
+    )
+    other_mask: list[str] | None = option(
+        None,
+        "mask, of any of the photos, of an alike subject that is not yours: what shows it is left out; several by "
+        "repeating",
+        path=True,
+        many=True,
+        rivals=("instances",),
+    )
     output: str | None = option(
         None,
         "folder for the masks, new or empty; an interrupted command resumes there",
@@ -89,8 +117,8 @@ class SegmentOptions(MaskFolderOptions):
     def check(self) -> None:
         """Raises `InputError` for options that are missing, out of range or in conflict."""
         require(self, "images", "output")
-        if not self.mask_dir:
-            require(self, "mask")
+        if not (self.mask or self.mask_dir or self.is_prompted):
+            raise InputError(f"no mask: give {WAYS}, or --mask_dir (masks of some of the photos)")
         within(self, 1, 100, "instances")
         super().check()
         if self.segmenter == "sam3" and self.concept_prompt == "text" and not self.class_name:
@@ -108,20 +136,28 @@ def segment(options: SegmentOptions) -> list[PhotoMask]:
         SaveError: a file cannot be written, for example on a full disk; the masks so far are kept.
     """
     options.check()
-    folder, output, mask_path = (
-        Path(str(path)) for path in (options.images, options.output, options.mask or options.mask_dir)
-    )
-    photos = find_photos(folder, leave_out=(mask_path, output))
+    folder, output, other_masks = Path(str(options.images)), Path(str(options.output)), options.other_mask or ()
+    given = [Path(path) for path in (options.mask, options.mask_dir, *other_masks) if path]
+    photos = find_photos(folder, leave_out=(*given, output))
     check_names(photos)
     if options.layout:
         flat_names(photos)
         check_captions(photos)
+    references: list[Reference] = []
+    prompted = None
     if options.mask:
-        references = [find_reference(photos, folder, mask_path, options.reference_image, options.invert_mask)]
+        references = [find_reference(photos, folder, given[0], options.reference_image, options.invert_mask)]
+    elif options.mask_dir:
+        references = find_references(photos, given[0], options.invert_mask)
     else:
-        references = find_references(photos, mask_path, options.invert_mask)
+        prompted = find_prompted(photos, folder, options, options.reference_image)
+    others = find_others(photos, folder, other_masks, options.reference_image, options.invert_mask)
     settings = {name: getattr(options, name) for name in SAME_TO_RESUME} | options.concept_settings
-    settings["references"] = sorted([photo.sha256, mask_hash(mask)] for photo, mask in references)
+    for what, known_masks in (("references", references), ("other_masks", others)):
+        if known_masks:  # an older folder has no other masks
+            settings[what] = sorted([photo.sha256, mask_hash(mask)] for photo, mask in known_masks)
+    if prompted:
+        settings["references"] = [[prompted[0].sha256, prompted[1].settings]]
     if not check_settings(output, settings, "masks", "--output"):
         check_new(output, {CONFIG: "a training run", MASK_INDEX: "masks"})
     check_writable(output)
@@ -138,10 +174,32 @@ def segment(options: SegmentOptions) -> list[PhotoMask]:
                                "--output", ", ".join(without[:5]) + ", ..." * (len(without) > 5))  # fmt: skip
             if len(known) < len(photos):
                 segmenter = open_segmenter(options)
+                from persam_dreambooth.segmentation.assignment import Companion
+
                 segmenter.class_name = options.class_name
+                encoded: dict[Path, Encoding] = {}
+                if prompted:
+                    first, encoded = prompted_reference(*prompted, segmenter.sam, known, options.smallest_region)
+                    references = [(first.photo, first.mask)]
+                companions = [
+                    Companion(fitted_segmenter(options, segmenter, [other]), {other[0].sha256: PackedMask(other[1])})
+                    for other in others
+                ]
                 note_settings(output, settings, "masks", "--output")
+                if prompted:
+                    save_reference(first, photos, output, known)
                 masks = segment_folder(
-                    photos, references, segmenter, output, options.instances, options.absent, heatmaps, known
+                    photos,
+                    references,
+                    segmenter,
+                    output,
+                    options.instances,
+                    options.absent,
+                    heatmaps,
+                    known,
+                    options.smallest_region,
+                    encoded,
+                    companions,
                 )
             else:
                 with MaskWriter(output, known.values()):
@@ -165,6 +223,9 @@ def segment_folder(
     absent: Literal["skip", "warn", "keep"] = "warn",
     heatmaps: Path | None = None,
     known: dict[str, PhotoMask] | None = None,
+    smallest_region: float = 0.0,
+    encoded: dict[Path, Encoding] | None = None,
+    companions: Sequence[Companion] = (),
 ) -> list[PhotoMask]:
     """Finds the subject in every photo and writes the mask folder.
 
@@ -181,6 +242,10 @@ def segment_folder(
             warning.
         heatmaps: folder for the location prior of every segmented photo, as <name>.jpg.
         known: the masks that are already in the folder, by their photos' names; by default, they are read.
+        smallest_region: fraction of an instance's mask below which its islands and holes are removed and filled, 0 to
+            below 1; 0 changes no mask.
+        encoded: encodings of references, by their paths, so that they are not encoded again.
+        companions: other subjects of the photos; with them, the subject is found once in a photo.
 
     Returns:
         Each photo with its mask, in the order of `photos`. The record of a photo in which the subject was not found has
@@ -200,9 +265,12 @@ def segment_folder(
                 record = MaskRecord(photo.name, photo.sha256, GIVEN, float(mask.mean()))
             else:
                 if not fitted:
-                    segmenter.fit([reference.read() for reference, _ in references], list(given.values()))
+                    shown = [(encoded or {}).get(reference.path) or reference.read() for reference, _ in references]
+                    segmenter.fit(shown, list(given.values()))
                     fitted = True
-                mask, record = _predict(segmenter, photo, next(encodings), instances, absent, heatmaps)
+                mask, record = _predict(
+                    segmenter, photo, next(encodings), instances, absent, heatmaps, smallest_region, companions
+                )
             writer.save(record, mask)
             found[photo.name] = PhotoMask(photo, mask, record)
     return [found[photo.name] for photo in photos]
@@ -235,7 +303,7 @@ def correction_advice(
     listed = ", ".join(names[:5]) + ", ..." * (len(names) > 5)
     advice = f"{len(names)} of {counted(len(masks), 'mask')} {look} doubtful ({listed}): correct {them} in {folder}"
     better = folder
-    own = any(item.record.model is None and item.record.coverage for item in masks)
+    own = any(item.record.is_users and item.record.coverage for item in masks)
     if images and own and options.segmenter != "memory":
         better = next(path for number in count(2) if not (path := Path(f"{folder}-{number}")).exists())
         advice += ", or run " + _command(
@@ -283,14 +351,20 @@ def _predict(
     instances: int,
     absent: Literal["skip", "warn", "keep"],
     heatmaps: Path | None,
+    smallest_region: float,
+    companions: Sequence[Companion],
 ) -> tuple[np.ndarray, MaskRecord]:
+    from persam_dreambooth.segmentation.assignment import find_beside
     from persam_dreambooth.segmentation.segmenter import find_instances
 
+    beside = find_beside(segmenter, encoding, photo.sha256, companions)
     finds = find_instances(segmenter, encoding, instances) if instances > 1 else []
     if finds:
         logger.info("%s: found %s", photo.name, counted(len(finds), "time"))
-    found = finds[0] if finds else segmenter.predict(encoding)
-    mask = np.any([found.mask, *(each.mask for each in finds)], axis=0)
+    found = beside or (finds[0] if finds else segmenter.predict(encoding))
+    mask = np.any([clean_mask(each.mask, smallest_region) for each in finds or [found]], axis=0)
+    if beside:
+        mask &= beside.mask  # a hole may be another subject
     if heatmaps:
         heat = heat_map(photo.read(), found.similarity, found.photo_cells)
         save_picture(heat, _heat_map_file(heatmaps, photo.name))
@@ -309,6 +383,7 @@ def _predict(
         score=found.score,
         presence=found.presence,
         absent_threshold=segmenter.absent_threshold,
+        smallest_region=smallest_region,
         flags=flags,
         concept_presence=found.concept_presence,
     )

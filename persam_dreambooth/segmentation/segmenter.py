@@ -1,6 +1,6 @@
 """The common base of PerSAM and PerSAM-F: references, target, cascaded post-refinement (Zhang et al. 2023, 3.2).
 
-Shapes: H W photo; 64 x 64 cells; 256 x 256 low-resolution logits. Points and boxes are xy in pixels of the photo.
+Shapes: H W photo; g x g cells; 4g x 4g low-resolution logits. Points and boxes are xy in pixels of the photo.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -127,6 +128,18 @@ class Segmenter:
         """
         raise NotImplementedError
 
+    def instances(self, encoding: Encoding, most: int) -> list[Found]:
+        """See `find_instances`; a method that finds all instances at once does it here."""
+        seen = np.zeros(encoding.size, bool)
+        found: list[Found] = []
+        while len(found) < most:
+            next_one = self.predict(encoding, seen)
+            if ABSENT in next_one.flags or (next_one.mask & seen).sum() > 0.5 * next_one.mask.sum():
+                break
+            found.append(next_one)
+            seen |= next_one.mask
+        return found
+
     def save(self, folder: str | Path) -> Path:
         """Saves the fitted segmenter to `SEGMENTER` in a folder, without the SAM; returns the file.
 
@@ -145,7 +158,7 @@ class Segmenter:
             "background_similarity": target.background_similarity,
             "small": target.small,
         }
-        tensors = {"mean": target.mean, "peak": target.peak, **self._learned}
+        tensors = {"mean": target.mean, "peak": target.peak, "cells": target.cells, **self._learned}
         with write_aside(path) as aside:
             cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
             save_file(cpu, aside, {"segmenter": json.dumps(described)})
@@ -186,7 +199,9 @@ class Segmenter:
             )
         loaded = cls(sam, **described["settings"])
         similar, small = described["background_similarity"], described["small"]
-        loaded._target = Target(tensors.pop("mean"), tensors.pop("peak"), similar, small)
+        mean = tensors.pop("mean")
+        cells = tensors.pop("cells", F.normalize(mean, dim=0)[None])  # files of version 0.1 have none
+        loaded._target = Target(mean, tensors.pop("peak"), similar, small, cells)
         loaded._restore(tensors)
         return loaded
 
@@ -202,7 +217,7 @@ class Segmenter:
         """Fits the method's own parameters, besides the target, from masks and encodings."""
 
     def _prior(self, target: torch.Tensor, encoding: Encoding, without: np.ndarray | None) -> torch.Tensor:
-        """The location prior (64, 64) of a target (C,), suppressed in the pixels `without`."""
+        """The location prior (g, g) of a target (C,), suppressed in the pixels `without`."""
         prior = location_prior(target, encoding)
         if without is None:
             return prior
@@ -231,7 +246,7 @@ class Segmenter:
         mask_logits: torch.Tensor,
         box: np.ndarray | None,
     ) -> tuple[Step, torch.Tensor, float]:
-        """One pass of cascaded post-refinement: the step, the logits (256, 256) of its best mask, and its score."""
+        """One pass of cascaded post-refinement: the step, the logits (4g, 4g) of its best mask, and its score."""
         logits, scores = self.sam.decode(encoding, points, labels, box=box, mask_logits=mask_logits)
         step = decoder_step(logits, scores, box)
         return step, logits[step.best], float(step.scores[step.best])
@@ -248,7 +263,7 @@ class Segmenter:
         without: np.ndarray | None = None,
         concept_presence: float | None = None,
     ) -> Found:
-        """The result of the steps, whose mask is that of the logits `chosen` (256, 256), less the pixels `without`."""
+        """The result of the steps, whose mask is that of the logits `chosen` (4g, 4g), less the pixels `without`."""
         mask = (self.sam.upscale(chosen[None], encoding)[0] > 0).cpu().numpy()
         if without is not None:
             mask &= ~sized_mask(without, encoding)
@@ -282,20 +297,11 @@ def find_instances(segmenter: Segmenter, photo: ImageLike, most: int = 10) -> li
         photo: as for `Segmenter.fit`.
         most: maximum number of instances.
     """
-    encoding = segmenter.sam.encode(photo)
-    seen = np.zeros(encoding.size, bool)
-    instances: list[Found] = []
-    while len(instances) < most:
-        found = segmenter.predict(encoding, seen)
-        if ABSENT in found.flags or (found.mask & seen).sum() > 0.5 * found.mask.sum():
-            break
-        instances.append(found)
-        seen |= found.mask
-    return instances
+    return segmenter.instances(segmenter.sam.encode(photo), most)
 
 
 def decoder_step(logits: torch.Tensor, scores: torch.Tensor, box: np.ndarray | None = None) -> Step:
-    """The `Step` of a decoder pass: logits (n, 256, 256), predicted IoUs (n,) and its box prompt (4,)."""
+    """The `Step` of a decoder pass: logits (n, 4g, 4g), predicted IoUs (n,) and its box prompt (4,)."""
     return Step(logits.cpu().numpy(), scores.cpu().numpy(), box)
 
 

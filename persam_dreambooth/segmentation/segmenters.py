@@ -6,6 +6,7 @@ It imports torch only when it makes a segmenter, so that options are checked wit
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -15,9 +16,11 @@ from persam_dreambooth.errors import InputError
 from persam_dreambooth.models import log_device
 from persam_dreambooth.options import Condition, Options, below_one, option, with_flag, within
 from persam_dreambooth.segmentation.adapters import adapted_sam, weights_sha256
+from persam_dreambooth.segmentation.clean import SMALLEST_REGION
 from persam_dreambooth.segmentation.found import ABSENT_THRESHOLD
 
 if TYPE_CHECKING:
+    from persam_dreambooth.photos.references import Reference
     from persam_dreambooth.segmentation.sams.sam import Sam
     from persam_dreambooth.segmentation.segmenter import Segmenter
     from persam_dreambooth.segmentation.video_segmenter import VideoSegmenter
@@ -40,24 +43,17 @@ RECENT = 6
 USUAL_SAM = "facebook/sam-vit-huge"
 """The SAM of the PerSAM paper, the default of `--sam_model`."""
 
-USUAL_SAMS = {"memory": "facebook/sam2.1-hiera-large", "sam3": "facebook/sam3"}
-"""The defaults of methods that need another SAM."""
+USUAL_SAMS = {"memory": "facebook/sam2.1-hiera-large", "sam3": "facebook/sam3", "text": "facebook/sam3"}
+"""The defaults of methods, and of `--text`, that need another SAM."""
 
-MAKES_MASKS = Condition(lambda options: options.makes_masks, "no masks are made without --mask")
+MAKES_MASKS = Condition(lambda options: options.makes_masks, "no masks are made without --mask, --point or --box")
 """Options of a method have an effect only if it makes masks."""
 
 
 @dataclass(frozen=True)
-class SegmenterOptions(Options):
-    """The method and its SAM; shared by all segmentation commands."""
+class SamOptions(Options):
+    """A SAM."""
 
-    segmenter: str = option(
-        "persam-f",
-        "PerSAM (training-free), PerSAM-F (fits two scale weights first), SAM 2's memory (training-free), PLM (fits "
-        "prompts to the masks first), or SAM 3's concept search (training-free)",
-        choices=tuple(METHODS),
-        when=(MAKES_MASKS,),
-    )
     sam_model: str = option(
         None,
         "SAM, SAM-HQ, SAM 2 or MobileSAM: hub id, local folder, published file, toy or toy-sam2 (default: "
@@ -69,21 +65,10 @@ class SegmenterOptions(Options):
         "precision of SAM's image encoder; auto: float32 on the CPU and on MPS, else bfloat16",
         when=(MAKES_MASKS,),
     )
-    adapter: str | None = option(
-        None,
-        "folder with an adapter of this SAM, from persam-dreambooth adapt; plm uses it instead of a fit",
-        path=True,
-        when=(MAKES_MASKS, with_flag("--segmenter memory", "--segmenter plm")),
-    )
     encoding_cache: str | None = option(
         None,
         "folder that keeps SAM's encodings of photos for later runs with the same SAM",
         path=True,
-        when=(MAKES_MASKS,),
-    )
-    target_coverage: float = option(
-        0.5,
-        "a cell (of 64 x 64) is target if the mask covers more of its center than this, 0 to 1",
         when=(MAKES_MASKS,),
     )
 
@@ -93,18 +78,51 @@ class SegmenterOptions(Options):
             object.__setattr__(self, "sam_model", self._usual_sam)
 
     def given(self, name: str) -> bool:
-        """See `Options.given`; the default of the SAM depends on the adapter and the method."""
+        """See `Options.given`; the default of the SAM depends on other options."""
         return super().given(name) and (name != "sam_model" or self.sam_model != self._usual_sam)
 
     @property
     def _usual_sam(self) -> str:
-        adapted = adapted_sam(Path(self.adapter)) if self.adapter else None
-        return adapted or USUAL_SAMS.get(self.segmenter, USUAL_SAM)
+        return USUAL_SAMS["text"] if self.reads_text else USUAL_SAM
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether a text says what the subject is, which takes SAM 3."""
+        return bool(getattr(self, "text", None))
 
     @property
     def makes_masks(self) -> bool:
-        """Whether the command runs the method."""
+        """Whether the command uses the SAM."""
         return True
+
+
+@dataclass(frozen=True)
+class SegmenterOptions(SamOptions):
+    """The method and its SAM; shared by all segmentation commands."""
+
+    segmenter: str = option(
+        "persam-f",
+        "PerSAM (training-free), PerSAM-F (fits two scale weights first), SAM 2's memory (training-free), PLM (fits "
+        "prompts to the masks first), or SAM 3's concept search (training-free)",
+        choices=tuple(METHODS),
+        when=(MAKES_MASKS,),
+    )
+    adapter: str | None = option(
+        None,
+        "folder with an adapter of this SAM, from persam-dreambooth adapt; plm uses it instead of a fit",
+        path=True,
+        when=(MAKES_MASKS, with_flag("--segmenter memory", "--segmenter plm")),
+    )
+    target_coverage: float = option(
+        0.5,
+        "a cell of SAM's grid is target if the mask covers more of its center than this, 0 to 1",
+        when=(MAKES_MASKS,),
+    )
+
+    @property
+    def _usual_sam(self) -> str:
+        adapted = adapted_sam(Path(self.adapter)) if self.adapter else None
+        return adapted or USUAL_SAMS.get(self.segmenter, super()._usual_sam)
 
     @property
     def sam_title(self) -> str:
@@ -172,7 +190,7 @@ class TrackingOptions(SegmenterOptions):
 
 @dataclass(frozen=True)
 class MaskFolderOptions(SegmentationOptions):
-    """How photos without the subject are handled; shared by `segment` and `train`."""
+    """How masks are cleaned, and how photos without the subject are handled; shared by `segment` and `train`."""
 
     absent: Literal["skip", "warn", "keep"] = option(
         "warn",
@@ -184,11 +202,17 @@ class MaskFolderOptions(SegmentationOptions):
         "presence (similarity of the found region to the subject, 0 to 1) below which it is absent",
         when=(MAKES_MASKS,),
     )
+    smallest_region: float = option(
+        SMALLEST_REGION,
+        "islands and holes below this fraction of a mask that is made are removed and filled; 0: none",
+        when=(MAKES_MASKS,),
+    )
 
     def check(self) -> None:
         """Raises `InputError` for options that are out of range or in conflict."""
         super().check()
         within(self, 0, 1, "absent_threshold")
+        below_one(self, "smallest_region")
 
 
 def method_class(name: str) -> type[Segmenter]:
@@ -213,6 +237,13 @@ def open_segmenter(options: MaskFolderOptions) -> Segmenter:
     segmenter = make_segmenter(options, open_sam_of(options))
     segmenter.absent_threshold = options.absent_threshold
     return segmenter
+
+
+def fitted_segmenter(options: MaskFolderOptions, like: Segmenter, references: Sequence[Reference]) -> Segmenter:
+    """A segmenter of the method that options name, fitted to references, with the SAM, threshold and class of `like`."""
+    segmenter = make_segmenter(options, like.sam)
+    segmenter.absent_threshold, segmenter.class_name = like.absent_threshold, like.class_name
+    return segmenter.fit([photo.read() for photo, _ in references], [mask for _, mask in references])
 
 
 def make_video_segmenter(options: TrackingOptions, sam: Sam) -> VideoSegmenter:

@@ -7,7 +7,7 @@ personal subject; the model must learn it. The same scene can be rendered at any
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -159,6 +159,36 @@ def random_scene(
         distractors = int(rng.choice(3, p=(0.6, 0.28, 0.12)))
     seed = int(rng.integers(2**31))
     return Scene(subject, pose, background, seed, random_distractors(rng, subject, distractors, pose))
+
+
+def random_twin(rng: np.random.Generator, subject: Subject) -> Subject:
+    """Samples another subject of the same kind: with other colors only, or with another pattern and accessory only."""
+    other = random_subject(rng, subject.kind)
+    if rng.random() < 0.5:
+        while other.color == subject.color:
+            other = random_subject(rng, subject.kind)
+        colors = {"color": other.color, "second": other.second, "pattern_color": other.pattern_color}
+        return replace(subject, **colors)
+    while other.pattern == subject.pattern or subject.color in (other.pattern_color, other.accessory_color):
+        other = random_subject(rng, subject.kind)
+    return replace(other, color=subject.color, second=subject.second)
+
+
+def random_scene_of_two(rng: np.random.Generator, pair: tuple[Subject, Subject], background: str) -> Scene:
+    """Samples a scene with two subjects side by side, about equally large; one may hide a part of the other.
+
+    The first of the pair is on either side, and either one is in front: the scene's subject is the one in front.
+    """
+    gap, middle = rng.uniform(0.36, 0.52), 0.5 + rng.uniform(-0.04, 0.04)
+    poses = []
+    for side in rng.permutation((-0.5, 0.5)):
+        size = rng.uniform(0.42, 0.6)
+        x, y = middle + side * gap, 0.95 - size / 2 - rng.uniform(0, 0.14)
+        gait = (rng.random(), rng.random())
+        poses.append(Pose(x, y, size, bool(rng.random() < 0.5), rng.uniform(-0.1, 0.1), gait))
+    front, back = rng.permutation(2)
+    others = ((pair[back], poses[back]),)
+    return Scene(pair[front], poses[front], background, int(rng.integers(2**31)), others)
 
 
 def random_pose(rng: np.random.Generator) -> Pose:

@@ -1,6 +1,6 @@
 """FS-SAM2's forward pass for a batch of episodes, its loss, and its validation.
 
-Shapes: B episodes, K supports, H W photo, S side of the SAM's input, 1024; 256 x 256 low-resolution logits.
+Shapes: B episodes, K supports, H W photo, S side of the SAM's input, 1024; 4g x 4g low-resolution logits.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class FewShot(nn.Module):
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
     def logits(self, batch: dict[str, Any]) -> torch.Tensor:
-        """Low-resolution logits (B, 1, 256, 256) of the queries; in evaluation mode as `MemorySegmenter` has them."""
+        """Low-resolution logits (B, 1, 4g, 4g) of the queries; in evaluation mode as `MemorySegmenter` has them."""
         supports, queries = batch["supports"], batch["query"]
         count, shots = supports.shape[:2]
         photos = torch.cat([supports.flatten(0, 1), queries])

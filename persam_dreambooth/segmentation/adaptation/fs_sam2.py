@@ -5,7 +5,7 @@ cross-entropy plus dice, at the size of the SAM's input. As published, the whole
 of memory attention is active beside that of LoRA. Unlike the published code, the checkpoint is chosen on images, or
 classes, that neither training nor the test sees.
 
-Shapes: B episodes, K supports, H W photo, S side of the SAM's input, 1024; 256 x 256 low-resolution logits.
+Shapes: B episodes, K supports, H W photo, S side of the SAM's input, 1024; 4g x 4g low-resolution logits.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ class Trace:
     """The trace of one photo; see `Found` for the fields.
 
     Args:
-        similarity: (64, 64) location prior, padding included.
+        similarity: (g, g) location prior, padding included.
         photo_cells: rows and columns of these that the photo covers, from the upper left corner.
         points: (n, 2) xy, the positive point first.
         box: (4,) box of the last pass, or None.

@@ -33,11 +33,12 @@ def open_sam(
     encoding_cache: Path | str | None = None,
     revision: str | None = None,
 ) -> Sam:
-    """Loads a checkpoint of SAM, SAM-HQ, MobileSAM, SAM 2 or SAM 2.1.
+    """Loads a checkpoint of SAM, SAM-HQ, MobileSAM, SAM 2, SAM 2.1 or SAM 3.
 
     Args:
-        name: hub id such as `facebook/sam-vit-huge`, `syscv-community/sam-hq-vit-base` or `facebook/sam2.1-hiera-tiny`,
-            a local folder, a file such as `sam_vit_h_4b8939.pth`, `mobile_sam.pt` or `sam2.1_hiera_tiny.pt`, or `toy`.
+        name: hub id such as `facebook/sam-vit-huge`, `syscv-community/sam-hq-vit-base`, `facebook/sam2.1-hiera-tiny` or
+            `facebook/sam3`, a local folder, a file such as `sam_vit_h_4b8939.pth`, `mobile_sam.pt` or
+            `sam2.1_hiera_tiny.pt`, or `toy`.
         device: `cpu`, `cuda`, `mps`, ...; by default the accelerator if there is one.
         dtype: precision of the image encoder, as a type or a name such as `bfloat16`; see `precision` for `auto`.
         encoding_cache: folder that keeps encodings of photos for this and later runs; see `EncodingCache`.

@@ -52,6 +52,9 @@ def read_original(path: Path) -> SamModel | Sam2Model:
     from transformers import SamModel
 
     weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    whole = weights.get("model", weights) if isinstance(weights, dict) else {}
+    if isinstance(whole, dict) and any(name.startswith("detector.") for name in whole):
+        raise InputError(f"{path} is a SAM 3: name its folder in transformers' format or its hub id, facebook/sam3")
     if isinstance(weights, dict) and isinstance(weights.get("model"), dict):
         return read_sam2(weights["model"], path)
     if not isinstance(weights, dict) or SAM_POSITIONS not in weights:

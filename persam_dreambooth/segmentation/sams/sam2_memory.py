@@ -5,8 +5,8 @@ that the order of the annotated photos does not matter. All functions take batch
 modules of transformers' models directly, since `Sam2VideoModel.forward` runs in inference mode, replaces the masks of
 objects that it takes as occluded, and changes the memory of these.
 
-Shapes: B photos (or objects), K annotated photos of each; S = 1024 pixels a side; 64 x 64 cells with C = 256 channels,
-4096 memory tokens of M = 64 channels a photo; finer features (B, C / 8, 256, 256) and (B, C / 4, 128, 128).
+Shapes: B photos (or objects), K annotated photos of each; S = 1024 pixels a side; g x g cells (64 x 64) with C = 256
+channels, g * g memory tokens of M = 64 channels a photo; finer features (B, C / 8, 4g, 4g) and (B, C / 4, 2g, 2g).
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ class Memory:
     """The memory of annotated photos.
 
     Args:
-        tokens: (B, K * 4096, M).
-        positions: (B, K * 4096, M), the same for each photo.
+        tokens: (B, K * g * g, M).
+        positions: (B, K * g * g, M), the same for each photo.
     """
 
     tokens: torch.Tensor
@@ -82,7 +82,7 @@ def has_memory(model: Any) -> bool:
 
 
 def image_features(model: Any, pixels: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Encodes photos: (B, 3, S, S) normalized to finer features and cells (B, C, 64, 64), without the no-memory vector.
+    """Encodes photos: (B, 3, S, S) normalized to finer features and cells (B, C, g, g), without the no-memory vector.
 
     The mask decoder's two convolutions of the finer features are applied.
     """
@@ -93,14 +93,14 @@ def image_features(model: Any, pixels: torch.Tensor) -> tuple[list[torch.Tensor]
 
 
 def encode_memory(model: Any, cells: torch.Tensor, masks: torch.Tensor) -> Memory:
-    """The memory of one annotated photo: cells (B, C, 64, 64) and its mask (B, 1, S, S), 0 to 1."""
+    """The memory of one annotated photo: cells (B, C, g, g) and its mask (B, 1, S, S), 0 to 1."""
     tokens, positions = model.memory_encoder(cells, masks * MASK_SCALE + MASK_BIAS)
     positions = positions.expand_as(tokens)
     return Memory(tokens.flatten(2).transpose(1, 2), positions.flatten(2).transpose(1, 2))
 
 
 def restore_memory(model: Any, tokens: torch.Tensor) -> Memory:
-    """The memory of tokens (B, K * 4096, M); the positions are those of `encode_memory`."""
+    """The memory of tokens (B, K * g * g, M); the positions are those of `encode_memory`."""
     side, width = model.prompt_encoder.image_embedding_size[0], tokens.shape[-1]
     encoding = model.memory_encoder.position_encoding
     positions = encoding((1, width, side, side), tokens.device, tokens.dtype).flatten(2).transpose(1, 2)
@@ -113,7 +113,7 @@ def join_memories(memories: Sequence[Memory]) -> Memory:
 
 
 def recall(model: Any, cells: torch.Tensor, memory: Memory) -> torch.Tensor:
-    """Conditions cells (B, C, 64, 64) on a memory: (B, C, 64, 64)."""
+    """Conditions cells (B, C, g, g) on a memory: (B, C, g, g)."""
     positions = model.vision_encoder.neck.position_encoding(cells.shape, cells.device, cells.dtype)
     conditioned = model.memory_attention(
         current_vision_features=cells.flatten(2).permute(2, 0, 1),
@@ -122,7 +122,7 @@ def recall(model: Any, cells: torch.Tensor, memory: Memory) -> torch.Tensor:
         memory_posision_embeddings=memory.positions.transpose(0, 1),  # transformers spells it so
         num_object_pointer_tokens=0,
     )
-    return conditioned[0].transpose(1, 2).reshape(cells.shape)  # from (1, B, 4096, C)
+    return conditioned[0].transpose(1, 2).reshape(cells.shape)  # from (1, B, g * g, C)
 
 
 def decode_cells(
@@ -132,13 +132,13 @@ def decode_cells(
 
     Args:
         model: see `has_memory`.
-        cells: (B, C, 64, 64).
+        cells: (B, C, g, g).
         finer: the finer features of the same photos.
         replaced: a mask that is not stable is replaced by the best of the decoder's other three. FS-SAM2 was evaluated
             so: it is the default of SAM 2's program.
 
     Returns:
-        Logits (B, 1, 256, 256), predicted IoUs (B, 1) and the logit that an object is visible (B, 1).
+        Logits (B, 1, 4g, 4g), predicted IoUs (B, 1) and the logit that an object is visible (B, 1).
     """
     count, device = len(cells), cells.device
     points = torch.zeros(count, 1, 1, 2, device=device)

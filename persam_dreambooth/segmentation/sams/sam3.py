@@ -23,12 +23,21 @@ class Sam3(Sam2):
     Pixels are normalized with mean and standard deviation 0.5. Encodings also hold the photo at the size of the input.
     """
 
+    other_extra = frozenset({BACKBONE, INPUT_PIXELS})
+
     @cached_property
     def concepts(self) -> ConceptModel:
         """The concept search of the same checkpoint, with the same image encoder; loaded when it is first used."""
         concepts = open_concepts(self.name, self.device, self.dtype)
         concepts.share_backbone(self.encoder)
         return concepts
+
+    def to(self, device: torch.device | str) -> Sam3:
+        """See `Sam.to`; the concept search moves too."""
+        super().to(device)
+        if "concepts" in vars(self):
+            self.concepts.model.to(self.device)
+        return self
 
     def padded_input(self, photo: np.ndarray) -> torch.Tensor:
         """See `Sam.padded_input`."""
