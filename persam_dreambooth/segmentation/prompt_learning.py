@@ -128,10 +128,9 @@ def decode_prompts(
         tokens, dense = _embed(sam, encodings, prompts)
         image = torch.cat([encoding.embedding for encoding in encodings])
         position = sam.model.get_image_wide_positional_embeddings()
-        names = encodings[0].extra
         extra: dict[str, Any] = {
             name: [torch.cat(level) for level in zip(*(encoding.extra[name] for encoding in encodings), strict=True)]
-            for name in names
+            for name in sam.decoder_features
         }
     if plm is not None:
         tokens = plm(tokens[:, 0], image, position)[:, None]

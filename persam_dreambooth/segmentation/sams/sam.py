@@ -47,7 +47,7 @@ class Encoding:
         size: (H, W) of the photo.
         resized: (h, w) of the photo inside the padded input; the longer side is `padded`.
         padded: side of the padded input, 1024.
-        extra: other inputs of this SAM's decoder.
+        extra: what else this SAM encodes; see `Sam.decoder_features`.
         sam: the fingerprint of the SAM that made it; None if unknown.
     """
 
@@ -103,6 +103,9 @@ class Sam:
 
     decoder_options: ClassVar[dict[str, Any]] = {}
     """Other arguments of this SAM's mask decoder."""
+
+    decoder_features: ClassVar[tuple[str, ...]] = ()
+    """The names in `Encoding.extra` of what this SAM's mask decoder reads."""
 
     def __init__(self, model: Any, name: str, dtype: torch.dtype = torch.float32, cache: Path | None = None) -> None:
         self.model = model.eval().requires_grad_(False)
@@ -264,7 +267,8 @@ class Sam:
 
     def features(self, encoding: Encoding) -> dict[str, Any]:
         """The photo's inputs of the model's decoder, by argument name."""
-        return {"image_embeddings": encoding.embedding, **encoding.extra}
+        finer = {name: value for name, value in encoding.extra.items() if name in self.decoder_features}
+        return {"image_embeddings": encoding.embedding, **finer}
 
     @torch.no_grad()
     def decode(

@@ -4,7 +4,7 @@ Shapes as in `sam`; the decoder also reads finer features, 32 x 256 x 256 and 64
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ class Sam2(Sam):
     """
 
     logit_limit = 32.0
+    decoder_features: ClassVar[tuple[str, ...]] = ("high_resolution_features",)
 
     def __init__(self, model: Any, name: str, dtype: torch.dtype = torch.float32, cache: Path | None = None) -> None:
         super().__init__(model, name, dtype, cache)
