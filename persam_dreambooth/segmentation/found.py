@@ -1,6 +1,6 @@
 """The result of a segmenter for one photo.
 
-Shapes: H W photo; 64 x 64 cells; 256 x 256 low-resolution logits. Points and boxes are xy in pixels of the photo.
+Shapes: H W photo; g x g cells; 4 g x 4 g low-resolution logits. Points and boxes are xy in pixels of the photo.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class Step:
     """The result of one decoder pass.
 
     Args:
-        low_res_logits: (masks, 256, 256) float32.
+        low_res_logits: (masks, 4 g, 4 g) float32.
         scores: (masks,) predicted IoU.
         box: (4,) the box prompt of this pass, or None.
     """
@@ -51,7 +51,7 @@ class Found:
         points: (n, 2) prompts: the positive point, then for PerSAM the negative point; (0, 2) for the method `memory`.
         box: (4,) the box of the last pass (x0, y0, x1, y1, inclusive); None if there was no box, or every earlier mask
             was empty.
-        similarity: (64, 64) float32 location prior, padding included.
+        similarity: (g, g) float32 location prior, padding included.
         photo_cells: rows and columns of the location prior that the photo covers, from the upper left corner; the rest
             is padding.
         steps: the decoder passes, in order.

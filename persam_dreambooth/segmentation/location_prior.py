@@ -1,6 +1,6 @@
 """The location prior: the target's cells, the similarity of every cell to the target, and the point prompts.
 
-PerSAM, section 3.2, Eq. 3 to 6. Shapes: 64 x 64 cells with C channels; H W photo.
+PerSAM, section 3.2, Eq. 3 to 6. Shapes: g x g cells with C channels; H W photo.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def cell_weights(mask: np.ndarray, encoding: Encoding, target_coverage: float) -
         target_coverage: a cell belongs to the mask if more of its center than this is covered, 0 to 1.
 
     Returns:
-        (64, 64) float weights that sum to 1, and whether the fallback was used.
+        (g, g) float weights that sum to 1, and whether the fallback was used.
     """
     grid, padded, (height, width) = encoding.grid, encoding.padded, encoding.resized
     resized = Image.fromarray(mask.astype(np.uint8) * 255).resize((width, height), Image.Resampling.BILINEAR)
@@ -100,7 +100,7 @@ def pool_targets(targets: Sequence[Target]) -> Target:
 
 
 def mean_embedding(weights: torch.Tensor, encoding: Encoding) -> torch.Tensor:
-    """The average of the embedding with weights (64, 64) that sum to 1: (C,)."""
+    """The average of the embedding with weights (g, g) that sum to 1: (C,)."""
     chosen = weights > 0
     return (encoding.embedding[0, :, chosen] * weights[chosen]).sum(dim=1)
 
@@ -119,13 +119,13 @@ def presence(mask: np.ndarray, encoding: Encoding, target: Target, target_covera
 
 
 def location_prior(target: torch.Tensor, encoding: Encoding) -> torch.Tensor:
-    """Cosine similarity of the target (C,) with every cell, padding included: (64, 64), -1 to 1 (Eq. 5)."""
+    """Cosine similarity of the target (C,) with every cell, padding included: (g, g), -1 to 1 (Eq. 5)."""
     features = F.normalize(encoding.embedding[0], dim=0)
     return torch.einsum("c,chw->hw", F.normalize(target, dim=0), features)
 
 
 def suppressed(prior: torch.Tensor, places: np.ndarray, encoding: Encoding, target_coverage: float) -> torch.Tensor:
-    """The prior (64, 64) with its minimum in the cells of `places`, (H, W) bool."""
+    """The prior (g, g) with its minimum in the cells of `places`, (H, W) bool."""
     if not places.any():
         return prior
     weights, _ = cell_weights(places, encoding, target_coverage)
@@ -133,7 +133,7 @@ def suppressed(prior: torch.Tensor, places: np.ndarray, encoding: Encoding, targ
 
 
 def at_photo_size(prior: torch.Tensor, sam: Sam, encoding: Encoding) -> torch.Tensor:
-    """The location prior (64, 64) upsampled like a SAM mask: (H, W)."""
+    """The location prior (g, g) upsampled like a SAM mask: (H, W)."""
     low_res = F.interpolate(prior[None, None], scale_factor=4, mode="bilinear", align_corners=False)[0]
     return sam.upscale(low_res, encoding)[0]
 

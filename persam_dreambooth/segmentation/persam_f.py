@@ -1,6 +1,6 @@
 """PerSAM-F: two learned scale weights (Zhang et al. 2023, section 3.3, Eq. 9).
 
-Shapes: H W photo; 64 x 64 cells; 256 x 256 low-resolution logits. Points and boxes are xy in pixels of the photo.
+Shapes: H W photo; g x g cells; 4 g x 4 g low-resolution logits. Points and boxes are xy in pixels of the photo.
 """
 
 from typing import Any
@@ -96,6 +96,6 @@ class PerSAMF(Segmenter):
     def _locate(
         self, encoding: Encoding, without: np.ndarray | None = None
     ) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
-        """The location prior (64, 64), the positive point (1, 2) and its label."""
+        """The location prior (g, g), the positive point (1, 2) and its label."""
         prior = self._prior(self.target_embedding, encoding, without)
         return prior, prior_points(at_photo_size(prior, self.sam, encoding))[:1], np.array([1])

@@ -3,7 +3,7 @@
 The module is that of Kim et al. 2024 (`prompt_learning`), fitted to the references' masks, or an adapter that
 `persam-dreambooth adapt plm` trained on a task. The location prior is PerSAM's.
 
-Shapes: H W photo; 64 x 64 cells; 256 x 256 low-resolution logits. Points are xy in pixels of the photo.
+Shapes: H W photo; g x g cells; 4 g x 4 g low-resolution logits. Points are xy in pixels of the photo.
 """
 
 from __future__ import annotations
@@ -112,6 +112,6 @@ class PLMSegmenter(Segmenter):
         return self._found(encoding, prior, points, (step,), logits[0, 0], float(scores[0, 0]), [])
 
     def _locate(self, encoding: Encoding, without: np.ndarray | None = None) -> tuple[torch.Tensor, np.ndarray]:
-        """The location prior (64, 64) and its positive point (1, 2)."""
+        """The location prior (g, g) and its positive point (1, 2)."""
         prior = self._prior(self.target.mean, encoding, without)
         return prior, prior_points(at_photo_size(prior, self.sam, encoding))[:1]

@@ -3,7 +3,7 @@
 Kim et al. 2024, "Task-Specific Adaptation of Segmentation Foundation Model via Prompt Learning" (arXiv 2403.09199),
 section 4.1. A prompt is as in `prompts`.
 
-Shapes: B prompts, N prompt tokens with C channels, 64 x 64 cells, 256 x 256 low-resolution logits.
+Shapes: B prompts, N prompt tokens with C channels, g x g cells, 4 g x 4 g low-resolution logits.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class PromptLearning(nn.Module):
 
         Args:
             prompts: (B, N, C).
-            image: (B, C, 64, 64), SAM's embedding.
-            position: (1, C, 64, 64), its positional encoding.
+            image: (B, C, g, g), SAM's embedding.
+            position: (1, C, g, g), its positional encoding.
         """
         values = image.flatten(2).transpose(1, 2)
         keys = values + position.flatten(2).transpose(1, 2)
@@ -121,7 +121,7 @@ def decode_prompts(
         multimask: returns three masks (whole, part, subpart), else the single-mask output.
 
     Returns:
-        Logits (B, masks, 256, 256) and predicted IoUs (B, masks); masks is 3 or 1.
+        Logits (B, masks, 4 g, 4 g) and predicted IoUs (B, masks); masks is 3 or 1.
     """
     # In half precision, a coordinate would be off by pixels.
     with torch.no_grad(), without_autocast(sam.device):
@@ -147,7 +147,7 @@ def decode_prompts(
 
 
 def _embed(sam: Sam, encodings: Sequence[Encoding], prompts: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
-    """SAM's prompt features: tokens (B, 1, N, C) and dense (B, C, 64, 64)."""
+    """SAM's prompt features: tokens (B, 1, N, C) and dense (B, C, g, g)."""
     placed = [
         prompt.reshape(-1, 2) * encoding.scale for encoding, prompt in zip(encodings, prompts, strict=True)
     ]  # each (1, 2) or (2, 2), in pixels of the padded input

@@ -1,6 +1,6 @@
 """The common base of PerSAM and PerSAM-F: references, target, cascaded post-refinement (Zhang et al. 2023, 3.2).
 
-Shapes: H W photo; 64 x 64 cells; 256 x 256 low-resolution logits. Points and boxes are xy in pixels of the photo.
+Shapes: H W photo; g x g cells; 4 g x 4 g low-resolution logits. Points and boxes are xy in pixels of the photo.
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ class Segmenter:
         """Fits the method's own parameters, besides the target, from masks and encodings."""
 
     def _prior(self, target: torch.Tensor, encoding: Encoding, without: np.ndarray | None) -> torch.Tensor:
-        """The location prior (64, 64) of a target (C,), suppressed in the pixels `without`."""
+        """The location prior (g, g) of a target (C,), suppressed in the pixels `without`."""
         prior = location_prior(target, encoding)
         if without is None:
             return prior
@@ -231,7 +231,7 @@ class Segmenter:
         mask_logits: torch.Tensor,
         box: np.ndarray | None,
     ) -> tuple[Step, torch.Tensor, float]:
-        """One pass of cascaded post-refinement: the step, the logits (256, 256) of its best mask, and its score."""
+        """One pass of cascaded post-refinement: the step, the logits (4 g, 4 g) of its best mask, and its score."""
         logits, scores = self.sam.decode(encoding, points, labels, box=box, mask_logits=mask_logits)
         step = decoder_step(logits, scores, box)
         return step, logits[step.best], float(step.scores[step.best])
@@ -248,7 +248,7 @@ class Segmenter:
         without: np.ndarray | None = None,
         concept_presence: float | None = None,
     ) -> Found:
-        """The result of the steps, whose mask is that of the logits `chosen` (256, 256), less the pixels `without`."""
+        """The result of the steps, whose mask is that of the logits `chosen` (4 g, 4 g), less the pixels `without`."""
         mask = (self.sam.upscale(chosen[None], encoding)[0] > 0).cpu().numpy()
         if without is not None:
             mask &= ~sized_mask(without, encoding)
@@ -295,7 +295,7 @@ def find_instances(segmenter: Segmenter, photo: ImageLike, most: int = 10) -> li
 
 
 def decoder_step(logits: torch.Tensor, scores: torch.Tensor, box: np.ndarray | None = None) -> Step:
-    """The `Step` of a decoder pass: logits (n, 256, 256), predicted IoUs (n,) and its box prompt (4,)."""
+    """The `Step` of a decoder pass: logits (n, 4 g, 4 g), predicted IoUs (n,) and its box prompt (4,)."""
     return Step(logits.cpu().numpy(), scores.cpu().numpy(), box)
 
 

@@ -83,7 +83,7 @@ class SegmenterOptions(Options):
     )
     target_coverage: float = option(
         0.5,
-        "a cell (of 64 x 64) is target if the mask covers more of its center than this, 0 to 1",
+        "a cell of SAM's grid is target if the mask covers more of its center than this, 0 to 1",
         when=(MAKES_MASKS,),
     )
 

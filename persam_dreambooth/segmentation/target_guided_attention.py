@@ -1,6 +1,6 @@
 """Target-guided attention (PerSAM, section 3.2, Eq. 7): the bias, and the attention that uses it.
 
-Shapes: N tokens (IoU, masks, prompts), C channels, 4096 = 64 x 64 cells.
+Shapes: N tokens (IoU, masks, prompts), C channels, n = g x g cells.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class BiasedAttention(nn.Module):
         attention_similarity: torch.Tensor | None = None,
         **others: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Returns (1, 1, N, C) and the weights for query (1, 1, N, C), key, value (1, 1, 4096, C) and bias (4096,)."""
+        """Returns (1, 1, N, C) and the weights for query (1, 1, N, C), key, value (1, 1, n, C) and bias (n,)."""
         if attention_similarity is None:
             return self.attention(query=query, key=key, value=value, **others)
         heads = self.attention.num_attention_heads
@@ -58,13 +58,13 @@ def attention_bias(
     kind: Literal["persam", "published", "paper"],
     alpha: float = 1.0,
 ) -> torch.Tensor:
-    """The bias of target-guided attention over the cells: (4096,).
+    """The bias of target-guided attention over the cells: (n,).
 
     Args:
-        prior: (64, 64) location prior.
+        prior: (g, g) location prior.
         sam: the SAM, whose post-processing resizes the prior to the photo.
         encoding: the photo.
-        kind: `published`: sigmoid of the z-scored prior at photo size, resized to 64 x 64. On a photo that is not
+        kind: `published`: sigmoid of the z-scored prior at photo size, resized to g x g. On a photo that is not
             square, this is stretched over the padding and misaligned with the features. `persam`: the same values, read
             at each cell's own place in the photo, and 0 in the padding; identical to `published` on square photos.
             `paper`: alpha * softmax of the prior over the photo's cells (Eq. 7), 0 in the padding.

@@ -7,7 +7,7 @@ PerSAM (Zhang et al. 2023, section 4.2) prompts each object with the maxima of t
 in the previous frame, and with that box's center. So a frame depends only on the given label maps and on the previous
 one. With memory, each object is recalled from the frame in which it is given and from the last frames.
 
-Shapes: H W frame; 256 x 256 low-resolution logits. Points and boxes are xy in pixels of the frame. A label map is
+Shapes: H W frame; 4 g x 4 g low-resolution logits. Points and boxes are xy in pixels of the frame. A label map is
 (H, W) uint8: 0 for background, else the object's number.
 """
 
@@ -212,7 +212,7 @@ class VideoSegmenter:
             yield known.number, self._find(encoding, known, before == visible)
 
     def _is_present(self, mask: np.ndarray, encoding: Encoding, target: Target, own: torch.Tensor) -> bool:
-        """Whether a mask, (H, W) bool, shows its object; `own` (64, 64) marks cells most similar to this object."""
+        """Whether a mask, (H, W) bool, shows its object; `own` (g, g) marks cells most similar to this object."""
         if presence(mask, encoding, target, self.target_coverage) <= target.background_similarity:
             return False
         weights, _ = cell_weights(mask, encoding, self.target_coverage)
@@ -272,7 +272,7 @@ class VideoSegmenter:
     def _decode(
         self, encoding: Encoding, points: np.ndarray, box: np.ndarray | None, mask_logits: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits of three masks (3, 256, 256) and their predicted IoUs (3,); every point is positive."""
+        """Logits of three masks (3, 4 g, 4 g) and their predicted IoUs (3,); every point is positive."""
         return self.sam.decode(encoding, points, np.ones(len(points), int), box, mask_logits)
 
 

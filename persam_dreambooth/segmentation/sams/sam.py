@@ -1,6 +1,7 @@
 """SAM for PerSAM: encodes a photo once, then decodes prompts with or without guidance.
 
-Shapes: H W photo, 1024 padded input, 64 x 64 grid of cells with C channels, 256 x 256 low-resolution masks.
+Shapes: H W photo, S x S padded input, g x g cells with C channels, 4 g x 4 g low-resolution masks. S is 1024 and g is
+64; for SAM 3, they are 1008 and 72.
 Points and boxes are xy in pixels of the photo; a box is x0, y0, x1, y1 with inclusive bounds.
 """
 
@@ -43,10 +44,10 @@ class Encoding:
     """The encoding of a photo by SAM's image encoder.
 
     Args:
-        embedding: (1, C, 64, 64) float32, padding included.
+        embedding: (1, C, g, g) float32, padding included.
         size: (H, W) of the photo.
         resized: (h, w) of the photo inside the padded input; the longer side is `padded`.
-        padded: side of the padded input, 1024.
+        padded: side S of the padded input.
         extra: what else this SAM encodes; see `Sam.decoder_features`.
         sam: the fingerprint of the SAM that made it; None if unknown.
     """
@@ -69,7 +70,7 @@ class Encoding:
 
     @property
     def grid(self) -> int:
-        """Cells along one side of the embedding, 64."""
+        """Cells along one side of the embedding, g."""
         return self.embedding.shape[-1]
 
     @property
@@ -171,7 +172,7 @@ class Sam:
         return self.model.vision_encoder
 
     def input_size(self, height: int, width: int) -> tuple[int, int]:
-        """Size (h, w) of a photo of (H, W) in the padded input: its longer side is 1024."""
+        """Size (h, w) of a photo of (H, W) in the padded input: its longer side is S."""
         scale = self.padded / max(width, height)
         return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
@@ -255,14 +256,14 @@ class Sam:
         return Encoding(embedding, size, (height, width), self.padded, extra, self.fingerprint)
 
     def padded_input(self, photo: np.ndarray) -> torch.Tensor:
-        """A resized photo (h, w, 3) uint8 as the encoder's input: (1, 3, 1024, 1024), normalized, zero-padded."""
+        """A resized photo (h, w, 3) uint8 as the encoder's input: (1, 3, S, S), normalized, zero-padded."""
         pixels = (torch.from_numpy(photo.astype(np.float32)) - torch.tensor(PIXEL_MEAN)) / torch.tensor(PIXEL_STD)
         height, width, _ = photo.shape
         pixels = F.pad(pixels.permute(2, 0, 1), (0, self.padded - width, 0, self.padded - height))
         return pixels[None].to(self.device, self.dtype)
 
     def embed(self, pixels: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
-        """Runs the image encoder: padded inputs (B, 3, 1024, 1024) to (B, C, 64, 64) and `Encoding.extra`, float32."""
+        """Runs the image encoder: padded inputs (B, 3, S, S) to (B, C, g, g) and `Encoding.extra`, float32."""
         return self.model.get_image_embeddings(pixels).float(), {}
 
     def features(self, encoding: Encoding) -> dict[str, Any]:
@@ -288,12 +289,12 @@ class Sam:
             points: (n, 2) xy.
             labels: (n,), 1 for the subject and 0 for the background.
             box: (4,) or None.
-            mask_logits: (256, 256) low-resolution logits of an earlier pass, or None.
+            mask_logits: (4 g, 4 g) low-resolution logits of an earlier pass, or None.
             multimask: returns three masks (whole, part, subpart), else the single-mask output.
             guidance: target-guided attention and target-semantic prompting for this pass.
 
         Returns:
-            Logits (masks, 256, 256) and predicted IoUs (masks,), float32; masks is 3 or 1.
+            Logits (masks, 4 g, 4 g) and predicted IoUs (masks,), float32; masks is 3 or 1.
         """
         self.check_own(encoding)
         device = self.device
@@ -316,13 +317,13 @@ class Sam:
         return output.pred_masks[0, 0], output.iou_scores[0, 0]
 
     def upscale(self, maps: torch.Tensor, encoding: Encoding) -> torch.Tensor:
-        """SAM's mask post-processing: (n, 256, 256) to the padded input, padding cropped, to the photo: (n, H, W)."""
+        """SAM's mask post-processing: (n, 4 g, 4 g) to the padded input, padding cropped, to the photo: (n, H, W)."""
         maps = F.interpolate(maps[None], (self.padded, self.padded), mode="bilinear", align_corners=False)
         maps = maps[..., : encoding.resized[0], : encoding.resized[1]]
         return F.interpolate(maps, encoding.size, mode="bilinear", align_corners=False)[0]
 
     def mask_box(self, logits: torch.Tensor, encoding: Encoding) -> np.ndarray | None:
-        """The tight box (4,) of logits (256, 256) above 0 at the photo's size; None if the mask is empty."""
+        """The tight box (4,) of logits (4 g, 4 g) above 0 at the photo's size; None if the mask is empty."""
         mask = self.upscale(logits[None], encoding)[0] > 0
         rows, columns = mask.any(dim=1).nonzero(), mask.any(dim=0).nonzero()
         if len(rows) == 0:

@@ -1,6 +1,6 @@
 """SAM 2 and 2.1 on single photos (Ravi et al. 2024, arXiv 2408.00714), for PerSAM.
 
-Shapes as in `sam`; the decoder also reads finer features, 32 x 256 x 256 and 64 x 128 x 128.
+Shapes as in `sam`; the decoder also reads finer features, 32 x 4 g x 4 g and 64 x 2 g x 2 g.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ class Sam2(Sam):
     """A frozen `Sam2Model` from transformers whose decoder can be guided.
 
     A photo is stretched to a square, without padding. Its embedding includes SAM 2's "no memory" vector, as the decoder
-    expects. Masks are resized from 256 x 256 to the photo in one step. Mask prompts are clipped to logits of at most
+    expects. Masks are resized from 4 g x 4 g to the photo in one step. Mask prompts are clipped to logits of at most
     32.
 
     By default, SAM 2 replaces an unstable single-mask output by the best of its three masks. This is disabled: PerSAM's
@@ -49,5 +49,5 @@ class Sam2(Sam):
         return {"image_embeddings": [*encoding.extra["high_resolution_features"], encoding.embedding]}
 
     def upscale(self, maps: torch.Tensor, encoding: Encoding) -> torch.Tensor:
-        """SAM 2's mask post-processing: (n, 256, 256) to the photo: (n, H, W)."""
+        """SAM 2's mask post-processing: (n, 4 g, 4 g) to the photo: (n, H, W)."""
         return F.interpolate(maps[None], encoding.size, mode="bilinear", align_corners=False)[0]
