@@ -219,7 +219,7 @@ def _notice(kind: str) -> None:
 
 def _check_hub(name: str, marker: str, revision: str | None) -> None:
     """Requests the model's smallest file from the hub, unless it is cached, to check early that it is available."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
@@ -231,7 +231,7 @@ def _check_hub(name: str, marker: str, revision: str | None) -> None:
     )
     from huggingface_hub.utils import httpx
 
-    ways_out = "or name a local folder or toy"
+    ways_out, page = "or name a local folder or toy", f"{constants.ENDPOINT}/{name}"
     try:
         if isinstance(try_to_load_from_cache(name, marker, revision=revision), str):
             return
@@ -239,8 +239,9 @@ def _check_hub(name: str, marker: str, revision: str | None) -> None:
     except HFValidationError:
         raise InputError(f"{name} is not a hub id: write owner/model, {ways_out}") from None
     except GatedRepoError:
-        terms = f"accept its license at https://huggingface.co/{name} and log in (hf auth login)"
-        raise InputError(f"{name} is gated: {terms}, {ways_out}") from None
+        raise InputError(
+            f"{name} is gated: accept its license at {page} and log in with hf auth login, {ways_out}"
+        ) from None
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         what = "revision" if isinstance(error, RevisionNotFoundError) else "model"
         raise InputNotFoundError(f"the hub has no such {what} for {name}: check the name, {ways_out}") from None

@@ -15,6 +15,8 @@ from transformers import (
     Sam2VideoConfig,
     Sam2VideoModel,
     Sam3Model,
+    Sam3TrackerConfig,
+    Sam3TrackerModel,
     Sam3VideoConfig,
     Sam3VideoModel,
     SamHQConfig,
@@ -134,7 +136,7 @@ def save_smallest_sam2(folder):
 
 
 def sam3_config(side):
-    """A small SAM 3 for an input of `side` pixels, a multiple of 56: a detector and a tracker, one image encoder."""
+    """A small SAM 3 for an input of `side` pixels, a multiple of 14: a detector and a tracker, one image encoder."""
     cells = side // 14
     vision = {
         "backbone_config": {
@@ -182,7 +184,6 @@ def sam3_config(side):
         "memory_attention_feed_forward_hidden_size": 64,
         "memory_attention_rope_feat_sizes": [cells, cells],
         "memory_encoder_hidden_size": 32,
-        "memory_encoder_output_channels": 16,
         "mask_downsampler_embed_dim": 32,
         "memory_fuser_embed_dim": 32,
         "memory_fuser_intermediate_dim": 64,
@@ -203,6 +204,13 @@ def save_sam3(folder, side=112):
     # Not by save_pretrained, which writes the tracker's names with its prefix twice.
     save_file(model.state_dict(), folder / "model.safetensors", {"format": "pt"})
     return folder, model
+
+
+def save_sam3_tracker(folder, side=126):
+    """The tracker of a SAM 3 alone, without its memory, as transformers saves it: the folder."""
+    config = Sam3TrackerConfig.from_dict({**sam3_config(side).tracker_config.to_dict(), "model_type": "sam3_tracker"})
+    fill(Sam3TrackerModel(config)).save_pretrained(folder)
+    return folder
 
 
 def save_sam3_detector(folder, side=112):

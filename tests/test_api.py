@@ -549,13 +549,15 @@ def test_paths_arrays_and_pictures_serve_alike(sam):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A hub on this machine that answers every request with a status: a function that sets it."""
+    """A hub on this machine that answers every request with a status: a function that sets it and the hub's code."""
 
     class Answer(BaseHTTPRequestHandler):
-        status = 503
+        status, code = 503, None
 
         def do_HEAD(self):
             self.send_response(self.status)
+            if self.code:
+                self.send_header("X-Error-Code", self.code)
             self.end_headers()
 
         do_GET = do_POST = do_HEAD
@@ -571,7 +573,11 @@ def hub(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
     monkeypatch.setenv("HF_TOKEN", "hf_known")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    yield lambda status: setattr(Answer, "status", status)
+
+    def answer(status, code=None):
+        Answer.status, Answer.code = status, code
+
+    yield answer
     server.shutdown()
     server.server_close()
 
@@ -607,6 +613,15 @@ def test_a_hub_that_refuses_will_refuse_again(hub):
         open_sam("owner/model", revision="v1")
     with pytest.raises(InputError, match="--push_to_hub: no user is logged in"):
         check_login()
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_gated_model_says_where_to_accept_its_license(hub, status):
+    hub(status, "GatedRepo")
+    page = rf"{huggingface_hub.constants.ENDPOINT}/facebook/sam3"
+    line = f"^facebook/sam3 is gated: accept its license at {page} and log in with hf auth login, or name a local"
+    with pytest.raises(InputError, match=line):
+        open_sam("facebook/sam3")
 
 
 def test_a_machine_that_is_told_to_stay_offline_needs_no_other_try(monkeypatch):

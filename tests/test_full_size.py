@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
-from transformers import SamConfig, SamHQConfig, SamHQModel, SamModel
+from transformers import Sam3TrackerVideoModel, Sam3VideoConfig, SamConfig, SamHQConfig, SamHQModel, SamModel
 
 from benchmarks.full_size import build, build_sam, build_sam2
 from persam_dreambooth.dreambooth.families.stable_diffusion import StableDiffusion
@@ -21,7 +21,8 @@ from persam_dreambooth.segmentation import PerSAM, PerSAMF
 from persam_dreambooth.segmentation.memory import remember
 from persam_dreambooth.segmentation.sams.sam import Encoding, Sam
 from persam_dreambooth.segmentation.sams.sam2 import Sam2
-from persam_dreambooth.segmentation.sams.sam2_memory import decode_cells, join_memories, recall
+from persam_dreambooth.segmentation.sams.sam2_memory import Sam3MemoryModel, decode_cells, join_memories, recall
+from persam_dreambooth.segmentation.sams.sam3 import Sam3
 from persam_dreambooth.segmentation.sams.sam_hq import SamHQ
 from persam_dreambooth.segmentation.target_semantic_prompting import Guidance
 
@@ -235,6 +236,33 @@ def test_every_published_sam_2_embeds_a_photo_in_256_by_64_by_64(size):
     finer = encoding.extra["high_resolution_features"]
     logits, scores, _ = decode_cells(model, recall(model, encoding.embedding, memory), finer)
     assert logits.shape == (1, 1, 256, 256) and scores.shape == (1, 1)
+
+
+def test_sam_3_embeds_a_photo_in_256_by_72_by_72():
+    """transformers' default configuration, which is that of facebook/sam3; shapes only."""
+    with META:
+        model, video = (kind(Sam3VideoConfig().tracker_config) for kind in (Sam3MemoryModel, Sam3TrackerVideoModel))
+    theirs = {name: value.shape for name, value in video.named_parameters()}
+    assert all(theirs[name] == value.shape for name, value in model.named_parameters())
+    assert count(model.parameters()) == 465_567_281
+    assert count(model.memory_attention.parameters()) + count(model.memory_encoder.parameters()) == MEMORY_PARAMETERS
+    sam = Sam3(model, "SAM 3")
+    encoding = sam.encode(draw_photo()[0])
+    assert encoding.embedding.shape == (1, 256, 72, 72)
+    assert (encoding.size, encoding.resized, encoding.padded, encoding.grid) == ((480, 640), (1008, 1008), 1008, 72)
+    assert [feature.shape[1:] for feature in encoding.extra["high_resolution_features"]] == [
+        (32, 288, 288),
+        (64, 144, 144),
+    ]
+    logits, scores = sam.decode(encoding, np.array([[250, 200]]), np.array([1]))
+    assert logits.shape == (3, 288, 288) and scores.shape == (3,)
+    with META:
+        model.set_positions()
+    memory = join_memories([remember(sam, encoding, draw_photo()[1])] * 2)
+    assert memory.tokens.shape == memory.positions.shape == (1, 2 * 5184, 64)
+    finer = encoding.extra["high_resolution_features"]
+    logits, scores, _ = decode_cells(model, recall(model, encoding.embedding, memory), finer)
+    assert logits.shape == (1, 1, 288, 288) and scores.shape == (1, 1)
 
 
 @pytest.mark.parametrize("form", ["code", "paper"])

@@ -317,6 +317,7 @@ def test_an_adapter_is_a_plm_that_replaces_the_fit(sam, filled_sam, adapted, tas
         filled_sam,
     ]
     command += ["--segmenter", "plm", "--adapter", str(adapted), "--output", str(tmp_path / "out")]
+    command += ["--smallest_region", "0"]
     assert cli.main(command) == 0
     found = segmenter.fit(references[0][0], references[1][0]).predict(references[0][1]).mask
     assert np.array_equal(np.array(Image.open(tmp_path / "out" / "0001.png")) > 0, found)

@@ -1,208 +1,327 @@
-"""SAM 3's tracker does for PerSAM what SAM 2 does, with an odd number of cells; parity with transformers' own model."""
+"""SAM 3's tracker does for PerSAM what SAM 2 does, with another grid: 9 x 9 cells here, and masks of 36 x 36."""
+
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_sams import fill, sam3_config, save_sam3, save_sam3_detector
-from transformers import Sam3TrackerModel, Sam3TrackerVideoModel
+from small_sams import fill, save_sam3, save_sam3_detector, save_sam3_tracker
+from transformers import Sam3TrackerModel, Sam3TrackerVideoModel, SamConfig, SamModel
+from transformers.models.sam3_tracker_video.modeling_sam3_tracker_video import Sam3TrackerVideoInferenceSession
 
 from persam_dreambooth import cli
 from persam_dreambooth.errors import InputError
-from persam_dreambooth.photos.labels import read_labels, save_labels
-from persam_dreambooth.segmentation import MemorySegmenter, PerSAM, PerSAMF, PLMSegmenter, find_instances, open_sam
+from persam_dreambooth.segmentation import (
+    MemorySegmenter,
+    PerSAM,
+    PerSAMF,
+    PLMSegmenter,
+    VideoSegmenter,
+    find_instances,
+    open_sam,
+)
 from persam_dreambooth.segmentation.adaptation.prompt_training import low_res
 from persam_dreambooth.segmentation.location_prior import location_prior
+from persam_dreambooth.segmentation.memory import remember, segment_from
+from persam_dreambooth.segmentation.sams.checkpoints import open_meta_sam
+from persam_dreambooth.segmentation.sams.sam2_memory import Memory, has_memory
 from persam_dreambooth.segmentation.sams.sam3 import Sam3
 from persam_dreambooth.segmentation.target_guided_attention import attention_bias
 from persam_dreambooth.segmentation.target_semantic_prompting import Guidance, GuidedTransformer
 
-SIDE, CELLS, LOW_RES = 126, 9, 36
-POINTS, LABELS, BOX = np.array([[40, 30], [5, 8]]), np.array([1, 0]), np.array([20, 10, 59, 39])
+SIDE = 126
+POINTS, LABELS = np.array([[20, 30], [5, 50]]), np.array([1, 0])
+BOX = np.array([5, 5, 30, 50])
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """The folder of a small SAM 3 as the hub's is saved, and transformers' own model of it."""
+    """The folder of a small SAM 3 with random weights, and transformers' own model of it."""
     return save_sam3(tmp_path_factory.mktemp("sam3"), SIDE)
 
 
 @pytest.fixture(scope="module")
-def sam(saved):
-    return open_sam(str(saved[0]), device="cpu")
+def folder(saved):
+    return str(saved[0])
 
 
 @pytest.fixture(scope="module")
-def theirs(saved):
-    """The tracker of transformers, loaded by transformers."""
-    return Sam3TrackerModel.from_pretrained(saved[0]).eval()
+def sam(folder):
+    return open_sam(folder, device="cpu")
 
 
 @pytest.fixture(scope="module")
-def photo():
-    """A landscape with a bright object, so that stretching and padding differ."""
-    pixels = np.random.default_rng(0).integers(0, 120, (60, 90, 3), dtype=np.uint8)
-    pixels[10:40, 20:60] += 100
-    return Image.fromarray(pixels)
+def tracker(tmp_path_factory):
+    """The folder of a tracker that was saved without a detector and without its memory."""
+    return save_sam3_tracker(tmp_path_factory.mktemp("tracker"), SIDE)
+
+
+@pytest.fixture(scope="module")
+def photos():
+    """Two photos that are not square."""
+    noise = np.random.default_rng(0).integers(0, 256, (2, 10, 15, 3), dtype=np.uint8)
+    return [Image.fromarray(each).resize((90, 60), Image.Resampling.BICUBIC) for each in noise]
 
 
 @pytest.fixture(scope="module")
 def mask():
-    shown = np.zeros((60, 90), bool)
-    shown[10:40, 20:60] = True
-    return shown
+    mask = np.zeros((60, 90), bool)
+    mask[10:40, 20:60] = True
+    return mask
 
 
 @pytest.fixture(scope="module")
-def encoding(sam, photo):
-    return sam.encode(photo)
+def encoding(sam, photos):
+    return sam.encode(photos[0])
 
 
-def normalized(photo):
-    """A photo as transformers' image processor for SAM 3 has it, except for rounding by Pillow: (1, 3, S, S)."""
-    pixels = np.asarray(photo.resize((SIDE, SIDE), Image.Resampling.BILINEAR), np.float32)
-    return ((torch.from_numpy(pixels) / 255 - 0.5) / 0.5).permute(2, 0, 1)[None]
+GOLDEN = Path(__file__).parent / "golden" / "sam3" / "tracker.npz"
+PROMPTS = {"points": (POINTS, LABELS, None), "box": (np.empty((0, 2)), np.empty(0), BOX), "both": (POINTS, LABELS, BOX)}
 
 
-def test_a_photo_is_encoded_as_by_the_video_model_of_transformers(saved, sam, photo, encoding):
-    """Its detector's image encoder feeds the tracker's neck; the tracker then adds its no-memory vector.
-
-    `Sam3TrackerModel` of transformers 5.23 adds the vector to a fourth level that nobody reads.
-    """
-    model = saved[1].eval()
-    assert (encoding.size, encoding.resized, encoding.padded, encoding.grid) == ((60, 90), (SIDE, SIDE), SIDE, CELLS)
-    with torch.no_grad():
-        vision = model.detector_model.get_vision_features(normalized(photo))
-        maps, _ = model.get_vision_features_for_tracker(vision)
-    *finer, cells = [one.permute(1, 2, 0)[0].unflatten(1, (int(len(one) ** 0.5),) * 2) for one in maps]
-    vector = model.tracker_model.no_memory_embedding.detach().view(-1, 1, 1)
-    assert vector.abs().max() > 0.1
-    assert torch.allclose(encoding.embedding[0], cells + vector, atol=1e-5)
-    for ours, expected in zip(encoding.extra["high_resolution_features"], finer, strict=True):
-        assert torch.allclose(ours[0], expected, atol=1e-5)
-
-
-def test_without_guidance_the_decoder_is_the_one_of_transformers(sam, theirs, encoding):
-    theirs.mask_decoder.dynamic_multimask_via_stability = False
-    scale = np.array([SIDE / 90, SIDE / 60])
-    given = {
-        "input_points": torch.tensor(POINTS * scale, dtype=torch.float32)[None, None],
-        "input_labels": torch.tensor(LABELS)[None, None],
-        "input_boxes": torch.tensor((BOX.reshape(2, 2) * scale).reshape(1, 1, 4), dtype=torch.float32),
-        "input_masks": torch.linspace(-9, 9, LOW_RES**2).reshape(1, 1, LOW_RES, LOW_RES),
-    }
-    features = [*encoding.extra["high_resolution_features"], encoding.embedding]
-    for names in (("points", "labels"), ("points", "labels", "boxes"), tuple(name[6:] for name in given)):
-        prompts = {f"input_{name}": given[f"input_{name}"] for name in names}
-        logits = given["input_masks"][0, 0] if "masks" in names else None
-        for multimask in (False, True):
-            with torch.no_grad():
-                output = theirs(image_embeddings=features, multimask_output=multimask, **prompts)
-            found, scores = sam.decode(
-                encoding, POINTS, LABELS, BOX if "boxes" in names else None, logits, multimask=multimask
-            )
-            assert found.shape == (3 if multimask else 1, LOW_RES, LOW_RES)
-            assert torch.equal(found, output.pred_masks[0, 0]) and torch.equal(scores, output.iou_scores[0, 0])
+@pytest.mark.parametrize("photo", ["wide", "tall", "square"])
+def test_against_the_processor_and_the_model_of_transformers(tracker, photo):
+    """Recorded with torchvision, which rounds resized pixels in its own way; the square photo is not resized."""
+    sam, exact = open_sam(tracker, device="cpu"), photo == "square"
+    with np.load(GOLDEN) as golden:
+        expected = {name.removeprefix(f"{photo}."): golden[name] for name in golden.files if name.startswith(photo)}
+    encoding = sam.encode(expected["photo"])
+    pixels = sam.padded_input(encoding.extra["pixels"][0].numpy())[0]
+    off = (pixels - (torch.from_numpy(expected["pixels"]) / 127.5 - 1)).abs().max()
+    assert off < (1e-6 if exact else 1.01 / 127.5)
+    assert np.allclose(encoding.embedding, expected["embedding"], atol=1e-5 if exact else 0.05)
+    for prompt, given in PROMPTS.items():
+        logits, scores, packed = (expected[f"{prompt}.{name}"] for name in ("logits", "scores", "masks"))
+        first, _ = sam.decode(encoding, *given)
+        found, iou = sam.decode(encoding, *given, mask_logits=first[0])
+        scale = np.abs(logits).max()
+        assert np.abs(found.numpy() - logits).max() < (1e-5 if exact else 0.02) * scale
+        assert np.allclose(iou, scores, atol=1e-5 if exact else 0.01)
+        shown = np.unpackbits(packed, count=3 * expected["photo"][..., 0].size).reshape(3, *encoding.size)
+        assert ((sam.upscale(found, encoding) > 0).numpy() == shown).mean() > (0.9999 if exact else 0.99)
 
 
-def test_masks_reach_the_photo_in_one_step(sam, encoding):
-    """As by `post_process_masks` of transformers' processor, which resizes bilinearly to the photo."""
-    maps = torch.arange(float(LOW_RES)).expand(1, LOW_RES, LOW_RES)
-    columns = sam.upscale(maps, encoding)[0, 0]
-    assert sam.upscale(maps, encoding).shape == (1, 60, 90)
-    assert torch.allclose(columns[2:-2], (torch.arange(2, 88) + 0.5) * LOW_RES / 90 - 0.5, atol=1e-4)
+def test_the_embedding_is_that_of_the_video_model_of_transformers(sam, folder, encoding):
+    """The image model adds the no-memory vector to a level that its decoder does not read."""
+    pixels = sam.padded_input(encoding.extra["pixels"][0].numpy())
+    video, image = (kind.from_pretrained(folder).eval() for kind in (Sam3TrackerVideoModel, Sam3TrackerModel))
+    ours = [*encoding.extra["high_resolution_features"], encoding.embedding]
+    for found, expected in zip(ours, video.get_image_embeddings(pixels), strict=True):
+        assert torch.allclose(found, expected, atol=1e-5)
+    without = encoding.embedding - sam.model.no_memory_embedding.view(1, -1, 1, 1)
+    assert torch.allclose(image.get_image_embeddings(pixels)[-1], without, atol=1e-5)
+    assert sam.model.no_memory_embedding.abs().max() > 0.1
+
+
+def test_a_photo_is_stretched_and_encoded_in_9_by_9_cells(sam, encoding):
+    assert (encoding.size, encoding.resized, encoding.padded, encoding.grid) == ((60, 90), (SIDE, SIDE), SIDE, 9)
+    assert encoding.embedding.shape == (1, 32, 9, 9)
+    logits, scores = sam.decode(encoding, POINTS, LABELS)
+    assert logits.shape == (3, 36, 36) and scores.shape == (3,)
+    assert sam.upscale(logits, encoding).shape == (3, 60, 90)
+
+
+# --- guidance
+
+
+def as_in_sam(name):
+    """SAM's name of a weight of SAM 3's two-way transformer."""
+    return name.replace(".o_proj.", ".out_proj.").replace("mlp.proj_in.", "mlp.lin1.").replace("proj_out.", "lin2.")
 
 
 @pytest.mark.parametrize("form", ["code", "paper"])
-def test_guidance_is_that_of_sam_2(sam, form):
-    """The same weights in both transformers, guided in the same way, give the same; `test_sam2` holds SAM 2's to SAM's.
-
-    81 cells, so nothing is of the size 64 x 64.
-    """
-    from transformers.models.sam2.configuration_sam2 import Sam2MaskDecoderConfig
-    from transformers.models.sam2.modeling_sam2 import Sam2TwoWayTransformer
-
-    ours = sam.transformer
-    plain_names = {
-        name.replace("transformer.", "", 1).replace("token_to_image.attention.", "token_to_image."): value
-        for name, value in ours.state_dict().items()
-    }
-    other = Sam2TwoWayTransformer(Sam2MaskDecoderConfig(hidden_size=32, mlp_dim=64, num_attention_heads=2)).eval()
-    other.load_state_dict(plain_names)
+def test_guidance_is_that_of_sam(form, tracker):
+    """The same weights in both transformers, guided in the same way, give the same; SAM's is held to PerSAM's code."""
+    theirs = fill(Sam3TrackerModel.from_pretrained(tracker)).mask_decoder.transformer.eval()
+    sizes = {"hidden_size": 32, "mlp_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "layer_norm_eps": 1e-5}
+    model = SamModel(
+        SamConfig(
+            vision_config={"num_hidden_layers": 0, "output_channels": 32, "num_pos_feats": 16},
+            prompt_encoder_config={"hidden_size": 32},
+            mask_decoder_config=sizes,
+        )
+    )
+    ours = model.mask_decoder.transformer.eval()
+    ours.load_state_dict({as_in_sam(name): value for name, value in theirs.state_dict().items()})
     generator = torch.Generator().manual_seed(0)
-    tokens, image = torch.randn(1, 1, 9, 32, generator=generator), torch.randn(1, 32, CELLS, CELLS, generator=generator)
-    positions = torch.randn(1, 32, CELLS, CELLS, generator=generator)
-    guidance = Guidance(3 * torch.rand(CELLS**2, generator=generator), torch.randn(32, generator=generator), form)
+    tokens = torch.randn(1, 1, 9, 32, generator=generator)
+    image, positions = torch.randn(2, 1, 32, 9, 9, generator=generator)
+    guidance = Guidance(3 * torch.rand(81, generator=generator), torch.randn(32, generator=generator), form)
     seen = []
-    for transformer in (ours, GuidedTransformer(other)):
+    for transformer in (GuidedTransformer(theirs), GuidedTransformer(ours)):
         for guided in (None, guidance):
             with torch.no_grad(), transformer.guided_by(guided):
                 seen.append(transformer(tokens, image, positions, attention_similarity=None))
-    plain, guided, plain_in_2, guided_in_2 = seen
-    for one, another in ((plain, plain_in_2), (guided, guided_in_2)):
-        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(one, another, strict=True))
+    plain, guided, plain_in_sam, guided_in_sam = seen
+    for one, other in ((plain, plain_in_sam), (guided, guided_in_sam)):
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(one, other, strict=True))
     assert (guided[0] - plain[0]).abs().max() > 0.1
 
 
-def test_the_two_biases_agree_where_nothing_is_padded(sam, encoding):
-    prior = location_prior(encoding.embedding[0, :, 4, 4], encoding)
-    aligned, published = (attention_bias(prior, sam, encoding, kind) for kind in ("persam", "published"))
-    assert aligned.shape == (CELLS**2,) and aligned.std() > 0.01
-    assert torch.allclose(aligned, published, atol=0.05)
-
-
-@pytest.mark.parametrize("method", [PerSAM, PerSAMF, PLMSegmenter])
-def test_every_method_finds_and_loads_the_same_mask(sam, saved, photo, mask, method, tmp_path):
-    steps = {PerSAM: {}, PerSAMF: {"fit_steps": 20}, PLMSegmenter: {"fit_steps": 3}}[method]
-    segmenter = method(sam, absent_threshold=0.0, **steps).fit(photo, mask)
-    found = segmenter.predict(photo)
-    assert found.mask.shape == (60, 90) and found.similarity.shape == (CELLS, CELLS)
-    assert {step.low_res_logits.shape[1:] for step in found.steps} == {(LOW_RES, LOW_RES)}
-    assert len(find_instances(segmenter, photo, 2)) <= 2
-    segmenter.save(tmp_path)
-    again = method.load(tmp_path, open_sam(str(saved[0]), device="cpu")).predict(photo)
-    assert (again.mask == found.mask).all() and again.score == pytest.approx(found.score, abs=1e-6)
-
-
-def test_a_low_resolution_cell_of_three_and_a_half_pixels_is_covered_exactly(sam, photo):
-    """A photo of 126 pixels a side, 36 cells: the first cell has rows 0 to 2 and half of row 3."""
-    square, top = sam.encode(photo.resize((SIDE, SIDE))), np.zeros((SIDE, SIDE), bool)
-    top[:4] = True
-    expected = np.zeros((LOW_RES, LOW_RES))
-    expected[0], expected[1] = 1, 1 / 7
-    assert np.allclose(low_res(top, square), expected) and np.allclose(low_res(top.T, square), expected.T)
-
-
-def test_in_bfloat16_only_the_image_encoder_rounds(saved, photo, encoding):
-    half = open_sam(str(saved[0]), device="cpu", dtype="bfloat16")
-    assert half.encoder.dtype == torch.bfloat16 and half.model.no_memory_embedding.dtype == torch.float32
-    error = (half.encode(photo).embedding - encoding.embedding).abs().max() / encoding.embedding.abs().max()
-    assert half.encode(photo).embedding.dtype == torch.float32 and 0 < error < 0.05
-
-
-def test_the_cache_gives_the_same_encoding(saved, photo, encoding, tmp_path):
-    for _ in range(2):
-        kept = open_sam(str(saved[0]), device="cpu", encoding_cache=tmp_path).encode(photo)
-        assert torch.equal(kept.embedding, encoding.embedding)
-        assert all(
-            torch.equal(one, other)
-            for name in encoding.extra
-            for one, other in zip(kept.extra[name], encoding.extra[name], strict=True)
+def test_guidance_lasts_for_its_pass(sam, encoding):
+    prior = location_prior(encoding.embedding[0, :, 3, 3], encoding)
+    for kind in ("persam", "published", "paper"):
+        bias = attention_bias(prior, sam, encoding, kind)
+        assert bias.shape == (81,)
+        guidance = Guidance(bias, encoding.embedding[0, :, 3, 3])
+        plain, guided, again = (
+            sam.decode(encoding, POINTS, LABELS, multimask=False, guidance=given)[0] for given in (None, guidance, None)
         )
-    assert len(list(tmp_path.iterdir())) == 1
+        assert torch.equal(plain, again) and not torch.allclose(plain, guided, atol=1e-3)
 
 
-def test_the_tracker_alone_loads_as_transformers_saves_it(theirs, photo, encoding, tmp_path):
-    """The image model and the video model; a detector alone has no tracker."""
-    theirs.save_pretrained(tmp_path / "image")
-    image = open_sam(str(tmp_path / "image"), device="cpu")
-    assert type(image) is Sam3 and torch.equal(image.encode(photo).embedding, encoding.embedding)
-    video = fill(Sam3TrackerVideoModel(sam3_config(SIDE).tracker_config))
-    video.save_pretrained(tmp_path / "video")
-    weights = open_sam(str(tmp_path / "video"), device="cpu").model.mask_decoder.iou_token.weight
-    assert torch.equal(weights, video.mask_decoder.iou_token.weight)
-    with pytest.raises(InputError, match="is a model of type sam3: name a SAM, SAM-HQ, SAM 2 or SAM 3 checkpoint"):
-        open_sam(str(save_sam3_detector(tmp_path, SIDE)), device="cpu")
+# --- the segmenters
+
+
+@pytest.mark.parametrize("kind", [PerSAM, PerSAMF, PLMSegmenter, MemorySegmenter])
+def test_a_loaded_segmenter_finds_the_same_mask(kind, sam, encoding, mask, photos, tmp_path):
+    options = {"fit_steps": 2} if kind is PLMSegmenter else {}
+    fitted = kind(sam, **options).fit(encoding, mask)
+    fitted.save(tmp_path / "saved")
+    found, again = (each.predict(photos[1]) for each in (fitted, kind.load(tmp_path / "saved", sam)))
+    assert found.mask.shape == (60, 90) and found.similarity.shape == (9, 9) and 0 <= found.presence <= 1
+    assert all(step.low_res_logits.shape[1:] == (36, 36) for step in found.steps)
+    for one, other in zip(found.steps, again.steps, strict=True):
+        assert (
+            np.allclose(one.low_res_logits, other.low_res_logits, atol=1e-5) and np.isfinite(one.low_res_logits).all()
+        )
+
+
+def test_instances_and_videos(sam, encoding, mask, photos):
+    instances = find_instances(PerSAM(sam, absent_threshold=0).fit(encoding, mask), photos[1], 2)
+    assert all(found.mask.shape == (60, 90) for found in instances)
+    labels = mask.astype(np.uint8)
+    for method in ("persam", "persam-f", "memory"):
+        segmenter = VideoSegmenter(sam, method, fit_steps=2).fit(encoding, labels)
+        assert segmenter.predict(photos[1], labels).shape == (60, 90)
+
+
+def test_a_cell_of_three_and_a_half_pixels_is_covered_by_its_share(encoding):
+    """The right half of the input starts at its pixel 63 of 126, and at its cell 18 of 36."""
+    half = np.zeros((60, 90), bool)
+    half[:, 45:] = True
+    covered = low_res(half, encoding)
+    assert covered.shape == (36, 36)
+    assert (covered[:, :18] == 0).all() and (covered[:, 18:] == 1).all()
+
+
+def test_in_bfloat16_only_the_image_encoder_rounds(sam, folder, encoding, photos):
+    half = open_sam(folder, device="cpu", dtype="bfloat16")
+    found = half.encode(photos[0])
+    kinds = {value.dtype for value in half.encoder.parameters()}
+    others = {value.dtype for name, value in half.model.named_parameters() if ".backbone." not in name}
+    assert (kinds, others, found.embedding.dtype) == ({torch.bfloat16}, {torch.float32}, torch.float32)
+    off = (found.embedding - encoding.embedding).abs().max() / encoding.embedding.abs().max()
+    assert 1e-5 < off < 0.05
+
+
+def test_a_cached_encoding_gives_the_same_bits(folder, encoding, photos, tmp_path):
+    for _ in range(2):
+        cached = open_sam(folder, device="cpu", encoding_cache=tmp_path).encode(photos[0])
+        assert torch.equal(cached.embedding, encoding.embedding)
+        assert list(cached.extra) == list(encoding.extra)
+        for name, values in cached.extra.items():
+            assert all(torch.equal(one, other) for one, other in zip(values, encoding.extra[name], strict=True))
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 1
+
+
+# --- the memory
+
+
+def test_one_reference_gives_the_mask_of_the_video_model_of_transformers(folder, sam, photos, encoding):
+    """Without what the memory leaves out: object pointers, temporal positions, three masks and the object's score."""
+    theirs = Sam3TrackerVideoModel.from_pretrained(folder).eval()
+    theirs.config.multimask_output_for_tracking = False
+    theirs._get_object_pointers = lambda *_: ([], [], 0)
+    with torch.no_grad():
+        theirs.memory_temporal_positional_encoding.zero_()
+        theirs.mask_decoder.pred_obj_score_head.proj_out.bias.fill_(1e6)
+    frames = [np.array(photo.resize((SIDE, SIDE), Image.Resampling.BILINEAR)) for photo in photos]
+    pixels = torch.cat([sam.padded_input(frame) for frame in frames])
+    session = Sam3TrackerVideoInferenceSession(pixels, SIDE, SIDE, dtype=torch.float32)
+    # 7 pixels of the input are 8 of the mask that is encoded, so both ways to resize it give the same.
+    square = np.zeros((SIDE, SIDE), bool)
+    square[21:84, 28:91] = True
+    session.add_mask_inputs(session.obj_id_to_idx(1), 0, torch.from_numpy(square)[None, None].float())
+    session.obj_with_new_inputs = [1]
+    theirs(inference_session=session, frame_idx=0)
+    expected = theirs(inference_session=session, frame_idx=1).pred_masks[0]
+    memory = remember(sam, encoding, square)
+    assert memory.tokens.shape == memory.positions.shape == (1, 81, 64)
+    in_bfloat16 = Memory(memory.tokens.bfloat16().float(), memory.positions)  # as they keep it
+    found, _ = segment_from(sam, sam.encode(photos[1]), in_bfloat16)
+    assert found.shape == (1, 36, 36)
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+# --- checkpoints
+
+
+def as_saved(name):
+    """A weight's name in the folder of a whole SAM 3."""
+    name = name.replace("transformer.transformer.", "transformer.").replace("image.attention.", "image.")
+    if name.startswith("vision_encoder.backbone."):
+        return f"detector_model.{name}"
+    if name.startswith("vision_encoder.neck."):
+        return name.replace("vision_encoder.neck.", "tracker_neck.")
+    return f"tracker_model.{name}"
+
+
+def test_a_whole_sam_3_gives_its_tracker_and_its_memory(saved, sam):
+    assert isinstance(sam, Sam3) and has_memory(sam.model)
+    expected = saved[1].state_dict()
+    found = {as_saved(name): value for name, value in sam.model.state_dict().items()}
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
+def test_a_tracker_alone_has_no_memory(tracker):
+    sam = open_sam(tracker, device="cpu")
+    assert isinstance(sam, Sam3)
+    with pytest.raises(InputError, match=r"is a SAM without a memory of frames: name a SAM 2, 2\.1 or 3 with one"):
+        MemorySegmenter(sam)
+
+
+def test_a_detector_alone_is_one_line(tmp_path):
+    with pytest.raises(
+        InputError, match="is a detector of SAM 3 without its tracker: name a whole SAM 3, as facebook/"
+    ):
+        open_sam(save_sam3_detector(tmp_path), device="cpu")
+
+
+def test_fs_sam2_is_for_sam_2(folder, tmp_path, capsys):
+    data = tmp_path / "data"
+    for name in ("one", "two", "three"):
+        (data / name).mkdir(parents=True)
+        for number in range(3):
+            Image.new("RGB", (20, 20)).save(data / name / f"{number}.jpg")
+            Image.new("L", (20, 20), 255).save(data / name / f"{number}.png")
+    (data / "train.txt").write_text("one\ntwo\n")
+    (data / "val.txt").write_text("three\n")
+    words = ["adapt", "fs-sam2", "--data", data, "--dataset", "fss1000", "--output", tmp_path / "out"]
+    assert cli.main([*map(str, words), "--sam_model", folder]) == 2
+    assert "is a SAM 3, and FS-SAM2 is for SAM 2: name a SAM 2 or 2.1 with memory" in capsys.readouterr().err
+
+
+def test_it_is_planned_without_values(folder):
+    sam = open_meta_sam(folder)
+    encoding = sam.encode(np.zeros((60, 90, 3), np.uint8))
+    assert sam.decode(encoding, POINTS, LABELS)[0].shape == (3, 36, 36)
+    assert encoding.embedding.is_meta
+
+
+@pytest.mark.parametrize("segmenter", ["persam", "persam-f", "memory"])
+def test_a_folder_segments_through_the_command_line(segmenter, folder, photos, mask, tmp_path):
+    (tmp_path / "photos").mkdir()
+    for number, photo in enumerate(photos):
+        photo.save(tmp_path / "photos" / f"0{number}.png")
+    Image.fromarray(mask.astype(np.uint8) * 255).save(tmp_path / "00.png")
+    words = ["--images", "photos", "--mask", "00.png", "--output", "masks"]
+    words = [word if word.startswith("--") else str(tmp_path / word) for word in words]
+    command = ["segment", *words, "--sam_model", folder, "--segmenter", segmenter, "--heatmaps", "--absent", "keep"]
+    assert cli.main(command) == 0
+    assert Image.open(tmp_path / "masks" / "01.png").size == (90, 60)
+    assert (tmp_path / "masks" / "heatmaps" / "01.jpg").is_file()
 
 
 @pytest.mark.parametrize("inside", [False, True])
@@ -211,21 +330,3 @@ def test_the_file_of_meta_is_refused_with_the_hub_id(tmp_path, inside):
     torch.save({"model": weights} if inside else weights, tmp_path / "sam3.pt")
     with pytest.raises(InputError, match=r"sam3.pt is a SAM 3: name its folder .* or its hub id, facebook/sam3"):
         open_sam(str(tmp_path / "sam3.pt"), device="cpu")
-
-
-def test_it_has_no_memory_here(sam):
-    with pytest.raises(InputError, match=r"is a SAM without a memory of frames: name a SAM 2 or 2\.1 with one"):
-        MemorySegmenter(sam)
-
-
-def test_objects_are_tracked_through_a_video(saved, photo, mask, tmp_path):
-    """Through the command line, with the option of a precision."""
-    frames, masks, output = tmp_path / "frames", tmp_path / "masks", tmp_path / "out"
-    for place in (frames, masks):
-        place.mkdir()
-    for number in range(3):
-        photo.save(frames / f"{number:05}.png")
-    save_labels(masks / "00000.png", mask.astype(np.uint8))
-    words = ["--frames", frames, "--mask", masks / "00000.png", "--output", output, "--sam_model", saved[0]]
-    assert cli.main(["video", *map(str, words), "--segmenter", "persam", "--sam_dtype", "bfloat16"]) == 0
-    assert read_labels(output / "00002.png").shape == (60, 90)

@@ -1,6 +1,6 @@
 """The result of a segmenter for one photo.
 
-Shapes: H W photo; g x g cells; 4g x 4g low-resolution logits. Points and boxes are xy in pixels of the photo.
+Shapes: H W photo; g x g cells; 4 g x 4 g low-resolution logits. Points and boxes are xy in pixels of the photo.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class Step:
     """The result of one decoder pass.
 
     Args:
-        low_res_logits: (masks, 4g, 4g) float32.
+        low_res_logits: (masks, 4 g, 4 g) float32.
         scores: (masks,) predicted IoU.
         box: (4,) the box prompt of this pass, or None.
     """

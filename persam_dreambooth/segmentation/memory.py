@@ -1,10 +1,10 @@
-"""Memory segmentation: SAM 2's memory of annotated frames, for photos.
+"""Memory segmentation: the memory of annotated frames that SAM 2 and SAM 3 have, for photos.
 
 The references with their masks are earlier frames of a video, and the photo is the next frame. The forward pass is that
 of FS-SAM2 (Forni et al. 2025), without its adapters: spatial memory only, so the order of the references does not
 matter. The authors resize the mask twice, to S x S and to the photo. Here it is resized once, as SAM 2 does.
 
-Shapes: H W photo; 4g x 4g low-resolution logits; `sams.sam2_memory` has those of a memory.
+Shapes: H W photo; g x g cells; 4 g x 4 g low-resolution logits; `sams.sam2_memory` has those of a memory.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from persam_dreambooth.segmentation.segmenter import Segmenter, decoder_step, fi
 
 
 class MemorySegmenter(Segmenter):
-    """Segments with SAM 2's memory of the references, training-free.
+    """Segments with the memory that SAM 2 or SAM 3 has of the references, training-free.
 
     All instances of the subject come out in one mask, so `find_instances` finds at most one. The prompt is one padding
     point: `Found.points` is empty, and `Found.similarity` is only for heat maps.
 
     Args:
-        sam: a SAM 2 or 2.1 with its memory; see `open_sam`.
+        sam: a SAM 2, 2.1 or 3 with its memory; see `open_sam`.
         target_coverage, absent_threshold: as for `Segmenter`; both only decide about presence.
 
     Raises:
@@ -81,21 +81,21 @@ def check_memory(sam: Sam) -> None:
     """Raises `InputError` for a SAM without a memory."""
     if not has_memory(sam.model):
         raise InputError(
-            f"{sam.name} is a SAM without a memory of frames: name a SAM 2 or 2.1 with one, such as "
+            f"{sam.name} is a SAM without a memory of frames: name a SAM 2, 2.1 or 3 with one, such as "
             "--sam_model facebook/sam2.1-hiera-small, or toy-sam2"
         )
 
 
 @torch.no_grad()
 def remember(sam: Sam, encoding: Encoding, mask: np.ndarray) -> Memory:
-    """The memory of a photo with its mask, (H, W) bool; the mask is stretched to the SAM's input (nearest)."""
-    shown = torch.from_numpy(mask).to(sam.device, torch.float32)[None, None]
-    return encode_memory(sam.model, _cells(sam, encoding), F.interpolate(shown, (sam.padded, sam.padded)))
+    """The memory of a photo with its mask, (H, W) bool; the mask is stretched (nearest) to what is encoded."""
+    shown, side = torch.from_numpy(mask).to(sam.device, torch.float32)[None, None], 16 * encoding.grid
+    return encode_memory(sam.model, _cells(sam, encoding), F.interpolate(shown, (side, side)))
 
 
 @torch.no_grad()
 def segment_from(sam: Sam, encoding: Encoding, memory: Memory) -> tuple[torch.Tensor, torch.Tensor]:
-    """The mask that a memory gives for a photo: logits (1, 4g, 4g) and its predicted IoU (1,)."""
+    """The mask that a memory gives for a photo: logits (1, 4 g, 4 g) and its predicted IoU (1,)."""
     cells = recall(sam.model, _cells(sam, encoding), memory)
     logits, scores, _ = decode_cells(sam.model, cells, encoding.extra["high_resolution_features"], replaced=True)
     return logits[0], scores[0]

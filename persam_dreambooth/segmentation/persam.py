@@ -1,6 +1,6 @@
 """PerSAM, training-free (Zhang et al. 2023, section 3.2).
 
-Shapes: H W photo; g x g cells; 4g x 4g low-resolution logits. Points and boxes are xy in pixels of the photo.
+Shapes: H W photo; g x g cells; 4 g x 4 g low-resolution logits. Points and boxes are xy in pixels of the photo.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """PerSAM-F: two learned scale weights (Zhang et al. 2023, section 3.3, Eq. 9).
 
-Shapes: H W photo; g x g cells; 4g x 4g low-resolution logits. Points and boxes are xy in pixels of the photo.
+Shapes: H W photo; g x g cells; 4 g x 4 g low-resolution logits. Points and boxes are xy in pixels of the photo.
 """
 
 from typing import Any

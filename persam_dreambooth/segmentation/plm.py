@@ -3,7 +3,7 @@
 The module is that of Kim et al. 2024 (`prompt_learning`), fitted to the references' masks, or an adapter that
 `persam-dreambooth adapt plm` trained on a task. The location prior is PerSAM's.
 
-Shapes: H W photo; g x g cells; 4g x 4g low-resolution logits. Points are xy in pixels of the photo.
+Shapes: H W photo; g x g cells; 4 g x 4 g low-resolution logits. Points are xy in pixels of the photo.
 """
 
 from __future__ import annotations

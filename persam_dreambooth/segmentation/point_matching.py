@@ -2,7 +2,7 @@
 
 Kim et al. 2024 (arXiv 2403.09199), section 4.2. Points are xy relative to the padded input's side, 0 to 1.
 
-Shapes: B masks, P points of an outline, C channels of the mask decoder's upscaled features (256 x 256 cells).
+Shapes: B masks, P points of an outline, C channels of the mask decoder's upscaled features (4 g x 4 g cells).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class PointMatching(nn.Module):
         nn.init.zeros_(self.offsets.bias)
 
     def forward(self, upscaled: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-        """Refined points (B, P, 2) from the decoder's features (B, C, 256, 256) at outline points (B, P, 2)."""
+        """Refined points (B, P, 2) from the decoder's features (B, C, 4 g, 4 g) at outline points (B, P, 2)."""
         sampled = F.grid_sample(upscaled, 2 * points[:, None] - 1, align_corners=False)[:, :, 0].transpose(1, 2)
         places = self.places(2 * points - 1)
         return points + self.offsets(self.decoder(places, self.encoder(self.features(sampled) + places)))
@@ -60,8 +60,8 @@ def point_matching_loss(
 
     Args:
         pmm: the PMM.
-        upscaled: (B, C, 256, 256) upscaled features of the mask decoder.
-        logits: (B, 256, 256) of the predicted masks; no gradient flows through the choice of their outlines.
+        upscaled: (B, C, 4 g, 4 g) upscaled features of the mask decoder.
+        logits: (B, 4 g, 4 g) of the predicted masks; no gradient flows through the choice of their outlines.
         truths: the true outlines, each (P, 2), or None.
     """
     count = next((len(truth) for truth in truths if truth is not None), OUTLINE_POINTS)

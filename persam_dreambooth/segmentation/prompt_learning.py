@@ -3,7 +3,7 @@
 Kim et al. 2024, "Task-Specific Adaptation of Segmentation Foundation Model via Prompt Learning" (arXiv 2403.09199),
 section 4.1. A prompt is as in `prompts`.
 
-Shapes: B prompts, N prompt tokens with C channels, g x g cells, 4g x 4g low-resolution logits.
+Shapes: B prompts, N prompt tokens with C channels, g x g cells, 4 g x 4 g low-resolution logits.
 """
 
 from __future__ import annotations
@@ -121,17 +121,16 @@ def decode_prompts(
         multimask: returns three masks (whole, part, subpart), else the single-mask output.
 
     Returns:
-        Logits (B, masks, 4g, 4g) and predicted IoUs (B, masks); masks is 3 or 1.
+        Logits (B, masks, 4 g, 4 g) and predicted IoUs (B, masks); masks is 3 or 1.
     """
     # In half precision, a coordinate would be off by pixels.
     with torch.no_grad(), without_autocast(sam.device):
         tokens, dense = _embed(sam, encodings, prompts)
         image = torch.cat([encoding.embedding for encoding in encodings])
         position = sam.model.get_image_wide_positional_embeddings()
-        names = encodings[0].extra.keys() - sam.other_extra
         extra: dict[str, Any] = {
             name: [torch.cat(level) for level in zip(*(encoding.extra[name] for encoding in encodings), strict=True)]
-            for name in names
+            for name in sam.decoder_features
         }
     if plm is not None:
         tokens = plm(tokens[:, 0], image, position)[:, None]

@@ -1,6 +1,6 @@
 """The common base of PerSAM and PerSAM-F: references, target, cascaded post-refinement (Zhang et al. 2023, 3.2).
 
-Shapes: H W photo; g x g cells; 4g x 4g low-resolution logits. Points and boxes are xy in pixels of the photo.
+Shapes: H W photo; g x g cells; 4 g x 4 g low-resolution logits. Points and boxes are xy in pixels of the photo.
 """
 
 from __future__ import annotations
@@ -246,7 +246,7 @@ class Segmenter:
         mask_logits: torch.Tensor,
         box: np.ndarray | None,
     ) -> tuple[Step, torch.Tensor, float]:
-        """One pass of cascaded post-refinement: the step, the logits (4g, 4g) of its best mask, and its score."""
+        """One pass of cascaded post-refinement: the step, the logits (4 g, 4 g) of its best mask, and its score."""
         logits, scores = self.sam.decode(encoding, points, labels, box=box, mask_logits=mask_logits)
         step = decoder_step(logits, scores, box)
         return step, logits[step.best], float(step.scores[step.best])
@@ -263,7 +263,7 @@ class Segmenter:
         without: np.ndarray | None = None,
         concept_presence: float | None = None,
     ) -> Found:
-        """The result of the steps, whose mask is that of the logits `chosen` (4g, 4g), less the pixels `without`."""
+        """The result of the steps, whose mask is that of the logits `chosen` (4 g, 4 g), less the pixels `without`."""
         mask = (self.sam.upscale(chosen[None], encoding)[0] > 0).cpu().numpy()
         if without is not None:
             mask &= ~sized_mask(without, encoding)
@@ -301,7 +301,7 @@ def find_instances(segmenter: Segmenter, photo: ImageLike, most: int = 10) -> li
 
 
 def decoder_step(logits: torch.Tensor, scores: torch.Tensor, box: np.ndarray | None = None) -> Step:
-    """The `Step` of a decoder pass: logits (n, 4g, 4g), predicted IoUs (n,) and its box prompt (4,)."""
+    """The `Step` of a decoder pass: logits (n, 4 g, 4 g), predicted IoUs (n,) and its box prompt (4,)."""
     return Step(logits.cpu().numpy(), scores.cpu().numpy(), box)
 
 

@@ -240,7 +240,7 @@ def open_segmenter(options: MaskFolderOptions) -> Segmenter:
 
 
 def fitted_segmenter(options: MaskFolderOptions, like: Segmenter, references: Sequence[Reference]) -> Segmenter:
-    """A segmenter of the method that options name, fitted to references, with the SAM, threshold and class of `like`."""
+    """A segmenter of the method of the options, fitted to references, with the SAM, threshold and class of `like`."""
     segmenter = make_segmenter(options, like.sam)
     segmenter.absent_threshold, segmenter.class_name = like.absent_threshold, like.class_name
     return segmenter.fit([photo.read() for photo, _ in references], [mask for _, mask in references])

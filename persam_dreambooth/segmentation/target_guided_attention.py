@@ -1,6 +1,6 @@
 """Target-guided attention (PerSAM, section 3.2, Eq. 7): the bias, and the attention that uses it.
 
-Shapes: N tokens (IoU, masks, prompts), C channels, g * g cells (g is 64 with SAM, 72 with SAM 3).
+Shapes: N tokens (IoU, masks, prompts), C channels, n = g x g cells.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class BiasedAttention(nn.Module):
         attention_similarity: torch.Tensor | None = None,
         **others: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(1, 1, N, C) and the weights for query (1, 1, N, C), key and value (1, 1, g * g, C) and bias (g * g,)."""
+        """Returns (1, 1, N, C) and the weights for query (1, 1, N, C), key, value (1, 1, n, C) and bias (n,)."""
         if attention_similarity is None:
             return self.attention(query=query, key=key, value=value, **others)
         heads = self.attention.num_attention_heads
@@ -58,7 +58,7 @@ def attention_bias(
     kind: Literal["persam", "published", "paper"],
     alpha: float = 1.0,
 ) -> torch.Tensor:
-    """The bias of target-guided attention over the cells: (g * g,).
+    """The bias of target-guided attention over the cells: (n,).
 
     Args:
         prior: (g, g) location prior.

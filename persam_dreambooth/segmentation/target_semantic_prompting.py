@@ -4,7 +4,7 @@ SAM, SAM-HQ, MobileSAM and SAM 2 share the two-way transformer that is guided he
 `attention_similarity` and `target_embedding`, but they add the similarity before a single softmax and leave the target
 out of the last attention, which differs from PerSAM. So this module has its own forward pass with the models' weights.
 
-Shapes: N tokens (IoU, masks, prompts), C channels, g * g cells (g is 64 with SAM, 72 with SAM 3).
+Shapes: N tokens (IoU, masks, prompts), C channels, n = g x g cells.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ class Guidance:
     """The guidance of one decoder pass.
 
     Args:
-        bias: (g * g,), added to the token-to-image attention after its softmax; a second softmax follows (Eq. 7).
+        bias: (n,), added to the token-to-image attention after its softmax; a second softmax follows (Eq. 7).
         target: (C,), the target embedding, not normalized; added to every token (Eq. 8).
         form: `code`: as in the published code, which biases the two blocks but not the final attention, and adds the
             target in place, so that it also enters the tokens' positional encoding. `paper`: bias and target in the
@@ -66,7 +66,7 @@ class GuidedTransformer(nn.Module):
         image_positional_embeddings: torch.Tensor,
         **others: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens (1, 1, N, C) and image (1, C, g, g) to attended (1, 1, N, C) and (1, 1, g * g, C)."""
+        """Tokens (1, 1, N, C) and image (1, C, g, g) to attended (1, 1, N, C) and (1, 1, n, C)."""
         guidance = _guidance.get()
         if guidance is None:
             return self.transformer(

@@ -7,7 +7,7 @@ PerSAM (Zhang et al. 2023, section 4.2) prompts each object with the maxima of t
 in the previous frame, and with that box's center. So a frame depends only on the given label maps and on the previous
 one. With memory, each object is recalled from the frame in which it is given and from the last frames.
 
-Shapes: H W frame; 4g x 4g low-resolution logits. Points and boxes are xy in pixels of the frame. A label map is
+Shapes: H W frame; 4 g x 4 g low-resolution logits. Points and boxes are xy in pixels of the frame. A label map is
 (H, W) uint8: 0 for background, else the object's number.
 """
 
@@ -272,7 +272,7 @@ class VideoSegmenter:
     def _decode(
         self, encoding: Encoding, points: np.ndarray, box: np.ndarray | None, mask_logits: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits of three masks (3, 4g, 4g) and their predicted IoUs (3,); every point is positive."""
+        """Logits of three masks (3, 4 g, 4 g) and their predicted IoUs (3,); every point is positive."""
         return self.sam.decode(encoding, points, np.ones(len(points), int), box, mask_logits)
 
 

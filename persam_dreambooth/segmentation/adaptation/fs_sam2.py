@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from persam_dreambooth.errors import InputError
 from persam_dreambooth.options import Condition, option, require, within
 from persam_dreambooth.segmentation.adaptation.adapt_options import AdaptOptions
 
@@ -94,10 +95,13 @@ def open_few_shot(options: AdaptFsSam2Options, accelerator: Accelerator) -> Lear
     from persam_dreambooth.segmentation.adapters import Adapter
     from persam_dreambooth.segmentation.memory import check_memory
     from persam_dreambooth.segmentation.sams.checkpoints import open_sam
+    from persam_dreambooth.segmentation.sams.sam3 import Sam3
 
     training, validation = read_episode_images(options)
     sam = open_sam(options.sam_model, accelerator.device)
     check_memory(sam)
+    if isinstance(sam, Sam3):
+        raise InputError(f"{sam.name} is a SAM 3, and FS-SAM2 is for SAM 2: name a SAM 2 or 2.1 with memory")
     described = {
         "training_images": len(training.images),
         "training_classes": list(training.classes),

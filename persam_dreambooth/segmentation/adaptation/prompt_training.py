@@ -3,10 +3,10 @@
 Kim et al. 2024 (arXiv 2403.09199) name the losses: focal, dice and IoU for the mask, and point matching with the PMM.
 The paper leaves open how they are weighted and optimized. Our choices: equal weights (with focal and dice 20 : 1, as
 SAM was trained, a small part's mask becomes empty and stays so, since the decoder is frozen); the IoU loss is SAM's,
-the squared error of the predicted IoU; losses at 4g x 4g, without the padding; AdamW with a cosine schedule; the
+the squared error of the predicted IoU; losses at 4 g x 4 g, without the padding; AdamW with a cosine schedule; the
 single-mask output. A step depends only on the seed and its number.
 
-Shapes: B prompts, H W photo, 4g x 4g low-resolution logits; a prompt is as in `prompt_learning`.
+Shapes: B prompts, H W photo, 4 g x 4 g low-resolution logits; a prompt is as in `prompt_learning`.
 """
 
 from __future__ import annotations
@@ -123,8 +123,8 @@ class Truth:
     """An example's mask at low resolution.
 
     Args:
-        mask: (4g, 4g) float, 1 where the mask covers at least half of a cell.
-        inside: (4g, 4g) float, 1 in the photo and 0 in the padding.
+        mask: (4 g, 4 g) float, 1 where the mask covers at least half of a cell.
+        inside: (4 g, 4 g) float, 1 in the photo and 0 in the padding.
         outline: (P, 2) points of the true outline, or None.
     """
 
@@ -180,7 +180,7 @@ class PromptLearner(nn.Module):
         return {**losses, "loss": torch.stack(list(losses.values())).sum()}
 
     def decode(self, encodings: Sequence[Encoding], prompts: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits (B, 4g, 4g) and predicted IoUs (B,) of prompts, with what is learned."""
+        """Logits (B, 4 g, 4 g) and predicted IoUs (B,) of prompts, with what is learned."""
         logits, scores = decode_prompts(self.sam, encodings, prompts, self.plm, self.decoder)
         return logits[:, 0].float(), scores[:, 0].float()
 
@@ -248,10 +248,10 @@ def mask_losses(
     """The weighted `focal`, `dice` and `iou` losses, means over B masks.
 
     Args:
-        logits: (B, 4g, 4g).
+        logits: (B, 4 g, 4 g).
         scores: (B,) predicted IoUs.
-        truth: (B, 4g, 4g), 0 or 1.
-        inside: (B, 4g, 4g), 1 in the photo and 0 in the padding.
+        truth: (B, 4 g, 4 g), 0 or 1.
+        inside: (B, 4 g, 4 g), 1 in the photo and 0 in the padding.
     """
     logits, truth, inside = logits.flatten(1), truth.flatten(1), inside.flatten(1)
     signed = (2 * truth - 1) * logits
@@ -269,12 +269,11 @@ def mask_losses(
 
 
 def low_res(mask: np.ndarray, encoding: Encoding) -> np.ndarray:
-    """How much of each low-resolution cell a mask (H, W) bool covers: (4g, 4g) float32, 0 in the padding."""
+    """How much of each low-resolution cell a mask (H, W) bool covers: (4 g, 4 g) float32, 0 in the padding."""
     height, width = encoding.resized
     resized = Image.fromarray(mask.astype(np.uint8) * 255).resize((width, height), Image.Resampling.BOX)
     padded = np.zeros((encoding.padded, encoding.padded), np.float32)
     padded[:height, :width] = np.asarray(resized, np.float32) / 255
     side = 4 * encoding.grid
-    parts = side // math.gcd(side, encoding.padded)  # a cell of SAM 3 has 3.5 pixels a side
-    pixels = padded.repeat(parts, 0).repeat(parts, 1)
-    return pixels.reshape(side, len(pixels) // side, side, -1).mean((1, 3))
+    # Cells of SAM 3 are 3.5 pixels wide, so neighbors share a pixel.
+    return F.adaptive_avg_pool2d(torch.from_numpy(padded)[None], side)[0].numpy()

@@ -21,7 +21,6 @@ WRAPPERS: dict[str, type[Sam]] = {
     "sam_hq": SamHQ,
     "sam2": Sam2,
     "sam3_tracker": Sam3,
-    "sam3_tracker_video": Sam3,
 }
 """The classes for models by their `model_type` in transformers."""
 
@@ -36,8 +35,8 @@ def open_sam(
     """Loads a checkpoint of SAM, SAM-HQ, MobileSAM, SAM 2, SAM 2.1 or SAM 3.
 
     Args:
-        name: hub id such as `facebook/sam-vit-huge`, `syscv-community/sam-hq-vit-base`, `facebook/sam2.1-hiera-tiny` or
-            `facebook/sam3`, a local folder, a file such as `sam_vit_h_4b8939.pth`, `mobile_sam.pt` or
+        name: hub id such as `facebook/sam-vit-huge`, `syscv-community/sam-hq-vit-base`, `facebook/sam2.1-hiera-tiny`
+            or `facebook/sam3`, a local folder, a file such as `sam_vit_h_4b8939.pth`, `mobile_sam.pt` or
             `sam2.1_hiera_tiny.pt`, or `toy`.
         device: `cpu`, `cuda`, `mps`, ...; by default the accelerator if there is one.
         dtype: precision of the image encoder, as a type or a name such as `bfloat16`; see `precision` for `auto`.
@@ -92,7 +91,10 @@ def precision(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
 def _read_folder(source: str, revision: str | None) -> "PreTrainedModel":
     """Loads a checkpoint in transformers' format: a folder or a hub id."""
     loader, config = _find_loader(source, revision)
-    model, found = loader.from_pretrained(source, revision=revision, config=config, output_loading_info=True)
+    names = getattr(loader, "checkpoint_names", None)
+    model, found = loader.from_pretrained(
+        source, revision=revision, config=config, key_mapping=names, output_loading_info=True
+    )
     if found["missing_keys"]:
         raise InputError(
             f"{source} lacks weights ({min(found['missing_keys'])}, ...): download it again, or name another model"
@@ -104,14 +106,16 @@ def _find_loader(source: str, revision: str | None = None) -> tuple[Any, Any]:
     """The model class of a checkpoint in transformers' format, and its configuration."""
     from transformers import AutoConfig, Sam2Model, Sam3TrackerModel, SamHQModel, SamModel
 
-    from persam_dreambooth.segmentation.sams.sam2_memory import Sam2MemoryModel
+    from persam_dreambooth.segmentation.sams.sam2_memory import Sam2MemoryModel, Sam3MemoryModel
 
     config = AutoConfig.from_pretrained(source, revision=revision)
     # The hub's SAM 3 checkpoint is of type sam3_video, a detector and a tracker.
     config = getattr(config, "tracker_config", config)
     # The hub's SAM 2 checkpoints are of type sam2_video.
     loaders = {"sam": SamModel, "sam_hq": SamHQModel, "sam2": Sam2Model, "sam2_video": Sam2MemoryModel}
-    loaders |= {"sam3_tracker": Sam3TrackerModel, "sam3_tracker_video": Sam3TrackerModel}
+    loaders |= {"sam3_tracker": Sam3TrackerModel, "sam3_tracker_video": Sam3MemoryModel}
+    if config.model_type == "sam3":
+        raise InputError(f"{source} is a detector of SAM 3 without its tracker: name a whole SAM 3, as facebook/sam3")
     if config.model_type not in loaders:
         kind = config.model_type
         raise InputError(f"{source} is a model of type {kind}: name a SAM, SAM-HQ, SAM 2 or SAM 3 checkpoint, or toy")

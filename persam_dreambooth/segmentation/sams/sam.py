@@ -1,7 +1,7 @@
 """SAM for PerSAM: encodes a photo once, then decodes prompts with or without guidance.
 
-Shapes: H W photo; S x S padded input, g x g cells with C channels and 4g x 4g low-resolution masks. S is 1024
-and g 64 in all published SAMs but SAM 3, where S is 1008 and g 72.
+Shapes: H W photo, S x S padded input, g x g cells with C channels, 4 g x 4 g low-resolution masks. S is 1024 and g is
+64; for SAM 3, they are 1008 and 72.
 Points and boxes are xy in pixels of the photo; a box is x0, y0, x1, y1 with inclusive bounds.
 """
 
@@ -48,7 +48,7 @@ class Encoding:
         size: (H, W) of the photo.
         resized: (h, w) of the photo inside the padded input; the longer side is `padded`.
         padded: side S of the padded input.
-        extra: other inputs of this SAM's decoder, and `Sam.other_extra`.
+        extra: what else this SAM encodes; see `Sam.decoder_features`.
         sam: the fingerprint of the SAM that made it; None if unknown.
     """
 
@@ -105,8 +105,8 @@ class Sam:
     decoder_options: ClassVar[dict[str, Any]] = {}
     """Other arguments of this SAM's mask decoder."""
 
-    other_extra: ClassVar[frozenset[str]] = frozenset()
-    """Names in `Encoding.extra` that are not inputs of the mask decoder."""
+    decoder_features: ClassVar[tuple[str, ...]] = ()
+    """The names in `Encoding.extra` of what this SAM's mask decoder reads."""
 
     def __init__(self, model: Any, name: str, dtype: torch.dtype = torch.float32, cache: Path | None = None) -> None:
         self.model = model.eval().requires_grad_(False)
@@ -268,7 +268,8 @@ class Sam:
 
     def features(self, encoding: Encoding) -> dict[str, Any]:
         """The photo's inputs of the model's decoder, by argument name."""
-        return {"image_embeddings": encoding.embedding, **encoding.extra}
+        finer = {name: value for name, value in encoding.extra.items() if name in self.decoder_features}
+        return {"image_embeddings": encoding.embedding, **finer}
 
     @torch.no_grad()
     def decode(
@@ -288,12 +289,12 @@ class Sam:
             points: (n, 2) xy.
             labels: (n,), 1 for the subject and 0 for the background.
             box: (4,) or None.
-            mask_logits: (4g, 4g) low-resolution logits of an earlier pass, or None.
+            mask_logits: (4 g, 4 g) low-resolution logits of an earlier pass, or None.
             multimask: returns three masks (whole, part, subpart), else the single-mask output.
             guidance: target-guided attention and target-semantic prompting for this pass.
 
         Returns:
-            Logits (masks, 4g, 4g) and predicted IoUs (masks,), float32; masks is 3 or 1.
+            Logits (masks, 4 g, 4 g) and predicted IoUs (masks,), float32; masks is 3 or 1.
         """
         self.check_own(encoding)
         device = self.device
@@ -316,13 +317,13 @@ class Sam:
         return output.pred_masks[0, 0], output.iou_scores[0, 0]
 
     def upscale(self, maps: torch.Tensor, encoding: Encoding) -> torch.Tensor:
-        """SAM's mask post-processing: (n, 4g, 4g) to the padded input, padding cropped, to the photo: (n, H, W)."""
+        """SAM's mask post-processing: (n, 4 g, 4 g) to the padded input, padding cropped, to the photo: (n, H, W)."""
         maps = F.interpolate(maps[None], (self.padded, self.padded), mode="bilinear", align_corners=False)
         maps = maps[..., : encoding.resized[0], : encoding.resized[1]]
         return F.interpolate(maps, encoding.size, mode="bilinear", align_corners=False)[0]
 
     def mask_box(self, logits: torch.Tensor, encoding: Encoding) -> np.ndarray | None:
-        """The tight box (4,) of logits (4g, 4g) above 0 at the photo's size; None if the mask is empty."""
+        """The tight box (4,) of logits (4 g, 4 g) above 0 at the photo's size; None if the mask is empty."""
         mask = self.upscale(logits[None], encoding)[0] > 0
         rows, columns = mask.any(dim=1).nonzero(), mask.any(dim=0).nonzero()
         if len(rows) == 0:

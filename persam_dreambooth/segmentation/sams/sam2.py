@@ -1,10 +1,10 @@
 """SAM 2 and 2.1 on single photos (Ravi et al. 2024, arXiv 2408.00714), for PerSAM.
 
-Shapes as in `sam`; the decoder also reads finer features, 32 x 4g x 4g and 64 x 2g x 2g.
+Shapes as in `sam`; the decoder also reads finer features, 32 x 4 g x 4 g and 64 x 2 g x 2 g.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ class Sam2(Sam):
     """A frozen `Sam2Model` from transformers whose decoder can be guided.
 
     A photo is stretched to a square, without padding. Its embedding includes SAM 2's "no memory" vector, as the decoder
-    expects. Masks are resized from 4g x 4g to the photo in one step. Mask prompts are clipped to logits of at most
+    expects. Masks are resized from 4 g x 4 g to the photo in one step. Mask prompts are clipped to logits of at most
     32.
 
     By default, SAM 2 replaces an unstable single-mask output by the best of its three masks. This is disabled: PerSAM's
@@ -24,6 +24,7 @@ class Sam2(Sam):
     """
 
     logit_limit = 32.0
+    decoder_features: ClassVar[tuple[str, ...]] = ("high_resolution_features",)
 
     def __init__(self, model: Any, name: str, dtype: torch.dtype = torch.float32, cache: Path | None = None) -> None:
         super().__init__(model, name, dtype, cache)
@@ -48,5 +49,5 @@ class Sam2(Sam):
         return {"image_embeddings": [*encoding.extra["high_resolution_features"], encoding.embedding]}
 
     def upscale(self, maps: torch.Tensor, encoding: Encoding) -> torch.Tensor:
-        """SAM 2's mask post-processing: (n, 4g, 4g) to the photo: (n, H, W)."""
+        """SAM 2's mask post-processing: (n, 4 g, 4 g) to the photo: (n, H, W)."""
         return F.interpolate(maps[None], encoding.size, mode="bilinear", align_corners=False)[0]

@@ -1,22 +1,31 @@
-"""SAM 2's memory on single photos: annotated photos are earlier frames, the photo to segment is the next one.
+"""The memory of SAM 2 and 3 on single photos: annotated photos are earlier frames, the photo to segment is the next.
 
 The forward pass of FS-SAM2 (Forni et al. 2025): spatial memory only, without object pointers and temporal positions, so
 that the order of the annotated photos does not matter. All functions take batches and are differentiable. They call the
 modules of transformers' models directly, since `Sam2VideoModel.forward` runs in inference mode, replaces the masks of
 objects that it takes as occluded, and changes the memory of these.
 
-Shapes: B photos (or objects), K annotated photos of each; S = 1024 pixels a side; g x g cells (64 x 64) with C = 256
-channels, g * g memory tokens of M = 64 channels a photo; finer features (B, C / 8, 4g, 4g) and (B, C / 4, 2g, 2g).
+Shapes: B photos (or objects), K annotated photos of each; S pixels a side; g x g cells with C = 256 channels, g * g
+memory tokens of M = 64 channels a photo; finer features (B, C / 8, 4 g, 4 g) and (B, C / 4, 2 g, 2 g). For SAM 2, S is
+1024 and g is 64; for SAM 3, S is 1008 and g is 72.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from transformers import Sam2Config, Sam2Model, Sam2VideoConfig
+from transformers import (
+    Sam2Config,
+    Sam2Model,
+    Sam2VideoConfig,
+    Sam3TrackerConfig,
+    Sam3TrackerModel,
+    Sam3TrackerVideoConfig,
+)
+from transformers.modeling_utils import PreTrainedModel
 from transformers.models.sam2_video.modeling_sam2_video import (
     Sam2VideoMemoryAttention,
     Sam2VideoMemoryEncoder,
@@ -30,17 +39,14 @@ STABILITY_MARGIN, LEAST_STABILITY = 0.05, 0.98
 """A mask is stable if its pixels above the margin are this share of those above minus the margin, as in SAM 2."""
 
 
-class Sam2MemoryModel(Sam2Model):
-    """`Sam2Model` with the memory attention and the memory encoder of `Sam2VideoModel`, under the same names.
+class MemoryModel(PreTrainedModel):
+    """An image model with the memory attention and the memory encoder of its video model, under the same names.
 
-    The mask decoder does not replace unstable masks by itself.
-
-    Args:
-        config: of the video model; `config` of this model is that of the image model.
+    The mask decoder does not replace unstable masks by itself. The memories of SAM 2 and SAM 3 have the same layers.
     """
 
-    def __init__(self, config: Sam2VideoConfig) -> None:
-        super().__init__(Sam2Config.from_dict({**config.to_dict(), "model_type": "sam2"}))
+    def add_memory(self, config: Sam2VideoConfig | Sam3TrackerVideoConfig) -> None:
+        """Adds the memory; `config` is that of the video model."""
         config._attn_implementation = self.config._attn_implementation
         self.memory_attention = Sam2VideoMemoryAttention(config)
         self.memory_encoder = Sam2VideoMemoryEncoder(config)
@@ -57,6 +63,37 @@ class Sam2MemoryModel(Sam2Model):
         super()._init_weights(module)
         if isinstance(module, Sam2VideoMemoryAttention):
             self.set_positions()
+
+
+class Sam2MemoryModel(MemoryModel, Sam2Model):
+    """`Sam2Model` with the memory of `Sam2VideoModel`.
+
+    Args:
+        config: of the video model; `config` of this model is that of the image model.
+    """
+
+    def __init__(self, config: Sam2VideoConfig) -> None:
+        super().__init__(Sam2Config.from_dict({**config.to_dict(), "model_type": "sam2"}))
+        self.add_memory(config)
+
+
+class Sam3MemoryModel(MemoryModel, Sam3TrackerModel):
+    """`Sam3TrackerModel` with the memory of `Sam3TrackerVideoModel`.
+
+    Args:
+        config: of the video model; `config` of this model is that of the image model.
+    """
+
+    checkpoint_names: ClassVar[dict[str, str]] = {
+        "^detector_model.vision_encoder.backbone.": "vision_encoder.backbone.",
+        "^tracker_neck.": "vision_encoder.neck.",
+        "^tracker_model.": "",
+    }
+    """What `from_pretrained` replaces in names of weights; transformers does so only for its own classes."""
+
+    def __init__(self, config: Sam3TrackerVideoConfig) -> None:
+        super().__init__(Sam3TrackerConfig.from_dict({**config.to_dict(), "model_type": "sam3_tracker"}))
+        self.add_memory(config)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,14 +114,14 @@ class Memory:
 
 
 def has_memory(model: Any) -> bool:
-    """Whether a SAM 2 has the modules for its memory; the image model of transformers has none."""
+    """Whether a model has the modules for a memory; the image models of transformers have none."""
     return hasattr(model, "memory_attention") and hasattr(model, "memory_encoder")
 
 
 def image_features(model: Any, pixels: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Encodes photos: (B, 3, S, S) normalized to finer features and cells (B, C, g, g), without the no-memory vector.
 
-    The mask decoder's two convolutions of the finer features are applied.
+    For SAM 2. The mask decoder's two convolutions of the finer features are applied.
     """
     maps = model.get_image_features(pixels, return_dict=True).fpn_hidden_states
     sizes = [round(len(one) ** 0.5) for one in maps]
@@ -93,7 +130,7 @@ def image_features(model: Any, pixels: torch.Tensor) -> tuple[list[torch.Tensor]
 
 
 def encode_memory(model: Any, cells: torch.Tensor, masks: torch.Tensor) -> Memory:
-    """The memory of one annotated photo: cells (B, C, g, g) and its mask (B, 1, S, S), 0 to 1."""
+    """The memory of one annotated photo: cells (B, C, g, g) and its mask (B, 1, 16 g, 16 g), 0 to 1."""
     tokens, positions = model.memory_encoder(cells, masks * MASK_SCALE + MASK_BIAS)
     positions = positions.expand_as(tokens)
     return Memory(tokens.flatten(2).transpose(1, 2), positions.flatten(2).transpose(1, 2))
@@ -138,7 +175,7 @@ def decode_cells(
             so: it is the default of SAM 2's program.
 
     Returns:
-        Logits (B, 1, 4g, 4g), predicted IoUs (B, 1) and the logit that an object is visible (B, 1).
+        Logits (B, 1, 4 g, 4 g), predicted IoUs (B, 1) and the logit that an object is visible (B, 1).
     """
     count, device = len(cells), cells.device
     points = torch.zeros(count, 1, 1, 2, device=device)

@@ -21,9 +21,9 @@ class Sam3(Sam2):
     """A frozen `Sam3TrackerModel` from transformers whose decoder can be guided: a SAM 2 with another image encoder.
 
     Pixels are normalized with mean and standard deviation 0.5. Encodings also hold the photo at the size of the input.
+    The "no memory" vector is in the embedding, as in Meta's program and in transformers' `Sam3TrackerVideoModel`;
+    `Sam3TrackerModel` adds it to a level that its decoder does not read.
     """
-
-    other_extra = frozenset({BACKBONE, INPUT_PIXELS})
 
     @cached_property
     def concepts(self) -> ConceptModel:

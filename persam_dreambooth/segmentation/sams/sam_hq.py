@@ -22,6 +22,7 @@ class SamHQ(Sam):
     """
 
     decoder_options: ClassVar[dict[str, Any]] = {"hq_token_only": False}
+    decoder_features: ClassVar[tuple[str, ...]] = ("intermediate_embeddings",)
 
     def __init__(self, model: Any, name: str, dtype: torch.dtype = torch.float32, cache: Path | None = None) -> None:
         super().__init__(model, name, dtype, cache)
