@@ -17,7 +17,7 @@ from persam_dreambooth.photos.folder import Photo
 GRID_CELLS = 16
 """Cells of the grid along the longer side of a photo; those along its shorter side are about as large."""
 
-GRID_COLUMNS = "ABCDEFGHIJKLMNOP"
+CELL_COLUMNS = "ABCDEFGHIJKLMNOP"
 """The names of the columns of the grid."""
 
 SCALES = ("subpart", "part", "whole")
@@ -198,9 +198,9 @@ def _read_box(text: str, photo: Photo) -> tuple[int, int, int, int]:
 def _named_cell(text: str, flag: str, photo: Photo) -> tuple[int, int, int, int]:
     """The box of a cell by its name."""
     name = text.strip().upper()
-    (columns, rows), column, row = grid_shape(photo.size), GRID_COLUMNS.find(name[0]), int(name[1:]) - 1
+    (columns, rows), column, row = grid_shape(photo.size), CELL_COLUMNS.find(name[0]), int(name[1:]) - 1
     if not (0 <= column < columns and 0 <= row < rows):
-        last = f"{GRID_COLUMNS[columns - 1]}{rows}"
+        last = f"{CELL_COLUMNS[columns - 1]}{rows}"
         raise InputError(f"{flag} is {name}, outside of the grid of {photo.path}: its cells are A1 to {last}")
     return cell_box(column, row, photo.size)
 

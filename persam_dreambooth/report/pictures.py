@@ -11,7 +11,7 @@ from persam_dreambooth.files import write_aside
 from persam_dreambooth.photos.images import PICTURE_NOTE
 from persam_dreambooth.photos.labels import davis_palette
 from persam_dreambooth.photos.mask_folder import PhotoMask
-from persam_dreambooth.photos.mask_prompts import GRID_COLUMNS, PROMPTED, cell_box, grid_shape
+from persam_dreambooth.photos.mask_prompts import CELL_COLUMNS, PROMPTED, cell_box, grid_shape
 
 TILE = 320
 """Width and height, in pixels, of the box into which a picture is scaled."""
@@ -266,7 +266,7 @@ def cell_grid(photo: Image.Image) -> Image.Image:
         for y in ys:
             draw.line((xs[0], y, xs[-1], y), ink, thick)
     large, small = ImageFont.load_default(24), ImageFont.load_default(13)
-    across = [((left + right) / 2, name) for left, right, name in zip(xs, xs[1:], GRID_COLUMNS, strict=False)]
+    across = [((left + right) / 2, name) for left, right, name in zip(xs, xs[1:], CELL_COLUMNS, strict=False)]
     down = [((top + bottom) / 2, str(number)) for number, (top, bottom) in enumerate(pairwise(ys), 1)]
     for edge in (EDGE / 2, 1.5 * EDGE):
         for x, name in across:
