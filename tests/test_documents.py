@@ -261,7 +261,7 @@ def test_the_python_of_the_library_page_runs_in_its_order(home, encodings, capsy
     """With the small checkpoints, short trainings and the encodings that the tests share."""
     text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     monkeypatch.setattr(logging, "basicConfig", lambda **_: None)  # the tests have their own
     shared = f'sam_model="toy", encoding_cache={str(encodings)!r}'
     short = 'pretrained_model_name_or_path="toy", resolution=32, max_train_steps=2, num_validation_images=0'
@@ -274,6 +274,7 @@ def test_the_python_of_the_library_page_runs_in_its_order(home, encodings, capsy
         exec(block, known)
     said = capsys.readouterr().out
     assert said.startswith("Found(512 x 512, mask covers ") and "training 1 2\nthe user closed the page\n" in said
+    assert known["made"].mask.mean() > 0.15
     assert len(known["encodings"]) == 2 and all(path.is_file() for path in known["images"])
     for run in ("cat", "cancelled"):
         assert (home / "outputs" / run / "pytorch_lora_weights.safetensors").is_file()
