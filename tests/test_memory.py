@@ -243,7 +243,7 @@ def others(tmp_path_factory):
 @pytest.mark.parametrize("kind", ["sam", "sam-hq", "sam-2", "mobile-sam"])
 def test_a_sam_without_a_memory_is_refused(kind, others, tmp_path):
     sam = open_sam(others[kind], device="cpu")
-    told = "is a SAM without a memory of frames: name a SAM 2 or 2.1 with one, such as --sam_model facebook/sam2.1"
+    told = "is a SAM without a memory of frames: name a SAM 2, 2.1 or 3 with one, such as --sam_model facebook/sam2.1"
     for use in (MemorySegmenter, lambda sam: VideoSegmenter(sam, "memory"), lambda sam: MemorySegmenter.load("a", sam)):
         with pytest.raises(InputError, match=told):
             use(sam)
@@ -283,7 +283,7 @@ def test_a_folder_segments_through_the_command_line(folder, photos, mask, tmp_pa
     assert (tmp_path / "masks" / "heatmaps" / "01.jpg").is_file() and (tmp_path / "masks" / "overview.jpg").is_file()
     capsys.readouterr()
     assert run("segment", **{**options, "output": tmp_path / "no"}, sam_model="toy") == 2
-    assert "error: toy is a SAM without a memory of frames: name a SAM 2 or 2.1" in capsys.readouterr().err
+    assert "error: toy is a SAM without a memory of frames: name a SAM 2, 2.1 or 3" in capsys.readouterr().err
     assert not list((tmp_path / "no").glob("*.png"))
 
 
