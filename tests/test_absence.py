@@ -56,6 +56,7 @@ def test_a_photo_is_absent_from_its_threshold_on(encodings):
     assert ABSENT in found(presence + 1e-6).flags
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("absent, warned", [("warn", True), ("keep", False)])
 def test_masks_of_absent_subjects_are_kept_with_a_warning_or_without(absent, warned, tmp_path, caplog, encodings):
     options = {**SEGMENT, "output": tmp_path / "out", "absent": absent, "absent_threshold": NEVER}
@@ -176,6 +177,7 @@ def evaluate(**options):
     return command("evaluate", "absence", *flags(**{"sam_model": "toy", "segmenter": "persam", **options}))
 
 
+@pytest.mark.slow
 def test_every_image_is_searched_for_its_own_object_and_for_others(objects, tmp_path, capsys, encodings):
     assert evaluate(data=objects, output=tmp_path, absent_threshold=0.5, encoding_cache=encodings) == 0
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))

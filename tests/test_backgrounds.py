@@ -307,6 +307,7 @@ def test_a_run_with_everything_writes_pictures_and_what_they_show(runs, caplog):
 GENERATED = {"replace_background": "generated", "num_background_images": 3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{"background_in_prompt": True}, {"num_background_images": 2}, {"background_scenes": "a sofa"}],
@@ -330,6 +331,7 @@ def test_a_single_scene_is_said_in_the_prompt_too(runs):
 PRIOR = {"with_prior_preservation": True, "num_class_images": 2}
 
 
+@pytest.mark.slow
 def test_class_images_before_scenes_are_trained_on_with_the_prompts_they_were_made_with(runs):
     scene = runs(**PRIOR, class_scenes=True, background_scenes="a sofa")
     assert set(texts(scene / "class_images").values()) == {"a duck in front of a sofa\n"}

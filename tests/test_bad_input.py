@@ -564,6 +564,7 @@ def done(capsys, *arguments: str) -> str:
     return said.out
 
 
+@pytest.mark.slow
 def test_a_mask_of_the_whole_photo_trains_with_a_warning(home, capsys, caplog):
     Image.new("L", (SIDE, SIDE), 255).save("mask.png")
     done(capsys, *train(*MASK))
@@ -641,6 +642,7 @@ def test_a_reference_photo_may_lie_outside_the_folder(home, capsys):
     assert {path.name for path in Path("out").glob("*.png")} == {"01.png", "02.png"}
 
 
+@pytest.mark.slow
 def test_the_masks_of_segment_are_taken_by_train(home, capsys):
     done(capsys, *segment())
     done(capsys, *train("--mask_dir", "out", "--output_dir", "run"))

@@ -43,6 +43,7 @@ def finished(tmp_path_factory):
     return folder, run(folder, "--recipes", "base,masked,masked-persam-f")
 
 
+@pytest.mark.slow
 def test_every_cell_has_all_figures_and_a_row_of_the_table(finished):
     folder, result = finished
     assert {cell["recipe"] for cell in result["cells"]} == {"base", "masked", "masked-persam-f"}
@@ -85,6 +86,7 @@ def test_training_changes_the_figures(finished):
     assert figures(result)["base"] != figures(result)["masked"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_benchmark_does_only_what_is_left(finished, tmp_path, monkeypatch):
     folder, result = finished
     [lost] = folder.glob("cells/masked.*.json")
@@ -103,6 +105,7 @@ def test_an_interrupted_benchmark_does_only_what_is_left(finished, tmp_path, mon
     assert lost.is_file()
 
 
+@pytest.mark.slow
 def test_a_further_guidance_scale_leaves_the_cells_that_are_done(finished, tmp_path):
     shutil.copytree(finished[0], tmp_path / "copy")
     [done] = (tmp_path / "copy").glob("cells/base.*.5.json")
@@ -159,6 +162,7 @@ def test_bad_options_are_one_line_and_write_nothing(arguments, message, tmp_path
     assert not folder.exists()
 
 
+@pytest.mark.slow
 def test_the_demo_ends_with_a_page_that_holds_its_pictures_and_figures(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "STEPS", 2)
     monkeypatch.setattr(demo, "DENOISING_STEPS", 2)

@@ -170,6 +170,7 @@ def test_without_its_weight_there_is_no_loss_and_no_class_prompt(runs, photos):
     assert training_crops(photos).all_prompts() == ["a sks duck"]
 
 
+@pytest.mark.slow
 @every_method
 def test_a_run_starts_at_the_base_and_then_leaves_it(runs, method):
     shared = {**method, "checkpointing_steps": 1, "train_batch_size": 4}
@@ -192,6 +193,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", variants(VARIANTS, quick=("buckets", "scenes and class images", "whole photos")))
 def test_it_goes_with_other_options_and_resumes(runs, tmp_path, options):
     shared = {**KEEP, "train_batch_size": 4, **runs.sharing(options), "checkpointing_steps": 2}
@@ -203,6 +205,7 @@ def test_it_goes_with_other_options_and_resumes(runs, tmp_path, options):
     assert same_weights(folder, whole)
 
 
+@pytest.mark.slow
 def test_the_class_stays_near_the_base(runs, photos):
     shared = {"learning_rate": 2e-3, "max_train_steps": 20, "train_batch_size": 2, "train_text_encoder": True}
     free, kept = runs(**shared), runs(**shared, class_preservation_weight=5.0)

@@ -916,6 +916,7 @@ def test_both_programs_say_one_line_and_exit_with_2(tmp_path):
         assert "--instance_dir" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_program_trains_in_half_precision_and_its_configuration_is_taken_back(tmp_path, monkeypatch):
     for name in ("00.jpg", "01.jpg"):
         picture = Image.new("RGB", (96, 96), (90, 120, 90))

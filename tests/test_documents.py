@@ -139,6 +139,7 @@ def test_the_commands_of_the_evaluation_run_in_their_order(home, toy_sam):
     assert '"mIoU": 99.9999' in (home / "scores-of-others" / "results.json").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_commands_of_episodes_run_in_their_order(home, toy_sam):
     ran = [command for command in commands(ROOT / "docs" / "evaluation.md") if "episodes" in command]
     assert len(ran) == 4
@@ -180,6 +181,7 @@ def test_the_figures_of_few_shot_papers_are_those_beside_our_results():
         assert figures == {PUBLISHED_FS_SAM2: {1: float(one), 5: float(five)}}
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_families_run_in_their_order(home, toy_sam):
     listed = commands(ROOT / "docs" / "families.md")
     assert len(listed) >= 4
@@ -189,6 +191,7 @@ def test_the_commands_of_the_families_run_in_their_order(home, toy_sam):
     assert made == ["cat-3", "cat-flux", "cat-klein", "cat-xl", "cat-z"]
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_training_options_run(home, toy_sam, complete):
     shutil.copytree(complete, home / "outputs" / "cat")
     listed = commands(ROOT / "docs" / "training.md")
@@ -198,6 +201,7 @@ def test_the_commands_of_the_training_options_run(home, toy_sam, complete):
     assert len(list((home / "outputs/cat/generated").glob("*.png"))) == 6
 
 
+@pytest.mark.slow
 def test_the_commands_of_davis_run_in_their_order(home, toy_sam):
     ran = [command for command in commands(ROOT / "docs" / "evaluation.md") if "davis" in command]
     assert len(ran) == 4
@@ -208,6 +212,7 @@ def test_the_commands_of_davis_run_in_their_order(home, toy_sam):
     assert '"J&F-Mean": 100.0' in (home / "davis-of-others" / "results.json").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_task_page_run_in_their_order(home, filled_sam):
     """With few images, few steps and a tiny SAM."""
     listed = commands(ROOT / "docs" / "task.md")
@@ -257,6 +262,7 @@ def test_the_python_of_the_readme_runs(home, capsys):
     assert capsys.readouterr().out.startswith("(512, 512) ")
 
 
+@pytest.mark.slow
 def test_the_python_of_the_library_page_runs_in_its_order(home, encodings, capsys, monkeypatch):
     """With the small checkpoints, short trainings and the encodings that the tests share."""
     text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")

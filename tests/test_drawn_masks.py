@@ -105,6 +105,7 @@ def test_masks_beside_the_photos_are_used_and_not_trained_on(given, tmp_path):
     assert alike(kept(tmp_path, "beside"), given)
 
 
+@pytest.mark.slow
 def test_a_run_is_trained_again_from_its_mended_masks_beside_itself(given, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     mask = {"mask": "masks/00.png", "sam_model": "toy", "segmenter": "persam", "rank": 2}
@@ -137,6 +138,7 @@ def test_a_folder_in_kohyas_form_gives_identifier_and_class(given, tmp_path):
     assert 'instance_prompt: "a zwx red duck"' in (tmp_path / "run" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_what_a_run_advises_for_doubtful_masks_makes_new_masks_and_trains_on_them(given, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     mask = {"mask": "masks/00.png", "sam_model": "toy", "segmenter": "persam", "absent_threshold": 1}

@@ -37,6 +37,7 @@ def blind(sam):
     return sam
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sam", "sam-hq", "sam-2", "mobile-sam"])
 def test_what_was_encoded_once_is_read_and_the_same(kind, names, photo, tmp_path):
     plain = open_sam(names[kind], device="cpu").encode(photo)
@@ -71,6 +72,7 @@ def test_other_pixels_weights_and_precisions_are_encoded_anew(names, photo, tmp_
     assert len(files(tmp_path)) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sam", "sam-hq", "sam-2", "mobile-sam"])
 def test_a_training_in_bfloat16_keeps_the_encodings_of_a_sam_in_float32(kind, names, photo, tmp_path):
     exact = open_sam(names[kind], device="cpu").encode(photo)
@@ -95,6 +97,7 @@ def test_a_file_in_the_place_of_the_folder_is_refused(names, tmp_path):
         open_sam(names["sam"], device="cpu", encoding_cache=tmp_path / "cache")
 
 
+@pytest.mark.slow
 def test_commands_share_a_cache(tmp_path):
     words = ["segment", "--images", str(PHOTOS), "--mask", str(MASK), "--sam_model", "toy"]
     words += ["--encoding_cache", str(tmp_path / "cache")]

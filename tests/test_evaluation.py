@@ -455,6 +455,7 @@ def test_every_image_may_be_the_reference(data, tmp_path, toy_sam):
     assert tables_of(tmp_path)["Spread over references"]["persam-f"] == ["3", *spread]
 
 
+@pytest.mark.slow
 def test_another_reference_does_not_go_on_with_the_predictions_of_the_first(data, tmp_path, toy_sam):
     command = ["--data", data, "--output", tmp_path, *toy_sam, "--segmenter", "persam"]
     assert evaluate(*command) == 0
@@ -668,6 +669,7 @@ def davis_rows(rendered):
     return output, first
 
 
+@pytest.mark.slow
 def test_davis_runs_a_method_and_scores_what_it_wrote(rendered, davis_rows, tmp_path):
     output, first = davis_rows
     folders = sorted((output / "predictions" / "persam").iterdir())

@@ -296,6 +296,7 @@ def test_first_loss_without_masks_is_that_of_diffusers_script(runs, photos, mode
     assert column(run)[0] == pytest.approx(first_loss(batch, model, masked=False), rel=1e-5)
 
 
+@pytest.mark.slow
 @every_family
 def test_first_loss_in_a_bucket_is_the_formula_worked_out_with_plain_diffusers(runs, photos, model):
     """Positions, sizes that the model is told, and shifts of timesteps are those of a crop 32 wide and 48 high."""
@@ -731,6 +732,7 @@ def test_the_empty_prompt_is_what_guidance_subtracts(model):
     assert found.states[1].abs().max() > 0
 
 
+@pytest.mark.slow
 @every_family
 def test_accumulated_batches_equal_one_large_batch(runs, model):
     options = {"pretrained_model_name_or_path": model, **with_text_encoder(model.name)}
@@ -773,6 +775,7 @@ RESUMED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"),
     variants(RESUMED, ["sdxl, half precision", "sd3", "flux, half precision", "klein", "z-image, half precision"]),
@@ -813,6 +816,7 @@ def test_a_training_step_learns_nothing_from_outside_the_mask(photos, model):
     assert not torch.isclose(batch_losses(TrainOptions(), family, batch, None, embeddings)["loss"], loss)
 
 
+@pytest.mark.slow
 @every_family
 def test_all_ones_masks_equal_the_unmasked_run_to_the_bit(runs, photos, model, tmp_path):
     for photo in find_photos(photos):
@@ -849,6 +853,7 @@ def test_the_base_is_the_model_before_training_to_the_bit(photos, model, method)
 # --- what is trained and saved
 
 
+@pytest.mark.slow
 @every_family
 def test_loaded_lora_answers_as_the_model_under_training_and_changes_the_picture(runs, model):
     options = {"rank": 2, **with_text_encoder(model.name)}
@@ -867,6 +872,7 @@ def test_loaded_lora_answers_as_the_model_under_training_and_changes_the_picture
     assert np.abs(after - before).max() > 3
 
 
+@pytest.mark.slow
 @every_family
 def test_every_layer_that_has_a_say_is_trained_and_t5_is_not(runs, model):
     run = runs(pretrained_model_name_or_path=model, **with_text_encoder(model.name))
@@ -900,6 +906,7 @@ def test_full_run_saves_a_pipeline(runs, model, text_encoder):
     assert np.abs(generate_image(trained) - generate_image(base)).max() > 0
 
 
+@pytest.mark.slow
 @every_family
 def test_gradient_checkpointing_changes_nothing(runs, model):
     options = {"pretrained_model_name_or_path": model, **with_text_encoder(model.name)}
@@ -908,6 +915,7 @@ def test_gradient_checkpointing_changes_nothing(runs, model):
     assert same_weights(plain, saving)
 
 
+@pytest.mark.slow
 @every_family
 def test_half_precision_trains_close_to_single_and_saves_single(runs, model):
     options = {"pretrained_model_name_or_path": model}
@@ -970,6 +978,7 @@ def test_the_vae_trains_in_single_precision_where_its_configuration_asks(model, 
     assert family.pipeline.text_encoder_2.dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 @every_checkpoint
 def test_a_run_generates_and_its_card_names_its_family(runs, model, tmp_path):
     run = runs(
@@ -989,6 +998,7 @@ def test_a_run_generates_and_its_card_names_its_family(runs, model, tmp_path):
         assert len(list((tmp_path / f"{number}").glob("*.png"))) == 1
 
 
+@pytest.mark.slow
 @every_family
 def test_a_variant_of_the_weights_is_trained_on(runs, model, tmp_path):
     pipeline = plain_pipeline(model)

@@ -152,6 +152,7 @@ def test_agreement_pairs_pictures_with_their_own_texts():
     assert features.agreement(pictures, pictures.roll(1, 0)) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["sd", pytest.param("klein", marks=SLOW), pytest.param("z-image", marks=SLOW)])
 def test_a_run_is_evaluated_beside_its_base(family, complete, runs, tmp_path, phases, capsys):
     """The whole command on a real run, with CLIP and DINO from folders."""

@@ -72,6 +72,7 @@ def test_family_knows_its_geometry(version):
     assert model.prediction_type == {"1.5": "epsilon", "2.1": "v_prediction"}[version]
 
 
+@pytest.mark.slow
 @every_version
 @pytest.mark.parametrize("resolution", [None, 448, 1024])
 def test_encode_predict_and_target_have_the_shapes_of_the_latent_grid(version, resolution):
@@ -336,6 +337,7 @@ def sam_hq():
     return SamHQ(SamHQModel(config), "random SAM-HQ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("segmenter", [PerSAM, PerSAMF])
 def test_sam_hq_end_to_end(sam_hq, segmenter):
     fitted = segmenter(sam_hq)

@@ -91,11 +91,13 @@ LORA = {
 """Parameters of LoRA of rank 4."""
 
 
+@pytest.mark.slow
 @every_model
 def test_lora_has_as_many_parameters_as_its_layers_ask_for(name):
     assert count(family(name).make_trainable(TrainOptions(), META, torch.bfloat16)) == LORA[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW.get(name, ())) for name in PARAMETERS])
 def test_a_training_step_reaches_every_trained_weight(name):
     model = family(name)

@@ -51,6 +51,7 @@ def changed(one, two):
     return np.mean([np.mean(a != b) for a, b in zip(one.values(), two.values(), strict=True)])
 
 
+@pytest.mark.slow
 def test_every_kind_of_model_generates(runs, pictures):
     strong = {"learning_rate": 0.01, "checkpointing_steps": STEPS}
     lora = runs(rank=2, train_text_encoder=True, **strong)
@@ -150,6 +151,7 @@ def strong(runs):
     return train
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", variants({name: name for name in ("toy", "sdxl", "sd3", "flux")}, ["toy", "sd3"]))
 def test_the_scale_of_a_lora_is_from_the_base_model_to_the_run(strong, tmp_path_factory, pictures, name):
     checkpoints = tmp_path_factory.getbasetemp() / "scales"
@@ -190,6 +192,7 @@ def test_a_setting_that_the_model_does_not_support_is_refused(runs, tmp_path, ca
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["folder", "file", "kohya"])
 def test_a_lora_without_its_run_needs_the_base_model(runs, tmp_path, pictures, capsys, place):
     options = {"rank": 2, "learning_rate": 0.01, "train_text_encoder": True, "export": "kohya"}
@@ -225,6 +228,7 @@ def test_a_lora_of_another_family_is_refused(runs, tmp_path, capsys):
 # --- names and files
 
 
+@pytest.mark.slow
 def test_no_image_is_replaced_by_one_of_other_settings(runs, complete, tmp_path):
     def generate(prompt="a duck", model="toy", seed=0, **options):
         options = {"num_inference_steps": 1, "num_images": 1, **options}
@@ -341,6 +345,7 @@ def test_a_run_folder_that_cannot_be_written_names_output(complete, tmp_path, ca
     assert capsys.readouterr().err.endswith("choose another folder, or name a folder with --output\n")
 
 
+@pytest.mark.slow
 def test_an_interruption_keeps_the_images_and_the_same_command_goes_on(tmp_path, pictures):
     options = {"model": "toy", "num_images": 10, "num_inference_steps": 2, "output": tmp_path / "out"}
     words = ["generate", "a duck", *flags(**options)]

@@ -57,6 +57,7 @@ def base_predictions(batch):
 # --- the formula
 
 
+@pytest.mark.slow
 @every_method
 @pytest.mark.parametrize("normalization", ["area", "none"])
 def test_it_is_the_formula_worked_out_with_plain_diffusers(photos, method, normalization):
@@ -187,6 +188,7 @@ def test_a_copy_is_kept_only_where_it_is_needed():
 # --- whole runs
 
 
+@pytest.mark.slow
 @every_method
 def test_a_run_starts_at_the_base_and_then_leaves_it(runs, method):
     run = runs(**KEEP, checkpointing_steps=1, **method)
@@ -202,6 +204,7 @@ def test_a_run_starts_at_the_base_and_then_leaves_it(runs, method):
     assert weights(run).keys() == weights(plain).keys()  # the copy is not saved
 
 
+@pytest.mark.slow
 def test_more_weight_keeps_the_prediction_outside_nearer_to_the_base(runs):
     options = {"learning_rate": 1e-2, "max_train_steps": 12}
     free = runs(masked_prior_preservation_weight=1e-9, **options)  # so little that it only measures
@@ -209,6 +212,7 @@ def test_more_weight_keeps_the_prediction_outside_nearer_to_the_base(runs):
     assert np.mean(column(kept, "preservation_loss")[6:]) < 0.5 * np.mean(column(free, "preservation_loss")[6:])
 
 
+@pytest.mark.slow
 @every_method
 def test_it_starts_at_the_base_in_half_precision(runs, method):
     kept = column(runs(**KEEP, mixed_precision="bf16", **method), "preservation_loss")

@@ -110,6 +110,7 @@ def test_one_reference_gives_the_mask_of_the_video_model_of_transformers(video_m
     assert 1e-5 * scale < (unrounded - expected).abs().max() < 1e-2 * scale
 
 
+@pytest.mark.slow
 def test_a_batch_gives_what_its_photos_give_one_by_one(sam, photos, masks):
     pixels = torch.cat([sam.padded_input(np.array(photo.resize((1024, 1024)))) for photo in photos])
     shown = torch.stack([torch.from_numpy(one).float() for one in masks[:2]])[:, None].repeat(1, 1, 3, 2)[..., :1024]

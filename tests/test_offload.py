@@ -130,6 +130,7 @@ ENDED = {"validation_steps": 2, "num_validation_images": 1}
 """Samples in the midst of a run, where parts that training does not need come and go."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", variants({name: name for name in ("sd", "sdxl", "sd3", "flux")}, ["flux"]))
 def test_a_run_with_offload_is_the_same_run(runs, tmp_path, monkeypatch, name):
     made = []

@@ -142,12 +142,14 @@ FIRST_STEP = ["encoding", "training"]
 """On a CPU, the VAE stays where it is after it was used once."""
 
 
+@pytest.mark.slow
 def test_a_run_encodes_all_prompts_before_its_first_step(runs, tmp_path, phases):
     options = {"num_validation_images": 1, "validation_steps": 1, "caption_dropout": 0.5, "max_train_steps": 2}
     assert runs.train(tmp_path / "run", **options) == 0
     assert phases == ["prompts", "training", *FIRST_STEP, "pictures", "training", "pictures"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["toy", "flux"])
 def test_pictures_during_training_need_no_new_prompt(runs, checkpoints, tmp_path, phases, monkeypatch, name):
     """Long prompts are padded with a chunk of their own, and FLUX.1 takes no negative prompt."""
@@ -180,6 +182,7 @@ def test_fixed_crops_are_encoded_before_the_first_step_and_the_vae_leaves(runs, 
     assert phases == ["prompts", "latents", "training"]
 
 
+@pytest.mark.slow
 def test_class_images_and_backgrounds_begin_with_their_prompts(runs, tmp_path, phases):
     folders = {name: tmp_path / name for name in ("background_dir", "class_data_dir")}
     assert runs.train(tmp_path / "run", **ALL_AGAINST_BACKGROUNDS, **folders, max_train_steps=1) == 0
@@ -210,6 +213,7 @@ GUIDANCE = {"sd": 5.0, "sdxl": 5.0, "sd3": 5.0, "sd3-without-t5": 5.0, "flux": 3
 """The guidance that a checkpoint is asked for; FLUX.1 takes no negative prompt."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GUIDANCE)
 @pytest.mark.parametrize(("guided", "negative"), [(True, None), (True, "a beach"), (False, None)])
 def test_images_are_those_of_the_plain_pipeline_called_with_the_prompt(checkpoints, name, guided, negative):
@@ -234,6 +238,7 @@ def test_images_are_those_of_the_plain_pipeline_called_with_the_prompt(checkpoin
 TILED = variants({name: name for name in ("toy", "sdxl", "sd3", "flux", "klein", "z-image")}, ["toy", "klein"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TILED)
 @torch.no_grad()
 def test_an_image_of_several_tiles_needs_less_memory_and_each_tile_has_512_pixels(name):
@@ -265,6 +270,7 @@ def test_an_image_of_several_tiles_needs_less_memory_and_each_tile_has_512_pixel
     assert torch.equal(family.vae.encode(pixels).latent_dist.mean, encoded)
 
 
+@pytest.mark.slow
 def test_tiles_change_pictures_but_not_training_and_generate_decodes_as_the_run_did(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(latent_diffusion, "VAE_TILE", 16)
     for name in ("whole", "tiled"):
@@ -291,6 +297,7 @@ LAYERS = {"nf4": Linear4bit, "int8": Linear8bitLt}
 PRESERVED = {"masked_prior_preservation_weight": 1.0, "gradient_checkpointing": True}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("name", ["sd", *(pytest.param(name, marks=SLOW) for name in ("flux", "klein", "z-image"))])
 def test_a_lora_of_a_quantized_base_is_that_of_the_unquantized_one(runs, checkpoints, kind, name):
@@ -308,6 +315,7 @@ def test_a_lora_of_a_quantized_base_is_that_of_the_unquantized_one(runs, checkpo
     assert adapted and all(type(layer.base_layer) is torch.nn.Linear for layer in adapted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", LAYERS)
 def test_a_quantized_run_resumes_to_the_bit_and_generates_as_it_was_trained(runs, tmp_path, kind):
     options = {"quantize": kind, "checkpointing_steps": 2, **PRESERVED}

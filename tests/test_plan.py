@@ -115,6 +115,7 @@ def test_weights_of_phases_are_exact_sums():
     assert found["encoding"].weights == found["training"].weights + vae
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_plan_of_training_is_what_real_tensors_need(checkpointing):
     options = replace(TOY, gradient_checkpointing=checkpointing, resolution=64, train_batch_size=2)
@@ -135,6 +136,7 @@ def test_the_plan_of_training_is_what_real_tensors_need(checkpointing):
     assert planned == pytest.approx(count.peak, rel=0.05)
 
 
+@pytest.mark.slow
 def test_more_work_at_once_needs_more_memory():
     usual = {"resolution": 256, "train_batch_size": 2, "mixed_precision": "bf16"}
     peak = phases(**usual)["training"].peak
@@ -143,6 +145,7 @@ def test_more_work_at_once_needs_more_memory():
     assert phases(**usual, class_preservation_weight=1.0)["training"].peak > 1.5 * peak  # each photo twice
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "copies"),
     [({}, 3), ({"use_ema": True}, 4), ({"optimizer": "prodigy"}, 5), ({"gradient_accumulation_steps": 2}, 4)],
@@ -153,6 +156,7 @@ def test_the_state_of_training_is_counted(options, copies):
     assert phases(method="full", **options)["training"].weights == pytest.approx(copies * weights, rel=0.001)
 
 
+@pytest.mark.slow
 def test_the_precision_of_accelerate_launch_is_planned_as_that_of_the_option(monkeypatch):
     usual = {"method": "full", "train_text_encoder": True, "resolution": 32}
     half, brain = (phases(mixed_precision=precision, **usual) for precision in ("fp16", "bf16"))
@@ -200,6 +204,7 @@ def test_masks_are_planned_for_the_photos_that_sam_encodes_at_once(dtype, measur
     assert masks.peak - masks.weights == pytest.approx(activations / 4, rel=0.1)
 
 
+@pytest.mark.slow
 def test_phases_follow_the_options():
     every = ["prompts", "class images", "training", "encoding", "samples"]
     found = phases(with_prior_preservation=True, num_validation_images=1, class_name="cat")
@@ -220,6 +225,7 @@ def hub_copy(folder, copy):
     return copy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sdxl", "sd3", "flux", "klein", "z-image"])
 def test_every_family_is_planned_from_what_is_read_of_the_hub(name, tmp_path, capsys):
     pipeline = tiny_pipeline(name)

@@ -60,6 +60,7 @@ def test_every_kind_runs_in_half_precision(kind, dtype, names, reference, other)
             assert step.low_res_logits.dtype == np.float32 and np.isfinite(step.low_res_logits).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sam", "sam-hq", "sam-2", "mobile-sam"])
 def test_embeddings_in_half_precision_are_near_the_exact_ones(kind, names, other):
     """0.99 in cosine, cell by cell, on weights that amplify: random ones, and none trained for bfloat16."""
@@ -71,6 +72,7 @@ def test_embeddings_in_half_precision_are_near_the_exact_ones(kind, names, other
     assert float(torch.cosine_similarity(exact, half, dim=1).mean()) > 0.99
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [PerSAM, PerSAMF])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_masks_in_half_precision_are_near_the_exact_ones(kind, dtype, reference, encodings):
@@ -85,6 +87,7 @@ def test_masks_in_half_precision_are_near_the_exact_ones(kind, dtype, reference,
         assert (exact & half).sum() / (exact | half).sum() > (0.97 if dtype == torch.bfloat16 else 0.99)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sam", "sam-hq", "sam-2", "mobile-sam"])
 def test_no_float64_reaches_the_device(kind, names, reference, other):
     sam = open_sam(names[kind], device="cpu")

@@ -51,6 +51,7 @@ def test_class_images_are_generated_and_counted_and_reused(runs, tmp_path):
     assert "prior_loss" not in metrics(runs())[0]
 
 
+@pytest.mark.slow
 def test_class_image_does_not_depend_on_how_many_are_generated_at_a_time(runs, tmp_path):
     together = runs(**PRIOR, class_data_dir=tmp_path / "together")
     single = runs(**{**PRIOR, "sample_batch_size": 1}, class_data_dir=tmp_path / "single")
@@ -180,6 +181,7 @@ def test_photos_and_class_images_keep_their_own_prompt_mask_and_noise(photos):
     assert not torch.equal(target[:2], target[2:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{"class_prompt": "a cat"}, {"prior_loss_weight": 0.5}, {"num_class_images": 2}], ids=str
 )

@@ -44,6 +44,7 @@ def check(found, recorded):
     assert np.abs(found - recorded).max() < 1e-4 * np.abs(recorded).max()
 
 
+@pytest.mark.slow
 def test_against_the_original_image_encoder(published):
     _, encoding, golden = published
     assert encoding.embedding.shape == (1, 256, 64, 64)

@@ -32,6 +32,7 @@ def card_of(recipe):
     return int(re.search(r"for a card of (\d+) GB", first)[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [pytest.param(name, marks=() if name in QUICK else SLOW) for name in RECIPES])
 def test_every_recipe_trains_two_steps_and_makes_a_sample(recipe, photos, tmp_path):
     given = read_config(RECIPES[recipe])

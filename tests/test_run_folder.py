@@ -193,6 +193,7 @@ def home(tmp_path, photos, monkeypatch):
 RELATIVE = ["--pretrained_model_name_or_path", "sd", "--resolution", "32", "--num_validation_images", "0"]
 
 
+@pytest.mark.slow
 def test_a_run_with_relative_paths_can_be_used_from_any_folder(home, monkeypatch, capsys):
     arguments = ["--instance_dir", "duck", "--mask_dir", "masks", "--output_dir", "run", *RELATIVE]
     assert command("train", *arguments, "--max_train_steps", "2", "--checkpointing_steps", "1") == 0

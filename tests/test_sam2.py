@@ -244,6 +244,7 @@ def test_a_folder_that_lacks_weights_is_one_line(tmp_path):
         open_sam(str(folder))
 
 
+@pytest.mark.slow
 def test_a_folder_segments_through_the_command_line(folder, photo, mask, tmp_path):
     (tmp_path / "photos").mkdir()
     photo.save(tmp_path / "photos" / "00.jpg")

@@ -104,6 +104,7 @@ def test_an_array_and_a_picture_give_the_same_bits_every_time(segmenter, other, 
         assert (one.low_res_logits == two.low_res_logits).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(40, 200), (200, 40), (1300, 900), (1, 1), (3, 400)])
 def test_photos_of_any_shape_get_an_answer(segmenter, other, size):
     photo = other.resize(size)
@@ -124,6 +125,7 @@ def test_empty_intermediate_masks_give_an_empty_flagged_mask(kind, blind_sam, re
     assert set(found.flags) == {ABSENT, EMPTY_INTERMEDIATE}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "subject, other_subject, threshold", [("cat", "colorful_sneaker", 0.987), ("colorful_sneaker", "cat", 0.973)]
 )
@@ -275,6 +277,7 @@ def random_problem(seed):
     return logits, mask
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_the_fit_is_the_fit_by_autograd(seed):
     """All steps are taken, though the pixels are looked at only where the weights have moved."""

@@ -156,6 +156,7 @@ def test_a_single_file_of_xl_is_the_model_that_is_in_it(checkpoints, tmp_path):
         assert same_state(dict(getattr(loaded, part).state_dict()), dict(getattr(whole, part).state_dict())), part
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_run_on_a_single_file_is_the_run_on_its_folder(runs, files, tmp_path, monkeypatch, method):
     monkeypatch.chdir(files)

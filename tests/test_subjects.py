@@ -195,6 +195,7 @@ def test_accumulated_batches_of_two_subjects_equal_a_large_batch(train, tmp_path
     assert_same_trajectory(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.slow
 def test_the_example_of_the_documents_trains_on_masks_made_from_one_of_each(home, tmp_path, monkeypatch):
     text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     [example] = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)

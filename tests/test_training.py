@@ -59,6 +59,7 @@ from tools.toy import build
 # --- trajectories
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("batch", "accumulation", "options"),
     [(1, 4, {}), (2, 2, {}), pytest.param(1, 4, ALL_AGAINST_BACKGROUNDS, marks=SLOW)],
@@ -86,6 +87,7 @@ def test_another_seed_gives_other_weights_and_metrics(runs):
     assert all(not torch.equal(one[name], two[name]) for name in one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"replace_background": "noise"}], ids=str)
 def test_loading_processes_do_not_change_the_run(runs, options):
     workers = runs(dataloader_num_workers=2, **options)
@@ -93,6 +95,7 @@ def test_loading_processes_do_not_change_the_run(runs, options):
     assert same_metrics(runs(**options), workers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{"rank": 2, "learning_rate": 1e-3}, ALL_AGAINST_BACKGROUNDS], ids=["plain", "other backgrounds"]
 )
@@ -104,6 +107,7 @@ def test_saved_options_repeat_the_run(runs, tmp_path, options):
     assert {name for name in first if first[name] != again[name]} == {"output_dir"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{}, pytest.param(ALL_AGAINST_BACKGROUNDS, marks=SLOW)], ids=["plain", "other backgrounds"]
 )
@@ -187,6 +191,7 @@ def test_stopped_and_resumed_run_equals_the_uninterrupted_one(runs, tmp_path, op
     assert states[0]["optimizer"]["state"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cosine", "linear"])
 def test_killed_run_goes_on_along_its_schedule(runs, tmp_path, name):
     options = {"max_train_steps": 6, "checkpointing_steps": 3, "lr_scheduler": name}
@@ -252,6 +257,7 @@ def test_options_changed_on_resuming_count_from_then_on(runs, tmp_path):
     assert (group["betas"], group["weight_decay"]) == ((0.5, 0.999), 0.5)
 
 
+@pytest.mark.slow
 def test_text_encoders_have_a_rate_of_their_own_which_is_saved_scaled_scheduled_and_changed(runs, tmp_path):
     text = {"train_text_encoder": True, "lr_scheduler": "linear", "text_encoder_lr": 2e-5}
     straight = runs(**text, checkpointing_steps=2)
@@ -284,6 +290,7 @@ def test_the_first_step_of_each_part_has_the_length_of_its_rate(runs):
     assert lengths == {"lora:unet": pytest.approx(1e-3, rel=1e-3), "lora:text_encoder": pytest.approx(1e-5, rel=1e-3)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
 def test_a_run_of_one_group_of_weights_resumes_with_a_group_for_each_part(runs, tmp_path, optimizer):
     """Version 0.1.0 had one learning rate."""
@@ -339,6 +346,7 @@ def test_only_the_newest_checkpoints_are_kept(runs):
 # --- masks
 
 
+@pytest.mark.slow
 def test_all_ones_masks_equal_the_unmasked_run_to_the_bit(runs, photos, tmp_path):
     for photo in find_photos(photos):
         Image.new("L", photo.size, 255).save(tmp_path / f"{photo.path.stem}.png")
@@ -509,6 +517,7 @@ def test_default_resolution_is_the_models_own(runs):
 # --- optimization
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_half_precision_trains_close_to_single_and_saves_single(runs, method):
     half = runs(method=method, mixed_precision="bf16", num_validation_images=1, checkpointing_steps=STEPS)
@@ -535,6 +544,7 @@ def test_full_half_precision_run_leaves_the_frozen_parts_as_they_were(runs):
 KEPT_FROM_BASE = {"masked_prior_preservation_weight": 1.0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"train_text_encoder": True}, {"method": "full"}, KEPT_FROM_BASE], ids=str)
 def test_gradient_checkpointing_changes_nothing(runs, options):
     plain, saving = runs(**options), runs(gradient_checkpointing=True, **options)
@@ -564,6 +574,7 @@ SCHEDULES = {
 SCHEDULE_OPTIONS = {"cosine_with_restarts": {"lr_num_cycles": 3}, "polynomial": {"lr_power": 2}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_metrics_tell_the_learning_rate_of_each_step(runs, name):
     options = {"lr_scheduler": name, **SCHEDULE_OPTIONS.get(name, {})}
@@ -590,6 +601,7 @@ def test_default_learning_rates_are_those_of_the_method(runs):
     assert set(column(runs(train_text_encoder=True), "text_encoder_lr")) == {1e-4}  # diffusers has one for SD
 
 
+@pytest.mark.slow
 def test_gradients_are_clipped_to_the_norm(runs):
     # With rate and epsilon of 1000, AdamW's first step is 1000 g / (|g| + 1000), about g: the length of the step is the
     # norm of the gradient. At first only the B matrices have one.
@@ -638,6 +650,7 @@ EFFECTIVE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EFFECTIVE)
 def test_no_option_silently_does_nothing(runs, name):
     usual, other = weights(runs()), weights(runs(**{name: EFFECTIVE[name]}))

@@ -167,6 +167,7 @@ def test_noise_offset_shifts_whole_channels_and_no_other_draw():
     assert torch.equal(alone[1][0], shifted[1][7])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sdxl", "sd3"])
 def test_noise_offset_reaches_every_family(runs, checkpoints, name):
     model = toy_or_tiny(name, checkpoints)
@@ -177,6 +178,7 @@ def test_noise_offset_reaches_every_family(runs, checkpoints, name):
 # --- caption dropout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text_encoder", [None, pytest.param(True, marks=SLOW)])
 def test_dropped_captions_leave_class_images_their_prompt(runs, text_encoder):
     """Beside backgrounds that prompts name; what is dropped is trained with the embedding of the empty prompt."""
@@ -235,6 +237,7 @@ def test_a_saved_lora_gives_the_trained_models_answer_in_plain_diffusers(checkpo
         assert torch.allclose(loaded, base, atol=1e-3) == (name == "text" and not options.get("train_text_encoder"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sdxl", "sd3", "flux"])
 @pytest.mark.parametrize("options", [LORA["alpha, text encoder"], LORA["dora, all"]], ids=["alpha", "dora, all"])
 def test_a_saved_lora_of_every_family_carries_its_alpha(checkpoints, tmp_path, name, options):
@@ -253,6 +256,7 @@ def test_a_saved_lora_of_every_family_carries_its_alpha(checkpoints, tmp_path, n
         assert any(trained[key].get_delta_weight("default").abs().max() > 0 for key in layers)
 
 
+@pytest.mark.slow
 def test_lora_adapts_the_layers_that_are_asked_for(checkpoints):
     def adapted(name, part="unet", **options):
         return trained_part(name, checkpoints, part, **options)[1]
@@ -331,6 +335,7 @@ FROM_LORA = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "options"), variants({key: (key, value) for key, value in FROM_LORA.items()}, ["sd"]))
 def test_a_run_starts_from_the_lora_it_is_given(runs, checkpoints, tmp_path, name, options):
     model = toy_or_tiny("sd" if name == "dora" else name, checkpoints)
@@ -347,6 +352,7 @@ def test_a_run_starts_from_the_lora_it_is_given(runs, checkpoints, tmp_path, nam
         assert column(run)[0] != column(first)[0]
 
 
+@pytest.mark.slow
 def test_a_lora_of_another_alpha_starts_with_the_same_product(runs, tmp_path):
     first = runs(lora_alpha=8.0, learning_rate=0.01)
     given = {"init_lora": first, "learning_rate": 0.0, "max_train_steps": 1}
@@ -361,6 +367,7 @@ def test_a_lora_of_another_alpha_starts_with_the_same_product(runs, tmp_path):
     assert all(torch.equal(again[key], 4 * before[key]) for key in ups)
 
 
+@pytest.mark.slow
 def test_a_run_from_a_lora_resumes_from_its_own_checkpoint(runs, tmp_path):
     options = {"init_lora": runs(learning_rate=0.01), "checkpointing_steps": 2}
     straight = runs(**options)
@@ -502,6 +509,7 @@ def test_prodigy_goes_the_way_of_its_own_package(runs):
     assert ours.param_groups[0]["d"] > 1e-6  # where its estimate starts
 
 
+@pytest.mark.slow
 def test_prodigy_trains_logs_the_rate_it_found_and_resumes(runs, tmp_path):
     pytest.importorskip("prodigyopt")
     options = {"optimizer": "prodigy", "checkpointing_steps": 3, "adam_beta2": 0.9}
@@ -529,6 +537,7 @@ def test_an_optimizer_whose_package_is_missing_names_the_extra(runs, tmp_path, c
     )
 
 
+@pytest.mark.slow
 def test_adam_of_8_bits_goes_a_similar_way_and_resumes(runs, tmp_path):
     pytest.importorskip("bitsandbytes")
     options = {"rank": 128, "checkpointing_steps": 2}  # it keeps tensors below 4096 numbers in 32 bits
@@ -606,6 +615,7 @@ def test_a_skipped_step_advances_neither_schedule_nor_average(runs, tmp_path, ov
     assert {int(each["step"]) for each in state["optimizer"]["state"].values()} == {4}
 
 
+@pytest.mark.slow
 def test_a_run_with_skipped_steps_resumes_to_the_bit(runs, tmp_path, overflowing):
     options = {**overflowing, "lr_scheduler": "cosine", "checkpointing_steps": 1}
     straight, run = tmp_path / "straight", tmp_path / "run"
@@ -650,6 +660,7 @@ CACHED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", variants(CACHED, ["flipped", "random crops", "text encoder"]))
 def test_cached_latents_change_nothing(runs, options):
     plain, cached = runs(**options), runs(cache_latents=True, **options)
@@ -657,12 +668,14 @@ def test_cached_latents_change_nothing(runs, options):
     assert same_metrics(plain, cached)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sdxl", "sd3", "flux"])
 def test_cached_latents_change_nothing_in_any_family(runs, checkpoints, name):
     options = {"pretrained_model_name_or_path": toy_or_tiny(name, checkpoints), "center_crop": True}
     assert same_weights(runs(**options), runs(cache_latents=True, **options))
 
 
+@pytest.mark.slow
 def test_cached_latents_of_larger_batches_resume_to_the_bit(runs, tmp_path):
     options = {"cache_latents": True, "train_batch_size": 2, "checkpointing_steps": 2}
     assert_same_trajectory(runs(train_batch_size=2), runs(**options))  # the VAE rounds otherwise in a batch
@@ -749,6 +762,7 @@ VALIDATED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", variants(VALIDATED, ["dropout", "full, half precision"]))
 def test_samples_during_training_leave_training_as_it_is(runs, options):
     told = {"validation_steps": 2, "num_validation_images": 1}
@@ -761,6 +775,7 @@ def test_samples_during_training_leave_training_as_it_is(runs, options):
     assert len(list((watched / "samples").glob("*.png"))) == 1
 
 
+@pytest.mark.slow
 def test_samples_during_training_show_what_was_learned_by_then(runs):
     options = {"learning_rate": 1e-2, "num_validation_images": 1, "use_ema": True, "ema_decay": 0.2}
     watched = runs(validation_steps=2, **options)

@@ -167,6 +167,7 @@ def test_where_objects_meet_the_highest_logit_decides(sam, shown):
     assert set(np.unique(found)) == {0, 1, 2} and (found == expected).all()
 
 
+@pytest.mark.slow
 def test_an_object_that_leaves_is_absent_and_returns_under_its_number():
     """With the SAM that ships: both are there, one is gone, and it is back elsewhere than it left."""
     [(_, scenes)] = davis.sequences(1, 21)
