@@ -155,7 +155,8 @@ def test_other_masks_that_cannot_be_used_are_refused(home, capsys):
     assert "--other_mask and --instances exclude one another" in capsys.readouterr().err
     (home / "second" / "00.png").rename(home / "second" / "rex.png")
     assert command(*run, "--other_mask", "second/rex.png") == 2
-    assert "second/rex.png matches the name of no photo (00.png, 01.png, 02.png)" in capsys.readouterr().err
+    told = "second/rex.png matches the name of no photo (00.png, 01.png, 02.png): rename it, such as 00_mask.png"
+    assert told in capsys.readouterr().err  # --reference_image would be the photo of --point too
     assert command("train", "--instance_dir", "photos", "--mask_dir", "first", "--other_mask", "second/rex.png") == 2
     assert "--other_mask has no effect: add --mask" in capsys.readouterr().err
     assert not (home / "masks").exists()
