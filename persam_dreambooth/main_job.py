@@ -173,7 +173,7 @@ def write_masks(options: TrainOptions, albums: list[Album], begins: bool) -> Non
     if segmenter:  # before anything is written, since there may be no mask at the prompts
         albums = list(albums)
         for place, album in enumerate(albums):
-            if album.prompted and makes[place]:
+            if album.prompted:  # of a complete folder too, since the others must leave its subject out
                 first, encodings = prompted_reference(
                     *album.prompted, segmenter.sam, known[place], options.smallest_region
                 )
@@ -206,7 +206,8 @@ def write_masks(options: TrainOptions, albums: list[Album], begins: bool) -> Non
             )
             run_dir = options.run_dir if len(albums) == 1 else None
             images = album.subject.instance_dir
-            if advice := correction_advice(made, album.mask_dir, images, options, segmenter, run_dir):
+            others = album.subject.other_mask or ()
+            if advice := correction_advice(made, album.mask_dir, images, options, segmenter, run_dir, others):
                 logger.warning("%s%s", album.label, advice)
     for album in albums:
         with MaskWriter(album.mask_dir) as writer:

@@ -5,6 +5,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from scipy import ndimage
 from training_runs import command, flags
 
 from persam_dreambooth import find_subjects
@@ -155,7 +156,8 @@ def test_other_masks_that_cannot_be_used_are_refused(home, capsys):
     assert "--other_mask and --instances exclude one another" in capsys.readouterr().err
     (home / "second" / "00.png").rename(home / "second" / "rex.png")
     assert command(*run, "--other_mask", "second/rex.png") == 2
-    assert "second/rex.png matches the name of no photo (00.png, 01.png, 02.png)" in capsys.readouterr().err
+    told = "second/rex.png matches the name of no photo (00.png, 01.png, 02.png): rename it, such as 00_mask.png"
+    assert told in capsys.readouterr().err  # --reference_image would be the photo of --point too
     assert command("train", "--instance_dir", "photos", "--mask_dir", "first", "--other_mask", "second/rex.png") == 2
     assert "--other_mask has no effect: add --mask" in capsys.readouterr().err
     assert not (home / "masks").exists()
@@ -178,3 +180,24 @@ def test_training_on_two_subjects_of_the_same_photos_tells_them_apart(home, twin
     overview = np.asarray(Image.open(home / "run" / "overview.png"))
     for color in ((255, 0, 200), (0, 110, 255)):  # each subject's outline, also in the tiles of the other
         assert (overview == color).all(axis=2).any()
+
+
+@pytest.mark.slow
+def test_a_resumed_run_leaves_out_a_subject_of_a_point_whose_masks_are_complete(home, twins, toy_sam2):
+    depth = ndimage.distance_transform_edt(twins[0][1][1])
+    y, x = np.unravel_index(depth.argmax(), depth.shape)
+    shared = {"instance_dir": "photos", "class_name": "robot"}
+    entries = [
+        {**shared, "mask": "first/00.png", "identifier": "sks"},
+        {**shared, "point": f"{x},{y}", "identifier": "zwx"},
+    ]
+    (home / "two.yaml").write_text(yaml.safe_dump({"subjects": entries}), encoding="utf-8")
+    options = {"pretrained_model_name_or_path": "toy", "resolution": 32, "max_train_steps": 1, "output_dir": "run"}
+    words = ["train", "--config", "two.yaml", *toy_sam2, *flags(**options, num_validation_images=0)]
+    assert command(*words) == 0
+    masks = home / "run" / "masks" / "sks"
+    before = {name: (masks / name).read_bytes() for name in ("01.png", "02.png")}
+    for name in before:
+        (masks / name).unlink()
+    assert command(*words, "--max_train_steps", 2, "--resume_from_checkpoint", "latest") == 0
+    assert before == {name: (masks / name).read_bytes() for name in before}

@@ -16,6 +16,7 @@ from persam_dreambooth.photos.mask_folder import load_masks, load_references, no
 from persam_dreambooth.photos.mask_prompts import PromptOptions
 from persam_dreambooth.report.pictures import EDGE, GRID_SIDE, cell_grid
 from persam_dreambooth.segmentation.sams.sam3_concepts import Concepts
+from persam_dreambooth.segmentation.segment import SegmentOptions
 
 DUCK = toy.path("photos") / "duck"
 TRUTH = toy.path("photos") / "duck_mask" / "00.png"
@@ -193,7 +194,7 @@ def test_the_command_writes_a_mask_and_pictures_that_are_neither_photos_nor_mask
     words = ["mask", "duck/00.jpg", "--point", "273,266", "--grid", "--output", "duck/", *toy_sam]
     assert command(*words) == 0
     line = capsys.readouterr().out.splitlines()[-1]
-    told = r"duck/00_mask.png: \d\d % covered \((part|whole), predicted IoU 0\.\d\d\); others: subpart \d\d %, "
+    told = r"duck/00_mask.png: \d\d % covered \(\w+, predicted IoU 0\.\d\d\); others: (subpart|part) \d\d %, "
     assert re.match(told, line)
     assert re.search(r"; another: persam-dreambooth mask duck/00.jpg --point 273,266 .* --scale (part|whole)$", line)
     assert iou(read_mask("duck/00_mask.png"), read_mask(TRUTH)) > 0.95
@@ -256,6 +257,20 @@ def test_segment_takes_a_point_and_resumes(home, toy_sam, capsys, caplog):
     assert reference.photo.name == "00.jpg"
 
 
+def test_a_mask_of_points_that_was_emptied_since_stays_empty(home, toy_sam):
+    words = ["segment", "--images", "duck", "--output", "masks", "--segmenter", "persam", "--point", "I9", *toy_sam]
+    assert command(*words) == 0
+    Image.new("L", Image.open("masks/00.png").size).save("masks/00.png")
+    (home / "masks" / "01.png").unlink()
+    assert command(*words) == 0
+    assert not read_mask("masks/00.png").any() and read_mask("masks/01.png").any()
+
+
+@pytest.mark.parametrize("segmenter", ["persam-f", "memory"])
+def test_text_takes_sam_3_with_any_method(segmenter):
+    assert SegmentOptions(text="cat", segmenter=segmenter).sam_model == "facebook/sam3"
+
+
 def test_a_mask_of_points_is_the_same_as_that_mask_given(home, toy_sam):
     common = ["--images", "duck", "--segmenter", "persam", *toy_sam]
     assert command("mask", "duck/00.jpg", "--point", "I9", "--output", "m.png", *toy_sam) == 0
@@ -276,7 +291,7 @@ def test_no_mask_at_the_prompts_leaves_nothing_behind(home, toy_sam, capsys, bli
 def test_train_takes_a_point_of_each_subject_and_refuses_others_on_resume(home, toy_sam, capsys):
     subjects = [
         {"instance_dir": "duck", "point": "I9", "identifier": "sks"},
-        {"instance_dir": "duck", "box": "B2,D4", "scale": "whole", "reference_image": "01.jpg", "identifier": "zwx"},
+        {"instance_dir": "duck", "box": "B2,H8", "scale": "whole", "reference_image": "01.jpg", "identifier": "zwx"},
     ]
     (home / "subjects.yaml").write_text(json.dumps({"subjects": subjects}))
     options = {**SHORT, "max_train_steps": 1, "output_dir": "run", "segmenter": "persam"}
@@ -287,9 +302,11 @@ def test_train_takes_a_point_of_each_subject_and_refuses_others_on_resume(home, 
     [first, second], [other, at_box] = (load_masks(home / "run" / "masks" / word, photos) for word in ("sks", "zwx"))
     assert [item.record.method for item in (first, second, other, at_box)] == ["point", "persam", "persam", "box"]
     assert iou(first.mask, read_mask(TRUTH)) > 0.9
-    subjects[0]["point"] = "I8"
-    (home / "subjects.yaml").write_text(json.dumps({"subjects": subjects}))
-    assert refused(capsys, *words, "--resume_from_checkpoint", "latest").startswith("run has masks of other prompts")
+    for changed in ({"point": "I8"}, {"other_mask": str(TRUTH)}):
+        entries = {"subjects": [subjects[0] | changed, subjects[1]]}
+        (home / "subjects.yaml").write_text(json.dumps(entries))
+        told = refused(capsys, *words, "--resume_from_checkpoint", "latest")
+        assert told.startswith("run has masks of other prompts, another photo or another --other_mask")
 
 
 def test_prompts_of_train_are_refused_before_anything_is_written(home, toy_sam, capsys):

@@ -18,6 +18,7 @@ from training_runs import ROOT, command, flags
 from persam_dreambooth import toy
 from persam_dreambooth.photos.folder import MASK_INDEX, find_photos
 from persam_dreambooth.photos.mask_folder import load_masks
+from persam_dreambooth.segmentation.segment import SegmentOptions, correction_advice
 
 DUCK = toy.path("photos") / "duck"
 MASK = toy.path("photos") / "duck_mask" / "00.png"
@@ -230,6 +231,10 @@ def test_the_command_advised_for_doubtful_masks_takes_the_given_and_the_correcte
     assert doubtful(options) == 0
     told = f"1 of 3 masks looks doubtful (01.jpg): correct it in {made}, or run {advised}"
     assert caplog.messages[-1] == told
+    left_out = correction_advice(
+        load_masks(made, find_photos(album)), made, str(album), SegmentOptions(), None, other_masks=["a twin.png"]
+    )
+    assert f"--output {better} --other_mask 'a twin.png' --segmenter memory" in left_out
     caplog.set_level("INFO")
     assert (
         command(*shlex.split(told.partition("or run persam-dreambooth ")[2]), "--encoding_cache", str(encodings)) == 0

@@ -82,7 +82,7 @@ def check_same_model(options: TrainingOptions) -> None:
 
 
 def check_same_prompts(options: TrainingOptions) -> None:
-    """Raises `InputError` for other prompts of the first mask than those of the run, whose masks would be kept."""
+    """Raises `InputError` for other prompts or an other `other_mask` than the run's, whose masks would be kept."""
     run_dir, kind = options.run_dir, type(options)
     if not (run_dir / CONFIG).is_file():
         return
@@ -91,8 +91,8 @@ def check_same_prompts(options: TrainingOptions) -> None:
     for old, new in zip(before, now, strict=False):
         if new.is_prompted and new.masks != old.masks:
             raise InputError(
-                f"{run_dir} has masks of other prompts or of another photo: use those of its {CONFIG}, or choose "
-                "another folder with --output_dir"
+                f"{run_dir} has masks of other prompts, another photo or another --other_mask: use those of its "
+                f"{CONFIG}, or choose another folder with --output_dir"
             )
 
 

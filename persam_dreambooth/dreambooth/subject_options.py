@@ -135,7 +135,9 @@ class SubjectOptions(PromptOptions):
     @property
     def masks(self) -> tuple[Any, ...]:
         """All that says what the subject's masks are."""
-        return tuple(getattr(self, name) for name in ("mask", "mask_dir", "reference_image", *PROMPT_OPTIONS))
+        return tuple(
+            getattr(self, name) for name in ("mask", "mask_dir", "reference_image", "other_mask", *PROMPT_OPTIONS)
+        )
 
     @property
     def word(self) -> str:

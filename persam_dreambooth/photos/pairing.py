@@ -51,12 +51,15 @@ def name_key(name: str) -> str:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).lower())
 
 
-def photo_of_mask(mask_path: Path, photos: "list[Photo]") -> "Photo":
+def photo_of_mask(
+    mask_path: Path, photos: "list[Photo]", advice: str = "name its photo with --reference_image, or rename it"
+) -> "Photo":
     """The photo of a mask: the only photo, else the photo with its name, else the only photo of its size.
 
     Args:
         mask_path: the mask file. If photos in several subfolders have its name, its folder decides.
         photos: at least one photo.
+        advice: what to do if its photo is not clear.
 
     Raises:
         InputError: several photos match, or none; the message lists them.
@@ -74,11 +77,11 @@ def photo_of_mask(mask_path: Path, photos: "list[Photo]") -> "Photo":
     if len(fitting) == 1:
         logger.info("%s is taken as the mask of %s (no other has its size)", mask_path, fitting[0].path)
         return fitting[0]
-    names, advice = listed(photo.name for photo in meant or photos), "name its photo with --reference_image"
+    names = listed(photo.name for photo in meant or photos)
     if meant:
         raise InputError(f"{mask_path} could be the mask of {names}: {advice}")
     example = f"{Path(photos[0].name).stem}_mask.png"
-    raise InputError(f"{mask_path} matches the name of no photo ({names}): {advice}, or rename it, such as {example}")
+    raise InputError(f"{mask_path} matches the name of no photo ({names}): {advice}, such as {example}")
 
 
 def masks_beside(names: Iterable[str]) -> dict[str, str]:

@@ -75,13 +75,12 @@ def find_others(
     others = []
     for path in map(Path, mask_paths):
         try:
-            photo_of_mask(path, photos)
+            photo = photo_of_mask(path, photos, "rename it")  # --reference_image would move the user's prompts
         except InputError:
             if not image:
                 raise
-            others.append(find_reference(photos, folder, path, image, invert))
-        else:
-            others.append(find_reference(photos, folder, path, None, invert))
+            photo = _named_photo(photos, folder, image)
+        others.append((photo, mask_of(path, photo, invert)))
     return others
 
 

@@ -186,7 +186,7 @@ def prompted_reference(
 
 def save_reference(item: PhotoMask, photos: list[Photo], folder: Path, known: dict[str, PhotoMask]) -> None:
     """Writes the mask of prompts to a mask folder and adds it to `known`, if its photo is among the folder's photos."""
-    if known.get(item.photo.name) is not item and any(photo.path == item.photo.path for photo in photos):
+    if item.photo.name not in known and any(photo.path == item.photo.path for photo in photos):
         with MaskWriter(folder, known.values()) as writer:
             record = writer.save(item.record, item.mask)
         known[item.photo.name] = PhotoMask(item.photo, item.mask, record)

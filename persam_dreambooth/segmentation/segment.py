@@ -209,7 +209,7 @@ def segment(options: SegmentOptions) -> list[PhotoMask]:
                 write_layout(options.layout, masks, output)
     except SaveError as error:
         raise SaveError(f"{error}; the same command resumes") from error
-    if advice := correction_advice(masks, output, options.images, options, segmenter):
+    if advice := correction_advice(masks, output, options.images, options, segmenter, other_masks=other_masks):
         logger.warning("%s", advice)
     return masks
 
@@ -283,6 +283,7 @@ def correction_advice(
     options: MaskFolderOptions,
     segmenter: Segmenter | None,
     run_dir: Path | None = None,
+    other_masks: Sequence[str] = (),
 ) -> str:
     """What to do about masks that look doubtful; empty if none does.
 
@@ -295,6 +296,7 @@ def correction_advice(
         options: the options that the masks were made with.
         segmenter: the segmenter that made masks just now, if any.
         run_dir: the folder of the training run that the masks are for, if any.
+        other_masks: the options `--other_mask` that the masks were made with.
     """
     names = [item.photo.name for item in masks if doubts(item.record.flags, options.absent)]
     if not names:
@@ -306,8 +308,9 @@ def correction_advice(
     own = any(item.record.is_users and item.record.coverage for item in masks)
     if images and own and options.segmenter != "memory":
         better = next(path for number in count(2) if not (path := Path(f"{folder}-{number}")).exists())
+        flags = [word for path in other_masks for word in ("--other_mask", path)] + _memory_flags(options, segmenter)
         advice += ", or run " + _command(
-            "segment", "--images", images, "--mask_dir", folder, "--output", better, *_memory_flags(options, segmenter)
+            "segment", "--images", images, "--mask_dir", folder, "--output", better, *flags
         )
     if run_dir:
         advice += f", then run {_command('train', '--config', run_dir / CONFIG, '--mask_dir', better)}"

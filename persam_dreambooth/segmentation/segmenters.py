@@ -43,8 +43,8 @@ RECENT = 6
 USUAL_SAM = "facebook/sam-vit-huge"
 """The SAM of the PerSAM paper, the default of `--sam_model`."""
 
-USUAL_SAMS = {"memory": "facebook/sam2.1-hiera-large", "sam3": "facebook/sam3", "text": "facebook/sam3"}
-"""The defaults of methods, and of `--text`, that need another SAM."""
+USUAL_SAMS = {"memory": "facebook/sam2.1-hiera-large", "sam3": "facebook/sam3"}
+"""The defaults of methods that need another SAM; that of `sam3` is also that of `--text`."""
 
 MAKES_MASKS = Condition(lambda options: options.makes_masks, "no masks are made without --mask, --point or --box")
 """Options of a method have an effect only if it makes masks."""
@@ -56,8 +56,8 @@ class SamOptions(Options):
 
     sam_model: str = option(
         None,
-        "SAM, SAM-HQ, SAM 2 or MobileSAM: hub id, local folder, published file, toy or toy-sam2 (default: "
-        f"that of --adapter, or {USUAL_SAM}; for memory {USUAL_SAMS['memory']}, for sam3 {USUAL_SAMS['sam3']})",
+        "SAM, SAM-HQ, SAM 2 or MobileSAM: hub id, local folder, published file, toy or toy-sam2 (default: that of "
+        f"--adapter, or {USUAL_SAM}; for memory {USUAL_SAMS['memory']}, for sam3 and --text {USUAL_SAMS['sam3']})",
         path=True,
     )
     sam_dtype: Literal["float32", "float16", "bfloat16", "auto"] = option(
@@ -83,7 +83,7 @@ class SamOptions(Options):
 
     @property
     def _usual_sam(self) -> str:
-        return USUAL_SAMS["text"] if self.reads_text else USUAL_SAM
+        return USUAL_SAMS["sam3"] if self.reads_text else USUAL_SAM
 
     @property
     def reads_text(self) -> bool:
@@ -122,7 +122,8 @@ class SegmenterOptions(SamOptions):
     @property
     def _usual_sam(self) -> str:
         adapted = adapted_sam(Path(self.adapter)) if self.adapter else None
-        return adapted or USUAL_SAMS.get(self.segmenter, super()._usual_sam)
+        usual = super()._usual_sam
+        return adapted or (usual if self.reads_text else USUAL_SAMS.get(self.segmenter, usual))
 
     @property
     def sam_title(self) -> str:
