@@ -46,7 +46,9 @@ USUAL_SAM = "facebook/sam-vit-huge"
 USUAL_SAMS = {"memory": "facebook/sam2.1-hiera-large", "sam3": "facebook/sam3"}
 """The defaults of methods that need another SAM; that of `sam3` is also that of `--text`."""
 
-MAKES_MASKS = Condition(lambda options: options.makes_masks, "no masks are made without --mask, --point or --box")
+MAKES_MASKS = Condition(
+    lambda options: options.makes_masks, "no masks are made without --mask, --point, --box or --text"
+)
 """Options of a method have an effect only if it makes masks."""
 
 
@@ -56,7 +58,7 @@ class SamOptions(Options):
 
     sam_model: str = option(
         None,
-        "SAM, SAM-HQ, SAM 2 or MobileSAM: hub id, local folder, published file, toy or toy-sam2 (default: that of "
+        "SAM, SAM-HQ, SAM 2, SAM 3 or MobileSAM: hub id, local folder, published file, toy or toy-sam2 (default: that of "
         f"--adapter, or {USUAL_SAM}; for memory {USUAL_SAMS['memory']}, for sam3 and --text {USUAL_SAMS['sam3']})",
         path=True,
     )

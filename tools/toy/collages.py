@@ -1,6 +1,6 @@
 """Pairs of pictures with objects of photos, put together on the device that trains, a batch at a time.
 
-A few photos must serve for tens of thousands of pictures, so each is seen in ever other ways: framed, turned, stretched
+A few photos must serve for tens of thousands of pictures, so each is seen in many ways: framed, turned, stretched
 and recolored; the object in its own photo or pasted into another; with objects of other subjects beside and before it.
 Drawing them one by one on processors, as `pairs` draws scenes of the world, would take most of the time of a training.
 
@@ -231,7 +231,7 @@ def _photographed(rng: np.random.Generator, generator: torch.Generator, image: t
     def numbers(values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values).float().to(device).view(count, -1, 1, 1)
 
-    for factor in (2, 3):  # half of the pictures are softer than their pixels, as photos enlarged for SAM are
+    for factor in (2, 3):  # four of ten pictures are softer than their pixels, as photos enlarged for SAM are
         soft = F.interpolate(F.interpolate(image, scale_factor=1 / factor, mode="area"), size, mode="bilinear")
         image = torch.where(numbers(rng.random(count)) < (0.3, 0.15)[factor - 2], soft, image)
     saturation = np.where(rng.random(count) < 0.06, 0.0, rng.uniform(0.6, 1.4, count))
