@@ -37,7 +37,7 @@ class MasksFromOneMask:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         """The inputs, as ComfyUI asks for them."""
         usual = ", ".join([USUAL_SAM, *(f"for {method} {name}" for method, name in USUAL_SAMS.items())])
-        sam = f"SAM, SAM-HQ, SAM 2, SAM 3 or MobileSAM: a name on the Hugging Face hub, a folder or a file. Empty: {usual}."
+        sam = f"SAM, SAM-HQ, SAM 2, SAM 3 or MobileSAM: a hub id, a folder or a file. Empty: {usual}."
         empty = "Masks with a lower presence are empty; 0 keeps all."
         return {
             "required": {

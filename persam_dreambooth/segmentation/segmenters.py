@@ -58,8 +58,8 @@ class SamOptions(Options):
 
     sam_model: str = option(
         None,
-        "SAM, SAM-HQ, SAM 2, SAM 3 or MobileSAM: hub id, local folder, published file, toy or toy-sam2 (default: that of "
-        f"--adapter, or {USUAL_SAM}; for memory {USUAL_SAMS['memory']}, for sam3 and --text {USUAL_SAMS['sam3']})",
+        "SAM, SAM-HQ, SAM 2, SAM 3 or MobileSAM: hub id, local folder, published file, toy or toy-sam2 (default: that "
+        f"of --adapter, or {USUAL_SAM}; for memory {USUAL_SAMS['memory']}, for sam3 and --text {USUAL_SAMS['sam3']})",
         path=True,
     )
     sam_dtype: Literal["float32", "float16", "bfloat16", "auto"] = option(
