@@ -284,7 +284,7 @@ def test_names_with_signs_names_inside_names_and_scripts_without_spaces(classes,
 
 def of_class(captions, number=0, **options):
     run = TrainOptions(**options)
-    return class_captions(run, Album(run.each_subject[number], [], None, [], Path("masks"), ""), captions)
+    return class_captions(run, Album(run.each_subject[number], [], None, None, [], Path("masks"), ""), captions)
 
 
 def test_captions_have_the_class_in_place_of_the_name():
