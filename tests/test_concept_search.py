@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from scipy.ndimage import binary_dilation
 from small_sams import save_sam3
 from training_runs import SHORT, command, draw_photos, flags
@@ -237,6 +238,22 @@ def test_the_search_moves_with_the_tracker(folder):
     sam = open_sam(folder, device="cpu")
     assert {value.device.type for value in sam.concepts.model.parameters()} == {"cpu"}
     assert {value.device.type for value in sam.to("meta").concepts.model.parameters()} == {"meta"}
+
+
+def test_the_search_is_of_the_trackers_revision(tmp_path, monkeypatch):
+    """Two revisions of a model on the hub, in the hub's cache: `main` and `old`, with other weights."""
+    (tmp_path / "models--owner--sam3" / "refs").mkdir(parents=True)
+    folders = {}
+    for number, branch in enumerate(("main", "old")):
+        commit = str(number) * 40
+        (tmp_path / "models--owner--sam3" / "refs" / branch).write_text(commit)
+        folders[branch], model = save_sam3(tmp_path / "models--owner--sam3" / "snapshots" / commit)
+        weights = {name: (1 + number) * value for name, value in model.state_dict().items()}
+        save_file(weights, folders[branch] / "model.safetensors", {"format": "pt"})
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    sam = open_sam("owner/sam3", device="cpu", revision="old")
+    expected = open_concepts(folders["old"], device="cpu").model.text_encoder.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in sam.concepts.model.text_encoder.state_dict().items())
 
 
 def test_bad_input_is_one_line(sam):
