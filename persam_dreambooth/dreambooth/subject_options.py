@@ -135,7 +135,8 @@ class SubjectOptions(PromptOptions):
     @property
     def masks(self) -> tuple[Any, ...]:
         """All that says what the subject's masks are."""
-        return tuple(getattr(self, name) for name in ("mask", "mask_dir", "reference_image", *PROMPT_OPTIONS))
+        given = ("mask", "mask_dir", "mask_from", "invert_mask", "reference_image", *PROMPT_OPTIONS)
+        return tuple(getattr(self, name) for name in given)
 
     @property
     def word(self) -> str:
