@@ -186,8 +186,12 @@ def test_a_photo_is_searched_once(sam, photos, mask):
     assert len(searches) == 4
     segmenter.predict(encoding)
     segmenter.fit(photos[1], ~mask).predict(encoding)
-    watch.remove()
     assert len(searches) == 8
+    segmenter.class_name = "dog"
+    presence = segmenter.predict(encoding).concept_presence
+    watch.remove()
+    assert len(searches) == 10
+    assert presence == sam.concepts.find(encoding, "dog").presence
 
 
 @pytest.mark.parametrize("prompt", ["text", "exemplar", "both"])
@@ -201,9 +205,12 @@ def test_a_loaded_segmenter_finds_the_same_mask(sam, photos, mask, tmp_path, pro
     assert (before.concept_presence is None) == (prompt == "exemplar")
 
 
-def test_a_search_by_text_needs_a_class_and_one_by_example_does_not(sam, photos, mask):
+def test_a_search_by_text_needs_a_class_and_one_by_example_does_not(sam, photos, mask, caplog):
+    caplog.set_level("INFO")
     nameless = fit(sam, photos, mask, class_name=None)
+    assert caplog.messages == ["sam3: no class name, so photos are searched only for what the references show"]
     by_example = fit(sam, photos, mask, concept_prompt="exemplar")
+    assert len(caplog.messages) == 1
     assert (nameless.predict(photos[2]).mask == by_example.predict(photos[2]).mask).all()
     with pytest.raises(InputError, match="a search by text needs the subject's class: give class_name, such as 'cat'"):
         fit(sam, photos, mask, concept_prompt="text", class_name=None).predict(photos[2])
@@ -253,7 +260,9 @@ def test_the_search_is_of_the_trackers_revision(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     sam = open_sam("owner/sam3", device="cpu", revision="old")
     expected = open_concepts(folders["old"], device="cpu").model.text_encoder.state_dict()
-    assert all(torch.equal(value, expected[name]) for name, value in sam.concepts.model.text_encoder.state_dict().items())
+    assert all(
+        torch.equal(value, expected[name]) for name, value in sam.concepts.model.text_encoder.state_dict().items()
+    )
 
 
 def test_bad_input_is_one_line(sam):
