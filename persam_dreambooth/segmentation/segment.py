@@ -173,10 +173,9 @@ def segment(options: SegmentOptions) -> list[PhotoMask]:
                 logger.warning("%s: no heat map is made for a mask that is kept; remove the mask, or choose another "
                                "--output", ", ".join(without[:5]) + ", ..." * (len(without) > 5))  # fmt: skip
             if len(known) < len(photos):
-                segmenter = open_segmenter(options)
+                segmenter = open_segmenter(options, options.class_name)
                 from persam_dreambooth.segmentation.assignment import Companion
 
-                segmenter.class_name = options.class_name
                 encoded: dict[Path, Encoding] = {}
                 if prompted:
                     first, encoded = prompted_reference(*prompted, segmenter.sam, known, options.smallest_region)
