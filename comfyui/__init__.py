@@ -37,8 +37,11 @@ class MasksFromOneMask:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         """The inputs, as ComfyUI asks for them."""
         usual = ", ".join([USUAL_SAM, *(f"for {method} {name}" for method, name in USUAL_SAMS.items())])
-        sam = f"SAM, SAM-HQ, SAM 2, SAM 3 or MobileSAM: a name on the Hugging Face hub, a folder or a file. Empty: {usual}."
-        kind = "The subject's class in words, such as cat, which sam3 searches for. Empty: only what the references show."
+        kinds = "SAM, SAM-HQ, SAM 2, SAM 3 or MobileSAM"
+        sam = f"{kinds}: a name on the Hugging Face hub, a folder or a file. Empty: {usual}."
+        kind = (
+            "The subject's class in words, such as cat, which sam3 searches for. Empty: only what the references show."
+        )
         empty = "Masks with a lower presence are empty; 0 keeps all."
         return {
             "required": {

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -229,6 +230,15 @@ def test_points_are_pixels_of_the_photo_as_seen(home, toy_sam):
     assert command("mask", "side.jpg", "--point", "H8", "--output", "m.png", *toy_sam) == 0
     assert iou(read_mask("m.png"), read_mask(TRUTH)) > 0.9
     assert noted_record(home / "m.png", Photo.open(home / "side.jpg")).method == "point"
+
+
+def test_a_sam_that_reads_no_text_is_refused_before_its_weights_are_loaded(home, capsys):
+    (home / "sam").mkdir()
+    shutil.copy(toy.path("sam") / "config.json", home / "sam")
+    text = ("--text", "duck", "--sam_model", "sam")
+    said = "--text needs SAM 3, and sam cannot read text: use --sam_model facebook/sam3, or --point"
+    assert refused(capsys, "mask", "duck/00.jpg", *text) == said
+    assert refused(capsys, "segment", "--images", "duck", "--output", "masks", *text) == said
 
 
 # Segmenting and training

@@ -46,7 +46,9 @@ USUAL_SAM = "facebook/sam-vit-huge"
 USUAL_SAMS = {"memory": "facebook/sam2.1-hiera-large", "sam3": "facebook/sam3", "text": "facebook/sam3"}
 """The defaults of methods, and of `--text`, that need another SAM."""
 
-MAKES_MASKS = Condition(lambda options: options.makes_masks, "no masks are made without --mask, --point or --box")
+MAKES_MASKS = Condition(
+    lambda options: options.makes_masks, "no masks are made without --mask, --point, --box or --text"
+)
 """Options of a method have an effect only if it makes masks."""
 
 
@@ -56,7 +58,7 @@ class SamOptions(Options):
 
     sam_model: str = option(
         None,
-        "SAM, SAM-HQ, SAM 2 or MobileSAM: hub id, local folder, published file, toy or toy-sam2 (default: "
+        "SAM, SAM-HQ, SAM 2, SAM 3 or MobileSAM: hub id, local folder, published file, toy or toy-sam2 (default: "
         f"that of --adapter, or {USUAL_SAM}; for memory {USUAL_SAMS['memory']}, for sam3 {USUAL_SAMS['sam3']})",
         path=True,
     )
@@ -122,7 +124,8 @@ class SegmenterOptions(SamOptions):
     @property
     def _usual_sam(self) -> str:
         adapted = adapted_sam(Path(self.adapter)) if self.adapter else None
-        return adapted or USUAL_SAMS.get(self.segmenter, super()._usual_sam)
+        method = "text" if self.reads_text else self.segmenter
+        return adapted or USUAL_SAMS.get(method, USUAL_SAM)
 
     @property
     def sam_title(self) -> str:
@@ -269,11 +272,15 @@ def open_sam_of(options: SegmenterOptions) -> Sam:
     """The SAM that options name, see `open_sam`, with the LoRA of `--adapter` merged for `--segmenter memory`.
 
     Raises:
-        InputError, InputNotFoundError: see `open_sam` and `merge_lora`; also for a SAM that the method cannot use.
+        InputError, InputNotFoundError: see `open_sam` and `merge_lora`; also for a SAM that the method or `--text`
+            cannot use.
     """
     from persam_dreambooth.segmentation.sams.checkpoints import open_sam, precision
+    from persam_dreambooth.segmentation.sams.sam3_concepts import check_reads_text
 
     method = method_class(options.segmenter)
+    if options.reads_text:
+        check_reads_text(options.sam_model)
     if options.segmenter == "memory" and options.adapter:
         from persam_dreambooth.segmentation.adaptation.lora import merge_lora
 
