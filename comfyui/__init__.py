@@ -38,6 +38,9 @@ class MasksFromOneMask:
         """The inputs, as ComfyUI asks for them."""
         usual = ", ".join([USUAL_SAM, *(f"for {method} {name}" for method, name in USUAL_SAMS.items())])
         sam = f"SAM, SAM-HQ, SAM 2, SAM 3 or MobileSAM: a hub id, a folder or a file. Empty: {usual}."
+        kind = (
+            "The subject's class in words, such as cat, which sam3 searches for. Empty: only what the references show."
+        )
         empty = "Masks with a lower presence are empty; 0 keeps all."
         return {
             "required": {
@@ -47,7 +50,8 @@ class MasksFromOneMask:
                 "sam_model": ("STRING", {"default": "", "tooltip": sam}),
                 "segmenter": (list(METHODS), {"default": "persam-f"}),
                 "empty_below": ("FLOAT", {"default": 0.0, "min": 0.0, "max": 1.0, "step": 0.01, "tooltip": empty}),
-            }
+            },
+            "optional": {"class_name": ("STRING", {"default": "", "tooltip": kind})},
         }
 
     def find(
@@ -58,6 +62,7 @@ class MasksFromOneMask:
         sam_model: str,
         segmenter: str,
         empty_below: float,
+        class_name: str = "",
     ) -> tuple[torch.Tensor, list[float]]:
         """Finds the subject in each image.
 
@@ -68,6 +73,7 @@ class MasksFromOneMask:
             sam_model: see `open_sam`; empty for the usual one of the method.
             segmenter: a key of `METHODS`.
             empty_below: masks with a lower presence are empty, 0 to 1.
+            class_name: the subject's class in words, for `sam3`; empty if unknown.
 
         Returns:
             Masks (B, H, W) of 0 and 1, and the presence of the subject in each image, 0 to 1.
@@ -85,7 +91,8 @@ class MasksFromOneMask:
             )
         with torch.inference_mode(False), torch.enable_grad():  # ComfyUI turns both off, and PLM trains
             options = SegmentationOptions(segmenter=segmenter, sam_model=sam_model.strip())
-            method = make_segmenter(options, _opened_sam(options.sam_model))
+            sam = _opened_sam(options.sam_model)
+            method = make_segmenter(options, sam, class_name=class_name.strip() or None)
             method.fit(_pictures(reference_image), list(masks))
             found = []
             for picture in _with_progress(_pictures(images)):

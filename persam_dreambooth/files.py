@@ -153,13 +153,17 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def note_settings(folder: Path, settings: dict[str, Any], what: str, flag: str) -> None:
+def note_settings(
+    folder: Path, settings: dict[str, Any], what: str, flag: str, older: dict[str, Any] | None = None
+) -> None:
     """Writes `settings.json` of resumable work to `folder`; see `check_settings` for arguments and errors."""
-    check_settings(folder, settings, what, flag)
+    check_settings(folder, settings, what, flag, older)
     write_json(folder / SETTINGS, settings)
 
 
-def check_settings(folder: Path, settings: dict[str, Any], what: str, flag: str) -> bool:
+def check_settings(
+    folder: Path, settings: dict[str, Any], what: str, flag: str, older: dict[str, Any] | None = None
+) -> bool:
     """Whether `folder` contains such work with these settings, so that it can be resumed.
 
     Args:
@@ -167,6 +171,7 @@ def check_settings(folder: Path, settings: dict[str, Any], what: str, flag: str)
         settings: settings that must be equal to resume.
         what: the work, for the message.
         flag: the option that names the folder, for the message.
+        older: what earlier versions did, by settings that they did not save.
 
     Raises:
         InputError: the folder contains such work with other settings; the message says which.
@@ -179,10 +184,12 @@ def check_settings(folder: Path, settings: dict[str, Any], what: str, flag: str)
     except (ValueError, TypeError):
         raise InputError(f"{path} is not the settings of {what}: remove it, or choose another {flag}") from None
     now = json.loads(json.dumps(settings))
+    unsaved = {name: value for name, value in (older or {}).items() if name not in before}
+    before |= unsaved
     different = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if different:
         told = [
-            f"{name} {before.get(name)}, now {now.get(name)}"
+            f"{name} {before.get(name)}{' in earlier versions' * (name in unsaved)}, now {now.get(name)}"
             if isinstance(now.get(name), (str, int, float)) and "sha256" not in name
             else f"other {name.removesuffix('_sha256')}"
             for name in different

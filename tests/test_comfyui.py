@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_sams import save_sam3
 from training_runs import ROOT
 
 from comfyui import NODE_CLASS_MAPPINGS, MasksFromOneMask
 from persam_dreambooth import InputError, PerSAMF, PLMSegmenter, open_sam, toy
+from persam_dreambooth.segmentation import ConceptSegmenter
 
 REPOSITORY = os.environ.get("COMFYUI_REPOSITORY")
 NODE = "PersamDreamboothMasks"
@@ -37,10 +39,10 @@ def batch(*images: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.stack(images).astype(np.float32) / 255)
 
 
-def find(reference, mask, images, sam, segmenter="persam-f", empty_below=0.0):
+def find(reference, mask, images, sam, segmenter="persam-f", empty_below=0.0, class_name=""):
     """As ComfyUI runs a node."""
-    inputs = MasksFromOneMask.INPUT_TYPES()["required"]
-    given = (reference, mask, images, sam, segmenter, empty_below)
+    inputs = [name for kind in MasksFromOneMask.INPUT_TYPES().values() for name in kind]
+    given = (reference, mask, images, sam, segmenter, empty_below, class_name)
     with torch.inference_mode():
         node = NODE_CLASS_MAPPINGS[NODE]()
         return getattr(node, node.FUNCTION)(**dict(zip(inputs, given, strict=True)))
@@ -68,6 +70,19 @@ def test_the_masks_are_those_of_the_segmenter_and_references_can_be_several(duck
     assert np.array_equal(found[0].numpy() > 0, own.mask) and presence == [own.presence]
     emptied, same = find(several, masks, batch(photo[:, ::-1]), filled_sam, empty_below=1.0)
     assert found.any() and not emptied.any() and same == presence
+
+
+def test_sam_3_searches_for_the_class_name(duck, tmp_path, caplog):
+    """With random weights, the text changes no mask here: the log says what is searched for."""
+    photo, mask = duck
+    folder = str(save_sam3(tmp_path / "sam3")[0])
+    given = batch(photo), torch.from_numpy(mask[None].astype(np.float32)), batch(photo[:, ::-1]), folder, "sam3"
+    own = ConceptSegmenter(open_sam(folder), class_name="duck").fit(photo, mask).predict(photo[:, ::-1])
+    caplog.set_level("INFO")
+    found, presence = find(*given, class_name="duck")
+    assert np.array_equal(found[0].numpy() > 0, own.mask) and presence == [own.presence] and not caplog.messages
+    find(*given)
+    assert caplog.messages == ["sam3: no class name, so photos are searched only for what the references show"]
 
 
 @pytest.mark.slow  # 100 steps

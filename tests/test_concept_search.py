@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from scipy.ndimage import binary_dilation
 from small_sams import save_sam3
 from training_runs import SHORT, command, draw_photos, flags
@@ -185,8 +186,12 @@ def test_a_photo_is_searched_once(sam, photos, mask):
     assert len(searches) == 4
     segmenter.predict(encoding)
     segmenter.fit(photos[1], ~mask).predict(encoding)
-    watch.remove()
     assert len(searches) == 8
+    segmenter.class_name = "dog"
+    presence = segmenter.predict(encoding).concept_presence
+    watch.remove()
+    assert len(searches) == 10
+    assert presence == sam.concepts.find(encoding, "dog").presence
 
 
 @pytest.mark.parametrize("prompt", ["text", "exemplar", "both"])
@@ -200,9 +205,12 @@ def test_a_loaded_segmenter_finds_the_same_mask(sam, photos, mask, tmp_path, pro
     assert (before.concept_presence is None) == (prompt == "exemplar")
 
 
-def test_a_search_by_text_needs_a_class_and_one_by_example_does_not(sam, photos, mask):
+def test_a_search_by_text_needs_a_class_and_one_by_example_does_not(sam, photos, mask, caplog):
+    caplog.set_level("INFO")
     nameless = fit(sam, photos, mask, class_name=None)
+    assert caplog.messages == ["sam3: no class name, so photos are searched only for what the references show"]
     by_example = fit(sam, photos, mask, concept_prompt="exemplar")
+    assert len(caplog.messages) == 1
     assert (nameless.predict(photos[2]).mask == by_example.predict(photos[2]).mask).all()
     with pytest.raises(InputError, match="a search by text needs the subject's class: give class_name, such as 'cat'"):
         fit(sam, photos, mask, concept_prompt="text", class_name=None).predict(photos[2])
@@ -237,6 +245,24 @@ def test_the_search_moves_with_the_tracker(folder):
     sam = open_sam(folder, device="cpu")
     assert {value.device.type for value in sam.concepts.model.parameters()} == {"cpu"}
     assert {value.device.type for value in sam.to("meta").concepts.model.parameters()} == {"meta"}
+
+
+def test_the_search_is_of_the_trackers_revision(tmp_path, monkeypatch):
+    """Two revisions of a model on the hub, in the hub's cache: `main` and `old`, with other weights."""
+    (tmp_path / "models--owner--sam3" / "refs").mkdir(parents=True)
+    folders = {}
+    for number, branch in enumerate(("main", "old")):
+        commit = str(number) * 40
+        (tmp_path / "models--owner--sam3" / "refs" / branch).write_text(commit)
+        folders[branch], model = save_sam3(tmp_path / "models--owner--sam3" / "snapshots" / commit)
+        weights = {name: (1 + number) * value for name, value in model.state_dict().items()}
+        save_file(weights, folders[branch] / "model.safetensors", {"format": "pt"})
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    sam = open_sam("owner/sam3", device="cpu", revision="old")
+    expected = open_concepts(folders["old"], device="cpu").model.text_encoder.state_dict()
+    assert all(
+        torch.equal(value, expected[name]) for name, value in sam.concepts.model.text_encoder.state_dict().items()
+    )
 
 
 def test_bad_input_is_one_line(sam):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -232,6 +233,15 @@ def test_points_are_pixels_of_the_photo_as_seen(home, toy_sam):
     assert noted_record(home / "m.png", Photo.open(home / "side.jpg")).method == "point"
 
 
+def test_a_sam_that_reads_no_text_is_refused_before_its_weights_are_loaded(home, capsys):
+    (home / "sam").mkdir()
+    shutil.copy(toy.path("sam") / "config.json", home / "sam")
+    text = ("--text", "duck", "--sam_model", "sam")
+    said = "--text needs SAM 3, and sam cannot read text: use --sam_model facebook/sam3, or --point"
+    assert refused(capsys, "mask", "duck/00.jpg", *text) == said
+    assert refused(capsys, "segment", "--images", "duck", "--output", "masks", *text) == said
+
+
 # Segmenting and training
 
 
@@ -306,7 +316,7 @@ def test_train_takes_a_point_of_each_subject_and_refuses_others_on_resume(home, 
         entries = {"subjects": [subjects[0] | changed, subjects[1]]}
         (home / "subjects.yaml").write_text(json.dumps(entries))
         told = refused(capsys, *words, "--resume_from_checkpoint", "latest")
-        assert told.startswith("run has masks of other prompts, another photo or another --other_mask")
+        assert told.startswith("run has masks of other prompts, of other masks or of another photo")
 
 
 def test_prompts_of_train_are_refused_before_anything_is_written(home, toy_sam, capsys):

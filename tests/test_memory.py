@@ -260,6 +260,7 @@ def test_without_a_name_the_sam_is_one_with_a_memory(tmp_path):
         (["--config", str(tmp_path / "memory.yaml")], large),
         (["--config", str(tmp_path / "memory.yaml"), "--segmenter", "persam"], huge),
         (["--segmenter", "memory", "--sam_model", "null"], large),
+        (["--segmenter", "memory", "--text", "cat"], "facebook/sam3"),  # which has both
         (["--segmenter", "memory", "--config", str(tmp_path / "huge.yaml")], huge),
     ):
         assert parse(SegmentOptions, words, "segment").sam_model == expected

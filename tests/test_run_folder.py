@@ -16,7 +16,8 @@ from persam_dreambooth import toy
 from persam_dreambooth.dreambooth.families.latent_diffusion import LORA_WEIGHTS
 from persam_dreambooth.dreambooth.families.registry import load_pipeline
 from persam_dreambooth.dreambooth.families.stable_diffusion import StableDiffusion
-from persam_dreambooth.dreambooth.run_folder import with_absolute_paths
+from persam_dreambooth.dreambooth.run_folder import check_same_prompts, with_absolute_paths, write_config
+from persam_dreambooth.errors import InputError
 from persam_dreambooth.main_job import TrainOptions
 
 # --- what a run leaves
@@ -245,3 +246,27 @@ def test_saved_paths_are_absolute_and_names_stay_names(home):
     assert saved(subjects=[entry])["subjects"] == [
         {"instance_dir": str(home / "duck"), "mask": str(home / "masks" / "00.png"), "class_name": "duck"}
     ]
+
+
+def test_a_run_is_not_resumed_with_other_masks_and_is_with_moved_ones(home, tmp_path, monkeypatch):
+    """Its own masks would be kept without a word. Masks that the user gives for all photos are read again."""
+    given = {"instance_dir": "duck", "output_dir": "run", "segmenter": "persam"}
+
+    def resumed(**options):
+        check_same_prompts(TrainOptions(**given, **options))
+
+    first = {"mask": "masks/00.png", "other_mask": ["other/00.png"]}
+    (home / "run").mkdir(exist_ok=True)
+    write_config(TrainOptions(**given, **first))
+    resumed(**first)
+    resumed(mask_dir="masks")
+    for options in ({**first, "other_mask": ["other/01.png"]}, {"mask": "masks/00.png"}, {**first, "mask": "b/00.png"},
+                    {"point": "C4"}):  # fmt: skip
+        with pytest.raises(InputError, match="run has masks of other prompts, of other masks or of another photo"):
+            resumed(**options)
+    (home / "run").rename(tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    resumed(**first)
+    write_config(TrainOptions(**given, point="C4"))
+    with pytest.raises(InputError, match="run has masks of other prompts"):
+        resumed(mask="masks/00.png")

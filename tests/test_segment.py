@@ -136,6 +136,18 @@ def test_other_settings_are_refused_with_what_differs(options, made, tmp_path, c
     assert content(made) == before
 
 
+def test_a_folder_of_an_earlier_version_is_resumed_without_the_removal_of_small_regions(options, made, album, capsys):
+    settings = json.loads((made / "settings.json").read_text())
+    del settings["smallest_region"]
+    (made / "settings.json").write_text(json.dumps(settings))
+    assert segment(options) == 2
+    assert "other settings (smallest_region 0 in earlier versions, now 0.01)" in capsys.readouterr().err
+    (made / "01.png").unlink()
+    assert segment(options, smallest_region=0) == 0
+    assert load_masks(made, find_photos(album))[1].record.smallest_region == 0
+    assert json.loads((made / "settings.json").read_text())["smallest_region"] == 0
+
+
 def regions(mask: np.ndarray) -> list[int]:
     """The sizes of a mask's islands, in pixels."""
     return np.bincount(ndimage.label(mask, np.ones((3, 3)))[0].ravel())[1:].tolist()

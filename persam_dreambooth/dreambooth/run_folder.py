@@ -82,18 +82,36 @@ def check_same_model(options: TrainingOptions) -> None:
 
 
 def check_same_prompts(options: TrainingOptions) -> None:
-    """Raises `InputError` for other prompts or an other `other_mask` than the run's, whose masks would be kept."""
+    """Raises `InputError` for another first mask, other prompts or other masks, if the run's own masks would be kept.
+
+    Masks are compared by their paths from the photos, so a run whose photos and masks were moved together is resumed.
+    """
     run_dir, kind = options.run_dir, type(options)
     if not (run_dir / CONFIG).is_file():
         return
     before = saved_subjects(with_absolute_paths(read_config(run_dir / CONFIG), kind))
     now = saved_subjects(with_absolute_paths(asdict(options), kind))
     for old, new in zip(before, now, strict=False):
-        if new.is_prompted and new.masks != old.masks:
+        if (new.is_prompted or new.mask) and _with_paths_from_photos(new) != _with_paths_from_photos(old):
             raise InputError(
-                f"{run_dir} has masks of other prompts, another photo or another --other_mask: use those of its "
-                f"{CONFIG}, or choose another folder with --output_dir"
+                f"{run_dir} has masks of other prompts, of other masks or of another photo: use those of its {CONFIG}, "
+                "or choose another folder with --output_dir"
             )
+
+
+def _with_paths_from_photos(subject: SubjectOptions) -> tuple[Any, ...]:
+    """All that says what the masks are that a run makes, with absolute paths made relative to the photos' folder."""
+
+    def relative(path: str | None) -> str | None:
+        try:
+            return os.path.relpath(path, subject.folder) if path and os.path.isabs(path) else path
+        except ValueError:  # on another drive
+            return path
+
+    others = [str(relative(path)) for path in subject.other_mask or ()] or None
+    return replace(
+        subject, mask=relative(subject.mask), reference_image=relative(subject.reference_image), other_mask=others
+    ).masks
 
 
 def nothing_left(options: TrainingOptions, resume_from: Path | None) -> bool:

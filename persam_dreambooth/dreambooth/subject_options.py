@@ -135,9 +135,8 @@ class SubjectOptions(PromptOptions):
     @property
     def masks(self) -> tuple[Any, ...]:
         """All that says what the subject's masks are."""
-        return tuple(
-            getattr(self, name) for name in ("mask", "mask_dir", "reference_image", "other_mask", *PROMPT_OPTIONS)
-        )
+        names = ("mask", "mask_dir", "mask_from", "invert_mask", "reference_image", "other_mask", *PROMPT_OPTIONS)
+        return tuple(getattr(self, name) for name in names)
 
     @property
     def word(self) -> str:

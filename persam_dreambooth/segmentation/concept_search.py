@@ -10,6 +10,7 @@ logits.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -35,6 +36,8 @@ from persam_dreambooth.segmentation.segmenter import Segmenter, decoder_step, fi
 
 if TYPE_CHECKING:
     from persam_dreambooth.segmentation.segmenters import SegmentationOptions
+
+logger = logging.getLogger(__name__)
 
 ConceptPrompt = Literal["text", "exemplar", "both"]
 
@@ -95,7 +98,7 @@ class ConceptSegmenter(Segmenter):
         self.class_name = class_name
         self.score_threshold = score_threshold
         self._exemplars: list[Exemplar] | None = None
-        self._last: tuple[Encoding, Instances] | None = None
+        self._last: tuple[Encoding, dict[str, Any], Instances] | None = None
 
     @property
     def _settings(self) -> dict[str, Any]:
@@ -135,6 +138,8 @@ class ConceptSegmenter(Segmenter):
         self._exemplars = [Exemplar(learned[f"picture.{place}"].numpy(), box) for place, box in enumerate(boxes)]
 
     def _learn(self, references: list[tuple[np.ndarray, Encoding]]) -> None:
+        if self.concept_prompt == "both" and not self.class_name:
+            logger.info("sam3: no class name, so photos are searched only for what the references show")
         self._exemplars = [cut_exemplar(_pixels(encoding), mask) for mask, encoding in references[:MOST_EXEMPLARS]]
         self._last = None
 
@@ -160,12 +165,12 @@ class ConceptSegmenter(Segmenter):
 
     def _find_all(self, encoding: Encoding) -> Instances:
         """All instances in a photo, the most similar to the references first."""
-        if self._last is None or self._last[0] is not encoding:
+        if self._last is None or self._last[0] is not encoding or self._last[1] != self._settings:
             found = self._search(encoding)
             similar = [presence(mask, encoding, self.target, self.target_coverage) for mask in found.masks]
             order = np.argsort(similar, kind="stable")[::-1]
-            self._last = encoding, Instances(found.masks[order], found.scores[order], found.presence)
-        return self._last[1]
+            self._last = encoding, self._settings, Instances(found.masks[order], found.scores[order], found.presence)
+        return self._last[2]
 
     def _search(self, encoding: Encoding) -> Instances:
         """The instances of all searches, each once."""

@@ -80,7 +80,7 @@ def lay_out(size: tuple[int, int], crops: Sequence[tuple[int, int]], side: int) 
     """Where a photo and crops lie on a canvas.
 
     The photo has its proportions and lies in the upper left corner. The crops lie side by side below it, or on its
-    right if it is upright, one cell (a 72nd of the canvas) apart. A photo of 4:3 or narrower fills the canvas along its
+    right if it is upright, one cell (a 72nd of the canvas) apart. A photo of 4:3 or longer fills the canvas along its
     longer side; a square one has three quarters of it.
 
     Args:

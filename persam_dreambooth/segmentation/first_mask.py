@@ -194,11 +194,11 @@ def save_reference(item: PhotoMask, photos: list[Photo], folder: Path, known: di
 
 def _named_mask(sam: Sam, photo: ImageLike, prompts: MaskPrompts, smallest_region: float) -> FirstMask:
     """The instance of the text with the highest score among those that fit the points."""
+    from persam_dreambooth.segmentation.sams.sam3_concepts import no_text
+
     concepts = getattr(sam, "concepts", None)
     if concepts is None:
-        raise InputError(
-            f"--text needs SAM 3, and {sam.name} cannot read text: use --sam_model facebook/sam3, or --point"
-        )
+        raise InputError(no_text(sam.name))
     found = concepts.find(photo, prompts.text)
     prompts.check_inside(found.masks.shape[:0:-1])
     instances = [
@@ -337,7 +337,10 @@ def mask_photo(options: MaskOptions) -> FirstMask | None:
 
 def _open_sam(options: MaskOptions) -> Sam:
     from persam_dreambooth.segmentation.sams.checkpoints import open_sam
+    from persam_dreambooth.segmentation.sams.sam3_concepts import check_reads_text
 
+    if options.reads_text:
+        check_reads_text(options.sam_model)
     sam = open_sam(options.sam_model, dtype=options.sam_dtype, encoding_cache=options.encoding_cache)
     log_device(str(sam.device), str(sam.dtype))
     return sam

@@ -58,6 +58,9 @@ SAME_TO_RESUME = (
 )
 """The options that must be equal to resume a mask folder."""
 
+OLDER = {"smallest_region": 0}
+"""What earlier versions did, by options that its mask folders did not save."""
+
 
 @dataclass(frozen=True)
 class SegmentOptions(MaskFolderOptions, PromptOptions):
@@ -158,7 +161,7 @@ def segment(options: SegmentOptions) -> list[PhotoMask]:
             settings[what] = sorted([photo.sha256, mask_hash(mask)] for photo, mask in known_masks)
     if prompted:
         settings["references"] = [[prompted[0].sha256, prompted[1].settings]]
-    if not check_settings(output, settings, "masks", "--output"):
+    if not check_settings(output, settings, "masks", "--output", OLDER):
         check_new(output, {CONFIG: "a training run", MASK_INDEX: "masks"})
     check_writable(output)
     try:
@@ -173,10 +176,9 @@ def segment(options: SegmentOptions) -> list[PhotoMask]:
                 logger.warning("%s: no heat map is made for a mask that is kept; remove the mask, or choose another "
                                "--output", ", ".join(without[:5]) + ", ..." * (len(without) > 5))  # fmt: skip
             if len(known) < len(photos):
-                segmenter = open_segmenter(options)
+                segmenter = open_segmenter(options, options.class_name)
                 from persam_dreambooth.segmentation.assignment import Companion
 
-                segmenter.class_name = options.class_name
                 encoded: dict[Path, Encoding] = {}
                 if prompted:
                     first, encoded = prompted_reference(*prompted, segmenter.sam, known, options.smallest_region)
@@ -185,7 +187,7 @@ def segment(options: SegmentOptions) -> list[PhotoMask]:
                     Companion(fitted_segmenter(options, segmenter, [other]), {other[0].sha256: PackedMask(other[1])})
                     for other in others
                 ]
-                note_settings(output, settings, "masks", "--output")
+                note_settings(output, settings, "masks", "--output", OLDER)
                 if prompted:
                     save_reference(first, photos, output, known)
                 masks = segment_folder(

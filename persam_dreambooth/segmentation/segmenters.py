@@ -226,26 +226,37 @@ def method_class(name: str) -> type[Segmenter]:
     return getattr(import_module(f"persam_dreambooth.segmentation.{module}"), kind)
 
 
-def make_segmenter(options: SegmentationOptions, sam: Sam, method: str | None = None) -> Segmenter:
-    """An unfitted segmenter of the method that options name, or of `method` with the same options."""
-    return method_class(method or options.segmenter).from_options(sam, options)
+def make_segmenter(
+    options: SegmentationOptions, sam: Sam, method: str | None = None, class_name: str | None = None
+) -> Segmenter:
+    """An unfitted segmenter of the method that options name, or of `method` with the same options.
+
+    Args:
+        options: of the segmenter.
+        sam: see `open_sam`.
+        method: a key of `METHODS`.
+        class_name: the subject's class in words, for a method that searches by text.
+    """
+    segmenter = method_class(method or options.segmenter).from_options(sam, options)
+    segmenter.class_name = class_name
+    return segmenter
 
 
-def open_segmenter(options: MaskFolderOptions) -> Segmenter:
-    """An unfitted segmenter of the method and the SAM that options name.
+def open_segmenter(options: MaskFolderOptions, class_name: str | None = None) -> Segmenter:
+    """An unfitted segmenter of the method and the SAM that options name; see `make_segmenter`.
 
     Raises:
         InputError, InputNotFoundError: see `open_sam`.
     """
-    segmenter = make_segmenter(options, open_sam_of(options))
+    segmenter = make_segmenter(options, open_sam_of(options), class_name=class_name)
     segmenter.absent_threshold = options.absent_threshold
     return segmenter
 
 
 def fitted_segmenter(options: MaskFolderOptions, like: Segmenter, references: Sequence[Reference]) -> Segmenter:
     """A segmenter of the method of the options, fitted to references, with the SAM, threshold and class of `like`."""
-    segmenter = make_segmenter(options, like.sam)
-    segmenter.absent_threshold, segmenter.class_name = like.absent_threshold, like.class_name
+    segmenter = make_segmenter(options, like.sam, class_name=like.class_name)
+    segmenter.absent_threshold = like.absent_threshold
     return segmenter.fit([photo.read() for photo, _ in references], [mask for _, mask in references])
 
 
@@ -261,11 +272,15 @@ def open_sam_of(options: SegmenterOptions) -> Sam:
     """The SAM that options name, see `open_sam`, with the LoRA of `--adapter` merged for `--segmenter memory`.
 
     Raises:
-        InputError, InputNotFoundError: see `open_sam` and `merge_lora`; also for a SAM that the method cannot use.
+        InputError, InputNotFoundError: see `open_sam` and `merge_lora`; also for a SAM that the method or `--text`
+            cannot use.
     """
     from persam_dreambooth.segmentation.sams.checkpoints import open_sam, precision
+    from persam_dreambooth.segmentation.sams.sam3_concepts import check_reads_text
 
     method = method_class(options.segmenter)
+    if options.reads_text:
+        check_reads_text(options.sam_model)
     if options.segmenter == "memory" and options.adapter:
         from persam_dreambooth.segmentation.adaptation.lora import merge_lora
 

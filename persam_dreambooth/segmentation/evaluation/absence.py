@@ -92,8 +92,7 @@ def look_for(data: DataSet, options: EvaluateAbsenceOptions, output: Path) -> No
         item = data.items[number]
         [stem] = item.references((0,))
         encoding = sam.encode(read_image(item.images[stem]))
-        segmenter = make_segmenter(options, sam)
-        segmenter.class_name = item.class_name
+        segmenter = make_segmenter(options, sam, class_name=item.class_name)
         fitted[number] = segmenter.fit(encoding, data.truth(item, stem))
         own[number] = fitted[number].predict(encoding).presence
     for number, search in steps(searches.items(), "searching", "object"):

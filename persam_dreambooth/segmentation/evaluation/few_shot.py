@@ -265,8 +265,8 @@ def segment_episode(
     path = prediction_path(folder, episode)
     if usable:
         supports = [encoder(data.photo(episode.supports[place])) for place in usable]
-        segmenter, watch = make_segmenter(options, encoder.sam), Stopwatch()
-        segmenter.class_name = common_name(episode.category)
+        name = common_name(episode.category)
+        segmenter, watch = make_segmenter(options, encoder.sam, class_name=name), Stopwatch()
         segmenter.fit(supports, [masks[place] for place in usable])
         fit = watch.lap()
         found = segmenter.predict(query)

@@ -53,7 +53,9 @@ def open_sam(
     with models.loading(name):
         model = read_original(Path(source)) if Path(source).is_file() else _read_folder(source, revision)
     cache = Path(encoding_cache) if encoding_cache else None
-    return WRAPPERS[model.config.model_type](model.to(place, torch.float32), name, precision(dtype, place), cache)
+    sam = WRAPPERS[model.config.model_type](model.to(place, torch.float32), name, precision(dtype, place), cache)
+    sam.revision = revision
+    return sam
 
 
 def open_meta_sam(name: str, dtype: str = "float32") -> Sam:

@@ -108,6 +108,9 @@ class Sam:
     decoder_features: ClassVar[tuple[str, ...]] = ()
     """The names in `Encoding.extra` of what this SAM's mask decoder reads."""
 
+    revision: str | None = None
+    """The branch, tag or commit that `open_sam` loaded from the hub, if it was named."""
+
     def __init__(self, model: Any, name: str, dtype: torch.dtype = torch.float32, cache: Path | None = None) -> None:
         self.model = model.eval().requires_grad_(False)
         self.name = name

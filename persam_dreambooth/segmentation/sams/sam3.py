@@ -28,7 +28,7 @@ class Sam3(Sam2):
     @cached_property
     def concepts(self) -> ConceptModel:
         """The concept search of the same checkpoint, with the same image encoder; loaded when it is first used."""
-        concepts = open_concepts(self.name, self.device, self.dtype)
+        concepts = open_concepts(self.name, self.device, self.dtype, self.revision)
         concepts.share_backbone(self.encoder)
         return concepts
 

@@ -219,19 +219,13 @@ def open_concepts(
         InputError: the model is not a SAM 3 with concept search, or this machine has no such device.
         UnavailableError: the hub cannot be reached.
     """
-    from transformers import AutoConfig
-
     from persam_dreambooth.segmentation.sams.checkpoints import precision
 
     name, place = str(name), find_device(device)
     source = models.resolve(name, "sam", revision)
-    if Path(source).is_file():
-        raise InputError(no_concepts(name))
     with models.loading(name):
-        config = AutoConfig.from_pretrained(source, revision=revision)
-        # The hub's checkpoints are of type sam3_video: a detector and a tracker.
-        config = getattr(config, "detector_config", config)
-        if not isinstance(config, Sam3Config):
+        config = _detector_config(source, revision)
+        if config is None:
             raise InputError(no_concepts(name))
         tokenizer = CLIPTokenizer.from_pretrained(source, revision=revision)
         model, found = ConceptDetector.from_pretrained(
@@ -242,6 +236,31 @@ def open_concepts(
             f"{name} lacks weights ({min(found['missing_keys'])}, ...): download it again, or name another model"
         )
     return ConceptModel(model.to(place, torch.float32), tokenizer, name, precision(dtype, place))
+
+
+def _detector_config(source: str, revision: str | None = None) -> Sam3Config | None:
+    """The configuration of a checkpoint's concept search; None if it has none."""
+    from transformers import AutoConfig
+
+    if Path(source).is_file():
+        return None
+    config = AutoConfig.from_pretrained(source, revision=revision)
+    # The hub's checkpoints are of type sam3_video: a detector and a tracker.
+    config = getattr(config, "detector_config", config)
+    return config if isinstance(config, Sam3Config) else None
+
+
+def check_reads_text(name: str) -> None:
+    """Raises `InputError` for a SAM that `--text` cannot use, from its configuration, before weights are loaded."""
+    source = models.resolve(name, "sam")
+    with models.loading(name):
+        if _detector_config(source) is None:
+            raise InputError(no_text(name))
+
+
+def no_text(name: str) -> str:
+    """The message for a SAM that cannot read text."""
+    return f"--text needs SAM 3, and {name} cannot read text: use --sam_model facebook/sam3, or --point"
 
 
 def no_concepts(name: str) -> str:
