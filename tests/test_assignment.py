@@ -1,5 +1,7 @@
 """Alike subjects in one photo: every region belongs to one of them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from persam_dreambooth.photos.masks import read_mask
 from persam_dreambooth.segmentation import MemorySegmenter, PerSAMF, open_sam
 from persam_dreambooth.segmentation.found import ABSENT
 from persam_dreambooth.segmentation.location_prior import Target, likeness
+from persam_dreambooth.segmentation.segmenter import Segmenter
 from persam_dreambooth.toy import world
 
 SIDE = 256
@@ -83,6 +86,32 @@ def test_two_regions_serve_two_of_three_subjects(segmenters, twins, sam):
     assert sum(one.mask.astype(int) for one in found).max() == 1
     assert iou(found[0].mask, truths[0]) > 0.6 and iou(found[2].mask, truths[1]) > 0.6
     assert (found[1].mask & (truths[0] | truths[1])).sum() < 0.1 * truths[0].sum()
+
+
+class Finds(Segmenter):
+    """Finds the masks given for it, whose points are numbered; fitted as another segmenter."""
+
+    def __init__(self, like, *finds):
+        super().__init__(like.sam)
+        self._target, self.finds = like.target, finds
+
+    def instances(self, encoding, most):
+        return list(self.finds[:most])
+
+
+def test_a_region_keeps_the_score_and_the_points_of_the_find_that_it_comes_from(segmenters, twins):
+    """The first segmenter finds the second subject first, and its own not at all."""
+    photo, truths = twins[1]
+    like = segmenters[0].predict(photo)
+    finds = [
+        replace(like, mask=truth, score=score, points=np.array([[x, 7]]), box=np.array([x, x, 9, 9]))
+        for x, (truth, score) in enumerate(zip(truths, (0.25, 0.75), strict=True))
+    ]
+    found = find_subjects([Finds(segmenters[0], finds[1]), Finds(segmenters[1], *finds[1:], finds[0])], photo)
+    assert [one.score for one in found] == [0.25, 0.75]
+    assert [one.points.tolist() for one in found] == [[[0, 7]], [[1, 7]]]
+    assert [one.box.tolist() for one in found] == [[0, 0, 9, 9], [1, 1, 9, 9]]
+    assert all((one.mask == truth).all() for one, truth in zip(found, truths, strict=True))
 
 
 def test_what_is_taken_is_nobodys(segmenters, twins):
