@@ -9,10 +9,13 @@ import yaml
 from PIL import Image
 from training_runs import command, flags
 
-from persam_dreambooth import find_subjects
+from persam_dreambooth import find_subjects, main_job
+from persam_dreambooth.dreambooth.albums import read_albums
 from persam_dreambooth.errors import InputError
+from persam_dreambooth.main_job import TrainOptions
 from persam_dreambooth.photos.masks import read_mask
 from persam_dreambooth.segmentation import MemorySegmenter, PerSAMF, open_sam
+from persam_dreambooth.segmentation.assignment import _innermost
 from persam_dreambooth.segmentation.found import ABSENT
 from persam_dreambooth.segmentation.location_prior import Target, likeness
 from persam_dreambooth.segmentation.segmenter import Segmenter
@@ -207,3 +210,27 @@ def test_training_on_two_subjects_of_the_same_photos_tells_them_apart(home, twin
     overview = np.asarray(Image.open(home / "run" / "overview.png"))
     for color in ((255, 0, 200), (0, 110, 255)):  # each subject's outline, also in the tiles of the other
         assert (overview == color).all(axis=2).any()
+
+
+def test_a_resumed_run_of_two_prompted_subjects_makes_the_same_mask_again(home, twins, toy_sam2, caplog):
+    points = ["{},{}".format(*_innermost(mask)) for mask in twins[0][1]]
+    entries = [
+        {
+            "instance_dir": "photos",
+            "point": [point],
+            "reference_image": "00.png",
+            "class_name": "robot",
+            "identifier": w,
+        }
+        for point, w in zip(points, ("sks", "zwx"), strict=True)
+    ]
+    options = TrainOptions(subjects=entries, sam_model="toy-sam2", encoding_cache=toy_sam2[-1], output_dir="run")
+    main_job.write_masks(options, read_albums(options), begins=True)
+    made = home / "run" / "masks" / "zwx" / "01.png"
+    before, other = read_mask(made), read_mask(made.parents[1] / "sks" / "01.png")
+    assert not (before & other).any() and iou(before, twins[1][1][1]) > 0.5
+    made.unlink()
+    main_job.write_masks(options, read_albums(options), begins=False)
+    assert (read_mask(made) == before).all()
+    # Two points on alike subjects that touch.
+    assert "zwx: its mask of 00.png overlaps another subject's: correct one" in caplog.messages
