@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from persam_dreambooth import models
 from persam_dreambooth.dreambooth.albums import Album, read_albums
 from persam_dreambooth.dreambooth.base_pictures import check_base_pictures, class_crops, open_backgrounds
@@ -184,7 +186,8 @@ def write_masks(options: TrainOptions, albums: list[Album], begins: bool) -> Non
         for number, (album, masks) in enumerate(zip(albums, known, strict=True))
         if album.reference and len(masks) < len(album.photos)
     ]
-    companions = album_companions(options, albums, known, segmenter) if segmenter else []
+    fixed = fixed_masks(albums, known)
+    companions = album_companions(options, albums, fixed, segmenter) if segmenter else []
     if begins:
         begin_run(options)
     for place, first in firsts.items():
@@ -204,6 +207,7 @@ def write_masks(options: TrainOptions, albums: list[Album], begins: bool) -> Non
                 encoded=encoded,
                 companions=companions[number],
             )
+            fixed[number] |= {item.photo.sha256: item.packed for item in made}  # the next albums leave it out
             run_dir = options.run_dir if len(albums) == 1 else None
             images = album.subject.instance_dir
             others = album.subject.other_mask or ()
@@ -215,22 +219,42 @@ def write_masks(options: TrainOptions, albums: list[Album], begins: bool) -> Non
                 writer.save(item.record, item.mask, item.weights)
 
 
+def fixed_masks(albums: list[Album], known: list[dict[str, PhotoMask]]) -> list[dict[str, PackedMask]]:
+    """The masks of each album that will not change, by the hashes of their photos; warns of those that overlap.
+
+    Args:
+        albums: a run's subjects.
+        known: the masks that each album's folder already has.
+    """
+    fixed: list[dict[str, PackedMask]] = []
+    for album, known_masks in zip(albums, known, strict=True):
+        fixed.append({item.photo.sha256: item.packed for item in (*album.drawn, *known_masks.values())})
+        if album.reference:
+            fixed[-1].setdefault(album.reference[0].sha256, PackedMask(album.reference[1]))
+    for place, album in enumerate(albums):
+        for photo in album.photos:
+            shown = [np.asarray(own[photo.sha256]) for own in fixed[: place + 1] if photo.sha256 in own]
+            if photo.sha256 in fixed[place] and any((shown[-1] & other).any() for other in shown[:-1]):
+                logger.warning("%sits mask of %s overlaps another subject's: correct one", album.label, photo.name)
+    return fixed
+
+
 def album_companions(
-    options: TrainOptions, albums: list[Album], known: list[dict[str, PhotoMask]], like: Segmenter
+    options: TrainOptions, albums: list[Album], fixed: list[dict[str, PackedMask]], like: Segmenter
 ) -> list[list[Companion]]:
     """The other subjects that each album's masks must leave out: those of `other_mask`, and those that share photos.
 
     Args:
         options: of the run.
         albums: its subjects.
-        known: the masks that each album's folder already has. Those that the user gave or corrected are fixed.
+        fixed: see `fixed_masks`. The companions know of what is added to it.
         like: a segmenter with the SAM of the run.
     """
     from persam_dreambooth.segmentation.assignment import Companion
 
     hashes = [frozenset(photo.sha256 for photo in album.photos) for album in albums]
     found: list[list[Companion]] = [[] for _ in albums]
-    for album, own, known_masks, others in zip(albums, hashes, known, found, strict=True):
+    for album, own, masks, others in zip(albums, hashes, fixed, found, strict=True):
         like.class_name = album.subject.subject
         for photo, mask in album.others:
             other = fitted_segmenter(options, like, [(photo, mask)])
@@ -238,11 +262,8 @@ def album_companions(
         sharing = [place for place, hashed in enumerate(hashes) if own & hashed and albums[place] is not album]
         if not sharing:
             continue
-        masks = [*album.drawn, *(item for item in known_masks.values() if item.record.is_users)]
-        fixed = {item.photo.sha256: item.packed for item in masks}
-        fitted = fitted_segmenter(options, like, [album.reference]) if album.reference else None
-        if album.reference:
-            fixed[album.reference[0].sha256] = PackedMask(album.reference[1])
+        reference = None if own <= masks.keys() else album.reference
+        fitted = fitted_segmenter(options, like, [reference]) if reference else None
         for place in sharing:
-            found[place].append(Companion(fitted, fixed, own))
+            found[place].append(Companion(fitted, masks, own))
     return found

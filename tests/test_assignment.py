@@ -1,19 +1,24 @@
 """Alike subjects in one photo: every region belongs to one of them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 import yaml
 from PIL import Image
-from scipy import ndimage
 from training_runs import command, flags
 
-from persam_dreambooth import find_subjects
+from persam_dreambooth import find_subjects, main_job
+from persam_dreambooth.dreambooth.albums import read_albums
 from persam_dreambooth.errors import InputError
+from persam_dreambooth.main_job import TrainOptions
 from persam_dreambooth.photos.masks import read_mask
 from persam_dreambooth.segmentation import MemorySegmenter, PerSAMF, open_sam
+from persam_dreambooth.segmentation.assignment import _innermost
 from persam_dreambooth.segmentation.found import ABSENT
 from persam_dreambooth.segmentation.location_prior import Target, likeness
+from persam_dreambooth.segmentation.segmenter import Segmenter
 from persam_dreambooth.toy import world
 
 SIDE = 256
@@ -84,6 +89,32 @@ def test_two_regions_serve_two_of_three_subjects(segmenters, twins, sam):
     assert sum(one.mask.astype(int) for one in found).max() == 1
     assert iou(found[0].mask, truths[0]) > 0.6 and iou(found[2].mask, truths[1]) > 0.6
     assert (found[1].mask & (truths[0] | truths[1])).sum() < 0.1 * truths[0].sum()
+
+
+class Finds(Segmenter):
+    """Finds the masks given for it, whose points are numbered; fitted as another segmenter."""
+
+    def __init__(self, like, *finds):
+        super().__init__(like.sam)
+        self._target, self.finds = like.target, finds
+
+    def instances(self, encoding, most):
+        return list(self.finds[:most])
+
+
+def test_a_region_keeps_the_score_and_the_points_of_the_find_that_it_comes_from(segmenters, twins):
+    """The first segmenter finds the second subject first, and its own not at all."""
+    photo, truths = twins[1]
+    like = segmenters[0].predict(photo)
+    finds = [
+        replace(like, mask=truth, score=score, points=np.array([[x, 7]]), box=np.array([x, x, 9, 9]))
+        for x, (truth, score) in enumerate(zip(truths, (0.25, 0.75), strict=True))
+    ]
+    found = find_subjects([Finds(segmenters[0], finds[1]), Finds(segmenters[1], *finds[1:], finds[0])], photo)
+    assert [one.score for one in found] == [0.25, 0.75]
+    assert [one.points.tolist() for one in found] == [[[0, 7]], [[1, 7]]]
+    assert [one.box.tolist() for one in found] == [[0, 0, 9, 9], [1, 1, 9, 9]]
+    assert all((one.mask == truth).all() for one, truth in zip(found, truths, strict=True))
 
 
 def test_what_is_taken_is_nobodys(segmenters, twins):
@@ -182,22 +213,25 @@ def test_training_on_two_subjects_of_the_same_photos_tells_them_apart(home, twin
         assert (overview == color).all(axis=2).any()
 
 
-@pytest.mark.slow
-def test_a_resumed_run_leaves_out_a_subject_of_a_point_whose_masks_are_complete(home, twins, toy_sam2):
-    depth = ndimage.distance_transform_edt(twins[0][1][1])
-    y, x = np.unravel_index(depth.argmax(), depth.shape)
-    shared = {"instance_dir": "photos", "class_name": "robot"}
+def test_a_resumed_run_of_two_prompted_subjects_makes_the_same_mask_again(home, twins, toy_sam2, caplog):
+    points = ["{},{}".format(*_innermost(mask)) for mask in twins[0][1]]
     entries = [
-        {**shared, "mask": "first/00.png", "identifier": "sks"},
-        {**shared, "point": f"{x},{y}", "identifier": "zwx"},
+        {
+            "instance_dir": "photos",
+            "point": [point],
+            "reference_image": "00.png",
+            "class_name": "robot",
+            "identifier": w,
+        }
+        for point, w in zip(points, ("sks", "zwx"), strict=True)
     ]
-    (home / "two.yaml").write_text(yaml.safe_dump({"subjects": entries}), encoding="utf-8")
-    options = {"pretrained_model_name_or_path": "toy", "resolution": 32, "max_train_steps": 1, "output_dir": "run"}
-    words = ["train", "--config", "two.yaml", *toy_sam2, *flags(**options, num_validation_images=0)]
-    assert command(*words) == 0
-    masks = home / "run" / "masks" / "sks"
-    before = {name: (masks / name).read_bytes() for name in ("01.png", "02.png")}
-    for name in before:
-        (masks / name).unlink()
-    assert command(*words, "--max_train_steps", 2, "--resume_from_checkpoint", "latest") == 0
-    assert before == {name: (masks / name).read_bytes() for name in before}
+    options = TrainOptions(subjects=entries, sam_model="toy-sam2", encoding_cache=toy_sam2[-1], output_dir="run")
+    main_job.write_masks(options, read_albums(options), begins=True)
+    made = home / "run" / "masks" / "zwx" / "01.png"
+    before, other = read_mask(made), read_mask(made.parents[1] / "sks" / "01.png")
+    assert not (before & other).any() and iou(before, twins[1][1][1]) > 0.5
+    made.unlink()
+    main_job.write_masks(options, read_albums(options), begins=False)
+    assert (read_mask(made) == before).all()
+    # Two points on alike subjects that touch.
+    assert "zwx: its mask of 00.png overlaps another subject's: correct one" in caplog.messages

@@ -33,6 +33,7 @@ from persam_dreambooth.segmentation.evaluation.metrics import jaccard
 from persam_dreambooth.segmentation.point_matching import PointMatching, align, point_matching_loss, sample_outline
 from persam_dreambooth.segmentation.prompt_learning import PromptLearning, decode_prompts, load_plm, make_plm
 from persam_dreambooth.segmentation.prompts import draw_prompt
+from persam_dreambooth.segmentation.segmenter import find_instances
 from persam_dreambooth.toy import world
 from persam_dreambooth.toy.rendered_parts import part_scenes
 
@@ -297,6 +298,15 @@ def test_what_cannot_be_fitted_is_refused(sam, task):
 
 
 # adapt plm
+
+
+def test_one_subject_is_found_once(encodings):
+    """The rim that a second mask of it leaves is no instance."""
+    rng = np.random.default_rng([4_000_000, 0])
+    shown = world.render(world.random_scene(rng, world.random_subject(rng, "robot"), "grass", distractors=0), 256)
+    segmenter = PLMSegmenter(open_sam("toy", device="cpu", encoding_cache=encodings), absent_threshold=0, fit_steps=6)
+    found = find_instances(segmenter.fit(shown.image, shown.objects[0]), shown.image, 4)
+    assert [jaccard(one.mask, shown.objects[0]) > 0.8 for one in found] == [True]
 
 
 def test_an_adapter_is_a_plm_that_replaces_the_fit(sam, filled_sam, adapted, task, references, capsys, tmp_path):

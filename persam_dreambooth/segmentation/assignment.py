@@ -55,10 +55,12 @@ class Region:
     Args:
         mask: (H, W) bool.
         cut: whether something was cut off that belongs to another subject.
+        source: what a segmenter found, of any subject, in which the mask lies.
     """
 
     mask: np.ndarray
     cut: bool
+    source: Found
 
 
 def find_subjects(segmenters: Sequence[Segmenter], photo: ImageLike, taken: Sequence[np.ndarray] = ()) -> list[Found]:
@@ -89,7 +91,7 @@ def find_subjects(segmenters: Sequence[Segmenter], photo: ImageLike, taken: Sequ
     smooth = ndimage.gaussian_filter(alike, (0, *[SMOOTHING * encoding.grid] * 2))
     alike, smooth = (_at_photo_size(maps, segmenters[0].sam, encoding) for maps in (alike, smooth))
     finds = [segmenter.instances(encoding, len(segmenters) + len(known)) for segmenter in segmenters]
-    regions = _pool([[found.mask for found in own] for own in finds], free, smooth)
+    regions = _pool(finds, free, smooth)
     chosen = _assign(regions, segmenters, encoding, alike)
     places = [region.mask for region in chosen if region] + known
     results = []
@@ -98,6 +100,8 @@ def find_subjects(segmenters: Sequence[Segmenter], photo: ImageLike, taken: Sequ
         if region is None:
             results.append(replace(found, mask=np.zeros(encoding.size, bool)))
             continue
+        source = region.source  # maybe of another subject, so only what is of the region itself
+        found = replace(found, score=source.score, points=source.points, box=source.box, steps=source.steps)
         others = [mask for mask in places if mask is not region.mask]
         if region.cut or any((mask & region.mask).any() for mask in others):
             found = _prompt_again(segmenter, encoding, found, region.mask, others)
@@ -122,24 +126,25 @@ def find_beside(
     return find_subjects([segmenter, *others], photo, taken)[0] if taken or others else None
 
 
-def _pool(finds: list[list[np.ndarray]], free: np.ndarray, smooth: np.ndarray) -> list[Region]:
+def _pool(finds: list[list[Found]], free: np.ndarray, smooth: np.ndarray) -> list[Region]:
     """The different regions in what is found of each subject.
 
     A mask is cut if it shares much with the first mask of another subject, since it may show both: each pixel goes to
     the subject with the highest smoothed likeness.
 
     Args:
-        finds: the masks, (H, W) bool, of each subject, the most similar first.
+        finds: what is found of each subject, the most similar first.
         free: (H, W) bool, pixels outside of known masks.
         smooth: (n, H, W) the smoothed likeness to each subject.
     """
     nearest = smooth.argmax(axis=0)
     regions: list[Region] = []
-    for subject, mask in [(subject, mask) for subject, own in enumerate(finds) for mask in own]:
-        others = [own[0] for number, own in enumerate(finds) if own and number != subject]
+    for subject, source in [(subject, source) for subject, own in enumerate(finds) for source in own]:
+        mask = source.mask
+        others = [own[0].mask for number, own in enumerate(finds) if own and number != subject]
         if not any(other.any() and _shared(mask, other) > SMALLEST_PART for other in others if mask.any()):
             if (mask & free).any():
-                regions.append(Region(mask & free, not free[mask].all()))
+                regions.append(Region(mask & free, not free[mask].all(), source))
             continue
         labels, count = ndimage.label(mask & free)
         owner = nearest.copy()
@@ -153,7 +158,7 @@ def _pool(finds: list[list[np.ndarray]], free: np.ndarray, smooth: np.ndarray) -
                 mixed = True
         parts = [labels.astype(bool) & (owner == number) for number in range(len(smooth))]
         cut = mixed or not free[mask].all()
-        regions += [Region(part, cut) for part in parts if part.any()]
+        regions += [Region(part, cut, source) for part in parts if part.any()]
     different: list[Region] = []
     for region in sorted(regions, key=lambda region: region.mask.sum(), reverse=True):
         if not any(_shared(region.mask, other.mask) > SAME for other in different):

@@ -109,7 +109,7 @@ class PLMSegmenter(Segmenter):
         prior, points = self._locate(encoding, without)
         logits, scores = decode_prompts(self.sam, [encoding], [points[0]], plm)
         step = decoder_step(logits[0], scores[0])
-        return self._found(encoding, prior, points, (step,), logits[0, 0], float(scores[0, 0]), [], without)
+        return self._found(encoding, prior, points, (step,), logits[0, 0], float(scores[0, 0]), [])
 
     def _locate(self, encoding: Encoding, without: np.ndarray | None = None) -> tuple[torch.Tensor, np.ndarray]:
         """The location prior (g, g) and its positive point (1, 2)."""
