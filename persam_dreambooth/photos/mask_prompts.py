@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass
+from string import ascii_uppercase
 from typing import Any, Literal
 
 from persam_dreambooth.errors import InputError
@@ -17,7 +18,7 @@ from persam_dreambooth.photos.folder import Photo
 GRID_CELLS = 16
 """Cells of the grid along the longer side of a photo; those along its shorter side are about as large."""
 
-CELL_COLUMNS = "ABCDEFGHIJKLMNOP"
+CELL_COLUMNS = ascii_uppercase[:GRID_CELLS]
 """The names of the columns of the grid."""
 
 SCALES = ("subpart", "part", "whole")
