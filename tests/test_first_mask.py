@@ -3,12 +3,14 @@
 import json
 import re
 import shutil
+from contextlib import suppress
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_sams import save_sam3
 from training_runs import SHORT, command, flags
 
 from persam_dreambooth import InputError, MaskPrompts, Sam, cli, first_mask, open_sam, read_mask, toy
@@ -16,6 +18,7 @@ from persam_dreambooth.photos.folder import Photo, find_photos
 from persam_dreambooth.photos.mask_folder import load_masks, load_references, noted_record
 from persam_dreambooth.photos.mask_prompts import PromptOptions
 from persam_dreambooth.report.pictures import EDGE, GRID_SIDE, cell_grid
+from persam_dreambooth.segmentation.first_mask import prompted_reference
 from persam_dreambooth.segmentation.sams.sam3_concepts import Concepts
 from persam_dreambooth.segmentation.segment import SegmentOptions
 
@@ -240,6 +243,14 @@ def test_a_sam_that_reads_no_text_is_refused_before_its_weights_are_loaded(home,
     said = "--text needs SAM 3, and sam cannot read text: use --sam_model facebook/sam3, or --point"
     assert refused(capsys, "mask", "duck/00.jpg", *text) == said
     assert refused(capsys, "segment", "--images", "duck", "--output", "masks", *text) == said
+
+
+def test_a_text_and_the_segmenter_encode_a_photo_once(home, tmp_path):
+    sam, runs = open_sam(str(save_sam3(tmp_path / "sam3")[0]), device="cpu"), []
+    sam.encoder.register_forward_hook(lambda *_: runs.append(1))
+    with suppress(InputError):  # random weights may find no duck
+        prompted_reference(Photo.open(home / "duck" / "00.jpg"), MaskPrompts(text="duck"), sam, {}, 0)
+    assert len(runs) == 1
 
 
 # Segmenting and training

@@ -7,7 +7,7 @@
         written.json        what the files were made from, and their hashes
 
 The photos are copies. Other trainers ignore EXIF orientation, formats such as HEIC, or subfolders, and train on the
-whole photo if a mask is missing. So the copies are upright, in one folder, and only of photos that show the subject.
+whole photo if a mask is missing. So the copies are upright, in one folder, and only of photos whose mask is not empty.
 docs/masks-for-others.md says how each trainer reads them.
 """
 

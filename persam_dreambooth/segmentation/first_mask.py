@@ -178,6 +178,8 @@ def prompted_reference(
     kept = known.get(photo.name)
     if kept and kept.photo.path == photo.path and kept.mask.any():
         return kept, {}
+    if prompts.text:  # loaded first, so that the encoding holds the output of the backbone that the search shares
+        getattr(sam, "concepts", None)
     encoding = sam.encode(photo.read())
     made = first_mask(sam, encoding, prompts, smallest_region)
     logger.info("the first mask, of %s: %s", photo.path, made)
