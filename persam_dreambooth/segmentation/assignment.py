@@ -29,7 +29,7 @@ SMOOTHING = 1 / 32
 SMALLEST_PART = 0.25
 """Minimum fraction of a connected region that another subject has, and of the smaller of two masks that they share."""
 
-KEPT_IOU = 0.2
+REGION_IOU = 0.2
 """Minimum IoU of a region and the mask that the SAM makes of it; below, the mask shows something else and is not used.
 It is low, since a region is cut roughly: 0.5 lost masks that were right."""
 
@@ -200,7 +200,7 @@ def _prompt_again(
 ) -> Found:
     """What the SAM finds in the box of a mask, with the innermost point of it, and of other masks as negative ones.
 
-    The mask stays if that is something else: see `KEPT_IOU`.
+    The mask stays if that is something else: see `REGION_IOU`.
     """
     points = np.stack([_innermost(one) for one in (mask, *others)])
     rows, columns = (np.nonzero(_core(mask).any(axis=axis))[0] for axis in (1, 0))
@@ -208,7 +208,7 @@ def _prompt_again(
     logits, scores = segmenter.sam.decode(encoding, points, np.array([1, *[0] * len(others)]), box)
     step = decoder_step(logits, scores, box)
     better = (segmenter.sam.upscale(logits[step.best][None], encoding)[0] > 0).cpu().numpy()
-    if (better & mask).sum() < KEPT_IOU * (better | mask).sum():
+    if (better & mask).sum() < REGION_IOU * (better | mask).sum():
         return replace(found, mask=mask)
     return replace(
         found,
