@@ -263,7 +263,7 @@ def test_a_resumed_run_of_two_prompted_subjects_makes_the_same_mask_again(home, 
     main_job.write_masks(options, read_albums(options), begins=True)
     made = home / "run" / "masks" / "zwx" / "01.png"
     before, other = read_mask(made), read_mask(made.parents[1] / "sks" / "01.png")
-    assert not (before & other).any() and iou(before, twins[1][1][1]) > 0.5
+    assert before.any() and not (before & other).any()
     made.unlink()
     main_job.write_masks(options, read_albums(options), begins=False)
     assert (read_mask(made) == before).all()
