@@ -29,6 +29,10 @@ SMOOTHING = 1 / 32
 SMALLEST_PART = 0.25
 """Minimum fraction of a connected region that another subject has, and of the smaller of two masks that they share."""
 
+REGION_IOU = 0.2
+"""Minimum IoU of a region and the mask that the SAM makes of it; below, the mask shows something else and is not used.
+It is low, since a region is cut roughly: 0.5 lost masks that were right."""
+
 SAME = 0.5
 """Two regions that share more than this fraction of the smaller one are one instance."""
 
@@ -87,7 +91,8 @@ def find_subjects(segmenters: Sequence[Segmenter], photo: ImageLike, taken: Sequ
     encoding = segmenters[0].sam.encode(photo)
     known = [sized_mask(mask, encoding) for mask in taken]
     free = ~np.any([np.zeros(encoding.size, bool), *known], axis=0)
-    alike = torch.stack([likeness(segmenter.target, encoding) for segmenter in segmenters]).cpu().numpy()
+    cells = min(len(segmenter.target.cells) for segmenter in segmenters)
+    alike = torch.stack([likeness(segmenter.target, encoding, cells) for segmenter in segmenters]).cpu().numpy()
     smooth = ndimage.gaussian_filter(alike, (0, *[SMOOTHING * encoding.grid] * 2))
     alike, smooth = (_at_photo_size(maps, segmenters[0].sam, encoding) for maps in (alike, smooth))
     finds = [segmenter.instances(encoding, len(segmenters) + len(known)) for segmenter in segmenters]
@@ -193,16 +198,21 @@ def _assign(
 def _prompt_again(
     segmenter: Segmenter, encoding: Encoding, found: Found, mask: np.ndarray, others: list[np.ndarray]
 ) -> Found:
-    """What the SAM finds in the box of a mask, with the innermost point of it, and of other masks as negative ones."""
+    """What the SAM finds in the box of a mask, with the innermost point of it, and of other masks as negative ones.
+
+    The mask stays if that is something else: see `REGION_IOU`.
+    """
     points = np.stack([_innermost(one) for one in (mask, *others)])
     rows, columns = (np.nonzero(_core(mask).any(axis=axis))[0] for axis in (1, 0))
     box = np.array([columns[0], rows[0], columns[-1], rows[-1]])
     logits, scores = segmenter.sam.decode(encoding, points, np.array([1, *[0] * len(others)]), box)
     step = decoder_step(logits, scores, box)
     better = (segmenter.sam.upscale(logits[step.best][None], encoding)[0] > 0).cpu().numpy()
+    if (better & mask).sum() < REGION_IOU * (better | mask).sum():
+        return replace(found, mask=mask)
     return replace(
         found,
-        mask=better if better.any() else mask,
+        mask=better,
         score=float(step.scores[step.best]),
         points=points,
         box=box,
