@@ -356,7 +356,9 @@ def test_another_kind_of_model(home, capsys):
     Path("bert").mkdir()
     Path("bert/config.json").write_text('{"model_type": "bert"}')
     for command in (segment("--sam_model", "bert"), train(*MASK, "--sam_model", "bert")):
-        assert refused(capsys, *command).startswith("bert is a model of type bert: name a SAM, SAM-HQ, SAM 2 or SAM 3 checkpoint")
+        assert refused(capsys, *command).startswith(
+            "bert is a model of type bert: name a SAM, SAM-HQ, SAM 2 or SAM 3 checkpoint"
+        )
     Path("video").mkdir()
     Path("video/model_index.json").write_text('{"_class_name": "WanPipeline"}')
     for command in (generate("--model", "video"), train(*MASK, "--pretrained_model_name_or_path", "video")):
