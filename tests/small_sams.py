@@ -19,11 +19,14 @@ from transformers import (
     Sam3TrackerModel,
     Sam3VideoConfig,
     Sam3VideoModel,
+    SamConfig,
     SamHQConfig,
     SamHQModel,
+    SamModel,
 )
 from transformers.models.sam2_video.configuration_sam2_video import Sam2VideoMaskDecoderConfig
 
+from persam_dreambooth.segmentation.target_semantic_prompting import Guidance, GuidedTransformer
 from tools.toy.build import build_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden" / "published_files"
@@ -248,3 +251,37 @@ def _narrower(name, shape):
     """Numbers of channels shrink; heads, windows and kernels do not."""
     sides = [int(side) for side in shape.split("x") if side]
     return "x".join(str(side // 4 if side >= 32 and "attention_biases" not in name else side) for side in sides)
+
+
+def assert_guided_as_sam(theirs, cells, form, **sizes):
+    """With the same weights and the same guidance, a decoder's transformer answers as that of a SAM of these sizes.
+
+    `theirs` has two layers, and sees `cells` x `cells` cells. Its weights have the names of SAM 2 and 3.
+    """
+    width = sizes["hidden_size"]
+    model = SamModel(
+        SamConfig(
+            vision_config={"num_hidden_layers": 0, "output_channels": width, "num_pos_feats": width // 2},
+            prompt_encoder_config={"hidden_size": width},
+            mask_decoder_config={**sizes, "num_hidden_layers": 2, "layer_norm_eps": 1e-5},
+        )
+    )
+    ours = model.mask_decoder.transformer.eval()
+    weights = {
+        name.replace(".o_proj.", ".out_proj.").replace("mlp.proj_in.", "mlp.lin1.").replace("proj_out.", "lin2."): value
+        for name, value in theirs.state_dict().items()
+    }
+    ours.load_state_dict(weights)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(1, 1, 9, width, generator=generator)
+    image, positions = torch.randn(2, 1, width, cells, cells, generator=generator)
+    prior, target = 3 * torch.rand(cells**2, generator=generator), torch.randn(width, generator=generator)
+    seen = []
+    for transformer in (GuidedTransformer(theirs), GuidedTransformer(ours)):
+        for guided in (None, Guidance(prior, target, form)):
+            with torch.no_grad(), transformer.guided_by(guided):
+                seen.append(transformer(tokens, image, positions, attention_similarity=None))
+    plain, guided, plain_in_sam, guided_in_sam = seen
+    for one, other in ((plain, plain_in_sam), (guided, guided_in_sam)):
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(one, other, strict=True))
+    assert (guided[0] - plain[0]).abs().max() > 0.1

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_sams import SAM_2, fill, save_sam2, save_sam2_video
-from transformers import Sam2Config, Sam2Model, SamConfig, SamModel
+from small_sams import SAM_2, assert_guided_as_sam, fill, save_sam2, save_sam2_video
+from transformers import Sam2Config, Sam2Model
 
 from persam_dreambooth import cli, toy
 from persam_dreambooth.errors import InputError
@@ -15,7 +15,7 @@ from persam_dreambooth.segmentation.location_prior import location_prior
 from persam_dreambooth.segmentation.sams.sam2 import Sam2
 from persam_dreambooth.segmentation.sams.sam2_memory import has_memory
 from persam_dreambooth.segmentation.target_guided_attention import BiasedAttention, attention_bias
-from persam_dreambooth.segmentation.target_semantic_prompting import Guidance, GuidedTransformer
+from persam_dreambooth.segmentation.target_semantic_prompting import Guidance
 
 POINTS, LABELS = np.array([[150, 130], [20, 30]]), np.array([1, 0])
 
@@ -137,38 +137,11 @@ def test_the_two_biases_agree_where_nothing_is_padded(sam, encoding):
     assert aligned.std() > 0.01 and float(paper.sum()) == pytest.approx(1)
 
 
-def as_in_sam(name):
-    """SAM's name of a weight of SAM 2's two-way transformer."""
-    return name.replace(".o_proj.", ".out_proj.").replace("mlp.proj_in.", "mlp.lin1.").replace("proj_out.", "lin2.")
-
-
 @pytest.mark.parametrize("form", ["code", "paper"])
 def test_guidance_is_that_of_sam(form):
     """The same weights in both transformers, guided in the same way, give the same; SAM's is held to PerSAM's code."""
-    sizes = {"hidden_size": 64, "mlp_dim": 128, "num_hidden_layers": 2}
     theirs = fill(Sam2Model(Sam2Config(**SAM_2))).mask_decoder.transformer.eval()
-    model = SamModel(
-        SamConfig(
-            vision_config={"num_hidden_layers": 0, "output_channels": 64, "num_pos_feats": 32},
-            prompt_encoder_config={"hidden_size": 64},
-            mask_decoder_config={**sizes, "layer_norm_eps": 1e-5},
-        )
-    )
-    ours = model.mask_decoder.transformer.eval()
-    ours.load_state_dict({as_in_sam(name): value for name, value in theirs.state_dict().items()})
-    generator = torch.Generator().manual_seed(0)
-    tokens, image = torch.randn(1, 1, 9, 64, generator=generator), torch.randn(1, 64, 64, 64, generator=generator)
-    positions = torch.randn(1, 64, 64, 64, generator=generator)
-    guidance = Guidance(3 * torch.rand(4096, generator=generator), torch.randn(64, generator=generator), form)
-    seen = []
-    for transformer in (GuidedTransformer(theirs), GuidedTransformer(ours)):
-        for guided in (None, guidance):
-            with torch.no_grad(), transformer.guided_by(guided):
-                seen.append(transformer(tokens, image, positions, attention_similarity=None))
-    plain, guided, plain_in_sam, guided_in_sam = seen
-    for one, other in ((plain, plain_in_sam), (guided, guided_in_sam)):
-        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(one, other, strict=True))
-    assert (guided[0] - plain[0]).abs().max() > 0.1
+    assert_guided_as_sam(theirs, 64, form, hidden_size=64, mlp_dim=128)
 
 
 def test_with_neither_bias_nor_target_the_guided_pass_is_the_original(sam):

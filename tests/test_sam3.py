@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_sams import fill, save_sam3, save_sam3_detector, save_sam3_tracker
-from transformers import Sam3TrackerModel, Sam3TrackerVideoModel, SamConfig, SamModel
+from small_sams import assert_guided_as_sam, fill, save_sam3, save_sam3_detector, save_sam3_tracker
+from transformers import Sam3TrackerModel, Sam3TrackerVideoModel
 from transformers.models.sam3_tracker_video.modeling_sam3_tracker_video import Sam3TrackerVideoInferenceSession
 
 from persam_dreambooth import cli
@@ -28,7 +28,7 @@ from persam_dreambooth.segmentation.sams.checkpoints import open_meta_sam
 from persam_dreambooth.segmentation.sams.sam2_memory import Memory, has_memory
 from persam_dreambooth.segmentation.sams.sam3 import Sam3
 from persam_dreambooth.segmentation.target_guided_attention import attention_bias
-from persam_dreambooth.segmentation.target_semantic_prompting import Guidance, GuidedTransformer
+from persam_dreambooth.segmentation.target_semantic_prompting import Guidance
 
 SIDE = 126
 POINTS, LABELS = np.array([[20, 30], [5, 50]]), np.array([1, 0])
@@ -125,38 +125,11 @@ def test_a_photo_is_stretched_and_encoded_in_9_by_9_cells(sam, encoding):
 # --- guidance
 
 
-def as_in_sam(name):
-    """SAM's name of a weight of SAM 3's two-way transformer."""
-    return name.replace(".o_proj.", ".out_proj.").replace("mlp.proj_in.", "mlp.lin1.").replace("proj_out.", "lin2.")
-
-
 @pytest.mark.parametrize("form", ["code", "paper"])
 def test_guidance_is_that_of_sam(form, tracker):
     """The same weights in both transformers, guided in the same way, give the same; SAM's is held to PerSAM's code."""
     theirs = fill(Sam3TrackerModel.from_pretrained(tracker)).mask_decoder.transformer.eval()
-    sizes = {"hidden_size": 32, "mlp_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "layer_norm_eps": 1e-5}
-    model = SamModel(
-        SamConfig(
-            vision_config={"num_hidden_layers": 0, "output_channels": 32, "num_pos_feats": 16},
-            prompt_encoder_config={"hidden_size": 32},
-            mask_decoder_config=sizes,
-        )
-    )
-    ours = model.mask_decoder.transformer.eval()
-    ours.load_state_dict({as_in_sam(name): value for name, value in theirs.state_dict().items()})
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randn(1, 1, 9, 32, generator=generator)
-    image, positions = torch.randn(2, 1, 32, 9, 9, generator=generator)
-    guidance = Guidance(3 * torch.rand(81, generator=generator), torch.randn(32, generator=generator), form)
-    seen = []
-    for transformer in (GuidedTransformer(theirs), GuidedTransformer(ours)):
-        for guided in (None, guidance):
-            with torch.no_grad(), transformer.guided_by(guided):
-                seen.append(transformer(tokens, image, positions, attention_similarity=None))
-    plain, guided, plain_in_sam, guided_in_sam = seen
-    for one, other in ((plain, plain_in_sam), (guided, guided_in_sam)):
-        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(one, other, strict=True))
-    assert (guided[0] - plain[0]).abs().max() > 0.1
+    assert_guided_as_sam(theirs, 9, form, hidden_size=32, mlp_dim=64, num_attention_heads=2)
 
 
 def test_guidance_lasts_for_its_pass(sam, encoding):

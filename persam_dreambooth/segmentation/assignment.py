@@ -20,6 +20,7 @@ from persam_dreambooth.errors import InputError
 from persam_dreambooth.photos.mask_folder import PackedMask
 from persam_dreambooth.segmentation.found import ABSENT, Found
 from persam_dreambooth.segmentation.location_prior import at_photo_size, likeness, presence
+from persam_dreambooth.segmentation.prompts import tight_box
 from persam_dreambooth.segmentation.sams.sam import Encoding, ImageLike, Sam
 from persam_dreambooth.segmentation.segmenter import Segmenter, decoder_step, sized_mask
 
@@ -203,8 +204,7 @@ def _prompt_again(
     The mask stays if that is something else: see `REGION_IOU`.
     """
     points = np.stack([_innermost(one) for one in (mask, *others)])
-    rows, columns = (np.nonzero(_core(mask).any(axis=axis))[0] for axis in (1, 0))
-    box = np.array([columns[0], rows[0], columns[-1], rows[-1]])
+    box = tight_box(_core(mask))
     logits, scores = segmenter.sam.decode(encoding, points, np.array([1, *[0] * len(others)]), box)
     step = decoder_step(logits, scores, box)
     better = (segmenter.sam.upscale(logits[step.best][None], encoding)[0] > 0).cpu().numpy()
@@ -230,7 +230,7 @@ def _described(found: Found, segmenter: Segmenter, encoding: Encoding) -> Found:
 
 
 def _at_photo_size(maps: np.ndarray, sam: Sam, encoding: Encoding) -> np.ndarray:
-    """Maps of cells (n, 64, 64), upsampled like SAM's masks: (n, H, W)."""
+    """Maps of cells (n, g, g), upsampled like SAM's masks: (n, H, W)."""
     cells = torch.from_numpy(maps).to(encoding.embedding.device)
     return torch.stack([at_photo_size(one, sam, encoding) for one in cells]).cpu().numpy()
 

@@ -29,10 +29,11 @@ from persam_dreambooth.segmentation.exemplar_canvas import (
 )
 from persam_dreambooth.segmentation.found import ABSENT_THRESHOLD, Found, Step
 from persam_dreambooth.segmentation.location_prior import presence
+from persam_dreambooth.segmentation.prompts import tight_box
 from persam_dreambooth.segmentation.sams.sam import Encoding, ImageLike, Sam
 from persam_dreambooth.segmentation.sams.sam2_memory import MASK_BIAS, MASK_SCALE
 from persam_dreambooth.segmentation.sams.sam3_concepts import INPUT_PIXELS, SCORE_THRESHOLD, ConceptModel, no_concepts
-from persam_dreambooth.segmentation.segmenter import Segmenter, decoder_step, fitted, sized_mask
+from persam_dreambooth.segmentation.segmenter import Segmenter, decoder_step, fitted, mostly_inside, sized_mask
 
 if TYPE_CHECKING:
     from persam_dreambooth.segmentation.segmenters import SegmentationOptions
@@ -202,7 +203,7 @@ class ConceptSegmenter(Segmenter):
         side = 4 * encoding.grid
         given = torch.from_numpy(mask).to(self.sam.device, torch.float32)[None, None]
         given = F.interpolate(given, (side, side), mode="bilinear", antialias=True)[0] * MASK_SCALE + MASK_BIAS
-        box = mask_bounds(mask) / np.tile(encoding.scale, 2) - [0, 0, 1, 1]
+        box = (tight_box(mask) + np.array([0, 0, 1, 1])) / np.tile(encoding.scale, 2) - [0, 0, 1, 1]
         labels = np.ones(len(points), int)
         logits, scores = self.sam.decode(encoding, points, labels, box=box, mask_logits=given[0], multimask=False)
         step = decoder_step(logits, scores, box)
@@ -230,17 +231,6 @@ def distinct(masks: np.ndarray, scores: np.ndarray) -> np.ndarray:
 def overlap_share(one: Any, other: Any) -> float:
     """The IoU of two masks; 0 for two empty ones."""
     return float((one & other).sum()) / max(1.0, float((one | other).sum()))
-
-
-def mostly_inside(mask: np.ndarray, place: np.ndarray) -> bool:
-    """Whether more than half of a mask lies inside a place, both (h, w) bool."""
-    return bool(2 * (mask & place).sum() > mask.sum())
-
-
-def mask_bounds(mask: np.ndarray) -> np.ndarray:
-    """The tight box (4,) of a mask (h, w) bool with at least one pixel: x0, y0, x1, y1, exclusive upper bounds."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], float)
 
 
 def resized_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:

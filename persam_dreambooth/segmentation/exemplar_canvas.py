@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from persam_dreambooth.segmentation.prompts import tight_box
+
 STRIP = 0.25
 """Least share of the canvas for the references; the photo takes the rest at most."""
 
@@ -64,8 +66,7 @@ def cut_exemplar(pixels: np.ndarray, mask: np.ndarray) -> Exemplar:
         mask: (H, W) bool with at least one pixel, at the photo's own size.
     """
     height, width = mask.shape
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    box = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], float)
+    box = tight_box(mask) + np.array([0, 0, 1, 1])
     around = CONTEXT * max(box[2:] - box[:2])
     crop = np.clip(box + around * np.array([-1, -1, 1, 1]), 0, [width, height, width, height])
     extent = crop[2:] - crop[:2]

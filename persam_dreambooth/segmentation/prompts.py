@@ -34,10 +34,15 @@ def draw_prompt(
         if point is not None and rng.random() < 0.5:
             return point
         return np.array(divmod(int(rng.choice(np.flatnonzero(mask))), mask.shape[1])[::-1])
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    box = np.array([columns[0], rows[0], columns[-1], rows[-1]], float)
+    box = tight_box(mask)
     if not jitter:
         return box
     sides = np.tile(box[2:] - box[:2] + 1, 2)
     moved = box + np.clip(rng.normal(0, jitter, 4) * sides, -MOST_JITTER, MOST_JITTER)
     return np.clip(moved, 0, np.tile(mask.shape[::-1], 2) - 1)
+
+
+def tight_box(mask: np.ndarray) -> np.ndarray:
+    """The smallest box (4,) that holds a mask, (H, W) bool with at least one pixel."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    return np.array([columns[0], rows[0], columns[-1], rows[-1]], float)

@@ -129,12 +129,12 @@ class Segmenter:
         raise NotImplementedError
 
     def instances(self, encoding: Encoding, most: int) -> list[Found]:
-        """See `find_instances`; a method that finds all instances at once does it here."""
+        """See `find_instances`."""
         seen = np.zeros(encoding.size, bool)
         found: list[Found] = []
         while len(found) < most:
             next_one = self.predict(encoding, seen)
-            if ABSENT in next_one.flags or (next_one.mask & seen).sum() > 0.5 * next_one.mask.sum():
+            if ABSENT in next_one.flags or mostly_inside(next_one.mask, seen):
                 break
             found.append(next_one)
             seen |= next_one.mask
@@ -298,6 +298,11 @@ def find_instances(segmenter: Segmenter, photo: ImageLike, most: int = 10) -> li
         most: maximum number of instances.
     """
     return segmenter.instances(segmenter.sam.encode(photo), most)
+
+
+def mostly_inside(mask: np.ndarray, place: np.ndarray) -> bool:
+    """Whether more than half of a mask lies inside a place, both (h, w) bool."""
+    return bool(2 * (mask & place).sum() > mask.sum())
 
 
 def decoder_step(logits: torch.Tensor, scores: torch.Tensor, box: np.ndarray | None = None) -> Step:

@@ -162,9 +162,7 @@ def train_stage(
     run = Run(folder, config, model, learning_rate=stage.learning_rate, steps=steps, minutes=minutes, saving=saving)
     collages = Collages(objects, device) if objects and stage.collages else None
     for step, batch in with_batches(run, partial(draw, stage, photos, seed), workers, device):
-        focal = 1.0
-        if stage == STAGES[0]:
-            focal = float(np.clip((step / steps - BALANCED_UNTIL) / (FOCAL_FROM - BALANCED_UNTIL), 0, 1))
+        focal = focal_share(run.progress) if stage == STAGES[0] else 1.0
         rng = np.random.default_rng([seed, stage.size, step, 1])
         shown = batch.on(device)
         if collages:
@@ -180,6 +178,11 @@ def train_stage(
         write_json(path, evaluate(trained, stage.size, photos, device))
         print(f"{folder.name} {json.dumps(json.loads(path.read_text(encoding='utf-8')))}", flush=True)
     return trained.cpu(), json.loads(path.read_text(encoding="utf-8"))
+
+
+def focal_share(progress: float) -> float:
+    """The share of focal and Dice loss, 0 to 1, in the first stage, of which a part of 0 to 1 is done."""
+    return float(np.clip((progress - BALANCED_UNTIL) / (FOCAL_FROM - BALANCED_UNTIL), 0, 1))
 
 
 def draw(stage: Stage, photos: list[Image.Image], seed: int, step: int) -> Batch:

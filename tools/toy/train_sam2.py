@@ -53,7 +53,7 @@ from tools.toy.sam_losses import (
     refinement,
 )
 from tools.toy.sam_prompts import Batch, to_batch
-from tools.toy.train_sam import BALANCED_UNTIL, CROSS_ATTENTION_GAIN, FOCAL_FROM
+from tools.toy.train_sam import CROSS_ATTENTION_GAIN, focal_share
 from tools.toy.training import Run, run_stages, weights_fingerprint, with_batches
 
 ALBUM = 4
@@ -179,9 +179,7 @@ def train_stage(
     }
     run = Run(folder, config, model, learning_rate=stage.learning_rate, steps=steps, minutes=minutes)
     for step, (batch, subjects) in with_batches(run, partial(draw, stage, sources, seed), workers, device):
-        focal = 1.0
-        if stage == STAGES[0]:
-            focal = float(np.clip((step / steps - BALANCED_UNTIL) / (FOCAL_FROM - BALANCED_UNTIL), 0, 1))
+        focal = focal_share(run.progress) if stage == STAGES[0] else 1.0
         rng = np.random.default_rng([seed, stage.size, step, 1])
         loss, figures = total_loss(rng, model, batch.on(device), subjects.to(device).float(), focal)
         run.update(loss, **figures)

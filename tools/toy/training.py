@@ -140,11 +140,16 @@ class Run:
         self.model.load_state_dict(self._average)
         return self.model.eval()
 
+    @property
+    def progress(self) -> float:
+        """The part of the training that is done, by its steps or, if that is more, by its minutes; 0 to 1."""
+        return min(1.0, max(self.step / self.steps, self.seconds / self._limit))
+
     def _learning_rate(self) -> float:
         if self.step < self._warmup:
             return self._peak * (self.step + 1) / self._warmup
-        progress = (self.step - self._warmup) / max(1, self.steps - self._warmup)
-        progress = min(1.0, max(progress, self.seconds / self._limit))
+        warm = (self.step - self._warmup) / max(1, self.steps - self._warmup)
+        progress = min(1.0, max(warm, self.seconds / self._limit))
         return self._peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
 
     def _log(self) -> None:
