@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 
 from persam_dreambooth import __version__
 from persam_dreambooth.errors import InputError, SaveError, UnavailableError, counted, is_out_of_memory
-from persam_dreambooth.options import check_known, parse
+from persam_dreambooth.options import check_known, command_words, parse
 from persam_dreambooth.progress import showing_bars
 
 TRY_AGAIN = 75
@@ -66,17 +66,11 @@ def _masked(options: Any, made: Any) -> str:
         [f"the grid: {options.grid_file}; name a cell with --point C4, two with --box B2,E7"] if options.grid else []
     )
     if made:
-        change = f"--scale {made.others[-1].name}" if made.others else ""
+        change = ["--scale", made.others[-1].name] if made.others else []
         if options.text:
-            change = "--point x,y"
-        given = [(entry.name, getattr(options, entry.name)) for entry in fields(options) if options.given(entry.name)]
-        words = [str(options.photo)]
-        for name, value in given:
-            if name not in ("photo", "scale", "grid"):
-                words += [
-                    word for one in (value if isinstance(value, list) else [value]) for word in (f"--{name}", one)
-                ]
-        more = f"persam-dreambooth mask {shlex.join(words)} {change}"
+            change = ["--point", "x,y"]
+        words = command_words("mask", options, "photo", leave_out=("scale", "grid"))
+        more = shlex.join([*words, *change])
         seen = f"{options.overlay_file} and {options.others_file}"
         lines.append(f"{options.mask_file}: {made}; see {seen}" + (f"; another: {more}" if made.others else ""))
     return "\n".join(lines)

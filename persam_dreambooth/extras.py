@@ -6,6 +6,7 @@ from persam_dreambooth.errors import InputError
 
 EXTRAS = {
     "bitsandbytes": "optimizers",
+    "gradio": "app",
     "pillow_heif": "heic",
     "prodigyopt": "optimizers",
     "pycocotools": "coco",

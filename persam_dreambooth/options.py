@@ -535,3 +535,30 @@ def _metavar(entry: Any, hints: dict[str, Any]) -> str:
         return "{" + ",".join(words) + "}"
     hint = str if entry.metadata["many"] else hints[entry.name]
     return "PATH" if entry.metadata["path"] else METAVARS.get(hint, "LIST")
+
+
+def command_words(
+    command: str, options: Options, positional: str | None = None, leave_out: Sequence[str] = ()
+) -> list[str]:
+    """The words of a command line with the options that differ from their defaults, for `shlex.join`.
+
+    Args:
+        command: the command's words, such as `evaluate perseg`.
+        options: its options; a list of subjects is left out, since only YAML files can hold it.
+        positional: an option that is given without its name.
+        leave_out: names of options to leave out.
+    """
+    words = ["persam-dreambooth", *command.split()]
+    given = {entry.name: getattr(options, entry.name) for entry in fields(options) if options.given(entry.name)}
+    if positional in given and positional not in leave_out:
+        words.append(str(given.pop(str(positional))))
+    for name, value in given.items():
+        texts = value if isinstance(value, list) else [value]
+        if name in leave_out or not all(isinstance(text, (str, int, float)) for text in texts):
+            continue
+        for text in texts:
+            if isinstance(text, bool):
+                words.append(f"--{name}" if text else f"--no_{name}")
+            else:
+                words += [f"--{name}", str(text)]
+    return words

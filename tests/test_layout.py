@@ -47,7 +47,7 @@ ROOMS = (
     ("main_job",),
     ("plan",),
     ("evaluation",),
-    ("demo",),
+    ("demo", "app"),
     ("cli", "__main__"),
 )
 """The package from the ground up: a row imports from itself and from the rows above it."""

@@ -1,0 +1,1 @@
+"""The steps of the page, one file each; `app.page.STEPS` lists them."""
