@@ -168,9 +168,6 @@ def test_where_objects_meet_the_highest_logit_decides(sam, shown):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(
-    strict=True, reason="the toy SAM that was trained on collages takes the background for the object that has left"
-)
 def test_an_object_that_leaves_is_absent_and_returns_under_its_number():
     """With the SAM that ships: both are there, one is gone, and it is back elsewhere than it left."""
     [(_, scenes)] = davis.sequences(1, 21)

@@ -131,6 +131,34 @@ def presence(mask: np.ndarray, encoding: Encoding, target: Target, target_covera
     return similarity(mean_embedding(weights, encoding), target.mean)
 
 
+def surroundings(mask: np.ndarray, encoding: Encoding, target_coverage: float) -> torch.Tensor:
+    """The embeddings of a photo's cells that are not in a mask, (H, W) bool: (n, C), normalized, without padding."""
+    photo, _ = cell_weights(np.ones_like(mask), encoding, target_coverage)
+    own, _ = cell_weights(mask, encoding, target_coverage)
+    return F.normalize(encoding.embedding[0, :, (photo > 0) & (own == 0)], dim=0).T
+
+
+def own_share(
+    mask: np.ndarray, encoding: Encoding, target_coverage: float, own: torch.Tensor, others: torch.Tensor
+) -> float:
+    """The share of a mask's cells that are more similar to a cell of the subject than to all other cells, 0 to 1.
+
+    Args:
+        mask: (H, W) bool; the share of an empty mask is 0.
+        encoding, target_coverage: as for `cell_weights`.
+        own: (n, C) embeddings of the subject's cells, normalized.
+        others: (m, C) embeddings of cells that are not the subject's, normalized; if there are none, the share is 1.
+    """
+    if not mask.any():
+        return 0.0
+    if not len(others):
+        return 1.0
+    weights, _ = cell_weights(mask, encoding, target_coverage)
+    cells = F.normalize(encoding.embedding[0, :, weights > 0], dim=0)
+    nearer = (own @ cells).amax(dim=0) > (others @ cells).amax(dim=0)
+    return float(weights[weights > 0][nearer].sum())
+
+
 def location_prior(target: torch.Tensor, encoding: Encoding) -> torch.Tensor:
     """Cosine similarity of the target (C,) with every cell, padding included: (g, g), -1 to 1 (Eq. 5)."""
     features = F.normalize(encoding.embedding[0], dim=0)
