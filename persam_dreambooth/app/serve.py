@@ -88,9 +88,9 @@ class Guard:
 
     def _is_closed(self, path: str) -> bool:
         """Whether a request is for a file that is not served; links are followed first."""
-        route, found, name = path.partition("file=")
+        _, found, name = path.partition("file=")
         if not found and "/file/" in path:
-            route, found, name = path.partition("/file/")
+            _, found, name = path.partition("/file/")
         if not found:
             return False
         file = Path(os.path.realpath(name))
