@@ -70,7 +70,7 @@ def server(desk):
     with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
         yield client
     process.send_signal(signal.SIGINT)
-    out, errors = process.communicate(timeout=LIMIT)
+    _, errors = process.communicate(timeout=LIMIT)
     assert process.returncode == 130
     assert errors == "the page is closed; the same command opens it again\n"
 

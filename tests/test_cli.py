@@ -305,7 +305,6 @@ ALWAYS: dict[str, tuple[str, ...]] = {
         *("num_validation_images", "report_to", "push_to_hub"),
         "sam_model",  # scripts name it once for runs with and without masks that are made
     ),
-    "app": (*("workspace", "port", "no_browser", "listen", "auth"),),
     "adapt plm": (
         *("images", "masks", "output", "prompt", "pmm", "validation_share", "sam_model", "encoding_cache", "seed"),
         *("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler"),
@@ -435,6 +434,8 @@ IDLE: dict[str, dict[tuple[str, ...], tuple[str, ...]]] = {
 """Arguments of each command, and the options that have no effect beside them."""
 
 IDLE["plan"], ALWAYS["plan"] = IDLE["train"], ALWAYS["train"]
+IDLE["app"] = IDLE["train"]
+ALWAYS["app"] = (*ALWAYS["train"], "workspace", "port", "no_browser", "listen", "auth")
 
 
 def other_value(kind: type[Options], name: str) -> list[str]:

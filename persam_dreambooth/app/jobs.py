@@ -21,6 +21,7 @@ import threading
 import time
 import traceback
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -229,9 +230,7 @@ def run_job(path: Path) -> int:
             threading.Thread(target=_watch, args=(path.with_suffix(".stop"),), daemon=True).start()
             _wait_for_turn(Job(path))
             write_json(path, entry := {**entry, "started": time.time()})
-            from persam_dreambooth.cli import main
-
-            code = main(entry["words"])
+            code = import_module("persam_dreambooth.cli").main(entry["words"])
         except KeyboardInterrupt:
             print("stopped", flush=True)
             code = 128 + signal.SIGINT

@@ -11,7 +11,7 @@ import gradio as gr
 from persam_dreambooth.app.desk import Desk, Step, told
 from persam_dreambooth.errors import InputNotFoundError
 
-STEPS: dict[str, str] = {}
+PAGE_STEPS: dict[str, str] = {}
 """The steps by their titles, in order, as module:function in `app.steps`, such as `photos:photos_step`. The function
 builds a step's components inside its tab; its arguments are the desk and the name of the open subject."""
 
@@ -39,7 +39,7 @@ def build_page(desk: Desk) -> gr.Blocks:
         status = gr.HTML(elem_id="status-subject")
         steps: list[Step] = []
         with gr.Tabs():
-            for title, place in STEPS.items():
+            for title, place in PAGE_STEPS.items():
                 with gr.Tab(title) as tab:
                     step = _builder(place)(desk, subject)
                     steps.append(step)

@@ -29,7 +29,7 @@ from persam_dreambooth.options import CONFIG, CONFIG_HEAD, merge_options, read_o
 from persam_dreambooth.photos.folder import MASK_INDEX, Photo, find_photos, is_mask_index, is_run_config
 from persam_dreambooth.photos.mask_folder import PhotoMask, load_known
 
-SUBJECT = "subject.yaml"
+SUBJECT_FILE = "subject.yaml"
 """The file of a subject's options: those of `train` that differ from the page's, as `--config` reads them."""
 
 OWN_PHOTOS = "photos"
@@ -62,7 +62,7 @@ class SubjectFolder:
     def exists(self) -> bool:
         """Whether the folder holds anything that makes it a subject."""
         return (
-            (self.folder / SUBJECT).is_file()
+            (self.folder / SUBJECT_FILE).is_file()
             or is_run_config(self.folder / CONFIG)
             or is_mask_index(self.folder / MASK_INDEX)
         )
@@ -88,7 +88,7 @@ class SubjectFolder:
             InputError: an unknown option, or a value of the wrong type.
         """
         with _saving:
-            path, run = self.folder / SUBJECT, self._run_options()
+            path, run = self.folder / SUBJECT_FILE, self._run_options()
             values = read_options(TrainOptions, path) if path.is_file() and _has_options(path) else {}
             for name, value in typed_options(TrainOptions, changed).items():
                 values[name] = value
@@ -154,7 +154,7 @@ class SubjectFolder:
         return is_locked(run / LOCK)
 
     def _saved(self) -> dict[str, Any]:
-        path = self.folder / SUBJECT
+        path = self.folder / SUBJECT_FILE
         own = read_options(TrainOptions, path) if path.is_file() and _has_options(path) else {}
         return {**self._run_options(), **own}
 
