@@ -302,7 +302,7 @@ def parse(kind: type[Kind], arguments: list[str], program: str, positional: str 
     if others:
         _refuse(kind, others[0].split("=")[0], flags)
     values = {name: _from_text(name, value, kind, hints) for name, value in typed.items()}
-    return _merged(kind, values, {name: value for name, value in filed.items() if value is not None})
+    return merged(kind, values, {name: value for name, value in filed.items() if value is not None})
 
 
 def read_options(kind: type[Options], path: Path) -> dict[str, Any]:
@@ -371,6 +371,11 @@ def list_recipes() -> dict[str, Path]:
     return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"), key=lambda path: path.stem)}
 
 
+def recipe_options(kind: type[Options], name: str) -> dict[str, Any]:
+    """The options in a recipe by name, without those that are null."""
+    return {option: value for option, value in read_options(kind, find_config(name)).items() if value is not None}
+
+
 def check_known(word: str, known: Sequence[str], what: str) -> str:
     """Returns the word if it is known; else raises `InputError` with the nearest known word."""
     if word in known:
@@ -417,8 +422,14 @@ def _refuse(kind: type[Options], word: str, flags: list[str]) -> None:
     check_known(word, flags, "option")
 
 
-def _merged(kind: type[Kind], typed: dict[str, Any], filed: dict[str, Any]) -> Kind:
-    """Merges options from flags and files; a file's option is ignored if a flag replaces it or it has no effect."""
+def merged(kind: type[Kind], typed: dict[str, Any], filed: dict[str, Any]) -> Kind:
+    """Merges options from flags and files; a file's option is ignored if a flag replaces it or it has no effect.
+
+    Args:
+        kind: a dataclass of options.
+        typed: values of flags by name; None is the default, and replaces a file's value too.
+        filed: values of files by name, none of them None.
+    """
     known = {entry.name: entry.metadata for entry in fields(kind)}
     left: dict[str, str] = {}
     for name, value in typed.items():
@@ -538,7 +549,11 @@ def _metavar(entry: Any, hints: dict[str, Any]) -> str:
 
 
 def command_words(
-    command: str, options: Options, positional: str | None = None, leave_out: Sequence[str] = ()
+    command: str,
+    options: Options,
+    positional: str | None = None,
+    leave_out: Sequence[str] = (),
+    recipe: str | None = None,
 ) -> list[str]:
     """The words of a command line with the options that differ from their defaults, for `shlex.join`.
 
@@ -547,9 +562,17 @@ def command_words(
         options: its options; a list of subjects is left out, since only YAML files can hold it.
         positional: an option that is given without its name.
         leave_out: names of options to leave out.
+        recipe: a recipe that the words start from; they then have the options that differ from the recipe's.
     """
     words = ["persam-dreambooth", *command.split()]
     given = {entry.name: getattr(options, entry.name) for entry in fields(options) if options.given(entry.name)}
+    if recipe:
+        words += ["--config", recipe]
+        filed = recipe_options(type(options), recipe)
+        given = {name: value for name, value in given.items() if filed.get(name) != value}
+        start = merged(type(options), given, filed)
+        reset = [name for name in filed if getattr(start, name) != getattr(options, name)]
+        given |= {name: False if getattr(start, name) is True else "null" for name in reset}
     if positional in given and positional not in leave_out:
         words.append(str(given.pop(str(positional))))
     for name, value in given.items():
