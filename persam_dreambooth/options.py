@@ -292,7 +292,7 @@ def parse(kind: type[Kind], arguments: list[str], program: str, positional: str 
         InputError, InputNotFoundError: an option is unknown (the message names the nearest known one), a value has the
             wrong type, or a file cannot be read.
     """
-    hints = _types(kind)
+    hints = option_types(kind)
     parser, flags = _make_parser(kind, hints, program, positional)
     found, others = parser.parse_known_args(_with_negative_numbers(arguments))
     typed = vars(found)
@@ -320,7 +320,7 @@ def typed_options(kind: type[Options], content: dict[str, Any]) -> dict[str, Any
     Raises:
         InputError: an option is unknown (the message names the nearest known one), or a value has the wrong type.
     """
-    hints, names = _types(kind), [entry.name for entry in fields(kind)]
+    hints, names = option_types(kind), [entry.name for entry in fields(kind)]
     aliases = {entry.metadata["alias"]: entry.name for entry in fields(kind) if entry.metadata["alias"]}
     found = {}
     for key, value in content.items():
@@ -466,14 +466,19 @@ def _with_negative_numbers(arguments: list[str]) -> list[str]:
     return joined
 
 
-def _types(kind: type[Options]) -> dict[str, Any]:
+def option_types(kind: type[Options]) -> dict[str, Any]:
     """The type of each option: X for `X | None`."""
     hints = get_type_hints(kind)
     return {name: get_args(hint)[0] if type(None) in get_args(hint) else hint for name, hint in hints.items()}
 
 
-def _choices(name: str, kind: type[Options], hints: dict[str, Any]) -> tuple[str, ...]:
+def option_choices(kind: type[Options], name: str) -> tuple[str, ...]:
     """The allowed words of an option; empty if any value is allowed."""
+    return _choices(name, kind, option_types(kind))
+
+
+def _choices(name: str, kind: type[Options], hints: dict[str, Any]) -> tuple[str, ...]:
+    """See `option_choices`."""
     if get_origin(hints[name]) is Literal:
         return get_args(hints[name])
     return tuple(kind.__dataclass_fields__[name].metadata["choices"])
