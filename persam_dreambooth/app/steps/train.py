@@ -6,6 +6,7 @@ import html
 import shlex
 import statistics
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def train_step(desk: Desk, subject: gr.State) -> Step:
     def opened(name: str) -> tuple[SubjectFolder, TrainOptions, str | None]:
         """The subject, its options and their recipe; without options of its own, those of a recipe."""
         folder = desk.subject(name)
-        options = folder.options(TrainOptions)
+        options = folder.options()
         about = {name: getattr(options, name) for name in OWNED if name not in (BASE, "max_train_steps")}
         if replace(TrainOptions(**about), **{BASE: options.pretrained_model_name_or_path}) == options:
             known = {recipe.base for recipe in card_recipes()}
@@ -363,7 +364,7 @@ def seconds_per_step(run: Path) -> float | None:
     marks = sorted([(int(n), path.stat().st_mtime) for n, path in numbers if n.isdigit()] + _seen.get(run, []))
     pace = [
         (later[1] - earlier[1]) / (later[0] - earlier[0])
-        for earlier, later in zip(marks, marks[1:], strict=False)
+        for earlier, later in pairwise(marks)
         if later[0] > earlier[0] and later[1] > earlier[1]
     ]
     return statistics.median(pace) if pace else None
