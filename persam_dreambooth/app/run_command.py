@@ -11,7 +11,7 @@ from typing import Any
 
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.main_job import TrainOptions
-from persam_dreambooth.options import Options, command_words, list_recipes, merged, recipe_options
+from persam_dreambooth.options import Options, command_words, list_recipes, merge_options, recipe_options
 
 FIRST_LINE = re.compile(r"# LoRA on (.+), for a card of (\d+) GB")
 """The beginning of a recipe for a card: its model and the card's memory."""
@@ -98,7 +98,7 @@ def run_options(options: TrainOptions, plain: bool, masks: Path, run_dir: Path, 
         others: further options by name.
     """
     what = {"unmasked": True} if plain else {"mask_dir": str(masks)}
-    return merged(TrainOptions, {**others, **what, "output_dir": str(run_dir)}, given_options(options))
+    return merge_options(TrainOptions, {**others, **what, "output_dir": str(run_dir)}, given_options(options))[0]
 
 
 def given_options(options: Options) -> dict[str, Any]:
