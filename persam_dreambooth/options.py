@@ -292,7 +292,7 @@ def parse(kind: type[Kind], arguments: list[str], program: str, positional: str 
         InputError, InputNotFoundError: an option is unknown (the message names the nearest known one), a value has the
             wrong type, or a file cannot be read.
     """
-    hints = _types(kind)
+    hints = option_types(kind)
     parser, flags = _make_parser(kind, hints, program, positional)
     found, others = parser.parse_known_args(_with_negative_numbers(arguments))
     typed = vars(found)
@@ -323,7 +323,7 @@ def typed_options(kind: type[Options], content: dict[str, Any]) -> dict[str, Any
     Raises:
         InputError: an option is unknown (the message names the nearest known one), or a value has the wrong type.
     """
-    hints, names = _types(kind), [entry.name for entry in fields(kind)]
+    hints, names = option_types(kind), [entry.name for entry in fields(kind)]
     aliases = {entry.metadata["alias"]: entry.name for entry in fields(kind) if entry.metadata["alias"]}
     found = {}
     for key, value in content.items():
@@ -372,6 +372,11 @@ def list_recipes() -> dict[str, Path]:
     package = Path(__file__).parent
     folders = (package / "configs", package.parent / "configs")
     return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"), key=lambda path: path.stem)}
+
+
+def recipe_options(kind: type[Options], name: str) -> dict[str, Any]:
+    """The options in a recipe by name, without those that are null."""
+    return {option: value for option, value in read_options(kind, find_config(name)).items() if value is not None}
 
 
 def check_known(word: str, known: Sequence[str], what: str) -> str:
@@ -465,14 +470,19 @@ def _with_negative_numbers(arguments: list[str]) -> list[str]:
     return joined
 
 
-def _types(kind: type[Options]) -> dict[str, Any]:
+def option_types(kind: type[Options]) -> dict[str, Any]:
     """The type of each option: X for `X | None`."""
     hints = get_type_hints(kind)
     return {name: get_args(hint)[0] if type(None) in get_args(hint) else hint for name, hint in hints.items()}
 
 
-def _choices(name: str, kind: type[Options], hints: dict[str, Any]) -> tuple[str, ...]:
+def option_choices(kind: type[Options], name: str) -> tuple[str, ...]:
     """The allowed words of an option; empty if any value is allowed."""
+    return _choices(name, kind, option_types(kind))
+
+
+def _choices(name: str, kind: type[Options], hints: dict[str, Any]) -> tuple[str, ...]:
+    """See `option_choices`."""
     if get_origin(hints[name]) is Literal:
         return get_args(hints[name])
     return tuple(kind.__dataclass_fields__[name].metadata["choices"])
@@ -548,7 +558,11 @@ def _metavar(entry: Any, hints: dict[str, Any]) -> str:
 
 
 def command_words(
-    command: str, options: Options, positional: str | None = None, leave_out: Sequence[str] = ()
+    command: str,
+    options: Options,
+    positional: str | None = None,
+    leave_out: Sequence[str] = (),
+    recipe: str | None = None,
 ) -> list[str]:
     """The words of a command line with the options that differ from their defaults, for `shlex.join`.
 
@@ -557,9 +571,17 @@ def command_words(
         options: its options; a list of subjects is left out, since only YAML files can hold it.
         positional: an option that is given without its name.
         leave_out: names of options to leave out.
+        recipe: a recipe that the words start from; they then have the options that differ from the recipe's.
     """
     words = ["persam-dreambooth", *command.split()]
     given = {entry.name: getattr(options, entry.name) for entry in fields(options) if options.given(entry.name)}
+    if recipe:
+        words += ["--config", recipe]
+        filed = recipe_options(type(options), recipe)
+        given = {name: value for name, value in given.items() if filed.get(name) != value}
+        start, _ = merge_options(type(options), given, filed)
+        reset = [name for name in filed if getattr(start, name) != getattr(options, name)]
+        given |= {name: False if getattr(start, name) is True else "null" for name in reset}
     if positional in given and positional not in leave_out:
         words.append(str(given.pop(str(positional))))
     for name, value in given.items():
