@@ -198,7 +198,7 @@ def below_one(options: Any, *names: str) -> None:
 # Options of a function
 
 
-class Job(Protocol, Generic[_Arguments, _Given, _Result]):
+class _TakesOptions(Protocol, Generic[_Arguments, _Given, _Result]):
     """A function that takes its options by name, or as one object."""
 
     @overload
@@ -209,7 +209,7 @@ class Job(Protocol, Generic[_Arguments, _Given, _Result]):
 
 def takes_options(
     kind: Callable[_Arguments, Kind], positional: str | None = None
-) -> Callable[[Callable[[Kind], _Result]], Job[_Arguments, Kind, _Result]]:
+) -> Callable[[Callable[[Kind], _Result]], _TakesOptions[_Arguments, Kind, _Result]]:
     """A decorator: the function also takes its options by name, such as `segment(images="cat/", ...)`.
 
     Args:
@@ -219,7 +219,7 @@ def takes_options(
 
     options_class = cast(type[Kind], kind)
 
-    def decorated(function: Callable[[Kind], _Result]) -> Job[_Arguments, Kind, _Result]:
+    def decorated(function: Callable[[Kind], _Result]) -> _TakesOptions[_Arguments, Kind, _Result]:
         @functools.wraps(function)
         def job(*unnamed: Any, **named: Any) -> _Result:
             if len(unnamed) == 1 and isinstance(unnamed[0], options_class) and not named:
@@ -302,7 +302,10 @@ def parse(kind: type[Kind], arguments: list[str], program: str, positional: str 
     if others:
         _refuse(kind, others[0].split("=")[0], flags)
     values = {name: _from_text(name, value, kind, hints) for name, value in typed.items()}
-    return _merged(kind, values, {name: value for name, value in filed.items() if value is not None})
+    merged, ignored = merge_options(kind, values, {name: value for name, value in filed.items() if value is not None})
+    for name, why in ignored.items():
+        logger.info("%s from the file is ignored (%s)", name, why)
+    return merged
 
 
 def read_options(kind: type[Options], path: Path) -> dict[str, Any]:
@@ -417,8 +420,17 @@ def _refuse(kind: type[Options], word: str, flags: list[str]) -> None:
     check_known(word, flags, "option")
 
 
-def _merged(kind: type[Kind], typed: dict[str, Any], filed: dict[str, Any]) -> Kind:
-    """Merges options from flags and files; a file's option is ignored if a flag replaces it or it has no effect."""
+def merge_options(kind: type[Kind], typed: dict[str, Any], filed: dict[str, Any]) -> tuple[Kind, dict[str, str]]:
+    """Merges options that take precedence with those of a file; returns them, and the file's options that are ignored.
+
+    Args:
+        kind: the class of the options.
+        typed: values by name that take precedence, such as flags.
+        filed: values of a file; one is ignored if a typed option replaces it or it has no effect.
+
+    Returns:
+        The options, and why options of the file are ignored, by name.
+    """
     known = {entry.name: entry.metadata for entry in fields(kind)}
     left: dict[str, str] = {}
     for name, value in typed.items():
@@ -439,9 +451,7 @@ def _merged(kind: type[Kind], typed: dict[str, Any], filed: dict[str, Any]) -> K
             break
         filed = {name: value for name, value in filed.items() if name not in idle}
         left.update({name: f"no effect: {advice}" for name, advice in idle.items()})
-    for name, why in left.items():
-        logger.info("%s from the file is ignored (%s)", name, why)
-    return merged
+    return merged, left
 
 
 def _with_negative_numbers(arguments: list[str]) -> list[str]:

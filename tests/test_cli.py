@@ -305,6 +305,7 @@ ALWAYS: dict[str, tuple[str, ...]] = {
         *("num_validation_images", "report_to", "push_to_hub"),
         "sam_model",  # scripts name it once for runs with and without masks that are made
     ),
+    "app": (*("workspace", "port", "no_browser", "listen", "auth"),),
     "adapt plm": (
         *("images", "masks", "output", "prompt", "pmm", "validation_share", "sam_model", "encoding_cache", "seed"),
         *("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler"),

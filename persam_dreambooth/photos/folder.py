@@ -217,7 +217,7 @@ def _outputs(entries: list[Path], is_root: bool) -> set[Path]:
     found = {path for path in entries if path.stem in samples or re.sub(r"-\d+$", "", path.stem) in grids}
     if not is_root:
         return found | {path for path in entries if BASE_PICTURE.fullmatch(path.name)}
-    if any(_is_run(path) or _is_mask_index(path) for path in entries):
+    if any(is_run_config(path) or is_mask_index(path) for path in entries):
         found |= {path for path in entries if RUN_PARTS.fullmatch(path.name)}
     return found
 
@@ -230,7 +230,7 @@ def _why_not(path: Path) -> str:
     if path.is_dir():
         if path.name.startswith("."):
             return ""
-        if _is_run(path / CONFIG) or _is_mask_index(path / MASK_INDEX):
+        if is_run_config(path / CONFIG) or is_mask_index(path / MASK_INDEX):
             return OUTPUT
         return "masks" if path.name.lower() in MASK_FOLDERS else LEFTOVERS.get(path.name.lower(), "")
     if is_hidden(path) or suffix in PHOTO_SUFFIXES:
@@ -238,7 +238,7 @@ def _why_not(path: Path) -> str:
     return f"{OTHER_PICTURES[suffix]}: convert to JPEG" if suffix in OTHER_PICTURES else "not a photo"
 
 
-def _is_run(path: Path) -> bool:
+def is_run_config(path: Path) -> bool:
     """Whether a file is the `config.yaml` of a training run, which starts with this program's name."""
     if path.name != CONFIG or not path.is_file():
         return False
@@ -246,7 +246,7 @@ def _is_run(path: Path) -> bool:
         return stream.read(len(CONFIG_HEAD)) == CONFIG_HEAD.encode()
 
 
-def _is_mask_index(path: Path) -> bool:
+def is_mask_index(path: Path) -> bool:
     """Whether a file is the `index.json` of a mask folder."""
     if path.name != MASK_INDEX or not path.is_file():
         return False
