@@ -14,4 +14,4 @@ WORKDIR /home/app
 ENV HF_HOME=/models
 VOLUME ["/outputs", "/models"]
 EXPOSE 7860
-CMD exec persam-dreambooth app --no_browser --listen --workspace /outputs --auth "$APP_AUTH"
+CMD exec persam-dreambooth app --no_browser --listen --workspace /outputs

@@ -13,7 +13,7 @@ from typing import Any
 import gradio as gr
 import numpy as np
 
-from persam_dreambooth.app.desk import Desk, Step, alert, told
+from persam_dreambooth.app.desk import Desk, Step, status_line, told
 from persam_dreambooth.app.jobs import Job
 from persam_dreambooth.app.steps.mask_editor import (
     ADD,
@@ -189,7 +189,7 @@ def masks_step(desk: Desk, subject: gr.State) -> Step:
         try:
             tiles = grids.tiles(folder.masks_dir, folder.photos(), folder.options().absent)
         except InputError as error:
-            return "", alert(error)
+            return "", status_line(f"error: {error}", failed=True)
         return grid_html(tiles), text(progress_of(folder, jobs, tiles))
 
     def shown(name: str) -> tuple[Any, ...]:
