@@ -117,6 +117,12 @@ MEMORY_REMEDIES = (
 )
 
 COMMANDS = {
+    "app": Command(
+        "the page in the browser: from photos to pictures",
+        "app.app_options:AppOptions",
+        "app.serve:serve",
+        lambda options, _: f"the page of {options.workspace} is closed; the same command opens it again",
+    ),
     "mask": Command(
         "a mask of one photo, from a point, a box or a text: the first mask for the commands below",
         "segmentation.first_mask:MaskOptions",

@@ -134,6 +134,23 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
             folder.rmdir()
 
 
+def is_locked(path: Path) -> bool:
+    """Whether a process, or another thread, holds a lock; a lock file that a killed process left is not held.
+
+    Args:
+        path: the lock file, such as `LOCK` in a folder that `locked` holds.
+    """
+    if not path.is_file():
+        return False
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    lock.release()
+    return False
+
+
 def remove_whole(folder: Path) -> None:
     """Removes a folder; an interrupted removal leaves nothing under the folder's name."""
     aside = _aside(folder)

@@ -82,7 +82,7 @@ def personalize(options: TrainOptions) -> Path:
     from persam_dreambooth.dreambooth.optimizers import check_optimizer
     from persam_dreambooth.dreambooth.pipelines import find_model
     from persam_dreambooth.dreambooth.placement import check_quantization, quantized_roles
-    from persam_dreambooth.dreambooth.results import save_results
+    from persam_dreambooth.dreambooth.results import hand_out, save_results
     from persam_dreambooth.dreambooth.trainer import check_resolution, train
     from persam_dreambooth.dreambooth.training_crops import Cut, check_prompts, join_crops, make_crops
     from persam_dreambooth.training.accelerators import (
@@ -108,6 +108,7 @@ def personalize(options: TrainOptions) -> Path:
         check_same_prompts(options)
     if options.resume_from_checkpoint and nothing_left(options, resume_from):
         logger.info("nothing is left to do: %s has all of its %d steps", run_dir, options.max_train_steps)
+        hand_out(options)
         return run_dir
     if options.resume_from_checkpoint and not resume_from:
         logger.info("no checkpoint in %s yet: training starts from the beginning", run_dir)

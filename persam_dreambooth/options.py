@@ -198,7 +198,7 @@ def below_one(options: Any, *names: str) -> None:
 # Options of a function
 
 
-class Job(Protocol, Generic[_Arguments, _Given, _Result]):
+class _TakesOptions(Protocol, Generic[_Arguments, _Given, _Result]):
     """A function that takes its options by name, or as one object."""
 
     @overload
@@ -209,7 +209,7 @@ class Job(Protocol, Generic[_Arguments, _Given, _Result]):
 
 def takes_options(
     kind: Callable[_Arguments, Kind], positional: str | None = None
-) -> Callable[[Callable[[Kind], _Result]], Job[_Arguments, Kind, _Result]]:
+) -> Callable[[Callable[[Kind], _Result]], _TakesOptions[_Arguments, Kind, _Result]]:
     """A decorator: the function also takes its options by name, such as `segment(images="cat/", ...)`.
 
     Args:
@@ -219,7 +219,7 @@ def takes_options(
 
     options_class = cast(type[Kind], kind)
 
-    def decorated(function: Callable[[Kind], _Result]) -> Job[_Arguments, Kind, _Result]:
+    def decorated(function: Callable[[Kind], _Result]) -> _TakesOptions[_Arguments, Kind, _Result]:
         @functools.wraps(function)
         def job(*unnamed: Any, **named: Any) -> _Result:
             if len(unnamed) == 1 and isinstance(unnamed[0], options_class) and not named:
@@ -292,7 +292,7 @@ def parse(kind: type[Kind], arguments: list[str], program: str, positional: str 
         InputError, InputNotFoundError: an option is unknown (the message names the nearest known one), a value has the
             wrong type, or a file cannot be read.
     """
-    hints = _types(kind)
+    hints = option_types(kind)
     parser, flags = _make_parser(kind, hints, program, positional)
     found, others = parser.parse_known_args(_with_negative_numbers(arguments))
     typed = vars(found)
@@ -302,7 +302,10 @@ def parse(kind: type[Kind], arguments: list[str], program: str, positional: str 
     if others:
         _refuse(kind, others[0].split("=")[0], flags)
     values = {name: _from_text(name, value, kind, hints) for name, value in typed.items()}
-    return _merged(kind, values, {name: value for name, value in filed.items() if value is not None})
+    merged, ignored = merge_options(kind, values, {name: value for name, value in filed.items() if value is not None})
+    for name, why in ignored.items():
+        logger.info("%s from the file is ignored (%s)", name, why)
+    return merged
 
 
 def read_options(kind: type[Options], path: Path) -> dict[str, Any]:
@@ -320,7 +323,7 @@ def typed_options(kind: type[Options], content: dict[str, Any]) -> dict[str, Any
     Raises:
         InputError: an option is unknown (the message names the nearest known one), or a value has the wrong type.
     """
-    hints, names = _types(kind), [entry.name for entry in fields(kind)]
+    hints, names = option_types(kind), [entry.name for entry in fields(kind)]
     aliases = {entry.metadata["alias"]: entry.name for entry in fields(kind) if entry.metadata["alias"]}
     found = {}
     for key, value in content.items():
@@ -371,6 +374,11 @@ def list_recipes() -> dict[str, Path]:
     return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"), key=lambda path: path.stem)}
 
 
+def recipe_options(kind: type[Options], name: str) -> dict[str, Any]:
+    """The options in a recipe by name, without those that are null."""
+    return {option: value for option, value in read_options(kind, find_config(name)).items() if value is not None}
+
+
 def check_known(word: str, known: Sequence[str], what: str) -> str:
     """Returns the word if it is known; else raises `InputError` with the nearest known word."""
     if word in known:
@@ -417,8 +425,17 @@ def _refuse(kind: type[Options], word: str, flags: list[str]) -> None:
     check_known(word, flags, "option")
 
 
-def _merged(kind: type[Kind], typed: dict[str, Any], filed: dict[str, Any]) -> Kind:
-    """Merges options from flags and files; a file's option is ignored if a flag replaces it or it has no effect."""
+def merge_options(kind: type[Kind], typed: dict[str, Any], filed: dict[str, Any]) -> tuple[Kind, dict[str, str]]:
+    """Merges options that take precedence with those of a file; returns them, and the file's options that are ignored.
+
+    Args:
+        kind: the class of the options.
+        typed: values by name that take precedence, such as flags.
+        filed: values of a file; one is ignored if a typed option replaces it or it has no effect.
+
+    Returns:
+        The options, and why options of the file are ignored, by name.
+    """
     known = {entry.name: entry.metadata for entry in fields(kind)}
     left: dict[str, str] = {}
     for name, value in typed.items():
@@ -439,9 +456,7 @@ def _merged(kind: type[Kind], typed: dict[str, Any], filed: dict[str, Any]) -> K
             break
         filed = {name: value for name, value in filed.items() if name not in idle}
         left.update({name: f"no effect: {advice}" for name, advice in idle.items()})
-    for name, why in left.items():
-        logger.info("%s from the file is ignored (%s)", name, why)
-    return merged
+    return merged, left
 
 
 def _with_negative_numbers(arguments: list[str]) -> list[str]:
@@ -455,14 +470,19 @@ def _with_negative_numbers(arguments: list[str]) -> list[str]:
     return joined
 
 
-def _types(kind: type[Options]) -> dict[str, Any]:
+def option_types(kind: type[Options]) -> dict[str, Any]:
     """The type of each option: X for `X | None`."""
     hints = get_type_hints(kind)
     return {name: get_args(hint)[0] if type(None) in get_args(hint) else hint for name, hint in hints.items()}
 
 
-def _choices(name: str, kind: type[Options], hints: dict[str, Any]) -> tuple[str, ...]:
+def option_choices(kind: type[Options], name: str) -> tuple[str, ...]:
     """The allowed words of an option; empty if any value is allowed."""
+    return _choices(name, kind, option_types(kind))
+
+
+def _choices(name: str, kind: type[Options], hints: dict[str, Any]) -> tuple[str, ...]:
+    """See `option_choices`."""
     if get_origin(hints[name]) is Literal:
         return get_args(hints[name])
     return tuple(kind.__dataclass_fields__[name].metadata["choices"])
@@ -538,7 +558,11 @@ def _metavar(entry: Any, hints: dict[str, Any]) -> str:
 
 
 def command_words(
-    command: str, options: Options, positional: str | None = None, leave_out: Sequence[str] = ()
+    command: str,
+    options: Options,
+    positional: str | None = None,
+    leave_out: Sequence[str] = (),
+    recipe: str | None = None,
 ) -> list[str]:
     """The words of a command line with the options that differ from their defaults, for `shlex.join`.
 
@@ -547,9 +571,17 @@ def command_words(
         options: its options; a list of subjects is left out, since only YAML files can hold it.
         positional: an option that is given without its name.
         leave_out: names of options to leave out.
+        recipe: a recipe that the words start from; they then have the options that differ from the recipe's.
     """
     words = ["persam-dreambooth", *command.split()]
     given = {entry.name: getattr(options, entry.name) for entry in fields(options) if options.given(entry.name)}
+    if recipe:
+        words += ["--config", recipe]
+        filed = recipe_options(type(options), recipe)
+        given = {name: value for name, value in given.items() if filed.get(name) != value}
+        start, _ = merge_options(type(options), given, filed)
+        reset = [name for name in filed if getattr(start, name) != getattr(options, name)]
+        given |= {name: False if getattr(start, name) is True else "null" for name in reset}
     if positional in given and positional not in leave_out:
         words.append(str(given.pop(str(positional))))
     for name, value in given.items():

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+from browser import SIZES, AppServer, Faults, launch_chromium, need
 from PIL import Image
 from small_sams import fill
 from tiny_sam import tiny_model
@@ -114,3 +115,49 @@ def phases(monkeypatch):
 def checkpoints(tmp_path_factory):
     """The folder of tiny checkpoints, which no test changes; see `tiny_families.save_tiny`."""
     return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture
+def app_server(tmp_path):
+    """Starts the page's server: `app_server(*options, workspace=...)`; it and its jobs end with the test."""
+    need("gradio")
+    servers = []
+
+    def start(*words, workspace=tmp_path / "workspace"):
+        servers.append(AppServer(workspace, *words))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.end()
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """The browser. A module's tests share it; beyond them, Playwright would leave an event loop running."""
+    need("gradio", "playwright", chromium=True)
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = launch_chromium(playwright)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def faults():
+    """What went wrong in the browser; a test that expects something clears it."""
+    return Faults()
+
+
+@pytest.fixture
+def page(chromium, app_server, faults):
+    """A tab of a new visitor; the test fails if the browser's console had an error, or a request failed or went
+    elsewhere. It is closed before its server ends."""
+    width, height = SIZES["wide"]
+    context = chromium.new_context(viewport={"width": width, "height": height})
+    context.set_default_timeout(20_000)
+    faults.watch(context)
+    yield context.new_page()
+    context.close()
+    assert faults == []

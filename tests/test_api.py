@@ -11,7 +11,6 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 
 import huggingface_hub
 import numpy as np
@@ -598,13 +597,10 @@ def test_a_busy_hub_may_answer_on_another_try(hub, status):
 
 def test_a_failed_upload_says_that_the_run_is_whole(hub):
     hub(500)
-    options, parts = (
-        TrainOptions(instance_dir="cat", output_dir="out", hub_model_id="me/cat"),
-        SimpleNamespace(components={}),
-    )
+    options = TrainOptions(instance_dir="cat", output_dir="out", hub_model_id="me/cat")
     line = r"out is finished, but its upload failed \(.*\): hf upload me/cat out"
     with pytest.raises(UnavailableError, match=line):
-        push(options, parts)
+        push(options)
 
 
 def test_a_hub_that_refuses_will_refuse_again(hub):

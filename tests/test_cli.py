@@ -434,6 +434,8 @@ IDLE: dict[str, dict[tuple[str, ...], tuple[str, ...]]] = {
 """Arguments of each command, and the options that have no effect beside them."""
 
 IDLE["plan"], ALWAYS["plan"] = IDLE["train"], ALWAYS["train"]
+IDLE["app"] = IDLE["train"]
+ALWAYS["app"] = (*ALWAYS["train"], "workspace", "port", "no_browser", "listen", "auth")
 
 
 def other_value(kind: type[Options], name: str) -> list[str]:

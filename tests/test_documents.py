@@ -18,9 +18,10 @@ from small_sams import save_smallest_sam2
 from tiny_families import tiny_for
 
 from persam_dreambooth import cli, toy
+from persam_dreambooth.app.app_options import AppOptions
 from persam_dreambooth.dreambooth.generate import GenerateOptions
 from persam_dreambooth.main_job import TrainOptions
-from persam_dreambooth.options import find_config
+from persam_dreambooth.options import find_config, parse
 from persam_dreambooth.photos.layouts import LAYOUTS
 from persam_dreambooth.segmentation.evaluation.coco20i import COCO_20I_PUBLISHED
 from persam_dreambooth.segmentation.evaluation.few_shot_report import PUBLISHED_FS_SAM2
@@ -284,6 +285,93 @@ def test_the_python_of_the_library_page_runs_in_its_order(home, encodings, capsy
     assert len(known["encodings"]) == 2 and all(path.is_file() for path in known["images"])
     for run in ("cat", "cancelled"):
         assert (home / "outputs" / run / "pytorch_lora_weights.safetensors").is_file()
+
+
+def notebook_cells() -> list[dict[str, Any]]:
+    return json.loads((ROOT / "notebooks" / "personalize.ipynb").read_text(encoding="utf-8"))["cells"]
+
+
+def test_the_notebook_is_of_format_4_5_and_holds_no_outputs():
+    notebook = json.loads((ROOT / "notebooks" / "personalize.ipynb").read_text(encoding="utf-8"))
+    assert notebook.keys() == {"cells", "metadata", "nbformat", "nbformat_minor"}
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    shared = {"cell_type", "id", "metadata", "source"}
+    for cell in notebook["cells"]:
+        code = cell["cell_type"] == "code"
+        assert cell.keys() == shared | ({"execution_count", "outputs"} if code else set()), cell["id"]
+        assert code or cell["cell_type"] == "markdown"
+        assert re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", cell["id"])
+        assert all(line.endswith("\n") for line in cell["source"][:-1]) and all(cell["source"])
+        assert not code or (cell["outputs"], cell["execution_count"]) == ([], None)
+    assert len({cell["id"] for cell in notebook["cells"]}) == len(notebook["cells"])
+
+
+@pytest.mark.slow
+def test_the_cells_of_the_notebook_run_in_their_order(home, toy_sam, monkeypatch):
+    """On photos of the duck; a line of the shell is a command of this package, with small models."""
+    known: dict[str, Any] = {"system": lambda command: run(command, home, toy_sam)}
+    shown, started = [], []
+    for cell in notebook_cells():
+        if cell["cell_type"] == "code" and cell["id"] != "install":
+            lines = [re.sub(r"^!(.*)$", r"system(rf'\1')", line.rstrip()) for line in cell["source"]]
+            *_, last = lines
+            if last.startswith("Image.open"):
+                lines[-1] = f"shown = {last}"
+            with monkeypatch.context() as patch:
+                if cell["id"] == "app":
+                    patch.setattr("subprocess.Popen", started.append)
+                exec("\n".join(lines), known)
+            shown += [known.pop("shown")] if "shown" in known else []
+    assert len(shown) == 5 and all(min(picture.size) > 100 for picture in shown)
+    assert known["recipe"] == "sd15-lora" or known["gigabytes"] > 12
+    assert known["lora"].is_file() and len(list((home / "masks").glob("0?.png"))) == 4
+    [[program, *words]] = started
+    assert program == "persam-dreambooth" and app_options(words).port == 7860
+
+
+def app_options(words: list[str]) -> AppOptions:
+    """The options of the words after `persam-dreambooth`, checked."""
+    assert words[0] == "app"
+    options = parse(AppOptions, words[1:], "persam-dreambooth app")
+    options.check()
+    return options
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_page_run_in_their_order(home, toy_sam):
+    """On a subject's folder as the page leaves it; what opens the page is parsed."""
+    listed = [command for command in commands(ROOT / "docs" / "app.md") if not command.startswith(NOT_RUN)]
+    opening = [command for command in listed if command.startswith("persam-dreambooth app")]
+    assert len(opening) == 3 and len(listed) == 6
+    parsed = [app_options(shlex.split(command)[1:]) for command in opening]
+    assert [options.sam_model for options in parsed].count("toy") == 1 and parsed[2].listen
+    subject = home / "outputs" / "cat"
+    shutil.copytree(home / "cat", subject / "photos")
+    (subject / "first").mkdir()
+    shutil.copy(home / "00_mask.png", subject / "first")
+    recipe = yaml.safe_load(find_config("sd15-lora").read_text(encoding="utf-8"))
+    own = {"instance_dir": str(subject / "photos"), "class_name": "cat"}
+    (subject / "subject.yaml").write_text(yaml.safe_dump({**recipe, **own}), encoding="utf-8")
+    for command in listed:
+        if command not in opening:
+            run(command, home, toy_sam)
+    assert list(subject.glob("masked/generated/*.png"))
+
+
+def test_the_container_installs_extras_that_exist_and_opens_the_page(monkeypatch):
+    text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    [extras] = re.findall(r"\.\[([\w,]+)\]", text)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert "app" in extras.split(",") and set(extras.split(",")) <= project["optional-dependencies"].keys()
+    copied = {name for line in re.findall(r"^COPY (.+)$", text, flags=re.MULTILINE) for name in line.split()[:-1]}
+    assert all((ROOT / name).exists() for name in copied)
+    kept = (ROOT / ".dockerignore").read_text(encoding="utf-8").split()
+    assert {name.removeprefix("!") for name in kept if name.startswith("!")} == copied
+    [command] = re.findall(r"^CMD exec persam-dreambooth (.+)$", text, flags=re.MULTILINE)
+    monkeypatch.setenv("PERSAM_DREAMBOOTH_AUTH", "anna:9f2c")  # as `docker run -e` gives it
+    options = app_options(shlex.split(command))
+    assert (options.listen, options.no_browser, options.workspace) == (True, True, "/outputs")
+    assert re.findall(r"^EXPOSE (\d+)$", text, flags=re.MULTILINE) == [str(options.port)]
 
 
 def test_every_make_target_in_the_documents_exists():

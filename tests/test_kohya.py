@@ -1,5 +1,7 @@
 """LoRA exported for ComfyUI and A1111, loaded back by diffusers' own reader of that format."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -34,6 +36,19 @@ def test_diffusers_paints_the_same_with_the_exported_file(runs, name, tmp_path):
     own, theirs, without = picture(model, run), picture(model, run, FILE), picture(model)
     np.testing.assert_array_equal(own, theirs)
     assert np.abs(own - without).max() > 0.01
+
+
+@pytest.mark.parametrize("name", PREFIXES)
+def test_a_finished_run_is_exported_later(runs, name, tmp_path):
+    model = toy_or_tiny(name, tmp_path)
+    exported = runs(pretrained_model_name_or_path=model, **CHANGED)
+    copy = shutil.copytree(exported, tmp_path / "copy")
+    (copy / FILE).unlink()
+    before = {path.name for path in copy.iterdir()}
+    options = {"pretrained_model_name_or_path": model, **CHANGED}
+    assert runs.train(copy, resume_from_checkpoint="latest", **options) == 0
+    assert {path.name for path in copy.iterdir()} == before | {FILE}
+    assert (copy / FILE).read_bytes() == (exported / FILE).read_bytes()
 
 
 def test_a_model_without_unet_is_refused(runs, tmp_path, capsys):

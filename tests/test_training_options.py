@@ -889,6 +889,16 @@ def test_a_finished_run_is_uploaded_without_photos_and_masks(runs, tmp_path, hub
         assert content == (tmp_path / "run" / name).read_bytes()
 
 
+def test_a_finished_run_is_uploaded_later(runs, tmp_path, hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_known")
+    folder = shutil.copytree(runs(), tmp_path / "run")
+    later = {"push_to_hub": True, "hub_model_id": "me/cat", "resume_from_checkpoint": "latest"}
+    assert runs.train(folder, **later) == 0
+    assert [repository["name"] for repository in hub["repositories"]] == ["cat"]
+    assert hub["files"][LORA_WEIGHTS] == (folder / LORA_WEIGHTS).read_bytes()
+    assert set(hub["files"]) == {"README.md", "config.yaml", LORA_WEIGHTS}
+
+
 def test_without_memory_for_samples_the_card_and_the_upload_come(runs, tmp_path, hub, monkeypatch, caplog, scaler):
     """The VAE asks for more memory than there is; what the optimizer had is free by then."""
     made, left = [], []

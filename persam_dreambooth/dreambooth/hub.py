@@ -1,6 +1,6 @@
 """Uploads a finished run to the Hugging Face Hub: weights, samples and model card, but no photos."""
 
-from typing import Any
+import json
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
@@ -11,7 +11,10 @@ from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.errors import InputError, UnavailableError, may_pass
 from persam_dreambooth.options import CONFIG
 
-PUBLISHED = ["README.md", CONFIG, LORA_WEIGHTS, "model_index.json", "samples/*"]
+PIPELINE = "model_index.json"
+"""The file of a whole pipeline that names its parts, which are folders beside it."""
+
+PUBLISHED = ["README.md", CONFIG, LORA_WEIGHTS, PIPELINE, "samples/*"]
 """File patterns to upload, besides the parts of a pipeline. A star matches folders too, so none may come first."""
 
 
@@ -31,7 +34,7 @@ def check_login() -> None:
         raise InputError(f"--push_to_hub: no user is logged in to the hub ({reason}): run `hf auth login`") from None
 
 
-def push(options: TrainingOptions, pipeline: Any) -> str:
+def push(options: TrainingOptions) -> str:
     """Uploads a finished run to a private repository, created if missing; returns its URL.
 
     Raises:
@@ -39,7 +42,9 @@ def push(options: TrainingOptions, pipeline: Any) -> str:
     """
     api = HfApi()
     name = options.hub_model_id or options.run_dir.resolve().name
-    parts = [f"{part}/*" for part in pipeline.components]
+    index = options.run_dir / PIPELINE
+    named = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
+    parts = [f"{part}/*" for part, classes in named.items() if isinstance(classes, list)]
     try:
         repository = api.create_repo(name, private=True, exist_ok=True)
         api.upload_folder(

@@ -6,41 +6,46 @@ name in diffusers, with underscores for dots. `.alpha` divided by the rank scale
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
-from persam_dreambooth.dreambooth.families.family import Family
-from persam_dreambooth.dreambooth.families.latent_diffusion import TEXT_LEVEL
+from persam_dreambooth.dreambooth.families.latent_diffusion import LORA_SETTINGS, LORA_WEIGHTS
 from persam_dreambooth.files import write_aside
 
 FILE = "lora-kohya.safetensors"
-MATRICES = {"lora_A": "lora_down", "lora_B": "lora_up"}
-"""The names of peft and of kohya."""
+
+KEY = re.compile(r"(unet|text_encoder|text_encoder_2)\.(.+)\.lora(?:_linear_layer)?\.(down|up)\.weight")
+"""A matrix in a file of diffusers: its part, its layer, and which of the two it is."""
 
 
-def export(family: Family, folder: Path) -> None:
-    """Writes the trained LoRA of a family with a UNet to `folder`/`FILE`."""
+def export(folder: Path) -> None:
+    """Writes the LoRA for a UNet in a folder, which has the names of diffusers, beside it with those of kohya."""
     with write_aside(folder / FILE) as path:
-        save_file(weights(family), path)
+        save_file(weights(folder / LORA_WEIGHTS), path)
 
 
-def weights(family: Family) -> dict[str, torch.Tensor]:
-    """The trained LoRA with kohya's key names."""
-    one_encoder = getattr(family.pipeline, "text_encoder_2", None) is None
-    prefixes = {
-        "unet": "lora_unet",
-        "text_encoder": "lora_te" if one_encoder else "lora_te1",
-        "text_encoder_2": "lora_te2",
-    }
+def weights(file: Path) -> dict[str, torch.Tensor]:
+    """The LoRA in a file with kohya's key names."""
     named = {}
-    for name in family.trained:
-        part = getattr(family.pipeline, name)
-        level = "" if name == "unet" else TEXT_LEVEL
-        for key, value in family.lora_state(name).items():
-            layer, matrix, _ = key.rsplit(".", 2)
-            stem = f"{prefixes[name]}_{level}{layer.removeprefix(level)}".replace(".", "_")
-            named[f"{stem}.{MATRICES[matrix]}.weight"] = value.detach().cpu().contiguous()
-            named[f"{stem}.alpha"] = torch.tensor(float(part.peft_config["default"].lora_alpha))
+    with safe_open(file, "pt") as saved:
+        settings = json.loads((saved.metadata() or {}).get(LORA_SETTINGS, "{}"))
+        found = {key: match for key in saved.keys() if (match := KEY.fullmatch(key))}  # noqa: SIM118
+        has_two = any(match[1] == "text_encoder_2" for match in found.values())
+        prefixes = {
+            "unet": "lora_unet",
+            "text_encoder": "lora_te1" if has_two else "lora_te",
+            "text_encoder_2": "lora_te2",
+        }
+        for key, match in found.items():
+            part, layer, matrix = match.groups()
+            weight = saved.get_tensor(key)
+            stem = f"{prefixes[part]}_{layer}".replace(".", "_")
+            named[f"{stem}.lora_{matrix}.weight"] = weight
+            if matrix == "down":
+                named[f"{stem}.alpha"] = torch.tensor(float(settings.get(f"{part}.lora_alpha", len(weight))))
     return named

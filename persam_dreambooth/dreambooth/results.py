@@ -9,9 +9,9 @@ from persam_dreambooth.dreambooth import kohya
 from persam_dreambooth.dreambooth.card import model_card
 from persam_dreambooth.dreambooth.data import Crops
 from persam_dreambooth.dreambooth.families.family import Family
-from persam_dreambooth.dreambooth.families.registry import load_pipeline
+from persam_dreambooth.dreambooth.families.registry import check_supported, load_pipeline
 from persam_dreambooth.dreambooth.hub import push
-from persam_dreambooth.dreambooth.pipelines import model_notice
+from persam_dreambooth.dreambooth.pipelines import find_model, model_notice
 from persam_dreambooth.dreambooth.run_folder import MODEL_CARD
 from persam_dreambooth.dreambooth.samples import SAMPLES, if_memory_lasts, save_run_samples
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
@@ -34,7 +34,7 @@ def save_weights(options: TrainingOptions, family: Family, base: str) -> None:
         if options.method == "lora":
             family.save_weights(folder)
             if options.export == "kohya":
-                kohya.export(family, folder)
+                kohya.export(folder)
         else:  # frozen parts may be in half precision here, so they are loaded from the base model
             settings = {
                 "base_config": options.base_config,
@@ -74,4 +74,19 @@ def save_results(
         except SaveError as error:
             raise SaveError(f"{error}; the weights are saved: persam-dreambooth generate makes pictures") from error
     if options.push_to_hub:
-        logger.info("uploaded to %s", push(options, family.pipeline))
+        logger.info("uploaded to %s", push(options))
+
+
+def hand_out(options: TrainingOptions) -> None:
+    """Exports and uploads a finished run if its options now ask for it.
+
+    Raises:
+        InputError: the model's LoRA is not exported.
+        UnavailableError: the hub does not take the run.
+    """
+    if options.export == "kohya" and not (options.run_dir / kohya.FILE).is_file():
+        check_supported(find_model(str(options.run_dir)).family, options)
+        kohya.export(options.run_dir)
+        logger.info("exported to %s", options.run_dir / kohya.FILE)
+    if options.push_to_hub:
+        logger.info("uploaded to %s", push(options))

@@ -117,12 +117,8 @@ def find_photos(folder: Path, leave_out: tuple[Path, ...] = (), may_be_empty: bo
         InputNotFoundError: there is no such folder, or no photo in it.
         InputError: a photo cannot be read, or its name is not UTF-8.
     """
-    check_name(folder)
-    if not os.path.isdir(folder):  # `Path.is_dir` raises for a name that is too long
-        found = "is a file" if os.path.exists(folder) else "does not exist"
-        raise InputNotFoundError(f"{folder} {found}: name the folder that holds the photos")
-    paths, left_out = _look_through(folder, leave_out)
-    _log_left_out(folder, left_out)
+    paths, left_out = look_through(folder, leave_out)
+    _log_left_out(folder, by_reason(folder, left_out))
     if not paths and not may_be_empty:
         raise InputNotFoundError(f"{folder} holds no photos: put 3 to 6 there ({' '.join(PHOTO_SUFFIXES)})")
     for path in paths:
@@ -145,8 +141,15 @@ def check_shapes(photos: list[Photo]) -> None:
             raise InputError(f"{photo.path} is {width} x {height}, too narrow to train on: crop it")
 
 
-def _look_through(folder: Path, leave_out: tuple[Path, ...]) -> tuple[list[Path], list[tuple[Path, str]]]:
-    """The sorted photos in a folder and its subfolders, and the paths that are left out with the reasons."""
+def look_through(folder: Path, leave_out: tuple[Path, ...] = ()) -> tuple[list[Path], list[tuple[Path, str]]]:
+    """The sorted photos in a folder and its subfolders, and the paths that are left out with the reasons.
+
+    No photo is decoded. See `find_photos` for the arguments, for what is left out, and for the errors of the folder.
+    """
+    check_name(folder)
+    if not os.path.isdir(folder):  # `Path.is_dir` raises for a name that is too long
+        found = "is a file" if os.path.exists(folder) else "does not exist"
+        raise InputNotFoundError(f"{folder} {found}: name the folder that holds the photos")
     root = _real(folder)
     excluded = {_real(path) for path in leave_out} - {root, *root.parents}
     visited = set(root.parents)
@@ -214,7 +217,7 @@ def _outputs(entries: list[Path], is_root: bool) -> set[Path]:
     found = {path for path in entries if path.stem in samples or re.sub(r"-\d+$", "", path.stem) in grids}
     if not is_root:
         return found | {path for path in entries if BASE_PICTURE.fullmatch(path.name)}
-    if any(_is_run(path) or _is_mask_index(path) for path in entries):
+    if any(is_run_config(path) or is_mask_index(path) for path in entries):
         found |= {path for path in entries if RUN_PARTS.fullmatch(path.name)}
     return found
 
@@ -227,7 +230,7 @@ def _why_not(path: Path) -> str:
     if path.is_dir():
         if path.name.startswith("."):
             return ""
-        if _is_run(path / CONFIG) or _is_mask_index(path / MASK_INDEX):
+        if is_run_config(path / CONFIG) or is_mask_index(path / MASK_INDEX):
             return OUTPUT
         return "masks" if path.name.lower() in MASK_FOLDERS else LEFTOVERS.get(path.name.lower(), "")
     if is_hidden(path) or suffix in PHOTO_SUFFIXES:
@@ -235,7 +238,7 @@ def _why_not(path: Path) -> str:
     return f"{OTHER_PICTURES[suffix]}: convert to JPEG" if suffix in OTHER_PICTURES else "not a photo"
 
 
-def _is_run(path: Path) -> bool:
+def is_run_config(path: Path) -> bool:
     """Whether a file is the `config.yaml` of a training run, which starts with this program's name."""
     if path.name != CONFIG or not path.is_file():
         return False
@@ -243,7 +246,7 @@ def _is_run(path: Path) -> bool:
         return stream.read(len(CONFIG_HEAD)) == CONFIG_HEAD.encode()
 
 
-def _is_mask_index(path: Path) -> bool:
+def is_mask_index(path: Path) -> bool:
     """Whether a file is the `index.json` of a mask folder."""
     if path.name != MASK_INDEX or not path.is_file():
         return False
@@ -254,11 +257,16 @@ def _is_mask_index(path: Path) -> bool:
     return isinstance(index, dict) and isinstance(index.get("masks"), dict)
 
 
-def _log_left_out(folder: Path, left_out: list[tuple[Path, str]]) -> None:
-    """Logs one line: a warning if it lists pictures that the user could convert or download."""
+def by_reason(folder: Path, left_out: list[tuple[Path, str]]) -> dict[str, list[str]]:
+    """The names, relative to the folder, of what `look_through` left out, by the reasons."""
     groups: dict[str, list[str]] = {}
     for path, reason in sorted(left_out):
         groups.setdefault(reason, []).append(readable_name(path.relative_to(folder)))
+    return groups
+
+
+def _log_left_out(folder: Path, groups: dict[str, list[str]]) -> None:
+    """Logs one line: a warning if it lists pictures that the user could convert or download."""
     parts = []
     for reason, names in groups.items():
         more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""

@@ -19,7 +19,7 @@ import json
 import logging
 import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -237,7 +237,7 @@ def noted_record(path: Path, photo: Photo) -> MaskRecord | None:
         return None
 
 
-def load_known(folder: Path, photos: list[Photo]) -> dict[str, PhotoMask]:
+def load_known(folder: Path, photos: list[Photo], only: Collection[str] | None = None) -> dict[str, PhotoMask]:
     """Reads the masks that a folder already has, by their photos' names; a missing folder has none.
 
     An empty mask is allowed; its coverage is 0. A skipped photo has an empty mask and its record, unless the photo
@@ -246,12 +246,14 @@ def load_known(folder: Path, photos: list[Photo]) -> dict[str, PhotoMask]:
     Args:
         folder: the mask folder.
         photos: all photos.
+        only: names of the photos whose masks are read; by default, all are.
 
     Raises:
         InputError: a mask has another size, has no photo, or was made for an earlier version of its photo (stale); or a
             photo has two masks.
     """
-    return _load_all(folder, photos, find_masks(folder, photos), invert=False)
+    wanted = photos if only is None else [photo for photo in photos if photo.name in only]
+    return _load_all(folder, wanted, find_masks(folder, photos), invert=False)
 
 
 def load_masks(folder: Path, photos: list[Photo], invert: bool = False, soft: bool = False) -> list[PhotoMask]:
@@ -279,8 +281,8 @@ def load_masks(folder: Path, photos: list[Photo], invert: bool = False, soft: bo
     return list(loaded.values())
 
 
-def load_references(folder: Path, photos: list[Photo], invert: bool = False) -> list[PhotoMask]:
-    """Reads the masks of those photos that have one, in their order; empty masks are left out.
+def load_references(folder: Path, photos: list[Photo], invert: bool = False, blank: bool = False) -> list[PhotoMask]:
+    """Reads the masks of those photos that have one, in their order.
 
     In a folder that a program made, the references are the masks that the user gave, prompted or corrected. Masks that
     a SAM made are references only if the folder has no others.
@@ -289,16 +291,19 @@ def load_references(folder: Path, photos: list[Photo], invert: bool = False) -> 
         folder: the mask folder, which may also contain masks of other photos.
         photos: all photos.
         invert: the subject is black in drawn masks.
+        blank: whether to return the user's empty masks too, which say that a photo does not show the subject.
 
     Raises:
         InputNotFoundError: there is no such folder.
         InputError: none of the photos has a mask, or a photo has two masks; see also `load_known`.
     """
     found = find_masks(_checked(folder), photos, others_may_be=True)
-    known = [item for item in _load_all(folder, photos, found, invert).values() if item.mask.any()]
+    loaded = _load_all(folder, photos, found, invert).values()
+    known = [item for item in loaded if item.mask.any()]
     if not known:
         raise InputError(f"{folder} holds no mask of these photos: a mask has its photo's name, such as 00_mask.png")
-    return [item for item in known if item.record.is_users] or known
+    users = [item for item in known if item.record.is_users] or known
+    return [item for item in loaded if item in users or (blank and item.record.is_users and not item.mask.any())]
 
 
 def _checked(folder: Path) -> Path:

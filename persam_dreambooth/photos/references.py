@@ -85,9 +85,14 @@ def find_others(
 
 
 def find_references(photos: list[Photo], folder: Path, invert: bool = False) -> list[Reference]:
-    """The photos that have a mask in a folder, with their masks; see `load_references` for the errors."""
-    known = load_references(folder, photos, invert)
-    logger.info("references: %s", ", ".join(item.photo.name for item in known))
+    """The photos that have a mask in a folder, with their masks, also empty ones; see `load_references` for the errors.
+
+    An empty mask is no reference: it says that its photo does not show the subject.
+    """
+    known = load_references(folder, photos, invert, blank=True)
+    logger.info("references: %s", ", ".join(item.photo.name for item in known if item.mask.any()))
+    if without := [item.photo.name for item in known if not item.mask.any()]:
+        logger.info("photos without the subject, by their empty masks: %s", ", ".join(without))
     return [(item.photo, item.mask) for item in known]
 
 

@@ -158,7 +158,7 @@ def segment(options: SegmentOptions) -> list[PhotoMask]:
     settings = {name: getattr(options, name) for name in SAME_TO_RESUME} | options.concept_settings
     for what, known_masks in (("references", references), ("other_masks", others)):
         if known_masks:  # an older folder has no other masks
-            settings[what] = sorted([photo.sha256, mask_hash(mask)] for photo, mask in known_masks)
+            settings[what] = sorted([photo.sha256, mask_hash(mask)] for photo, mask in known_masks if mask.any())
     if prompted:
         settings["references"] = [[prompted[0].sha256, prompted[1].settings]]
     if not check_settings(output, settings, "masks", "--output", OLDER):
@@ -231,8 +231,8 @@ def segment_folder(
 ) -> list[PhotoMask]:
     """Finds the subject in every photo and writes the mask folder.
 
-    A reference photo keeps its given mask. A mask that is already in the folder is kept, so that an interrupted run
-    resumes and hand-drawn masks take precedence.
+    A reference photo keeps its given mask, also an empty one, which says that the subject is not there. A mask that is
+    already in the folder is kept, so that an interrupted run resumes and hand-drawn masks take precedence.
 
     Args:
         photos: all photos.
@@ -267,8 +267,9 @@ def segment_folder(
                 record = MaskRecord(photo.name, photo.sha256, GIVEN, float(mask.mean()))
             else:
                 if not fitted:
-                    shown = [(encoded or {}).get(reference.path) or reference.read() for reference, _ in references]
-                    segmenter.fit(shown, list(given.values()))
+                    shown = [(reference, mask) for reference, mask in references if mask.any()]
+                    pictures = [(encoded or {}).get(reference.path) or reference.read() for reference, _ in shown]
+                    segmenter.fit(pictures, [mask for _, mask in shown])
                     fitted = True
                 mask, record = _predict(
                     segmenter, photo, next(encodings), instances, absent, heatmaps, smallest_region, companions

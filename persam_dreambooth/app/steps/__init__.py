@@ -1,1 +1,1 @@
-"""The steps of the page, one file each; `app.page.STEPS` lists them."""
+"""The steps of the page, one file each; `app.page.PAGE_STEPS` lists them."""

@@ -1,0 +1,106 @@
+"""The options of a subject's training runs, and the commands that start them: a recipe, and what differs from it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from persam_dreambooth.errors import InputError
+from persam_dreambooth.main_job import TrainOptions
+from persam_dreambooth.options import Options, command_words, list_recipes, merge_options, recipe_options
+
+FIRST_LINE = re.compile(r"# LoRA on (.+), for a card of (\d+) GB")
+"""The beginning of a recipe for a card: its model and the card's memory."""
+
+TOY = "toy"
+"""The recipe of the toy checkpoints, and their name."""
+
+SAMPLINGS = 4
+"""How often a run makes samples if its recipe does not say it: the page shows them while it trains."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe for one model and one card.
+
+    Args:
+        name: for `--config`.
+        model: the model's name in words.
+        base: hub id of the model.
+        card: memory of the card in GB.
+    """
+
+    name: str
+    model: str
+    base: str
+    card: int
+
+
+@cache
+def card_recipes() -> tuple[Recipe, ...]:
+    """The recipes whose first line names a model and a card, by card; the other recipes are of papers and tests."""
+    found = []
+    for name, path in list_recipes().items():
+        if match := FIRST_LINE.match(path.read_text(encoding="utf-8")):
+            base = options_of(name)["pretrained_model_name_or_path"]
+            found.append(Recipe(name, match[1], base, int(match[2])))
+    return tuple(sorted(found, key=lambda recipe: recipe.card))
+
+
+@cache
+def options_of(recipe: str) -> dict[str, Any]:
+    """The options in a recipe by name."""
+    return recipe_options(TrainOptions, recipe)
+
+
+def recipe_for(base: str, card: int) -> Recipe:
+    """The recipe of a model for the largest card up to this one.
+
+    Raises:
+        InputError: no recipe of the model fits.
+    """
+    own = [recipe for recipe in card_recipes() if recipe.base == base]
+    fitting = [recipe for recipe in own if recipe.card <= card]
+    if not fitting:
+        least = f"the smallest is for {own[0].card} GB" if own else "choose a card's recipe of its family first"
+        raise InputError(f"no recipe trains {base} on a card of {card} GB: {least}")
+    return fitting[-1]
+
+
+def nearest_recipe(options: TrainOptions) -> str | None:
+    """The recipe that makes the command of the options shortest; None if no recipe makes it shorter."""
+    names: Iterable[str | None] = [None, *(recipe.name for recipe in card_recipes()), TOY]
+    return min(names, key=lambda name: len(command_words("train", options, recipe=name)))
+
+
+def with_recipe(options: TrainOptions, old: str | None, new: str) -> dict[str, Any]:
+    """What changes in options of one recipe if another one is chosen; None is the default."""
+    before, after = options_of(old) if old else {}, options_of(new)
+    left = {name: None for name, value in before.items() if getattr(options, name) == value}
+    changed = {**left, **after}
+    if options.validation_steps is None and "validation_steps" not in after:
+        changed["validation_steps"] = max(1, int(after.get("max_train_steps", options.max_train_steps)) // SAMPLINGS)
+    return changed
+
+
+def run_options(options: TrainOptions, plain: bool, masks: Path, run_dir: Path, **others: Any) -> TrainOptions:
+    """The options of a subject's run; those that have no effect in it are left out.
+
+    Args:
+        options: of the subject.
+        plain: whether the run is without masks, for comparison.
+        masks: the mask folder.
+        run_dir: the folder of the run.
+        others: further options by name.
+    """
+    what = {"unmasked": True} if plain else {"mask_dir": str(masks)}
+    return merge_options(TrainOptions, {**others, **what, "output_dir": str(run_dir)}, given_options(options))[0]
+
+
+def given_options(options: Options) -> dict[str, Any]:
+    """The options that differ from their defaults, by name."""
+    return {entry.name: getattr(options, entry.name) for entry in fields(options) if options.given(entry.name)}

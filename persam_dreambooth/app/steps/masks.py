@@ -1,0 +1,301 @@
+"""Masks: a mask for every photo from the first one, the grid of their outlines, and corrections."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import fields
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+
+from persam_dreambooth.app.desk import Desk, Step, status_line, told
+from persam_dreambooth.app.jobs import Job
+from persam_dreambooth.app.steps.mask_editor import (
+    ADD,
+    BEFORE,
+    ERASE,
+    POINT,
+    TOOLS,
+    Edit,
+    brush_radius,
+    canvas_of,
+    has_earlier,
+    photo_canvas,
+    restore_earlier,
+    save_correction,
+)
+from persam_dreambooth.app.steps.mask_grid import GRID_SCRIPT, GRID_STYLE, MaskGrid, Tile, grid_html
+from persam_dreambooth.app.subject_folder import SubjectFolder
+from persam_dreambooth.errors import InputError, counted
+from persam_dreambooth.options import command_words, parse
+from persam_dreambooth.photos.folder import Photo
+from persam_dreambooth.photos.mask_folder import PackedMask, load_known, noted_record
+from persam_dreambooth.photos.masks import read_mask
+from persam_dreambooth.photos.pairing import find_masks
+from persam_dreambooth.report.page import text
+from persam_dreambooth.segmentation.segment import SegmentOptions
+from persam_dreambooth.segmentation.segmenters import METHODS, MaskFolderOptions
+
+CHOSEN = ("segmenter", "sam_model", "absent_threshold", "smallest_region", "other_mask")
+"""Options of `segment` that the step asks for."""
+
+SCROLL = "() => document.getElementById('mask-editor')?.scrollIntoView({block: 'start'})"
+
+SHARED = (*(entry.name for entry in fields(MaskFolderOptions)), "class_name", "other_mask")
+"""Options of a subject that `segment` has too."""
+
+
+def segment_options(subject: SubjectFolder, **given: Any) -> SegmentOptions:
+    """The options of `segment` for a subject: its own, then `given`; those without an effect are left out."""
+    own, known = subject.options(), SegmentOptions.__dataclass_fields__
+    found = {name: getattr(own, name) for name in SHARED if own.given(name)} | given
+    options = SegmentOptions(**found)
+    while idle := [
+        name
+        for name in found
+        if options.given(name) and not all(condition.holds(options) for condition in known[name].metadata["when"])
+    ]:
+        found = {name: value for name, value in found.items() if name not in idle}
+        options = SegmentOptions(**found)
+    return options
+
+
+def first_of(subject: SubjectFolder) -> tuple[Path, Photo] | None:
+    """The newest first mask of a subject and its photo."""
+    by_mask = {f"{Path(photo.name).stem}_mask.png": photo for photo in subject.photos()}
+    masks = [path for path in subject.first_dir.glob("*_mask.png") if path.name in by_mask]
+    newest = max(masks, key=lambda path: path.stat().st_mtime_ns, default=None)
+    return (newest, by_mask[newest.name]) if newest else None
+
+
+def make_words(subject: SubjectFolder) -> list[str]:
+    """The words of the command that makes the masks from the first one; see `again_words` for its errors."""
+    first = first_of(subject)
+    if first is None:
+        raise InputError("there is no first mask: make one in the step First mask")
+    images, output = str(subject.photos_dir), str(subject.masks_dir)
+    given = {"mask": str(first[0]), "reference_image": str(first[1].path)}
+    return command_words("segment", segment_options(subject, images=images, output=output, **given))[1:]
+
+
+def again_words(subject: SubjectFolder) -> list[str]:
+    """The words of the command that makes a new folder of masks from those that the user gave or corrected.
+
+    Raises:
+        InputError: the subject's options exclude one another.
+    """
+    folder = subject.masks_dir
+    base = folder.with_name(re.sub(r"-\d+$", "", folder.name))
+    output = next(path for number in count(2) if not (path := Path(f"{base}-{number}")).exists())
+    images = str(subject.photos_dir)
+    options = segment_options(subject, images=images, mask_dir=str(folder), output=str(output))
+    return command_words("segment", options)[1:]
+
+
+def words_to_make(subject: SubjectFolder, jobs: Sequence[Job]) -> list[str]:
+    """The words that make the masks that are missing: at first `make_words`, then those of an interrupted command with
+    the same options, else `again_words`, which lose no mask of the user."""
+    folder = subject.masks_dir
+    if not folder.is_dir():
+        return make_words(subject)
+    photos = subject.photos()
+    earlier = [parse(SegmentOptions, job.words[1:], "segment") for job in jobs if job.words[0] == "segment"]
+    begun = [options for options in earlier if Path(str(options.output)) == folder]
+    if begun and len(find_masks(folder, photos)) < len(photos):
+        given = {name: getattr(begun[-1], name) for name in ("images", "mask", "reference_image", "mask_dir", "output")}
+        if segment_options(subject, **given) == begun[-1]:
+            return command_words("segment", begun[-1])[1:]
+    return again_words(subject)
+
+
+def keep_first(subject: SubjectFolder) -> None:
+    """Saves a first mask that was made since to the mask folder, so that the masks are made again from it too."""
+    found, photos = first_of(subject), subject.photos()
+    if found is None:
+        return
+    path, photo = found
+    known = load_known(subject.masks_dir, photos, {photo.name}).get(photo.name)
+    mask = read_mask(path)
+    made_since = known is None or not known.record.is_users
+    if made_since or path.stat().st_mtime > (subject.masks_dir / photo.name).with_suffix(".png").stat().st_mtime:
+        save_correction(subject.masks_dir, photos, photo, mask, noted_record(path, photo))
+
+
+def progress_of(subject: SubjectFolder, jobs: Sequence[Job], tiles: list[Tile]) -> str:
+    """What the newest job of the step does, and how many photos have masks, in words."""
+    own = [job for job in jobs if job.words[0] == "segment"]
+    told = []
+    if tiles:
+        made = sum(tile.record is not None for tile in tiles)
+        doubtful = sum(bool(tile.doubts) for tile in tiles)
+        told.append(f"{made} of {counted(len(tiles), 'photo')} {'has a mask' if made == 1 else 'have masks'}")
+        told += [f"{doubtful} {'looks' if doubtful == 1 else 'look'} doubtful: correct or confirm"] if doubtful else []
+    if own and own[-1].state in ("waiting", "running"):
+        told.insert(0, {"waiting": "waiting for an earlier job", "running": "making masks"}[own[-1].state])
+    elif own and own[-1].state == "failed":
+        told.insert(0, own[-1].message)
+    elif own and own[-1].state in ("stopped", "killed"):
+        told.insert(0, f"the last job was {own[-1].state}")
+    if (subject.masks_dir / BEFORE).is_dir():
+        told.append(f"corrections are in {subject.masks_dir}")
+    return ". ".join(told)
+
+
+def masks_step(desk: Desk, subject: gr.State) -> Step:
+    """The components of the step."""
+    grids = MaskGrid()
+    with gr.Row():
+        make = gr.Button("Make masks", variant="primary", elem_id="masks-make")
+        stop = gr.Button("Stop", elem_id="masks-stop")
+    progress = gr.HTML(elem_id="progress-masks")
+    status = gr.HTML(elem_id="status-masks")
+    with gr.Accordion("Options", open=False):
+        helps = {name: SegmentOptions.__dataclass_fields__[name].metadata["help"] for name in CHOSEN}
+        shared: dict[str, Any] = {name: {"info": helps[name], "elem_id": f"masks-{name}"} for name in CHOSEN}
+        choices = [
+            gr.Dropdown(list(METHODS), label="segmenter", **shared["segmenter"]),
+            gr.Textbox(label="sam_model", **shared["sam_model"]),
+            gr.Number(label="absent_threshold", minimum=0, maximum=1, step=0.01, **shared["absent_threshold"]),
+            gr.Number(label="smallest_region", minimum=0, maximum=0.99, step=0.01, **shared["smallest_region"]),
+            gr.Textbox(label="other_mask", **shared["other_mask"]),
+        ]
+    command = gr.Textbox(label="Command", lines=2, buttons=["copy"], interactive=False, elem_id="command-masks")
+    with gr.Column(visible=False, elem_id="mask-editor") as editor:
+        title = gr.HTML()
+        canvas = photo_canvas("mask-canvas")
+        with gr.Row():
+            tool = gr.Radio(TOOLS, value=POINT, label="Tool", elem_id="mask-tool")
+            brush = gr.Slider(0.5, 20, value=4, step=0.5, label="Brush, % of the photo", elem_id="mask-brush")
+        with gr.Row():
+            save = gr.Button("Save mask", variant="primary", elem_id="mask-save", min_width=120)
+            undo = gr.Button("Undo", elem_id="mask-undo", min_width=120)
+            blank = gr.Button("Not in this photo", elem_id="mask-blank", min_width=120)
+            back = gr.Button("Earlier mask", elem_id="mask-back", min_width=120)
+            close = gr.Button("Close", elem_id="mask-close", min_width=120)
+    edited = gr.State(None)
+    grid = gr.HTML(
+        elem_id="masks-grid", css_template=GRID_STYLE, js_on_load=GRID_SCRIPT, apply_default_css=False, min_height=0
+    )
+
+    def live(name: str) -> tuple[str, str]:
+        if not name:
+            return "", ""
+        folder, jobs = desk.subject(name), desk.jobs.of(desk.subject(name))
+        try:
+            tiles = grids.tiles(folder.masks_dir, folder.photos(), folder.options().absent)
+        except InputError as error:
+            return "", status_line(f"error: {error}", failed=True)
+        return grid_html(tiles), text(progress_of(folder, jobs, tiles))
+
+    def shown(name: str) -> tuple[Any, ...]:
+        if not name:
+            return ("", "", "", gr.Button("Make masks"), *[None] * len(choices), gr.Column(visible=False), None)
+        folder = desk.subject(name)
+        own = folder.options()
+        values = [getattr(own, option) if own.given(option) or option != "sam_model" else "" for option in CHOSEN]
+        values[-1] = ", ".join(own.other_mask or ())
+        try:
+            words = words_to_make(folder, desk.jobs.of(folder))
+            told_command = shlex.join(["persam-dreambooth", *words])
+            begun = folder.masks_dir.is_dir()
+            again = "--mask_dir" in words and Path(words[words.index("--output") + 1]) != folder.masks_dir
+            label = "Make the other masks again" if again else "Resume" if begun else "Make masks"
+        except InputError as error:
+            told_command, label = str(error), "Make masks"
+        return (*live(name), told_command, gr.Button(label), *values, gr.Column(visible=False), None)
+
+    outputs = [grid, progress, command, make, *choices, editor, edited]
+
+    def started(name: str) -> tuple[Any, ...]:
+        folder = desk.subject(name)
+        words = words_to_make(folder, desk.jobs.of(folder))
+        if folder.masks_dir.is_dir() and "--mask_dir" in words:
+            keep_first(folder)
+        desk.jobs.submit(folder, words)
+        return shown(name)
+
+    def stopped(name: str) -> tuple[Any, ...]:
+        for job in desk.jobs.of(desk.subject(name)):
+            if job.words[0] == "segment" and job.state in ("waiting", "running"):
+                job.stop()
+        return shown(name)
+
+    def chosen(name: str, *values: Any) -> tuple[Any, ...]:
+        given = {option: value or None for option, value in zip(CHOSEN, values, strict=True)}
+        given["other_mask"] = [path.strip() for path in str(values[-1] or "").split(",") if path.strip()] or None
+        given["smallest_region"] = values[CHOSEN.index("smallest_region")]
+        segment_options(desk.subject(name), **{option: value for option, value in given.items() if value is not None})
+        desk.subject(name).save_options(**given)
+        return shown(name)
+
+    def photo_named(name: str, photo: str) -> tuple[SubjectFolder, list[Photo], Photo]:
+        folder = desk.subject(name)
+        photos = folder.photos()
+        return folder, photos, next(each for each in photos if each.name == photo)
+
+    def opened(name: str, tool: str, brush: float, event: gr.EventData) -> tuple[Any, ...]:
+        folder, photos, photo = photo_named(name, event.photo)
+        known = load_known(folder.masks_dir, photos, {photo.name}).get(photo.name)
+        edit = Edit(known.packed if known else PackedMask(np.zeros(photo.size[::-1], bool)))
+        heading = f"<h3>{text(photo.name)}</h3>"
+        earlier = has_earlier(folder.masks_dir, photos, photo)
+        shown_back = gr.Button(visible=earlier)
+        return gr.Column(visible=True), heading, canvas_of(photo, edit, tool, brush), shown_back, (photo.name, edit)
+
+    def drawn(name: str, tool: str, brush: float, state: tuple[str, Edit], event: gr.EventData) -> tuple[Any, ...]:
+        folder, _, photo = photo_named(name, state[0])
+        if tool in (ADD, ERASE):
+            edit = state[1].brushed(event.points, brush_radius(photo, brush), tool == ADD)
+        else:
+            smallest = folder.options().smallest_region
+            with desk.sam() as sam:
+                edit = state[1].prompted(sam, photo, desk.encoding(photo), event.points, tool, smallest)
+        return canvas_of(photo, edit, tool, brush), (photo.name, edit)
+
+    def redrawn(name: str, tool: str, brush: float, state: tuple[str, Edit] | None) -> tuple[Any, ...]:
+        if state is None:
+            return ("",)
+        return (canvas_of(photo_named(name, state[0])[2], state[1], tool, brush),)
+
+    def undone(name: str, tool: str, brush: float, state: tuple[str, Edit]) -> tuple[Any, ...]:
+        edit = state[1].before or state[1]
+        return canvas_of(photo_named(name, state[0])[2], edit, tool, brush), (state[0], edit)
+
+    def saved(name: str, state: tuple[str, Edit]) -> tuple[Any, ...]:
+        folder, photos, photo = photo_named(name, state[0])
+        save_correction(folder.masks_dir, photos, photo, np.asarray(state[1].mask), state[1].record)
+        return shown(name)
+
+    def blanked(name: str, state: tuple[str, Edit]) -> tuple[Any, ...]:
+        folder, photos, photo = photo_named(name, state[0])
+        save_correction(folder.masks_dir, photos, photo, np.zeros(photo.size[::-1], bool), None)
+        return shown(name)
+
+    def restored(name: str, state: tuple[str, Edit]) -> tuple[Any, ...]:
+        folder, photos, photo = photo_named(name, state[0])
+        restore_earlier(folder.masks_dir, photos, photo)
+        return shown(name)
+
+    def on(event: Any, handler: Any, inputs: list[Any], changed: list[Any]) -> Any:
+        return event(told(handler, len(changed)), [subject, *inputs], [status, *changed], api_visibility="private")
+
+    on(make.click, started, [], outputs)
+    on(stop.click, stopped, [], outputs)
+    for choice in choices:
+        leaves = choice.select if isinstance(choice, gr.Dropdown) else choice.blur
+        on(leaves, chosen, choices, outputs)
+    on(grid.select, opened, [tool, brush], [editor, title, canvas, back, edited]).then(None, js=SCROLL)
+    on(canvas.input, drawn, [tool, brush, edited], [canvas, edited])
+    for event in (tool.change, brush.release):
+        on(event, redrawn, [tool, brush, edited], [canvas])
+    on(undo.click, undone, [tool, brush, edited], [canvas, edited])
+    on(save.click, saved, [edited], outputs)
+    on(blank.click, blanked, [edited], outputs)
+    on(back.click, restored, [edited], outputs)
+    on(close.click, shown, [], outputs)
+    return Step(shown, outputs, live, (grid, progress))

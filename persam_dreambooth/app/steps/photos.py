@@ -1,0 +1,302 @@
+"""Photos: files that are dropped on the page, or a folder on this machine; what is left out of it, and why."""
+
+from __future__ import annotations
+
+import functools
+import re
+import shutil
+import unicodedata
+from collections.abc import Collection, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from persam_dreambooth.app.desk import Desk, Step
+from persam_dreambooth.app.subject_folder import SubjectFolder
+from persam_dreambooth.errors import InputError, SaveError, counted
+from persam_dreambooth.files import write_aside
+from persam_dreambooth.photos.folder import Photo, by_reason, find_photos, look_through
+from persam_dreambooth.photos.images import PHOTO_SUFFIXES, RAW_SUFFIXES, header_size, read_image
+from persam_dreambooth.photos.pairing import name_key
+
+MOST_UPLOADED = 200
+"""Maximum number of photos that the page keeps of one subject."""
+
+MOST_MEGABYTES = 60
+"""Maximum size of a file that is uploaded, in 10^6 bytes."""
+
+MOST_MEGAPIXELS = 120
+"""Maximum number of pixels of a photo that is uploaded, in 10^6; one thread decodes them for all visitors."""
+
+LONGEST_STEM = 80
+"""Maximum length of the name of an uploaded photo without its suffix, in bytes; names of masks are longer."""
+
+THUMBNAIL = 320
+"""Longer side of a thumbnail, in pixels."""
+
+PHOTOS_HELP = (
+    f"3 to 6 photos are usual; at most {MOST_UPLOADED}, each at most {MOST_MEGABYTES} MB and {MOST_MEGAPIXELS} "
+    "megapixels."
+)
+
+
+def safe_name(name: str, taken: Collection[str]) -> str:
+    """A file name for an uploaded photo that every system accepts, and whose mask no other photo shares.
+
+    Args:
+        name: the name that the browser gives; it can be a path of any system.
+        taken: names of photos in the folder.
+    """
+    last = re.split(r"[/\\]", name)[-1].encode("utf-8", "replace").decode()
+    kept = "".join("_" if unicodedata.category(sign)[0] == "C" or sign in '<>:"|?*' else sign for sign in last)
+    suffix = Path(kept).suffix.lower() if Path(kept).suffix.lower() in PHOTO_SUFFIXES else ""
+    stem = unicodedata.normalize("NFC", kept[: len(kept) - len(suffix)]).strip(" .")
+    stem = stem.encode()[:LONGEST_STEM].decode(errors="ignore").strip(" .") or "photo"
+    stems, number, found = {name_key(Path(other).stem) for other in taken}, 2, stem
+    while name_key(found) in stems:
+        found, number = f"{stem}-{number}", number + 1
+    return found + suffix
+
+
+def keep_photos(folder: Path, files: Sequence[tuple[str, Path]]) -> tuple[list[Photo], list[str]]:
+    """Copies files to a folder of photos, each only if it is a photo that can be read.
+
+    Args:
+        folder: the folder, created if missing.
+        files: names and files.
+
+    Returns:
+        The photos that were copied, and a line for each file that was not.
+
+    Raises:
+        SaveError: the disk is full or read-only.
+    """
+    present = [path for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
+    hashes = {Photo(path, path.name, (0, 0)).sha256: path.name for path in present}
+    names, added, refused = [path.name for path in present], [], []
+    for name, path in files:
+        shown = re.split(r"[/\\]", name)[-1]
+        try:
+            _check_upload(path, shown, len(names))
+            photo = Photo.open(path)
+            if photo.sha256 in hashes:
+                raise InputError(f"{shown} is here already, as {hashes[photo.sha256]}")
+        except InputError as error:
+            refused.append(str(error).replace(str(path), shown))
+            continue
+        target = folder / safe_name(shown, names)
+        with write_aside(target) as aside:
+            shutil.copyfile(path, aside)
+        names.append(target.name)
+        hashes[photo.sha256] = target.name
+        added.append(Photo(target, target.name, photo.size))
+    return added, refused
+
+
+def _check_upload(path: Path, name: str, kept: int) -> None:
+    """Raises `InputError` for a file that is not decoded: another format, or above the page's limits."""
+    suffix = Path(name).suffix.lower()
+    if kept >= MOST_UPLOADED:
+        raise InputError(f"{name} is one too many: the page keeps at most {MOST_UPLOADED} photos of a subject")
+    if suffix not in PHOTO_SUFFIXES and suffix not in RAW_SUFFIXES:
+        raise InputError(f"{name} is not a photo: give {' '.join(PHOTO_SUFFIXES)}")
+    megabytes = path.stat().st_size / 1e6
+    if megabytes > MOST_MEGABYTES:
+        raise InputError(f"{name} has {megabytes:.0f} MB: reduce it to at most {MOST_MEGABYTES}")
+    width, height = header_size(path)
+    if width * height > MOST_MEGAPIXELS * 1e6:
+        found = round(width * height / 1e6)
+        raise InputError(f"{name} is {width} x {height} ({found} megapixels): reduce it to at most {MOST_MEGAPIXELS}")
+
+
+def use_folder(desk: Desk, subject: SubjectFolder, text: str) -> None:
+    """Takes the photos from a folder on this machine, or from the uploads if the text is empty.
+
+    Raises:
+        InputError: the folder cannot be used, or the page serves other machines and the folder is not in the workspace.
+    """
+    if not text.strip():
+        subject.save_options(instance_dir=str((subject.folder / "photos").resolve()), reference_image=None, mask=None)
+        return
+    folder = Path(text.strip()).expanduser().resolve()
+    workspace = Path(desk.options.workspace).resolve()
+    if desk.options.listen and not folder.is_relative_to(workspace):
+        raise InputError(f"{text.strip()} is outside of {workspace}: with --listen, only folders inside it are shown")
+    find_photos(folder)
+    changed = {} if subject.photos_dir and folder == subject.photos_dir.resolve() else {"reference_image": None}
+    subject.save_options(instance_dir=str(folder), **changed, **({"mask": None} if changed else {}))
+
+
+def remove_photo(subject: SubjectFolder, name: str) -> None:
+    """Removes an uploaded photo and its masks.
+
+    Raises:
+        InputError: no such photo, or a photo of a folder elsewhere.
+    """
+    if not _is_own(subject):
+        raise InputError(f"the photos are in {subject.photos_dir}: remove {name} there")
+    photo = next((photo for photo in subject.photos() if photo.name == name), None)
+    if photo is None:
+        raise InputError(f"there is no photo {name}: choose one of the list")
+    options = subject.options()
+    if options.reference_image and Path(options.reference_image).resolve() == photo.path.resolve():
+        subject.save_options(reference_image=None, mask=None)
+    stem = Path(photo.name).with_suffix("")
+    masks = [subject.masks_dir / f"{stem}.png"]
+    masks += [subject.first_dir / f"{stem}_mask{ending}" for ending in (".png", ".json", "_overlay.jpg", "_scales.jpg")]
+    for path in [photo.path, *masks]:
+        path.unlink(missing_ok=True)
+
+
+def thumbnail(path: Path, side: int = THUMBNAIL) -> Image.Image:
+    """The upright photo with its longer side at most `side` pixels; kept in memory while the file is unchanged."""
+    stat = path.stat()
+    return _thumbnail(path, side, stat.st_mtime_ns, stat.st_size)
+
+
+@functools.lru_cache(maxsize=2 * MOST_UPLOADED)
+def _thumbnail(path: Path, side: int, *_: int) -> Image.Image:
+    picture = read_image(path)
+    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return picture
+
+
+def _is_own(subject: SubjectFolder) -> bool:
+    """Whether the photos are those that were uploaded, which the page may remove."""
+    own = (subject.folder / "photos").resolve()
+    return subject.photos_dir is None or subject.photos_dir.resolve() == own
+
+
+def _told_left_out(folder: Path) -> str:
+    """A list of what is left out of a folder of photos, in HTML."""
+    groups = by_reason(folder, look_through(folder)[1])
+    lines = [f"<li>{escape(', '.join(names))} ({escape(reason)})</li>" for reason, names in groups.items()]
+    return f"<p>Left out:</p><ul>{''.join(lines)}</ul>" if lines else ""
+
+
+def status_line(text: str, is_error: bool = False) -> str:
+    """A status in HTML: one paragraph a line; screen readers announce an error at once."""
+    lines = "".join(f"<p>{escape(line)}</p>" for line in text.splitlines())
+    return f'<div role="{"alert" if is_error else "status"}">{lines}</div>'
+
+
+def photos_step(desk: Desk, subject: gr.State) -> Step:
+    """Builds the components of the step; see `app.page`."""
+    status = gr.HTML(elem_id="status-photos")
+    with gr.Row():
+        drop = gr.File(
+            label="Drop photos here, or choose them",
+            file_count="multiple",
+            elem_id="photos-drop",
+            height=140,
+        )
+        with gr.Column():
+            class_name = gr.Textbox(label="What is it? (class name)", placeholder="cat", elem_id="photos-class")
+            place = gr.Textbox(
+                label="Or a folder on this machine", placeholder="~/Pictures/cat", elem_id="photos-folder"
+            )
+            use = gr.Button("Use this folder", elem_id="photos-use")
+    gr.Markdown(PHOTOS_HELP)
+    gallery = gr.Gallery(
+        label="Photos",
+        columns=4,
+        height="auto",
+        object_fit="contain",
+        format="jpeg",
+        buttons=[],
+        interactive=False,
+        elem_id="photos-gallery",
+    )
+    left_out = gr.HTML(elem_id="photos-left-out")
+    with gr.Row():
+        chosen = gr.Dropdown(label="Photo to remove", elem_id="photos-chosen")
+        remove = gr.Button("Remove the photo and its masks", elem_id="photos-remove")
+    command = gr.Textbox(label="Folder for commands (--images)", buttons=["copy"], elem_id="command-photos")
+    outputs = [gallery, left_out, chosen, place, class_name, command]
+
+    def shown(name: str) -> list[Any]:
+        found = desk.subject(name) if name else None
+        folder = found.photos_dir if found else None
+        if not found or not folder or not folder.is_dir():
+            word = found.options().class_name or "" if found else ""
+            return [[], "", gr.update(choices=[], value=None), "", word, ""]
+        own = _is_own(found)
+        paths, _ = look_through(folder)
+        photos = found.photos() if paths else []
+        pictures = [(thumbnail(photo.path), f"{photo.name}  {photo.size[0]} x {photo.size[1]}") for photo in photos]
+        names = [photo.name for photo in photos]
+        return [
+            pictures,
+            _told_left_out(folder),
+            gr.update(choices=names if own else [], value=None),
+            "" if own else str(folder),
+            found.options().class_name or "",
+            str(folder),
+        ]
+
+    def answered(name: str, text: str, is_error: bool = False) -> list[Any]:
+        """All values of the step after an event."""
+        try:
+            return [*shown(name), status_line(text, is_error)]
+        except (InputError, SaveError) as error:
+            lines = f"{text}\n{error}" if text else str(error)
+            return [*([gr.skip()] * len(outputs)), status_line(lines, True)]
+
+    def attempt(name: str, work: Any) -> list[Any]:
+        try:
+            return answered(name, *work())
+        except (InputError, SaveError) as error:
+            return answered(name, str(error), True)
+
+    def drop_files(name: str, files: list[str] | None) -> list[Any]:
+        def keep() -> tuple[str, bool]:
+            found = _opened(desk, name)
+            if not _is_own(found):
+                raise InputError(f"the photos are in {found.photos_dir}: add files there, or empty the folder's field")
+            folder = found.folder / "photos"
+            added, refused = keep_photos(folder, [(Path(file).name, Path(file)) for file in files or []])
+            if added:
+                found.save_options(instance_dir=str(folder.resolve()))
+            said = [f"{counted(len(added), 'photo')} added"] if added else []
+            return "\n".join([*said, *refused]), bool(refused)
+
+        return [*attempt(name, keep), None]
+
+    def choose_folder(name: str, text: str) -> list[Any]:
+        def use_it() -> tuple[str]:
+            use_folder(desk, _opened(desk, name), text)
+            return ("",)
+
+        return attempt(name, use_it)
+
+    def drop_photo(name: str, photo: str | None) -> list[Any]:
+        def remove_it() -> tuple[str]:
+            remove_photo(_opened(desk, name), photo or "")
+            return (f"{photo} removed",)
+
+        return attempt(name, remove_it)
+
+    def name_class(name: str, word: str) -> list[Any]:
+        def save() -> tuple[str]:
+            _opened(desk, name).save_options(class_name=word.strip() or None)
+            return ("",)
+
+        return attempt(name, save)
+
+    every = [*outputs, status]
+    drop.upload(drop_files, [subject, drop], [*every, drop], api_visibility="private")
+    use.click(choose_folder, [subject, place], every, api_visibility="private")
+    place.submit(choose_folder, [subject, place], every, api_visibility="private")
+    remove.click(drop_photo, [subject, chosen], every, api_visibility="private")
+    class_name.blur(name_class, [subject, class_name], every, api_visibility="private")
+    return Step(shown, outputs)
+
+
+def _opened(desk: Desk, name: str) -> SubjectFolder:
+    """The open subject; raises `InputError` if there is none."""
+    if not name:
+        raise InputError("no subject is open: name one at the top first")
+    return desk.subject(name)

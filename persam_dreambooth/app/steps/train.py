@@ -1,0 +1,445 @@
+"""The step Train: class word, model and card, any option of `train`, the plan of memory, and the runs as they train."""
+
+from __future__ import annotations
+
+import html
+import shlex
+import statistics
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from persam_dreambooth.app.desk import Desk, Step
+from persam_dreambooth.app.option_editor import OptionEditor, said, saying
+from persam_dreambooth.app.run_command import (
+    TOY,
+    card_recipes,
+    given_options,
+    nearest_recipe,
+    options_of,
+    recipe_for,
+    run_options,
+    with_recipe,
+)
+from persam_dreambooth.app.subject_folder import SubjectFolder
+from persam_dreambooth.dreambooth.albums import read_albums
+from persam_dreambooth.dreambooth.run_folder import MODEL_CARD, check_run_folder
+from persam_dreambooth.dreambooth.samples import SAMPLES
+from persam_dreambooth.errors import InputError, UnavailableError, counted
+from persam_dreambooth.main_job import TrainOptions
+from persam_dreambooth.options import CONFIG, command_words, read_config
+from persam_dreambooth.plan import CARDS, PlanOptions, plan
+from persam_dreambooth.segmentation.segment import doubts
+
+BASE = "pretrained_model_name_or_path"
+MASKED, PLAIN = "masked", "plain"
+"""The folders of a subject's runs; later ones have a number."""
+
+OWNED = (
+    *("instance_dir", "mask_dir", "output_dir", "resume_from_checkpoint", "subjects", "class_name", "identifier"),
+    *(BASE, "max_train_steps", "dataset_name", "image_column", "caption_column", "mask", "mask_from", "unmasked"),
+    *("point", "box", "text", "reference_image", "other_mask", "invert_mask"),
+)
+"""Options that the page sets in other places."""
+
+_plans: dict[str, str] = {}
+"""Plans that were made, by their options."""
+
+_seen: dict[Path, list[tuple[int, float]]] = {}
+"""Steps of each run and the times of their lines in `metrics.jsonl`, as the page has seen them."""
+
+
+def train_step(desk: Desk, subject: gr.State) -> Step:
+    """Builds the step; see `Step`."""
+    bases = {recipe.base: f"{recipe.model} ({recipe.base})" for recipe in card_recipes()}
+    status = gr.HTML(elem_id="status-train")
+    photos = gr.Markdown(elem_id="train-photos")
+    with gr.Row():
+        class_word = gr.Textbox(label="Class word", info="What the subject is, such as cat", elem_id="train-class")
+        identifier = gr.Textbox(
+            label="Identifier", info="A rare word, [V] in prompts", placeholder="sks", elem_id="train-identifier"
+        )
+        steps = gr.Number(label="Steps", precision=0, minimum=1, elem_id="train-steps")
+    with gr.Row():
+        base = gr.Dropdown(
+            [(label, value) for value, label in bases.items()] + [("toy", TOY)],
+            label="Base model",
+            info="Or type a hub id or a folder",
+            allow_custom_value=True,
+            filterable=True,
+            elem_id="train-base",
+        )
+        card = gr.Radio(
+            [(f"{size} GB", size) for size in CARDS], label="Card", info="Chooses the recipe", elem_id="train-card"
+        )
+    also_plain = gr.Checkbox(label="Also train plain (unmasked) for comparison", elem_id="train-plain")
+    with gr.Accordion("Advanced options", open=False, elem_id="train-advanced"):
+        editor = OptionEditor(TrainOptions, OWNED, "train-options")
+    with gr.Accordion("Memory and time", open=False):
+        plan_button = gr.Button("Plan", size="sm", elem_id="train-plan-memory")
+        planned = gr.Markdown(elem_id="train-planned")
+    command = gr.Textbox(
+        label="Command", lines=2, max_lines=8, interactive=False, buttons=["copy"], elem_id="command-train"
+    )
+    with gr.Row():
+        start = gr.Button("Start training", variant="primary", elem_id="train-start")
+        stop = gr.Button("Stop", elem_id="train-stop", interactive=False)
+        resume = gr.Button("Resume", elem_id="train-resume", interactive=False)
+    progress = gr.HTML(elem_id="train-progress")
+    curve = gr.LinePlot(x="step", y="loss", color="run", height=240, label="Loss", visible=False, elem_id="train-loss")
+    samples = gr.Gallery(
+        label="Samples", columns=4, height="auto", object_fit="contain", visible=False, elem_id="train-samples"
+    )
+
+    def opened(name: str) -> tuple[SubjectFolder, TrainOptions, str | None]:
+        """The subject, its options and their recipe; without options of its own, those of a recipe."""
+        folder = desk.subject(name)
+        options = folder.options()
+        about = {name: getattr(options, name) for name in OWNED if name not in (BASE, "max_train_steps")}
+        if replace(TrainOptions(**about), **{BASE: options.pretrained_model_name_or_path}) == options:
+            known = {recipe.base for recipe in card_recipes()}
+            first = TOY if options.pretrained_model_name_or_path not in known else None
+            if options.pretrained_model_name_or_path in known or options.pretrained_model_name_or_path == TOY:
+                first = first or next(r.name for r in card_recipes() if r.base == options.pretrained_model_name_or_path)
+                changed = with_recipe(options, None, first)
+                options = replace(options, **changed)
+        return folder, options, nearest_recipe(options)
+
+    def keep(name: str, values: tuple[Any, ...], **changed: Any) -> tuple[SubjectFolder, TrainOptions, str | None]:
+        """Saves what the form says, and further options by name; returns the subject as `opened`."""
+        folder, options, _ = opened(name)
+        word, token, count = values
+        form = {"class_name": (word or "").strip() or None, "identifier": (token or "").strip() or None}
+        form["max_train_steps"] = int(count) if count else None
+        given = {
+            name: value for name, value in given_options(options).items() if name not in ("mask_dir", "output_dir")
+        }
+        folder.save_options(**{**given, **form, **changed})
+        return opened(name)
+
+    def planned_runs(folder: SubjectFolder, options: TrainOptions, plain: bool) -> list[TrainOptions]:
+        """The options of the runs that Start begins."""
+        kinds = [MASKED, PLAIN] if plain else [MASKED]
+        return [
+            run_options(options, kind == PLAIN, folder.masks_dir, free_folder(folder.folder / kind)) for kind in kinds
+        ]
+
+    def shown(name: str, plain: bool = False) -> list[Any]:
+        if not name:
+            return [gr.skip()] * len(outputs)
+        folder, options, recipe = opened(name)
+        own = options_of(recipe) if recipe else {}
+        sizes = next((r.card for r in card_recipes() if r.name == recipe), None)
+        changed = {name: value for name, value in given_options(options).items() if own.get(name) != value}
+        changed |= {name: getattr(options, name) for name in own if own[name] != getattr(options, name)}
+        return [
+            mask_counts(folder, options),
+            options.class_name or "",
+            options.identifier or "",
+            options.max_train_steps,
+            options.pretrained_model_name_or_path,
+            gr.update(value=sizes, visible=recipe != TOY),
+            editor.rows(changed),
+            commands(planned_runs(folder, options, plain)),
+            *live(name),
+        ]
+
+    def live(name: str) -> list[Any]:
+        if not name:
+            return [gr.skip()] * 6
+        folder = desk.subject(name)
+        shown_runs = newest_runs(folder)
+        job = newest_job(desk, folder)
+        active = job is not None and job.state in ("waiting", "running")
+        rows = [[row["step"], row["loss"], run.name] for run in shown_runs for row in metrics(run)]
+        pictures = [found for run in shown_runs for found in run_samples(run)]
+        lines = [progress_line(folder, run) for run in shown_runs]
+        if job and (active or job.state != "done"):
+            lines.append(job_line(job))
+        unfinished = [run for run in shown_runs if is_resumable(folder, run)]
+        if unfinished and not active:
+            lines.append(f"<p>Resume: <code>{html.escape(shlex.join(resume_words(unfinished[-1])))}</code></p>")
+        return [
+            "".join(lines),
+            gr.update(value=frame(rows), visible=bool(rows)),
+            gr.update(value=pictures, visible=bool(pictures)),
+            gr.update(interactive=not active),
+            gr.update(interactive=active),
+            gr.update(interactive=bool(unfinished) and not active),
+        ]
+
+    def changed_text(name: str, plain: bool, *values: Any) -> str:
+        keep(name, values)
+        return ""
+
+    def changed_base(name: str, plain: bool, word: str, token: str, count: Any, chosen: str, size: int | None) -> str:
+        _, options, recipe = opened(name)
+        chosen = (chosen or "").strip()
+        if not chosen or chosen == options.pretrained_model_name_or_path:
+            return ""
+        known = [r for r in card_recipes() if r.base == chosen]
+        if not known and chosen != TOY:
+            keep(name, (word, token, count), **{BASE: chosen})
+            return ""
+        if chosen == TOY:
+            new = TOY
+        else:
+            new = recipe_for(chosen, size or CARDS[-1]).name if size and known[0].card <= size else known[0].name
+        changed = with_recipe(options, recipe, new)
+        keep(name, (word, token, changed.get("max_train_steps")), **{**changed, BASE: chosen})
+        return ""
+
+    def changed_card(name: str, plain: bool, word: str, token: str, count: Any, size: int | None) -> str:
+        _, options, recipe = opened(name)
+        base_name = next((r.base for r in card_recipes() if r.name == recipe), options.pretrained_model_name_or_path)
+        new = recipe_for(base_name, size or CARDS[0]).name
+        if new == recipe:
+            return f"{new} is the recipe for this card, too"
+        changed = {**with_recipe(options, recipe, new), BASE: options.pretrained_model_name_or_path}
+        keep(name, (word, token, changed.get("max_train_steps") or count), **changed)
+        return ""
+
+    def set_option(name: str, plain: bool, word: str, token: str, count: Any, *chosen: Any) -> str:
+        folder, options, _ = opened(name)
+        option, value = editor.value(*chosen)
+        others = {option: value}
+        run_options(options, False, folder.masks_dir, folder.folder / MASKED, **others).check()
+        keep(name, (word, token, count), **others)
+        return f"--{option} is set"
+
+    def remove_option(name: str, plain: bool, word: str, token: str, count: Any, option: str | None) -> str:
+        _, _, recipe = opened(name)
+        if not option:
+            raise InputError("no option is chosen: choose a row of the table")
+        keep(name, (word, token, count), **{option: (options_of(recipe) if recipe else {}).get(option)})
+        return f"--{option} is as in {recipe}" if recipe else f"--{option} is removed"
+
+    def plan_memory(name: str) -> str:
+        try:
+            folder, options, _ = opened(name)
+            run = run_options(options, False, folder.masks_dir, folder.folder / MASKED)
+            table = planned_memory(repr(run), run)
+        except (InputError, UnavailableError) as error:
+            return said(f"error: {error}", is_error=True)
+        return f"```\n{table}\n```\n{planned_time(folder, options)}"
+
+    def begin(name: str, plain: bool, *values: Any) -> str:
+        folder, options, _ = keep(name, values)
+        runs = planned_runs(folder, options, plain)
+        for run in runs:
+            run.check()
+            check_run_folder(run)
+            read_albums(run)
+        desk.release_sam()
+        for run in runs:
+            desk.jobs.submit(folder, words_of(run)[1:])
+        return f"{counted(len(runs), 'training')} started"
+
+    def end(name: str, plain: bool) -> str:
+        job = newest_job(desk, desk.subject(name))
+        if job is None or job.state not in ("waiting", "running"):
+            raise InputError("no training that the page started runs: stop one of a terminal there, with Ctrl-C")
+        job.stop()
+        return "stopping after this step; a checkpoint is saved"
+
+    def go_on(name: str, plain: bool) -> str:
+        folder = desk.subject(name)
+        unfinished = [run for run in newest_runs(folder) if is_resumable(folder, run)]
+        if not unfinished:
+            raise InputError("no training of this subject can be resumed: start one")
+        desk.release_sam()
+        for run in unfinished:
+            desk.jobs.submit(folder, resume_words(run)[1:])
+        return "resumed from the latest checkpoint"
+
+    live_outputs = (progress, curve, samples, start, stop, resume)
+    outputs = [photos, class_word, identifier, steps, base, card, editor.table, command, *live_outputs]
+    form = [subject, also_plain, class_word, identifier, steps]
+
+    def wire(event: Any, handler: Any, inputs: list[Any]) -> None:
+        def act(name: str, plain: bool, *values: Any) -> list[Any]:
+            return saying(handler, lambda opened_name: shown(opened_name, plain))(name, plain, *values)
+
+        event(act, inputs, [status, *outputs], api_visibility="private", show_progress="hidden")
+
+    for text in (class_word, identifier):
+        wire(text.blur, changed_text, form)
+        wire(text.submit, changed_text, form)
+    wire(steps.blur, changed_text, form)
+    wire(also_plain.input, changed_text, form)
+    wire(base.input, changed_base, [*form, base, card])
+    wire(card.input, changed_card, [*form, card])
+    wire(editor.set.click, set_option, [*form, *editor.inputs])
+    wire(editor.remove.click, remove_option, [*form, editor.option])
+    wire(start.click, begin, form)
+    wire(stop.click, end, form[:2])
+    wire(resume.click, go_on, form[:2])
+    plan_button.click(plan_memory, subject, planned, api_visibility="private")
+    return Step(shown, outputs, live, live_outputs)
+
+
+def words_of(run: TrainOptions) -> list[str]:
+    """The command of a run."""
+    return command_words("train", run, recipe=nearest_recipe(run))
+
+
+def commands(runs: list[TrainOptions]) -> str:
+    """The commands of runs, one a line."""
+    return "\n".join(shlex.join(words_of(run)) for run in runs)
+
+
+def resume_words(run: Path) -> list[str]:
+    """The command that resumes a run."""
+    config = str(run / CONFIG)
+    return ["persam-dreambooth", "train", "--config", config, "--resume_from_checkpoint", "latest"]
+
+
+def free_folder(folder: Path) -> Path:
+    """The folder, or with the first number for which there is none."""
+    number, free = 2, folder
+    while free.exists():
+        free, number = folder.with_name(f"{folder.name}-{number}"), number + 1
+    return free
+
+
+def mask_counts(folder: SubjectFolder, options: TrainOptions) -> str:
+    """How many photos and masks there are, and how many of the masks are doubtful."""
+    try:
+        photos, masks = folder.photos(), folder.masks()
+    except InputError as error:
+        return str(error)
+    doubtful = sum(bool(doubts(item.record.flags, options.absent)) for item in masks)
+    return ", ".join([counted(len(photos), "photo"), counted(len(masks), "mask"), f"{doubtful} doubtful"])
+
+
+def is_plain(run: Path) -> bool:
+    """Whether a run trains on whole photos."""
+    return bool(config_of(run).get("unmasked"))
+
+
+def config_of(run: Path) -> dict[str, Any]:
+    """The saved options of a run; empty before it has some."""
+    return read_config(run / CONFIG) if (run / CONFIG).is_file() else {}
+
+
+def newest_runs(folder: SubjectFolder) -> list[Path]:
+    """The newest masked run of a subject and its newest plain one, as far as they have begun."""
+    newest = {is_plain(run): run for run in folder.runs.values() if (run / CONFIG).is_file()}
+    return [newest[plain] for plain in (False, True) if plain in newest]
+
+
+def newest_job(desk: Desk, folder: SubjectFolder) -> Any:
+    """The training job that runs, else the newest one; None if there is none."""
+    jobs = [job for job in desk.jobs.of(folder) if job.words[:1] == ["train"]]
+    active = [job for job in jobs if job.state == "running"] or [job for job in jobs if job.state == "waiting"]
+    return (active or jobs[-1:] or [None])[0]
+
+
+def is_resumable(folder: SubjectFolder, run: Path) -> bool:
+    """Whether a run is unfinished and no process trains it."""
+    return not (run / MODEL_CARD).is_file() and not folder.is_busy(run)
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    """The lines of a run's metrics; notes when they were written."""
+    from persam_dreambooth.training.meter import METRICS, metrics_rows
+
+    rows = metrics_rows(run)
+    if rows:
+        mark = (int(rows[-1]["step"]), (run / METRICS).stat().st_mtime)
+        marks = _seen.setdefault(run, [])
+        if mark not in marks[-1:]:
+            marks.append(mark)
+    return rows
+
+
+def seconds_per_step(run: Path) -> float | None:
+    """The median seconds of a step, samples included, from the times of checkpoints, samples and metrics; or None."""
+    metrics(run)
+    files = [*run.glob("checkpoint-*"), *(run / SAMPLES).glob("step-*")]
+    numbers = [(path.name.rpartition("-")[2], path) for path in files]
+    marks = sorted([(int(n), path.stat().st_mtime) for n, path in numbers if n.isdigit()] + _seen.get(run, []))
+    pace = [
+        (later[1] - earlier[1]) / (later[0] - earlier[0])
+        for earlier, later in pairwise(marks)
+        if later[0] > earlier[0] and later[1] > earlier[1]
+    ]
+    return statistics.median(pace) if pace else None
+
+
+def progress_line(folder: SubjectFolder, run: Path) -> str:
+    """A run's progress as HTML: steps, loss, pace and time left."""
+    rows, config = metrics(run), config_of(run)
+    total = int(config.get("max_train_steps") or 0)
+    step = int(rows[-1]["step"]) if rows else 0
+    done, busy = (run / MODEL_CARD).is_file(), folder.is_busy(run)
+    state = "training" if busy else "finished" if done else "stopped"
+    told = [f"{run.name}: {state}, step {step} of {total}"]
+    told += [f"loss {rows[-1]['loss']:.4f}"] if rows else []
+    pace = seconds_per_step(run)
+    if busy and not done:
+        left = "time left unknown before the first steps" if pace is None else f"{duration(pace * (total - step))} left"
+        told += [f"{pace:.2g} s per step", left] if pace else [left]
+    label = html.escape(", ".join(told))
+    return (
+        f'<p style="margin: 0.5em 0 0">{label}</p><progress max="{max(total, 1)}" value="{step}" '
+        f'style="width: 100%" aria-label="{label}"></progress>'
+    )
+
+
+def job_line(job: Any) -> str:
+    """The state of a job as HTML: its error, or the last line of its log."""
+    if job.state == "failed":
+        return said(job.message, is_error=True)
+    last = (job.log.replace("\r", "\n").strip().splitlines() or [""])[-1]
+    return f'<p style="overflow-wrap: anywhere">{job.state}: {html.escape(last)}</p>'
+
+
+def run_samples(run: Path) -> list[tuple[str, str]]:
+    """The samples of a run with captions, the newest first."""
+    from persam_dreambooth.training.meter import metrics_rows
+
+    folder, rows = run / SAMPLES, metrics_rows(run)
+    steps = {int(path.name.removeprefix("step-")): path for path in folder.glob("step-*")}
+    last = {int(rows[-1]["step"]): folder} if rows else {}
+    found = [(step, path) for step, own in ({**steps, **last}).items() for path in sorted(own.glob("*.png"))]
+    return [(str(path), f"{run.name}, step {step}") for step, path in sorted(found, reverse=True)]
+
+
+def frame(rows: list[list[Any]]) -> Any:
+    """The table of the loss curve."""
+    import pandas as pd
+
+    return pd.DataFrame(rows, columns=["step", "loss", "run"])
+
+
+def planned_memory(key: str, run: TrainOptions) -> str:
+    """The plan of a run as a table; it is made once for the same options, and takes seconds."""
+    if key not in _plans:
+        _plans[key] = str(plan(PlanOptions(**vars(run))))
+    return _plans[key]
+
+
+def planned_time(folder: SubjectFolder, options: TrainOptions) -> str:
+    """How long a training takes, from the subject's earlier runs with the same model."""
+    base = options.pretrained_model_name_or_path
+    known = [
+        pace
+        for run in folder.runs.values()
+        if config_of(run).get(BASE) == base and (pace := seconds_per_step(run)) is not None
+    ]
+    if not known:
+        return "Time: unknown before the first steps."
+    return (
+        f"Time: about {duration(known[-1] * options.max_train_steps)}, at {known[-1]:.2g} s per step of an earlier run."
+    )
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
