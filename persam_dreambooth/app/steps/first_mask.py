@@ -12,7 +12,7 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
-from persam_dreambooth.app.desk import Desk, Step
+from persam_dreambooth.app.desk import Desk, PageStep
 from persam_dreambooth.app.steps.photos import status_line, thumbnail
 from persam_dreambooth.app.subject_folder import SubjectFolder
 from persam_dreambooth.errors import InputError, SaveError, UnavailableError
@@ -173,7 +173,7 @@ def _forget(path: Path) -> None:
         each.unlink(missing_ok=True)
 
 
-def first_mask_step(desk: Desk, subject: gr.State) -> Step:
+def first_mask_step(desk: Desk, subject: gr.State) -> PageStep:
     """Builds the components of the step; see `app.page`."""
     status = gr.HTML(elem_id="status-mask")
     corner = gr.State(None)
@@ -334,4 +334,4 @@ def first_mask_step(desk: Desk, subject: gr.State) -> Step:
     undo.click(undone, here, every, **private)
     again.click(cleared, here, every, **private)
     given.upload(received, [*here, given], [*every, given], **private)
-    return Step(shown, outputs)
+    return PageStep(shown, outputs)

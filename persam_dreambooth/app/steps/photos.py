@@ -14,7 +14,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from persam_dreambooth.app.desk import Desk, Step
+from persam_dreambooth.app.desk import Desk, PageStep
 from persam_dreambooth.app.subject_folder import SubjectFolder
 from persam_dreambooth.errors import InputError, SaveError, counted
 from persam_dreambooth.files import write_aside
@@ -183,7 +183,7 @@ def status_line(text: str, is_error: bool = False) -> str:
     return f'<div role="{"alert" if is_error else "status"}">{lines}</div>'
 
 
-def photos_step(desk: Desk, subject: gr.State) -> Step:
+def photos_step(desk: Desk, subject: gr.State) -> PageStep:
     """Builds the components of the step; see `app.page`."""
     status = gr.HTML(elem_id="status-photos")
     with gr.Row():
@@ -292,7 +292,7 @@ def photos_step(desk: Desk, subject: gr.State) -> Step:
     place.submit(choose_folder, [subject, place], every, api_visibility="private")
     remove.click(drop_photo, [subject, chosen], every, api_visibility="private")
     class_name.blur(name_class, [subject, class_name], every, api_visibility="private")
-    return Step(shown, outputs)
+    return PageStep(shown, outputs)
 
 
 def _opened(desk: Desk, name: str) -> SubjectFolder:
