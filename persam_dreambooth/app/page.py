@@ -11,7 +11,7 @@ import gradio as gr
 from persam_dreambooth.app.desk import Desk, Step, told
 from persam_dreambooth.errors import InputNotFoundError
 
-STEPS: dict[str, str] = {}
+STEPS: dict[str, str] = {"Photos": "photos:photos_step", "First mask": "first_mask:first_mask_step"}
 """The steps by their titles, in order, as module:function in `app.steps`, such as `photos:photos_step`. The function
 builds a step's components inside its tab; its arguments are the desk and the name of the open subject."""
 
