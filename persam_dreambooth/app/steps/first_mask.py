@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from persam_dreambooth.app.desk import Desk, Step
-from persam_dreambooth.app.steps.photos import status_line, thumbnail
+from persam_dreambooth.app.steps.photos import status_lines, thumbnail
 from persam_dreambooth.app.subject_folder import SubjectFolder
 from persam_dreambooth.errors import InputError, SaveError, UnavailableError
 from persam_dreambooth.files import write_json
@@ -26,7 +26,7 @@ from persam_dreambooth.photos.masks import mask_of, read_mask
 from persam_dreambooth.report.pictures import outlined
 from persam_dreambooth.segmentation.first_mask import OVERLAY_SIDE, MaskOptions, first_mask
 
-ON, BESIDE, BOX = "on the subject", "beside it", "box (two corners)"
+ON, BESIDE, CORNERS = "on the subject", "beside it", "box (two corners)"
 """What a click means."""
 
 BEST = "best"
@@ -178,7 +178,7 @@ def first_mask_step(desk: Desk, subject: gr.State) -> Step:
     status = gr.HTML(elem_id="status-mask")
     corner = gr.State(None)
     chosen = gr.Dropdown(label="Photo", elem_id="mask-photo")
-    meaning = gr.Radio([ON, BESIDE, BOX], value=ON, label="A click is", elem_id="mask-meaning")
+    meaning = gr.Radio([ON, BESIDE, CORNERS], value=ON, label="A click is", elem_id="mask-meaning")
     picture = gr.Image(
         label="Click on the subject",
         type="pil",
@@ -233,15 +233,15 @@ def first_mask_step(desk: Desk, subject: gr.State) -> Step:
             if photo is None or photo.name != wanted:
                 raise InputError(f"there is no photo {wanted}: choose one of the list")
             said, first = work(found, photo)
-            return [*values(name, wanted, first), status_line(said)]
+            return [*values(name, wanted, first), status_lines(said)]
         except (InputError, SaveError, UnavailableError) as error:
-            return [*([gr.skip()] * len(outputs)), status_line(str(error), True)]
+            return [*([gr.skip()] * len(outputs)), status_lines(str(error), True)]
 
     def with_place(found: SubjectFolder, photo: Photo, place: tuple[int, int], kind: str, first: Any) -> Any:
         before = load_prompts(first_mask_file(found, photo), photo)
-        if kind == BOX and first is None:
+        if kind == CORNERS and first is None:
             return "now the opposite corner", place
-        if kind == BOX:
+        if kind == CORNERS:
             text = ",".join(map(str, (*first, *place)))
             now = replace(before, box=PromptOptions(box=text).prompts_for(photo).box)
         elif kind == BESIDE:
@@ -259,8 +259,8 @@ def first_mask_step(desk: Desk, subject: gr.State) -> Step:
 
     def added(name: str, wanted: str, kind: str, text: str) -> list[Any]:
         def work(found: SubjectFolder, photo: Photo) -> Any:
-            option = {ON: "point", BESIDE: "negative_point", BOX: "box"}[kind]
-            options = PromptOptions(**{option: text if kind == BOX else [text]})
+            option = {ON: "point", BESIDE: "negative_point", CORNERS: "box"}[kind]
+            options = PromptOptions(**{option: text if kind == CORNERS else [text]})
             if kind != BESIDE:
                 options.check()
             else:
@@ -325,7 +325,7 @@ def first_mask_step(desk: Desk, subject: gr.State) -> Step:
     here = [subject, chosen]
     private: dict[str, Any] = {"api_visibility": "private"}
     chosen.input(
-        lambda: status_line("reading the photo: the first click answers in a moment"), None, status, **private
+        lambda: status_lines("reading the photo: the first click answers in a moment"), None, status, **private
     ).then(opened, here, every, **private)
     picture.select(clicked, [*here, meaning, corner], every, **private)
     add.click(added, [*here, meaning, typed], every, **private)

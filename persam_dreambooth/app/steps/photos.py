@@ -177,7 +177,7 @@ def _told_left_out(folder: Path) -> str:
     return f"<p>Left out:</p><ul>{''.join(lines)}</ul>" if lines else ""
 
 
-def status_line(text: str, is_error: bool = False) -> str:
+def status_lines(text: str, is_error: bool = False) -> str:
     """A status in HTML: one paragraph a line; screen readers announce an error at once."""
     lines = "".join(f"<p>{escape(line)}</p>" for line in text.splitlines())
     return f'<div role="{"alert" if is_error else "status"}">{lines}</div>'
@@ -240,10 +240,10 @@ def photos_step(desk: Desk, subject: gr.State) -> Step:
     def answered(name: str, text: str, is_error: bool = False) -> list[Any]:
         """All values of the step after an event."""
         try:
-            return [*shown(name), status_line(text, is_error)]
+            return [*shown(name), status_lines(text, is_error)]
         except (InputError, SaveError) as error:
             lines = f"{text}\n{error}" if text else str(error)
-            return [*([gr.skip()] * len(outputs)), status_line(lines, True)]
+            return [*([gr.skip()] * len(outputs)), status_lines(lines, True)]
 
     def attempt(name: str, work: Any) -> list[Any]:
         try:
