@@ -14,9 +14,11 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from persam_dreambooth.app.desk import Desk, Step
-from persam_dreambooth.app.subject_folder import SubjectFolder
-from persam_dreambooth.errors import InputError, SaveError, counted
+from persam_dreambooth.app.desk import Desk, Step, status_line, told
+from persam_dreambooth.app.steps.first_mask import earlier_states, first_mask_file
+from persam_dreambooth.app.steps.mask_editor import BEFORE
+from persam_dreambooth.app.subject_folder import OWN_PHOTOS, SubjectFolder
+from persam_dreambooth.errors import InputError, counted
 from persam_dreambooth.files import write_aside
 from persam_dreambooth.photos.folder import Photo, by_reason, find_photos, look_through
 from persam_dreambooth.photos.images import PHOTO_SUFFIXES, RAW_SUFFIXES, header_size, read_image
@@ -119,7 +121,7 @@ def use_folder(desk: Desk, subject: SubjectFolder, text: str) -> None:
         InputError: the folder cannot be used, or the page serves other machines and the folder is not in the workspace.
     """
     if not text.strip():
-        subject.save_options(instance_dir=str((subject.folder / "photos").resolve()), reference_image=None, mask=None)
+        subject.save_options(instance_dir=str((subject.folder / OWN_PHOTOS).resolve()), reference_image=None, mask=None)
         return
     folder = Path(text.strip()).expanduser().resolve()
     workspace = Path(desk.options.workspace).resolve()
@@ -130,12 +132,16 @@ def use_folder(desk: Desk, subject: SubjectFolder, text: str) -> None:
     subject.save_options(instance_dir=str(folder), **changed, **({"mask": None} if changed else {}))
 
 
-def remove_photo(subject: SubjectFolder, name: str) -> None:
+def remove_photo(desk: Desk, subject: SubjectFolder, name: str) -> None:
     """Removes an uploaded photo and its masks.
 
     Raises:
-        InputError: no such photo, or a photo of a folder elsewhere.
+        InputError: no such photo, a photo of a folder elsewhere, or a job of the subject that may read it.
     """
+    if not name:
+        raise InputError("no photo is chosen: choose the one to remove")
+    if job := next((job for job in desk.jobs.of(subject) if job.is_alive), None):
+        raise InputError(f"job {job.number} ({job.words[0]}) uses the photos: stop it, or wait for its end")
     if not _is_own(subject):
         raise InputError(f"the photos are in {subject.photos_dir}: remove {name} there")
     photo = next((photo for photo in subject.photos() if photo.name == name), None)
@@ -145,10 +151,11 @@ def remove_photo(subject: SubjectFolder, name: str) -> None:
     if options.reference_image and Path(options.reference_image).resolve() == photo.path.resolve():
         subject.save_options(reference_image=None, mask=None)
     stem = Path(photo.name).with_suffix("")
-    masks = [subject.masks_dir / f"{stem}.png"]
+    masks = [folder / f"{stem}.png" for folder in (subject.masks_dir, subject.masks_dir / BEFORE)]
     masks += [subject.first_dir / f"{stem}_mask{ending}" for ending in (".png", ".json", "_overlay.jpg", "_scales.jpg")]
     for path in [photo.path, *masks]:
         path.unlink(missing_ok=True)
+    shutil.rmtree(earlier_states(first_mask_file(subject, photo)), ignore_errors=True)
 
 
 def thumbnail(path: Path, side: int = THUMBNAIL) -> Image.Image:
@@ -166,7 +173,7 @@ def _thumbnail(path: Path, side: int, *_: int) -> Image.Image:
 
 def _is_own(subject: SubjectFolder) -> bool:
     """Whether the photos are those that were uploaded, which the page may remove."""
-    own = (subject.folder / "photos").resolve()
+    own = (subject.folder / OWN_PHOTOS).resolve()
     return subject.photos_dir is None or subject.photos_dir.resolve() == own
 
 
@@ -237,66 +244,38 @@ def photos_step(desk: Desk, subject: gr.State) -> Step:
             str(folder),
         ]
 
-    def answered(name: str, text: str, is_error: bool = False) -> list[Any]:
-        """All values of the step after an event."""
-        try:
-            return [*shown(name), status_lines(text, is_error)]
-        except (InputError, SaveError) as error:
-            lines = f"{text}\n{error}" if text else str(error)
-            return [*([gr.skip()] * len(outputs)), status_lines(lines, True)]
-
-    def attempt(name: str, work: Any) -> list[Any]:
-        try:
-            return answered(name, *work())
-        except (InputError, SaveError) as error:
-            return answered(name, str(error), True)
-
     def drop_files(name: str, files: list[str] | None) -> list[Any]:
-        def keep() -> tuple[str, bool]:
-            found = _opened(desk, name)
-            if not _is_own(found):
-                raise InputError(f"the photos are in {found.photos_dir}: add files there, or empty the folder's field")
-            folder = found.folder / "photos"
-            added, refused = keep_photos(folder, [(Path(file).name, Path(file)) for file in files or []])
-            if added:
-                found.save_options(instance_dir=str(folder.resolve()))
-            said = [f"{counted(len(added), 'photo')} added"] if added else []
-            return "\n".join([*said, *refused]), bool(refused)
-
-        return [*attempt(name, keep), None]
+        found = desk.subject(name)
+        if not _is_own(found):
+            raise InputError(f"the photos are in {found.photos_dir}: add files there, or empty the folder's field")
+        folder = found.folder / OWN_PHOTOS
+        added, refused = keep_photos(folder, [(Path(file).name, Path(file)) for file in files or []])
+        if not added:
+            raise InputError("; ".join(refused) or "no file was given")
+        found.save_options(instance_dir=str(folder.resolve()))
+        said = f"{counted(len(added), 'photo')} added"
+        said += f", {len(refused)} not: {'; '.join(refused)}" if refused else ""
+        return [*shown(name), status_line(said, failed=bool(refused))]
 
     def choose_folder(name: str, text: str) -> list[Any]:
-        def use_it() -> tuple[str]:
-            use_folder(desk, _opened(desk, name), text)
-            return ("",)
-
-        return attempt(name, use_it)
+        use_folder(desk, desk.subject(name), text)
+        return [*shown(name), ""]
 
     def drop_photo(name: str, photo: str | None) -> list[Any]:
-        def remove_it() -> tuple[str]:
-            remove_photo(_opened(desk, name), photo or "")
-            return (f"{photo} removed",)
-
-        return attempt(name, remove_it)
+        remove_photo(desk, desk.subject(name), photo or "")
+        return [*shown(name), status_line(f"{photo} removed")]
 
     def name_class(name: str, word: str) -> list[Any]:
-        def save() -> tuple[str]:
-            _opened(desk, name).save_options(class_name=word.strip() or None)
-            return ("",)
+        if name:
+            desk.subject(name).save_options(class_name=word.strip() or None)
+        return [*shown(name), ""]
 
-        return attempt(name, save)
+    def on(event: Any, handler: Any, *inputs: Any) -> Any:
+        return event(told(handler, status), [subject, *inputs], [*outputs, status], api_visibility="private")
 
-    every = [*outputs, status]
-    drop.upload(drop_files, [subject, drop], [*every, drop], api_visibility="private")
-    use.click(choose_folder, [subject, place], every, api_visibility="private")
-    place.submit(choose_folder, [subject, place], every, api_visibility="private")
-    remove.click(drop_photo, [subject, chosen], every, api_visibility="private")
-    class_name.blur(name_class, [subject, class_name], every, api_visibility="private")
+    on(drop.upload, drop_files, drop).then(lambda: None, None, drop, api_visibility="private")
+    on(use.click, choose_folder, place)
+    on(place.submit, choose_folder, place)
+    on(remove.click, drop_photo, chosen)
+    on(class_name.blur, name_class, class_name)
     return Step(shown, outputs)
-
-
-def _opened(desk: Desk, name: str) -> SubjectFolder:
-    """The open subject; raises `InputError` if there is none."""
-    if not name:
-        raise InputError("no subject is open: name one at the top first")
-    return desk.subject(name)
