@@ -353,7 +353,7 @@ def guarded(command: Callable[[], None]) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     logging.basicConfig(level=logging.INFO if is_main_process() else logging.ERROR, format="%(message)s")
-    for name in ("httpx", "httpx2", "accelerate", "matplotlib"):
+    for name in ("httpx", "httpx2", "accelerate", "matplotlib", "torch"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:

@@ -179,8 +179,8 @@ def segment_real(output: Path, started: float) -> tuple[Path, list[str]]:
             f"The {len(found)} photos show a real toy duck. No model was trained on them, nor on other photos of this "
             "duck. One mask was given, for the first photo."
         ),
-        page.section("masks", "The photos with their masks", pictures),
-        page.section("similarity", "Where the photo is like the subject", heats),
+        page.section("masks", "The photos with their masks", page.row(pictures)),
+        page.section("similarity", "Where the photo is like the subject", page.row(heats)),
         page.html_table(Table("", headings, rows)),
         page.paragraph(
             f"{said} The small SAM that ships made them; a real one makes better masks. Nothing is trained on these "

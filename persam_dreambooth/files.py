@@ -117,7 +117,7 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
     with saving(folder):
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=0.3)  # `is_locked` holds it for an instant
         except Timeout:
             if not wait:
                 message = f"another run is writing to {folder}: wait for its end, or choose another folder"

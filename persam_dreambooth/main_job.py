@@ -1,12 +1,15 @@
 """The main job: makes masks for all photos from one mask, and personalizes Stable Diffusion on them.
 
-The run's folder contains `masks/`, `overview.png`, `loss.png`, `samples/`, the weights, `config.yaml`, `metrics.jsonl`
-and a model card. Heavy imports are inside the functions, after the input checks, so that a mistyped path fails at once.
+The run's folder contains `report.html`, `masks/`, `overview.png`, `loss.png`, `samples/`, the weights,
+`config.yaml`, `metrics.jsonl` and a model card. Heavy imports are inside the functions, after the input checks, so
+that a mistyped path fails at once.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,7 +34,7 @@ from persam_dreambooth.options import takes_options
 from persam_dreambooth.photos.mask_folder import MaskWriter, PackedMask, PhotoMask, load_known, load_masks
 from persam_dreambooth.report.pictures import save_overview
 from persam_dreambooth.segmentation.first_mask import prompted_reference, save_reference
-from persam_dreambooth.segmentation.segment import correction_advice, segment_folder
+from persam_dreambooth.segmentation.segment import correction_advice, doubts, segment_folder
 from persam_dreambooth.segmentation.segmenters import MaskFolderOptions, fitted_segmenter, open_segmenter
 from persam_dreambooth.training.only_training import only_training
 
@@ -85,6 +88,7 @@ def personalize(options: TrainOptions) -> Path:
     from persam_dreambooth.dreambooth.results import hand_out, save_results
     from persam_dreambooth.dreambooth.trainer import check_resolution, train
     from persam_dreambooth.dreambooth.training_crops import Cut, check_prompts, join_crops, make_crops
+    from persam_dreambooth.dreambooth.training_page import TrainingPage
     from persam_dreambooth.training.accelerators import (
         check_graphs,
         check_sharding,
@@ -125,7 +129,7 @@ def personalize(options: TrainOptions) -> Path:
     resolution = check_resolution(options, family)
     buckets = open_buckets(options, family, resolution)
     rates = family.learning_rates[options.method], family.text_encoder_rates.get(options.method)
-    options = options.resolved(resolution, accelerator.mixed_precision, *rates)
+    given, options = options, options.resolved(resolution, accelerator.mixed_precision, *rates)
 
     cut = Cut(resolution, buckets)
     known = [None if album.makes_masks else make_crops(options, album, album.drawn, cut) for album in albums]
@@ -140,21 +144,31 @@ def personalize(options: TrainOptions) -> Path:
         made = zip(known, albums, masks, strict=True)
         photos = join_crops((crops or make_crops(options, album, own, cut) for crops, album, own in made), cut)
         all_masks = [mask for own in masks for mask in own]
+        whose = [album.subject.word for album in albums for _ in album.photos] if len(albums) > 1 else None
         if all_masks and accelerator.is_main_process:
-            whose = [album.subject.word for album in albums for _ in album.photos] if len(albums) > 1 else None
             save_overview(all_masks, run_dir / "overview.png", whose)
-        class_images = class_crops(options, family, accelerator, photos)
-        photos.backgrounds = open_backgrounds(options, family, accelerator)
-        photos.preserves_empty &= "negative_prompt" not in family.without
-
-        if options.report_to:
-            described = {name: str(value) for name, value in asdict(options).items()}
-            accelerator.init_trackers("persam-dreambooth", described, {"wandb": {"name": run_dir.name, "dir": run_dir}})
-        train(options, family, photos, class_images, run_dir, accelerator, base, resume_from)
+        following: AbstractContextManager[None] = nullcontext()
+        tell: Callable[[], None] = lambda: None  # noqa: E731
         if accelerator.is_main_process:
-            if options.fsdp:  # one process alone has no whole model
-                family = find_model(str(run_dir)).open()
-            save_results(options, family, accelerator, all_masks, photos)
+            run_page = TrainingPage(
+                given, options, all_masks, photos, lambda record: doubts(record.flags, options.absent), whose
+            )
+            following, tell = run_page.following(), run_page.write
+        with following:
+            class_images = class_crops(options, family, accelerator, photos)
+            photos.backgrounds = open_backgrounds(options, family, accelerator)
+            photos.preserves_empty &= "negative_prompt" not in family.without
+
+            if options.report_to:
+                described = {name: str(value) for name, value in asdict(options).items()}
+                accelerator.init_trackers(
+                    "persam-dreambooth", described, {"wandb": {"name": run_dir.name, "dir": run_dir}}
+                )
+            train(options, family, photos, class_images, run_dir, accelerator, base, resume_from, tell)
+            if accelerator.is_main_process:
+                if options.fsdp:  # one process alone has no whole model
+                    family = find_model(str(run_dir)).open()
+                save_results(options, family, accelerator, all_masks, photos)
     family.trained = {name: getattr(family.pipeline, name) for name in family.trained}  # frees the DDP wrappers
     end_processes(accelerator)
     return run_dir

@@ -1,9 +1,12 @@
 """The steps Photos and First mask of the page: names and faults of uploads, and places of clicks."""
 
+import json
 import shlex
+import time
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 pytest.importorskip("gradio")
@@ -14,12 +17,17 @@ from persam_dreambooth.app.desk import Desk
 from persam_dreambooth.app.page import build_page
 from persam_dreambooth.app.steps.first_mask import (
     first_mask_file,
-    load_prompts,
+    load_edit,
     make_first_mask,
     mask_command,
-    place_in_photo,
+    start_again,
+    undo_step,
 )
-from persam_dreambooth.app.steps.photos import keep_photos, safe_name, thumbnail, use_folder
+from persam_dreambooth.app.steps.photos import keep_photos, remove_photo, safe_name, use_folder
+from persam_dreambooth.errors import InputError
+from persam_dreambooth.photos.folder import Photo
+from persam_dreambooth.photos.mask_folder import noted_record
+from persam_dreambooth.photos.masks import read_mask
 
 DUCK = toy.path("photos") / "duck"
 
@@ -58,21 +66,6 @@ def test_a_bad_upload_is_refused_in_one_line_and_the_others_are_kept(tmp_path):
     assert again == "again.jpg is here already, as 00.jpg"
 
 
-def test_a_click_on_a_turned_photo_is_in_pixels_of_the_upright_photo(tmp_path):
-    """The one red pixel of a photo stored on its side is found where the page shows it."""
-    stored = np.zeros((400, 1600, 3), np.uint8)
-    stored[96:104, 1200:1208] = 255, 0, 0
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turned by 90 degrees: x = 399 - row, y = column
-    Image.fromarray(stored).save(tmp_path / "turned.png", exif=exif)
-    shown = thumbnail(tmp_path / "turned.png", 1024)
-    assert shown.size == (256, 1024)
-    row, column = np.unravel_index(np.asarray(shown)[..., 0].argmax(), (1024, 256))
-    x, y = place_in_photo((int(column), int(row)), shown.size, (400, 1600))
-    assert 296 <= x < 304 and 1200 <= y < 1208
-    assert place_in_photo((255, 1023), shown.size, (400, 1600)) == (399, 1599)
-
-
 def test_points_on_the_page_make_the_file_that_the_shown_command_makes(tmp_path, monkeypatch, encodings):
     monkeypatch.chdir(tmp_path)
     desk = Desk(AppOptions(sam_model="toy", encoding_cache=str(encodings)))
@@ -84,10 +77,143 @@ def test_points_on_the_page_make_the_file_that_the_shown_command_makes(tmp_path,
     make_first_mask(desk, subject, photo, prompts)
     path = first_mask_file(subject, photo)
     made = path.read_bytes()
-    assert load_prompts(path, photo) == prompts
+    assert load_edit(path, photo).prompts == prompts
     assert subject.options().mask == str(path.resolve())
-    words = shlex.split(mask_command(subject, desk, photo, prompts))
+    words = shlex.split(mask_command(subject, photo, prompts))
     path.unlink()
     assert cli.main(words[1:]) == 0
     assert path.read_bytes() == made
     build_page(desk)
+
+
+def test_the_subjects_own_sam_makes_the_mask_and_is_in_the_command(tmp_path):
+    desk = Desk(AppOptions(workspace=str(tmp_path / "outputs"), sam_model="toy"))
+    subject = desk.new_subject("duck")
+    subject.save_options(sam_model="toy-sam2")
+    keep_photos(subject.folder / "photos", [("00.jpg", DUCK / "00.jpg")])
+    [photo] = subject.photos()
+    prompts = MaskPrompts(points=((273, 266),))
+    make_first_mask(desk, subject, photo, prompts)
+    assert load_edit(first_mask_file(subject, photo), photo).record.model == "toy-sam2"
+    assert "--sam_model toy-sam2" in mask_command(subject, photo, prompts)
+
+
+def test_a_new_start_on_one_photo_keeps_the_mask_of_another(tmp_path):
+    desk = Desk(AppOptions(workspace=str(tmp_path / "outputs"), sam_model="toy"))
+    subject = desk.new_subject("duck")
+    keep_photos(subject.folder / "photos", [(name, DUCK / name) for name in ("00.jpg", "01.jpg")])
+    first, second = subject.photos()
+    for photo in (second, first):
+        make_first_mask(desk, subject, photo, MaskPrompts(box=(100, 100, 400, 400)))
+    start_again(subject, second)
+    assert subject.options().mask == str(first_mask_file(subject, first).resolve())
+    start_again(subject, first)
+    assert subject.options().mask is None
+    undo_step(subject, first)
+    assert subject.options().mask == str(first_mask_file(subject, first).resolve())
+
+
+def test_no_photo_is_removed_while_a_job_reads_it(tmp_path):
+    desk = Desk(AppOptions(workspace=str(tmp_path / "outputs")))
+    subject = desk.new_subject("duck")
+    keep_photos(subject.folder / "photos", [("00.jpg", DUCK / "00.jpg")])
+    jobs = subject.folder / "jobs"
+    jobs.mkdir()
+    (jobs / "0001.json").write_text('{"words": ["segment"], "started": 0}')
+    with FileLock(jobs / "0001.lock"), pytest.raises(InputError) as refused:
+        remove_photo(desk, subject, "00.jpg")
+    assert str(refused.value) == "job 1 (segment) uses the photos: stop it, or wait for its end"
+    remove_photo(desk, subject, "00.jpg")
+    assert subject.photos() == []
+
+
+def until(happened, seconds=30):
+    ends = time.monotonic() + seconds
+    while not (found := happened()):
+        assert time.monotonic() < ends
+        time.sleep(0.03)
+    return found
+
+
+@pytest.mark.browser
+def test_clicks_a_box_a_brush_and_undo_on_a_turned_photo(page, app_server, faults, tmp_path):
+    """Each step is on disk and on the page; undo goes back through all of them; a reload shows the same."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    turned = Image.open(DUCK / "00.jpg").transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by 90 degrees, upright
+    turned.save(photos / "duck.png", exif=exif)
+    server = app_server("--sam_model", "toy", "--instance_dir", photos, "--output_dir", "duck")
+    file = server.workspace / "duck" / "first" / "duck_mask.png"
+    page.set_default_timeout(8000)
+    page.goto(f"{server.url}/?subject=duck")
+    page.locator("#photos-gallery img").first.wait_for()
+    page.get_by_role("tab", name="First mask", exact=True).click()
+    image = page.locator("#first-canvas img")
+    image.wait_for()
+    shown = [image.get_attribute("src")]
+    width, height = Image.open(DUCK / "00.jpg").size
+
+    def saved():
+        return json.loads(file.with_suffix(".json").read_text())
+
+    def changed():
+        """Waits until the page shows another outline; returns the mask's coverage."""
+        until(lambda: image.count() and image.get_attribute("src") not in (None, shown[-1]))
+        shown.append(image.get_attribute("src"))
+        return read_mask(file).mean() if file.is_file() else 0
+
+    def at(x, y):
+        area = image.bounding_box()
+        return area["x"] + area["width"] * (x + 0.5) / width, area["y"] + area["height"] * (y + 0.5) / height
+
+    def drag(*places):
+        page.mouse.move(*at(*places[0]))
+        page.mouse.down()
+        for place in places[1:]:
+            page.mouse.move(*at(*place), steps=4)
+        page.mouse.up()
+
+    def choose(tool):
+        page.locator("#first-tool").get_by_label(tool, exact=True).check()
+        page.locator(f"#first-canvas [data-tool={tool.split()[0].split(':')[0].lower()}]").wait_for()
+
+    image.scroll_into_view_if_needed()
+    page.mouse.click(*at(273, 266))
+    coverages = [changed()]
+    [(x, y)] = saved()["points"]
+    assert abs(x - 273) <= 1 and abs(y - 266) <= 1
+    choose("Point beside it")
+    page.mouse.click(*at(16, 16))
+    coverages.append(changed())
+    choose("Box")
+    drag((100, 100), (400, 400))
+    coverages.append(changed())
+    assert np.abs(np.array(saved()["box"]) - (100, 100, 400, 400)).max() <= 1
+    scales = page.locator("#first-scale label")
+    until(lambda: scales.count() > 2)
+    label = scales.nth(1).inner_text()
+    scales.nth(1).click()
+    coverages.append(changed())
+    assert label == f"{saved()['scale']}, {coverages[-1]:.1%}"
+    before = read_mask(file)
+    choose("Brush: add")
+    drag((20, 20), (120, 20))
+    coverages.append(changed())
+    added = read_mask(file) & ~before
+    assert added[20, 30:110].all() and not added[:, 150:].any() and not added[60:].any()
+    assert noted_record(file, Photo.open(photos / "duck.png")).method == "drawn"
+    page.reload()
+    page.locator("#photos-gallery img").first.wait_for()
+    faults[:] = [said for said in faults if "AbortError" not in said and "errored out" not in said]
+    page.get_by_role("tab", name="First mask", exact=True).click()
+    image.wait_for()
+    assert image.get_attribute("src") == shown[-1]
+    for number in range(len(coverages) - 1, -1, -1):
+        page.locator("#first-undo").click()
+        assert changed() == (coverages[number - 1] if number else 0)
+        assert shown[-1] == shown[number]
+    assert not file.exists()
+    page.locator("#first-undo").click()
+    assert page.locator("#status-first [role=alert]").inner_text() == "error: there is nothing to undo"

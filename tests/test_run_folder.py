@@ -25,7 +25,7 @@ from persam_dreambooth.main_job import TrainOptions
 
 def test_run_folder_holds_all_that_is_promised(complete, photos):
     assert {path.name for path in complete.iterdir()} == {
-        *("masks", "overview.png", "loss.png", "samples", "config.yaml", "metrics.jsonl", "README.md"),
+        *("report.html", "masks", "overview.png", "loss.png", "samples", "config.yaml", "metrics.jsonl", "README.md"),
         *(LORA_WEIGHTS, "checkpoint-2", "checkpoint-4"),
     }
     for photo in photos.iterdir():

@@ -46,6 +46,11 @@ class AppOptions(TrainOptions):
         Options.check(self)
 
     @property
+    def makes_masks(self) -> bool:
+        """Whether the options of masks have an effect: the page asks for the first mask."""
+        return True
+
+    @property
     def folder_of_subjects(self) -> Path:
         """The workspace."""
         return Path(self.workspace)

@@ -33,7 +33,7 @@ UNFIT = re.compile(r'[<>:"/\\|?*\x00-\x1f]|^[.\s]|[.\s]$')
 
 
 @dataclass(frozen=True)
-class Step:
+class PageStep:
     """A step of the page, after its components are built.
 
     Args:

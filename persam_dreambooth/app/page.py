@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from persam_dreambooth.app.desk import Desk, Step, told
+from persam_dreambooth.app.desk import Desk, PageStep, told
 from persam_dreambooth.errors import InputNotFoundError
 
 PAGE_STEPS: dict[str, str] = {
@@ -43,7 +43,7 @@ def build_page(desk: Desk) -> gr.Blocks:
             named = gr.Textbox(label="New subject", placeholder="cat", max_lines=1, elem_id="subject-new")
             make = gr.Button("Make", elem_id="subject-make", scale=0)
         status = gr.HTML(elem_id="status-subject")
-        steps: list[Step] = []
+        steps: list[PageStep] = []
         with gr.Tabs():
             for title, place in PAGE_STEPS.items():
                 with gr.Tab(title) as tab:
@@ -89,7 +89,7 @@ def build_page(desk: Desk) -> gr.Blocks:
     return page
 
 
-def _builder(place: str) -> Callable[[Desk, gr.State], Step]:
+def _builder(place: str) -> Callable[[Desk, gr.State], PageStep]:
     module, name = place.split(":")
     return getattr(import_module(f"persam_dreambooth.app.steps.{module}"), name)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import socket
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest import mock
 from urllib.parse import urlsplit
 
 from persam_dreambooth.app.app_options import AppOptions
@@ -113,7 +115,7 @@ def serve(options: AppOptions) -> None:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     with tempfile.TemporaryDirectory(prefix="persam-dreambooth-", ignore_cleanup_errors=True) as uploads:
         os.environ["GRADIO_TEMP_DIR"] = uploads  # of this user alone, unlike Gradio's
-        import gradio as gr
+        gr = _import_gradio()
         from starlette.middleware import Middleware
 
         from persam_dreambooth.app.desk import Desk
@@ -148,6 +150,12 @@ def serve(options: AppOptions) -> None:
             going = f"; {counted(alive, 'job')} still running" if alive else ""
             page.close(verbose=False)
             raise KeyboardInterrupt(f"the page is closed{going}; the same command opens it again") from None
+
+
+def _import_gradio() -> Any:
+    """Gradio, without the type stubs that it writes beside its own files at each import, for half of the time."""
+    with mock.patch.object(inspect, "getfile", side_effect=OSError):  # it takes a class without a file for a custom one
+        return import_module("gradio")
 
 
 def _load_torch() -> None:

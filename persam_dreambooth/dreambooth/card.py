@@ -7,6 +7,7 @@ from persam_dreambooth import __version__
 from persam_dreambooth.dreambooth.data import Crops
 from persam_dreambooth.dreambooth.subject_options import SubjectOptions
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
+from persam_dreambooth.errors import counted
 from persam_dreambooth.photos.mask_folder import PhotoMask
 
 CARD = """---
@@ -23,22 +24,17 @@ tags:
 
 # {title}
 
-{base}, personalized with {method_words} on {photos} photos by
-persam-dreambooth {version}: {how}.
+{about}
 
 {words}
 
 ```bash
-persam-dreambooth generate "a [V] {subject} on a beach" --model {folder}
+{generate}
 ```
 {notice}
 | | |
 |---|---|
-| steps | {steps}, batch size {batch} per process |
-| learning rate | {rate:g}{text_rate}{scaled} |
-| resolution | {resolution} |
-| masks | {coverage} |
-| final loss | {loss} |
+{facts}
 
 All options are in `config.yaml`{where}. The license of the base model applies.
 """
@@ -62,39 +58,60 @@ def model_card(
         tags: the tags of the model family.
         notice: a notice about the base model, for example that it is a toy; or None.
     """
-    how, coverage, where = "on whole photos, without masks", "none", ""
-    if masks:
-        where = ", the masks in `masks/`, and `overview.png` shows them on the photos"
-        covered = [item.record.coverage for item in masks if item.mask.any()]
-        how = f"{_use_of_masks(options)} (masks: {', '.join(sorted({item.record.method for item in masks}))})"
-        coverage = f"{len(covered)}, covering {min(covered):.0%} to {max(covered):.0%} of a photo"
-    if options.class_preservation_weight:
-        how += "; the prediction of the base model is preserved for prompts that do not name the subject"
+    where = ", the masks in `masks/`, and `overview.png` shows them on the photos" if masks else ""
     subjects = options.each_subject
+    facts = {**run_facts(options, masks, crops), "final loss": "unknown" if final_loss is None else f"{final_loss:.4f}"}
     return CARD.format(
         base=options.pretrained_model_name_or_path,
         instance_yaml=json.dumps(subjects[0].prompt("instance"), ensure_ascii=False),
         tags="\n".join(f"- {tag}" for tag in tags),
         method=options.method,
-        title=", ".join(f"{subject.word} {subject.subject}" for subject in subjects),
-        method_words={"lora": f"LoRA (rank {options.rank})", "full": "full fine-tuning"}[options.method],
-        photos=len({photo.path for photo in crops.photos}),
-        version=__version__,
-        how=how,
-        words=_words(subjects),
-        subject=subjects[0].subject,
-        folder=options.run_dir,
+        title=run_title(options),
+        about=about_run(options, masks, crops),
+        words=how_to_name(subjects),
+        generate=generate_command(options),
         notice=f"\n**{notice}**\n" if notice else "",
-        steps=options.max_train_steps,
-        batch=options.train_batch_size * options.gradient_accumulation_steps,
-        rate=options.learning_rate,
-        text_rate="" if options.text_encoder_lr is None else f", {options.text_encoder_lr:g} for text encoders",
-        scaled=" times batch, accumulation and processes" if options.scale_lr else "",
-        resolution=_sizes(crops) if options.aspect_ratio_buckets else crops.resolution,
-        coverage=coverage,
+        facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
         where=where,
-        loss="unknown" if final_loss is None else f"{final_loss:.4f}",
     )
+
+
+def run_title(options: TrainingOptions) -> str:
+    """The subjects by their identifiers and classes."""
+    return ", ".join(f"{subject.word} {subject.subject}" for subject in options.each_subject)
+
+
+def about_run(options: TrainingOptions, masks: list[PhotoMask], crops: Crops) -> str:
+    """What was trained on what and how, as a sentence; see `model_card`."""
+    how = "on whole photos, without masks"
+    if masks:
+        how = f"{_use_of_masks(options)} (masks: {', '.join(sorted({item.record.method for item in masks}))})"
+    if options.class_preservation_weight:
+        how += "; the prediction of the base model is preserved for prompts that do not name the subject"
+    method = {"lora": f"LoRA (rank {options.rank})", "full": "full fine-tuning"}[options.method]
+    photos = counted(len({photo.path for photo in crops.photos}), "photo")
+    base = options.pretrained_model_name_or_path
+    return f"{base}, personalized with {method} on {photos} by\npersam-dreambooth {__version__}: {how}."
+
+
+def run_facts(options: TrainingOptions, masks: list[PhotoMask], crops: Crops) -> dict[str, str]:
+    """The main figures of a run by their names; see `model_card`."""
+    covered = [item.record.coverage for item in masks if item.mask.any()]
+    coverage = f"{len(covered)}, covering {min(covered):.0%} to {max(covered):.0%} of a photo" if covered else "none"
+    text_rate = "" if options.text_encoder_lr is None else f", {options.text_encoder_lr:g} for text encoders"
+    scaled = " times batch, accumulation and processes" if options.scale_lr else ""
+    batch = options.train_batch_size * options.gradient_accumulation_steps
+    return {
+        "steps": f"{options.max_train_steps}, batch size {batch} per process",
+        "learning rate": f"{options.learning_rate:g}{text_rate}{scaled}",
+        "resolution": _sizes(crops) if options.aspect_ratio_buckets else str(crops.resolution),
+        "masks": coverage,
+    }
+
+
+def generate_command(options: TrainingOptions) -> str:
+    """The command line that generates images of a run's first subject."""
+    return f'persam-dreambooth generate "a [V] {options.each_subject[0].subject} on a beach" --model {options.run_dir}'
 
 
 def _sizes(crops: Crops) -> str:
@@ -102,7 +119,7 @@ def _sizes(crops: Crops) -> str:
     return ", ".join(f"{width} x {height}" for width, height in sorted(set(crops.sizes)))
 
 
-def _words(subjects: Sequence[SubjectOptions]) -> str:
+def how_to_name(subjects: Sequence[SubjectOptions]) -> str:
     """How to name the subjects in prompts."""
     told = [f'`{each.word} {each.subject}`; it was trained on "{each.prompt("instance")}".' for each in subjects]
     if len(told) == 1:

@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 MODEL_CARD = "README.md"
 """The model card, written after the weights: a run that has it is finished."""
 
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
+"""The packages whose versions a run notes."""
+
 OwnOptions = TypeVar("OwnOptions", bound=TrainingOptions)
 
 PATHS_OR_NAMES = ("pretrained_model_name_or_path", "base_config", "sam_model", "dataset_name", "reference_image")
@@ -159,7 +162,7 @@ def write_config(options: TrainingOptions) -> None:
         changed = [f"{key} {before.get(key)} -> {value}" for key, value in resolved.items() if before.get(key) != value]
         if changed:
             logger.info("options that changed since the run's start: %s", ", ".join(changed))
-    packages = package_versions("torch", "diffusers", "transformers", "accelerate", "peft")
+    packages = package_versions(*PACKAGES)
     versions = ", ".join(f"{name} {version}" for name, version in packages.items())
     source = f" (commit {found})" if (found := commit()) else ""
     head = f"{CONFIG_HEAD} {persam_dreambooth.__version__}{source}; {versions}\n"

@@ -188,6 +188,12 @@ def read_settings(path: Path) -> str:
     return str(found)
 
 
+def sample_source(path: Path) -> tuple[str, int] | None:
+    """Prompt and seed of an image of `save_samples`; None of another image."""
+    settings, _, seed = read_settings(path).rpartition(", Seed: ")
+    return (_prompt_of(settings), int(seed)) if seed.isdecimal() else None
+
+
 def stem_of(prompt: str) -> str:
     """A prompt as the beginning of file names, at most 60 characters."""
     short = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:60].encode()[:180].decode(errors="ignore")

@@ -4,7 +4,7 @@ Shapes: B samples, C latent channels, h w latent size, H W training crop.
 """
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from itertools import chain, repeat
@@ -60,6 +60,7 @@ def train(
     accelerator: Accelerator,
     base: str,
     resume_from: Path | None = None,
+    on_save: Callable[[], None] = lambda: None,
 ) -> None:
     """Trains on photos, and on class images for prior preservation; the trained weights are in `family`.
 
@@ -74,6 +75,7 @@ def train(
         accelerator: devices, precision, processes.
         base: hub id or folder of the base model, from `models.resolve`.
         resume_from: a checkpoint to resume from.
+        on_save: is called on the main process after a checkpoint or samples are saved.
 
     Raises:
         FloatingPointError: the loss is not finite; the message names the step and the photos.
@@ -197,12 +199,14 @@ def train(
                     if accelerator.is_main_process:
                         save_checkpoint(run_dir, step)
                         remove_old_checkpoints(run_dir, options.checkpoints_total_limit)
+                        on_save()
             if stopping and not last:
                 raise interruption.stopped(step)
             if options.validation_steps and step % options.validation_steps == 0 and not last:
                 if accelerator.is_main_process:
                     with as_saved():
                         save_validation_samples(options, family, accelerator, step)
+                    on_save()
                     family.enter("training")
                 accelerator.wait_for_everyone()
         accelerator.wait_for_everyone()

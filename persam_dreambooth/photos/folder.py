@@ -53,7 +53,7 @@ MASK_INDEX = "index.json"
 """The file in a mask folder that says how its masks were made; see `mask_folder`."""
 
 RUN_PARTS = re.compile(
-    r"overview(-\d+)?\.(png|jpg)|loss\.png|samples|generated|masks|class_images|backgrounds|heatmaps|layouts|logs|"
+    r"overview(-\d+)?\.(png|jpg)|loss\.png|report\.html|samples|generated|masks|class_images|backgrounds|heatmaps|layouts|logs|"
     r"checkpoint-\d+"
 )
 """Names of files and folders beside the `config.yaml` of a run or the `index.json` of masks."""

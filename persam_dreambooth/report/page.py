@@ -6,7 +6,8 @@ A page consists of blocks of HTML. External text must be escaped with `text`.
 import base64
 import html
 import io
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from urllib.parse import quote
 
 from PIL import Image
@@ -27,11 +28,36 @@ def text(words: str) -> str:
 
 
 def paragraph(words: str) -> str:
-    """A paragraph of plain text."""
-    return f"<p>{text(words)}</p>"
+    """A paragraph of plain text; what stands between backticks, as in Markdown, is code."""
+    marked = re.sub(r"`([^`]+)`", r"<code>\1</code>", text(words))
+    return f"<p>{marked}</p>"
 
 
-def picture(image: Image.Image, says: str, caption: Sequence[str] = (), kind: str = "JPEG") -> str:
+def command(words: str) -> str:
+    """A command line, or several lines."""
+    return f"<pre><code>{text(words)}</code></pre>"
+
+
+def facts(named: Mapping[str, str]) -> str:
+    """A list of names and values."""
+    lines = "".join(f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>" for name, value in named.items())
+    return f'<dl class="facts">{lines}</dl>'
+
+
+def details(summary: str, *blocks: str) -> str:
+    """Blocks that are closed at first."""
+    return f"<details><summary>{text(summary)}</summary>{''.join(blocks)}</details>"
+
+
+def picture(
+    image: Image.Image,
+    says: str,
+    caption: Sequence[str] = (),
+    kind: str = "JPEG",
+    *,
+    alarm: str = "",
+    drawing: bool = False,
+) -> str:
     """A picture embedded in the page.
 
     Args:
@@ -39,17 +65,31 @@ def picture(image: Image.Image, says: str, caption: Sequence[str] = (), kind: st
         says: alternative text.
         caption: lines below the picture.
         kind: `JPEG` for photos, `PNG` for pictures with sharp edges.
+        alarm: one more line below the picture, which stands out; it needs a caption.
+        drawing: whether it is a drawing on white paper, which is inverted in dark mode.
     """
     buffer = io.BytesIO()
     image.save(buffer, kind, quality=80, optimize=True)
     data = f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    shown = f'<img src="{data}" width="{image.width}" height="{image.height}" alt="{text(says)}">'
-    return f"<figure>{shown}<figcaption>{'<br>'.join(map(text, caption))}</figcaption></figure>" if caption else shown
+    looks = ' class="drawing"' if drawing else ""
+    shown = f'<img{looks} src="{data}" width="{image.width}" height="{image.height}" alt="{text(says)}">'
+    lines = [*map(text, caption), *([f"<strong>{text(alarm)}</strong>"] if alarm else [])]
+    return f"<figure>{shown}<figcaption>{'<br>'.join(lines)}</figcaption></figure>" if lines else shown
 
 
-def section(name: str, heading: str, pictures: Sequence[str]) -> str:
-    """A row of pictures under a heading; `name` is its anchor for links."""
-    return f'<section id="{text(name)}"><h2>{text(heading)}</h2><div class="row">{"".join(pictures)}</div></section>'
+def row(pictures: Sequence[str]) -> str:
+    """Pictures beside one another, in as many lines as they need."""
+    return f'<div class="row">{"".join(pictures)}</div>'
+
+
+def heading(words: str) -> str:
+    """A heading within a section."""
+    return f"<h3>{text(words)}</h3>"
+
+
+def section(name: str, title: str, *blocks: str) -> str:
+    """Blocks under a heading; `name` is their anchor for links."""
+    return f'<section id="{text(name)}"><h2>{text(title)}</h2>{"".join(blocks)}</section>'
 
 
 def html_table(table: Table, links: Sequence[str] = ()) -> str:
@@ -86,33 +126,61 @@ PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>{style}</style></head><body>
+<main>
 <h1>{title}</h1>
 {body}
+</main>
 <script>{script}</script>
 </body></html>
 """
 
 STYLE = """
-:root { color-scheme: light dark; --ink: #222; --paper: #fff; --line: #ddd; --link: #a3004f }
-@media (prefers-color-scheme: dark) { :root { --ink: #ddd; --paper: #181818; --line: #444; --link: #ff8ac4 } }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-       max-width: 75rem; margin: 2rem auto; padding: 0 1rem }
-h2 { font-size: 1.1rem; margin: 2rem 0 .5rem }
+:root { color-scheme: light dark; --ink: #222; --soft: #5a5a5a; --paper: #fff; --raised: #f4f2f3; --line: #ddd;
+        --link: #a3004f; --alarm: #b00020 }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #ddd; --soft: #a5a5a5; --paper: #181818; --raised: #242424; --line: #444; --link: #ff8ac4;
+          --alarm: #ff8a80 }
+  img { filter: brightness(.85) }
+  img.drawing { filter: invert(.88) hue-rotate(180deg) }
+}
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); overflow-wrap: anywhere }
+main { max-width: 75rem; margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.6rem; line-height: 1.25 }
+h2 { font-size: 1.2rem; margin: 2rem 0 .5rem }
+h3 { font-size: 1rem; margin: 1.2rem 0 .4rem }
 p { max-width: 50rem }
 a { color: var(--link) }
-img { max-width: 100%; height: auto; display: block }
+:focus-visible { outline: 3px solid var(--link); outline-offset: 2px; border-radius: 2px }
+img, svg { max-width: 100%; height: auto; display: block }
 table { border-collapse: collapse; margin: 1rem 0 2rem }
 caption { text-align: left; padding-bottom: .3rem; max-width: 50rem }
-.wide { overflow-x: auto }
-th, td { text-align: left; padding: .25rem .8rem; border-bottom: 1px solid var(--line) }
+.wide { overflow-x: auto; overflow-wrap: normal }
+th, td { text-align: left; vertical-align: top; padding: .25rem .8rem; border-bottom: 1px solid var(--line) }
+td { max-width: 30rem; overflow-wrap: break-word }
 .number { text-align: right; font-variant-numeric: tabular-nums }
 th button { font: inherit; font-weight: 600; color: inherit; background: none; border: 0; padding: 0;
             text-align: inherit; cursor: pointer }
 th[aria-sort] button::after { content: " \\25B2" }
 th[aria-sort=descending] button::after { content: " \\25BC" }
-.row { display: flex; flex-wrap: wrap; gap: .6rem }
-figure { margin: 0 }
-figcaption { font-size: .8rem; line-height: 1.3; padding-top: .2rem }
+.row { display: flex; flex-wrap: wrap; gap: 1rem .6rem }
+figure { margin: 0; max-width: 100% }
+figcaption { font-size: .8rem; line-height: 1.35; padding-top: .2rem; width: min-content; min-width: 100%;
+             overflow-wrap: break-word }
+figcaption strong { color: var(--alarm) }
+code { font: .9em ui-monospace, monospace }
+pre { background: var(--raised); border: 1px solid var(--line); border-radius: 4px; padding: .6rem .8rem;
+      margin: .3rem 0 1rem; white-space: pre-wrap }
+.facts { margin: 1rem 0 }
+.facts div { display: flex; flex-wrap: wrap; gap: 0 1rem; padding: .2rem 0; border-bottom: 1px solid var(--line) }
+.facts dt { flex: 0 0 11rem; color: var(--soft) }
+.facts dd { flex: 1 1 14rem; margin: 0 }
+summary { cursor: pointer; padding: .3rem 0; color: var(--link) }
+.plot { width: 36rem; font: 12px system-ui, sans-serif; fill: var(--ink) }
+.plot .axis { stroke: var(--line); fill: none }
+.plot .each { stroke: var(--soft); stroke-width: 1; fill: none; opacity: .6 }
+.plot .mean { stroke: var(--link); stroke-width: 2; fill: none }
+.bars { display: grid; grid-template-columns: max-content 1fr; gap: .4rem .8rem; align-items: center; margin: 1rem 0 }
+.bars svg { width: 100%; height: 1.2rem; background: var(--raised); outline: 1px solid var(--line) }
 """
 
 SCRIPT = """

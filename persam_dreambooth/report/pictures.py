@@ -1,6 +1,6 @@
 """Pictures for the user: photos with masks, heat maps and errors, the overview, grids of samples, the loss curve."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 from persam_dreambooth.files import write_aside
 from persam_dreambooth.photos.images import PICTURE_NOTE
 from persam_dreambooth.photos.labels import davis_palette
-from persam_dreambooth.photos.mask_folder import PhotoMask
+from persam_dreambooth.photos.mask_folder import MaskRecord, PhotoMask
 from persam_dreambooth.photos.mask_prompts import CELL_COLUMNS, PROMPTED, cell_box, grid_shape
 
 TILE = 320
@@ -74,31 +74,55 @@ def overview(photo_masks: list[PhotoMask], subjects: list[str] | None = None, ti
         subjects: the subject of each mask, if there are several subjects.
         title: as for `grid`.
     """
-    tiles, captions, alarms = [], [], []
+    words = subjects or [""] * len(photo_masks)
+    captions = [
+        [mask_name(item.record, word), *mask_facts(item.record)] for item, word in zip(photo_masks, words, strict=True)
+    ]
+    alarms = [", ".join(item.record.flags) for item in photo_masks]
+    return grid(list(mask_tiles(photo_masks, subjects)), captions, alarms, title=title)
+
+
+def mask_tiles(
+    photo_masks: list[PhotoMask],
+    subjects: list[str] | None = None,
+    shown: Iterable[int] | None = None,
+    side: int = TILE,
+) -> Iterator[Image.Image]:
+    """Draws photos as `outlined` does; of several subjects in one photo, each has a color.
+
+    Args:
+        photo_masks, subjects: as for `overview`.
+        shown: the places in `photo_masks` of those to draw, in order; by default all.
+        side: width and height of a tile, in pixels.
+    """
     words = list(dict.fromkeys(subjects or ()))
     colors = [SUBJECT_COLORS[words.index(word) % len(SUBJECT_COLORS)] for word in subjects or ()]
     places: dict[str, list[int]] = {}
     for number, item in enumerate(photo_masks):
         places.setdefault(item.photo.sha256, []).append(number)
-    for number, item in enumerate(photo_masks):
-        record = item.record
-        facts = [f"{record.coverage:.0%} covered"]
-        facts += [] if record.score is None else [f"IoU {record.score:.2f} predicted"]
-        facts += [] if record.presence is None else [f"presence {record.presence:.2f}"]
-        name = f"{subjects[number]}: {record.photo}" if subjects else record.photo
-        maker = f"{record.method}, SAM: {record.model}" if record.model else record.method
+    for number in range(len(photo_masks)) if shown is None else shown:
+        item = photo_masks[number]
         others = [place for place in places[item.photo.sha256] if colors and colors[place] != colors[number]]
-        tiles.append(
-            outlined(
-                item.photo.read(),
-                item.mask,
-                color=colors[number] if colors else OUTLINE_COLOR,
-                others=[(photo_masks[place].mask, colors[place]) for place in others],
-            )
+        yield outlined(
+            item.photo.read(),
+            item.mask,
+            side=side,
+            color=colors[number] if colors else OUTLINE_COLOR,
+            others=[(photo_masks[place].mask, colors[place]) for place in others],
         )
-        captions.append([name, ", ".join(facts), maker])
-        alarms.append(", ".join(record.flags))
-    return grid(tiles, captions, alarms, title=title)
+
+
+def mask_name(record: MaskRecord, subject: str | None) -> str:
+    """The name of a mask's photo, after its subject if there are several."""
+    return f"{subject}: {record.photo}" if subject else record.photo
+
+
+def mask_facts(record: MaskRecord) -> list[str]:
+    """What is known of a mask, in two lines: its figures, and how it was made."""
+    facts = [f"{record.coverage:.0%} covered"]
+    facts += [] if record.score is None else [f"IoU {record.score:.2f} predicted"]
+    facts += [] if record.presence is None else [f"presence {record.presence:.2f}"]
+    return [", ".join(facts), f"{record.method}, SAM: {record.model}" if record.model else record.method]
 
 
 def outlined(
@@ -242,17 +266,26 @@ def grid(
     for index, (tile, caption, alarm) in enumerate(zip(tiles, captions, alarms, strict=True)):
         left = GAP + index % columns * cell_width
         top = GAP + head + index // columns * cell_height
-        if max(tile.size) < TILE:  # small samples are enlarged by whole pixels, without blur
-            factor = TILE // max(tile.size)
-            tile = tile.resize((tile.width * factor, tile.height * factor), Image.Resampling.NEAREST)
-        elif max(tile.size) > TILE:
-            tile = tile.copy()
-            tile.thumbnail((TILE, TILE), Image.Resampling.LANCZOS)
+        tile = fit_tile(tile)
         page.paste(tile, (left + (TILE - tile.width) // 2, top + (TILE - tile.height) // 2))
         inked = [*((line, INK) for line in caption), (alarm, ALARM)]
         for number, (line, ink) in enumerate(inked):
             draw.text((left, top + TILE + number * LINE + 2), _fitted(line), ink, ImageFont.load_default(LINE - 6))
     return page
+
+
+def fit_tile(picture: Image.Image, side: int = TILE) -> Image.Image:
+    """The picture scaled into a tile of this side; a small one is enlarged by whole pixels, without blur."""
+    factor = side // max(picture.size)
+    if factor > 1:
+        return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    return picture if max(picture.size) <= side else _tile(picture, side)
+
+
+def running_mean(losses: Sequence[float]) -> tuple[int, list[float]]:
+    """The window of the running mean of a loss curve, and the means from the end of the first window on."""
+    window = max(1, len(losses) // 10)
+    return window, np.convolve(losses, np.ones(window) / window, mode="valid").tolist()
 
 
 def loss_curve(steps: list[int], losses: list[float], path: Path) -> None:
@@ -262,9 +295,8 @@ def loss_curve(steps: list[int], losses: list[float], path: Path) -> None:
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.add_subplot()
     axes.plot(steps, losses, color="#bbbbbb", linewidth=1, marker=".", label="loss")
-    window = max(1, len(losses) // 10)
+    window, mean = running_mean(losses)
     if window > 1:
-        mean = np.convolve(losses, np.ones(window) / window, mode="valid")
         axes.plot(steps[window - 1 :], mean, color="#c2185b", linewidth=2, label=f"mean of {window}")
     axes.set(xlabel="step", ylabel="loss")
     axes.legend(frameon=False)

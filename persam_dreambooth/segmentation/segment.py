@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from persam_dreambooth.errors import InputError, SaveError, counted
-from persam_dreambooth.files import check_new, check_settings, check_writable, locked, note_settings
-from persam_dreambooth.options import CONFIG, option, require, takes_options, with_flag, within
+from persam_dreambooth.files import check_new, check_settings, check_writable, locked, note_settings, write_text
+from persam_dreambooth.options import CONFIG, command_words, option, require, takes_options, with_flag, within
 from persam_dreambooth.photos.captions import check_captions
 from persam_dreambooth.photos.folder import MASK_INDEX, Photo, find_photos
 from persam_dreambooth.photos.layouts import LAYOUTS, flat_names, write_layout
@@ -37,7 +37,9 @@ from persam_dreambooth.photos.references import (
     find_references,
 )
 from persam_dreambooth.progress import steps
+from persam_dreambooth.report import page
 from persam_dreambooth.report.pictures import heat_map, save_overview, save_picture
+from persam_dreambooth.report.run_page import RUN_PAGE, commands_section, machine_facts, masks_section, options_section
 from persam_dreambooth.segmentation.clean import clean_mask
 from persam_dreambooth.segmentation.first_mask import prompted_reference, save_reference
 from persam_dreambooth.segmentation.found import ABSENT
@@ -130,7 +132,7 @@ class SegmentOptions(MaskFolderOptions, PromptOptions):
 
 @takes_options(SegmentOptions)
 def segment(options: SegmentOptions) -> list[PhotoMask]:
-    """Makes a mask folder, with an `overview.jpg`, from one or a few photos with masks.
+    """Makes a mask folder, with an `overview.jpg` and a `report.html`, from one or a few photos with masks.
 
     A folder with masks of the same references and options is resumed: its masks are kept.
 
@@ -207,6 +209,7 @@ def segment(options: SegmentOptions) -> list[PhotoMask]:
                 with MaskWriter(output, known.values()):
                     masks = [known[photo.name] for photo in photos]
             save_overview(masks, output / "overview.jpg")  # not a PNG, which would be read as a mask
+            write_mask_page(options, masks, output)
             if options.layout:
                 write_layout(options.layout, masks, output)
     except SaveError as error:
@@ -214,6 +217,25 @@ def segment(options: SegmentOptions) -> list[PhotoMask]:
     if advice := correction_advice(masks, output, options.images, options, segmenter, other_masks=other_masks):
         logger.warning("%s", advice)
     return masks
+
+
+def write_mask_page(options: SegmentOptions, masks: list[PhotoMask], output: Path) -> None:
+    """Writes the page of a mask folder."""
+    made = command_words("segment", options)
+    better = ["persam-dreambooth", "train", "--instance_dir", str(options.images), "--mask_dir", str(output)]
+    body = [
+        page.facts({"photos": str(options.images), "masks": str(output), **machine_facts()}),
+        masks_section(masks, lambda record: doubts(record.flags, options.absent), "overview.jpg"),
+        options_section(options),
+        commands_section(
+            {
+                "This command made the masks. Run again, it adds the masks of new photos:": shlex.join(made),
+                "Correct a wrong mask in any image editor. Then train on the masks:": shlex.join(better),
+            }
+        ),
+    ]
+    title = f"Masks of {counted(len(masks), 'photo')} in {Path(str(options.images)).resolve().name}"
+    write_text(output / RUN_PAGE, page.page(title, *body))
 
 
 def segment_folder(

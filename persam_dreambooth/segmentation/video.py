@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -17,17 +18,26 @@ import numpy as np
 from PIL import Image
 
 from persam_dreambooth.errors import InputError, InputNotFoundError
-from persam_dreambooth.files import check_settings, check_writable, locked, note_settings
-from persam_dreambooth.options import option, require, takes_options
-from persam_dreambooth.photos.labels import read_first_mask, read_labels, save_labels
+from persam_dreambooth.files import check_settings, check_writable, locked, note_settings, write_text
+from persam_dreambooth.options import command_words, option, require, takes_options
+from persam_dreambooth.photos.labels import davis_palette, read_first_mask, read_labels, save_labels
 from persam_dreambooth.progress import steps
-from persam_dreambooth.report.pictures import overlay_labels, save_picture
+from persam_dreambooth.report import page
+from persam_dreambooth.report.pictures import fit_tile, overlay_labels, save_picture
+from persam_dreambooth.report.run_page import RUN_PAGE, bars, commands_section, machine_facts, options_section
+from persam_dreambooth.report.tables import Table, TableCell
 from persam_dreambooth.segmentation.frames import Frame, Video, list_numbered, open_video
 from persam_dreambooth.segmentation.segmenters import TrackingOptions, make_video_segmenter, open_sam_of
 
 if TYPE_CHECKING:
     from persam_dreambooth.segmentation.sams.sam import Encoding
     from persam_dreambooth.segmentation.video_segmenter import VideoSegmenter
+
+FRAMES_SHOWN = 12
+"""Maximum number of evenly spaced frames on the page, and of those in which an object leaves or returns."""
+
+FRAME_SIDE = 320
+"""Width and height of a frame on the page, in pixels."""
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +68,8 @@ class VideoOptions(TrackingOptions):
 def segment_video(options: VideoOptions) -> int:
     """Writes OUTPUT/<frame>.png, a palette PNG, for every frame of a video; returns the number of frames.
 
+    The page `report.html` says in which frames each object is.
+
     Raises:
         InputError, InputNotFoundError: input that cannot be used; nothing is written then. If a later frame is broken,
             the masks of earlier frames are kept, and the next call resumes from them.
@@ -84,7 +96,60 @@ def segment_video(options: VideoOptions) -> int:
         segmenter = make_video_segmenter(options, open_sam_of(options))
         note_settings(output, settings, "masks of a video", "--output")
         frames = follow(video, given, segmenter, output, overlay if options.overlay else None)
-        return sum(1 for _ in steps(frames, "segmenting", "frame", video.count))
+        seen = [set(np.unique(labels).tolist()) - {0} for labels in steps(frames, "segmenting", "frame", video.count)]
+        again = open_video(source, leave_out=None if mask.is_dir() else mask)
+        write_video_page(options, again, seen, output)
+        return len(seen)
+
+
+def write_video_page(options: VideoOptions, video: Video, seen: list[set[int]], output: Path) -> None:
+    """Writes the page of a video's masks: where each object is, and some frames.
+
+    Args:
+        options: of the command.
+        video: the video, opened again.
+        seen: the objects in each frame.
+        output: the folder of the label maps.
+    """
+    numbers = sorted(set().union(*seen))
+    names = [f"object {number}" for number in numbers]
+    present = [[number in each for each in seen] for number in numbers]
+    palette = davis_palette()
+    colors = [f"rgb({','.join(map(str, palette[3 * number : 3 * number + 3]))})" for number in numbers]
+    changes = [place for place in range(1, len(seen)) if seen[place] != seen[place - 1]]
+    even = np.linspace(0, len(seen) - 1, min(len(seen), FRAMES_SHOWN)).astype(int).tolist()
+    chosen, stems, pictures = {*even, *changes[:FRAMES_SHOWN]}, [], []
+    for place, frame in enumerate(chain([video.first], video.others)):
+        stems.append(frame.stem)
+        if place in chosen:
+            tile = fit_tile(overlay_labels(frame.read(), read_labels(output / f"{frame.stem}.png")), FRAME_SIDE)
+            shown = ", ".join(f"object {number}" for number in sorted(seen[place])) or "no object"
+            pictures.append(page.picture(tile, f"frame {frame.stem} with {shown} in color", [frame.stem, shown]))
+    rows: list[list[TableCell]] = [
+        [name, str(sum(each)), str(len(each) - sum(each)), _ranges(stems, each)]
+        for name, each in zip(names, present, strict=True)
+    ]
+    body = [
+        page.facts({"frames": f"{len(seen)} in {options.frames}", "masks": str(output), **machine_facts()}),
+        page.section(
+            "objects",
+            "Objects",
+            bars(dict(zip(names, present, strict=True)), dict(zip(names, colors, strict=True))),
+            page.html_table(Table("", ["object", "frames with it", "frames without it", "absent in"], rows)),
+        ),
+        page.section("frames", "Frames", page.row(pictures)),
+        options_section(options),
+        commands_section({"This command made the masks:": shlex.join(command_words("video", options))}),
+    ]
+    write_text(output / RUN_PAGE, page.page(f"Masks of the video {Path(str(options.frames)).resolve().name}", *body))
+
+
+def _ranges(stems: list[str], present: list[bool]) -> str:
+    """The frames in which an object is absent, as ranges of names."""
+    edges = np.flatnonzero(np.diff([0, *(not each for each in present), 0])).reshape(-1, 2).tolist()
+    return ", ".join(
+        stems[start] if end == start + 1 else f"{stems[start]} to {stems[end - 1]}" for start, end in edges
+    )
 
 
 def check_first_mask(labels: np.ndarray, mask: Path, video: Video) -> None:

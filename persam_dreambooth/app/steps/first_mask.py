@@ -18,7 +18,7 @@ from typing import Any, cast
 import gradio as gr
 import numpy as np
 
-from persam_dreambooth.app.desk import Desk, Step, status_line, told
+from persam_dreambooth.app.desk import Desk, PageStep, status_line, told
 from persam_dreambooth.app.steps.mask_editor import (
     A_BOX,
     ADD,
@@ -241,7 +241,7 @@ def _use(subject: SubjectFolder, photo: Photo) -> None:
         subject.save_options(reference_image=None, mask=None)
 
 
-def first_mask_step(desk: Desk, subject: gr.State) -> Step:
+def first_mask_step(desk: Desk, subject: gr.State) -> PageStep:
     """Builds the components of the step; see `app.page`."""
     status = gr.HTML(elem_id="status-first")
     with gr.Row():
@@ -376,7 +376,7 @@ def first_mask_step(desk: Desk, subject: gr.State) -> Step:
     on(chosen.input, redrawn).then(told(encoded, status), [subject, chosen], [text, status], **reading)
     if isinstance(status.parent, gr.Tab):
         status.parent.select(told(encoded, status), [subject, chosen], [text, status], **reading)
-    return Step(shown, outputs)
+    return PageStep(shown, outputs)
 
 
 def _reads_text(sam_model: str) -> bool:

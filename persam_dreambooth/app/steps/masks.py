@@ -13,7 +13,7 @@ from typing import Any
 import gradio as gr
 import numpy as np
 
-from persam_dreambooth.app.desk import Desk, Step, status_line, told
+from persam_dreambooth.app.desk import Desk, PageStep, status_line, told
 from persam_dreambooth.app.jobs import Job
 from persam_dreambooth.app.steps.mask_editor import (
     ADD,
@@ -146,7 +146,7 @@ def progress_of(subject: SubjectFolder, jobs: Sequence[Job], tiles: list[Tile]) 
     return ". ".join(told)
 
 
-def masks_step(desk: Desk, subject: gr.State) -> Step:
+def masks_step(desk: Desk, subject: gr.State) -> PageStep:
     """The components of the step."""
     grids = MaskGrid()
     with gr.Row():
@@ -298,4 +298,4 @@ def masks_step(desk: Desk, subject: gr.State) -> Step:
     on(blank.click, blanked, [edited], outputs)
     on(back.click, restored, [edited], outputs)
     on(close.click, shown, [], outputs)
-    return Step(shown, outputs, live, (grid, progress))
+    return PageStep(shown, outputs, live, (grid, progress))

@@ -14,7 +14,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from persam_dreambooth.app.desk import Desk, Step, status_line, told
+from persam_dreambooth.app.desk import Desk, PageStep, status_line, told
 from persam_dreambooth.app.steps.first_mask import earlier_states, first_mask_file
 from persam_dreambooth.app.steps.mask_editor import BEFORE
 from persam_dreambooth.app.subject_folder import OWN_PHOTOS, SubjectFolder
@@ -190,7 +190,7 @@ def status_lines(text: str, is_error: bool = False) -> str:
     return f'<div role="{"alert" if is_error else "status"}">{lines}</div>'
 
 
-def photos_step(desk: Desk, subject: gr.State) -> Step:
+def photos_step(desk: Desk, subject: gr.State) -> PageStep:
     """Builds the components of the step; see `app.page`."""
     status = gr.HTML(elem_id="status-photos")
     with gr.Row():
@@ -278,4 +278,4 @@ def photos_step(desk: Desk, subject: gr.State) -> Step:
     on(place.submit, choose_folder, place)
     on(remove.click, drop_photo, chosen)
     on(class_name.blur, name_class, class_name)
-    return Step(shown, outputs)
+    return PageStep(shown, outputs)

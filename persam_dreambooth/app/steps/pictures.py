@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 import gradio as gr
 
-from persam_dreambooth.app.desk import Desk, Step
+from persam_dreambooth.app.desk import Desk, PageStep
 from persam_dreambooth.app.option_editor import saying
 from persam_dreambooth.app.steps.train import is_plain, resume_words
 from persam_dreambooth.dreambooth.families.latent_diffusion import LORA_WEIGHTS
@@ -29,7 +29,7 @@ MODEL = re.compile(r", Model: .*?, Model hash: \w+")
 """What differs between the settings of two runs' pictures."""
 
 
-def pictures_step(desk: Desk, subject: gr.State) -> Step:
+def pictures_step(desk: Desk, subject: gr.State) -> PageStep:
     """Builds the step; see `Step`."""
     status = gr.HTML(elem_id="status-pictures")
     prompts = gr.Textbox(label="Prompts", info="One a line; [V] is the subject", lines=3, elem_id="pictures-prompts")
@@ -129,7 +129,7 @@ def pictures_step(desk: Desk, subject: gr.State) -> Step:
         api_visibility="private",
     )
     upload.click(saying(send, shown), [subject, runs, repository], [status, *outputs], api_visibility="private")
-    return Step(shown, outputs, live, live_outputs)
+    return PageStep(shown, outputs, live, live_outputs)
 
 
 def finished(folder: Any) -> list[Path]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import gradio as gr
 
-from persam_dreambooth.app.desk import Desk, Step
+from persam_dreambooth.app.desk import Desk, PageStep
 from persam_dreambooth.app.option_editor import OptionEditor, said, saying
 from persam_dreambooth.app.run_command import (
     TOY,
@@ -52,7 +52,7 @@ _seen: dict[Path, list[tuple[int, float]]] = {}
 """Steps of each run and the times of their lines in `metrics.jsonl`, as the page has seen them."""
 
 
-def train_step(desk: Desk, subject: gr.State) -> Step:
+def train_step(desk: Desk, subject: gr.State) -> PageStep:
     """Builds the step; see `Step`."""
     bases = {recipe.base: f"{recipe.model} ({recipe.base})" for recipe in card_recipes()}
     status = gr.HTML(elem_id="status-train")
@@ -278,7 +278,7 @@ def train_step(desk: Desk, subject: gr.State) -> Step:
     wire(stop.click, end, form[:2])
     wire(resume.click, go_on, form[:2])
     plan_button.click(plan_memory, subject, planned, api_visibility="private")
-    return Step(shown, outputs, live, live_outputs)
+    return PageStep(shown, outputs, live, live_outputs)
 
 
 def words_of(run: TrainOptions) -> list[str]:

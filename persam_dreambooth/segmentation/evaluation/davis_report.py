@@ -111,7 +111,7 @@ def write_davis_report(output: Path, scores: DavisScores) -> None:
         shown, title = show_frames(scores.data, row.predictions, sequence), f"{sequence}: {_said(row, sequence)}"
         save_picture(_sheet(shown, title), output / "overlays" / f"{sequence}.jpg")
         if len(sections) < SEQUENCES_SHOWN:
-            sections.append(page.section(sequence, title, [_strip(frame, sequence) for frame in shown]))
+            sections.append(page.section(sequence, title, page.row([_strip(frame, sequence) for frame in shown])))
     legend = DAVIS_LEGEND.format(row=row.name)
     if len(row.sequences) > SEQUENCES_SHOWN:
         legend += f" {SEQUENCES_SHOWN} of {len(row.sequences)} sequences are shown here; the folder overlays has all."

@@ -94,7 +94,7 @@ def write_few_shot_report(output: Path, scores: FewShotScores, published: Publis
         )
         save_picture(sheet, output / "overlays" / f"{episode.name}.jpg")
         pictures = [page.picture(scaled(tile), caption, [caption]) for caption, tile in tiles.items()]
-        sections.append(page.section(episode.name, title, pictures))
+        sections.append(page.section(episode.name, title, page.row(pictures)))
     legend = (
         f"The episodes below are the worst of {scores.shown.name}, and then the best: the supports with their masks, "
         "and the query with its true mask, with the mask that was found, and its errors: red is missed, blue is in "

@@ -85,7 +85,7 @@ def write_one_shot_report(output: Path, scores: OneShotScores, tables: Sequence[
         save_picture(contact_sheet(f"{name}: {shown.name}", looks), output / "overlays" / f"{name}.jpg")
         if len(sections) < SHOWN:
             title = f"{name}: IoU {shown.counts[name].figures['IoU']:.2f} %"
-            sections.append(page.section(name, title, [_strip(each, f"{name}: ") for each in looks]))
+            sections.append(page.section(name, title, page.row([_strip(each, f"{name}: ") for each in looks])))
     about = [ABOUT if scores.options["predictions"] is None else ABOUT_PREDICTIONS, *heading(scores)]
     legend = f"The objects below are those of {shown.name}, sorted from worst to best. {LEGEND}"
     legend += TRACE_LEGEND if traced else ""

@@ -103,7 +103,7 @@ def write_task_report(output: Path, scores: TaskScores, held_out: Sequence[TaskM
         sheet = grid(tiles, captions, columns=len(rows) + 1, title=f"{part}: {scores.options['prompt']} prompts")
         save_picture(sheet, output / "overlays" / f"{part}.jpg")
         pictures = [_picture(tile, caption, part) for look in looks for tile, caption in look]
-        sections.append(page.section(part, part, pictures))
+        sections.append(page.section(part, part, page.row(pictures)))
     legend = "Masks are outlined, and the rest is dimmed. A plus marks the point, a rectangle the box."
     blocks = [*map(page.paragraph, [ABOUT_TASK, *heading]), *map(page.html_table, tables), page.paragraph(legend)]
     write_text(output / "report.html", page.page(f"A task: {scores.task.name}", *blocks, *sections))
