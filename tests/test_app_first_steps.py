@@ -17,6 +17,7 @@ from persam_dreambooth.app.desk import Desk
 from persam_dreambooth.app.page import build_page
 from persam_dreambooth.app.steps.first_mask import (
     first_mask_file,
+    give_mask,
     load_edit,
     make_first_mask,
     mask_command,
@@ -104,7 +105,9 @@ def test_a_new_start_on_one_photo_keeps_the_mask_of_another(tmp_path):
     keep_photos(subject.folder / "photos", [(name, DUCK / name) for name in ("00.jpg", "01.jpg")])
     first, second = subject.photos()
     for photo in (second, first):
-        make_first_mask(desk, subject, photo, MaskPrompts(box=(100, 100, 400, 400)))
+        half = np.arange(photo.size[1])[:, None] < np.full(photo.size[0], photo.size[1] // 2)
+        Image.fromarray(half).save(tmp_path / "half.png")
+        give_mask(subject, photo, tmp_path / "half.png")
     start_again(subject, second)
     assert subject.options().mask == str(first_mask_file(subject, first).resolve())
     start_again(subject, first)
@@ -144,7 +147,7 @@ def test_clicks_a_box_a_brush_and_undo_on_a_turned_photo(page, app_server, fault
     exif = Image.Exif()
     exif[0x0112] = 6  # shown turned by 90 degrees, upright
     turned.save(photos / "duck.png", exif=exif)
-    server = app_server("--sam_model", "toy", "--instance_dir", photos, "--output_dir", "duck")
+    server = app_server("--sam_model", "toy", "--instance_dir", photos, "--output_dir", tmp_path / "workspace" / "duck")
     file = server.workspace / "duck" / "first" / "duck_mask.png"
     page.set_default_timeout(8000)
     page.goto(f"{server.url}/?subject=duck")
