@@ -53,7 +53,7 @@ def test_photos_are_dropped_and_a_click_makes_the_first_mask(page, app_server, f
     screenshots(page, "photos")
     assert reaches_beyond(page) == 0
     open_step(page, "First mask")
-    picture = page.locator("#mask-picture img").first
+    picture = page.locator("#first-canvas img").first
     picture.click()
     until(lambda: list(subject.glob("first/*_mask.png")))
     screenshots(page, "first-mask")

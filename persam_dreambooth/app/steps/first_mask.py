@@ -1,51 +1,49 @@
-"""First mask: clicks on one photo give a mask at once, which is written as `mask` writes it."""
+"""First mask: points, a box, a text or a brush on one photo, and the subject's outline after each.
+
+The state is in the subject's folder `first/`: the mask, the prompts in the JSON file beside it, and every earlier state
+in the hidden subfolder `BEFORE`, so that a reload shows the same and undo goes back one step after the other.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gradio as gr
 import numpy as np
-from PIL import Image
 
-from persam_dreambooth.app.desk import Desk, PageStep
-from persam_dreambooth.app.steps.photos import status_line, thumbnail
+from persam_dreambooth.app.desk import Desk, PageStep, status_line, told
+from persam_dreambooth.app.steps.mask_editor import (
+    A_BOX,
+    ADD,
+    BEFORE,
+    ERASE,
+    POINT,
+    TOOLS,
+    Edit,
+    brush_radius,
+    canvas_of,
+    photo_canvas,
+)
 from persam_dreambooth.app.subject_folder import SubjectFolder
-from persam_dreambooth.errors import InputError, SaveError, UnavailableError
-from persam_dreambooth.files import write_json
+from persam_dreambooth.errors import InputError
+from persam_dreambooth.files import saving, write_json
 from persam_dreambooth.options import command_words
 from persam_dreambooth.photos.folder import Photo
 from persam_dreambooth.photos.images import is_own_picture
-from persam_dreambooth.photos.mask_folder import DRAWN, MaskRecord, mask_hash, noted_record, write_mask
-from persam_dreambooth.photos.mask_prompts import PROMPTED, SCALES, MaskPrompts, PromptOptions
+from persam_dreambooth.photos.mask_folder import DRAWN, MaskRecord, PackedMask, noted_record, write_mask
+from persam_dreambooth.photos.mask_prompts import SCALES, MaskPrompts, PromptOptions
 from persam_dreambooth.photos.masks import mask_of, read_mask
-from persam_dreambooth.report.pictures import outlined
-from persam_dreambooth.segmentation.first_mask import OVERLAY_SIDE, MaskOptions, first_mask
-
-ON, BESIDE, BOX = "on the subject", "beside it", "box (two corners)"
-"""What a click means."""
+from persam_dreambooth.segmentation.first_mask import FirstMask, MaskOptions, first_mask
 
 BEST = "best"
 """The scale that the SAM prefers."""
-
-
-def place_in_photo(click: tuple[int, int], shown: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
-    """The pixel of the upright photo below the center of a pixel of the picture that is shown.
-
-    Args:
-        click: xy in pixels of the picture.
-        shown: (width, height) of the picture.
-        size: (width, height) of the photo.
-    """
-    x, y = (
-        min(max(int((place + 0.5) * whole / side), 0), whole - 1)
-        for place, side, whole in zip(click, shown, size, strict=True)
-    )
-    return x, y
 
 
 def first_mask_file(subject: SubjectFolder, photo: Photo) -> Path:
@@ -53,28 +51,47 @@ def first_mask_file(subject: SubjectFolder, photo: Photo) -> Path:
     return subject.first_dir / Path(photo.name).parent / f"{photo.path.stem}_mask.png"
 
 
-def load_prompts(path: Path, photo: Photo) -> MaskPrompts:
-    """The prompts of a mask that the page made; no prompts if there are none, or if the mask changed since.
+def load_edit(path: Path, photo: Photo) -> Edit:
+    """The state of a photo's first mask; an empty mask if there is none, no prompts if it was drawn or changed since.
 
     Args:
         path: the mask; the prompts are in the JSON file beside it.
         photo: its photo.
+
+    Raises:
+        InputError: the mask cannot be read, or does not fit the photo.
     """
-    record = noted_record(path, _alone(photo))
+    if not path.is_file():
+        return Edit(PackedMask(np.zeros(photo.size[::-1], bool)))
+    record, mask = noted_record(path, _alone(photo)), read_mask(path)
+    if mask.shape != photo.size[::-1]:
+        raise InputError(f"{path} is not a mask of {photo.name}: start again")
+    saved = _saved(path)
+    if record is None or record.mask_sha256 != saved.get("mask_sha256"):
+        return Edit(PackedMask(mask))
     try:
-        saved = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        if record is None or saved.pop("mask_sha256") != record.mask_sha256:
-            return MaskPrompts()
-        for name in ("points", "negative_points"):
-            saved[name] = tuple((int(x), int(y)) for x, y in saved.get(name, ()))
-        saved["box"] = tuple(saved["box"]) if saved.get("box") else None
-        return MaskPrompts(**saved)
-    except (OSError, ValueError, TypeError, AttributeError, KeyError):
-        return MaskPrompts()
+        places = {name: tuple((int(x), int(y)) for x, y in saved.get(name, ())) for name in _PLACES}
+        box = tuple(map(int, saved["box"])) if saved.get("box") else None
+        prompts = MaskPrompts(**places, box=cast(Any, box), text=saved.get("text"), scale=saved.get("scale"))
+    except (ValueError, TypeError):
+        prompts = MaskPrompts()
+    return Edit(PackedMask(mask), prompts, record)
 
 
-def mask_command(subject: SubjectFolder, desk: Desk, photo: Photo, prompts: MaskPrompts) -> str:
+_PLACES = ("points", "negative_points")
+
+
+def _saved(path: Path) -> dict[str, Any]:
+    """What is saved beside a mask: the prompts, the mask's hash, and the coverages of SAM's masks by their scales."""
+    try:
+        return dict(json.loads(path.with_suffix(".json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def mask_command(subject: SubjectFolder, photo: Photo, prompts: MaskPrompts) -> str:
     """The command that makes the same mask in a terminal."""
+    own = subject.options()
     options = MaskOptions(
         photo=str(photo.path),
         output=str(first_mask_file(subject, photo)),
@@ -83,32 +100,51 @@ def mask_command(subject: SubjectFolder, desk: Desk, photo: Photo, prompts: Mask
         box=",".join(map(str, prompts.box)) if prompts.box else None,
         text=prompts.text,
         scale=prompts.scale,
-        sam_model=desk.options.sam_model,
-        sam_dtype=desk.options.sam_dtype,
-        encoding_cache=desk.options.encoding_cache,
+        sam_model=own.sam_model,
+        sam_dtype=own.sam_dtype,
+        encoding_cache=own.encoding_cache,
     )
     return shlex.join(command_words("mask", options, "photo"))
 
 
 def make_first_mask(desk: Desk, subject: SubjectFolder, photo: Photo, prompts: MaskPrompts) -> str:
-    """Makes the mask of prompts and writes it with the prompts; returns its line of facts.
+    """Makes the mask of prompts and saves it with them; returns its line of facts.
 
     Raises:
-        InputError: no mask at the prompts, or the file is a mask that was drawn or given; nothing changes then.
+        InputError: no prompts, or no mask at them; nothing changes then.
     """
-    path, alone = first_mask_file(subject, photo), _alone(photo)
-    record = noted_record(path, alone)
-    if path.exists() and (record is None or record.method not in PROMPTED):
-        raise InputError(f"{path} was drawn or given: start again to replace it")
     if not (prompts.points or prompts.box or prompts.text):
-        raise InputError("nothing says where the subject is: click on it first")
-    encoding = desk.encoding(photo)
-    with desk.sam() as sam:
-        made = first_mask(sam, encoding, prompts)
-    record = write_mask(path, made.of(alone).record, made.mask)
-    write_json(path.with_suffix(".json"), {**prompts.settings, "mask_sha256": record.mask_sha256})
-    _use(subject, photo, path)
+        raise InputError("nothing says where the subject is: point on it first")
+    options = subject.options()
+    with desk.sam(options) as sam:
+        # SAM 3 finds a text in the photo itself
+        made = first_mask(sam, photo.read() if prompts.text else desk.encoding(photo, options), prompts)
+    _save(subject, photo, made.mask, made.of(_alone(photo)).record, prompts, made)
     return str(made)
+
+
+def point_at(
+    desk: Desk, subject: SubjectFolder, photo: Photo, tool: str, places: Sequence[Sequence[int]], radius: int
+) -> str:
+    """Carries out a click, a box or a stroke on the photo; returns the line of facts.
+
+    Args:
+        desk, subject, photo: where.
+        tool: one of `TOOLS`.
+        places: xy in pixels of the photo.
+        radius: of the brush, in pixels.
+
+    Raises:
+        InputError: see `Edit.asked` and `make_first_mask`; nothing changes then.
+    """
+    edit = load_edit(first_mask_file(subject, photo), photo)
+    if tool not in (ADD, ERASE):
+        return make_first_mask(desk, subject, photo, edit.asked(places, tool))
+    mask = np.asarray(edit.brushed(places, radius, tool == ADD).mask)
+    if not mask.any():
+        raise InputError("nothing of the mask would be left: start again to remove it")
+    _save(subject, photo, mask, _drawn(photo, mask))
+    return f"{mask.mean():.1%} covered, drawn"
 
 
 def give_mask(subject: SubjectFolder, photo: Photo, file: Path) -> None:
@@ -117,41 +153,38 @@ def give_mask(subject: SubjectFolder, photo: Photo, file: Path) -> None:
         mask = mask_of(file, photo)
     except InputError as error:
         raise InputError(str(error).replace(str(file), file.name)) from None
+    _save(subject, photo, mask, _drawn(photo, mask))
+
+
+def undo_step(subject: SubjectFolder, photo: Photo) -> None:
+    """Returns to the state before the last click, box, stroke, given mask or new start; `InputError` without one."""
     path = first_mask_file(subject, photo)
-    _forget(path)
-    record = MaskRecord(_alone(photo).name, photo.sha256, DRAWN, float(mask.mean()), mask_sha256=mask_hash(mask))
-    write_mask(path, record, mask)
-    _use(subject, photo, path)
+    kept = max(earlier_states(path).glob("*.json"), default=None)
+    if kept is None:
+        raise InputError("there is nothing to undo")
+    with saving(path):
+        if kept.with_suffix(".png").is_file():
+            os.utime(kept.with_suffix(".png"))  # the newest first mask is the one that Masks uses
+            os.replace(kept.with_suffix(".png"), path)
+        else:
+            path.unlink(missing_ok=True)
+        os.replace(kept, path.with_suffix(".json"))
+    _use(subject, photo)
 
 
 def start_again(subject: SubjectFolder, photo: Photo) -> None:
-    """Removes the photo's first mask."""
-    _forget(first_mask_file(subject, photo))
-    subject.save_options(mask=None, reference_image=None)
+    """Removes the photo's first mask; undo brings it back."""
+    path = first_mask_file(subject, photo)
+    if path.is_file():
+        _keep(path)
+    for each in (path, path.with_suffix(".json")):
+        each.unlink(missing_ok=True)
+    _use(subject, photo)
 
 
-def picture_of(photo: Photo, path: Path, prompts: MaskPrompts, corner: tuple[int, int] | None = None) -> Image.Image:
-    """The photo, its longer side at most `OVERLAY_SIDE`, with its mask and the prompts.
-
-    Args:
-        photo: the photo.
-        path: the mask's file, which may be missing.
-        prompts: marked on the photo.
-        corner: the first corner of a box, if the second is not known yet.
-    """
-    small = thumbnail(photo.path, OVERLAY_SIDE)
-    scale = np.array(small.size) / photo.size
-    mask = read_mask(path) if path.is_file() else np.ones((small.height, small.width), bool)
-    points = np.array([*prompts.points, *prompts.negative_points], np.float64).reshape(-1, 2)
-    box = (*corner, *corner) if corner else prompts.box
-    return outlined(
-        small,
-        mask,
-        (points + 0.5) * scale - 0.5,
-        None if box is None else np.array(box) * np.tile(scale, 2),
-        len(prompts.points),
-        OVERLAY_SIDE,
-    )
+def earlier_states(path: Path) -> Path:
+    """The folder of a first mask's earlier states: NNNN.json, and NNNN.png if there was a mask."""
+    return path.parent / BEFORE / path.stem
 
 
 def _alone(photo: Photo) -> Photo:
@@ -159,179 +192,201 @@ def _alone(photo: Photo) -> Photo:
     return replace(photo, name=photo.path.name)
 
 
-def _use(subject: SubjectFolder, photo: Photo, path: Path) -> None:
-    """Makes the mask the subject's, and removes pictures of an earlier mask."""
+def _drawn(photo: Photo, mask: np.ndarray) -> MaskRecord:
+    return MaskRecord(_alone(photo).name, photo.sha256, DRAWN, float(mask.mean()))
+
+
+def _save(
+    subject: SubjectFolder,
+    photo: Photo,
+    mask: np.ndarray,
+    record: MaskRecord,
+    prompts: MaskPrompts | None = None,
+    made: FirstMask | None = None,
+) -> None:
+    """Saves a new state; that before it is kept for `undo_step`."""
+    path = first_mask_file(subject, photo)
+    _keep(path)
+    record = write_mask(path, record, mask)
+    choices = (made.chosen, *made.others) if made else ()
+    scales = {choice.name: float(choice.mask.mean()) for choice in choices if choice.name in SCALES}
+    write_json(
+        path.with_suffix(".json"),
+        {**(prompts.settings if prompts else {}), "scales": scales, "mask_sha256": record.mask_sha256},
+    )
+    _use(subject, photo)
+
+
+def _keep(path: Path) -> None:
+    """Copies the present state of a first mask to the earlier ones."""
+    folder = earlier_states(path)
+    target = folder / f"{1 + max((int(kept.stem) for kept in folder.glob('*.json')), default=0):04}.json"
+    with saving(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if path.is_file():
+            shutil.copy2(path, target.with_suffix(".png"))
+    write_json(target, _saved(path))
+
+
+def _use(subject: SubjectFolder, photo: Photo) -> None:
+    """Makes the photo's mask the subject's, or no longer so if it is gone; removes pictures of an earlier mask."""
+    path = first_mask_file(subject, photo)
     for ending in ("overlay", "scales", "instances"):
         picture = path.with_name(f"{path.stem}_{ending}.jpg")
         if picture.is_file() and is_own_picture(picture):
             picture.unlink()
-    subject.save_options(reference_image=str(photo.path.resolve()), mask=str(path.resolve()))
-
-
-def _forget(path: Path) -> None:
-    for each in (path, path.with_suffix(".json")):
-        each.unlink(missing_ok=True)
+    if path.is_file():
+        subject.save_options(reference_image=str(photo.path.resolve()), mask=str(path.resolve()))
+    elif (used := subject.options().mask) and Path(used).resolve() == path.resolve():
+        subject.save_options(reference_image=None, mask=None)
 
 
 def first_mask_step(desk: Desk, subject: gr.State) -> PageStep:
     """Builds the components of the step; see `app.page`."""
-    status = gr.HTML(elem_id="status-mask")
-    corner = gr.State(None)
-    chosen = gr.Dropdown(label="Photo", elem_id="mask-photo")
-    meaning = gr.Radio([ON, BESIDE, BOX], value=ON, label="A click is", elem_id="mask-meaning")
-    picture = gr.Image(
-        label="Click on the subject",
-        type="pil",
-        format="jpeg",
-        interactive=False,
-        buttons=[],
-        elem_id="mask-picture",
-        alt_text="the photo with its first mask",
-    )
+    status = gr.HTML(elem_id="status-first")
     with gr.Row():
-        scale = gr.Radio([BEST, *SCALES], value=BEST, label="Scale of SAM's mask", elem_id="mask-scale")
-        undo = gr.Button("Undo", elem_id="mask-undo")
-        again = gr.Button("Start again", elem_id="mask-again")
+        chosen = gr.Dropdown(label="Photo", elem_id="first-photo", min_width=240)
+        text = gr.Textbox(label="Text, such as cat", visible=False, elem_id="first-text", min_width=240)
     with gr.Row():
-        typed = gr.Textbox(
-            label="Or type a place: 320,240 or C4; of a box 80,60,400,300 or B2,E7", elem_id="mask-typed"
+        tool = gr.Radio(TOOLS, value=POINT, label="Tool", elem_id="first-tool", scale=2, min_width=300)
+        brush = gr.Slider(
+            0.5, 20, value=4, step=0.5, label="Brush, % of the photo", elem_id="first-brush", min_width=240
         )
-        add = gr.Button("Add", elem_id="mask-add")
-    given = gr.File(label="Or drop a ready mask of this photo", height=120, elem_id="mask-given")
-    command = gr.Textbox(label="The same in a terminal", buttons=["copy"], lines=2, elem_id="command-mask")
-    outputs = [chosen, picture, scale, command, corner]
+    canvas = photo_canvas("first-canvas")
+    scale = gr.Radio(visible=False, label="Scale of SAM's mask", elem_id="first-scale")
+    with gr.Row():
+        undo = gr.Button("Undo", elem_id="first-undo", min_width=120)
+        again = gr.Button("Start again", elem_id="first-again", min_width=120)
+    command = gr.Textbox(label="Command", buttons=["copy"], lines=2, interactive=False, elem_id="command-first")
+    with gr.Accordion("Type a place, or give a ready mask", open=False):
+        with gr.Row():
+            typed = gr.Textbox(
+                label="Place: 320,240 or C4; of a box 80,60,400,300 or B2,E7", elem_id="first-typed", scale=4
+            )
+            add = gr.Button("Add", elem_id="first-add", min_width=80)
+        given = gr.File(label="Ready mask of this photo", height=120, elem_id="first-given")
+    outputs = [chosen, canvas, scale, command, tool]
 
     def photo_of(found: SubjectFolder, wanted: str | None) -> Photo | None:
-        photos = found.photos()
+        """The photo of this name, else that of the first mask, else the first one."""
+        photos = found.photos() if found.photos_dir and found.photos_dir.is_dir() else []
         saved = found.options().reference_image
         by_name = {photo.name: photo for photo in photos}
         by_path = {str(photo.path.resolve()): photo for photo in photos}
         known = by_name.get(wanted or "") or by_path.get(str(Path(saved).resolve()) if saved else "")
         return known or (photos[0] if photos else None)
 
-    def values(name: str, wanted: str | None, first: tuple[int, int] | None = None) -> list[Any]:
+    def values(name: str, wanted: str | None, kind: str, width: float) -> list[Any]:
         found = desk.subject(name) if name else None
-        photo = photo_of(found, wanted) if found and found.photos_dir and found.photos_dir.is_dir() else None
+        photo = photo_of(found, wanted) if found else None
         if not found or not photo:
-            return [gr.update(choices=[], value=None), None, BEST, "", None]
+            hint = "<p>Add photos in the step Photos first.</p>"
+            return [gr.update(choices=[], value=None), hint, gr.update(visible=False), ""]
         path = first_mask_file(found, photo)
-        prompts = load_prompts(path, photo)
-        line = mask_command(found, desk, photo, prompts) if prompts.settings else ""
-        choices = gr.update(choices=[each.name for each in found.photos()], value=photo.name)
-        return [choices, picture_of(photo, path, prompts, first), prompts.scale or BEST, line, first]
+        edit = load_edit(path, photo)
+        coverages = _saved(path).get("scales", {}) if edit.prompts.points or edit.prompts.box else {}
+        choices = [(f"{size}, {coverages[size]:.1%}", size) for size in SCALES if size in coverages]
+        return [
+            gr.update(choices=[each.name for each in found.photos()], value=photo.name),
+            canvas_of(photo, edit, kind, width),
+            gr.update(choices=[BEST, *choices], value=edit.prompts.scale or BEST, visible=bool(choices)),
+            mask_command(found, photo, edit.prompts) if edit.prompts.settings else "",
+        ]
 
     def shown(name: str) -> list[Any]:
-        return values(name, None)
+        return [*values(name, None, POINT, brush.value), POINT]
 
-    def attempt(name: str, wanted: str | None, work: Any) -> list[Any]:
-        """Runs `work` with the subject and the photo; returns all values and the status."""
-        try:
-            if not name or not wanted:
-                raise InputError("no photo is chosen: add photos in the step Photos first")
-            found = desk.subject(name)
-            photo = photo_of(found, wanted)
-            if photo is None or photo.name != wanted:
-                raise InputError(f"there is no photo {wanted}: choose one of the list")
-            said, first = work(found, photo)
-            return [*values(name, wanted, first), status_line(said)]
-        except (InputError, SaveError, UnavailableError) as error:
-            return [*([gr.skip()] * len(outputs)), status_line(str(error), True)]
+    def on_photo(name: str, wanted: str | None) -> tuple[SubjectFolder, Photo]:
+        if not name or not wanted:
+            raise InputError("no photo is chosen: add photos in the step Photos first")
+        found = desk.subject(name)
+        photo = photo_of(found, wanted)
+        if photo is None or photo.name != wanted:
+            raise InputError(f"there is no photo {wanted}: choose one of the list")
+        return found, photo
 
-    def with_place(found: SubjectFolder, photo: Photo, place: tuple[int, int], kind: str, first: Any) -> Any:
-        before = load_prompts(first_mask_file(found, photo), photo)
-        if kind == BOX and first is None:
-            return "now the opposite corner", place
-        if kind == BOX:
-            text = ",".join(map(str, (*first, *place)))
-            now = replace(before, box=PromptOptions(box=text).prompts_for(photo).box)
-        elif kind == BESIDE:
-            now = replace(before, negative_points=(*before.negative_points, place))
-        else:
-            now = replace(before, points=(*before.points, place))
-        return make_first_mask(desk, found, photo, now), None
+    def pointed(name: str, wanted: str, kind: str, width: float, event: gr.EventData) -> list[Any]:
+        found, photo = on_photo(name, wanted)
+        said = point_at(desk, found, photo, kind, event.points, brush_radius(photo, width))
+        return [*values(name, wanted, kind, width), status_line(said)]
 
-    def clicked(name: str, wanted: str, kind: str, first: Any, event: gr.SelectData) -> list[Any]:
-        def work(found: SubjectFolder, photo: Photo) -> Any:
-            size = thumbnail(photo.path, OVERLAY_SIDE).size
-            return with_place(found, photo, place_in_photo(tuple(event.index), size, photo.size), kind, first)
+    def added(name: str, wanted: str, kind: str, width: float, place: str) -> list[Any]:
+        found, photo = on_photo(name, wanted)
+        if kind in (ADD, ERASE):
+            raise InputError("a place is typed for a point or a box: choose that tool")
+        options = PromptOptions(box=place) if kind == A_BOX else PromptOptions(point=[place])
+        options.check()
+        asked = options.prompts_for(photo)
+        places = [asked.box[:2], asked.box[2:]] if asked.box else asked.points
+        said = point_at(desk, found, photo, kind, places, 0)
+        return [*values(name, wanted, kind, width), status_line(said)]
 
-        return attempt(name, wanted, work)
+    def scaled(name: str, wanted: str, kind: str, width: float, size: str) -> list[Any]:
+        found, photo = on_photo(name, wanted)
+        before = load_edit(first_mask_file(found, photo), photo).prompts
+        said = make_first_mask(desk, found, photo, replace(before, scale=None if size == BEST else cast(Any, size)))
+        return [*values(name, wanted, kind, width), status_line(said)]
 
-    def added(name: str, wanted: str, kind: str, text: str) -> list[Any]:
-        def work(found: SubjectFolder, photo: Photo) -> Any:
-            option = {ON: "point", BESIDE: "negative_point", BOX: "box"}[kind]
-            options = PromptOptions(**{option: text if kind == BOX else [text]})
-            if kind != BESIDE:
-                options.check()
-            else:
-                PromptOptions(point=[text]).check()
-            asked = options.prompts_for(photo)
-            before = load_prompts(first_mask_file(found, photo), photo)
-            now = replace(
-                before,
-                points=(*before.points, *asked.points),
-                negative_points=(*before.negative_points, *asked.negative_points),
-                box=asked.box or before.box,
-            )
-            return make_first_mask(desk, found, photo, now), None
+    def named(name: str, wanted: str, kind: str, width: float, what: str) -> list[Any]:
+        found, photo = on_photo(name, wanted)
+        said = make_first_mask(desk, found, photo, MaskPrompts(text=what.strip() or None))
+        return [*values(name, wanted, kind, width), status_line(said)]
 
-        return attempt(name, wanted, work)
+    def undone(name: str, wanted: str, kind: str, width: float) -> list[Any]:
+        undo_step(*on_photo(name, wanted))
+        return [*values(name, wanted, kind, width), ""]
 
-    def scaled(name: str, wanted: str, size: str) -> list[Any]:
-        def work(found: SubjectFolder, photo: Photo) -> Any:
-            before = load_prompts(first_mask_file(found, photo), photo)
-            return make_first_mask(desk, found, photo, replace(before, scale=None if size == BEST else size)), None
+    def cleared(name: str, wanted: str, kind: str, width: float) -> list[Any]:
+        start_again(*on_photo(name, wanted))
+        return [*values(name, wanted, kind, width), ""]
 
-        return attempt(name, wanted, work)
+    def received(name: str, wanted: str, kind: str, width: float, file: str) -> list[Any]:
+        give_mask(*on_photo(name, wanted), Path(file))
+        return [*values(name, wanted, kind, width), status_line("the mask is used as it is")]
 
-    def undone(name: str, wanted: str) -> list[Any]:
-        def work(found: SubjectFolder, photo: Photo) -> Any:
-            before = load_prompts(first_mask_file(found, photo), photo)
-            if before.negative_points:
-                now = replace(before, negative_points=before.negative_points[:-1])
-            elif before.points:
-                now = replace(before, points=before.points[:-1])
-            else:
-                now = MaskPrompts()
-            if now.points or now.box:
-                return make_first_mask(desk, found, photo, now), None
-            start_again(found, photo)
-            return "", None
+    def redrawn(name: str, wanted: str | None, kind: str, width: float) -> list[Any]:
+        return [*values(name, wanted, kind, width), ""]
 
-        return attempt(name, wanted, work)
+    def encoded(name: str, wanted: str | None) -> Iterator[list[Any]]:
+        """Encodes the photo before the first click, unless a job needs the machine."""
+        found = desk.subject(name) if name else None
+        photo = photo_of(found, wanted) if found else None
+        if not found or not photo or any(job.is_alive for job in desk.jobs.all()):
+            return
+        yield [gr.skip(), status_line("reading the photo: the first click answers in a moment")]
+        options = found.options()
+        desk.encoding(photo, options)
+        yield [gr.update(visible=_reads_text(options.sam_model)), ""]
 
-    def cleared(name: str, wanted: str) -> list[Any]:
-        def work(found: SubjectFolder, photo: Photo) -> Any:
-            start_again(found, photo)
-            return "", None
+    every = [*outputs[:-1], status]
 
-        return attempt(name, wanted, work)
+    def on(event: Any, handler: Any, *more: Any) -> Any:
+        inputs = [subject, chosen, tool, brush, *more]
+        return event(told(handler, status), inputs, every, api_visibility="private", show_progress="hidden")
 
-    def received(name: str, wanted: str, file: str) -> list[Any]:
-        def work(found: SubjectFolder, photo: Photo) -> Any:
-            give_mask(found, photo, Path(file))
-            return "the mask is used as it is", None
-
-        return [*attempt(name, wanted, work), None]
-
-    def opened(name: str, wanted: str) -> list[Any]:
-        def work(found: SubjectFolder, photo: Photo) -> Any:
-            desk.encoding(photo)
-            return "", None
-
-        return attempt(name, wanted, work)
-
-    every = [*outputs, status]
-    here = [subject, chosen]
-    private: dict[str, Any] = {"api_visibility": "private"}
-    chosen.input(
-        lambda: status_line("reading the photo: the first click answers in a moment"), None, status, **private
-    ).then(opened, here, every, **private)
-    picture.select(clicked, [*here, meaning, corner], every, **private)
-    add.click(added, [*here, meaning, typed], every, **private)
-    typed.submit(added, [*here, meaning, typed], every, **private)
-    scale.input(scaled, [*here, scale], every, **private)
-    undo.click(undone, here, every, **private)
-    again.click(cleared, here, every, **private)
-    given.upload(received, [*here, given], [*every, given], **private)
+    on(canvas.input, pointed)
+    for event in (add.click, typed.submit):
+        on(event, added, typed)
+    on(scale.input, scaled, scale)
+    on(text.submit, named, text)
+    on(undo.click, undone)
+    on(again.click, cleared)
+    on(given.upload, received, given).then(lambda: None, None, given, api_visibility="private")
+    for event in (tool.input, brush.release):
+        on(event, redrawn)
+    reading: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+    on(chosen.input, redrawn).then(told(encoded, status), [subject, chosen], [text, status], **reading)
+    if isinstance(status.parent, gr.Tab):
+        status.parent.select(told(encoded, status), [subject, chosen], [text, status], **reading)
     return PageStep(shown, outputs)
+
+
+def _reads_text(sam_model: str) -> bool:
+    """Whether a SAM finds a text; it must be on this machine, since its configuration is read."""
+    from persam_dreambooth.segmentation.sams.sam3_concepts import check_reads_text
+
+    try:
+        check_reads_text(sam_model)
+    except InputError:
+        return False
+    return True

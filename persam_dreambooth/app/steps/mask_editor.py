@@ -176,12 +176,18 @@ class Edit:
     def prompted(
         self, sam: Sam, photo: Photo, encoding: Encoding, places: Sequence[Sequence[int]], tool: str, smallest: float
     ) -> Edit:
-        """The mask of SAM for the prompts so far and one more.
+        """The mask of SAM for the prompts so far and one more; `InputError` as of `asked` and `first_mask`."""
+        prompts = self.asked(places, tool)
+        made = first_mask(sam, encoding, prompts, smallest)
+        return Edit(PackedMask(made.mask), prompts, made.of(photo).record, self)
+
+    def asked(self, places: Sequence[Sequence[int]], tool: str) -> MaskPrompts:
+        """The prompts so far and one more.
 
         A first point beside the subject refines the present mask: its box is the other prompt.
 
         Raises:
-            InputError: see `first_mask`; a box without an area.
+            InputError: a box without an area; a point beside the subject without a mask.
         """
         points = [(int(x), int(y)) for x, y in places]
         prompts = self.prompts
@@ -194,14 +200,13 @@ class Edit:
             prompts = replace(prompts, points=(*prompts.points, points[-1]))
         else:
             prompts = replace(prompts, negative_points=(*prompts.negative_points, points[-1]))
-        if not (prompts.points or prompts.box):
+        if not (prompts.points or prompts.box or prompts.text):
             rows, columns = np.nonzero(np.asarray(self.mask))
             if not len(rows):
                 raise InputError("there is no mask yet: first point on the subject")
             box = int(columns.min()), int(rows.min()), int(columns.max()), int(rows.max())
             prompts = replace(prompts, box=box)
-        made = first_mask(sam, encoding, prompts, smallest)
-        return Edit(PackedMask(made.mask), prompts, made.of(photo).record, self)
+        return prompts
 
     def brushed(self, places: Sequence[Sequence[int]], radius: int, adds: bool) -> Edit:
         """The mask with a stroke added or erased, of this radius in pixels."""
