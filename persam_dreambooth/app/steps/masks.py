@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import shlex
 from collections.abc import Sequence
@@ -236,7 +237,16 @@ def masks_step(desk: Desk, subject: gr.State) -> Step:
     def photo_named(name: str, photo: str) -> tuple[SubjectFolder, list[Photo], Photo]:
         folder = desk.subject(name)
         photos = folder.photos()
-        return folder, photos, next(each for each in photos if each.name == photo)
+        found = next((each for each in photos if each.name == photo), None)
+        if found is None:
+            raise InputError(f"the photo {photo} is gone: choose another one")
+        return folder, photos, found
+
+    def open_edit(name: str, state: tuple[str, Edit] | None) -> tuple[SubjectFolder, list[Photo], Photo, Edit]:
+        """What the editor shows; raises `InputError` if it shows nothing, as after a reload."""
+        if state is None:
+            raise InputError("no mask is open: choose a photo below")
+        return *photo_named(name, state[0]), state[1]
 
     def opened(name: str, tool: str, brush: float, event: gr.EventData) -> tuple[Any, ...]:
         folder, photos, photo = photo_named(name, event.photo)
@@ -247,42 +257,50 @@ def masks_step(desk: Desk, subject: gr.State) -> Step:
         shown_back = gr.Button(visible=earlier)
         return gr.Column(visible=True), heading, canvas_of(photo, edit, tool, brush), shown_back, (photo.name, edit)
 
-    def drawn(name: str, tool: str, brush: float, state: tuple[str, Edit], event: gr.EventData) -> tuple[Any, ...]:
-        folder, _, photo = photo_named(name, state[0])
+    def drawn(name: str, tool: str, brush: float, state: Any, event: gr.EventData) -> tuple[Any, ...]:
+        folder, _, photo, edit = open_edit(name, state)
         if tool in (ADD, ERASE):
-            edit = state[1].brushed(event.points, brush_radius(photo, brush), tool == ADD)
+            edit = edit.brushed(event.points, brush_radius(photo, brush), tool == ADD)
         else:
             smallest = folder.options().smallest_region
             with desk.sam() as sam:
-                edit = state[1].prompted(sam, photo, desk.encoding(photo), event.points, tool, smallest)
+                edit = edit.prompted(sam, photo, desk.encoding(photo), event.points, tool, smallest)
         return canvas_of(photo, edit, tool, brush), (photo.name, edit)
 
-    def redrawn(name: str, tool: str, brush: float, state: tuple[str, Edit] | None) -> tuple[Any, ...]:
+    def redrawn(name: str, tool: str, brush: float, state: Any) -> tuple[Any, ...]:
         if state is None:
             return ("",)
-        return (canvas_of(photo_named(name, state[0])[2], state[1], tool, brush),)
+        _, _, photo, edit = open_edit(name, state)
+        return (canvas_of(photo, edit, tool, brush),)
 
-    def undone(name: str, tool: str, brush: float, state: tuple[str, Edit]) -> tuple[Any, ...]:
-        edit = state[1].before or state[1]
-        return canvas_of(photo_named(name, state[0])[2], edit, tool, brush), (state[0], edit)
+    def undone(name: str, tool: str, brush: float, state: Any) -> tuple[Any, ...]:
+        _, _, photo, edit = open_edit(name, state)
+        edit = edit.before or edit
+        return canvas_of(photo, edit, tool, brush), (photo.name, edit)
 
-    def saved(name: str, state: tuple[str, Edit]) -> tuple[Any, ...]:
-        folder, photos, photo = photo_named(name, state[0])
-        save_correction(folder.masks_dir, photos, photo, np.asarray(state[1].mask), state[1].record)
+    def saved(name: str, state: Any) -> tuple[Any, ...]:
+        folder, photos, photo, edit = open_edit(name, state)
+        save_correction(folder.masks_dir, photos, photo, np.asarray(edit.mask), edit.record)
         return shown(name)
 
-    def blanked(name: str, state: tuple[str, Edit]) -> tuple[Any, ...]:
-        folder, photos, photo = photo_named(name, state[0])
+    def blanked(name: str, state: Any) -> tuple[Any, ...]:
+        folder, photos, photo, _ = open_edit(name, state)
         save_correction(folder.masks_dir, photos, photo, np.zeros(photo.size[::-1], bool), None)
         return shown(name)
 
-    def restored(name: str, state: tuple[str, Edit]) -> tuple[Any, ...]:
-        folder, photos, photo = photo_named(name, state[0])
+    def restored(name: str, state: Any) -> tuple[Any, ...]:
+        folder, photos, photo, _ = open_edit(name, state)
         restore_earlier(folder.masks_dir, photos, photo)
         return shown(name)
 
     def on(event: Any, handler: Any, inputs: list[Any], changed: list[Any]) -> Any:
-        return event(told(handler, len(changed)), [subject, *inputs], [status, *changed], api_visibility="private")
+        """An event whose handler gets the subject's name first; it ends with the status, empty without an error."""
+
+        @functools.wraps(handler)
+        def with_status(*given: Any) -> tuple[Any, ...]:
+            return ("", *handler(*given))
+
+        return event(told(with_status, status), [subject, *inputs], [status, *changed], api_visibility="private")
 
     on(make.click, started, [], outputs)
     on(stop.click, stopped, [], outputs)
