@@ -18,7 +18,6 @@ from persam_dreambooth.app.desk import Desk, Step, status_line, told
 from persam_dreambooth.app.jobs import Job
 from persam_dreambooth.app.steps.mask_editor import (
     ADD,
-    BEFORE,
     ERASE,
     POINT,
     TOOLS,
@@ -44,6 +43,13 @@ from persam_dreambooth.segmentation.segmenters import METHODS, MaskFolderOptions
 
 CHOSEN = ("segmenter", "sam_model", "absent_threshold", "smallest_region", "other_mask")
 """Options of `segment` that the step asks for."""
+
+PROGRESS_STYLE = """
+p { margin: 0 }
+progress { display: block; width: 100%; height: .4rem; margin: .4rem 0; accent-color: var(--color-accent) }
+em { font-style: normal; font-weight: 600; color: #c01525 }
+.dark & em { color: #ff8a8a }
+"""
 
 SCROLL = "() => document.getElementById('mask-editor')?.scrollIntoView({block: 'start'})"
 
@@ -105,7 +111,7 @@ def words_to_make(subject: SubjectFolder, jobs: Sequence[Job]) -> list[str]:
     if not folder.is_dir():
         return make_words(subject)
     photos = subject.photos()
-    earlier = [parse(SegmentOptions, job.words[1:], "segment") for job in jobs if job.words[0] == "segment"]
+    earlier = [parse(SegmentOptions, job.words[1:], "segment") for job in jobs]
     begun = [options for options in earlier if Path(str(options.output)) == folder]
     if begun and len(find_masks(folder, photos)) < len(photos):
         given = {name: getattr(begun[-1], name) for name in ("images", "mask", "reference_image", "mask_dir", "output")}
@@ -127,34 +133,45 @@ def keep_first(subject: SubjectFolder) -> None:
         save_correction(subject.masks_dir, photos, photo, mask, noted_record(path, photo))
 
 
-def progress_of(subject: SubjectFolder, jobs: Sequence[Job], tiles: list[Tile]) -> str:
-    """What the newest job of the step does, and how many photos have masks, in words."""
-    own = [job for job in jobs if job.words[0] == "segment"]
-    told = []
+def progress_html(subject: SubjectFolder, jobs: Sequence[Job], tiles: list[Tile]) -> str:
+    """What the newest job of the step does, how many photos have masks, and what to do, as a block of HTML.
+
+    Args:
+        subject: the subject.
+        jobs: its jobs of `segment`, the newest last.
+        tiles: its photos.
+    """
+    state, told = jobs[-1].state if jobs else "", []
+    made, doubtful = sum(tile.record is not None for tile in tiles), sum(bool(tile.doubts) for tile in tiles)
+    if state == "failed":
+        told.append(status_line(jobs[-1].message, failed=True))
     if tiles:
-        made = sum(tile.record is not None for tile in tiles)
-        doubtful = sum(bool(tile.doubts) for tile in tiles)
-        told.append(f"{made} of {counted(len(tiles), 'photo')} {'has a mask' if made == 1 else 'have masks'}")
-        told += [f"{doubtful} {'looks' if doubtful == 1 else 'look'} doubtful: correct or confirm"] if doubtful else []
-    if own and own[-1].state in ("waiting", "running"):
-        told.insert(0, {"waiting": "waiting for an earlier job", "running": "making masks"}[own[-1].state])
-    elif own and own[-1].state == "failed":
-        told.insert(0, own[-1].message)
-    elif own and own[-1].state in ("stopped", "killed"):
-        told.insert(0, f"the last job was {own[-1].state}")
-    if (subject.masks_dir / BEFORE).is_dir():
-        told.append(f"corrections are in {subject.masks_dir}")
-    return ". ".join(told)
+        doing = {"waiting": "Waiting for an earlier job: ", "running": "Making masks: ",
+                 "stopped": "Stopped: ", "killed": "The job was killed: "}.get(state, "")  # fmt: skip
+        told.append(f"<p>{doing}{made} of {counted(len(tiles), 'photo')} {'has a mask' if made == 1 else 'have masks'}")
+        told.append(f'<progress max="{len(tiles)}" value="{made}" aria-label="masks"></progress>')
+        if doubtful:
+            looks = "looks" if doubtful == 1 else "look"
+            told.append(f"<em>{doubtful} {looks} doubtful</em>: choose a photo to correct its mask")
+        elif made:
+            told.append("Choose a photo to correct its mask")
+        told.append(f"Masks are in {text(str(subject.masks_dir))}</p>" if made else "</p>")
+    return "\n".join(told)
+
+
+def _label(subject: SubjectFolder, words: Sequence[str]) -> str:
+    """The button's label for the words of `words_to_make`."""
+    if Path(words[words.index("--output") + 1]) != subject.masks_dir:
+        return "Make the other masks again"
+    return "Resume" if subject.masks_dir.is_dir() else "Make masks"
 
 
 def masks_step(desk: Desk, subject: gr.State) -> Step:
     """The components of the step."""
     grids = MaskGrid()
     with gr.Row():
-        make = gr.Button("Make masks", variant="primary", elem_id="masks-make")
-        stop = gr.Button("Stop", elem_id="masks-stop")
-    progress = gr.HTML(elem_id="progress-masks")
-    status = gr.HTML(elem_id="status-masks")
+        make = gr.Button("Make masks", variant="primary", elem_id="masks-make", min_width=120)
+        stop = gr.Button("Stop", interactive=False, elem_id="masks-stop", min_width=120)
     with gr.Accordion("Options", open=False):
         helps = {name: SegmentOptions.__dataclass_fields__[name].metadata["help"] for name in CHOSEN}
         shared: dict[str, Any] = {name: {"info": helps[name], "elem_id": f"masks-{name}"} for name in CHOSEN}
@@ -165,13 +182,14 @@ def masks_step(desk: Desk, subject: gr.State) -> Step:
             gr.Number(label="smallest_region", minimum=0, maximum=0.99, step=0.01, **shared["smallest_region"]),
             gr.Textbox(label="other_mask", **shared["other_mask"]),
         ]
-    command = gr.Textbox(label="Command", lines=2, buttons=["copy"], interactive=False, elem_id="command-masks")
+    tight: dict[str, Any] = {"padding": False, "min_height": 0}
+    status = gr.HTML(elem_id="status-masks", **tight)
+    progress = gr.HTML(elem_id="progress-masks", css_template=PROGRESS_STYLE, **tight)
     with gr.Column(visible=False, elem_id="mask-editor") as editor:
-        title = gr.HTML()
+        title = gr.HTML(**tight)
         canvas = photo_canvas("mask-canvas")
-        with gr.Row():
-            tool = gr.Radio(TOOLS, value=POINT, label="Tool", elem_id="mask-tool")
-            brush = gr.Slider(0.5, 20, value=4, step=0.5, label="Brush, % of the photo", elem_id="mask-brush")
+        tool = gr.Radio(TOOLS, value=POINT, label="Tool", elem_id="mask-tool")
+        brush = gr.Slider(0.5, 20, value=4, step=0.5, label="Brush, % of the photo", elem_id="mask-brush")
         with gr.Row():
             save = gr.Button("Save mask", variant="primary", elem_id="mask-save", min_width=120)
             undo = gr.Button("Undo", elem_id="mask-undo", min_width=120)
@@ -180,41 +198,47 @@ def masks_step(desk: Desk, subject: gr.State) -> Step:
             close = gr.Button("Close", elem_id="mask-close", min_width=120)
     edited = gr.State(None)
     grid = gr.HTML(
-        elem_id="masks-grid", css_template=GRID_STYLE, js_on_load=GRID_SCRIPT, apply_default_css=False, min_height=0
+        elem_id="masks-grid", css_template=GRID_STYLE, js_on_load=GRID_SCRIPT, apply_default_css=False, **tight
     )
+    command = gr.Textbox(label="Command", lines=2, buttons=["copy"], interactive=False, elem_id="command-masks")
+    parts = [grid, progress, command, make, stop]
+    outputs = [*parts, *choices]
+    closed = [*outputs, editor, edited]
 
-    def live(name: str) -> tuple[str, str]:
+    def live(name: str) -> tuple[Any, ...]:
+        """The grid, the progress, the command and its buttons."""
         if not name:
-            return "", ""
-        folder, jobs = desk.subject(name), desk.jobs.of(desk.subject(name))
+            return "", "", "", gr.Button("Make masks", interactive=False), gr.Button(interactive=False)
+        folder = desk.subject(name)
+        jobs = [job for job in desk.jobs.of(folder) if job.words[:1] == ["segment"]]
+        going = bool(jobs) and jobs[-1].state in ("waiting", "running")
         try:
             tiles = grids.tiles(folder.masks_dir, folder.photos(), folder.options().absent)
+            drawing, says = grid_html(tiles), progress_html(folder, jobs, tiles)
         except InputError as error:
-            return "", status_line(f"error: {error}", failed=True)
-        return grid_html(tiles), text(progress_of(folder, jobs, tiles))
+            drawing, says = "", status_line(f"error: {error}", failed=True)
+        try:
+            words = jobs[-1].words if going else words_to_make(folder, jobs)
+            told_command, label = shlex.join(["persam-dreambooth", *words]), _label(folder, words)
+        except InputError as error:
+            told_command, label, says = "", "Make masks", f"{says}<p>{text(str(error))}</p>"
+        can = bool(told_command) and not going
+        return drawing, says, told_command, gr.Button(label, interactive=can), gr.Button(interactive=going)
 
     def shown(name: str) -> tuple[Any, ...]:
         if not name:
-            return ("", "", "", gr.Button("Make masks"), *[None] * len(choices), gr.Column(visible=False), None)
-        folder = desk.subject(name)
-        own = folder.options()
+            return (*live(name), *[None] * len(choices))
+        own = desk.subject(name).options()
         values = [getattr(own, option) if own.given(option) or option != "sam_model" else "" for option in CHOSEN]
         values[-1] = ", ".join(own.other_mask or ())
-        try:
-            words = words_to_make(folder, desk.jobs.of(folder))
-            told_command = shlex.join(["persam-dreambooth", *words])
-            begun = folder.masks_dir.is_dir()
-            again = "--mask_dir" in words and Path(words[words.index("--output") + 1]) != folder.masks_dir
-            label = "Make the other masks again" if again else "Resume" if begun else "Make masks"
-        except InputError as error:
-            told_command, label = str(error), "Make masks"
-        return (*live(name), told_command, gr.Button(label), *values, gr.Column(visible=False), None)
+        return (*live(name), *values)
 
-    outputs = [grid, progress, command, make, *choices, editor, edited]
+    def shown_closed(name: str) -> tuple[Any, ...]:
+        return (*shown(name), gr.Column(visible=False), None)
 
     def started(name: str) -> tuple[Any, ...]:
         folder = desk.subject(name)
-        words = words_to_make(folder, desk.jobs.of(folder))
+        words = words_to_make(folder, [job for job in desk.jobs.of(folder) if job.words[:1] == ["segment"]])
         if folder.masks_dir.is_dir() and "--mask_dir" in words:
             keep_first(folder)
         desk.jobs.submit(folder, words)
@@ -227,9 +251,8 @@ def masks_step(desk: Desk, subject: gr.State) -> Step:
         return shown(name)
 
     def chosen(name: str, *values: Any) -> tuple[Any, ...]:
-        given = {option: value or None for option, value in zip(CHOSEN, values, strict=True)}
+        given = {option: None if value == "" else value for option, value in zip(CHOSEN, values, strict=True)}
         given["other_mask"] = [path.strip() for path in str(values[-1] or "").split(",") if path.strip()] or None
-        given["smallest_region"] = values[CHOSEN.index("smallest_region")]
         segment_options(desk.subject(name), **{option: value for option, value in given.items() if value is not None})
         desk.subject(name).save_options(**given)
         return shown(name)
@@ -281,17 +304,17 @@ def masks_step(desk: Desk, subject: gr.State) -> Step:
     def saved(name: str, state: Any) -> tuple[Any, ...]:
         folder, photos, photo, edit = open_edit(name, state)
         save_correction(folder.masks_dir, photos, photo, np.asarray(edit.mask), edit.record)
-        return shown(name)
+        return shown_closed(name)
 
     def blanked(name: str, state: Any) -> tuple[Any, ...]:
         folder, photos, photo, _ = open_edit(name, state)
         save_correction(folder.masks_dir, photos, photo, np.zeros(photo.size[::-1], bool), None)
-        return shown(name)
+        return shown_closed(name)
 
     def restored(name: str, state: Any) -> tuple[Any, ...]:
         folder, photos, photo, _ = open_edit(name, state)
         restore_earlier(folder.masks_dir, photos, photo)
-        return shown(name)
+        return shown_closed(name)
 
     def on(event: Any, handler: Any, inputs: list[Any], changed: list[Any]) -> Any:
         """An event whose handler gets the subject's name first; it ends with the status, empty without an error."""
@@ -312,8 +335,8 @@ def masks_step(desk: Desk, subject: gr.State) -> Step:
     for event in (tool.change, brush.release):
         on(event, redrawn, [tool, brush, edited], [canvas])
     on(undo.click, undone, [tool, brush, edited], [canvas, edited])
-    on(save.click, saved, [edited], outputs)
-    on(blank.click, blanked, [edited], outputs)
-    on(back.click, restored, [edited], outputs)
-    on(close.click, shown, [], outputs)
-    return Step(shown, outputs, live, (grid, progress))
+    on(save.click, saved, [edited], closed)
+    on(blank.click, blanked, [edited], closed)
+    on(back.click, restored, [edited], closed)
+    on(close.click, shown_closed, [], closed)
+    return Step(shown_closed, closed, live, tuple(parts))
