@@ -4,9 +4,8 @@ import os
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
-from browser import SCREENSHOTS, SIZES, reaches_beyond, screenshots
+from browser import SCREENSHOTS, SIZES, screenshots
 from test_app_browser import open_step, until
 
 from persam_dreambooth import toy
@@ -23,12 +22,11 @@ DUCK = sorted((toy.path("photos") / "duck").glob("*.jpg"))
 @pytest.fixture
 def duck(tmp_path, toy_sam):
     """The subject `duck` with four photos and its first mask, as the steps before leave it."""
-    desk = Desk(AppOptions(workspace=str(tmp_path / "workspace"), sam_model="toy"))
-    subject = desk.new_subject("duck")
+    subject = Desk(AppOptions(workspace=str(tmp_path / "workspace"))).new_subject("duck")
     (subject.folder / "photos").mkdir()
     for path in DUCK:
         shutil.copy(path, subject.folder / "photos")
-    subject.save_options(absent_threshold=0.95)  # the second photo's presence is 0.90
+    subject.save_options(sam_model="toy", encoding_cache=toy_sam[-1], absent_threshold=0.95)
     subject.first_dir.mkdir()
     photo, output = str(subject.folder / "photos" / "00.jpg"), f"{subject.first_dir}/"
     mask_photo(MaskOptions(photo=photo, point=["270,250"], sam_model="toy", encoding_cache=toy_sam[-1], output=output))
@@ -80,8 +78,8 @@ def choose(page, tool):
     page.locator(f"#mask-canvas [data-tool={kind}]").wait_for()
 
 
-def test_masks_are_made_corrected_and_made_again(page, app_server, duck, toy_sam):
-    server = app_server(*toy_sam, workspace=duck.folder.parent)
+def test_masks_are_made_corrected_and_made_again(page, app_server, duck):
+    server = app_server(workspace=duck.folder.parent)
     page.goto(f"{server.url}?subject=duck")
     open_step(page, "Masks")
     page.locator("#masks-make:enabled").click()

@@ -170,7 +170,7 @@ def masks_step(desk: Desk, subject: gr.State) -> Step:
     """The components of the step."""
     grids = MaskGrid()
     with gr.Row():
-        make = gr.Button("Make masks", variant="primary", elem_id="masks-make", min_width=120)
+        make = gr.Button("Make masks", variant="primary", interactive=False, elem_id="masks-make", min_width=120)
         stop = gr.Button("Stop", interactive=False, elem_id="masks-stop", min_width=120)
     with gr.Accordion("Options", open=False):
         helps = {name: SegmentOptions.__dataclass_fields__[name].metadata["help"] for name in CHOSEN}
@@ -285,9 +285,10 @@ def masks_step(desk: Desk, subject: gr.State) -> Step:
         if tool in (ADD, ERASE):
             edit = edit.brushed(event.points, brush_radius(photo, brush), tool == ADD)
         else:
-            smallest = folder.options().smallest_region
-            with desk.sam() as sam:
-                edit = edit.prompted(sam, photo, desk.encoding(photo), event.points, tool, smallest)
+            own = folder.options()
+            with desk.sam(own) as sam:
+                encoding = desk.encoding(photo, own)
+                edit = edit.prompted(sam, photo, encoding, event.points, tool, own.smallest_region)
         return canvas_of(photo, edit, tool, brush), (photo.name, edit)
 
     def redrawn(name: str, tool: str, brush: float, state: Any) -> tuple[Any, ...]:
