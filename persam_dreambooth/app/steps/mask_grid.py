@@ -46,15 +46,14 @@ GRID_STYLE = """
 .masks button:hover, .masks button:focus-visible { box-shadow: 0 4px 14px #0004; transform: translateY(-2px) }
 .masks button:focus-visible { outline: 2px solid var(--color-accent); outline-offset: 2px }
 .masks button.doubtful { border-color: #d1242f; box-shadow: 0 0 0 1px #d1242f }
-.masks img, .masks .blank { display: block; width: 100%; aspect-ratio: 1; margin: 0; object-fit: cover;
+.masks img, .masks .blank { display: block; width: 100%; aspect-ratio: 1; margin: 0; object-fit: contain;
     background: var(--background-fill-secondary) }
-.masks img { object-fit: contain }
 .masks .told { display: flex; flex-direction: column; gap: .1rem; padding: .5rem .65rem .6rem }
 .masks.many .told { padding: .35rem .45rem .45rem; font-size: .78rem }
 .masks strong { font-weight: 600; font-size: 1.05em }
-.masks .facts { color: var(--body-text-color-subdued) }
+.masks .facts { opacity: .75 }
 .masks em { font-style: normal; font-weight: 600; color: #c01525 }
-.dark .masks em { color: #ff8a8a }
+.dark & .masks em { color: #ff8a8a }
 """
 
 MANY = 24

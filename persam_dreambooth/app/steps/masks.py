@@ -45,8 +45,9 @@ CHOSEN = ("segmenter", "sam_model", "absent_threshold", "smallest_region", "othe
 """Options of `segment` that the step asks for."""
 
 PROGRESS_STYLE = """
-p { margin: 0 }
-progress { display: block; width: 100%; height: .4rem; margin: .4rem 0; accent-color: var(--color-accent) }
+p { margin: 0; overflow-wrap: anywhere }
+.bar { height: .35rem; margin-top: .4rem; border-radius: .2rem; background: var(--border-color-primary) }
+.bar span { display: block; height: 100%; border-radius: inherit; background: var(--color-accent) }
 em { font-style: normal; font-weight: 600; color: #c01525 }
 .dark & em { color: #ff8a8a }
 """
@@ -148,14 +149,14 @@ def progress_html(subject: SubjectFolder, jobs: Sequence[Job], tiles: list[Tile]
     if tiles:
         doing = {"waiting": "Waiting for an earlier job: ", "running": "Making masks: ",
                  "stopped": "Stopped: ", "killed": "The job was killed: "}.get(state, "")  # fmt: skip
-        told.append(f"<p>{doing}{made} of {counted(len(tiles), 'photo')} {'has a mask' if made == 1 else 'have masks'}")
-        told.append(f'<progress max="{len(tiles)}" value="{made}" aria-label="masks"></progress>')
+        says = [f"{doing}{made} of {counted(len(tiles), 'photo')} {'has a mask' if made == 1 else 'have masks'}"]
+        says += [f"in {text(f'{subject.name}/{subject.masks_dir.name}')}"] if made else []
+        told.append(f"<p>{' '.join(says)}.")
         if doubtful:
-            looks = "looks" if doubtful == 1 else "look"
-            told.append(f"<em>{doubtful} {looks} doubtful</em>: choose a photo to correct its mask")
-        elif made:
-            told.append("Choose a photo to correct its mask")
-        told.append(f"Masks are in {text(str(subject.masks_dir))}</p>" if made else "</p>")
+            told.append(f"<em>{doubtful} {'looks' if doubtful == 1 else 'look'} doubtful.</em>")
+        told.append("Choose a photo to correct its mask.</p>" if made else "</p>")
+        if state in ("waiting", "running"):
+            told.append(f'<div class="bar"><span style="width: {made / len(tiles):.0%}"></span></div>')
     return "\n".join(told)
 
 
@@ -170,8 +171,10 @@ def masks_step(desk: Desk, subject: gr.State) -> Step:
     """The components of the step."""
     grids = MaskGrid()
     with gr.Row():
-        make = gr.Button("Make masks", variant="primary", interactive=False, elem_id="masks-make", min_width=120)
-        stop = gr.Button("Stop", interactive=False, elem_id="masks-stop", min_width=120)
+        make = gr.Button(
+            "Make masks", variant="primary", interactive=False, elem_id="masks-make", scale=4, min_width=120
+        )
+        stop = gr.Button("Stop", interactive=False, elem_id="masks-stop", min_width=80)
     with gr.Accordion("Options", open=False):
         helps = {name: SegmentOptions.__dataclass_fields__[name].metadata["help"] for name in CHOSEN}
         shared: dict[str, Any] = {name: {"info": helps[name], "elem_id": f"masks-{name}"} for name in CHOSEN}
