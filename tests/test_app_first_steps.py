@@ -147,11 +147,13 @@ def test_clicks_a_box_a_brush_and_undo_on_a_turned_photo(page, app_server, fault
     exif = Image.Exif()
     exif[0x0112] = 6  # shown turned by 90 degrees, upright
     turned.save(photos / "duck.png", exif=exif)
+    (photos / "notes.txt").write_text("of <b>mine</b>")
     server = app_server("--sam_model", "toy", "--instance_dir", photos, "--output_dir", tmp_path / "workspace" / "duck")
     file = server.workspace / "duck" / "first" / "duck_mask.png"
     page.set_default_timeout(8000)
     page.goto(f"{server.url}/?subject=duck")
     page.locator("#photos-gallery img").first.wait_for()
+    assert "notes.txt" in page.locator("#photos-left-out").inner_text()
     page.get_by_role("tab", name="First mask", exact=True).click()
     image = page.locator("#first-canvas img")
     image.wait_for()

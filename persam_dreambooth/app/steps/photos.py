@@ -183,12 +183,6 @@ def _told_left_out(folder: Path) -> str:
     return f"<p>Left out:</p><ul>{''.join(lines)}</ul>" if lines else ""
 
 
-def status_lines(text: str, is_error: bool = False) -> str:
-    """A status in HTML: one paragraph a line; screen readers announce an error at once."""
-    lines = "".join(f"<p>{text(line)}</p>" for line in text.splitlines())
-    return f'<div role="{"alert" if is_error else "status"}">{lines}</div>'
-
-
 def photos_step(desk: Desk, subject: gr.State) -> PageStep:
     """Builds the components of the step; see `app.page`."""
     status = gr.HTML(elem_id="status-photos")
@@ -209,8 +203,8 @@ def photos_step(desk: Desk, subject: gr.State) -> PageStep:
     gallery = gr.HTML(elem_id="photos-gallery", css_template=GALLERY_STYLE, apply_default_css=False, min_height=0)
     left_out = gr.HTML(elem_id="photos-left-out")
     with gr.Row():
-        chosen = gr.Dropdown(label="Photo to remove", elem_id="photos-chosen", scale=4, min_width=160)
-        remove = gr.Button("Remove it and its masks", elem_id="photos-remove", min_width=120)
+        chosen = gr.Dropdown(label="Photo to remove, with its masks", elem_id="photos-chosen", scale=4, min_width=160)
+        remove = gr.Button("Remove", elem_id="photos-remove", min_width=120)
     command = gr.Textbox(label="Folder for commands (--images)", buttons=["copy"], elem_id="command-photos")
     outputs = [gallery, left_out, chosen, place, class_name, command]
 
