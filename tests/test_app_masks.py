@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from filecmp import cmp as same_files
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,10 @@ from test_app_browser import open_step, until
 from persam_dreambooth import toy
 from persam_dreambooth.app.app_options import AppOptions
 from persam_dreambooth.app.desk import Desk
+from persam_dreambooth.app.steps.mask_editor import has_earlier, restore_earlier, save_correction
+from persam_dreambooth.photos.folder import find_photos
 from persam_dreambooth.photos.mask_folder import load_known
 from persam_dreambooth.segmentation.first_mask import MaskOptions, mask_photo
-
-pytestmark = pytest.mark.browser
 
 DUCK = sorted((toy.path("photos") / "duck").glob("*.jpg"))
 
@@ -79,6 +80,7 @@ def choose(page, tool):
     page.locator(f"#mask-canvas [data-tool={kind}]").wait_for()
 
 
+@pytest.mark.browser
 def test_masks_are_made_corrected_and_made_again(page, app_server, duck):
     server = app_server(workspace=duck.folder.parent)
     page.goto(f"{server.url}?subject=duck")
@@ -110,8 +112,8 @@ def test_masks_are_made_corrected_and_made_again(page, app_server, duck):
     page.locator("#mask-undo").click()
     until(lambda: covered(page) == by_click)
     close(page, "#mask-save")
-    assert terminal_sees(duck) == made | {"01.jpg": ("point", by_click)}
-    tile(page, "01.jpg").get_by_text(f"covers {by_click} %, point").wait_for()
+    assert terminal_sees(duck) == made | {"01.jpg": ("box", by_click)}
+    tile(page, "01.jpg").get_by_text(f"covers {by_click} %, box").wait_for()
 
     for name in ("02.jpg", "03.jpg"):
         edit(page, name)
@@ -120,7 +122,7 @@ def test_masks_are_made_corrected_and_made_again(page, app_server, duck):
     assert terminal_sees(duck)["02.jpg"] == ("drawn", 0)
     edit(page, "02.jpg")
     close(page, "#mask-back")
-    corrected = made | {"01.jpg": ("point", by_click), "03.jpg": ("drawn", 0)}
+    corrected = made | {"01.jpg": ("box", by_click), "03.jpg": ("drawn", 0)}
     assert terminal_sees(duck) == corrected
 
     page.reload()
@@ -137,6 +139,19 @@ def test_masks_are_made_corrected_and_made_again(page, app_server, duck):
     page.wait_for_timeout(2000)  # longer than the time between two looks at the jobs
     assert page.evaluate("document.activeElement.dataset.photo") == "03.jpg"
     assert reaches_beyond(page) == 0
+
+
+def test_a_photo_without_the_subject_is_left_out_of_training(runs, photos, tmp_path, caplog):
+    folder = tmp_path / "masks"
+    shutil.copytree(photos.parent / "masks", folder)
+    found = find_photos(photos)
+    save_correction(folder, found, found[2], np.zeros(found[2].size[::-1], bool), None)
+    assert runs.train(tmp_path / "run", mask_dir=folder) == 0
+    assert "02.png: its mask is empty, so it is not used for training" in caplog.text
+    assert "on 3 photos" in (tmp_path / "run" / "README.md").read_text()
+    assert has_earlier(folder, found, found[2])
+    restore_earlier(folder, found, found[2])
+    assert same_files(folder / "02.png", photos.parent / "masks" / "02.png", shallow=False)
 
 
 def picture(page):
