@@ -5,6 +5,7 @@ import shutil
 from filecmp import cmp as same_files
 from pathlib import Path
 
+import numpy as np
 import pytest
 from browser import SCREENSHOTS, SIZES, reaches_beyond, screenshots
 from PIL import Image
