@@ -50,6 +50,8 @@ p { margin: 0; overflow-wrap: anywhere }
 .bar span { display: block; height: 100%; border-radius: inherit; background: var(--color-accent) }
 em { font-style: normal; font-weight: 600; color: #c01525 }
 .dark & em { color: #ff8a8a }
+:root:has(&) #status-masks:not(:has(p)) { display: none }
+:root:has(&) :is(#status-masks, #progress-masks, #masks-grid, #mask-editor) .html-container { padding: 0 }
 """
 
 SCROLL = "() => document.getElementById('mask-editor')?.scrollIntoView({block: 'start'})"
