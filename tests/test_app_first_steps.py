@@ -191,6 +191,12 @@ def test_clicks_a_box_a_brush_and_undo_on_a_turned_photo(page, app_server, fault
     page.mouse.click(*at(16, 16))
     coverages.append(changed())
     choose("Box")
+    kept = file.read_bytes()
+    drag((279, 467), (281, 469))
+    alert = page.locator("#status-first [role=alert]")
+    alert.wait_for()
+    assert alert.inner_text().startswith("error: toy finds nothing at box ")
+    assert file.read_bytes() == kept and image.get_attribute("src") == shown[-1]
     drag((100, 100), (400, 400))
     coverages.append(changed())
     assert np.abs(np.array(saved()["box"]) - (100, 100, 400, 400)).max() <= 1
@@ -219,4 +225,5 @@ def test_clicks_a_box_a_brush_and_undo_on_a_turned_photo(page, app_server, fault
         assert shown[-1] == shown[number]
     assert not file.exists()
     page.locator("#first-undo").click()
-    assert page.locator("#status-first [role=alert]").inner_text() == "error: there is nothing to undo"
+    alert.wait_for()
+    assert alert.inner_text() == "error: there is nothing to undo"

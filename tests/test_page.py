@@ -6,7 +6,9 @@ import shutil
 import subprocess
 
 import pytest
+from browser import reaches_beyond
 from PIL import Image
+from training_runs import command
 
 from persam_dreambooth.report import page
 from persam_dreambooth.report.tables import Table, csv_tables, latex_tables, markdown_table
@@ -99,3 +101,42 @@ def test_latex_has_as_many_cells_as_columns_and_no_bare_sign():
     # Braces balance, and what starts a comment, mathematics or a subscript is escaped.
     bare = re.sub(r"\\[\\{}$&#%_]", "", text.split("\n", 1)[1].replace("$\\pm$", "±").replace("$-$", "-"))
     assert bare.count("{") == bare.count("}") and not set(bare) & set("%$#_^~")
+
+
+# --- the pages of runs in a browser
+
+
+@pytest.fixture(scope="module")
+def run_pages(complete, photos, filled_sam, tmp_path_factory):
+    """The pages of a finished training and of a folder of masks."""
+    masks = tmp_path_factory.mktemp("pages") / "masks"
+    given = ["--images", photos, "--mask", photos.parent / "masks" / "00.png", "--sam_model", filled_sam]
+    assert command("segment", *given, "--output", masks) == 0
+    return {"train": complete / "report.html", "segment": masks / "report.html"}
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("kind", ["train", "segment"])
+def test_the_page_of_a_run_fits_a_phone_and_needs_no_network(kind, scheme, run_pages, chromium):
+    context = chromium.new_context(viewport={"width": 360, "height": 740}, color_scheme=scheme)
+    requests = []
+    context.on("request", lambda request: requests.append(request.url))
+    shown = context.new_page()
+    shown.goto(run_pages[kind].as_uri())
+    assert [url for url in requests if not url.startswith("data:")] == [run_pages[kind].as_uri()]
+    assert reaches_beyond(shown) == 0
+    assert shown.evaluate("[...document.images].every(each => each.alt.trim() && each.naturalWidth)")
+    ink, paper = shown.evaluate(
+        "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
+    )
+    brightness = [sum(map(int, re.findall(r"\d+", color)[:3])) for color in (ink, paper)]
+    assert (brightness[0] > brightness[1]) == (scheme == "dark")
+    outlined = shown.locator("#masks img").count()
+    assert outlined == 4
+    if kind == "train":
+        assert shown.get_by_role("heading", level=2).all_inner_texts() == [
+            "Masks", "Loss", "Samples", "Options", "Commands"
+        ]  # fmt: skip
+        assert shown.locator("#samples img").count() == 2
+    context.close()

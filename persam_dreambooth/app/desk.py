@@ -96,7 +96,7 @@ class Desk:
         Raises:
             InputError: the name is not a folder's, or such a folder holds something else.
         """
-        subject = self.subject(name.strip())
+        subject = self.subject((name or "").strip())
         if not subject.exists:
             check_new(subject.folder, {}, "give the subject another name")
             subject.save_options()

@@ -133,8 +133,12 @@ class SubjectFolder:
 
     @property
     def masks_dir(self) -> Path:
-        """The mask folder."""
-        return self.folder if is_mask_index(self.folder / MASK_INDEX) else self.folder / MASKS
+        """The mask folder; of several, whose masks were made again from corrections, the last one."""
+        if is_mask_index(self.folder / MASK_INDEX):
+            return self.folder
+        again = [folder for folder in self.folder.glob(f"{MASKS}-*") if is_mask_index(folder / MASK_INDEX)]
+        numbered = {int(number): folder for folder in again if (number := folder.name[len(MASKS) + 1 :]).isdecimal()}
+        return numbered[max(numbered)] if numbered else self.folder / MASKS
 
     def masks(self) -> list[PhotoMask]:
         """The masks there are, in the order of the photos; see `load_known` for the errors."""

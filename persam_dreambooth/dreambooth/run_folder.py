@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 MODEL_CARD = "README.md"
 """The model card, written after the weights: a run that has it is finished."""
 
-PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
+RUN_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 """The packages whose versions a run notes."""
 
 OwnOptions = TypeVar("OwnOptions", bound=TrainingOptions)
@@ -162,7 +162,7 @@ def write_config(options: TrainingOptions) -> None:
         changed = [f"{key} {before.get(key)} -> {value}" for key, value in resolved.items() if before.get(key) != value]
         if changed:
             logger.info("options that changed since the run's start: %s", ", ".join(changed))
-    packages = package_versions(*PACKAGES)
+    packages = package_versions(*RUN_PACKAGES)
     versions = ", ".join(f"{name} {version}" for name, version in packages.items())
     source = f" (commit {found})" if (found := commit()) else ""
     head = f"{CONFIG_HEAD} {persam_dreambooth.__version__}{source}; {versions}\n"

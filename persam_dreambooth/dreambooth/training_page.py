@@ -13,7 +13,7 @@ from PIL import Image
 from persam_dreambooth.dreambooth.card import about_run, generate_command, how_to_name, run_facts, run_title
 from persam_dreambooth.dreambooth.data import Crops
 from persam_dreambooth.dreambooth.pipelines import model_notice
-from persam_dreambooth.dreambooth.run_folder import MODEL_CARD, PACKAGES
+from persam_dreambooth.dreambooth.run_folder import MODEL_CARD, RUN_PACKAGES
 from persam_dreambooth.dreambooth.samples import SAMPLES, sample_source
 from persam_dreambooth.dreambooth.training_options import TrainingOptions
 from persam_dreambooth.errors import Cancelled, SaveError
@@ -63,7 +63,7 @@ class TrainingPage:
         subjects: list[str] | None = None,
     ) -> None:
         self.given, self.options = given, options
-        self.facts = {**run_facts(options, masks, crops), **machine_facts(*PACKAGES)}
+        self.facts = {**run_facts(options, masks, crops), **machine_facts(*RUN_PACKAGES)}
         self.about = [about_run(options, masks, crops), *how_to_name(options.each_subject).split("\n- ")]
         notice = model_notice(options.pretrained_model_name_or_path)
         self.about += [notice] if notice else []

@@ -33,10 +33,10 @@ if TYPE_CHECKING:
     from persam_dreambooth.segmentation.sams.sam import Encoding
     from persam_dreambooth.segmentation.video_segmenter import VideoSegmenter
 
-FRAMES_SHOWN = 12
+VIDEO_FRAMES_SHOWN = 12
 """Maximum number of evenly spaced frames on the page, and of those in which an object leaves or returns."""
 
-FRAME_SIDE = 320
+VIDEO_FRAME_SIDE = 320
 """Width and height of a frame on the page, in pixels."""
 
 logger = logging.getLogger(__name__)
@@ -117,12 +117,12 @@ def write_video_page(options: VideoOptions, video: Video, seen: list[set[int]], 
     palette = davis_palette()
     colors = [f"rgb({','.join(map(str, palette[3 * number : 3 * number + 3]))})" for number in numbers]
     changes = [place for place in range(1, len(seen)) if seen[place] != seen[place - 1]]
-    even = np.linspace(0, len(seen) - 1, min(len(seen), FRAMES_SHOWN)).astype(int).tolist()
-    chosen, stems, pictures = {*even, *changes[:FRAMES_SHOWN]}, [], []
+    even = np.linspace(0, len(seen) - 1, min(len(seen), VIDEO_FRAMES_SHOWN)).astype(int).tolist()
+    chosen, stems, pictures = {*even, *changes[:VIDEO_FRAMES_SHOWN]}, [], []
     for place, frame in enumerate(chain([video.first], video.others)):
         stems.append(frame.stem)
         if place in chosen:
-            tile = fit_tile(overlay_labels(frame.read(), read_labels(output / f"{frame.stem}.png")), FRAME_SIDE)
+            tile = fit_tile(overlay_labels(frame.read(), read_labels(output / f"{frame.stem}.png")), VIDEO_FRAME_SIDE)
             shown = ", ".join(f"object {number}" for number in sorted(seen[place])) or "no object"
             pictures.append(page.picture(tile, f"frame {frame.stem} with {shown} in color", [frame.stem, shown]))
     rows: list[list[TableCell]] = [

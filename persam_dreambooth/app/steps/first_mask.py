@@ -248,8 +248,10 @@ def first_mask_step(desk: Desk, subject: gr.State) -> PageStep:
         chosen = gr.Dropdown(label="Photo", elem_id="first-photo", min_width=240)
         text = gr.Textbox(label="Text, such as cat", visible=False, elem_id="first-text", min_width=240)
     with gr.Row():
-        tool = gr.Radio(TOOLS, value=POINT, label="Tool", elem_id="first-tool")
-        brush = gr.Slider(0.5, 20, value=4, step=0.5, label="Brush, % of the photo", elem_id="first-brush")
+        tool = gr.Radio(TOOLS, value=POINT, label="Tool", elem_id="first-tool", scale=2, min_width=300)
+        brush = gr.Slider(
+            0.5, 20, value=4, step=0.5, label="Brush, % of the photo", elem_id="first-brush", min_width=240
+        )
     canvas = photo_canvas("first-canvas")
     scale = gr.Radio(visible=False, label="Scale of SAM's mask", elem_id="first-scale")
     with gr.Row():

@@ -53,7 +53,8 @@ TOOLS = (POINT, BESIDE, A_BOX, ADD, ERASE)
 _KINDS = {POINT: "point", BESIDE: "point", A_BOX: "box", ADD: "brush", ERASE: "brush"}
 
 CANVAS_STYLE = """
-.canvas { position: relative; width: fit-content; max-width: 100%; margin: 0 auto; cursor: crosshair; user-select: none }
+.canvas { position: relative; width: fit-content; max-width: 100%; margin: 0 auto;
+    cursor: crosshair; user-select: none }
 .canvas img { display: block; max-width: 100%; max-height: 80vh; margin: 0 }
 .canvas canvas { position: absolute; inset: 0; width: 100%; height: 100%; pointer-events: none }
 .canvas[data-tool=box], .canvas[data-tool=brush] { touch-action: none }
@@ -85,7 +86,8 @@ const draw = () => {
     pen.strokeRect(first[0], first[1], last[0] - first[0], last[1] - first[1]);
   } else if (canvas().dataset.tool === 'brush') {
     pen.lineWidth = 2 * Number(canvas().dataset.radius);
-    pen.beginPath(); pen.moveTo(...first); places.forEach(each => pen.lineTo(...each)); pen.lineTo(...last); pen.stroke();
+    pen.beginPath(); pen.moveTo(...first);
+    places.forEach(each => pen.lineTo(...each)); pen.lineTo(...last); pen.stroke();
   }
 };
 element.addEventListener('pointerdown', event => {

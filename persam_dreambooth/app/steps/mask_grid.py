@@ -37,18 +37,27 @@ REASONS = {
 """Flags of a mask in words."""
 
 GRID_STYLE = """
-.masks { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(9.5rem, 45%), 1fr)); gap: .7rem }
-.masks button { display: flex; flex-direction: column; gap: .15rem; padding: .3rem; text-align: left; cursor: pointer;
-    color: var(--body-text-color); background: var(--background-fill-primary); font-size: .85rem; line-height: 1.3;
-    border: 2px solid var(--border-color-primary); border-radius: .4rem; overflow-wrap: anywhere }
-.masks button:hover, .masks button:focus-visible { border-color: var(--color-accent) }
-.masks button.doubtful { border-color: #d1242f }
-.masks img { width: 100%; aspect-ratio: 1; object-fit: contain; background: var(--background-fill-secondary) }
-.masks .blank { width: 100%; aspect-ratio: 1; background: var(--background-fill-secondary) }
-.masks strong { font-weight: 600 }
+.masks { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(15rem, 45%), 1fr)); gap: .75rem }
+.masks.many { grid-template-columns: repeat(auto-fill, minmax(min(9.5rem, 30%), 1fr)) }
+.masks button { display: flex; flex-direction: column; padding: 0; text-align: left; cursor: pointer; overflow: hidden;
+    color: var(--body-text-color); background: var(--background-fill-primary); font-size: .85rem; line-height: 1.35;
+    border: 1px solid var(--border-color-primary); border-radius: .6rem; overflow-wrap: anywhere;
+    box-shadow: 0 1px 3px #0002; transition: box-shadow .15s, transform .15s }
+.masks button:hover, .masks button:focus-visible { box-shadow: 0 4px 14px #0004; transform: translateY(-2px) }
+.masks button:focus-visible { outline: 2px solid var(--color-accent); outline-offset: 2px }
+.masks button.doubtful { border-color: #d1242f; box-shadow: 0 0 0 1px #d1242f }
+.masks img, .masks .blank { display: block; width: 100%; aspect-ratio: 1; margin: 0; object-fit: contain;
+    background: var(--background-fill-secondary) }
+.masks .told { display: flex; flex-direction: column; gap: .1rem; padding: .5rem .65rem .6rem }
+.masks.many .told { padding: .35rem .45rem .45rem; font-size: .78rem }
+.masks strong { font-weight: 600; font-size: 1.05em }
+.masks .facts { opacity: .75 }
 .masks em { font-style: normal; font-weight: 600; color: #c01525 }
-.dark .masks em, :root.dark & .masks em { color: #ff8a8a }
+.dark & .masks em { color: #ff8a8a }
 """
+
+MANY = 24
+"""Photos from which on the tiles are smaller."""
 
 GRID_SCRIPT = """
 element.addEventListener('click', event => {
@@ -83,7 +92,7 @@ class Tile:
             return "no mask yet" if self.picture else "reading"
         if not self.record.coverage:
             return "not in this photo: left out of training"
-        told = [f"covers {self.record.coverage:.{0 if self.record.coverage >= 0.1 else 1}%}"]
+        told = [f"covers {self.record.coverage:.{0 if self.record.coverage >= 0.1 else 1}%}".replace("%", " %")]
         told += [] if self.record.presence is None else [f"presence {self.record.presence:.2f}"]
         return ", ".join([*told, self.record.method])
 
@@ -96,8 +105,8 @@ class Tile:
         kind = ' class="doubtful"' if self.doubts else ""
         name = text(self.photo.name)
         return (
-            f'<button type="button" data-photo="{name}"{kind}>{shown}<strong>{name}</strong>'
-            f"<span>{text(self.facts)}</span>{told}</button>"
+            f'<button type="button" data-photo="{name}"{kind}>{shown}<span class="told"><strong>{name}</strong>'
+            f'<span class="facts">{text(self.facts)}</span>{told}</span></button>'
         )
 
 
@@ -137,7 +146,8 @@ class MaskGrid:
 
 def grid_html(tiles: list[Tile]) -> str:
     """The grid as a block of HTML; its buttons are for `GRID_SCRIPT`."""
-    return f'<div class="masks">{"".join(tile.html for tile in tiles)}</div>' if tiles else ""
+    kind = "masks many" if len(tiles) > MANY else "masks"
+    return f'<div class="{kind}">{"".join(tile.html for tile in tiles)}</div>' if tiles else ""
 
 
 def picture_url(key: str, draw: Callable[[], Image.Image]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import shlex
 from collections.abc import Sequence
@@ -17,7 +18,6 @@ from persam_dreambooth.app.desk import Desk, PageStep, status_line, told
 from persam_dreambooth.app.jobs import Job
 from persam_dreambooth.app.steps.mask_editor import (
     ADD,
-    BEFORE,
     ERASE,
     POINT,
     TOOLS,
@@ -43,6 +43,14 @@ from persam_dreambooth.segmentation.segmenters import METHODS, MaskFolderOptions
 
 CHOSEN = ("segmenter", "sam_model", "absent_threshold", "smallest_region", "other_mask")
 """Options of `segment` that the step asks for."""
+
+PROGRESS_STYLE = """
+p { margin: 0; overflow-wrap: anywhere }
+.bar { height: .35rem; margin-top: .4rem; border-radius: .2rem; background: var(--border-color-primary) }
+.bar span { display: block; height: 100%; border-radius: inherit; background: var(--color-accent) }
+em { font-style: normal; font-weight: 600; color: #c01525 }
+.dark & em { color: #ff8a8a }
+"""
 
 SCROLL = "() => document.getElementById('mask-editor')?.scrollIntoView({block: 'start'})"
 
@@ -104,7 +112,7 @@ def words_to_make(subject: SubjectFolder, jobs: Sequence[Job]) -> list[str]:
     if not folder.is_dir():
         return make_words(subject)
     photos = subject.photos()
-    earlier = [parse(SegmentOptions, job.words[1:], "segment") for job in jobs if job.words[0] == "segment"]
+    earlier = [parse(SegmentOptions, job.words[1:], "segment") for job in jobs]
     begun = [options for options in earlier if Path(str(options.output)) == folder]
     if begun and len(find_masks(folder, photos)) < len(photos):
         given = {name: getattr(begun[-1], name) for name in ("images", "mask", "reference_image", "mask_dir", "output")}
@@ -126,34 +134,47 @@ def keep_first(subject: SubjectFolder) -> None:
         save_correction(subject.masks_dir, photos, photo, mask, noted_record(path, photo))
 
 
-def progress_of(subject: SubjectFolder, jobs: Sequence[Job], tiles: list[Tile]) -> str:
-    """What the newest job of the step does, and how many photos have masks, in words."""
-    own = [job for job in jobs if job.words[0] == "segment"]
-    told = []
+def progress_html(subject: SubjectFolder, jobs: Sequence[Job], tiles: list[Tile]) -> str:
+    """What the newest job of the step does, how many photos have masks, and what to do, as a block of HTML.
+
+    Args:
+        subject: the subject.
+        jobs: its jobs of `segment`, the newest last.
+        tiles: its photos.
+    """
+    state, told = jobs[-1].state if jobs else "", []
+    made, doubtful = sum(tile.record is not None for tile in tiles), sum(bool(tile.doubts) for tile in tiles)
+    if state == "failed":
+        told.append(status_line(jobs[-1].message, failed=True))
     if tiles:
-        made = sum(tile.record is not None for tile in tiles)
-        doubtful = sum(bool(tile.doubts) for tile in tiles)
-        told.append(f"{made} of {counted(len(tiles), 'photo')} {'has a mask' if made == 1 else 'have masks'}")
-        told += [f"{doubtful} {'looks' if doubtful == 1 else 'look'} doubtful: correct or confirm"] if doubtful else []
-    if own and own[-1].state in ("waiting", "running"):
-        told.insert(0, {"waiting": "waiting for an earlier job", "running": "making masks"}[own[-1].state])
-    elif own and own[-1].state == "failed":
-        told.insert(0, own[-1].message)
-    elif own and own[-1].state in ("stopped", "killed"):
-        told.insert(0, f"the last job was {own[-1].state}")
-    if (subject.masks_dir / BEFORE).is_dir():
-        told.append(f"corrections are in {subject.masks_dir}")
-    return ". ".join(told)
+        doing = {"waiting": "Waiting for an earlier job: ", "running": "Making masks: ",
+                 "stopped": "Stopped: ", "killed": "The job was killed: "}.get(state, "")  # fmt: skip
+        says = [f"{doing}{made} of {counted(len(tiles), 'photo')} {'has a mask' if made == 1 else 'have masks'}"]
+        says += [f"in {text(f'{subject.name}/{subject.masks_dir.name}')}"] if made else []
+        told.append(f"<p>{' '.join(says)}.")
+        if doubtful:
+            told.append(f"<em>{doubtful} {'looks' if doubtful == 1 else 'look'} doubtful.</em>")
+        told.append("Choose a photo to correct its mask.</p>" if made else "</p>")
+        if state in ("waiting", "running"):
+            told.append(f'<div class="bar"><span style="width: {made / len(tiles):.0%}"></span></div>')
+    return "\n".join(told)
+
+
+def _label(subject: SubjectFolder, words: Sequence[str]) -> str:
+    """The button's label for the words of `words_to_make`."""
+    if Path(words[words.index("--output") + 1]) != subject.masks_dir:
+        return "Make the other masks again"
+    return "Resume" if subject.masks_dir.is_dir() else "Make masks"
 
 
 def masks_step(desk: Desk, subject: gr.State) -> PageStep:
     """The components of the step."""
     grids = MaskGrid()
     with gr.Row():
-        make = gr.Button("Make masks", variant="primary", elem_id="masks-make")
-        stop = gr.Button("Stop", elem_id="masks-stop")
-    progress = gr.HTML(elem_id="progress-masks")
-    status = gr.HTML(elem_id="status-masks")
+        make = gr.Button(
+            "Make masks", variant="primary", interactive=False, elem_id="masks-make", scale=4, min_width=120
+        )
+        stop = gr.Button("Stop", interactive=False, elem_id="masks-stop", min_width=80)
     with gr.Accordion("Options", open=False):
         helps = {name: SegmentOptions.__dataclass_fields__[name].metadata["help"] for name in CHOSEN}
         shared: dict[str, Any] = {name: {"info": helps[name], "elem_id": f"masks-{name}"} for name in CHOSEN}
@@ -164,13 +185,14 @@ def masks_step(desk: Desk, subject: gr.State) -> PageStep:
             gr.Number(label="smallest_region", minimum=0, maximum=0.99, step=0.01, **shared["smallest_region"]),
             gr.Textbox(label="other_mask", **shared["other_mask"]),
         ]
-    command = gr.Textbox(label="Command", lines=2, buttons=["copy"], interactive=False, elem_id="command-masks")
+    tight: dict[str, Any] = {"padding": False, "min_height": 0}
+    status = gr.HTML(elem_id="status-masks", **tight)
+    progress = gr.HTML(elem_id="progress-masks", css_template=PROGRESS_STYLE, **tight)
     with gr.Column(visible=False, elem_id="mask-editor") as editor:
-        title = gr.HTML()
+        title = gr.HTML(**tight)
         canvas = photo_canvas("mask-canvas")
-        with gr.Row():
-            tool = gr.Radio(TOOLS, value=POINT, label="Tool", elem_id="mask-tool")
-            brush = gr.Slider(0.5, 20, value=4, step=0.5, label="Brush, % of the photo", elem_id="mask-brush")
+        tool = gr.Radio(TOOLS, value=POINT, label="Tool", elem_id="mask-tool")
+        brush = gr.Slider(0.5, 20, value=4, step=0.5, label="Brush, % of the photo", elem_id="mask-brush")
         with gr.Row():
             save = gr.Button("Save mask", variant="primary", elem_id="mask-save", min_width=120)
             undo = gr.Button("Undo", elem_id="mask-undo", min_width=120)
@@ -179,41 +201,47 @@ def masks_step(desk: Desk, subject: gr.State) -> PageStep:
             close = gr.Button("Close", elem_id="mask-close", min_width=120)
     edited = gr.State(None)
     grid = gr.HTML(
-        elem_id="masks-grid", css_template=GRID_STYLE, js_on_load=GRID_SCRIPT, apply_default_css=False, min_height=0
+        elem_id="masks-grid", css_template=GRID_STYLE, js_on_load=GRID_SCRIPT, apply_default_css=False, **tight
     )
+    command = gr.Textbox(label="Command", lines=2, buttons=["copy"], interactive=False, elem_id="command-masks")
+    parts = [grid, progress, command, make, stop]
+    outputs = [*parts, *choices]
+    closed = [*outputs, editor, edited]
 
-    def live(name: str) -> tuple[str, str]:
+    def live(name: str) -> tuple[Any, ...]:
+        """The grid, the progress, the command and its buttons."""
         if not name:
-            return "", ""
-        folder, jobs = desk.subject(name), desk.jobs.of(desk.subject(name))
+            return "", "", "", gr.Button("Make masks", interactive=False), gr.Button(interactive=False)
+        folder = desk.subject(name)
+        jobs = [job for job in desk.jobs.of(folder) if job.words[:1] == ["segment"]]
+        going = bool(jobs) and jobs[-1].state in ("waiting", "running")
         try:
             tiles = grids.tiles(folder.masks_dir, folder.photos(), folder.options().absent)
+            drawing, says = grid_html(tiles), progress_html(folder, jobs, tiles)
         except InputError as error:
-            return "", status_line(f"error: {error}", failed=True)
-        return grid_html(tiles), text(progress_of(folder, jobs, tiles))
+            drawing, says = "", status_line(f"error: {error}", failed=True)
+        try:
+            words = jobs[-1].words if going else words_to_make(folder, jobs)
+            told_command, label = shlex.join(["persam-dreambooth", *words]), _label(folder, words)
+        except InputError as error:
+            told_command, label, says = "", "Make masks", f"{says}<p>{text(str(error))}</p>"
+        can = bool(told_command) and not going
+        return drawing, says, told_command, gr.Button(label, interactive=can), gr.Button(interactive=going)
 
     def shown(name: str) -> tuple[Any, ...]:
         if not name:
-            return ("", "", "", gr.Button("Make masks"), *[None] * len(choices), gr.Column(visible=False), None)
-        folder = desk.subject(name)
-        own = folder.options()
+            return (*live(name), *[None] * len(choices))
+        own = desk.subject(name).options()
         values = [getattr(own, option) if own.given(option) or option != "sam_model" else "" for option in CHOSEN]
         values[-1] = ", ".join(own.other_mask or ())
-        try:
-            words = words_to_make(folder, desk.jobs.of(folder))
-            told_command = shlex.join(["persam-dreambooth", *words])
-            begun = folder.masks_dir.is_dir()
-            again = "--mask_dir" in words and Path(words[words.index("--output") + 1]) != folder.masks_dir
-            label = "Make the other masks again" if again else "Resume" if begun else "Make masks"
-        except InputError as error:
-            told_command, label = str(error), "Make masks"
-        return (*live(name), told_command, gr.Button(label), *values, gr.Column(visible=False), None)
+        return (*live(name), *values)
 
-    outputs = [grid, progress, command, make, *choices, editor, edited]
+    def shown_closed(name: str) -> tuple[Any, ...]:
+        return (*shown(name), gr.Column(visible=False), None)
 
     def started(name: str) -> tuple[Any, ...]:
         folder = desk.subject(name)
-        words = words_to_make(folder, desk.jobs.of(folder))
+        words = words_to_make(folder, [job for job in desk.jobs.of(folder) if job.words[:1] == ["segment"]])
         if folder.masks_dir.is_dir() and "--mask_dir" in words:
             keep_first(folder)
         desk.jobs.submit(folder, words)
@@ -226,9 +254,8 @@ def masks_step(desk: Desk, subject: gr.State) -> PageStep:
         return shown(name)
 
     def chosen(name: str, *values: Any) -> tuple[Any, ...]:
-        given = {option: value or None for option, value in zip(CHOSEN, values, strict=True)}
+        given = {option: None if value == "" else value for option, value in zip(CHOSEN, values, strict=True)}
         given["other_mask"] = [path.strip() for path in str(values[-1] or "").split(",") if path.strip()] or None
-        given["smallest_region"] = values[CHOSEN.index("smallest_region")]
         segment_options(desk.subject(name), **{option: value for option, value in given.items() if value is not None})
         desk.subject(name).save_options(**given)
         return shown(name)
@@ -236,7 +263,16 @@ def masks_step(desk: Desk, subject: gr.State) -> PageStep:
     def photo_named(name: str, photo: str) -> tuple[SubjectFolder, list[Photo], Photo]:
         folder = desk.subject(name)
         photos = folder.photos()
-        return folder, photos, next(each for each in photos if each.name == photo)
+        found = next((each for each in photos if each.name == photo), None)
+        if found is None:
+            raise InputError(f"the photo {photo} is gone: choose another one")
+        return folder, photos, found
+
+    def open_edit(name: str, state: tuple[str, Edit] | None) -> tuple[SubjectFolder, list[Photo], Photo, Edit]:
+        """What the editor shows; raises `InputError` if it shows nothing, as after a reload."""
+        if state is None:
+            raise InputError("no mask is open: choose a photo below")
+        return *photo_named(name, state[0]), state[1]
 
     def opened(name: str, tool: str, brush: float, event: gr.EventData) -> tuple[Any, ...]:
         folder, photos, photo = photo_named(name, event.photo)
@@ -247,42 +283,51 @@ def masks_step(desk: Desk, subject: gr.State) -> PageStep:
         shown_back = gr.Button(visible=earlier)
         return gr.Column(visible=True), heading, canvas_of(photo, edit, tool, brush), shown_back, (photo.name, edit)
 
-    def drawn(name: str, tool: str, brush: float, state: tuple[str, Edit], event: gr.EventData) -> tuple[Any, ...]:
-        folder, _, photo = photo_named(name, state[0])
+    def drawn(name: str, tool: str, brush: float, state: Any, event: gr.EventData) -> tuple[Any, ...]:
+        folder, _, photo, edit = open_edit(name, state)
         if tool in (ADD, ERASE):
-            edit = state[1].brushed(event.points, brush_radius(photo, brush), tool == ADD)
+            edit = edit.brushed(event.points, brush_radius(photo, brush), tool == ADD)
         else:
-            smallest = folder.options().smallest_region
-            with desk.sam() as sam:
-                edit = state[1].prompted(sam, photo, desk.encoding(photo), event.points, tool, smallest)
+            own = folder.options()
+            with desk.sam(own) as sam:
+                encoding = desk.encoding(photo, own)
+                edit = edit.prompted(sam, photo, encoding, event.points, tool, own.smallest_region)
         return canvas_of(photo, edit, tool, brush), (photo.name, edit)
 
-    def redrawn(name: str, tool: str, brush: float, state: tuple[str, Edit] | None) -> tuple[Any, ...]:
+    def redrawn(name: str, tool: str, brush: float, state: Any) -> tuple[Any, ...]:
         if state is None:
             return ("",)
-        return (canvas_of(photo_named(name, state[0])[2], state[1], tool, brush),)
+        _, _, photo, edit = open_edit(name, state)
+        return (canvas_of(photo, edit, tool, brush),)
 
-    def undone(name: str, tool: str, brush: float, state: tuple[str, Edit]) -> tuple[Any, ...]:
-        edit = state[1].before or state[1]
-        return canvas_of(photo_named(name, state[0])[2], edit, tool, brush), (state[0], edit)
+    def undone(name: str, tool: str, brush: float, state: Any) -> tuple[Any, ...]:
+        _, _, photo, edit = open_edit(name, state)
+        edit = edit.before or edit
+        return canvas_of(photo, edit, tool, brush), (photo.name, edit)
 
-    def saved(name: str, state: tuple[str, Edit]) -> tuple[Any, ...]:
-        folder, photos, photo = photo_named(name, state[0])
-        save_correction(folder.masks_dir, photos, photo, np.asarray(state[1].mask), state[1].record)
-        return shown(name)
+    def saved(name: str, state: Any) -> tuple[Any, ...]:
+        folder, photos, photo, edit = open_edit(name, state)
+        save_correction(folder.masks_dir, photos, photo, np.asarray(edit.mask), edit.record)
+        return shown_closed(name)
 
-    def blanked(name: str, state: tuple[str, Edit]) -> tuple[Any, ...]:
-        folder, photos, photo = photo_named(name, state[0])
+    def blanked(name: str, state: Any) -> tuple[Any, ...]:
+        folder, photos, photo, _ = open_edit(name, state)
         save_correction(folder.masks_dir, photos, photo, np.zeros(photo.size[::-1], bool), None)
-        return shown(name)
+        return shown_closed(name)
 
-    def restored(name: str, state: tuple[str, Edit]) -> tuple[Any, ...]:
-        folder, photos, photo = photo_named(name, state[0])
+    def restored(name: str, state: Any) -> tuple[Any, ...]:
+        folder, photos, photo, _ = open_edit(name, state)
         restore_earlier(folder.masks_dir, photos, photo)
-        return shown(name)
+        return shown_closed(name)
 
     def on(event: Any, handler: Any, inputs: list[Any], changed: list[Any]) -> Any:
-        return event(told(handler, len(changed)), [subject, *inputs], [status, *changed], api_visibility="private")
+        """An event whose handler gets the subject's name first; it ends with the status, empty without an error."""
+
+        @functools.wraps(handler)
+        def with_status(*given: Any) -> tuple[Any, ...]:
+            return ("", *handler(*given))
+
+        return event(told(with_status, status), [subject, *inputs], [status, *changed], api_visibility="private")
 
     on(make.click, started, [], outputs)
     on(stop.click, stopped, [], outputs)
@@ -294,8 +339,8 @@ def masks_step(desk: Desk, subject: gr.State) -> PageStep:
     for event in (tool.change, brush.release):
         on(event, redrawn, [tool, brush, edited], [canvas])
     on(undo.click, undone, [tool, brush, edited], [canvas, edited])
-    on(save.click, saved, [edited], outputs)
-    on(blank.click, blanked, [edited], outputs)
-    on(back.click, restored, [edited], outputs)
-    on(close.click, shown, [], outputs)
-    return PageStep(shown, outputs, live, (grid, progress))
+    on(save.click, saved, [edited], closed)
+    on(blank.click, blanked, [edited], closed)
+    on(back.click, restored, [edited], closed)
+    on(close.click, shown_closed, [], closed)
+    return PageStep(shown_closed, closed, live, tuple(parts))

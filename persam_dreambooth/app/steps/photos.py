@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import functools
 import re
 import shutil
 import unicodedata
 from collections.abc import Collection, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from PIL import Image
 
 from persam_dreambooth.app.desk import Desk, PageStep, status_line, told
 from persam_dreambooth.app.steps.first_mask import earlier_states, first_mask_file
 from persam_dreambooth.app.steps.mask_editor import BEFORE
+from persam_dreambooth.app.steps.mask_grid import outline_url
 from persam_dreambooth.app.subject_folder import OWN_PHOTOS, SubjectFolder
 from persam_dreambooth.errors import InputError, counted
 from persam_dreambooth.files import write_aside
 from persam_dreambooth.photos.folder import Photo, by_reason, find_photos, look_through
-from persam_dreambooth.photos.images import PHOTO_SUFFIXES, RAW_SUFFIXES, header_size, read_image
+from persam_dreambooth.photos.images import PHOTO_SUFFIXES, RAW_SUFFIXES, header_size
 from persam_dreambooth.photos.pairing import name_key
+from persam_dreambooth.report.page import text
 
 MOST_UPLOADED = 200
 """Maximum number of photos that the page keeps of one subject."""
@@ -36,8 +35,11 @@ MOST_MEGAPIXELS = 120
 LONGEST_STEM = 80
 """Maximum length of the name of an uploaded photo without its suffix, in bytes; names of masks are longer."""
 
-THUMBNAIL = 320
-"""Longer side of a thumbnail, in pixels."""
+GALLERY_STYLE = """
+.photos { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(9.5rem, 45%), 1fr)); gap: .7rem }
+.photos figure { margin: 0; font-size: .85rem; line-height: 1.3; overflow-wrap: anywhere }
+.photos img { width: 100%; aspect-ratio: 1; object-fit: contain; background: var(--background-fill-secondary) }
+"""
 
 PHOTOS_HELP = (
     f"3 to 6 photos are usual; at most {MOST_UPLOADED}, each at most {MOST_MEGABYTES} MB and {MOST_MEGAPIXELS} "
@@ -114,19 +116,19 @@ def _check_upload(path: Path, name: str, kept: int) -> None:
         raise InputError(f"{name} is {width} x {height} ({found} megapixels): reduce it to at most {MOST_MEGAPIXELS}")
 
 
-def use_folder(desk: Desk, subject: SubjectFolder, text: str) -> None:
-    """Takes the photos from a folder on this machine, or from the uploads if the text is empty.
+def use_folder(desk: Desk, subject: SubjectFolder, given: str) -> None:
+    """Takes the photos from a folder on this machine, or from the uploads if no folder is given.
 
     Raises:
         InputError: the folder cannot be used, or the page serves other machines and the folder is not in the workspace.
     """
-    if not text.strip():
+    if not given.strip():
         subject.save_options(instance_dir=str((subject.folder / OWN_PHOTOS).resolve()), reference_image=None, mask=None)
         return
-    folder = Path(text.strip()).expanduser().resolve()
+    folder = Path(given.strip()).expanduser().resolve()
     workspace = Path(desk.options.workspace).resolve()
     if desk.options.listen and not folder.is_relative_to(workspace):
-        raise InputError(f"{text.strip()} is outside of {workspace}: with --listen, only folders inside it are shown")
+        raise InputError(f"{given.strip()} is outside of {workspace}: with --listen, only folders inside it are shown")
     find_photos(folder)
     changed = {} if subject.photos_dir and folder == subject.photos_dir.resolve() else {"reference_image": None}
     subject.save_options(instance_dir=str(folder), **changed, **({"mask": None} if changed else {}))
@@ -158,35 +160,32 @@ def remove_photo(desk: Desk, subject: SubjectFolder, name: str) -> None:
     shutil.rmtree(earlier_states(first_mask_file(subject, photo)), ignore_errors=True)
 
 
-def thumbnail(path: Path, side: int = THUMBNAIL) -> Image.Image:
-    """The upright photo with its longer side at most `side` pixels; kept in memory while the file is unchanged."""
-    stat = path.stat()
-    return _thumbnail(path, side, stat.st_mtime_ns, stat.st_size)
-
-
-@functools.lru_cache(maxsize=2 * MOST_UPLOADED)
-def _thumbnail(path: Path, side: int, *_: int) -> Image.Image:
-    picture = read_image(path)
-    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
-    return picture
-
-
 def _is_own(subject: SubjectFolder) -> bool:
     """Whether the photos are those that were uploaded, which the page may remove."""
     own = (subject.folder / OWN_PHOTOS).resolve()
     return subject.photos_dir is None or subject.photos_dir.resolve() == own
 
 
+def _gallery(photos: list[Photo]) -> str:
+    """The photos with their names and sizes, in HTML."""
+    figures = [
+        f'<figure><img src="{outline_url(photo, None)}" alt="{text(photo.name)}"><figcaption>{text(photo.name)}<br>'
+        f"{photo.size[0]} x {photo.size[1]}</figcaption></figure>"
+        for photo in photos
+    ]
+    return f'<div class="photos">{"".join(figures)}</div>' if figures else ""
+
+
 def _told_left_out(folder: Path) -> str:
     """A list of what is left out of a folder of photos, in HTML."""
     groups = by_reason(folder, look_through(folder)[1])
-    lines = [f"<li>{escape(', '.join(names))} ({escape(reason)})</li>" for reason, names in groups.items()]
+    lines = [f"<li>{text(', '.join(names))} ({text(reason)})</li>" for reason, names in groups.items()]
     return f"<p>Left out:</p><ul>{''.join(lines)}</ul>" if lines else ""
 
 
 def status_lines(text: str, is_error: bool = False) -> str:
     """A status in HTML: one paragraph a line; screen readers announce an error at once."""
-    lines = "".join(f"<p>{escape(line)}</p>" for line in text.splitlines())
+    lines = "".join(f"<p>{text(line)}</p>" for line in text.splitlines())
     return f'<div role="{"alert" if is_error else "status"}">{lines}</div>'
 
 
@@ -207,20 +206,11 @@ def photos_step(desk: Desk, subject: gr.State) -> PageStep:
             )
             use = gr.Button("Use this folder", elem_id="photos-use")
     gr.Markdown(PHOTOS_HELP)
-    gallery = gr.Gallery(
-        label="Photos",
-        columns=4,
-        height="auto",
-        object_fit="contain",
-        format="jpeg",
-        buttons=[],
-        interactive=False,
-        elem_id="photos-gallery",
-    )
+    gallery = gr.HTML(elem_id="photos-gallery", css_template=GALLERY_STYLE, apply_default_css=False, min_height=0)
     left_out = gr.HTML(elem_id="photos-left-out")
     with gr.Row():
-        chosen = gr.Dropdown(label="Photo to remove", elem_id="photos-chosen")
-        remove = gr.Button("Remove the photo and its masks", elem_id="photos-remove")
+        chosen = gr.Dropdown(label="Photo to remove", elem_id="photos-chosen", scale=4, min_width=160)
+        remove = gr.Button("Remove it and its masks", elem_id="photos-remove", min_width=120)
     command = gr.Textbox(label="Folder for commands (--images)", buttons=["copy"], elem_id="command-photos")
     outputs = [gallery, left_out, chosen, place, class_name, command]
 
@@ -229,14 +219,13 @@ def photos_step(desk: Desk, subject: gr.State) -> PageStep:
         folder = found.photos_dir if found else None
         if not found or not folder or not folder.is_dir():
             word = found.options().class_name or "" if found else ""
-            return [[], "", gr.update(choices=[], value=None), "", word, ""]
+            return ["", "", gr.update(choices=[], value=None), "", word, ""]
         own = _is_own(found)
         paths, _ = look_through(folder)
         photos = found.photos() if paths else []
-        pictures = [(thumbnail(photo.path), f"{photo.name}  {photo.size[0]} x {photo.size[1]}") for photo in photos]
         names = [photo.name for photo in photos]
         return [
-            pictures,
+            _gallery(photos),
             _told_left_out(folder),
             gr.update(choices=names if own else [], value=None),
             "" if own else str(folder),
@@ -257,8 +246,8 @@ def photos_step(desk: Desk, subject: gr.State) -> PageStep:
         said += f", {len(refused)} not: {'; '.join(refused)}" if refused else ""
         return [*shown(name), status_line(said, failed=bool(refused))]
 
-    def choose_folder(name: str, text: str) -> list[Any]:
-        use_folder(desk, desk.subject(name), text)
+    def choose_folder(name: str, folder: str) -> list[Any]:
+        use_folder(desk, desk.subject(name), folder)
         return [*shown(name), ""]
 
     def drop_photo(name: str, photo: str | None) -> list[Any]:
