@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from browser import SIZES, AppServer, drop_files, need, reaches_beyond, screensh
 from PIL import Image
 
 from persam_dreambooth import toy
+from persam_dreambooth.app.app_options import AppOptions
+from persam_dreambooth.app.desk import Desk
+from persam_dreambooth.errors import InputError
 from persam_dreambooth.photos.mask_folder import MASK_INDEX
 
 pytestmark = pytest.mark.browser
@@ -162,6 +166,23 @@ def test_a_request_that_no_page_sends_reaches_no_file_outside(server, tmp_path):
             succeeded, said = send("subject-make", "click", name)
             assert succeeded and "cannot be a subject" in said, name
         assert sorted(server.workspace.parent.rglob("*")) == before
+
+
+def test_a_page_for_other_machines_takes_no_folder_outside_of_its_workspace(tmp_path):
+    need("gradio")
+    from persam_dreambooth.app.steps.photos import use_folder
+
+    desk = Desk(AppOptions(workspace=str(tmp_path / "workspace"), listen=True, auth="anna:9f2c"))
+    subject, inside = desk.new_subject("cat"), desk.workspace / "shots"
+    inside.mkdir()
+    (desk.workspace / "link").symlink_to(DUCK[0].parent)
+    for outside in (DUCK[0].parent, desk.workspace / "link", f"{inside}/../../"):
+        with pytest.raises(InputError, match="with --listen, only folders inside it are shown"):
+            use_folder(desk, subject, str(outside))
+    assert subject.photos_dir is None
+    shutil.copy(DUCK[0], inside)
+    use_folder(desk, subject, str(inside))
+    assert subject.photos_dir == inside.resolve()
 
 
 def test_two_tabs_see_the_same_subject(page, server):
