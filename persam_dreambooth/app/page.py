@@ -56,7 +56,7 @@ def build_page(desk: Desk) -> gr.Blocks:
             """The values of all components for a subject; "" for none."""
             if name and not desk.subject(name).exists:
                 raise InputNotFoundError(f"there is no subject {name}: choose one, or make it")
-            values = {subject: name, status: "", named: "", chooser: gr.update(choices=desk.subjects(), value=name)}
+            values = {subject: name, status: "", chooser: gr.update(choices=desk.subjects(), value=name)}
             if not name:
                 values[chooser] = gr.update(choices=desk.subjects(), value=None)
             for step in steps:
@@ -67,7 +67,7 @@ def build_page(desk: Desk) -> gr.Blocks:
             return opened(request.query_params.get("subject") or desk.start)
 
         def made(name: str) -> dict[Any, Any]:
-            return opened(desk.new_subject(name).name)
+            return {**opened(desk.new_subject(name).name), named: ""}
 
         def looked(name: str) -> dict[Any, Any]:
             values: dict[Any, Any] = {}
