@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 import shlex
 import statistics
 from dataclasses import fields, replace
@@ -51,6 +52,9 @@ OWNED = (
 )
 """Options that the page sets in other places."""
 
+BAR = re.compile(r"\|.*|\x1b\[\w")
+"""What a line of a progress bar has after its percentage, and movements of the cursor."""
+
 HAND_OUT = {"--export", "--push_to_hub"}
 """Options of a finished run that only hand out its weights."""
 
@@ -71,7 +75,9 @@ def train_step(desk: Desk, subject: gr.State) -> Step:
         identifier = gr.Textbox(
             label="Identifier", info="A rare word, [V] in prompts", placeholder="sks", elem_id="train-identifier"
         )
-        steps = gr.Number(label="Steps", precision=0, minimum=1, elem_id="train-steps")
+        steps = gr.Number(
+            label="Steps", info="How long it trains", precision=0, minimum=1, min_width=120, elem_id="train-steps"
+        )
     with gr.Row():
         base = gr.Dropdown(
             [(label, value) for value, label in bases.items()] + [("toy", TOY)],
@@ -94,13 +100,13 @@ def train_step(desk: Desk, subject: gr.State) -> Step:
         label="Command", lines=2, max_lines=8, interactive=False, buttons=["copy"], elem_id="command-train"
     )
     with gr.Row():
-        start = gr.Button("Start training", variant="primary", elem_id="train-start")
-        stop = gr.Button("Stop", elem_id="train-stop", interactive=False)
-        resume = gr.Button("Resume", elem_id="train-resume", interactive=False)
+        start = gr.Button("Start training", variant="primary", min_width=80, elem_id="train-start")
+        stop = gr.Button("Stop", min_width=80, elem_id="train-stop", interactive=False)
+        resume = gr.Button("Resume", min_width=80, elem_id="train-resume", interactive=False)
     progress = gr.HTML(elem_id="train-progress")
     curve = gr.LinePlot(x="step", y="loss", color="run", height=240, label="Loss", visible=False, elem_id="train-loss")
     samples = gr.Gallery(
-        label="Samples", columns=4, height="auto", object_fit="contain", visible=False, elem_id="train-samples"
+        label="Samples", columns=4, height=300, object_fit="contain", visible=False, elem_id="train-samples"
     )
 
     def opened(name: str) -> tuple[SubjectFolder, TrainOptions, str | None]:
@@ -431,17 +437,20 @@ def progress_line(folder: SubjectFolder, run: Path) -> str:
     label = html.escape(", ".join(told))
     return (
         f'<p style="margin: 0.5em 0 0">{label}</p><progress max="{max(total, 1)}" value="{step}" '
-        f'style="width: 100%" aria-label="{label}"></progress>'
+        f'style="width: 100%; accent-color: var(--color-accent)" aria-label="{label}"></progress>'
     )
 
 
 def job_line(job: Job) -> str:
-    """The state of a job as HTML: its error, or the last line of its log; empty if it ended well."""
+    """The state of a job as HTML: what it does, or its error; empty if it ended well."""
     if job.state == "failed":
         return status_line(job.message, failed=True)
     if job.state == "done":
         return ""
-    return f'<p style="overflow-wrap: anywhere">{job.state}: {html.escape(job.message)}</p>'
+    words, now = job.words, BAR.sub("", job.message)
+    name = Path(words[words.index("--output_dir") + 1]).name if "--output_dir" in words else words[0]
+    lines = [f"{name}: {job.state}", now.strip()]
+    return f'<p style="overflow-wrap: anywhere">{html.escape(", ".join(filter(None, lines)))}</p>'
 
 
 def run_samples(run: Path) -> list[tuple[str, str]]:
