@@ -1,4 +1,4 @@
-"""The steps Train and Pictures in a real browser: what they start is the command line's own runs, which stay on disk."""
+"""The steps Train and Pictures in a real browser: they start the command line's own runs, which stay on disk."""
 
 import shutil
 import time
@@ -74,6 +74,34 @@ def status(page, step):
     return page.locator(f"#status-{step} p")
 
 
+def test_the_page_imports_no_framework():
+    """It opens in a second; torch is loaded once something needs it."""
+    script = (
+        "import pkgutil, sys, importlib, persam_dreambooth.app as app\n"
+        "names = [one.name for one in pkgutil.walk_packages(app.__path__, app.__name__ + '.')]\n"
+        "assert 'persam_dreambooth.app.steps.pictures' in names\n"
+        "[importlib.import_module(name) for name in names]\n"
+        "print(*{'torch', 'diffusers', 'transformers', 'bitsandbytes'} & set(sys.modules))"
+    )
+    answer = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert answer.stdout.split() == []
+
+
+@pytest.mark.parametrize(
+    "given, recipe",
+    [
+        ({}, "sd15-lora"),
+        ({"sam_model": "toy"}, "sd15-lora"),
+        ({"rank": 8}, None),
+        (TOY, None),
+        ({"pretrained_model_name_or_path": "stabilityai/stable-diffusion-xl-base-1.0"}, None),
+    ],
+)
+def test_a_recipe_is_suggested_only_if_the_page_was_started_without_choices_of_a_training(given, recipe):
+    assert suggested_recipe(TrainOptions(**given)) == recipe
+
+
+@pytest.mark.browser
 def test_train_and_pictures(page, app_server, faults, tmp_path):
     workspace = tmp_path / "workspace"
     _, duck = prepared(workspace, **TOY)

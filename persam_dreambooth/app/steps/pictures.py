@@ -14,7 +14,7 @@ import gradio as gr
 
 from persam_dreambooth.app.desk import Desk, Step, status_line, told
 from persam_dreambooth.app.run_command import read_form, write_form
-from persam_dreambooth.app.steps.train import HAND_OUT, is_plain, job_line, resume_words
+from persam_dreambooth.app.steps.train import hands_out, is_plain, job_line, resume_words
 from persam_dreambooth.app.subject_folder import SubjectFolder
 from persam_dreambooth.dreambooth.generate import GENERATED, GenerateOptions
 from persam_dreambooth.dreambooth.run_folder import MODEL_CARD
@@ -120,7 +120,7 @@ def pictures_step(desk: Desk, subject: gr.State) -> Step:
             key=lambda path: path.stat().st_mtime,
             reverse=True,
         )
-        own = [job for job in desk.jobs.of(folder) if job.words[:1] == ["generate"] or HAND_OUT & set(job.words)]
+        own = [job for job in desk.jobs.of(folder) if job.words[:1] == ["generate"] or hands_out(job)]
         lines = [job_line(job) for job in own if job.is_alive] or [job_line(job) for job in own[-1:]]
         return [
             "".join(lines),

@@ -55,9 +55,6 @@ OWNED = (
 BAR = re.compile(r"\|.*|\x1b\[\w")
 """What a line of a progress bar has after its percentage, and movements of the cursor."""
 
-HAND_OUT = {"--export", "--push_to_hub"}
-"""Options of a finished run that only hand out its weights."""
-
 _plans: dict[str, str] = {}
 """Plans that were made, by their options."""
 
@@ -368,7 +365,12 @@ def newest_runs(folder: SubjectFolder) -> list[Path]:
 
 def training_jobs(desk: Desk, folder: SubjectFolder) -> list[Job]:
     """The trainings of a subject that the page started, the newest last."""
-    return [job for job in desk.jobs.of(folder) if job.words[:1] == ["train"] and not HAND_OUT & set(job.words)]
+    return [job for job in desk.jobs.of(folder) if job.words[:1] == ["train"] and not hands_out(job)]
+
+
+def hands_out(job: Job) -> bool:
+    """Whether a job resumes a finished run only to export or upload its weights."""
+    return "--resume_from_checkpoint" in job.words and bool({"--export", "--push_to_hub"} & set(job.words))
 
 
 def is_unfinished(folder: SubjectFolder, run: Path) -> bool:
