@@ -1,14 +1,20 @@
 """The steps Train and Pictures in a real browser: they start the command line's own runs, which stay on disk."""
 
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import pytest
 from browser import reaches_beyond, screenshots
+from training_runs import ROOT
 
 from persam_dreambooth import toy
 from persam_dreambooth.app.app_options import AppOptions
 from persam_dreambooth.app.desk import Desk
+from persam_dreambooth.app.run_command import suggested_recipe
+from persam_dreambooth.main_job import TrainOptions
 from persam_dreambooth.options import CONFIG, read_config
 from persam_dreambooth.training.meter import metrics_rows
 
