@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import html
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
-from functools import wraps
 from typing import Any
 
 import gradio as gr
 
-from persam_dreambooth.errors import InputError, SaveError, UnavailableError
+from persam_dreambooth.errors import InputError
 from persam_dreambooth.options import Options, option_choices, option_types, parse
 
 UNSET = "not set"
@@ -112,30 +110,3 @@ class OptionEditor:
             for name, value in values.items()
             if name in self.entries
         ]
-
-
-def said(message: str, is_error: bool = False) -> str:
-    """A status line as HTML; an error is announced by screen readers."""
-    role, color = ("alert", "color: var(--error-text-color, #b91c1c)") if is_error else ("status", "")
-    return f'<p role="{role}" style="{color}">{html.escape(message)}</p>' if message else ""
-
-
-def saying(handler: Callable[..., Any], shown: Callable[[str], list[Any]]) -> Callable[..., list[Any]]:
-    """A handler of the page that returns a status line and then what `shown` returns for the open subject.
-
-    Args:
-        handler: gets the name of the open subject first; returns a message, if any.
-        shown: see `Step`.
-    """
-
-    @wraps(handler)
-    def act(subject: str, *values: Any) -> list[Any]:
-        try:
-            if not subject:
-                raise InputError("no subject is open: choose or name one at the top")
-            status = said(handler(subject, *values) or "")
-        except (InputError, UnavailableError, SaveError) as error:
-            status = said(f"error: {error}", is_error=True)
-        return [status, *shown(subject)]
-
-    return act

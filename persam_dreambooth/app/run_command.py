@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from persam_dreambooth.app.subject_folder import SubjectFolder
 from persam_dreambooth.errors import InputError
+from persam_dreambooth.files import write_json
 from persam_dreambooth.main_job import TrainOptions
 from persam_dreambooth.options import Options, command_words, list_recipes, merge_options, recipe_options
 
 FIRST_LINE = re.compile(r"# LoRA on (.+), for a card of (\d+) GB")
 """The beginning of a recipe for a card: its model and the card's memory."""
+
+BASE = "pretrained_model_name_or_path"
+"""The option of the base model."""
+
+FORM = "form.json"
+"""What the page's steps Train and Pictures say about a subject beside its options, in the subject's folder."""
 
 TOY = "toy"
 """The recipe of the toy checkpoints, and their name."""
@@ -46,7 +54,7 @@ def card_recipes() -> tuple[Recipe, ...]:
     found = []
     for name, path in list_recipes().items():
         if match := FIRST_LINE.match(path.read_text(encoding="utf-8")):
-            base = options_of(name)["pretrained_model_name_or_path"]
+            base = options_of(name)[BASE]
             found.append(Recipe(name, match[1], base, int(match[2])))
     return tuple(sorted(found, key=lambda recipe: recipe.card))
 
@@ -72,9 +80,31 @@ def recipe_for(base: str, card: int) -> Recipe:
 
 
 def nearest_recipe(options: TrainOptions) -> str | None:
-    """The recipe that makes the command of the options shortest; None if no recipe makes it shorter."""
-    names: Iterable[str | None] = [None, *(recipe.name for recipe in card_recipes()), TOY]
+    """The recipe of the base model that makes the command shortest; None if no recipe makes it shorter."""
+    base = options.pretrained_model_name_or_path
+    names = [None, *([TOY] if base == TOY else (recipe.name for recipe in card_recipes() if recipe.base == base))]
     return min(names, key=lambda name: len(command_words("train", options, recipe=name)))
+
+
+def suggested_recipe(page: TrainOptions) -> str | None:
+    """The recipe for a subject whose model is not chosen: for the smallest card; None if the page's options choose.
+
+    Args:
+        page: the options that the page started with.
+    """
+    own = [recipe.name for recipe in card_recipes() if recipe.base == page.pretrained_model_name_or_path]
+    chooses = page.given(BASE) or any(
+        page.given(name) for name in options_of(own[0]) if name not in (BASE, "sam_model")
+    )
+    return None if chooses else own[0]
+
+
+def chosen_card(recipe: str | None, chosen: int | None) -> int | None:
+    """The card to show: the chosen one if the recipe is for it too, else the recipe's own."""
+    for one in card_recipes():
+        if one.name == recipe:
+            return chosen if chosen and recipe_for(one.base, max(chosen, one.card)) == one else one.card
+    return None
 
 
 def with_recipe(options: TrainOptions, old: str | None, new: str) -> dict[str, Any]:
@@ -104,3 +134,16 @@ def run_options(options: TrainOptions, plain: bool, masks: Path, run_dir: Path, 
 def given_options(options: Options) -> dict[str, Any]:
     """The options that differ from their defaults, by name."""
     return {entry.name: getattr(options, entry.name) for entry in fields(options) if options.given(entry.name)}
+
+
+def read_form(folder: SubjectFolder) -> dict[str, Any]:
+    """What the page's forms say about a subject, by name; empty before they say anything."""
+    try:
+        return dict(json.loads((folder.folder / FORM).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def write_form(folder: SubjectFolder, **changed: Any) -> None:
+    """Saves what the page's forms say; raises `SaveError` if the disk is full or read-only."""
+    write_json(folder.folder / FORM, {**read_form(folder), **changed})

@@ -73,13 +73,19 @@ class SubjectFolder:
         Raises:
             InputError: a file is broken.
         """
-        own = {name: value for name, value in self._saved().items() if value is not None}
+        own = self.own_options()
         if not (own.get("instance_dir") or own.get("dataset_name")) and (self.folder / OWN_PHOTOS).is_dir():
             own["instance_dir"] = str(self.folder / OWN_PHOTOS)
         if own.get("instance_dir") == str(self.folder / OWN_PHOTOS):  # whose name is no class
             own.setdefault("class_name", self.name.replace("_", " ").replace("-", " "))
         base = {one.name: getattr(self.base, one.name) for one in fields(self.base) if self.base.given(one.name)}
         return merge_options(TrainOptions, own, base)[0]
+
+    def own_options(self) -> dict[str, Any]:
+        """The subject's own options by name: those of `config.yaml`, then those of `subject.yaml`."""
+        path = self.folder / SUBJECT_FILE
+        own = read_options(TrainOptions, path) if path.is_file() and _has_options(path) else {}
+        return {name: value for name, value in {**self._run_options(), **own}.items() if value is not None}
 
     def save_options(self, **changed: Any) -> None:
         """Writes options to `subject.yaml`; None stands for the page's own value.
@@ -156,11 +162,6 @@ class SubjectFolder:
     def is_busy(self, run: Path) -> bool:
         """Whether a process, of the page or of a terminal, writes to a run's folder."""
         return is_locked(run / LOCK)
-
-    def _saved(self) -> dict[str, Any]:
-        path = self.folder / SUBJECT_FILE
-        own = read_options(TrainOptions, path) if path.is_file() and _has_options(path) else {}
-        return {**self._run_options(), **own}
 
     def _run_options(self) -> dict[str, Any]:
         """The options of the run that is a subject itself, without its folder, which a step chooses."""

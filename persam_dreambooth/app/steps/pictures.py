@@ -5,92 +5,141 @@ from __future__ import annotations
 import html
 import re
 import shlex
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import gradio as gr
 
-from persam_dreambooth.app.desk import Desk, PageStep
-from persam_dreambooth.app.option_editor import saying
-from persam_dreambooth.app.steps.train import is_plain, resume_words
-from persam_dreambooth.dreambooth.families.latent_diffusion import LORA_WEIGHTS
+from persam_dreambooth.app.desk import Desk, PageStep, status_line, told
+from persam_dreambooth.app.run_command import read_form, write_form
+from persam_dreambooth.app.steps.train import hands_out, is_plain, job_line, resume_words
+from persam_dreambooth.app.subject_folder import SubjectFolder
 from persam_dreambooth.dreambooth.generate import GENERATED, GenerateOptions
-from persam_dreambooth.dreambooth.kohya import FILE
 from persam_dreambooth.dreambooth.run_folder import MODEL_CARD
 from persam_dreambooth.dreambooth.samples import read_settings
 from persam_dreambooth.errors import InputError, counted
 from persam_dreambooth.options import command_words
 
-FILES = {LORA_WEIGHTS: "LoRA", FILE: "LoRA for ComfyUI and A1111", "report.html": "report"}
-"""The files of a run that the page offers, in words."""
-
 MODEL = re.compile(r", Model: .*?, Model hash: \w+")
 """What differs between the settings of two runs' pictures."""
 
+FORM_DEFAULTS: dict[str, Any] = {
+    "prompts": "",
+    "runs": None,
+    "num_images": 4,
+    "seed": 0,
+    "num_inference_steps": 30,
+    "width": None,
+    "height": None,
+}
+"""What the form says at first; without a choice, all finished runs are chosen."""
+
 
 def pictures_step(desk: Desk, subject: gr.State) -> PageStep:
-    """Builds the step; see `Step`."""
+    """Builds the step; see `PageStep`."""
     status = gr.HTML(elem_id="status-pictures")
     prompts = gr.Textbox(label="Prompts", info="One a line; [V] is the subject", lines=3, elem_id="pictures-prompts")
+    runs = gr.CheckboxGroup([], label="Runs", elem_id="pictures-runs")
     with gr.Row():
-        runs = gr.CheckboxGroup([], label="Runs", elem_id="pictures-runs")
-        number = gr.Number(4, label="Pictures of each prompt", precision=0, minimum=1, elem_id="pictures-number")
-        seed = gr.Number(0, label="First seed", precision=0, minimum=0, elem_id="pictures-seed")
-        steps = gr.Number(30, label="Denoising steps", precision=0, minimum=1, elem_id="pictures-steps")
-    with gr.Row():
-        width = gr.Number(None, label="Width", info="Empty: the model's own", precision=0, elem_id="pictures-width")
-        height = gr.Number(None, label="Height", info="Empty: the model's own", precision=0, elem_id="pictures-height")
-    command = gr.Textbox(label="Command", lines=2, max_lines=8, buttons=["copy"], elem_id="command-pictures")
+        number = _number("Pictures of each prompt", 1, "pictures-number")
+        seed = _number("First seed", 0, "pictures-seed")
+        steps = _number("Denoising steps", 1, "pictures-steps")
+        width = _number("Width", None, "pictures-width")
+        height = _number("Height", None, "pictures-height")
+    command = gr.Textbox(
+        label="Command", lines=2, max_lines=8, interactive=False, buttons=["copy"], elem_id="command-pictures"
+    )
     start = gr.Button("Generate", variant="primary", elem_id="pictures-start")
-    beside = gr.Gallery(label="Masked beside plain", columns=2, height="auto", visible=False, elem_id="pictures-beside")
-    every = gr.Gallery(label="All pictures, newest first", columns=4, height="auto", elem_id="pictures-all")
+    progress = gr.HTML(elem_id="pictures-progress")
+    beside = gr.Gallery(
+        label="Masked beside plain",
+        columns=2,
+        height="auto",
+        object_fit="contain",
+        visible=False,
+        elem_id="pictures-beside",
+    )
+    every = gr.Gallery(
+        label="All pictures, newest first",
+        columns=4,
+        height="auto",
+        object_fit="contain",
+        visible=False,
+        elem_id="pictures-all",
+    )
     downloads = gr.HTML(elem_id="pictures-downloads")
     with gr.Row():
-        export = gr.Button("Export for ComfyUI", size="sm", elem_id="pictures-export")
-        repository = gr.Textbox(label="Private repository", placeholder="me/cat", elem_id="pictures-repository")
-        upload = gr.Button("Upload to the hub", size="sm", elem_id="pictures-upload")
+        export = gr.Button("Export for ComfyUI", size="sm", min_width=120, elem_id="pictures-export")
+        upload = gr.Button("Upload to the hub", size="sm", min_width=120, elem_id="pictures-upload")
+    repository = gr.Textbox(
+        label="Repository",
+        info="It is private; empty: the run's name",
+        placeholder="me/cat",
+        elem_id="pictures-repository",
+    )
 
-    def requests(name: str, *values: Any) -> list[GenerateOptions]:
+    def requests(name: str) -> list[GenerateOptions]:
         """A request for each prompt and run."""
-        said, chosen, count, first, denoising, wide, high = values
-        sizes = {"width": int(wide) if wide else None, "height": int(high) if high else None}
-        counts = {"num_images": int(count or 0), "seed": int(first or 0), "num_inference_steps": int(denoising or 0)}
-        places = desk.subject(name).runs
-        texts = [line.strip() for line in (said or "").splitlines() if line.strip()]
-        return [
-            GenerateOptions(prompt=text, model=str(places[run]), **counts, **sizes) for text in texts for run in chosen
-        ]
+        folder = desk.subject(name)
+        said = form_of(folder)
+        chosen = [run for run in finished(folder) if run.name in said["runs"]]
+        given: dict[str, Any] = {option: int(said[option] or 0) for option in ("num_images", "seed")}
+        given["num_inference_steps"] = int(said["num_inference_steps"] or 0)
+        given |= {option: int(said[option]) if said[option] else None for option in ("width", "height")}
+        texts = [line.strip() for line in said["prompts"].splitlines() if line.strip()]
+        return [GenerateOptions(prompt=text, model=str(run), **given) for text in texts for run in chosen]
 
-    def told(name: str, *values: Any) -> str:
-        """The commands of the form."""
-        made = requests(name, *values) if name else []
-        return "\n".join(shlex.join(command_words("generate", each, "prompt")) for each in made)
+    def commands_of(name: str) -> str:
+        return "\n".join(shlex.join(command_words("generate", each, "prompt")) for each in requests(name))
+
+    def keep(name: str, *values: Any) -> None:
+        """Saves what the form says; all runs chosen is no choice, so that a new one is chosen too."""
+        folder = desk.subject(name)
+        said = dict(zip(FORM_DEFAULTS, values, strict=True))
+        if set(said["runs"] or ()) >= {run.name for run in finished(folder)}:
+            said["runs"] = None
+        if said != {option: form_of(folder, all_runs=False)[option] for option in said}:
+            write_form(folder, **said)
+
+    def changed(name: str, *values: Any) -> list[str]:
+        if not name:
+            return ["", ""]
+        keep(name, *values)
+        return ["", commands_of(name)]
 
     def live(name: str) -> list[Any]:
         if not name:
-            return [gr.skip()] * 3
+            return [gr.skip()] * len(live_outputs)
         folder = desk.subject(name)
-        pairs = side_by_side(finished(folder))
+        done = finished(folder)
+        pairs = side_by_side(done)
         found = sorted(
-            (path for run in finished(folder) for path in (run / GENERATED).glob("*.png")),
+            (path for run in done for path in (run / GENERATED).glob("*.png")),
             key=lambda path: path.stat().st_mtime,
             reverse=True,
         )
+        own = [job for job in desk.jobs.of(folder) if job.words[:1] == ["generate"] or hands_out(job)]
+        lines = [job_line(job) for job in own if job.is_alive] or [job_line(job) for job in own[-1:]]
         return [
+            "".join(lines),
             gr.update(value=pairs, visible=bool(pairs)),
-            [(str(path), caption(path)) for path in found],
-            links(finished(folder)),
+            gr.update(value=[(str(path), caption(path)) for path in found], visible=bool(found)),
+            links(done),
         ]
 
     def shown(name: str) -> list[Any]:
         if not name:
             return [gr.skip()] * len(outputs)
-        names = [run.name for run in finished(desk.subject(name))]
-        return [gr.update(choices=names, value=names), *live(name)]
+        folder = desk.subject(name)
+        said = form_of(folder)
+        choices = gr.update(choices=[run.name for run in finished(folder)], value=said.pop("runs"))
+        return [said.pop("prompts"), choices, *said.values(), commands_of(name), *live(name)]
 
     def begin(name: str, *values: Any) -> str:
-        made = requests(name, *values)
+        keep(name, *values)
+        made = requests(name)
         if not made:
             raise InputError("no prompt, or no finished run: write a prompt, and choose a run")
         for each in made:
@@ -109,41 +158,78 @@ def pictures_step(desk: Desk, subject: gr.State) -> PageStep:
             desk.jobs.submit(folder, [*resume_words(folder.runs[run])[1:], *flags])
         return f"started: {shlex.join([*resume_words(folder.runs[chosen[-1]]), *flags])}"
 
+    def export_runs(name: str, chosen: list[str]) -> str:
+        return hand_out(name, chosen, "--export", "kohya")
+
     def send(name: str, chosen: list[str], place: str) -> str:
+        from persam_dreambooth.dreambooth.hub import check_login
+
         if len(chosen) != 1:
             raise InputError("a repository holds one run: choose one")
+        check_login()
         return hand_out(
             name, chosen, "--push_to_hub", *(["--hub_model_id", place.strip()] if (place or "").strip() else [])
         )
 
-    live_outputs = (beside, every, downloads)
-    outputs = [runs, *live_outputs]
+    live_outputs = (progress, beside, every, downloads)
     form = [prompts, runs, number, seed, steps, width, height]
+    outputs = [*form, command, *live_outputs]
+
+    def wire(event: Any, handler: Any, inputs: list[Any]) -> None:
+        def act(name: str, *values: Any) -> list[Any]:
+            return [status_line(handler(name, *values)), *shown(name)]
+
+        event(told(act, status), inputs, [status, *outputs], api_visibility="private", show_progress="hidden")
+
     for part in form:
-        part.change(told, [subject, *form], command, api_visibility="private", show_progress="hidden")
-    start.click(saying(begin, shown), [subject, *form], [status, *outputs], api_visibility="private")
-    export.click(
-        saying(lambda name, chosen: hand_out(name, chosen, "--export", "kohya"), shown),
-        [subject, runs],
-        [status, *outputs],
-        api_visibility="private",
-    )
-    upload.click(saying(send, shown), [subject, runs, repository], [status, *outputs], api_visibility="private")
+        part.input(
+            told(changed, status), [subject, *form], [status, command], api_visibility="private",
+            show_progress="hidden", trigger_mode="always_last",
+        )  # fmt: skip
+    wire(start.click, begin, [subject, *form])
+    wire(export.click, export_runs, [subject, runs])
+    wire(upload.click, send, [subject, runs, repository])
     return PageStep(shown, outputs, live, live_outputs)
 
 
-def finished(folder: Any) -> list[Path]:
+def _number(label: str, least: int | None, name: str) -> gr.Number:
+    """A whole number of the form; without a least one, it may be empty, for the model's own."""
+    return gr.Number(label=label, precision=0, minimum=least, placeholder="model's own", min_width=120, elem_id=name)
+
+
+def finished(folder: SubjectFolder) -> list[Path]:
     """The finished runs of a subject, the masked ones first."""
     done = [run for run in folder.runs.values() if (run / MODEL_CARD).is_file()]
     return sorted(done, key=is_plain)
 
 
+def form_of(folder: SubjectFolder, all_runs: bool = True) -> dict[str, Any]:
+    """What the form says; without a choice of runs, the finished ones are chosen, or None if not `all_runs`."""
+    saved = read_form(folder)
+    said = {option: saved.get(option, default) for option, default in FORM_DEFAULTS.items()}
+    if all_runs:
+        done = [run.name for run in finished(folder)]
+        said["runs"] = done if said["runs"] is None else [name for name in said["runs"] if name in done]
+    return said
+
+
 def caption(path: Path) -> str:
     """The run, prompt and seed of a picture, from its own settings."""
-    settings = read_settings(path)
+    settings = settings_of(path)
     prompt, seed = settings.split("\nNegative prompt: ")[0].rpartition("\nSteps: ")[0], settings.rpartition("Seed: ")[2]
     prompt = prompt or settings.split("\n")[0]
     return f"{path.parent.parent.name}: {prompt}, seed {seed}" if settings else path.name
+
+
+def settings_of(path: Path) -> str:
+    """The settings of a picture, which are read once."""
+    return _read_settings(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(4096)
+def _read_settings(path: Path, time: int) -> str:
+    """The settings of a picture of a time."""
+    return read_settings(path)
 
 
 def side_by_side(runs: list[Path]) -> list[tuple[str, str]]:
@@ -152,7 +238,7 @@ def side_by_side(runs: list[Path]) -> list[tuple[str, str]]:
     if len(newest) < 2:
         return []
     of_run = [
-        {MODEL.sub("", read_settings(path)): path for path in sorted((newest[plain] / GENERATED).glob("*.png"))}
+        {MODEL.sub("", settings_of(path)): path for path in sorted((newest[plain] / GENERATED).glob("*.png"))}
         for plain in (False, True)
     ]
     both = [key for key in of_run[0] if key and key in of_run[1]]
@@ -161,11 +247,17 @@ def side_by_side(runs: list[Path]) -> list[tuple[str, str]]:
 
 def links(runs: list[Path]) -> str:
     """Links to the files of runs that can be downloaded, as HTML."""
+    if not runs:
+        return ""
+    from persam_dreambooth.dreambooth.families.latent_diffusion import LORA_WEIGHTS
+    from persam_dreambooth.dreambooth.kohya import FILE
+
+    offered = {LORA_WEIGHTS: "LoRA", FILE: "LoRA for ComfyUI and A1111", "report.html": "report"}
     rows = [
-        f'<li><a download href="gradio_api/file={quote(str((run / name).resolve()))}">{run.name}: {html.escape(what)} '
-        f"({name})</a></li>"
+        f'<li><a download href="gradio_api/file={quote(str((run / name).resolve()))}">'
+        f"{html.escape(f'{run.name}: {what} ({name})')}</a></li>"
         for run in runs
-        for name, what in FILES.items()
+        for name, what in offered.items()
         if (run / name).is_file()
     ]
-    return f"<ul>{''.join(rows)}</ul>" if rows else ""
+    return f"<p>Download</p><ul>{''.join(rows)}</ul>" if rows else ""

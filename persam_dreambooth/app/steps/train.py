@@ -3,38 +3,45 @@
 from __future__ import annotations
 
 import html
+import re
 import shlex
 import statistics
-from dataclasses import replace
+from dataclasses import fields, replace
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from persam_dreambooth.app.desk import Desk, PageStep
-from persam_dreambooth.app.option_editor import OptionEditor, said, saying
+from persam_dreambooth.app.desk import Desk, PageStep, status_line, told
+from persam_dreambooth.app.jobs import Job
+from persam_dreambooth.app.option_editor import OptionEditor
 from persam_dreambooth.app.run_command import (
+    BASE,
     TOY,
     card_recipes,
+    chosen_card,
     given_options,
     nearest_recipe,
     options_of,
+    read_form,
     recipe_for,
     run_options,
+    suggested_recipe,
     with_recipe,
+    write_form,
 )
 from persam_dreambooth.app.subject_folder import SubjectFolder
 from persam_dreambooth.dreambooth.albums import read_albums
 from persam_dreambooth.dreambooth.run_folder import MODEL_CARD, check_run_folder
 from persam_dreambooth.dreambooth.samples import SAMPLES
-from persam_dreambooth.errors import InputError, UnavailableError, counted
+from persam_dreambooth.errors import InputError, counted
 from persam_dreambooth.main_job import TrainOptions
 from persam_dreambooth.options import CONFIG, command_words, read_config
 from persam_dreambooth.plan import CARDS, PlanOptions, plan
 from persam_dreambooth.segmentation.segment import doubts
 
-BASE = "pretrained_model_name_or_path"
 MASKED, PLAIN = "masked", "plain"
 """The folders of a subject's runs; later ones have a number."""
 
@@ -45,6 +52,9 @@ OWNED = (
 )
 """Options that the page sets in other places."""
 
+BAR = re.compile(r"\|.*|\x1b\[\w")
+"""What a line of a progress bar has after its percentage, and movements of the cursor."""
+
 _plans: dict[str, str] = {}
 """Plans that were made, by their options."""
 
@@ -53,7 +63,7 @@ _seen: dict[Path, list[tuple[int, float]]] = {}
 
 
 def train_step(desk: Desk, subject: gr.State) -> PageStep:
-    """Builds the step; see `Step`."""
+    """Builds the step; see `PageStep`."""
     bases = {recipe.base: f"{recipe.model} ({recipe.base})" for recipe in card_recipes()}
     status = gr.HTML(elem_id="status-train")
     photos = gr.Markdown(elem_id="train-photos")
@@ -62,7 +72,9 @@ def train_step(desk: Desk, subject: gr.State) -> PageStep:
         identifier = gr.Textbox(
             label="Identifier", info="A rare word, [V] in prompts", placeholder="sks", elem_id="train-identifier"
         )
-        steps = gr.Number(label="Steps", precision=0, minimum=1, elem_id="train-steps")
+        steps = gr.Number(
+            label="Steps", info="How long it trains", precision=0, minimum=1, min_width=120, elem_id="train-steps"
+        )
     with gr.Row():
         base = gr.Dropdown(
             [(label, value) for value, label in bases.items()] + [("toy", TOY)],
@@ -85,54 +97,58 @@ def train_step(desk: Desk, subject: gr.State) -> PageStep:
         label="Command", lines=2, max_lines=8, interactive=False, buttons=["copy"], elem_id="command-train"
     )
     with gr.Row():
-        start = gr.Button("Start training", variant="primary", elem_id="train-start")
-        stop = gr.Button("Stop", elem_id="train-stop", interactive=False)
-        resume = gr.Button("Resume", elem_id="train-resume", interactive=False)
+        start = gr.Button("Start training", variant="primary", min_width=80, elem_id="train-start")
+        stop = gr.Button("Stop", min_width=80, elem_id="train-stop", interactive=False)
+        resume = gr.Button("Resume", min_width=80, elem_id="train-resume", interactive=False)
     progress = gr.HTML(elem_id="train-progress")
     curve = gr.LinePlot(x="step", y="loss", color="run", height=240, label="Loss", visible=False, elem_id="train-loss")
     samples = gr.Gallery(
-        label="Samples", columns=4, height="auto", object_fit="contain", visible=False, elem_id="train-samples"
+        label="Samples", columns=4, height=300, object_fit="contain", visible=False, elem_id="train-samples"
     )
 
     def opened(name: str) -> tuple[SubjectFolder, TrainOptions, str | None]:
-        """The subject, its options and their recipe; without options of its own, those of a recipe."""
+        """The subject, its options and their recipe; before a model is chosen, those of a recipe are suggested."""
         folder = desk.subject(name)
-        options = folder.options()
-        about = {name: getattr(options, name) for name in OWNED if name not in (BASE, "max_train_steps")}
-        if replace(TrainOptions(**about), **{BASE: options.pretrained_model_name_or_path}) == options:
-            known = {recipe.base for recipe in card_recipes()}
-            first = TOY if options.pretrained_model_name_or_path not in known else None
-            if options.pretrained_model_name_or_path in known or options.pretrained_model_name_or_path == TOY:
-                first = first or next(r.name for r in card_recipes() if r.base == options.pretrained_model_name_or_path)
-                changed = with_recipe(options, None, first)
-                options = replace(options, **changed)
+        options, own = folder.options(), folder.own_options()
+        suggested = suggested_recipe(desk.base) if BASE not in own else None
+        if suggested:
+            new = {
+                option: value for option, value in with_recipe(options, None, suggested).items() if option not in own
+            }
+            options = replace(options, **new)
         return folder, options, nearest_recipe(options)
 
-    def keep(name: str, values: tuple[Any, ...], **changed: Any) -> tuple[SubjectFolder, TrainOptions, str | None]:
-        """Saves what the form says, and further options by name; returns the subject as `opened`."""
+    def keep(name: str, values: tuple[Any, ...], **changed: Any) -> None:
+        """Saves what the form says, further options by name, and the recipe that was suggested."""
         folder, options, _ = opened(name)
         word, token, count = values
         form = {"class_name": (word or "").strip() or None, "identifier": (token or "").strip() or None}
         form["max_train_steps"] = int(count) if count else None
-        given = {
-            name: value for name, value in given_options(options).items() if name not in ("mask_dir", "output_dir")
-        }
-        folder.save_options(**{**given, **form, **changed})
-        return opened(name)
+        saved = folder.options()
+        new = {one.name: getattr(options, one.name) for one in fields(options)}
+        new = {option: value for option, value in new.items() if value != getattr(saved, option)}
+        if new:
+            new[BASE] = options.pretrained_model_name_or_path
+        new |= {option: value for option, value in form.items() if value != getattr(options, option)}
+        for option, value in changed.items():
+            default = TrainOptions.__dataclass_fields__[option].default
+            new[option] = default if value is None and desk.base.given(option) else value
+        if new:
+            folder.save_options(**new)
 
-    def planned_runs(folder: SubjectFolder, options: TrainOptions, plain: bool) -> list[TrainOptions]:
+    def planned_runs(folder: SubjectFolder, options: TrainOptions) -> list[TrainOptions]:
         """The options of the runs that Start begins."""
-        kinds = [MASKED, PLAIN] if plain else [MASKED]
+        kinds = [MASKED, PLAIN] if read_form(folder).get("also_plain") else [MASKED]
         return [
             run_options(options, kind == PLAIN, folder.masks_dir, free_folder(folder.folder / kind)) for kind in kinds
         ]
 
-    def shown(name: str, plain: bool = False) -> list[Any]:
+    def shown(name: str) -> list[Any]:
         if not name:
             return [gr.skip()] * len(outputs)
         folder, options, recipe = opened(name)
+        form = read_form(folder)
         own = options_of(recipe) if recipe else {}
-        sizes = next((r.card for r in card_recipes() if r.name == recipe), None)
         changed = {name: value for name, value in given_options(options).items() if own.get(name) != value}
         changed |= {name: getattr(options, name) for name in own if own[name] != getattr(options, name)}
         return [
@@ -141,41 +157,48 @@ def train_step(desk: Desk, subject: gr.State) -> PageStep:
             options.identifier or "",
             options.max_train_steps,
             options.pretrained_model_name_or_path,
-            gr.update(value=sizes, visible=recipe != TOY),
+            gr.update(value=chosen_card(recipe, form.get("card")), visible=recipe != TOY),
+            bool(form.get("also_plain")),
             editor.rows(changed),
-            commands(planned_runs(folder, options, plain)),
+            commands(planned_runs(folder, options)),
             *live(name),
         ]
 
     def live(name: str) -> list[Any]:
         if not name:
-            return [gr.skip()] * 6
+            return [gr.skip()] * len(live_outputs)
         folder = desk.subject(name)
         shown_runs = newest_runs(folder)
-        job = newest_job(desk, folder)
-        active = job is not None and job.state in ("waiting", "running")
+        jobs = training_jobs(desk, folder)
+        active = any(job.is_alive for job in jobs)
         rows = [[row["step"], row["loss"], run.name] for run in shown_runs for row in metrics(run)]
         pictures = [found for run in shown_runs for found in run_samples(run)]
         lines = [progress_line(folder, run) for run in shown_runs]
-        if job and (active or job.state != "done"):
-            lines.append(job_line(job))
-        unfinished = [run for run in shown_runs if is_resumable(folder, run)]
-        if unfinished and not active:
-            lines.append(f"<p>Resume: <code>{html.escape(shlex.join(resume_words(unfinished[-1])))}</code></p>")
+        lines += [job_line(job) for job in jobs if job.is_alive] or [job_line(job) for job in jobs[-1:]]
+        left = [] if active else left_to_do(desk, folder)
+        if left:
+            lines.append(
+                "<p>To go on:</p>" + "".join(f"<p><code>{html.escape(shlex.join(one))}</code></p>" for one in left)
+            )
+        again = bool(left) and not any(has_checkpoint(run) for run in shown_runs if is_unfinished(folder, run))
         return [
             "".join(lines),
             gr.update(value=frame(rows), visible=bool(rows)),
             gr.update(value=pictures, visible=bool(pictures)),
             gr.update(interactive=not active),
             gr.update(interactive=active),
-            gr.update(interactive=bool(unfinished) and not active),
+            gr.update(interactive=bool(left), value="Start again" if again else "Resume"),
         ]
 
-    def changed_text(name: str, plain: bool, *values: Any) -> str:
+    def changed_text(name: str, *values: Any) -> str:
         keep(name, values)
         return ""
 
-    def changed_base(name: str, plain: bool, word: str, token: str, count: Any, chosen: str, size: int | None) -> str:
+    def changed_plain(name: str, also_plain: bool) -> str:
+        write_form(desk.subject(name), also_plain=also_plain)
+        return ""
+
+    def changed_base(name: str, word: str, token: str, count: Any, chosen: str, size: int | None) -> str:
         _, options, recipe = opened(name)
         chosen = (chosen or "").strip()
         if not chosen or chosen == options.pretrained_model_name_or_path:
@@ -189,20 +212,21 @@ def train_step(desk: Desk, subject: gr.State) -> PageStep:
         else:
             new = recipe_for(chosen, size or CARDS[-1]).name if size and known[0].card <= size else known[0].name
         changed = with_recipe(options, recipe, new)
-        keep(name, (word, token, changed.get("max_train_steps")), **{**changed, BASE: chosen})
+        keep(name, (word, token, options.max_train_steps), **{**changed, BASE: chosen})
         return ""
 
-    def changed_card(name: str, plain: bool, word: str, token: str, count: Any, size: int | None) -> str:
-        _, options, recipe = opened(name)
-        base_name = next((r.base for r in card_recipes() if r.name == recipe), options.pretrained_model_name_or_path)
-        new = recipe_for(base_name, size or CARDS[0]).name
+    def changed_card(name: str, word: str, token: str, count: Any, size: int | None) -> str:
+        folder, options, recipe = opened(name)
+        size = size or CARDS[0]
+        new = recipe_for(options.pretrained_model_name_or_path, size).name
+        write_form(folder, card=size)
         if new == recipe:
+            keep(name, (word, token, count))
             return f"{new} is the recipe for this card, too"
-        changed = {**with_recipe(options, recipe, new), BASE: options.pretrained_model_name_or_path}
-        keep(name, (word, token, changed.get("max_train_steps") or count), **changed)
+        keep(name, (word, token, options.max_train_steps), **with_recipe(options, recipe, new))
         return ""
 
-    def set_option(name: str, plain: bool, word: str, token: str, count: Any, *chosen: Any) -> str:
+    def set_option(name: str, word: str, token: str, count: Any, *chosen: Any) -> str:
         folder, options, _ = opened(name)
         option, value = editor.value(*chosen)
         others = {option: value}
@@ -210,25 +234,23 @@ def train_step(desk: Desk, subject: gr.State) -> PageStep:
         keep(name, (word, token, count), **others)
         return f"--{option} is set"
 
-    def remove_option(name: str, plain: bool, word: str, token: str, count: Any, option: str | None) -> str:
+    def remove_option(name: str, word: str, token: str, count: Any, option: str | None) -> str:
         _, _, recipe = opened(name)
         if not option:
             raise InputError("no option is chosen: choose a row of the table")
-        keep(name, (word, token, count), **{option: (options_of(recipe) if recipe else {}).get(option)})
-        return f"--{option} is as in {recipe}" if recipe else f"--{option} is removed"
+        own = options_of(recipe) if recipe else {}
+        keep(name, (word, token, count), **{option: own.get(option)})
+        return f"--{option} is as in {recipe}" if option in own else f"--{option} is removed"
 
-    def plan_memory(name: str) -> str:
-        try:
-            folder, options, _ = opened(name)
-            run = run_options(options, False, folder.masks_dir, folder.folder / MASKED)
-            table = planned_memory(repr(run), run)
-        except (InputError, UnavailableError) as error:
-            return said(f"error: {error}", is_error=True)
-        return f"```\n{table}\n```\n{planned_time(folder, options)}"
+    def plan_memory(name: str) -> list[str]:
+        folder, options, _ = opened(name)
+        run = run_options(options, False, folder.masks_dir, folder.folder / MASKED)
+        return ["", f"```\n{planned_memory(repr(run), run)}\n```\n{planned_time(folder, options)}"]
 
-    def begin(name: str, plain: bool, *values: Any) -> str:
-        folder, options, _ = keep(name, values)
-        runs = planned_runs(folder, options, plain)
+    def begin(name: str, *values: Any) -> str:
+        keep(name, values)
+        folder, options, _ = opened(name)
+        runs = planned_runs(folder, options)
         for run in runs:
             run.check()
             check_run_folder(run)
@@ -238,46 +260,47 @@ def train_step(desk: Desk, subject: gr.State) -> PageStep:
             desk.jobs.submit(folder, words_of(run)[1:])
         return f"{counted(len(runs), 'training')} started"
 
-    def end(name: str, plain: bool) -> str:
-        job = newest_job(desk, desk.subject(name))
-        if job is None or job.state not in ("waiting", "running"):
+    def end(name: str) -> str:
+        active = [job for job in training_jobs(desk, desk.subject(name)) if job.is_alive]
+        if not active:
             raise InputError("no training that the page started runs: stop one of a terminal there, with Ctrl-C")
-        job.stop()
+        for job in reversed(active):  # so that none begins when the one before it ends
+            job.stop()
         return "stopping after this step; a checkpoint is saved"
 
-    def go_on(name: str, plain: bool) -> str:
+    def go_on(name: str) -> str:
         folder = desk.subject(name)
-        unfinished = [run for run in newest_runs(folder) if is_resumable(folder, run)]
-        if not unfinished:
+        left = left_to_do(desk, folder)
+        if not left:
             raise InputError("no training of this subject can be resumed: start one")
         desk.release_sam()
-        for run in unfinished:
-            desk.jobs.submit(folder, resume_words(run)[1:])
-        return "resumed from the latest checkpoint"
+        for words in left:
+            desk.jobs.submit(folder, words[1:])
+        return f"{counted(len(left), 'training')} resumed"
 
     live_outputs = (progress, curve, samples, start, stop, resume)
-    outputs = [photos, class_word, identifier, steps, base, card, editor.table, command, *live_outputs]
-    form = [subject, also_plain, class_word, identifier, steps]
+    outputs = [photos, class_word, identifier, steps, base, card, also_plain, editor.table, command, *live_outputs]
+    form = [subject, class_word, identifier, steps]
 
     def wire(event: Any, handler: Any, inputs: list[Any]) -> None:
-        def act(name: str, plain: bool, *values: Any) -> list[Any]:
-            return saying(handler, lambda opened_name: shown(opened_name, plain))(name, plain, *values)
+        def act(name: str, *values: Any) -> list[Any]:
+            return [status_line(handler(name, *values)), *shown(name)]
 
-        event(act, inputs, [status, *outputs], api_visibility="private", show_progress="hidden")
+        event(told(act, status), inputs, [status, *outputs], api_visibility="private", show_progress="hidden")
 
     for text in (class_word, identifier):
         wire(text.blur, changed_text, form)
         wire(text.submit, changed_text, form)
     wire(steps.blur, changed_text, form)
-    wire(also_plain.input, changed_text, form)
+    wire(also_plain.input, changed_plain, [subject, also_plain])
     wire(base.input, changed_base, [*form, base, card])
     wire(card.input, changed_card, [*form, card])
     wire(editor.set.click, set_option, [*form, *editor.inputs])
     wire(editor.remove.click, remove_option, [*form, editor.option])
     wire(start.click, begin, form)
-    wire(stop.click, end, form[:2])
-    wire(resume.click, go_on, form[:2])
-    plan_button.click(plan_memory, subject, planned, api_visibility="private")
+    wire(stop.click, end, [subject])
+    wire(resume.click, go_on, [subject])
+    plan_button.click(told(plan_memory, status), [subject], [status, planned], api_visibility="private")
     return PageStep(shown, outputs, live, live_outputs)
 
 
@@ -322,25 +345,55 @@ def is_plain(run: Path) -> bool:
 
 def config_of(run: Path) -> dict[str, Any]:
     """The saved options of a run; empty before it has some."""
-    return read_config(run / CONFIG) if (run / CONFIG).is_file() else {}
+    try:
+        return _read_config(run / CONFIG, (run / CONFIG).stat().st_mtime_ns)
+    except FileNotFoundError:
+        return {}
+
+
+@lru_cache(64)
+def _read_config(path: Path, time: int) -> dict[str, Any]:
+    """The options in a file of a time."""
+    return read_config(path)
 
 
 def newest_runs(folder: SubjectFolder) -> list[Path]:
     """The newest masked run of a subject and its newest plain one, as far as they have begun."""
-    newest = {is_plain(run): run for run in folder.runs.values() if (run / CONFIG).is_file()}
+    newest = {is_plain(run): run for run in folder.runs.values()}
     return [newest[plain] for plain in (False, True) if plain in newest]
 
 
-def newest_job(desk: Desk, folder: SubjectFolder) -> Any:
-    """The training job that runs, else the newest one; None if there is none."""
-    jobs = [job for job in desk.jobs.of(folder) if job.words[:1] == ["train"]]
-    active = [job for job in jobs if job.state == "running"] or [job for job in jobs if job.state == "waiting"]
-    return (active or jobs[-1:] or [None])[0]
+def training_jobs(desk: Desk, folder: SubjectFolder) -> list[Job]:
+    """The trainings of a subject that the page started, the newest last."""
+    return [job for job in desk.jobs.of(folder) if job.words[:1] == ["train"] and not hands_out(job)]
 
 
-def is_resumable(folder: SubjectFolder, run: Path) -> bool:
+def hands_out(job: Job) -> bool:
+    """Whether a job resumes a finished run only to export or upload its weights."""
+    return "--resume_from_checkpoint" in job.words and bool({"--export", "--push_to_hub"} & set(job.words))
+
+
+def is_unfinished(folder: SubjectFolder, run: Path) -> bool:
     """Whether a run is unfinished and no process trains it."""
     return not (run / MODEL_CARD).is_file() and not folder.is_busy(run)
+
+
+def has_checkpoint(run: Path) -> bool:
+    """Whether a run that ended can go on where it was; else it begins again."""
+    from persam_dreambooth.training.checkpoint import list_checkpoints
+
+    return bool(list_checkpoints(run))
+
+
+def left_to_do(desk: Desk, folder: SubjectFolder) -> list[list[str]]:
+    """The commands that finish what was stopped: of runs that have begun, and of jobs that ended before they had."""
+    left = {run: resume_words(run) for run in newest_runs(folder) if is_unfinished(folder, run)}
+    for job in training_jobs(desk, folder)[-2:]:  # a masked run and a plain one
+        words = job.words
+        run = Path(words[words.index("--output_dir") + 1]) if "--output_dir" in words else folder.folder
+        if job.state in ("stopped", "killed") and not run.exists():
+            left[run] = ["persam-dreambooth", *words]
+    return list(left.values())
 
 
 def metrics(run: Path) -> list[dict[str, float]]:
@@ -386,16 +439,20 @@ def progress_line(folder: SubjectFolder, run: Path) -> str:
     label = html.escape(", ".join(told))
     return (
         f'<p style="margin: 0.5em 0 0">{label}</p><progress max="{max(total, 1)}" value="{step}" '
-        f'style="width: 100%" aria-label="{label}"></progress>'
+        f'style="width: 100%; accent-color: var(--color-accent)" aria-label="{label}"></progress>'
     )
 
 
-def job_line(job: Any) -> str:
-    """The state of a job as HTML: its error, or the last line of its log."""
+def job_line(job: Job) -> str:
+    """The state of a job as HTML: what it does, or its error; empty if it ended well."""
     if job.state == "failed":
-        return said(job.message, is_error=True)
-    last = (job.log.replace("\r", "\n").strip().splitlines() or [""])[-1]
-    return f'<p style="overflow-wrap: anywhere">{job.state}: {html.escape(last)}</p>'
+        return status_line(job.message, failed=True)
+    if job.state == "done":
+        return ""
+    words, now = job.words, BAR.sub("", job.message)
+    name = Path(words[words.index("--output_dir") + 1]).name if "--output_dir" in words else words[0]
+    lines = [f"{name}: {job.state}", now.strip()]
+    return f'<p style="overflow-wrap: anywhere">{html.escape(", ".join(filter(None, lines)))}</p>'
 
 
 def run_samples(run: Path) -> list[tuple[str, str]]:
