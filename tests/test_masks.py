@@ -327,6 +327,16 @@ def test_the_masks_of_a_sam_are_references_only_if_the_user_gave_and_corrected_n
     assert found == [(first, "given"), (third, DRAWN)]
 
 
+def test_an_empty_mask_that_the_user_drew_is_returned_if_asked_for(tmp_path, photos, mask):
+    first, second, _ = photos
+    save_mask(tmp_path, MaskRecord(first.name, first.sha256, "given", 0.1), mask)
+    save_mask(tmp_path, record(second, np.zeros_like(mask), model="toy"), np.zeros_like(mask))
+    (tmp_path / "sub").mkdir()
+    Image.new("L", (WIDTH, HEIGHT)).save(tmp_path / "sub" / "00.png")
+    assert [item.photo.name for item in load_references(tmp_path, photos)] == ["00.jpg"]
+    assert [item.photo.name for item in load_references(tmp_path, photos, blank=True)] == ["00.jpg", "sub/00.JPG"]
+
+
 def test_an_empty_mask_in_the_folder_is_loaded_with_coverage_0(tmp_path, photos):
     Image.new("L", (WIDTH, HEIGHT)).save(tmp_path / "00.png")
     assert load_mask(tmp_path, photos[0]).record.coverage == 0

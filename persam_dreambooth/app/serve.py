@@ -30,8 +30,8 @@ SERVED = {*PHOTO_SUFFIXES, ".html", ".md", ".safetensors", ".zip"}
 """Suffixes of files in the workspace that the page shows or offers; not options, logs, records of jobs."""
 
 LARGEST_UPLOAD = "250mb"
-"""The largest file that the browser may send; beyond it, Gradio refuses all files of a drop. The step Photos has a lower
-limit, and says which file is beyond it."""
+"""The largest file that the browser may send; beyond it, Gradio refuses all files of a drop. The step Photos has a
+lower limit, and says which file is beyond it."""
 
 POLICY = (
     "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-src 'self' data: blob:; "
