@@ -52,6 +52,12 @@ OWNED = (
 )
 """Options that the page sets in other places."""
 
+SMALL_PICTURES = """<style>
+#train-samples .grid-container, #pictures-all .grid-container {
+  grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)) !important; grid-auto-rows: auto !important }
+</style>"""
+"""As many pictures in a row as there is room for: Gradio makes few ones as wide as the page."""
+
 BAR = re.compile(r"\|.*|\x1b\[\w")
 """What a line of a progress bar has after its percentage, and movements of the cursor."""
 
@@ -65,6 +71,7 @@ _seen: dict[Path, list[tuple[int, float]]] = {}
 def train_step(desk: Desk, subject: gr.State) -> PageStep:
     """Builds the step; see `PageStep`."""
     bases = {recipe.base: f"{recipe.model} ({recipe.base})" for recipe in card_recipes()}
+    gr.HTML(SMALL_PICTURES, padding=False)
     status = gr.HTML(elem_id="status-train")
     photos = gr.Markdown(elem_id="train-photos")
     with gr.Row():
@@ -97,13 +104,13 @@ def train_step(desk: Desk, subject: gr.State) -> PageStep:
         label="Command", lines=2, max_lines=8, interactive=False, buttons=["copy"], elem_id="command-train"
     )
     with gr.Row():
-        start = gr.Button("Start training", variant="primary", min_width=80, elem_id="train-start")
+        start = gr.Button("Start", variant="primary", min_width=80, elem_id="train-start")
         stop = gr.Button("Stop", min_width=80, elem_id="train-stop", interactive=False)
         resume = gr.Button("Resume", min_width=80, elem_id="train-resume", interactive=False)
     progress = gr.HTML(elem_id="train-progress")
     curve = gr.LinePlot(x="step", y="loss", color="run", height=240, label="Loss", visible=False, elem_id="train-loss")
     samples = gr.Gallery(
-        label="Samples", columns=4, height=300, object_fit="contain", visible=False, elem_id="train-samples"
+        label="Samples", columns=4, height="auto", object_fit="contain", visible=False, elem_id="train-samples"
     )
 
     def opened(name: str) -> tuple[SubjectFolder, TrainOptions, str | None]:
