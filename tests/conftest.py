@@ -156,7 +156,7 @@ def page(chromium, app_server, faults):
     elsewhere. It is closed before its server ends."""
     width, height = SIZES["wide"]
     context = chromium.new_context(viewport={"width": width, "height": height})
-    context.set_default_timeout(20_000)
+    context.set_default_timeout(40_000)
     faults.watch(context)
     yield context.new_page()
     context.close()

@@ -247,8 +247,8 @@ def test_jobs_of_two_tabs_wait_for_each_other_and_outlive_reload_and_server(page
     page.goto(server.url)
     make_subject(page, "duck")
     subject = server.workspace / "duck"
-    drop_photos(page, DUCK)
-    page.locator("#photos-gallery img").nth(len(DUCK) - 1).wait_for()
+    drop_photos(page, DUCK[:2])
+    page.locator("#photos-gallery img").nth(1).wait_for()
     open_step(page, "First mask")
     page.locator("#first-canvas img").click()
     until(lambda: list(subject.glob("first/*_mask.png")))
@@ -268,7 +268,7 @@ def test_jobs_of_two_tabs_wait_for_each_other_and_outlive_reload_and_server(page
     reload(page, faults)
     assert page.url.endswith("subject=duck")
     open_step(page, "Masks")
-    page.locator("#progress-masks").get_by_text(f"of {len(DUCK)} photos").wait_for()
+    page.locator("#progress-masks").get_by_text("of 2 photos").wait_for()
     other.close()
     page.goto("about:blank")
     server.kill()
@@ -278,6 +278,6 @@ def test_jobs_of_two_tabs_wait_for_each_other_and_outlive_reload_and_server(page
     assert jobs()[1]["started"] >= jobs()[0]["ended"]
     page.goto(f"{server.url}?subject=duck")
     open_step(page, "Masks")
-    page.locator("#progress-masks").get_by_text(f"{len(DUCK)} of {len(DUCK)} photos have masks").wait_for()
+    page.locator("#progress-masks").get_by_text("2 of 2 photos have masks").wait_for()
     assert (subject / "masks" / MASK_INDEX).is_file()
-    assert len(list(subject.glob("masks/*.png"))) == len(DUCK)
+    assert len(list(subject.glob("masks/*.png"))) == 2
