@@ -165,4 +165,6 @@ def picture(page):
         area = {"x": 16, "y": tabs["y"] - 8, "width": SIZES["wide"][0] - 32}
         path = Path(folder) / "app-masks.png"
         page.screenshot(path=path, clip=area | {"height": grid["y"] + grid["height"] + 16 - area["y"]})
-        Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)
+        shown = Image.open(path).convert("RGB")
+        colors = shown.quantize(256, method=Image.Quantize.MAXCOVERAGE)
+        shown.quantize(palette=colors, dither=Image.Dither.FLOYDSTEINBERG).save(path, optimize=True)
