@@ -18,7 +18,7 @@ from persam_dreambooth.options import Options, command_words, list_recipes, merg
 FIRST_LINE = re.compile(r"# LoRA on (.+), for a card of (\d+) GB")
 """The beginning of a recipe for a card: its model and the card's memory."""
 
-BASE = "pretrained_model_name_or_path"
+BASE_OPTION = "pretrained_model_name_or_path"
 """The option of the base model."""
 
 FORM = "form.json"
@@ -32,7 +32,7 @@ SAMPLINGS = 4
 
 
 @dataclass(frozen=True)
-class Recipe:
+class CardRecipe:
     """A recipe for one model and one card.
 
     Args:
@@ -49,13 +49,13 @@ class Recipe:
 
 
 @cache
-def card_recipes() -> tuple[Recipe, ...]:
+def card_recipes() -> tuple[CardRecipe, ...]:
     """The recipes whose first line names a model and a card, by card; the other recipes are of papers and tests."""
     found = []
     for name, path in list_recipes().items():
         if match := FIRST_LINE.match(path.read_text(encoding="utf-8")):
-            base = options_of(name)[BASE]
-            found.append(Recipe(name, match[1], base, int(match[2])))
+            base = options_of(name)[BASE_OPTION]
+            found.append(CardRecipe(name, match[1], base, int(match[2])))
     return tuple(sorted(found, key=lambda recipe: recipe.card))
 
 
@@ -65,7 +65,7 @@ def options_of(recipe: str) -> dict[str, Any]:
     return recipe_options(TrainOptions, recipe)
 
 
-def recipe_for(base: str, card: int) -> Recipe:
+def recipe_for(base: str, card: int) -> CardRecipe:
     """The recipe of a model for the largest card up to this one.
 
     Raises:
@@ -93,8 +93,8 @@ def suggested_recipe(page: TrainOptions) -> str | None:
         page: the options that the page started with.
     """
     own = [recipe.name for recipe in card_recipes() if recipe.base == page.pretrained_model_name_or_path]
-    chooses = page.given(BASE) or any(
-        page.given(name) for name in options_of(own[0]) if name not in (BASE, "sam_model")
+    chooses = page.given(BASE_OPTION) or any(
+        page.given(name) for name in options_of(own[0]) if name not in (BASE_OPTION, "sam_model")
     )
     return None if chooses else own[0]
 

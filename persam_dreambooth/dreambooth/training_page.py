@@ -148,5 +148,5 @@ def samples_section(run_dir: Path, last_step: int) -> str:
             pictures.append(page.picture(tile, f"{prompt}, step {step}, seed {seed}", [f"step {step}, seed {seed}"]))
         left = len(samples) - len(pictures)
         more = page.paragraph(f"{left} more samples are in `{SAMPLES}`.") if left else ""
-        blocks.append(page.heading(prompt) + page.row(pictures) + more)
+        blocks.append(page.subheading(prompt) + page.row(pictures) + more)
     return page.section("samples", "Samples", *blocks) if blocks else ""

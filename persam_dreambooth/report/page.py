@@ -82,7 +82,7 @@ def row(pictures: Sequence[str]) -> str:
     return f'<div class="row">{"".join(pictures)}</div>'
 
 
-def heading(words: str) -> str:
+def subheading(words: str) -> str:
     """A heading within a section."""
     return f"<h3>{text(words)}</h3>"
 

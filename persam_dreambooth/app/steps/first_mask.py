@@ -1,7 +1,7 @@
 """First mask: points, a box, a text or a brush on one photo, and the subject's outline after each.
 
 The state is in the subject's folder `first/`: the mask, the prompts in the JSON file beside it, and every earlier state
-in the hidden subfolder `BEFORE`, so that a reload shows the same and undo goes back one step after the other.
+in the hidden subfolder `EARLIER`, so that a reload shows the same and undo goes back one step after the other.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from persam_dreambooth.app.desk import Desk, PageStep, status_line, told
 from persam_dreambooth.app.steps.mask_editor import (
     A_BOX,
     ADD,
-    BEFORE,
+    EARLIER,
     ERASE,
     POINT,
     TOOLS,
@@ -184,7 +184,7 @@ def start_again(subject: SubjectFolder, photo: Photo) -> None:
 
 def earlier_states(path: Path) -> Path:
     """The folder of a first mask's earlier states: NNNN.json, and NNNN.png if there was a mask."""
-    return path.parent / BEFORE / path.stem
+    return path.parent / EARLIER / path.stem
 
 
 def _alone(photo: Photo) -> Photo:

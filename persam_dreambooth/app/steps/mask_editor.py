@@ -1,7 +1,7 @@
 """Corrects one mask by clicks, a box or a brush; First mask uses the same canvas.
 
 A correction is saved as a user's mask of the folder, so `segment` and `train` of a terminal keep it. The mask before
-the first correction is kept in the hidden subfolder `BEFORE`.
+the first correction is kept in the hidden subfolder `EARLIER`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from persam_dreambooth.segmentation.first_mask import first_mask
 if TYPE_CHECKING:
     from persam_dreambooth.segmentation.sams.sam import Encoding, Sam
 
-BEFORE = ".before"
+EARLIER = ".before"
 """The subfolder of a mask folder with masks before their first correction."""
 
 CANVAS_SIDE = 1024
@@ -259,7 +259,7 @@ def save_correction(
     """
     with _editing(folder), saving(folder):
         path = find_masks(folder, photos).get(photo.name)
-        kept = folder / BEFORE
+        kept = folder / EARLIER
         if path and photo.name not in find_masks(kept, photos, others_may_be=True):
             (aside := kept / path.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(path, aside)
@@ -272,18 +272,18 @@ def save_correction(
 
 def has_earlier(folder: Path, photos: list[Photo], photo: Photo) -> bool:
     """Whether a photo's mask was corrected, so that `restore_earlier` has a mask to return to."""
-    return photo.name in find_masks(folder / BEFORE, photos, others_may_be=True)
+    return photo.name in find_masks(folder / EARLIER, photos, others_may_be=True)
 
 
 def restore_earlier(folder: Path, photos: list[Photo], photo: Photo) -> None:
     """Replaces a corrected mask by the mask before its first correction; see `save_correction` for the errors."""
     with _editing(folder), saving(folder):
-        earlier = find_masks(folder / BEFORE, photos, others_may_be=True).get(photo.name)
+        earlier = find_masks(folder / EARLIER, photos, others_may_be=True).get(photo.name)
         if earlier is None:
             raise InputError(f"{photo.name} has no earlier mask: its mask was not corrected here")
         if path := find_masks(folder, photos).get(photo.name):
             path.unlink()
-        os.replace(earlier, folder / earlier.relative_to(folder / BEFORE))
+        os.replace(earlier, folder / earlier.relative_to(folder / EARLIER))
         with MaskWriter(folder, load_known(folder, photos, {photo.name}).values()):
             pass
 

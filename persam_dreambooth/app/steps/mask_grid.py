@@ -26,7 +26,7 @@ from persam_dreambooth.segmentation.segment import doubts
 SECONDS = 1.0
 """How long new outlines are drawn before the grid is shown; the others follow at its next update."""
 
-BATCH = 8
+DRAWN_AT_ONCE = 8
 """Masks that are read at once."""
 
 REASONS = {
@@ -56,7 +56,7 @@ GRID_STYLE = """
 .dark & .masks em { color: #ff8a8a }
 """
 
-MANY = 24
+LARGE_TILES = 24
 """Photos from which on the tiles are smaller."""
 
 GRID_SCRIPT = """
@@ -134,7 +134,7 @@ class MaskGrid:
         kept = {photo: self._read.get((folder, photo.name), ((), Tile(photo))) for photo in photos}
         found = {photo: tile if state == states[photo] else Tile(photo) for photo, (state, tile) in kept.items()}
         new = [photo for photo in photos if not found[photo].picture]
-        for some in (new[start : start + BATCH] for start in range(0, len(new), BATCH)):
+        for some in (new[start : start + DRAWN_AT_ONCE] for start in range(0, len(new), DRAWN_AT_ONCE)):
             known = load_known(folder, photos, {photo.name for photo in some})
             for photo in some:
                 found[photo] = _tile(photo, known.get(photo.name), absent)
@@ -146,7 +146,7 @@ class MaskGrid:
 
 def grid_html(tiles: list[Tile]) -> str:
     """The grid as a block of HTML; its buttons are for `GRID_SCRIPT`."""
-    kind = "masks many" if len(tiles) > MANY else "masks"
+    kind = "masks many" if len(tiles) > LARGE_TILES else "masks"
     return f'<div class="{kind}">{"".join(tile.html for tile in tiles)}</div>' if tiles else ""
 
 

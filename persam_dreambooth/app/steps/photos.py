@@ -13,7 +13,7 @@ import gradio as gr
 
 from persam_dreambooth.app.desk import Desk, PageStep, status_line, told
 from persam_dreambooth.app.steps.first_mask import earlier_states, first_mask_file
-from persam_dreambooth.app.steps.mask_editor import BEFORE
+from persam_dreambooth.app.steps.mask_editor import EARLIER
 from persam_dreambooth.app.steps.mask_grid import outline_url
 from persam_dreambooth.app.subject_folder import OWN_PHOTOS, SubjectFolder
 from persam_dreambooth.errors import InputError, counted
@@ -153,7 +153,7 @@ def remove_photo(desk: Desk, subject: SubjectFolder, name: str) -> None:
     if options.reference_image and Path(options.reference_image).resolve() == photo.path.resolve():
         subject.save_options(reference_image=None, mask=None)
     stem = Path(photo.name).with_suffix("")
-    masks = [folder / f"{stem}.png" for folder in (subject.masks_dir, subject.masks_dir / BEFORE)]
+    masks = [folder / f"{stem}.png" for folder in (subject.masks_dir, subject.masks_dir / EARLIER)]
     masks += [subject.first_dir / f"{stem}_mask{ending}" for ending in (".png", ".json", "_overlay.jpg", "_scales.jpg")]
     for path in [photo.path, *masks]:
         path.unlink(missing_ok=True)

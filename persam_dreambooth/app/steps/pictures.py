@@ -125,7 +125,7 @@ def pictures_step(desk: Desk, subject: gr.State) -> PageStep:
         return [
             "".join(lines),
             gr.update(value=pairs, visible=bool(pairs)),
-            gr.update(value=[(str(path), caption(path)) for path in found], visible=bool(found)),
+            gr.update(value=[(str(path), _caption(path)) for path in found], visible=bool(found)),
             links(done),
         ]
 
@@ -213,7 +213,7 @@ def form_of(folder: SubjectFolder, all_runs: bool = True) -> dict[str, Any]:
     return said
 
 
-def caption(path: Path) -> str:
+def _caption(path: Path) -> str:
     """The run, prompt and seed of a picture, from its own settings."""
     settings = settings_of(path)
     prompt, seed = settings.split("\nNegative prompt: ")[0].rpartition("\nSteps: ")[0], settings.rpartition("Seed: ")[2]
@@ -242,7 +242,7 @@ def side_by_side(runs: list[Path]) -> list[tuple[str, str]]:
         for plain in (False, True)
     ]
     both = [key for key in of_run[0] if key and key in of_run[1]]
-    return [(str(own[key]), caption(own[key])) for key in both for own in of_run]
+    return [(str(own[key]), _caption(own[key])) for key in both for own in of_run]
 
 
 def links(runs: list[Path]) -> str:

@@ -18,7 +18,7 @@ from persam_dreambooth.app.desk import Desk, PageStep, status_line, told
 from persam_dreambooth.app.jobs import Job
 from persam_dreambooth.app.option_editor import OptionEditor
 from persam_dreambooth.app.run_command import (
-    BASE,
+    BASE_OPTION,
     TOY,
     card_recipes,
     chosen_card,
@@ -47,7 +47,16 @@ MASKED, PLAIN = "masked", "plain"
 
 OWNED = (
     *("instance_dir", "mask_dir", "output_dir", "resume_from_checkpoint", "subjects", "class_name", "identifier"),
-    *(BASE, "max_train_steps", "dataset_name", "image_column", "caption_column", "mask", "mask_from", "unmasked"),
+    *(
+        BASE_OPTION,
+        "max_train_steps",
+        "dataset_name",
+        "image_column",
+        "caption_column",
+        "mask",
+        "mask_from",
+        "unmasked",
+    ),
     *("point", "box", "text", "reference_image", "other_mask", "invert_mask"),
 )
 """Options that the page sets in other places."""
@@ -117,7 +126,7 @@ def train_step(desk: Desk, subject: gr.State) -> PageStep:
         """The subject, its options and their recipe; before a model is chosen, those of a recipe are suggested."""
         folder = desk.subject(name)
         options, own = folder.options(), folder.own_options()
-        suggested = suggested_recipe(desk.base) if BASE not in own else None
+        suggested = suggested_recipe(desk.base) if BASE_OPTION not in own else None
         if suggested:
             new = {
                 option: value for option, value in with_recipe(options, None, suggested).items() if option not in own
@@ -135,7 +144,7 @@ def train_step(desk: Desk, subject: gr.State) -> PageStep:
         new = {one.name: getattr(options, one.name) for one in fields(options)}
         new = {option: value for option, value in new.items() if value != getattr(saved, option)}
         if new:
-            new[BASE] = options.pretrained_model_name_or_path
+            new[BASE_OPTION] = options.pretrained_model_name_or_path
         new |= {option: value for option, value in form.items() if value != getattr(options, option)}
         for option, value in changed.items():
             default = TrainOptions.__dataclass_fields__[option].default
@@ -212,14 +221,14 @@ def train_step(desk: Desk, subject: gr.State) -> PageStep:
             return ""
         known = [r for r in card_recipes() if r.base == chosen]
         if not known and chosen != TOY:
-            keep(name, (word, token, count), **{BASE: chosen})
+            keep(name, (word, token, count), **{BASE_OPTION: chosen})
             return ""
         if chosen == TOY:
             new = TOY
         else:
             new = recipe_for(chosen, size or CARDS[-1]).name if size and known[0].card <= size else known[0].name
         changed = with_recipe(options, recipe, new)
-        keep(name, (word, token, options.max_train_steps), **{**changed, BASE: chosen})
+        keep(name, (word, token, options.max_train_steps), **{**changed, BASE_OPTION: chosen})
         return ""
 
     def changed_card(name: str, word: str, token: str, count: Any, size: int | None) -> str:
@@ -493,7 +502,7 @@ def planned_time(folder: SubjectFolder, options: TrainOptions) -> str:
     known = [
         pace
         for run in folder.runs.values()
-        if config_of(run).get(BASE) == base and (pace := seconds_per_step(run)) is not None
+        if config_of(run).get(BASE_OPTION) == base and (pace := seconds_per_step(run)) is not None
     ]
     if not known:
         return "Time: unknown before the first steps."
