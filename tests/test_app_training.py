@@ -107,6 +107,7 @@ def test_a_recipe_is_suggested_only_if_the_page_was_started_without_choices_of_a
     assert suggested_recipe(TrainOptions(**given)) == recipe
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_train_and_pictures(page, app_server, faults, tmp_path):
     workspace = tmp_path / "workspace"
@@ -156,9 +157,9 @@ def test_train_and_pictures(page, app_server, faults, tmp_path):
     until(lambda: len(metrics_rows(masked)) > step, server.said)
     server.kill()
     server.start()
-    faults.clear()  # of a server that was gone
     page.goto(f"{server.url}/?subject=duck")
     open_step(page, "Train")
+    faults.clear()  # of a server that was gone
     page.get_by_text("masked: finished, step").wait_for(timeout=120_000)
     page.get_by_text("plain: finished, step").wait_for(timeout=120_000)
     assert [row["step"] for row in metrics_rows(masked)] == list(range(1, STEPS + 1))
@@ -170,11 +171,13 @@ def test_train_and_pictures(page, app_server, faults, tmp_path):
 
     open_step(page, "Pictures")
     page.locator("#pictures-runs input").nth(1).wait_for()
+    page.wait_for_timeout(1000)  # what the tab shows is on its way
     prompts = field(page, "pictures-prompts")
     prompts.fill("a [V] duck on grass\na [V] duck in snow")
     for name, value in (("number", 2), ("steps", 2), ("width", 64), ("height", 64)):
         fill(page, f"pictures-{name}", str(value))
-    until(lambda: field(page, "command-pictures").input_value().count("--height 64") == 4)
+    shown = field(page, "command-pictures")
+    until(lambda: shown.input_value().count("--height 64") == 4, shown.input_value, 40)
     reloaded(page, faults)
     open_step(page, "Pictures")
     until(lambda: prompts.input_value() == "a [V] duck on grass\na [V] duck in snow", prompts.input_value)

@@ -181,11 +181,10 @@ def pictures_step(desk: Desk, subject: gr.State) -> PageStep:
 
         event(told(act, status), inputs, [status, *outputs], api_visibility="private", show_progress="hidden")
 
-    for part in form:
-        part.input(
-            told(changed, status), [subject, *form], [status, command], api_visibility="private",
-            show_progress="hidden", trigger_mode="always_last",
-        )  # fmt: skip
+    gr.on(  # one event for all fields: with one for each, an answer to an earlier field could come last
+        [part.input for part in form], told(changed, status), [subject, *form], [status, command],
+        api_visibility="private", show_progress="hidden", trigger_mode="always_last",
+    )  # fmt: skip
     wire(start.click, begin, [subject, *form])
     wire(export.click, export_runs, [subject, runs])
     wire(upload.click, send, [subject, runs, repository])
