@@ -140,6 +140,11 @@ class Options:
         default = getattr(type(self), name)
         return bool(value != default and value not in ("", [], [""]))  # empty, for example from a shell variable
 
+    @property
+    def all_given(self) -> dict[str, Any]:
+        """The options that differ from their defaults, by name; see `given`."""
+        return {entry.name: getattr(self, entry.name) for entry in fields(self) if self.given(entry.name)}
+
     def check(self) -> None:
         """Raises `InputError` for options that exclude one another or have no effect."""
         for entry in fields(self):
@@ -574,7 +579,7 @@ def command_words(
         recipe: a recipe that the words start from; they then have the options that differ from the recipe's.
     """
     words = ["persam-dreambooth", *command.split()]
-    given = {entry.name: getattr(options, entry.name) for entry in fields(options) if options.given(entry.name)}
+    given = options.all_given
     if recipe:
         words += ["--config", recipe]
         filed = recipe_options(type(options), recipe)

@@ -50,6 +50,19 @@ def free_port():
         return probe.getsockname()[1]
 
 
+def until(happened, what="", seconds=60):
+    """Waits for what happens, and returns it; `what`, or what it returns, tells what was there instead."""
+    ends = time.monotonic() + seconds
+    while not (found := happened()):
+        assert time.monotonic() < ends, what() if callable(what) else what
+        time.sleep(0.05)
+    return found
+
+
+def open_step(page, title):
+    page.get_by_role("tab", name=title, exact=True).click()
+
+
 class AppServer:
     """`persam-dreambooth app` as a process, and the jobs that it starts.
 
@@ -125,6 +138,15 @@ class Faults(list):
     def _failed(self, request):
         if request.failure != "net::ERR_ABORTED":  # of a page that is left or reloaded
             self.append(f"failed: {request.url}: {request.failure}")
+
+
+def reload(page, faults, shown):
+    """Reloads the page and waits for `shown`; Gradio reports the requests that this ends as errors, which are no faults
+    of the page."""
+    seen = len(faults)
+    page.reload()
+    shown.wait_for()
+    faults[seen:] = [said for said in faults[seen:] if "AbortError" not in said and "errored out" not in said]
 
 
 def drop_files(target, paths):

@@ -2,14 +2,13 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import httpx
 import pytest
+from browser import free_port, until
 from training_runs import ROOT, flags
 
 from persam_dreambooth import cli
@@ -18,22 +17,6 @@ from persam_dreambooth.app.desk import Desk
 from persam_dreambooth.app.jobs import AUTH_VARIABLE
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.training.meter import metrics_rows
-
-LIMIT = 60
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def until(happened, what):
-    ends = time.monotonic() + LIMIT
-    while not (found := happened()):
-        assert time.monotonic() < ends, what
-        time.sleep(0.05)
-    return found
 
 
 def started(workspace, *words, **variables):
@@ -70,7 +53,7 @@ def server(desk):
     with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
         yield client
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=LIMIT)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert errors == "the page is closed; the same command opens it again\n"
 

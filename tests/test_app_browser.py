@@ -8,7 +8,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from browser import SIZES, AppServer, drop_files, need, reaches_beyond, screenshots
+from browser import SIZES, AppServer, drop_files, need, open_step, reaches_beyond, reload, screenshots, until
 from PIL import Image
 
 from persam_dreambooth import toy
@@ -50,10 +50,6 @@ def server(tmp_path_factory):
     server.end()
 
 
-def open_step(page, title):
-    page.get_by_role("tab", name=title, exact=True).click()
-
-
 def make_subject(page, name):
     page.locator("#subject-new input, #subject-new textarea").first.fill(name)
     page.locator("#subject-make").click()
@@ -62,22 +58,6 @@ def make_subject(page, name):
 
 def drop_photos(page, paths):
     drop_files(page.locator("#photos-drop [role=button], #photos-drop button").first, paths)
-
-
-def reload(page, faults):
-    """Reloads the page; Gradio reports the requests that this ends as errors, which are no faults of the page."""
-    seen = len(faults)
-    page.reload()
-    page.locator("#photos-gallery img").first.wait_for()
-    faults[seen:] = [said for said in faults[seen:] if "AbortError" not in said and "errored out" not in said]
-
-
-def until(happened, seconds=60):
-    ends = time.monotonic() + seconds
-    while not (found := happened()):
-        assert time.monotonic() < ends
-        time.sleep(0.1)
-    return found
 
 
 def most_memory(server):
@@ -101,7 +81,7 @@ def test_photos_are_dropped_and_a_click_makes_the_first_mask(page, server, fault
     page.locator("#first-canvas img").click()
     until(lambda: list(subject.glob("first/*_mask.png")))
     screenshots(page, "first-mask")
-    reload(page, faults)
+    reload(page, faults, page.locator("#photos-gallery img").first)
     assert page.url.endswith("subject=duck")
     page.locator("#photos-gallery img").nth(len(DUCK) - 1).wait_for()
 
@@ -265,7 +245,7 @@ def test_jobs_of_two_tabs_wait_for_each_other_and_outlive_reload_and_server(page
 
     until(lambda: len(jobs()) == 2 and "started" in jobs()[0])
     assert "started" not in jobs()[1]
-    reload(page, faults)
+    reload(page, faults, page.locator("#photos-gallery img").first)
     assert page.url.endswith("subject=duck")
     open_step(page, "Masks")
     page.locator("#progress-masks").get_by_text("of 2 photos").wait_for()
@@ -274,7 +254,7 @@ def test_jobs_of_two_tabs_wait_for_each_other_and_outlive_reload_and_server(page
     server.kill()
     assert "code" not in jobs()[0]
     server.start()
-    until(lambda: all(job.get("code") == 0 for job in jobs()), 120)
+    until(lambda: all(job.get("code") == 0 for job in jobs()), seconds=120)
     assert jobs()[1]["started"] >= jobs()[0]["ended"]
     page.goto(f"{server.url}?subject=duck")
     open_step(page, "Masks")

@@ -2,10 +2,10 @@
 
 import json
 import shlex
-import time
 
 import numpy as np
 import pytest
+from browser import until
 from filelock import FileLock
 from PIL import Image
 
@@ -130,14 +130,6 @@ def test_no_photo_is_removed_while_a_job_reads_it(tmp_path):
     assert subject.photos() == []
 
 
-def until(happened, seconds=30):
-    ends = time.monotonic() + seconds
-    while not (found := happened()):
-        assert time.monotonic() < ends
-        time.sleep(0.03)
-    return found
-
-
 @pytest.mark.browser
 def test_clicks_a_box_a_brush_and_undo_on_a_turned_photo(page, app_server, faults, tmp_path):
     """Each step is on disk and on the page; undo goes back through all of them; a reload shows the same."""
@@ -165,7 +157,7 @@ def test_clicks_a_box_a_brush_and_undo_on_a_turned_photo(page, app_server, fault
 
     def changed():
         """Waits until the page shows another outline; returns the mask's coverage."""
-        until(lambda: image.count() and image.get_attribute("src") not in (None, shown[-1]))
+        until(lambda: image.count() and image.get_attribute("src") not in (None, shown[-1]), seconds=30)
         shown.append(image.get_attribute("src"))
         return read_mask(file).mean() if file.is_file() else 0
 
@@ -203,7 +195,7 @@ def test_clicks_a_box_a_brush_and_undo_on_a_turned_photo(page, app_server, fault
     coverages.append(changed())
     assert np.abs(np.array(saved()["box"]) - (100, 100, 400, 400)).max() <= 1
     scales = page.locator("#first-scale label")
-    until(lambda: scales.count() > 2)
+    until(lambda: scales.count() > 2, seconds=30)
     label = scales.nth(1).inner_text()
     scales.nth(1).click()
     coverages.append(changed())

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from browser import SCREENSHOTS, SIZES, reaches_beyond, screenshots
+from browser import SCREENSHOTS, SIZES, open_step, reaches_beyond, screenshots, until
 from PIL import Image
-from test_app_browser import open_step, until
 
 from persam_dreambooth import toy
 from persam_dreambooth.app.app_options import AppOptions
 from persam_dreambooth.app.desk import Desk
 from persam_dreambooth.app.steps.mask_editor import has_earlier, restore_earlier, save_correction
+from persam_dreambooth.app.steps.masks import make_words
 from persam_dreambooth.photos.folder import find_photos
 from persam_dreambooth.photos.mask_folder import load_known
 from persam_dreambooth.segmentation.first_mask import MaskOptions, mask_photo
@@ -153,6 +153,15 @@ def test_a_photo_without_the_subject_is_left_out_of_training(runs, photos, tmp_p
     assert has_earlier(folder, found, found[2])
     restore_earlier(folder, found, found[2])
     assert same_files(folder / "02.png", photos.parent / "masks" / "02.png", shallow=False)
+
+
+def test_the_mask_that_the_page_was_started_with_is_the_first_mask(photos, tmp_path):
+    mask = photos.parent / "masks" / "01.png"
+    desk = Desk(AppOptions(workspace=str(tmp_path), instance_dir=str(photos), mask=str(mask), sam_model="toy"))
+    words = make_words(desk.subject("photos"))
+    assert (words[words.index("--mask") + 1], words[words.index("--reference_image") + 1]) == (
+        str(mask), str(photos / "01.png")
+    )  # fmt: skip
 
 
 def picture(page):

@@ -4,22 +4,25 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
-from browser import reaches_beyond, screenshots
+from browser import open_step, reaches_beyond, reload, screenshots, until
 from training_runs import ROOT
 
 from persam_dreambooth import toy
 from persam_dreambooth.app.app_options import AppOptions
 from persam_dreambooth.app.desk import Desk
 from persam_dreambooth.app.run_command import suggested_recipe
+from persam_dreambooth.app.steps.train import free_folder
 from persam_dreambooth.main_job import TrainOptions
 from persam_dreambooth.options import CONFIG, read_config
 from persam_dreambooth.training.meter import metrics_rows
 
 TOY = {"pretrained_model_name_or_path": "toy", "sam_model": "toy", "resolution": 64}
 STEPS = 20
+until = partial(until, seconds=120)
 
 
 def words(options):
@@ -35,18 +38,6 @@ def prepared(workspace, **options):
         for path in sorted((toy.path("photos") / source).glob(names)):
             shutil.copy(path, duck.folder / folder)
     return desk, duck
-
-
-def until(happened, what="", seconds=120):
-    ends = time.monotonic() + seconds
-    while not (found := happened()):
-        assert time.monotonic() < ends, what() if callable(what) else what
-        time.sleep(0.1)
-    return found
-
-
-def open_step(page, title):
-    page.get_by_role("tab", name=title, exact=True).click()
 
 
 def field(page, name):
@@ -66,14 +57,6 @@ def set_option(page, name, value):
     page.locator("#train-options-help", has_text=f"--{name}").wait_for()
     field(page, "train-options-text").fill(value)
     page.locator("#train-options-set").click()
-
-
-def reloaded(page, faults):
-    """Reloads the page; Gradio reports the requests that this ends as errors, which are no faults of the page."""
-    seen = len(faults)
-    page.reload()
-    page.get_by_role("tab", name="Train", exact=True).wait_for()
-    faults[seen:] = [said for said in faults[seen:] if "AbortError" not in said and "errored out" not in said]
 
 
 def status(page, step):
@@ -105,6 +88,12 @@ def test_the_page_imports_no_framework():
 )
 def test_a_recipe_is_suggested_only_if_the_page_was_started_without_choices_of_a_training(given, recipe):
     assert suggested_recipe(TrainOptions(**given)) == recipe
+
+
+def test_a_run_goes_to_a_folder_that_no_waiting_job_takes(tmp_path):
+    (tmp_path / "masked-2").mkdir()
+    assert free_folder(tmp_path / "masked", {None}) == tmp_path / "masked"
+    assert free_folder(tmp_path / "masked", {None, tmp_path / "masked"}) == tmp_path / "masked-3"
 
 
 @pytest.mark.slow
@@ -177,8 +166,8 @@ def test_train_and_pictures(page, app_server, faults, tmp_path):
     for name, value in (("number", 2), ("steps", 2), ("width", 64), ("height", 64)):
         fill(page, f"pictures-{name}", str(value))
     shown = field(page, "command-pictures")
-    until(lambda: shown.input_value().count("--height 64") == 4, shown.input_value, 40)
-    reloaded(page, faults)
+    until(lambda: shown.input_value().count("--height 64") == 4, shown.input_value, seconds=40)
+    reload(page, faults, page.get_by_role("tab", name="Train", exact=True))
     open_step(page, "Pictures")
     until(lambda: prompts.input_value() == "a [V] duck on grass\na [V] duck in snow", prompts.input_value)
     page.locator("#pictures-start").click()

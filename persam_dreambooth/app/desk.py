@@ -152,6 +152,23 @@ def status_line(text: str, failed: bool = False) -> str:
     return f'<p role="{role}" class="status {role}">{html.escape(text)}</p>' if text else ""
 
 
+def on_form(event: Any, handler: Callable[..., str], inputs: list[Any], status: Any, step: PageStep) -> None:
+    """An event after which the whole step is shown anew.
+
+    Args:
+        event: of a component, such as `button.click`.
+        handler: gets the values of the inputs, the subject's name first; returns the text of the status.
+        inputs: components, that of the subject's name first.
+        status: see `told`.
+        step: the step.
+    """
+
+    def act(name: str, *values: Any) -> list[Any]:
+        return [status_line(handler(name, *values)), *step.shown(name)]
+
+    event(told(act, status), inputs, [status, *step.outputs], api_visibility="private", show_progress="hidden")
+
+
 def told(handler: Callable[..., Any], status: Any) -> Callable[..., Any]:
     """A handler of an event whose errors of input, hub and disk become the status line; other outputs then stay.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from persam_dreambooth.app.subject_folder import SubjectFolder
 from persam_dreambooth.errors import InputError
 from persam_dreambooth.files import write_json
 from persam_dreambooth.main_job import TrainOptions
-from persam_dreambooth.options import Options, command_words, list_recipes, merge_options, recipe_options
+from persam_dreambooth.options import command_words, list_recipes, merge_options, recipe_options
 
 FIRST_LINE = re.compile(r"# LoRA on (.+), for a card of (\d+) GB")
 """The beginning of a recipe for a card: its model and the card's memory."""
@@ -128,12 +128,7 @@ def run_options(options: TrainOptions, plain: bool, masks: Path, run_dir: Path, 
         others: further options by name.
     """
     what = {"unmasked": True} if plain else {"mask_dir": str(masks)}
-    return merge_options(TrainOptions, {**others, **what, "output_dir": str(run_dir)}, given_options(options))[0]
-
-
-def given_options(options: Options) -> dict[str, Any]:
-    """The options that differ from their defaults, by name."""
-    return {entry.name: getattr(options, entry.name) for entry in fields(options) if options.given(entry.name)}
+    return merge_options(TrainOptions, {**others, **what, "output_dir": str(run_dir)}, options.all_given)[0]
 
 
 def read_form(folder: SubjectFolder) -> dict[str, Any]:

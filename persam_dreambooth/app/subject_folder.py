@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import os
 import threading
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +77,7 @@ class SubjectFolder:
             own["instance_dir"] = str(self.folder / OWN_PHOTOS)
         if own.get("instance_dir") == str(self.folder / OWN_PHOTOS):  # whose name is no class
             own.setdefault("class_name", self.name.replace("_", " ").replace("-", " "))
-        base = {one.name: getattr(self.base, one.name) for one in fields(self.base) if self.base.given(one.name)}
-        return merge_options(TrainOptions, own, base)[0]
+        return merge_options(TrainOptions, own, self.base.all_given)[0]
 
     def own_options(self) -> dict[str, Any]:
         """The subject's own options by name: those of `config.yaml`, then those of `subject.yaml`."""

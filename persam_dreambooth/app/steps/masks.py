@@ -32,11 +32,12 @@ from persam_dreambooth.app.steps.mask_editor import (
 from persam_dreambooth.app.steps.mask_grid import GRID_SCRIPT, GRID_STYLE, MaskGrid, Tile, grid_html
 from persam_dreambooth.app.subject_folder import SubjectFolder
 from persam_dreambooth.errors import InputError, counted
-from persam_dreambooth.options import command_words, parse
+from persam_dreambooth.options import command_words, merge_options, parse
 from persam_dreambooth.photos.folder import Photo
 from persam_dreambooth.photos.mask_folder import PackedMask, load_known, noted_record
 from persam_dreambooth.photos.masks import read_mask
 from persam_dreambooth.photos.pairing import find_masks
+from persam_dreambooth.photos.references import find_reference
 from persam_dreambooth.report.page import text
 from persam_dreambooth.segmentation.segment import SegmentOptions
 from persam_dreambooth.segmentation.segmenters import METHODS, MaskFolderOptions
@@ -62,25 +63,22 @@ SHARED = (*(entry.name for entry in fields(MaskFolderOptions)), "class_name", "o
 
 def segment_options(subject: SubjectFolder, **given: Any) -> SegmentOptions:
     """The options of `segment` for a subject: its own, then `given`; those without an effect are left out."""
-    own, known = subject.options(), SegmentOptions.__dataclass_fields__
-    found = {name: getattr(own, name) for name in SHARED if own.given(name)} | given
-    options = SegmentOptions(**found)
-    while idle := [
-        name
-        for name in found
-        if options.given(name) and not all(condition.holds(options) for condition in known[name].metadata["when"])
-    ]:
-        found = {name: value for name, value in found.items() if name not in idle}
-        options = SegmentOptions(**found)
-    return options
+    own = {name: value for name, value in subject.options().all_given.items() if name in SHARED}
+    return merge_options(SegmentOptions, given, own)[0]
 
 
 def first_of(subject: SubjectFolder) -> tuple[Path, Photo] | None:
-    """The newest first mask of a subject and its photo."""
-    by_mask = {f"{Path(photo.name).stem}_mask.png": photo for photo in subject.photos()}
+    """The newest first mask of a subject, else the one that the page or the run was started with, and its photo."""
+    own, photos = subject.options(), subject.photos()
+    by_mask = {f"{Path(photo.name).stem}_mask.png": photo for photo in photos}
     masks = [path for path in subject.first_dir.glob("*_mask.png") if path.name in by_mask]
-    newest = max(masks, key=lambda path: path.stat().st_mtime_ns, default=None)
-    return (newest, by_mask[newest.name]) if newest else None
+    if masks:
+        newest = max(masks, key=lambda path: path.stat().st_mtime_ns)
+        return newest, by_mask[newest.name]
+    if not (own.mask and photos):
+        return None
+    photo, _ = find_reference(photos, Path(str(subject.photos_dir)), Path(own.mask), own.reference_image)
+    return Path(own.mask), photo
 
 
 def make_words(subject: SubjectFolder) -> list[str]:

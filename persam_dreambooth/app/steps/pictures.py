@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 import gradio as gr
 
-from persam_dreambooth.app.desk import Desk, PageStep, status_line, told
+from persam_dreambooth.app.desk import Desk, PageStep, on_form, told
 from persam_dreambooth.app.run_command import read_form, write_form
 from persam_dreambooth.app.steps.train import hands_out, is_plain, job_line, resume_words
 from persam_dreambooth.app.subject_folder import SubjectFolder
@@ -175,20 +175,15 @@ def pictures_step(desk: Desk, subject: gr.State) -> PageStep:
     form = [prompts, runs, number, seed, steps, width, height]
     outputs = [*form, command, *live_outputs]
 
-    def wire(event: Any, handler: Any, inputs: list[Any]) -> None:
-        def act(name: str, *values: Any) -> list[Any]:
-            return [status_line(handler(name, *values)), *shown(name)]
-
-        event(told(act, status), inputs, [status, *outputs], api_visibility="private", show_progress="hidden")
-
+    step = PageStep(shown, outputs, live, live_outputs)
     gr.on(  # one event for all fields: with one for each, an answer to an earlier field could come last
         [part.input for part in form], told(changed, status), [subject, *form], [status, command],
         api_visibility="private", show_progress="hidden", trigger_mode="always_last",
     )  # fmt: skip
-    wire(start.click, begin, [subject, *form])
-    wire(export.click, export_runs, [subject, runs])
-    wire(upload.click, send, [subject, runs, repository])
-    return PageStep(shown, outputs, live, live_outputs)
+    on_form(start.click, begin, [subject, *form], status, step)
+    on_form(export.click, export_runs, [subject, runs], status, step)
+    on_form(upload.click, send, [subject, runs, repository], status, step)
+    return step
 
 
 def _number(label: str, least: int | None, name: str) -> gr.Number:

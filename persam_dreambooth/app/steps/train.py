@@ -6,6 +6,7 @@ import html
 import re
 import shlex
 import statistics
+from collections.abc import Container
 from dataclasses import fields, replace
 from functools import lru_cache
 from itertools import pairwise
@@ -14,7 +15,7 @@ from typing import Any
 
 import gradio as gr
 
-from persam_dreambooth.app.desk import Desk, PageStep, status_line, told
+from persam_dreambooth.app.desk import Desk, PageStep, on_form, status_line, told
 from persam_dreambooth.app.jobs import Job
 from persam_dreambooth.app.option_editor import OptionEditor
 from persam_dreambooth.app.run_command import (
@@ -22,7 +23,6 @@ from persam_dreambooth.app.run_command import (
     TOY,
     card_recipes,
     chosen_card,
-    given_options,
     nearest_recipe,
     options_of,
     read_form,
@@ -154,9 +154,11 @@ def train_step(desk: Desk, subject: gr.State) -> PageStep:
 
     def planned_runs(folder: SubjectFolder, options: TrainOptions) -> list[TrainOptions]:
         """The options of the runs that Start begins."""
+        taken = {output_of(job) for job in training_jobs(desk, folder) if job.is_alive}
         kinds = [MASKED, PLAIN] if read_form(folder).get("also_plain") else [MASKED]
         return [
-            run_options(options, kind == PLAIN, folder.masks_dir, free_folder(folder.folder / kind)) for kind in kinds
+            run_options(options, kind == PLAIN, folder.masks_dir, free_folder(folder.folder / kind, taken))
+            for kind in kinds
         ]
 
     def shown(name: str) -> list[Any]:
@@ -165,7 +167,7 @@ def train_step(desk: Desk, subject: gr.State) -> PageStep:
         folder, options, recipe = opened(name)
         form = read_form(folder)
         own = options_of(recipe) if recipe else {}
-        changed = {name: value for name, value in given_options(options).items() if own.get(name) != value}
+        changed = {name: value for name, value in options.all_given.items() if own.get(name) != value}
         changed |= {name: getattr(options, name) for name in own if own[name] != getattr(options, name)}
         return [
             mask_counts(folder, options),
@@ -298,26 +300,21 @@ def train_step(desk: Desk, subject: gr.State) -> PageStep:
     outputs = [photos, class_word, identifier, steps, base, card, also_plain, editor.table, command, *live_outputs]
     form = [subject, class_word, identifier, steps]
 
-    def wire(event: Any, handler: Any, inputs: list[Any]) -> None:
-        def act(name: str, *values: Any) -> list[Any]:
-            return [status_line(handler(name, *values)), *shown(name)]
-
-        event(told(act, status), inputs, [status, *outputs], api_visibility="private", show_progress="hidden")
-
+    step = PageStep(shown, outputs, live, live_outputs)
     for text in (class_word, identifier):
-        wire(text.blur, changed_text, form)
-        wire(text.submit, changed_text, form)
-    wire(steps.blur, changed_text, form)
-    wire(also_plain.input, changed_plain, [subject, also_plain])
-    wire(base.input, changed_base, [*form, base, card])
-    wire(card.input, changed_card, [*form, card])
-    wire(editor.set.click, set_option, [*form, *editor.inputs])
-    wire(editor.remove.click, remove_option, [*form, editor.option])
-    wire(start.click, begin, form)
-    wire(stop.click, end, [subject])
-    wire(resume.click, go_on, [subject])
+        on_form(text.blur, changed_text, form, status, step)
+        on_form(text.submit, changed_text, form, status, step)
+    on_form(steps.blur, changed_text, form, status, step)
+    on_form(also_plain.input, changed_plain, [subject, also_plain], status, step)
+    on_form(base.input, changed_base, [*form, base, card], status, step)
+    on_form(card.input, changed_card, [*form, card], status, step)
+    on_form(editor.set.click, set_option, [*form, *editor.inputs], status, step)
+    on_form(editor.remove.click, remove_option, [*form, editor.option], status, step)
+    on_form(start.click, begin, form, status, step)
+    on_form(stop.click, end, [subject], status, step)
+    on_form(resume.click, go_on, [subject], status, step)
     plan_button.click(told(plan_memory, status), [subject], [status, planned], api_visibility="private")
-    return PageStep(shown, outputs, live, live_outputs)
+    return step
 
 
 def words_of(run: TrainOptions) -> list[str]:
@@ -336,10 +333,15 @@ def resume_words(run: Path) -> list[str]:
     return ["persam-dreambooth", "train", "--config", config, "--resume_from_checkpoint", "latest"]
 
 
-def free_folder(folder: Path) -> Path:
-    """The folder, or with the first number for which there is none."""
+def output_of(job: Job) -> Path | None:
+    """The folder of a training's run, if its words name it."""
+    return Path(job.words[job.words.index("--output_dir") + 1]) if "--output_dir" in job.words else None
+
+
+def free_folder(folder: Path, taken: Container[Path | None]) -> Path:
+    """The folder, or with the first number for which there is none, and which no waiting job takes."""
     number, free = 2, folder
-    while free.exists():
+    while free.exists() or free in taken:
         free, number = folder.with_name(f"{folder.name}-{number}"), number + 1
     return free
 
@@ -405,24 +407,35 @@ def left_to_do(desk: Desk, folder: SubjectFolder) -> list[list[str]]:
     """The commands that finish what was stopped: of runs that have begun, and of jobs that ended before they had."""
     left = {run: resume_words(run) for run in newest_runs(folder) if is_unfinished(folder, run)}
     for job in training_jobs(desk, folder)[-2:]:  # a masked run and a plain one
-        words = job.words
-        run = Path(words[words.index("--output_dir") + 1]) if "--output_dir" in words else folder.folder
+        run = output_of(job) or folder.folder
         if job.state in ("stopped", "killed") and not run.exists():
-            left[run] = ["persam-dreambooth", *words]
+            left[run] = ["persam-dreambooth", *job.words]
     return list(left.values())
 
 
 def metrics(run: Path) -> list[dict[str, float]]:
     """The lines of a run's metrics; notes when they were written."""
-    from persam_dreambooth.training.meter import METRICS, metrics_rows
+    from persam_dreambooth.training.meter import METRICS
 
-    rows = metrics_rows(run)
+    try:
+        state = (run / METRICS).stat()
+    except FileNotFoundError:
+        return []
+    rows = _read_metrics(run, state.st_mtime_ns, state.st_size)
     if rows:
-        mark = (int(rows[-1]["step"]), (run / METRICS).stat().st_mtime)
+        mark = (int(rows[-1]["step"]), state.st_mtime)
         marks = _seen.setdefault(run, [])
         if mark not in marks[-1:]:
             marks.append(mark)
     return rows
+
+
+@lru_cache(16)
+def _read_metrics(run: Path, time: int, size: int) -> list[dict[str, float]]:
+    """The lines of a run's metrics of a time and a size."""
+    from persam_dreambooth.training.meter import metrics_rows
+
+    return metrics_rows(run)
 
 
 def seconds_per_step(run: Path) -> float | None:
@@ -465,17 +478,15 @@ def job_line(job: Job) -> str:
         return status_line(job.message, failed=True)
     if job.state == "done":
         return ""
-    words, now = job.words, BAR.sub("", job.message)
-    name = Path(words[words.index("--output_dir") + 1]).name if "--output_dir" in words else words[0]
+    output, now = output_of(job), BAR.sub("", job.message)
+    name = output.name if output else job.words[0]
     lines = [f"{name}: {job.state}", now.strip()]
     return f'<p style="overflow-wrap: anywhere">{html.escape(", ".join(filter(None, lines)))}</p>'
 
 
 def run_samples(run: Path) -> list[tuple[str, str]]:
     """The samples of a run with captions, the newest first."""
-    from persam_dreambooth.training.meter import metrics_rows
-
-    folder, rows = run / SAMPLES, metrics_rows(run)
+    folder, rows = run / SAMPLES, metrics(run)
     steps = {int(path.name.removeprefix("step-")): path for path in folder.glob("step-*")}
     last = {int(rows[-1]["step"]): folder} if rows else {}
     found = [(step, path) for step, own in ({**steps, **last}).items() for path in sorted(own.glob("*.png"))]
