@@ -216,3 +216,10 @@ def test_a_killed_job_is_told_apart_and_lets_the_next_one_begin(desk):
     assert (first.state, first.code) == ("killed", None)
     assert second.message.count(".") >= 1
     assert Path(second.path).with_suffix(".stop").exists() is False
+
+
+@pytest.mark.parametrize("name", ["instance_dir", "mask", "mask_dir"])
+def test_what_is_not_there_is_said_before_the_page_opens(name, tmp_path, capsys):
+    assert cli.main(["app", "--no_browser", "--workspace", str(tmp_path / "w"), f"--{name}", str(tmp_path / "no")]) == 2
+    assert f"--{name} {tmp_path / 'no'} does not exist" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

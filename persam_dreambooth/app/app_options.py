@@ -8,7 +8,7 @@ from pathlib import Path
 
 from persam_dreambooth.app.jobs import AUTH_VARIABLE
 from persam_dreambooth.dreambooth.generate import RUNS
-from persam_dreambooth.errors import InputError
+from persam_dreambooth.errors import InputError, InputNotFoundError
 from persam_dreambooth.files import check_writable
 from persam_dreambooth.main_job import TrainOptions
 from persam_dreambooth.options import Options, option, within
@@ -42,6 +42,9 @@ class AppOptions(TrainOptions):
         if self.output_dir and Path(self.output_dir).resolve().parent != self.folder_of_subjects.resolve():
             parent = Path(self.output_dir).parent
             raise InputError(f"--output_dir {self.output_dir} is not in {self.workspace}: add --workspace {parent}")
+        for name in ("instance_dir", "mask", "mask_dir"):
+            if (given := getattr(self, name)) and not Path(given).exists():
+                raise InputNotFoundError(f"--{name} {given} does not exist: name what there is, or leave it out")
         check_writable(self.folder_of_subjects)
         Options.check(self)
 

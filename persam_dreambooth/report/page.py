@@ -154,6 +154,7 @@ a { color: var(--link) }
 img, svg { max-width: 100%; height: auto; display: block }
 table { border-collapse: collapse; margin: 1rem 0 2rem }
 caption { text-align: left; padding-bottom: .3rem; max-width: 50rem }
+.wide td:last-child:not(.number) { min-width: 15rem }
 .wide { overflow-x: auto; overflow-wrap: normal }
 th, td { text-align: left; vertical-align: top; padding: .25rem .8rem; border-bottom: 1px solid var(--line) }
 td { max-width: 30rem; overflow-wrap: break-word }
