@@ -274,6 +274,8 @@ TASK = ("--images", "i", "--masks", "m", "--output", "o")
 SCORED = (*PERSEG, "--predictions", "p")
 EPISODES = ("data", "output", "predictions", "shots", "episodes", "seed", "seeds", "sam_model")
 METHOD_OPTIONS = ("segmenter", "target_coverage", "sam_dtype", "encoding_cache")
+OF_MADE_MASKS = ("absent", "absent_threshold", "smallest_region", *METHOD_OPTIONS)
+"""Options of masks that are made; the page makes them, whatever it is started with."""
 
 ALWAYS: dict[str, tuple[str, ...]] = {
     "mask": ("photo", "point", "box", "text", "output", "grid", "sam_model"),
@@ -383,7 +385,7 @@ IDLE: dict[str, dict[tuple[str, ...], tuple[str, ...]]] = {
             *("num_class_images", "sample_batch_size", "class_prompt", "lr_warmup_steps", "lr_num_cycles", "lr_power"),
             *("text_encoder_lr", "offload"),
             *("ema_decay", "hub_model_id", "guidance", "concept_prompt", "adapter"),
-            *("absent", "absent_threshold", "smallest_region", *METHOD_OPTIONS),
+            *OF_MADE_MASKS,
         ),
         CUT_OUTS: ("invert_mask",),
         WHOLE_PHOTOS: (
@@ -434,8 +436,10 @@ IDLE: dict[str, dict[tuple[str, ...], tuple[str, ...]]] = {
 """Arguments of each command, and the options that have no effect beside them."""
 
 IDLE["plan"], ALWAYS["plan"] = IDLE["train"], ALWAYS["train"]
-IDLE["app"] = IDLE["train"]
-ALWAYS["app"] = (*ALWAYS["train"], "workspace", "port", "no_browser", "listen", "auth")
+IDLE["app"] = {
+    arguments: tuple(name for name in names if name not in OF_MADE_MASKS) for arguments, names in IDLE["train"].items()
+}
+ALWAYS["app"] = (*ALWAYS["train"], *OF_MADE_MASKS, "workspace", "port", "no_browser", "listen", "auth")
 
 
 def other_value(kind: type[Options], name: str) -> list[str]:

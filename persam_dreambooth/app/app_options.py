@@ -42,11 +42,11 @@ class AppOptions(TrainOptions):
         if self.output_dir and Path(self.output_dir).resolve().parent != self.folder_of_subjects.resolve():
             parent = Path(self.output_dir).parent
             raise InputError(f"--output_dir {self.output_dir} is not in {self.workspace}: add --workspace {parent}")
+        check_writable(self.folder_of_subjects)
+        Options.check(self)
         for name in ("instance_dir", "mask", "mask_dir"):
             if (given := getattr(self, name)) and not Path(given).exists():
                 raise InputNotFoundError(f"--{name} {given} does not exist: name what there is, or leave it out")
-        check_writable(self.folder_of_subjects)
-        Options.check(self)
 
     @property
     def makes_masks(self) -> bool:
