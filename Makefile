@@ -1,5 +1,5 @@
 # make demo     the main job on the small checkpoints that ship, without network (two minutes after installing)
-# make test     the quick tests, about 12 minutes on two cores; TESTS="tests/test_loss.py -k area" chooses among them
+# make test     the quick tests, about 13 minutes on two cores; TESTS="tests/test_loss.py -k area" chooses among them
 # make test-all all tests, the slow ones too
 # make check    lint, formatting, types
 # make bench    measurements; writes benchmarks/results/

@@ -98,7 +98,7 @@ def train(folder, **options):
 
 def test_training_leaves_skipped_photos_out(skipping):
     assert pictures(skipping / "masks") == ["00.png"]
-    assert "on 1 photos" in (skipping / "README.md").read_text(encoding="utf-8").replace("\n", " ")
+    assert "on 1 photo by" in (skipping / "README.md").read_text(encoding="utf-8").replace("\n", " ")
     assert (skipping / "overview.png").is_file()
 
 
