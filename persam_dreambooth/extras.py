@@ -1,6 +1,8 @@
 """Optional packages, which only some options need; a missing package is an error before anything starts."""
 
+from importlib import import_module
 from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 from persam_dreambooth.errors import InputError
 
@@ -14,6 +16,22 @@ EXTRAS = {
     "wandb": "tracking",
 }
 """The extra of this package that installs each package."""
+
+
+class _Lazy:
+    """A module that is imported at its first use."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(import_module(self._name), attribute)
+
+
+if TYPE_CHECKING:
+    import gradio as gradio
+else:
+    gradio = _Lazy("gradio")
 
 
 def check_installed(package: str, option: str, extra: str | None = None) -> None:

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-import gradio as gr
-
 from persam_dreambooth.errors import InputError
+from persam_dreambooth.extras import gradio as gr
 from persam_dreambooth.options import Options, option_choices, option_types, parse
 
 UNSET = "not set"

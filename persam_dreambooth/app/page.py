@@ -6,10 +6,9 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-import gradio as gr
-
 from persam_dreambooth.app.desk import Desk, PageStep, told
 from persam_dreambooth.errors import InputNotFoundError
+from persam_dreambooth.extras import gradio as gr
 
 PAGE_STEPS: dict[str, str] = {
     "Photos": "photos:photos_step",

@@ -15,7 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import gradio as gr
 import numpy as np
 
 from persam_dreambooth.app.desk import Desk, PageStep, status_line, told
@@ -33,6 +32,7 @@ from persam_dreambooth.app.steps.mask_editor import (
 )
 from persam_dreambooth.app.subject_folder import SubjectFolder
 from persam_dreambooth.errors import InputError
+from persam_dreambooth.extras import gradio as gr
 from persam_dreambooth.files import saving, write_json
 from persam_dreambooth.options import command_words
 from persam_dreambooth.photos.folder import Photo

@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import gradio as gr
 import numpy as np
 from PIL import Image, ImageDraw
 
 from persam_dreambooth.app.steps.mask_grid import picture_url
 from persam_dreambooth.errors import InputError
+from persam_dreambooth.extras import gradio as gr
 from persam_dreambooth.files import locked, saving
 from persam_dreambooth.options import CONFIG
 from persam_dreambooth.photos.folder import Photo

@@ -12,9 +12,9 @@ from typing import Literal
 from urllib.parse import quote
 
 import numpy as np
-from gradio.utils import get_upload_folder
 from PIL import Image
 
+from persam_dreambooth.extras import gradio as gr
 from persam_dreambooth.photos.folder import MASK_INDEX, Photo
 from persam_dreambooth.photos.mask_folder import MaskRecord, PhotoMask, load_known, mask_hash
 from persam_dreambooth.photos.pairing import find_masks
@@ -152,7 +152,11 @@ def grid_html(tiles: list[Tile]) -> str:
 
 def picture_url(key: str, draw: Callable[[], Image.Image]) -> str:
     """The address of a JPEG on the page, which is drawn once for each key."""
-    path = Path(get_upload_folder()) / "persam-dreambooth" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.jpg"
+    path = (
+        Path(gr.utils.get_upload_folder())
+        / "persam-dreambooth"
+        / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.jpg"
+    )
     with _writing:
         if not path.is_file():
             save_picture(draw(), path)

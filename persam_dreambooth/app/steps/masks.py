@@ -11,7 +11,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import gradio as gr
 import numpy as np
 
 from persam_dreambooth.app.desk import Desk, PageStep, status_line, told
@@ -32,6 +31,7 @@ from persam_dreambooth.app.steps.mask_editor import (
 from persam_dreambooth.app.steps.mask_grid import GRID_SCRIPT, GRID_STYLE, MaskGrid, Tile, grid_html
 from persam_dreambooth.app.subject_folder import SubjectFolder
 from persam_dreambooth.errors import InputError, counted
+from persam_dreambooth.extras import gradio as gr
 from persam_dreambooth.options import command_words, merge_options, parse
 from persam_dreambooth.photos.folder import Photo
 from persam_dreambooth.photos.mask_folder import PackedMask, load_known, noted_record

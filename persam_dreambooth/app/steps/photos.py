@@ -9,14 +9,13 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-import gradio as gr
-
 from persam_dreambooth.app.desk import Desk, PageStep, status_line, told
 from persam_dreambooth.app.steps.first_mask import earlier_states, first_mask_file
 from persam_dreambooth.app.steps.mask_editor import EARLIER
 from persam_dreambooth.app.steps.mask_grid import outline_url
 from persam_dreambooth.app.subject_folder import OWN_PHOTOS, SubjectFolder
 from persam_dreambooth.errors import InputError, counted
+from persam_dreambooth.extras import gradio as gr
 from persam_dreambooth.files import write_aside
 from persam_dreambooth.photos.folder import Photo, by_reason, find_photos, look_through
 from persam_dreambooth.photos.images import PHOTO_SUFFIXES, RAW_SUFFIXES, header_size

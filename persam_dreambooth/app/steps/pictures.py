@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import gradio as gr
-
 from persam_dreambooth.app.desk import Desk, PageStep, on_form, told
 from persam_dreambooth.app.run_command import read_form, write_form
 from persam_dreambooth.app.steps.train import hands_out, is_plain, job_line, resume_words
@@ -20,6 +18,7 @@ from persam_dreambooth.dreambooth.generate import GENERATED, GenerateOptions
 from persam_dreambooth.dreambooth.run_folder import MODEL_CARD
 from persam_dreambooth.dreambooth.samples import read_settings
 from persam_dreambooth.errors import InputError, counted
+from persam_dreambooth.extras import gradio as gr
 from persam_dreambooth.options import command_words
 
 MODEL = re.compile(r", Model: .*?, Model hash: \w+")

@@ -13,8 +13,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import gradio as gr
-
 from persam_dreambooth.app.desk import Desk, PageStep, on_form, status_line, told
 from persam_dreambooth.app.jobs import Job
 from persam_dreambooth.app.option_editor import OptionEditor
@@ -37,6 +35,7 @@ from persam_dreambooth.dreambooth.albums import read_albums
 from persam_dreambooth.dreambooth.run_folder import MODEL_CARD, check_run_folder
 from persam_dreambooth.dreambooth.samples import SAMPLES
 from persam_dreambooth.errors import InputError, counted
+from persam_dreambooth.extras import gradio as gr
 from persam_dreambooth.main_job import TrainOptions
 from persam_dreambooth.options import CONFIG, command_words, read_config
 from persam_dreambooth.plan import CARDS, PlanOptions, plan
