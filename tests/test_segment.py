@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shlex
 import shutil
@@ -79,7 +80,12 @@ def test_a_folder_killed_at_any_moment_ends_as_one_left_alone(options, album, tm
     ends = [line.split()[1] for line in said.splitlines() if line.startswith("ended")]
     assert ends[0] == "130" and ends[-1] == "0" and set(ends[1:-1]) == {"-9"} and len(ends) > 5
     assert "interrupted; the same command resumes" in said and "Traceback" not in said
-    assert content(tmp_path / "killed") == content(tmp_path / "whole")
+    killed, whole = content(tmp_path / "killed"), content(tmp_path / "whole")
+    pages = [each.pop("report.html").decode() for each in (killed, whole)]  # they also say when and where
+    shown = [re.search(r'<section id="masks">.*?</section>', page, re.DOTALL)[0] for page in pages]
+    assert shown[0] == shown[1]
+    assert killed.keys() == whole.keys()
+    assert [name for name in killed if killed[name] != whole[name]] == []
     assert methods(tmp_path / "killed", album) == ["given", "persam"]
 
 
